@@ -1,0 +1,1 @@
+"""The YAML configs, as a package so that a wheel carries them."""

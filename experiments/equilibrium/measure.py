@@ -1,0 +1,192 @@
+"""Run the equilibrium studies, several seeds each, and write their tables and figures beside this file.
+
+    python experiments/equilibrium/measure.py [digits mnist projected regularised] [--runs DIR]
+
+Every run is one ``hyperopt`` command (printed). A finished run under ``--runs`` is not run again; a stopped one continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+# Step, logged after the update: outer loss and accuracy on the fitted rows, as published for the notebook's study.
+PUBLISHED = {
+    0: (2.302, 0.0902),
+    20: (2.194, 0.3302),
+    40: (2.092, 0.5572),
+    60: (1.992, 0.6836),
+    80: (1.893, 0.7336),
+    100: (1.795, 0.7614),
+    200: (1.344, 0.8158),
+    300: (1.022, 0.8404),
+    400: (0.821, 0.8580),
+    480: (0.716, 0.8718),
+}
+STRENGTHS = ("0.0003", "0.001", "0.003")
+Row = dict[str, Any]
+
+
+def run(directory: Path, overrides: Sequence[str]) -> list[Row]:
+    """Run ``hyperopt`` with ``overrides`` in ``directory``, unless it is done, and return its rows."""
+    summary = directory / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
+        command = [*overrides, f"hydra.run.dir={directory}", "resume=auto", "trainer.progress=false"]
+        print("hyperopt", *command, flush=True)
+        subprocess.run([sys.executable, "-m", "hyperopt.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds(directory: Path) -> float:
+    """Wall time of a run, from its summary."""
+    return json.loads((directory / "summary.json").read_text())["seconds"]
+
+
+def evaluated(rows: list[Row]) -> list[Row]:
+    """The rows of steps that were evaluated."""
+    return [row for row in rows if "test/accuracy" in row]
+
+
+def at(rows: list[Row], step: int) -> Row:
+    """The row of one step."""
+    return next(row for row in rows if row["step"] == step)
+
+
+def best(rows: list[Row]) -> Row:
+    """The evaluated row of the least validation loss: what early stopping keeps."""
+    return min(evaluated(rows), key=lambda row: row["val/loss"])
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and values."""
+    return {"mean": statistics.fmean(values), "values": list(values)}
+
+
+def digits(runs: Path) -> Row:
+    """The default job on five seeds."""
+    all_rows = {seed: run(runs / f"digits-{seed}", [f"seed={seed}"]) for seed in range(5)}
+    return {
+        "last": spread([rows[-1]["test/accuracy"] for rows in all_rows.values()]),
+        "least val/loss": spread([best(rows)["test/accuracy"] for rows in all_rows.values()]),
+        "seconds": spread([seconds(runs / f"digits-{seed}") for seed in all_rows]),
+    }
+
+
+def mnist(runs: Path) -> Row:
+    """The published study on three seeds, against its curve."""
+    all_rows = [run(runs / f"mnist-{seed}", ["experiment=equilibrium_mnist", f"seed={seed}"]) for seed in range(3)]
+    curve = []
+    for step, (loss, accuracy) in PUBLISHED.items():
+        ours = {name: statistics.fmean(at(rows, step)[name] for rows in all_rows) for name in ("outer/loss", "outer/accuracy")}
+        curve.append({"step": step, "published_loss": loss, "published_accuracy": accuracy, **ours})
+    late = [row for row in curve if row["step"] >= 100]
+    return {
+        "curve": curve,
+        "largest_loss_difference_from_100": max(abs(row["outer/loss"] - row["published_loss"]) for row in late),
+        "largest_accuracy_difference_from_100": max(abs(row["outer/accuracy"] - row["published_accuracy"]) for row in late),
+        "last": {f"{split}/accuracy": spread([rows[-1][f"{split}/accuracy"] for rows in all_rows]) for split in ("outer", "val", "test")},
+        "seconds": spread([seconds(runs / f"mnist-{seed}") for seed in range(3)]),
+    }
+
+
+def projected(runs: Path) -> Row:
+    """The free matrix, projected, on three seeds."""
+    all_rows = [run(runs / f"projected-{seed}", ["experiment=equilibrium_mnist_projected", f"seed={seed}"]) for seed in range(3)]
+    return {
+        "steps": {
+            str(step): {name: spread([at(rows, step)[name] for rows in all_rows]) for name in ("test/accuracy", "val/accuracy", "val/loss")}
+            for step in (40, 60, 100, 360)
+        },
+        "least val/loss": {
+            "step": [best(rows)["step"] for rows in all_rows],
+            "test/accuracy": spread([best(rows)["test/accuracy"] for rows in all_rows]),
+        },
+        "seconds": spread([seconds(runs / f"projected-{seed}") for seed in range(3)]),
+    }
+
+
+def regularised(runs: Path) -> Row:
+    """The same with an L2 strength and a stopping step chosen by the validation loss, seed by seed."""
+    chosen = []
+    table = []
+    for seed in range(3):
+        candidates = []
+        for strength in STRENGTHS:
+            l2 = [f"task.l2.{group}={strength}" for group in ("A", "B", "classifier")]
+            rows = run(runs / f"l2-{strength}-{seed}", ["experiment=equilibrium_mnist_projected", f"seed={seed}", *l2])
+            row = best(rows)
+            candidates.append({"seed": seed, "l2": strength, **{k: row[k] for k in ("step", "val/loss", "val/accuracy", "test/accuracy")}})
+        table += candidates
+        chosen.append(min(candidates, key=lambda row: row["val/loss"]))
+    return {"candidates": table, "chosen": chosen, "test/accuracy": spread([row["test/accuracy"] for row in chosen])}
+
+
+def draw(runs: Path, results: Row) -> None:
+    """Write the figures of the studies that were measured."""
+    from matplotlib.figure import Figure
+
+    if "mnist" in results:
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            for seed in range(3):
+                rows = evaluated(run(runs / f"mnist-{seed}", []))
+                label = f"outer/{name}, seeds 0 to 2" if seed == 0 else None
+                axes.plot([r["step"] for r in rows], [r[f"outer/{name}"] for r in rows], color="C0", alpha=0.7, label=label)
+                label = f"test/{name}" if seed == 0 else None
+                axes.plot([r["step"] for r in rows], [r[f"test/{name}"] for r in rows], "--", color="C1", alpha=0.7, label=label)
+            points = [pair[0 if name == "loss" else 1] for pair in PUBLISHED.values()]
+            axes.plot(list(PUBLISHED), points, "k.", label="published, fitted rows")
+            axes.set(xlabel="outer step", ylabel=name)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(HERE / "equilibrium_mnist.png", dpi=110)
+    if "projected" in results:
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for seed in range(3):
+            rows = evaluated(run(runs / f"projected-{seed}", []))
+            steps = [r["step"] for r in rows]
+            left.plot(steps, [r["test/accuracy"] for r in rows], color="C1", alpha=0.8, label="test" if seed == 0 else None)
+            left.plot(steps, [r["val/accuracy"] for r in rows], "--", color="C2", alpha=0.8, label="validation" if seed == 0 else None)
+            right.semilogy(steps, [r["outer/loss"] for r in rows], color="C0", alpha=0.8, label="fitted" if seed == 0 else None)
+            right.semilogy(steps, [r["val/loss"] for r in rows], "--", color="C2", alpha=0.8, label="validation" if seed == 0 else None)
+        left.set(xlabel="outer step", ylabel="accuracy", ylim=(0.85, 0.96))
+        right.set(xlabel="outer step", ylabel="loss")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(HERE / "equilibrium_mnist_projected.png", dpi=110)
+
+
+STUDIES = {"digits": digits, "mnist": mnist, "projected": projected, "regularised": regularised}
+
+
+def main() -> None:
+    """Measure the studies named on the command line, by default all, and write ``results.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="default: all")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "equilibrium")
+    options = parser.parse_args()
+    import torch
+
+    path = HERE / "results.json"
+    results: Row = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.studies or STUDIES:
+        facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        results[name] = {**facts, **STUDIES[name](options.runs.resolve())}
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    draw(options.runs.resolve(), results)
+    print(json.dumps({name: results[name] for name in options.studies or STUDIES}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

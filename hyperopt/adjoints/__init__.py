@@ -1,0 +1,1 @@
+"""Adjoints: how a solved fixed point becomes a differentiable one."""

@@ -1,0 +1,58 @@
+"""``Adjoint``: turns a solved fixed point into a differentiable one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
+from hyperopt.tree import Layout
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fixed point to solve.
+
+    Attributes:
+        phi: the user's map, called ``phi(w, *args)``.
+        args: its arguments; trees of anything, whose tensors the solution is differentiable in.
+        row_args: which of ``args`` are tensors with one leading row for each row of the state.
+        layout: how the state lies in a matrix.
+        start: initial state, (rows, dim), detached.
+        solver: how to solve.
+        policy: what to do when that fails.
+        fallback: solvers tried in turn under ``policy="fallback"``.
+        trace: measure the residual at every iteration.
+    """
+
+    phi: Callable[..., Any]
+    args: tuple[Any, ...]
+    row_args: Sequence[int]
+    layout: Layout
+    start: Tensor
+    solver: FixedPointSolver
+    policy: str = "warn"
+    fallback: tuple[FixedPointSolver, ...] = ()
+    trace: bool = False
+
+    def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """The map on a matrix (any number of rows)."""
+        if self.layout.trivial:
+            out = self.phi(self.layout.tree(w), *args)
+            if isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
+                return out
+            return self.layout.matrix(out, w.shape[0])
+        return self.layout.matrix(self.phi(self.layout.tree(w), *args), w.shape[0])
+
+
+class Adjoint(ABC):
+    """How a solution is made differentiable."""
+
+    @abstractmethod
+    def run(self, problem: Problem) -> Solution:
+        """Solve ``problem`` and attach the derivative."""

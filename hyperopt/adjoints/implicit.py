@@ -1,0 +1,289 @@
+"""Implicit differentiation: solve ``(I - J^T) v = g`` at the solution, then one closing vjp.
+
+    w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
+
+The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
+on it and never calls ``phi`` again. Memory does not grow with the number of iterations, forward or backward.
+References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.adjoints.attach import GraphLinearization, Linearization, System, attach
+from hyperopt.adjoints.base import Adjoint, Problem
+from hyperopt.closure import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
+from hyperopt.linsolve.anderson import LinearAnderson
+from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec
+from hyperopt.linsolve.neumann import Neumann
+from hyperopt.policy import note_fallback, report
+from hyperopt.settings import ImplicitSettings
+from hyperopt.solvers.forward import solve_forward
+from hyperopt.status import AdjointBox, Solution, SolveStats
+
+
+@dataclass(frozen=True)
+class Implicit(ImplicitSettings, Adjoint):
+    """The implicit adjoint with any linear solver; settings in ``ImplicitSettings``."""
+
+    linear_solver: LinearSolver = field(default_factory=Neumann)
+    fallback: Sequence[LinearSolver] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        super().__post_init__()
+        for solver in (self.linear_solver, *self.fallback):
+            if not isinstance(solver, LinearSolver):
+                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ...")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the adjoint may be differentiated again."""
+        return self.allow_inexact or not self.linear_solver.fixed
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve, keeping the graph of the last evaluation."""
+        box = AdjointBox()
+        if functorch_level():
+            system, inputs = FixedPoint.discover(self, problem, box)
+            value = attach(system, problem.start, *inputs)
+            assert system.stats is not None
+            return Solution(problem.layout.tree(value), system.stats, problem.layout.rows, box)
+        system = FixedPoint(self, problem, box)
+        matrix = system.prepare()
+        stats = system.stats
+        assert stats is not None
+        if system.inputs:
+            matrix = attach(system, problem.start, *system.inputs)
+        return Solution(problem.layout.tree(matrix), stats, problem.layout.rows, box)
+
+    def solve(
+        self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str, box: AdjointBox, *, trace: bool = False
+    ) -> Tensor:
+        """Solve ``(I - M) v = b`` with the policy and fallbacks; the statistics go into ``box``."""
+        chain = (self.linear_solver,)
+        if self.policy == "fallback":
+            chain += tuple(self.fallback) or (LinearAnderson(window=20, max_steps=max(200, self.linear_solver.max_steps)),)
+        failed: list[SolveStats] = []
+        best: LinearSolution | None = None
+        for i, solver in enumerate(chain):
+            with torch.no_grad():
+                found = solver.solve(matvec, b, start, trace=trace)
+            if best is None or not found.stats.worst_residual() >= best.stats.worst_residual():
+                best = found
+            if not found.stats.status.failed:
+                best = found
+                break
+            failed.append(found.stats)
+            if i + 1 < len(chain):
+                note_fallback(found.stats, chain[i + 1].name, what)
+        assert best is not None
+        stats = best.stats
+        stats.fallbacks = tuple(s.method for s in failed if s is not stats)
+        stats.vjps = stats.evaluations + sum(s.evaluations for s in failed if s is not stats)
+        stats.evaluations = 0
+        box.stats, box.v = stats, best.value.detach()
+        report(stats, "warn" if self.policy == "fallback" else self.policy, what)
+        return best.value
+
+
+class PullbackLinearization(Linearization):
+    """By the map's own closed-form ``pullback``; its arguments that are no differentiable tensors are left out."""
+
+    def __init__(self, pullback: Any, places: Sequence[int], count: int) -> None:
+        self.pullback, self.places, self.count = pullback, places, count
+        self.plus = getattr(pullback, "state_plus", None)
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``J^T v``."""
+        return self.pullback.state(v)
+
+    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_arg phi)^T v``."""
+        wanted = dict(zip(self.places, needs, strict=True))
+        found = self.pullback.args(v, tuple(wanted.get(i, False) for i in range(self.count)))
+        return [found[i] for i in self.places]
+
+
+class FixedPoint(System):
+    """The user's fixed point as a system: the map with all that it depends on, ``args`` and closures, made inputs."""
+
+    derived = False
+
+    def __init__(self, adjoint: Implicit, problem: Problem, box: AdjointBox) -> None:
+        self.adjoint, self.problem, self.box = adjoint, problem, box
+        self.exact = adjoint.exact
+        self.stats: SolveStats | None = None
+        self.inputs: list[Tensor] = []
+        self.value: Tensor | None = None
+        self.at: Linearization | None = None
+        self.out: Tensor | None = None  # phi at the point of linearization, to check that a replay gives the same
+        self.point: Tensor | None = None
+        self.fixed_leaves: set[int] = set()  # parameters that came in through a custom Function
+
+    def linear(self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The adjoint's linear solve."""
+        value = self.adjoint.solve(matvec, b, start, what, self.box, trace=self.problem.trace)
+        if self.box.stats is not None and what == "adjoint":
+            self.box.stats.vjps += 1  # the closing one
+        return value
+
+    # ---- eager: solve first, then attach
+
+    def prepare(self) -> Tensor:
+        """Solve without a graph but for the last evaluation, which finds the inputs; returns the value."""
+        problem = self.problem
+        wanted = torch.is_grad_enabled()
+        pullback = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
+        args = [a.detach() if isinstance(a, Tensor) else a for a in problem.args] if pullback else problem.args
+
+        def phi(w: Tensor) -> Tensor:
+            return problem.call(w, tuple(args))
+
+        def last(w: Tensor) -> Tensor:
+            if not wanted:
+                return phi(w)
+            return self._last_closed_form(w, tuple(args), pullback) if pullback else self._last_graph(w)
+
+        with torch.no_grad():
+            run = solve_forward(problem, phi, last)
+        self.stats, self.value = run.stats, run.value
+        report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+        return run.value
+
+    def _last_closed_form(self, w: Tensor, args: tuple[Any, ...], pullback: Callable[..., Any]) -> Tensor:
+        fw = self.problem.call(w, args)
+        places = [i for i, a in enumerate(self.problem.args) if isinstance(a, Tensor) and a.requires_grad]
+        self.inputs = [self.problem.args[i] for i in places]
+        if places:
+            self.at = PullbackLinearization(pullback(w, fw, *args), places, len(args))
+        self.point, self.out = w, fw
+        return fw
+
+    def _last_graph(self, w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = leaf_of(w)
+            swap = Swap(discover=True)
+            args = swap_tree(swap, self.problem.args)
+            with swap:
+                out = self.problem.call(leaf, args)
+            outside = swap.outside
+            leaves = [swap.inside(x) for x in outside]
+            self.fixed_leaves = set()
+            if out.requires_grad:
+                foreign = foreign_leaves(out, [leaf, *leaves], swap.start)
+                outside, leaves = [*outside, *foreign], [*leaves, *foreign]
+                self.fixed_leaves = {id(x) for x in foreign}
+        self.inputs = outside
+        self.at = GraphLinearization(out, leaf, leaves)
+        self.point, self.out = w, out.detach()
+        return self.out
+
+    # ---- under torch.func: find the inputs first, solve inside the Function
+
+    @staticmethod
+    def discover(adjoint: Implicit, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
+        """One call of the map, under the running transform, that finds what it depends on."""
+        system = FixedPoint(adjoint, problem, box)
+        swap = Swap(discover=True)
+        swap.own(problem.start)
+        args = swap_tree(swap, problem.args)
+        with swap:
+            system_out = problem.call(problem.start, args)
+        del system_out
+        system.inputs = swap.outside
+        return system, system.inputs
+
+    # ---- System
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """The map at other values of its inputs; refuses if it is no longer the map that was solved."""
+        if self.fixed_leaves:
+            raise ClosureError(
+                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, where it "
+                "cannot be replaced: pass it through args="
+            )
+        known = list(zip(self.inputs, inputs, strict=True))
+        swap = Swap(known, discover=False)
+        swap.own(z)
+        args = swap_tree(swap, self.problem.args)
+        with swap:
+            out = self.problem.call(z, args)
+        if len(swap.used) < len(known):
+            raise ClosureError(
+                "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "
+                "swapped by functional_call): pass such tensors through args="
+            )
+        self._check_same(z, out)
+        return out
+
+    def _check_same(self, z: Tensor, out: Tensor) -> None:
+        """A replay at the solution must give what the solve gave."""
+        if self.out is None or functorch_level() or self.value is None or z.shape != self.value.shape:
+            return
+        if not torch.equal(z.detach(), self.value):
+            return
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(self.out)
+            moved = torch.linalg.vector_norm(self.value - self.point) if self.point is not None else 0.0
+            change = torch.linalg.vector_norm(out.detach() - self.out)
+            if bool(change > 100 * moved + 1e-3 * size):
+                raise ClosureError(
+                    f"the map gives another result now than when it was solved (relative change {float(change / size):.1e}): it "
+                    "depends on something that changed since, or is random; pass it through args="
+                )
+
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """The prepared value, or a solve at ``inputs``."""
+        if self.value is not None:
+            return self.value
+        given = [x.detach() for x in inputs]
+
+        def phi(w: Tensor) -> Tensor:
+            return self.map(w.view_as(start), *given).reshape(-1, start.shape[-1])
+
+        run = solve_forward(self.problem, phi, phi, start.reshape(-1, start.shape[-1]))
+        self.stats = run.stats
+        report(run.stats, "warn" if self.problem.policy == "fallback" else self.problem.policy, "inner")
+        return run.value.view_as(start)
+
+    def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
+        """The graph of the last evaluation, if this is its solution."""
+        return self.at if self.at is not None else super().linearize(z, inputs)
+
+    def vmapped(self, dims: tuple[int | None, ...]) -> System:
+        """A batch of these fixed points."""
+        return VmappedFixedPoint(self, dims)
+
+
+class VmappedFixedPoint(FixedPoint):
+    """A batch of fixed points: the map under ``vmap``, more rows."""
+
+    def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...]) -> None:
+        super().__init__(parent.adjoint, parent.problem, parent.box)
+        self.parent, self.dims = parent, dims
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """``vmap`` of the parent's map."""
+        return torch.vmap(self.parent.map, in_dims=(0, *self.dims))(z, *inputs)
+
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """Solve all; the parent shows the statistics."""
+        value = super().solve(start, *inputs)
+        parent: FixedPoint | None = self.parent
+        while parent is not None:
+            parent.stats = self.stats
+            parent = parent.parent if isinstance(parent, VmappedFixedPoint) else None
+        return value
+
+
+def swap_tree(swap: Swap, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``args`` with their tensors swapped, in any tree."""
+    return tuple(optree.tree_map(swap.swap, arg) if arg is not None else None for arg in args)

@@ -1,0 +1,149 @@
+"""Checkpoints: plain containers and tensors, replaced as a whole, and read without running any code.
+
+A file is written beside its place, flushed to the disk and moved there by ``os.replace``, so a kill at any moment leaves a whole
+file; the ``last.pt`` before it stays as ``last.prev.pt`` in case the disk damages the newer one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.pt", "last.prev.pt", "best.pt"
+# What may change from a run to its continuation: where it runs, how long, and what it shows. All else makes another experiment.
+FREE_KEYS = ("allow_targets", "ckpt_path", "compile", "device", "hydra", "mode", "name", "paths", "resume", "threads", "trainer")
+FREE_NAMES = ("root", "dir", "download")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, unsafe or of another experiment; the message names the file and what to do."""
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
+    """Write ``content`` to ``path``, as a whole or not at all.
+
+    Args:
+        path: where to.
+        content: plain containers and tensors.
+        keep_previous: keep the file that is replaced as ``last.prev.pt``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: no such file, not a whole one, one that holds more than plain data, or of another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; change ckpt_path, or set resume=never to start anew")
+    if damaged(path):
+        raise CheckpointError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one")
+    if not zipfile.is_zipfile(path):  # a bare pickle, which is never ours; nothing of it is read
+        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} holds objects other than tensors and plain containers, and was not loaded, since that could "
+            f"run code; set ckpt_path to one written by this program"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint ({error}); change ckpt_path") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"the checkpoint {path} has format {found!r}, but this version reads {FORMAT}; change ckpt_path")
+    return content
+
+
+def damaged(path: Path) -> bool:
+    """Whether the file is empty, cut short or has a wrong checksum inside (a file of another kind altogether is not)."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head not in (b"", b"P", b"PK"):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except zipfile.BadZipFile:
+        return True
+
+
+def load_last(directory: Path) -> dict[str, Any] | None:
+    """Return the newest whole checkpoint of a run, or None where it has none yet.
+
+    A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning; one that is unsafe or
+    of another format is an error.
+
+    Args:
+        directory: the run's ``checkpoints/``.
+
+    Raises:
+        CheckpointError: see ``load``; also when both files are damaged.
+    """
+    last, previous = directory / LAST, directory / PREVIOUS
+    if last.exists() and (not damaged(last) or not previous.exists()):
+        return load(last)
+    if not previous.exists():
+        return None
+    content = load(previous)
+    what = "is truncated or damaged" if last.exists() else "is missing"
+    log.warning("the checkpoint %s %s; going on from the one before it, after %s steps", last, what, content["state"]["step"])
+    return content
+
+
+def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
+    """Refuse a checkpoint whose configuration differs in more than where it runs, how long, and what it shows.
+
+    Args:
+        path: named in the message.
+        saved: the flat configuration in the checkpoint.
+        config: the flat configuration now.
+        evaluate: compare only what says which data and which model it is: another solver may evaluate it.
+
+    Raises:
+        CheckpointError: lists each key with the value there and here.
+    """
+
+    def counts(key: str) -> bool:
+        parts = key.split(".")
+        if evaluate and parts[0] not in ("seed", "dataset", "task"):
+            return False
+        return parts[0] not in FREE_KEYS and parts[-1] not in FREE_NAMES
+
+    differ = [key for key in sorted({*saved, *config}) if counts(key) and saved.get(key) != config.get(key)]
+    if differ:
+        pairs = "; ".join(f"{key} is {saved.get(key)!r} there and {config.get(key)!r} here" for key in differ)
+        raise CheckpointError(f"the checkpoint {path} is of another experiment: {pairs}; make these equal or change ckpt_path")

@@ -1,0 +1,143 @@
+"""Turns a map that closes over tensors into a function of them.
+
+A map is called under a ``TorchFunctionMode`` that swaps every tensor from outside, the first time that a torch function is given
+it, for a detached leaf. The graph so built ends in those leaves, so that one vjp gives the partial derivative in each tensor,
+also where one closed-over tensor was computed from another (``A`` and ``2 * A``). The same swap, with other replacements, calls
+the map at other values of what it closes over: higher derivatives and ``torch.func`` need that.
+
+A custom ``autograd.Function`` is not seen by such a mode. A walk over the finished graph finds what came in through one: a leaf
+(a parameter) is taken as it is; anything else is refused, since its derivative would be silently lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def functorch_level() -> int:
+    """Level of the innermost running ``torch.func`` transform; 0 outside of all."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return 0 if top is None else top.level()
+
+
+class ClosureError(RuntimeError):
+    """The map depends on a tensor in a way that would lose its derivative."""
+
+
+class Swap(TorchFunctionMode):
+    """Swaps tensors from outside for replacements, while a map runs.
+
+    Args:
+        known: pairs of a tensor from outside and its replacement.
+        discover: make a detached leaf for every other tensor from outside that carries a derivative; without it, meeting one
+            raises ``ClosureError``: the map has changed since it was captured.
+    """
+
+    def __init__(self, known: Iterable[tuple[Tensor, Tensor]] = (), *, discover: bool) -> None:
+        super().__init__()
+        self.discover = discover
+        self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}
+        self.used: set[int] = set()
+        self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
+        self.start = torch._C._autograd._get_sequence_nr()
+        self.level = functorch_level()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func`` with every tensor from outside swapped."""
+        out = func(*self.swap(args), **{key: self.swap(value) for key, value in (kwargs or {}).items()})
+        if self.level:
+            self.own(out)
+        return out
+
+    def own(self, value: Any) -> None:
+        """Note tensors as made by the map itself: under a transform their level does not tell them from others."""
+        for leaf in optree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self.made[id(leaf)] = leaf
+
+    def swap(self, value: Any) -> Any:
+        """``value``, a tensor or a nest of lists, tuples and dicts, with the tensors from outside replaced."""
+        if isinstance(value, Tensor):
+            return self._swap_tensor(value)
+        if type(value) in (list, tuple):
+            return type(value)(self.swap(item) for item in value)
+        if type(value) is dict:
+            return {key: self.swap(item) for key, item in value.items()}
+        return value
+
+    def _swap_tensor(self, tensor: Tensor) -> Tensor:
+        entry = self.table.get(id(tensor))
+        if entry is not None:
+            self.used.add(id(tensor))
+            return entry[1]
+        if not self._outside(tensor):
+            return tensor
+        if not self.discover:
+            raise ClosureError(
+                f"the map now uses a tensor of shape {tuple(tensor.shape)} that it did not use when it was solved (a loop variable "
+                "in a lambda, or parameters swapped by functional_call): pass such tensors through args="
+            )
+        with torch._C.DisableTorchFunction():
+            inside = tensor if self.level else leaf_of(tensor)
+        self.table[id(tensor)] = (tensor, inside)
+        self.used.add(id(tensor))
+        return inside
+
+    def _outside(self, tensor: Tensor) -> bool:
+        """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the map was called."""
+        if self.level and torch._C._functorch.maybe_get_level(tensor) > 0:
+            return id(tensor) not in self.made and torch._C._functorch.maybe_get_level(tensor) <= self.level
+        if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_leaf", False):
+            return False
+        return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.start
+
+    @property
+    def outside(self) -> list[Tensor]:
+        """The tensors from outside that the map used, in the order in which it met them."""
+        return [outside for key, (outside, _) in self.table.items() if key in self.used]
+
+    def inside(self, outside: Tensor) -> Tensor:
+        """The replacement of a tensor from outside."""
+        return self.table[id(outside)][1]
+
+
+def leaf_of(tensor: Tensor) -> Tensor:
+    """A detached leaf with the values of ``tensor``, marked so that no other swap takes it for a tensor from outside."""
+    leaf = tensor.detach().requires_grad_()
+    leaf._hyperopt_leaf = True  # pyright: ignore[reportAttributeAccessIssue]
+    return leaf
+
+
+def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int) -> list[Tensor]:
+    """Leaves in the graph of ``out`` that are not in ``known``: parameters that came in through a custom Function.
+
+    Raises:
+        ClosureError: the graph goes back to before the sequence number ``start``, through a tensor that is no leaf.
+    """
+    mine = {id(leaf) for leaf in known}
+    found: dict[int, Tensor] = {}
+    stack = [out.grad_fn] if out.grad_fn is not None else []
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if id(variable) not in mine:
+                found[id(variable)] = variable
+            continue
+        if node._sequence_nr() < start:
+            raise ClosureError(
+                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function, where its "
+                "derivative cannot be followed: pass it through args="
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return list(found.values())

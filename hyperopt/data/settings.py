@@ -1,0 +1,129 @@
+"""Settings of every dataset: frozen, validated before anything is loaded, and free of torch.
+
+The dataset classes (``hyperopt.data.mnist.MNIST``, ...) inherit from these. The sizes of the datasets are known beforehand, so a
+split that does not fit is refused when the config is instantiated and not after a download.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+ORDERS = ("shuffled", "head_tail", "tail_head")
+NORMALIZATIONS = ("unit", "standard")
+
+
+def default_root() -> str:
+    """Return the data directory of a user who names none: ``$HYPEROPT_DATA``, else ``data`` in the working directory."""
+    return os.environ.get("HYPEROPT_DATA") or "data"
+
+
+def _check_whole(name: str, value: Any, low: int, high: int, why: str) -> None:
+    """Refuse ``dataset.<name>`` that is not a whole number in ``[low, high]``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"dataset.{name}={value!r} must be a whole number from {low} to {high}{why}; change dataset.{name}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse ``dataset.<name>`` that is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"dataset.{name}={value!r} is none of {', '.join(choices)}; change dataset.{name}")
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """What every dataset has: three disjoint splits and the way in which their rows are drawn.
+
+    Attributes:
+        train: rows of the training split, at least 1.
+        val: rows of the validation split, at least 1; never shares a row with ``train``.
+        test: rows of the test split, at least 1; None takes all (for a dataset without test rows of its own: all that are left).
+        order: ``shuffled`` draws the rows by ``seed``; ``head_tail`` takes the first ``train`` rows for training and the last
+            ``val`` for validation, ``tail_head`` the other way round. Both then test on the first test rows (for a dataset
+            without test rows of its own, the first of those in between).
+        seed: seed of the draw, 0 to 2**32 - 1.
+        normalize: ``unit`` divides pixels by their largest possible value; ``standard`` then subtracts each channel's mean and
+            divides by its standard deviation, both taken over the training split only.
+
+    Raises:
+        ValueError: a value out of range, or a split larger than the dataset.
+    """
+
+    train: int = 1
+    val: int = 1
+    test: int | None = None
+    order: str = "shuffled"
+    seed: int = 0
+    normalize: str = "unit"
+
+    train_images: ClassVar[int]  # rows that train and val are taken from
+    test_images: ClassVar[int | None] = None  # rows that test is taken from; None: what train and val leave over
+
+    def __post_init__(self) -> None:
+        """Check every value against the dataset's size."""
+        pool, name = self.train_images, type(self).__name__.removesuffix("Settings")
+        _check_choice("order", self.order, ORDERS)
+        _check_choice("normalize", self.normalize, NORMALIZATIONS)
+        _check_whole("seed", self.seed, 0, 2**32 - 1, "")
+        _check_whole("train", self.train, 1, pool, f", the rows that {name} has to train on")
+        _check_whole("val", self.val, 1, pool, f", the rows that {name} has to train on")
+        left = pool - self.train - self.val
+        if left < (1 if self.test_images is None else 0):
+            raise ValueError(
+                f"dataset.train={self.train} and dataset.val={self.val} need {self.train + self.val} different rows"
+                f"{' and leave none to test on' if left == 0 else ''}; {name} has {pool}; lower dataset.train or dataset.val"
+            )
+        if self.test is not None and self.test_images is not None:
+            _check_whole("test", self.test, 1, self.test_images, f", the test rows that {name} has")
+        elif self.test is not None:
+            why = f", what dataset.train={self.train} and dataset.val={self.val} leave of {name}'s {pool}"
+            _check_whole("test", self.test, 1, left, why)
+
+
+@dataclass(frozen=True)
+class DigitsSettings(DatasetSettings):
+    """scikit-learn's bundled digits: 1797 images of 8 x 8, 10 classes, no test rows of their own; needs no files."""
+
+    train: int = 1000
+    val: int = 400
+    test: int | None = 397
+
+    train_images: ClassVar[int] = 1797
+
+
+@dataclass(frozen=True)
+class FilesSettings(DatasetSettings):
+    """A dataset that lies in files or is fetched.
+
+    Attributes:
+        root: the data directory, in torchvision's layout (``ROOT/MNIST/raw/...``); ``~`` is expanded.
+        download: whether to fetch what is not there; with False only files under ``root`` are read.
+    """
+
+    root: str = field(default_factory=default_root)
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if not isinstance(self.root, str | os.PathLike) or not str(self.root).strip():
+            raise ValueError(f"dataset.root={self.root!r} is not a directory name; change dataset.root")
+        if not isinstance(self.download, bool):
+            raise ValueError(f"dataset.download={self.download!r} must be true or false; change dataset.download")
+
+
+@dataclass(frozen=True)
+class MNISTSettings(FilesSettings):
+    """MNIST: 60,000 training and 10,000 test images of 28 x 28, 10 classes."""
+
+    train: int = 5000
+    val: int = 5000
+
+    train_images: ClassVar[int] = 60_000
+    test_images: ClassVar[int | None] = 10_000
+
+
+@dataclass(frozen=True)
+class FashionMNISTSettings(MNISTSettings):
+    """Fashion-MNIST: same sizes and shapes as MNIST, 10 kinds of clothing."""

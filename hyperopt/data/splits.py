@@ -1,0 +1,163 @@
+"""Rows, splits, and the one function that draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hyperopt.data.errors import DataError
+from hyperopt.data.settings import DatasetSettings
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples of one split.
+
+    Attributes:
+        x: features, flattened. shape: (n, features), floating.
+        y: class labels. shape: (n,), int64.
+        index: each row's number in its source. For a dataset with test rows of its own, the numbers of the training and
+            validation rows count the training images and those of the test rows count the test images. shape: (n,), int64.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    index: torch.Tensor
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.y.shape[0]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset, cut up and on its device.
+
+    Attributes:
+        train: the training rows.
+        val: the validation rows; never one of ``train``.
+        test: the test rows; never one of ``train`` or ``val``.
+        num_classes: labels are ``0 .. num_classes - 1``.
+        shape: one example before flattening, channels first, as ``(1, 28, 28)``.
+        name: the dataset's name in the configs, as ``mnist``.
+        checksums: md5 of the unpacked bytes of each file behind the rows.
+    """
+
+    train: Rows
+    val: Rows
+    test: Rows
+    num_classes: int
+    shape: tuple[int, ...]
+    name: str
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and labels as they were read.
+
+    Attributes:
+        pixels: shape: (n, channels, height, width), uint8 or floating.
+        labels: shape: (n,), whole numbers.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def draw_rows(settings: DatasetSettings) -> dict[str, np.ndarray]:
+    """Return the row numbers of ``train``, ``val`` and ``test``, as ``settings.order`` says.
+
+    The draw uses numpy's ``RandomState``, whose stream is frozen for good (NEP 19), and nothing global: the same seed gives the
+    same rows on every machine, device and version.
+    """
+    pool, own_test = settings.train_images, settings.test_images
+    if settings.order == "shuffled":
+        random = np.random.RandomState(settings.seed)
+        rows = random.permutation(pool)
+        train, val, rest = np.split(rows, [settings.train, settings.train + settings.val])
+        test = rest if own_test is None else random.permutation(own_test)
+    else:
+        head, tail = (settings.train, settings.val) if settings.order == "head_tail" else (settings.val, settings.train)
+        first, rest, last = np.split(np.arange(pool), [head, pool - tail])
+        train, val = (first, last) if settings.order == "head_tail" else (last, first)
+        test = rest if own_test is None else np.arange(own_test)
+    return {"train": train, "val": val, "test": test[: settings.test]}
+
+
+def check_images(images: Images, name: str, num_classes: int) -> None:
+    """Refuse pixels that are not finite, labels outside the classes, and as many labels as there are not images.
+
+    Raises:
+        DataError: names the dataset, the first bad row and the value seen.
+    """
+    pixels, labels = images.pixels, images.labels
+    if len(pixels) != len(labels):
+        raise DataError(f"{name}: {len(pixels)} images but {len(labels)} labels")
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if bad.size:
+        raise DataError(f"{name}: label {labels[bad[0]]} of row {bad[0]} is outside the classes 0 to {num_classes - 1}")
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        rows = np.flatnonzero(~np.isfinite(pixels).reshape(len(pixels), -1).all(1))
+        raise DataError(f"{name}: row {rows[0]} holds values that are not finite ({rows.size} such rows)")
+
+
+def make_splits(
+    settings: DatasetSettings,
+    train: Images,
+    test: Images | None,
+    *,
+    name: str,
+    num_classes: int,
+    largest: float,
+    checksums: dict[str, str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Splits:
+    """Draw the rows, scale the pixels and move them to the device.
+
+    ``x = pixels / largest``, and with ``normalize=standard`` further ``(x - mean_c) / std_c`` for each channel ``c``, the mean
+    and the standard deviation taken over the training split.
+
+    Args:
+        settings: sizes, order, seed and normalization.
+        train: the images that train and val are drawn from.
+        test: the dataset's own test images; None draws test from ``train`` as well.
+        name: the dataset's name.
+        num_classes: number of classes.
+        largest: the largest possible pixel (16 for digits, 255 for a byte).
+        checksums: md5 of each file behind the images.
+        dtype: floating dtype of ``x``.
+        device: where the rows go.
+
+    Returns:
+        The three splits.
+
+    Raises:
+        DataError: bad labels or values, or another number of images than the dataset has.
+    """
+    for part, images, expected in (("train", train, settings.train_images), ("test", test, settings.test_images)):
+        if images is None:
+            continue
+        check_images(images, f"{name} ({part} images)", num_classes)
+        if len(images.labels) != expected:
+            raise DataError(f"{name}: {len(images.labels)} {part} images, expected {expected}")
+    shape = train.pixels.shape[1:]
+    rows = draw_rows(settings)
+
+    def gather(split: str) -> Rows:
+        images, index = test if split == "test" and test is not None else train, rows[split]
+        x = torch.from_numpy(images.pixels[index]).to(device, dtype).div_(largest)  # shape: (n, channels, height, width)
+        y = torch.from_numpy(images.labels[index].astype(np.int64)).to(device)
+        return Rows(x, y, torch.from_numpy(index.astype(np.int64)).to(device))
+
+    splits = {split: gather(split) for split in ("train", "val", "test")}
+    if settings.normalize == "standard":
+        mean = splits["train"].x.mean((0, 2, 3), keepdim=True)
+        std = splits["train"].x.std((0, 2, 3), correction=0, keepdim=True)
+        for part in splits.values():
+            part.x.sub_(mean).div_(std)
+    flat = {split: Rows(part.x.flatten(1), part.y, part.index) for split, part in splits.items()}
+    return Splits(**flat, num_classes=num_classes, shape=tuple(shape), name=name, checksums=checksums)

@@ -1,0 +1,1 @@
+"""Linear solvers: how the adjoint system ``(I - J^T) v = g`` is solved."""

@@ -1,0 +1,25 @@
+"""Anderson acceleration of ``v <- M v + b``; on a linear system this is GMRES with a sliding window.
+
+Converges where Neumann does not: the spectral radius of ``M`` may be 1 or above as long as ``I - M`` is regular and the window
+spans enough of its spectrum. Reference: Walker & Ni, SIAM J. Numer. Anal. 49, 2011, theorem 2.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
+from hyperopt.settings import LinearAndersonSettings
+from hyperopt.solvers.anderson import Anderson
+
+
+@dataclass(frozen=True)
+class LinearAnderson(LinearAndersonSettings, LinearSolver):
+    """Anderson acceleration of the adjoint iteration; settings in ``LinearAndersonSettings``."""
+
+    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Accelerate ``v <- M v + b``."""
+        anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge)
+        return solve_by_iteration(anderson, self.name, matvec, b, x0, trace)

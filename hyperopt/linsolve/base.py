@@ -1,0 +1,65 @@
+"""``LinearSolver``: solves ``(I - M) v = b`` row by row, given products with ``M``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hyperopt.settings import IterativeSettings
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.iterate import iterate
+from hyperopt.status import SolveStats
+
+
+class MatVec(Protocol):
+    """``matvec(v) = M v``; an operator that can do better than add may also offer ``plus(v, b) = M v + b``."""
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``M v``, shape (rows, dim)."""
+        ...
+
+
+
+@dataclass
+class LinearSolution:
+    """``value`` (rows, dim) and the statistics of the solve; ``stats.evaluations`` counts products with ``M``."""
+
+    value: Tensor
+    stats: SolveStats
+
+
+class LinearSolver(IterativeSettings, ABC):
+    """A method for ``(I - M) v = b``; for the adjoint system ``M = J^T`` and ``b = g``.
+
+    A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
+    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``.
+    """
+
+    @property
+    def name(self) -> str:
+        """The method's name in statistics and messages."""
+        return type(self).__name__
+
+    @abstractmethod
+    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, from ``x0`` (default ``b``), all of shape (rows, dim)."""
+
+
+def solve_by_iteration(
+    solver: FixedPointSolver, name: str, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
+) -> LinearSolution:
+    """Solve ``v = M v + b`` as a fixed point by a forward solver."""
+    plus = getattr(matvec, "plus", None) or (lambda v, b: matvec(v) + b)  # not in place: the product may be v itself
+    run = iterate(
+        solver,
+        lambda v: plus(v, b),
+        b if x0 is None else x0,
+        scale=torch.linalg.vector_norm(b, dim=1),
+        trace=trace,
+    )
+    run.stats.method = name
+    return LinearSolution(run.value, run.stats)

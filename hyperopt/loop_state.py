@@ -1,0 +1,87 @@
+"""Where the outer loop stands: plain values, part of every checkpoint, and the rules for the best step and for stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hyperopt.tasks.base import HypergradientError
+from hyperopt.train_settings import TrainerSettings
+
+
+class MonitorError(ValueError):
+    """``trainer.monitor`` names nothing that the task measures."""
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands.
+
+    Attributes:
+        step: outer steps done.
+        best: the best monitored value so far (None before the first finite one), of step ``best_step``.
+        best_metrics: the row of that step.
+        bad: evaluations in a row without improvement.
+        evaluations: calls of the map so far.
+        vjps: vector-Jacobian products so far.
+        seconds: training time so far, over all sessions.
+        row: metrics of the last step done.
+        evaluated: whether that row holds an evaluation.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    bad: int = 0
+    evaluations: float = 0
+    vjps: float = 0
+    seconds: float = 0.0
+    row: dict[str, float] = field(default_factory=dict)
+    evaluated: bool = False
+
+    def note(self, metrics: Mapping[str, float], trainer: TrainerSettings) -> bool:
+        """Add the evaluation of the last step to its row, and keep it if it is the best; one that is not finite never is.
+
+        Returns:
+            Whether it is the best so far.
+
+        Raises:
+            MonitorError: the evaluation lacks ``trainer.monitor``.
+            HypergradientError: the outer loss is not finite.
+        """
+        value = monitored(metrics, trainer)
+        if not math.isfinite(metrics.get("outer/loss", 0.0)):
+            loss = metrics["outer/loss"]
+            raise HypergradientError(f"step {self.step - 1}: outer/loss is {loss} after the update; lower optimizer.lr")
+        self.row.update({name: float(number) for name, number in metrics.items()})
+        self.evaluated = True
+        sign = 1 if trainer.mode == "min" else -1
+        if not math.isfinite(value) or (self.best is not None and sign * value >= sign * self.best):
+            self.bad += 1
+            return False
+        self.best, self.best_step, self.best_metrics, self.bad = value, self.step - 1, dict(self.row), 0
+        return True
+
+    def stop_reason(self, trainer: TrainerSettings) -> str | None:
+        """Return the key that says why the loop ends now, or None."""
+        if self.step >= trainer.max_steps:
+            return "trainer.max_steps"
+        if trainer.patience is not None and self.bad >= trainer.patience:
+            return "trainer.patience"
+        if trainer.max_seconds is not None and self.seconds >= trainer.max_seconds:
+            return "trainer.max_seconds"
+        return None
+
+
+def monitored(metrics: Mapping[str, float], trainer: TrainerSettings) -> float:
+    """Return the monitored quantity of an evaluation.
+
+    Raises:
+        MonitorError: the evaluation does not have it.
+    """
+    if trainer.monitor not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise MonitorError(f"trainer.monitor={trainer.monitor!r} is none of the task's metrics {known}; change trainer.monitor")
+    return float(metrics[trainer.monitor])

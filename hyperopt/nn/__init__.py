@@ -1,0 +1,1 @@
+"""Building blocks of equilibrium models: orthogonal and contractive matrices, cells, the model; import by module."""

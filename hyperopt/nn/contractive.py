@@ -1,0 +1,171 @@
+"""Matrices that are contractions in the spectral norm, whatever the optimizer does to their parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt.nn.householder import HouseholderProduct
+
+
+@torch.no_grad()
+def spectral_norm_bound(matrix: Tensor, squarings: int = 10) -> Tensor:
+    """Return a number that the spectral norm cannot exceed, by matrix products alone (a GPU is slow at the SVD).
+
+    With ``G = A^T A`` and ``m = 2^squarings``: ``|A| = |G^m|^(1 / 2m) <= |G^m|_F^(1 / 2m) <= n^(1 / 4m) |A|``, so 10 squarings
+    are at most 0.2 % too large for n = 1000. Computed in float64, rounding included.
+
+    Args:
+        matrix: A. shape: (n, m)
+        squarings: each halves the relative excess.
+
+    Returns:
+        A float64 scalar on the matrix's device; NaN or inf where an entry is.
+    """
+    a = matrix.detach().double()
+    largest = a.abs().amax()
+    a = a / torch.where(largest > 0, largest, 1.0)
+    log_norm = torch.zeros((), dtype=a.dtype, device=a.device)
+    power = a.T @ a
+    for k in range(squarings + 1):
+        scale = torch.linalg.matrix_norm(power)  # keeps the powers in range: the product of the scales is the norm
+        safe = torch.where(scale > 0, scale, 1.0)
+        log_norm = log_norm + safe.log() / 2 ** (k + 1)
+        if k < squarings:
+            power = (power / safe) @ (power / safe)
+    # A product of matrices of F-norm 1 is off by at most n eps, and its own F-norm is at least 1 / sqrt(n).
+    slack = 1 + 4 * max(a.shape) ** 1.5 * torch.finfo(a.dtype).eps
+    return largest * log_norm.exp() * slack
+
+
+class ContractiveMatrix(nn.Module, ABC):
+    """A square matrix A with a known bound of its spectral norm.
+
+    Attributes:
+        n: its size.
+    """
+
+    n: int
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Return A, differentiable in the parameters. shape: (n, n)."""
+
+    @abstractmethod
+    def norm_bound(self) -> Tensor:
+        """Return a rigorous upper bound of ``|A|_2``, as a float64 scalar without a gradient."""
+
+    def project_(self) -> None:
+        """Bring the parameters back to where A is a contraction; call after every update."""
+
+    def forward(self) -> Tensor:
+        """Return ``matrix()``."""
+        return self.matrix()
+
+
+class HouseholderContraction(ContractiveMatrix):
+    """``A = P D P`` with P a product of reflections and ``D = diag((1 - margin) sigmoid(d))``, so ``|A| < 1 - margin``.
+
+    Args:
+        n: size of A.
+        reflections: reflections in P, 1 to n.
+        margin: distance of the norm's bound from 1, in (0, 1).
+        generator: draws P (None: torch's global one); d starts at zero, so D at ``(1 - margin) / 2``.
+
+    Attributes:
+        product: P, a ``HouseholderProduct``, with the parameter ``vectors``. shape: (reflections, n)
+        d: parameter. shape: (n,)
+
+    Raises:
+        ValueError: a size or the margin is out of range.
+    """
+
+    def __init__(self, n: int, reflections: int, margin: float = 0.8, *, generator: torch.Generator | None = None) -> None:
+        """Check the numbers and draw P."""
+        super().__init__()
+        if not 0 < margin < 1:
+            raise ValueError(f"margin={margin} is not in (0, 1); change margin")
+        self.n, self.margin = n, margin
+        self.product = HouseholderProduct(n, reflections, generator=generator)
+        self.d = nn.Parameter(torch.zeros(n))
+
+    def matrix(self) -> Tensor:
+        """Return A, computed in float64 at O(n^2 reflections). shape: (n, n)."""
+        diagonal = (1 - self.margin) * torch.sigmoid(self.d.double())
+        dp = diagonal[:, None] * self.product.form(torch.float64)
+        return self.product.rotate(dp.T, transpose=True).T.to(self.d.dtype)  # P X = (X^T P^T)^T
+
+    def norm_bound(self) -> Tensor:
+        """Return the largest entry of D, and what the rounding of A to its dtype may add."""
+        largest = (1 - self.margin) * torch.sigmoid(self.d.detach().double()).amax()
+        # |A' - A| <= eps |A|_F <= eps sqrt(n) |A|
+        return largest * (1 + math.sqrt(self.n) * torch.finfo(self.d.dtype).eps + 4 * self.n * torch.finfo(torch.float64).eps)
+
+    def extra_repr(self) -> str:
+        """Return the numbers."""
+        return f"margin={self.margin}"
+
+
+class ProjectedMatrix(ContractiveMatrix):
+    """A free matrix A that ``project_`` brings back onto the ball ``|A|_2 <= max_norm``.
+
+    Args:
+        n: size of A.
+        max_norm: radius, in (0, 1).
+        init_scale: standard deviation of the initial entries, at least 0; A starts inside the ball, whatever it is.
+        generator: draws A (None: torch's global one).
+
+    Attributes:
+        A: the parameter. shape: (n, n)
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, n: int, max_norm: float = 0.99, init_scale: float = 0.01, *, generator: torch.Generator | None = None
+    ) -> None:
+        """Check the numbers, draw A and project it."""
+        super().__init__()
+        if n < 1:
+            raise ValueError(f"n={n} must be at least 1; change n")
+        if not 0 < max_norm < 1:
+            raise ValueError(f"max_norm={max_norm} is not in (0, 1); change max_norm")
+        if not 0 <= init_scale < math.inf:
+            raise ValueError(f"init_scale={init_scale} is not in [0, inf); change init_scale")
+        self.n, self.max_norm = n, max_norm
+        drawn = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        self.A = nn.Parameter((init_scale * drawn).to(torch.get_default_dtype()))
+        self.project_()
+
+    def matrix(self) -> Tensor:
+        """Return A itself. shape: (n, n)."""
+        return self.A
+
+    def norm_bound(self) -> Tensor:
+        """Return ``spectral_norm_bound(A)``."""
+        return spectral_norm_bound(self.A)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Replace A by the nearest matrix of norm at most ``max_norm``, in the Frobenius norm: singular values are clipped.
+
+        The SVD, in float64, is done only if a bound that costs less does not already show that A is inside. A matrix with
+        entries that are not finite is left as it is, for the check of the outer loss to find.
+        """
+        a = self.A.detach().double()
+        cheap = torch.minimum(torch.linalg.matrix_norm(a), (a.abs().sum(0).amax() * a.abs().sum(1).amax()).sqrt())
+        if not bool(cheap > self.max_norm) or not bool(cheap.isfinite()) or bool(spectral_norm_bound(a) <= self.max_norm):
+            return
+        u, s, vh = torch.linalg.svd(a)
+        # Rounding to A's dtype may add eps sqrt(n) |A| to the norm, and the products some eps n: the ball is entered by that.
+        slack = math.sqrt(self.n) * torch.finfo(self.A.dtype).eps + 4 * self.n * torch.finfo(a.dtype).eps
+        if bool(s[0] > self.max_norm):
+            self.A.copy_((u * s.clamp(max=self.max_norm * (1 - slack))) @ vh)
+
+    def extra_repr(self) -> str:
+        """Return the numbers."""
+        return f"n={self.n}, max_norm={self.max_norm}"

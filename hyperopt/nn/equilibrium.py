@@ -1,0 +1,248 @@
+"""The equilibrium model ``w_i = phi(w_i, x_i)`` with a linear classifier on ``w_i``, and its tanh-affine cell.
+
+Everything that does not depend on the state (``B x_i + c``, the matrix A) is computed once a call, in ``Cell.terms``, and not in
+the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hyperopt.nn.contractive import ContractiveMatrix
+from hyperopt.primitive import fixed_point
+from hyperopt.status import Solution
+
+
+class TanhAffine(nn.Module):
+    """``phi(w, u, A) = tanh(w A + u)``, with its pullback in closed form."""
+
+    def forward(self, w: Tensor, u: Tensor, A: Tensor) -> Tensor:
+        """Return ``tanh(w A + u)``. shapes: w (rows, n), u (rows, n), A (n, n)."""
+        return torch.addmm(u, w, A).tanh_()
+
+    def pullback(self, w: Tensor, fw: Tensor, u: Tensor, A: Tensor) -> TanhAffinePullback:
+        """Return the vector-Jacobian products of phi at ``w``, given ``fw = phi(w, u, A)``."""
+        return TanhAffinePullback(w, fw, A)
+
+
+class TanhAffinePullback:
+    """``v -> (v s) A^T`` for the state, ``v -> v s`` for u, ``v -> w^T (v s)`` for A, with ``s = 1 - tanh^2``.
+
+    Args:
+        w: where. shape: (rows, n)
+        fw: ``phi(w)``. shape: (rows, n)
+        A: shape: (n, n)
+    """
+
+    def __init__(self, w: Tensor, fw: Tensor, A: Tensor) -> None:
+        """Compute s once."""
+        self.w, self.A = w, A
+        self.slope = torch.addcmul(fw.new_ones(()), fw, fw, value=-1)
+
+    def state(self, v: Tensor) -> Tensor:
+        """Return ``J^T v`` row by row: one elementwise pass and one matrix product."""
+        return (v * self.slope) @ self.A.T
+
+    def state_plus(self, v: Tensor, g: Tensor) -> Tensor:
+        """Return ``J^T v + g``, in the same one product."""
+        return torch.addmm(g, v * self.slope, self.A.T)
+
+    def args(self, v: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the products for ``(u, A)``, None where ``needs`` is false."""
+        pulled = v * self.slope
+        return pulled if needs[0] else None, self.w.T @ pulled if needs[1] else None
+
+
+class Cell(nn.Module, ABC):
+    """An inner map and its hyperparameters; derive from it for a cell of your own.
+
+    Attributes:
+        state_size: entries of one state.
+        phi: the map, called ``phi(w, *terms)``; it may have a ``pullback`` as ``TanhAffine`` has.
+        row_args: which of the terms have one row per example.
+    """
+
+    state_size: int
+    phi: Callable[..., Tensor]
+    row_args: tuple[int, ...] = (0,)
+
+    @abstractmethod
+    def terms(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what phi needs beside the state, computed once a solve. shape of x: (rows, features)."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the hyperparameters, named and grouped."""
+        return {"cell": list(self.parameters())}
+
+    def project_(self) -> None:
+        """Bring the hyperparameters back to where phi contracts; called after every update."""
+
+    def compile_map(self) -> None:
+        """Compile phi with ``torch.compile``, in place where it is a module (its pullback stays)."""
+        if isinstance(self.phi, nn.Module):
+            self.phi.compile()
+        else:
+            self.phi = torch.compile(self.phi)
+
+
+class EquilibriumCell(Cell):
+    """``phi(w_i) = tanh(w_i A + B x_i + c)``, a contraction if ``|A| < 1``.
+
+    Args:
+        features: entries of one x_i.
+        state_size: entries of one state w_i.
+        recurrent: A, of that size.
+        bias: whether there is a c; it starts at zero.
+        input_scale: standard deviation of the normal initial entries of B (None: uniform, as in ``torch.nn.Linear``).
+        generator: draws B (None: torch's global one).
+
+    Attributes:
+        recurrent: A. shape: (state_size, state_size)
+        B: parameter. shape: (state_size, features)
+        c: parameter, or None. shape: (state_size,)
+
+    Raises:
+        ValueError: a size below 1, or a matrix of another size.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        state_size: int,
+        recurrent: ContractiveMatrix,
+        bias: bool = True,
+        *,
+        input_scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Check the sizes and draw B."""
+        super().__init__()
+        for name, size in (("features", features), ("state_size", state_size)):
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1; change {name}")
+        if recurrent.n != state_size:
+            raise ValueError(f"recurrent is {recurrent.n} x {recurrent.n}, but state_size={state_size}; change one of them")
+        self.features, self.state_size = features, state_size
+        self.phi = TanhAffine()
+        self.recurrent = recurrent
+        self.B = nn.Parameter(draw((state_size, features), features, input_scale, generator))
+        self.c = nn.Parameter(torch.zeros(state_size)) if bias else None
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``u = x B^T + c`` and A.
+
+        Raises:
+            ValueError: the rows of x have another size.
+        """
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but the cell takes (rows, features={self.features}); change features"
+            )
+        return functional.linear(x, self.B, self.c), self.recurrent.matrix()
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the groups A, B and, with a bias, c."""
+        groups = {"A": list(self.recurrent.parameters()), "B": [self.B]}
+        return groups if self.c is None else {**groups, "c": [self.c]}
+
+    def project_(self) -> None:
+        """Project A."""
+        self.recurrent.project_()
+
+
+class EquilibriumModel(nn.Module):
+    """``logits_i = classifier(w_i)`` at the fixed point ``w_i = phi(w_i, x_i)``.
+
+    Args:
+        cell: the inner map.
+        classifier: from states to logits.
+        solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
+        adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
+        policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
+
+    Attributes:
+        solution: the latest solve, its value detached; ``solution.adjoint`` is there after backward.
+    """
+
+    def __init__(self, cell: Cell, classifier: nn.Linear, solver: Any = None, adjoint: Any = None, policy: str = "warn") -> None:
+        """Check that the sizes meet.
+
+        Raises:
+            ValueError: the classifier takes states of another size.
+        """
+        super().__init__()
+        if classifier.in_features != cell.state_size:
+            raise ValueError(
+                f"the classifier takes {classifier.in_features} features, but the cell has state_size={cell.state_size}; "
+                f"change one of them"
+            )
+        self.cell, self.classifier = cell, classifier
+        self.solver, self.adjoint, self.policy = solver, adjoint, policy
+        self.solution: Solution | None = None
+
+    def forward(self, x: Tensor, w0: Tensor | None = None, trace: bool = False) -> Tensor:
+        """Return the logits. shape: (rows, classes).
+
+        Args:
+            x: shape: (rows, features)
+            w0: where the solve starts (None: zero). shape: (rows, state_size)
+            trace: keep the residual after every iteration.
+        """
+        terms = self.cell.terms(x)
+        if w0 is None:
+            w0 = x.new_zeros(x.shape[0], self.cell.state_size)
+        solution = fixed_point(
+            self.cell.phi,
+            w0,
+            args=terms,
+            rows="batch",
+            row_args=self.cell.row_args,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            policy=self.policy,
+            trace=trace,
+        )
+        self.solution = dataclasses.replace(solution, value=solution.value.detach())  # the graph belongs to the caller alone
+        return self.classifier(solution.value)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the cell's groups and ``classifier``."""
+        return {**self.cell.groups(), "classifier": list(self.classifier.parameters())}
+
+
+def draw(shape: tuple[int, ...], fan_in: int, scale: float | None, generator: torch.Generator | None = None) -> Tensor:
+    """Return initial entries: normal ones of deviation ``scale``, or, for None, uniform ones in ``+-1 / sqrt(fan_in)``.
+
+    Drawn in float64 and rounded to the default dtype, so that one seed gives the same model in every precision.
+    """
+    if scale is None:
+        drawn = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / math.sqrt(fan_in)
+    else:
+        drawn = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return drawn.to(torch.get_default_dtype())
+
+
+def linear_classifier(
+    state_size: int, classes: int, scale: float | None = None, generator: torch.Generator | None = None
+) -> nn.Linear:
+    """Return a linear classifier.
+
+    Args:
+        state_size: entries of one state.
+        classes: number of classes.
+        scale: deviation of its normal initial weights, with a zero bias (None: ``torch.nn.Linear``'s uniform ones for both).
+        generator: draws them (None: torch's global one).
+    """
+    classifier = nn.Linear(state_size, classes)
+    with torch.no_grad():
+        classifier.weight.copy_(draw((classes, state_size), state_size, scale, generator))
+        classifier.bias.copy_(draw((classes,), state_size, 0.0 if scale is not None else None, generator))
+    return classifier

@@ -1,0 +1,42 @@
+"""What happens when a solve fails: raise, warn once a run and kind, fall back, or nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from hyperopt.status import SolveStats
+
+log = logging.getLogger("hyperopt")
+_warned: set[tuple[str, str, str]] = set()
+
+
+class SolveError(RuntimeError):
+    """A solve failed under ``policy="raise"``; the message names the status, the residual and what to change."""
+
+
+class SolveWarning(UserWarning):
+    """A solve failed under ``policy="warn"`` or with every fallback."""
+
+
+def reset_warnings() -> None:
+    """Start a new run: each kind of failure is warned of once more."""
+    _warned.clear()
+
+
+def report(stats: SolveStats, policy: str, what: str) -> None:
+    """Apply ``policy`` to the statistics of the solve named ``what`` (``"inner"`` or ``"adjoint"``)."""
+    if policy == "ignore" or not stats.status.failed:
+        return
+    text = f"{what} solve: {stats.describe()}"
+    if policy == "raise":
+        raise SolveError(text)
+    key = (what, stats.method, stats.status.name)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(text, SolveWarning, stacklevel=4)
+
+
+def note_fallback(stats: SolveStats, following: str, what: str) -> None:
+    """Log the switch to the method named ``following`` after a failed solve."""
+    log.warning("%s solve: %s; falling back to %s", what, stats.describe(), following)

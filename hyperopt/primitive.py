@@ -1,0 +1,86 @@
+"""``fixed_point``: the one primitive. How you solve and how you differentiate are separate arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from hyperopt.adjoints.base import Adjoint, Problem
+from hyperopt.adjoints.implicit import Implicit
+from hyperopt.settings import POLICIES
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.picard import Picard
+from hyperopt.status import Solution
+from hyperopt.tree import layout_of
+
+
+def fixed_point(
+    phi: Callable[..., Any],
+    w0: Any,
+    args: tuple[Any, ...] = (),
+    *,
+    rows: str = "auto",
+    row_args: Sequence[int] = (),
+    solver: FixedPointSolver | None = None,
+    adjoint: Adjoint | None = None,
+    policy: str = "warn",
+    fallback: Sequence[FixedPointSolver] = (),
+    trace: bool = False,
+) -> Solution:
+    r"""Solve ``w = phi(w, *args)``, differentiably.
+
+    The value is differentiable in the tensors of ``args`` and in every tensor that ``phi`` closes over. With the implicit adjoint,
+
+    .. math:: dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.
+
+    Args:
+        phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
+            be deterministic and must not change the state in place.
+        w0: where the solve starts: a tensor, or a tuple, list or dict of tensors (nested too), floating point. Not differentiated.
+        args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
+            derivative; closures work otherwise.
+        rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: everything is
+            one row; ``"auto"``: batch if all leaves have two dimensions or more and share the first.
+        row_args: places in ``args`` of tensors with one leading row for each row of the state. If ``phi`` takes all that
+            belongs to a row this way, rows that have converged are dropped from the batch.
+        solver: how to solve (default ``Picard()``).
+        adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
+        policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
+        fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson).
+        trace: measure the residual at every iteration, forward and backward.
+
+    Returns:
+        ``Solution``: ``value``; ``forward`` and, after a backward, ``adjoint`` with status, iterations, residuals and costs.
+
+    Raises:
+        TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure or shape.
+        SolveError: a solve failed under ``policy="raise"``.
+        ClosureError: the map uses a tensor in a way that would lose its derivative.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Bai et al., NeurIPS 2019, arXiv 1909.01377.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a = torch.tensor(0.5, requires_grad=True)
+        >>> sol = hyperopt.fixed_point(lambda w: torch.cos(a * w), torch.zeros(()))
+        >>> sol.value.backward()
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"fixed_point: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
+    if not isinstance(args, tuple):
+        raise TypeError(f"fixed_point: args is a {type(args).__name__}; give a tuple, args=(x,) for one argument")
+    solver = Picard() if solver is None else solver
+    adjoint = Implicit() if adjoint is None else adjoint
+    if not isinstance(solver, FixedPointSolver):
+        raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    layout = layout_of(w0, rows)
+    for i in row_args:
+        if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
+            raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
+    start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
+    return adjoint.run(Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), trace))

@@ -1,0 +1,139 @@
+"""The typed schema of every config: group options, and the top level of ``configs/train.yaml``.
+
+A settings class is the one source of a method's keys, types, defaults and ranges. ``register`` turns each into a schema node
+``schema/<group>/<name>``, which ``configs/<group>/<name>.yaml`` names first in its defaults list, so that composing refuses a
+wrong key or type. Free of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from hyperopt import settings as core
+from hyperopt import train_settings as train
+from hyperopt.data import settings as data
+from hyperopt.resolvers import register_resolvers
+from hyperopt.tasks import settings as tasks
+
+
+def config_root() -> Traversable:
+    """Return the directory of the configs: ``configs/`` of a checkout or an editable install, else the one inside the wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "configs"
+    if not (package / "configs").is_dir() and (checkout / "train.yaml").is_file():
+        return checkout
+    return resources.files("hyperopt.configs")
+
+
+def config_path() -> str:
+    """Return ``config_root()`` in the form that Hydra takes."""
+    root = config_root()
+    return str(root) if isinstance(root, Path) else "pkg://hyperopt.configs"
+
+
+def _targeted(settings: type, target: str, **nested: type) -> type:
+    """Return ``settings`` with a ``_target_``, and with the fields of ``nested`` typed by the classes given for them."""
+    extra: list[tuple[str, Any, Any]] = [("_target_", str, target)]
+    extra += [(name, kind, field(default_factory=kind)) for name, kind in nested.items()]
+    return dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
+
+
+NEUMANN = _targeted(core.NeumannSettings, "hyperopt.linsolve.neumann.Neumann")
+LINEAR_ANDERSON = _targeted(core.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson")
+IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
+
+SCHEMA: dict[str, type] = {
+    "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
+    "task/cell/projected": _targeted(tasks.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
+    "task/cell/householder": _targeted(tasks.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
+    "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
+    "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
+    "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
+    "solver/picard": _targeted(core.PicardSettings, "hyperopt.solvers.picard.Picard"),
+    "solver/anderson": _targeted(core.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
+    "adjoint/neumann": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=NEUMANN),
+    "adjoint/anderson": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=LINEAR_ANDERSON),
+    "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),
+    "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
+    "optimizer/momentum": _targeted(train.MomentumSettings, "hyperopt.optim.Momentum"),
+    "optimizer/adam": _targeted(train.AdamSettings, "hyperopt.optim.Adam"),
+    "optimizer/adamw": _targeted(train.AdamWSettings, "hyperopt.optim.AdamW"),
+    "optimizer/lbfgs": _targeted(train.LBFGSSettings, "hyperopt.optim.LBFGS"),
+    "trainer/default": _targeted(train.TrainerSettings, "hyperopt.train_settings.TrainerSettings"),
+}
+"""Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
+
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), NEUMANN, LINEAR_ANDERSON)}
+"""The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """Directories, relative to the working directory: datasets, single runs, and sweeps."""
+
+    data: str = MISSING
+    output: str = MISSING
+    multirun: str = MISSING
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The top level of ``configs/train.yaml``.
+
+    name: the experiment's name, the first directory under ``paths.output``.
+    seed: seeds initialisation, splits and data order, 0 to 2**32 - 1.
+    device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    precision: ``float32`` or ``float64``.
+    compile: compile the map with ``torch.compile``.
+    mode: ``train``, or ``evaluate`` a checkpoint without training.
+    ckpt_path: the checkpoint to continue from or to evaluate.
+    resume: ``auto`` continues the run in ``hydra.run.dir`` if there is one.
+    threads: CPU threads of one operation (None: torch's choice).
+    allow_targets: top-level packages beside ``hyperopt`` that a ``_target_`` may name; counts on the command line only.
+    """
+
+    name: str = "train"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    compile: bool = False
+    mode: str = "train"
+    ckpt_path: str | None = None
+    resume: str = "never"
+    threads: int | None = None
+    allow_targets: list[str] = field(default_factory=list)
+    task: Any = MISSING
+    dataset: Any = MISSING
+    solver: Any = MISSING
+    adjoint: Any = MISSING
+    optimizer: Any = MISSING
+    trainer: Any = MISSING
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+def register() -> None:
+    """Put the schema and the resolvers where Hydra finds them; safe to call again."""
+    register_resolvers(config_root())
+    store = ConfigStore.instance()
+    for path, node in {**SCHEMA, "train": TrainConfig}.items():
+        group, _, name = f"schema/{path}".rpartition("/")
+        schema = OmegaConf.structured(node)
+        OmegaConf.set_readonly(schema, None)  # a frozen dataclass makes a read-only node, which no override could change
+        store.store(group=group, name=name, node=_writable(schema), provider="hyperopt")
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    """Lift the read-only flag of every nested node of ``node`` too."""
+    for key in node:
+        if isinstance(child := node._get_node(key), DictConfig):
+            OmegaConf.set_readonly(child, None)
+            _writable(child)
+    return node

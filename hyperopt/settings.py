@@ -1,0 +1,143 @@
+"""Settings of every solver and adjoint: frozen, validated, and free of torch.
+
+The method classes (``hyperopt.solvers.picard.Picard``, ...) inherit from these, and the config schema is made from them, so a
+setting has one name, one default and one check in code, YAML and ``--help``.
+
+Names shared by all iterative methods:
+    rtol: relative tolerance on the true residual, row by row; 0 with ``atol=0`` means "exactly ``max_steps``".
+    atol: absolute tolerance on the true residual; a row stops at ``residual <= atol + rtol * scale``.
+    max_steps: most evaluations of the map (solvers, T) or vjps (linear solvers, K).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+POLICIES = ("raise", "warn", "fallback", "ignore")
+
+
+def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse a field of ``owner`` that is not a finite number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
+    value = getattr(owner, name)
+    if isinstance(value, str) and "${" in value:  # an interpolation that Hydra has yet to resolve
+        return
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or value < low or (open_low and value <= low):
+        bracket = "(" if open_low else "["
+        end = "inf)" if high == math.inf else f"{high}]"
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in {bracket}{low}, {end}; change {name}")
+
+
+def check_count(owner: Any, name: str, low: int = 1) -> None:
+    """Refuse a field of ``owner`` that is not a whole number of at least ``low``."""
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
+
+
+def check_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Refuse a field of ``owner`` that is none of ``choices``."""
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(choices)}; change {name}")
+
+
+@dataclass(frozen=True)
+class IterativeSettings:
+    """What every iterative method has: tolerances and a budget."""
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "rtol", 0.0)
+        check_number(self, "atol", 0.0)
+        check_count(self, "max_steps")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether exactly ``max_steps`` steps are asked for."""
+        return self.rtol == 0 and self.atol == 0
+
+
+@dataclass(frozen=True)
+class PicardSettings(IterativeSettings):
+    """``w <- (1 - damping) w + damping phi(w)``; ``damping=1`` is the plain iteration."""
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
+
+
+@dataclass(frozen=True)
+class AndersonSettings(IterativeSettings):
+    """Anderson acceleration over the last ``window`` steps.
+
+    ridge is relative: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals, so that the method does
+    the same on a map scaled by any factor.
+    """
+
+    window: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-10
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "window")
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
+        check_number(self, "ridge", 0.0)
+
+
+@dataclass(frozen=True)
+class NeumannSettings(IterativeSettings):
+    """``v <- J^T v + g`` from ``v = g``: the truncated Neumann series."""
+
+    rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LinearAndersonSettings(AndersonSettings):
+    """Anderson acceleration of ``v <- J^T v + g``; same settings as the solver of that name."""
+
+    rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ImplicitSettings:
+    """The implicit function theorem: solve ``(I - J^T) v = g``, then one closing vjp.
+
+    linear_solver: how the adjoint system is solved (default Neumann to a tolerance).
+    policy: what to do when it fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+    fallback: linear solvers tried in turn under ``policy=fallback``.
+    allow_inexact: let a fixed-K adjoint be differentiated again, although its second derivative is not exact.
+    warm_start: start the linear solver from ``adjoint_start`` where the caller has one.
+    """
+
+    linear_solver: Any = None
+    policy: str = "warn"
+    fallback: Any = field(default_factory=tuple)
+    allow_inexact: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        check_choice(self, "policy", POLICIES)
+
+
+@dataclass(frozen=True)
+class UnrolledSettings:
+    """Differentiate through the solver's own steps; ``last=k`` keeps only the last ``k`` of them (None: all)."""
+
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.last is not None:
+            check_count(self, "last")

@@ -1,0 +1,1 @@
+"""Forward solvers: how the fixed point ``w = phi(w)`` is found."""

@@ -1,0 +1,295 @@
+"""The driver of every fixed-point method: stopping, freezing, best iterate and statistics.
+
+    k = 1, 2, ...:   fw = phi(w);  residual_i = ||fw_i - w_i||;  row i stops at residual_i <= atol + rtol ||fw_i||
+
+What it guarantees:
+- A residual is always ``||phi(w) - w||`` of the iterate that it is reported for, measured, never a step length.
+- Rows stop one by one. A row that has stopped does not move, and is dropped from the batch where the map can take a part of
+  its rows. One last evaluation of all rows ends every solve; a stopped row whose residual rose there is ``coupled_rows``.
+- That last evaluation is made through ``last``, in which the caller builds its graph, so no evaluation is spent on it.
+- With ``rtol=0, atol=0`` exactly ``max_steps`` evaluations and steps are made: the value is the iterate after them, the residual
+  that of the last evaluation.
+- Tolerances are raised to the rounding floor of the dtype, which no residual can pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import SolveStats, Status
+
+Map = Callable[[Tensor], Tensor]
+FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
+DIVERGED = 1e3  # a residual this many times the best one seen, and above the first, ends a row
+COUPLED = 4.0  # a stopped row may rise to this many times its tolerance by rounding alone
+
+
+@dataclass
+class Iterate:
+    """Result of a driver run: ``value`` (rows, dim) and its statistics."""
+
+    value: Tensor
+    stats: SolveStats
+
+
+def iterate(
+    solver: FixedPointSolver,
+    phi: Map,
+    w0: Tensor,
+    *,
+    last: Map | None = None,
+    some: Callable[[Tensor], Map] | None = None,
+    scale: Tensor | None = None,
+    trace: bool = False,
+) -> Iterate:
+    """Run ``solver`` on ``phi`` from ``w0``.
+
+    Args:
+        solver: the method; its ``rtol``, ``atol`` and ``max_steps`` are the limits.
+        phi: the map on (rows, dim) matrices.
+        w0: initial state, shape (rows, dim).
+        last: used in place of ``phi`` for the last evaluation, of all rows. Without it no evaluation is made after the
+            tolerance is met, and the value is the iterate at which it was.
+        some: ``some(index)`` is the map of the rows in ``index``; given, stopped rows are dropped.
+        scale: what each row's residual is relative to, shape (rows,); by default ``||phi(w)||``.
+        trace: measure the residual at every evaluation, also when the number of steps is fixed.
+
+    Returns:
+        The value and its statistics.
+    """
+    if w0.numel() == 0:
+        (last or phi)(w0)
+        empty = w0.new_zeros(w0.shape[0])
+        zeros = torch.zeros_like(empty, dtype=torch.long)
+        return Iterate(w0, SolveStats(zeros + Status.converged, zeros, empty, empty, evaluations=1, method=solver.name))
+    if solver.fixed:
+        return _fixed(solver, phi, w0, last or phi, scale, trace)
+    return _Adaptive(solver, phi, w0, last, some, scale).run()
+
+
+def relative(difference: Tensor, scale: Tensor) -> Tensor:
+    """``difference / scale``, 0 where both are 0."""
+    return torch.where(difference == 0, torch.zeros_like(difference), difference / scale)
+
+
+def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Tensor | None, trace: bool) -> Iterate:
+    """Exactly ``max_steps`` evaluations and steps; the residual is measured at the last one and at two before it."""
+    steps = solver.max_steps
+    probes = {min(1, steps - 1), max(0, steps - 5), steps - 1}
+    w, state = w0, solver.init(w0)
+    residuals: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    size = w0
+    for k in range(steps):
+        fw = phi(w) if k < steps - 1 else last(w)
+        if trace or k in probes:
+            difference, size = torch.linalg.vector_norm(fw - w, dim=1), torch.linalg.vector_norm(fw, dim=1)
+            residuals[k] = relative(difference, size if scale is None else scale)
+            norms[k] = torch.linalg.vector_norm(difference)
+        w, state = solver.step(state, w, fw)
+    residual = residuals[steps - 1]
+    status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
+    late, floor = max(0, steps - 5), 4 * FLOOR * torch.finfo(w0.dtype).eps * float(torch.linalg.vector_norm(size))
+    start = late if float(norms[steps - 1]) > floor else min(1, steps - 1)  # at the rounding floor only the whole run tells
+    stats = SolveStats(
+        status,
+        torch.full_like(status, steps),
+        residual,
+        size if scale is None else scale,
+        evaluations=steps,
+        contraction=_rate(float(norms[start]), float(norms[steps - 1]), steps - 1 - start),
+        trace=torch.stack([residuals[k].max() for k in sorted(residuals)]) if trace else w0.new_empty(0),
+        method=solver.name,
+    )
+    return Iterate(w, stats)
+
+
+def _rate(first: float, end: float, steps: int) -> float:
+    """Contraction factor from the decay of the residual norm over ``steps`` steps; NaN where it cannot be told.
+
+    A Rayleigh quotient would say 0 for a rotation of radius 0.9; the decay says 0.9.
+    """
+    known = steps > 0 and first > 0 and math.isfinite(first) and math.isfinite(end)
+    return (end / first) ** (1.0 / steps) if known else math.nan
+
+
+class _Adaptive:
+    """A run to a tolerance, row by row."""
+
+    def __init__(
+        self,
+        solver: FixedPointSolver,
+        phi: Map,
+        w0: Tensor,
+        last: Map | None,
+        some: Callable[[Tensor], Map] | None,
+        scale: Tensor | None,
+    ) -> None:
+        self.solver, self.phi, self.last, self.some, self.given_scale = solver, phi, last, some, scale
+        rows = w0.shape[0]
+        self.w = w0  # (rows, dim): the iterate of every row
+        self.active = torch.ones(rows, dtype=torch.bool, device=w0.device)
+        self.status = torch.full((rows,), int(Status.max_steps), device=w0.device)
+        self.iterations = torch.zeros(rows, dtype=torch.long, device=w0.device)
+        self.residual = w0.new_full((rows,), math.inf)  # relative
+        self.best_w, self.best = w0, w0.new_full((rows,), math.inf)  # absolute residual norms
+        self.first = w0.new_full((rows,), math.inf)
+        self.best_at = torch.zeros_like(self.iterations)
+        self.floor = FLOOR * torch.finfo(w0.dtype).eps
+        self.difference = self.scale = self.tolerance = self.best  # absolute residual norms, what they are relative to, limits
+        self.met = self.lost = torch.zeros_like(self.active)  # rows that the latest evaluation ended well, and badly
+        # Rows put back on their best iterate at the end, and those of them whose best is the first: they only grew.
+        self.returned = self.grew = torch.zeros_like(self.active)
+        self.trace: list[Tensor] = []
+        self.ratios: list[Tensor] = []  # decay of the residual from one evaluation to the next, over the rows in both
+        self.evaluations = 0
+
+    def run(self) -> Iterate:
+        solver = self.solver
+        state = solver.init(self.w)
+        settling = False  # every row met its tolerance: the next evaluation is the last, if it says so too
+        index: Tensor | None = None  # the rows still in the batch, when stopped rows were dropped
+        for k in range(1, solver.max_steps + 1):
+            closing = self.last is not None and (settling or k == solver.max_steps)
+            if closing:
+                if index is not None:
+                    state, index = None, None  # all rows are back; a method's history is not
+                if k == solver.max_steps and not settling and k > 1:
+                    self._take_best()
+                assert self.last is not None
+                fw = self.last(self.w)
+                self._measure(k, self.w, fw, None, closing=True)
+                if self._closed(k):
+                    break
+                settling = False
+                state = solver.init(self.w) if state is None else state
+                continue_from = fw
+            else:
+                w = self.w if index is None else self.w[index]
+                fw = self.phi(w) if index is None or self.some is None else self.some(index)(w)
+                self._measure(k, w, fw, index)
+                if self.last is None and not bool(self.active.any()):
+                    break
+                continue_from = fw
+            state, index = self._advance(state, index, continue_from)
+            settling = not bool(self.active.any())
+        if self.last is None:
+            self._take_best()
+        return self._result()
+
+    def _measure(self, k: int, w: Tensor, fw: Tensor, index: Tensor | None, *, closing: bool = False) -> None:
+        """Residuals of the rows in the batch, what they say of each row, and the best iterate of each."""
+        self.evaluations += 1
+        difference = torch.linalg.vector_norm(fw - w, dim=1)
+        size = torch.linalg.vector_norm(fw, dim=1)
+        if index is not None:
+            difference = torch.zeros_like(self.best).index_copy(0, index, difference)
+            size = torch.ones_like(self.best).index_copy(0, index, size)
+        scale = size if self.given_scale is None else self.given_scale
+        self.tolerance = torch.maximum(self.solver.atol + self.solver.rtol * scale, self.floor * size)
+        seen = self.active
+        if k > 1:
+            clear = seen & ~self.returned & (difference > 4 * self.floor * size)
+            norms = [torch.linalg.vector_norm(torch.where(clear, x, 0.0)) for x in (difference, self.difference)]
+            self.ratios.append(norms[0] / norms[1])
+        self.difference, self.scale = difference, scale
+        self.first = torch.where(seen & torch.isinf(self.first), difference, self.first)
+        self.residual = torch.where(seen, relative(difference, scale), self.residual)
+        self.iterations = torch.where(seen, k, self.iterations)
+        better = seen & (difference < self.best)
+        if bool(better.all()):
+            self.best_w, self.best, self.best_at = self.w, difference, torch.full_like(self.best_at, k)
+        elif bool(better.any()):
+            self.best_w = torch.where(better[:, None], self.w, self.best_w)
+            self.best = torch.where(better, difference, self.best)
+            self.best_at = torch.where(better, k, self.best_at)
+        shown = seen | (self.status == int(Status.converged)) if closing else seen
+        self.trace.append(torch.where(shown, relative(difference, scale), 0.0).max())
+        finite = torch.isfinite(difference)
+        met = seen & (difference <= self.tolerance)
+        grown = seen & finite & (difference > DIVERGED * self.best) & (difference > self.first)
+        self.status = torch.where(met, int(Status.converged), self.status)
+        self.status = torch.where(seen & ~finite, int(Status.nonfinite), self.status)
+        self.status = torch.where(grown, int(Status.diverged), self.status)
+        self.met, self.lost = met, seen & (grown | ~finite)
+        self.active = seen & ~met & ~self.lost
+        if bool(self.lost.any()):
+            self.w = torch.where(self.lost[:, None], self.best_w, self.w)
+
+    def _advance(self, state: object, index: Tensor | None, fw: Tensor) -> tuple[object, Tensor | None]:
+        """Step the rows that have not stopped; rows that stop together at the very end take their step too."""
+        moving = self.active
+        if self.last is not None and not bool(moving.any()):
+            moving = self.met  # this step is free: the last evaluation measures it
+            if not bool(moving.any()):
+                return state, index
+        part = self.w if index is None else self.w[index]
+        stepped, state = self.solver.step(state, part, fw)
+        if index is not None:
+            stepped = self.w.index_copy(0, index, stepped)
+        self.w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, self.w)
+        if self.some is not None and bool(self.active.any()):
+            left = int(self.active.sum())
+            batch = self.active.numel() if index is None else index.numel()
+            if left <= 0.75 * batch:
+                wanted = self.active.nonzero().squeeze(1)
+                inside = wanted if index is None else torch.searchsorted(index, wanted)
+                state, index = self.solver.select(state, inside), wanted
+        return state, index
+
+    def _closed(self, k: int) -> bool:
+        """After an evaluation of all rows: settle the statuses, or say that the run must go on."""
+        done = self.status == int(Status.converged)
+        risen = done & ~(self.difference <= self.tolerance)
+        if not bool(risen.any()) and not bool(self.active.any()):
+            self.residual = torch.where(done, relative(self.difference, self.scale), self.residual)
+            return True
+        coupled = risen & ~(self.difference <= COUPLED * self.tolerance) & (self.iterations < k - 1)
+        if bool(coupled.any()):
+            self.status = torch.where(coupled, int(Status.coupled_rows), self.status)
+            self.residual = torch.where(done, relative(self.difference, self.scale), self.residual)
+            return True
+        self.residual = torch.where(done, relative(self.difference, self.scale), self.residual)
+        if k == self.solver.max_steps:
+            self.status = torch.where(risen, int(Status.max_steps), self.status)
+            return True
+        self.active = self.active | risen
+        return False
+
+    def _take_best(self) -> None:
+        """Put every unfinished row back on its best iterate, unless its next one is the natural successor of the best."""
+        if self.last is None:
+            unfinished = self.status != int(Status.converged)
+            self.w = torch.where(unfinished[:, None], self.best_w, self.w)
+            self.residual = torch.where(unfinished, relative(self.best, self.scale), self.residual)
+            return
+        stale = self.active & (self.difference > self.best)
+        self.returned, self.grew = stale, stale & (self.difference > self.first) & (self.best_at == 1)
+        self.w = torch.where(stale[:, None], self.best_w, self.w)
+
+    def _result(self) -> Iterate:
+        unfinished = self.status == int(Status.max_steps)
+        if bool(unfinished.any()):
+            window = max(10, self.solver.max_steps // 5)
+            grew = unfinished & ((self.difference > self.first) | self.grew)
+            idle = unfinished & ~grew & (self.iterations - self.best_at >= window)
+            self.status = torch.where(grew, int(Status.diverged), self.status)
+            self.status = torch.where(idle, int(Status.stagnated), self.status)
+        clear = [x for x in torch.stack(self.ratios).tolist() if math.isfinite(x) and x > 0][-5:] if self.ratios else []
+        stats = SolveStats(
+            self.status,
+            self.iterations,
+            self.residual,
+            self.scale,
+            evaluations=self.evaluations,
+            contraction=math.prod(clear) ** (1.0 / len(clear)) if clear else math.nan,
+            trace=torch.stack(self.trace),
+            method=self.solver.name,
+        )
+        return Iterate(self.w, stats)

@@ -1,0 +1,28 @@
+"""Picard iteration: ``w <- (1 - damping) w + damping phi(w)``.
+
+    while residual > tolerance:
+        w <- w + damping (phi(w) - w)
+
+Converges linearly when ``phi`` contracts, at the rate of the contraction factor. Also called fixed-point or Banach iteration.
+Stopped on the residual ``||phi(w) - w||``, never on the damped step, which is smaller by the factor ``damping``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.settings import PicardSettings
+from hyperopt.solvers.base import FixedPointSolver
+
+
+@dataclass(frozen=True)
+class Picard(PicardSettings, FixedPointSolver):
+    """Damped Picard iteration; settings in ``PicardSettings``."""
+
+    def step(self, state: Any, w: Tensor, fw: Tensor) -> tuple[Tensor, Any]:
+        """One damped step."""
+        return (fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)), state

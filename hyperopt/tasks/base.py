@@ -1,0 +1,119 @@
+"""What the outer loop drives: a ``Task`` does one outer step and one evaluation; ``hyperopt.run`` owns everything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
+"""Called in every closure after backward with the groups' gradients themselves, ``{group: [p.grad, ...]}``, never copies of them:
+it refuses a group that is not finite, and clips in place. ``guard(self.gradients())`` is all that a task writes."""
+
+
+class HypergradientError(ArithmeticError):
+    """A hypergradient, an outer loss or a solve behind them is not usable; the message names the step and the group."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run gives its task.
+
+    Attributes:
+        device: where modules and data live.
+        dtype: floating type of parameters and data.
+        seed: seed of the run; splits and initialisation come from it.
+        compile: whether to compile the map (``torch.compile``).
+        generator: a CPU generator, seeded, whose state is part of every checkpoint.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    compile: bool
+    generator: torch.Generator
+
+
+@dataclass
+class StepRecord:
+    """What one outer step did.
+
+    Attributes:
+        loss: the outer loss before the update (the first evaluation of the closure), logged as ``outer/step_loss``.
+        metrics: named numbers of this step: ``inner/iterations``, ``inner/residual``, ``inner/contraction``,
+            ``adjoint/iterations``, ``adjoint/residual``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and
+            ``cost/evaluations`` and ``cost/vjps`` of this step alone, all calls of the closure counted (totals are logged).
+        statuses: how the solves ended, keys ``inner`` and ``adjoint``.
+    """
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    statuses: dict[str, Status] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """A bilevel problem as the outer loop sees it.
+
+    Subclasses set ``name`` and implement the methods below; ``setup`` is called once, before ``groups``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def setup(self, env: Environment) -> None:
+        """Load the data and build the modules on ``env.device`` in ``env.dtype``."""
+
+    @abstractmethod
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Return the hyperparameters, named and grouped: leaf tensors that require grad, each in one group."""
+
+    @abstractmethod
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one outer step.
+
+        Build a closure (``zero_grad``, loss, ``backward``, ``guard(self.gradients())``, return the loss) and hand it to
+        ``optimizer.step``, which may call it several times; then project the hyperparameters where they have a constraint.
+
+        Args:
+            optimizer: over the tensors of ``groups()``.
+            guard: see ``Guard``.
+
+        Returns:
+            The record of the first evaluation, its costs summed over all evaluations.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return metrics at the present hyperparameters, without gradients or any change of state.
+
+        Keys: ``outer/*`` on the fitted rows, ``val/*`` on those selected on, ``test/*`` on those held out.
+        """
+
+    def figures(self) -> dict[str, Figure]:
+        """Return named matplotlib figures of the present state."""
+        return {}
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a bit-for-bit resume needs (modules, warm starts, data order) as plain containers and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place: the tensors of ``groups()`` stay the same objects."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain facts for ``run.json``: sizes, the dataset's name and checksums, the rows behind each metric."""
+        return {}
+
+    def gradients(self) -> dict[str, list[Tensor]]:
+        """Return ``{group: [p.grad, ...]}``, hyperparameters without a gradient left out."""
+        return {name: [p.grad for p in group if p.grad is not None] for name, group in self.groups().items()}

@@ -1,0 +1,118 @@
+"""Trees of tensors <-> one ``(rows, dim)`` matrix, so that every solver is plain algebra on a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+ROWS = ("auto", "batch", "joint")
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of a tree of tensors, in optree's order."""
+    return optree.tree_leaves(tree)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tree of tensors lies in a matrix.
+
+    Attributes:
+        spec: structure of the tree.
+        shapes: shape of each leaf.
+        dtypes: dtype of each leaf, restored for the map.
+        rows: number of rows; ``rows="joint"`` gives 1.
+        widths: columns of each leaf; their sum is ``dim``.
+        dtype: dtype of the matrix: the leaves' promoted one, never below float32.
+        joint: whether all leaves make one row.
+    """
+
+    spec: Any
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    rows: int
+    widths: tuple[int, ...]
+    dtype: torch.dtype
+    joint: bool
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the tree is the matrix itself."""
+        return len(self.shapes) == 1 and self.shapes[0] == (self.rows, self.widths[0]) and self.dtypes[0] == self.dtype
+
+    def matrix(self, tree: Any, rows: int | None = None) -> Tensor:
+        """The tree as a matrix of shape (rows, dim); a single leaf is a view where its strides allow.
+
+        ``rows`` says how many rows are expected when only some of them are there (never when joint).
+        """
+        count = self.rows if rows is None else rows
+        leaves, spec = optree.tree_flatten(tree)
+        if spec != self.spec:
+            raise ValueError(f"the map changed the structure of the state: got {spec}, w0 has {self.spec}; return what it was given")
+        flat = []
+        for i, (leaf, shape, width) in enumerate(zip(leaves, self.shapes, self.widths, strict=True)):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"the map returned a {type(leaf).__name__} as leaf {i} of the state; it must be a tensor")
+            expected = shape if self.joint else torch.Size((count, *shape[1:]))
+            if leaf.shape != expected:
+                raise ValueError(
+                    f"the map changed the shape of leaf {i} of the state: got {tuple(leaf.shape)}, expected {tuple(expected)}; "
+                    f"make w0 and phi(w0) the same shape"
+                )
+            if not leaf.is_floating_point():
+                raise TypeError(f"the map returned {leaf.dtype} for leaf {i} of the state; a state must be floating point")
+            flat.append(leaf.reshape(count, width))
+        out = flat[0] if len(flat) == 1 else torch.cat([x.to(self.dtype) for x in flat], dim=1)
+        return out if out.dtype == self.dtype else out.to(self.dtype)
+
+    def tree(self, matrix: Tensor) -> Any:
+        """The matrix (any number of rows, unless joint) as a tree, each leaf in its own shape and dtype."""
+        if self.trivial:
+            return optree.tree_unflatten(self.spec, [matrix])
+        parts = matrix.split(self.widths, dim=1) if len(self.widths) > 1 else (matrix,)
+        leaves = []
+        for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
+            full = shape if self.joint else (matrix.shape[0], *shape[1:])
+            leaves.append(part.reshape(full).to(dtype))
+        return optree.tree_unflatten(self.spec, leaves)
+
+
+def layout_of(w0: Any, rows: str = "auto") -> Layout:
+    """Work out how ``w0`` lies in a matrix.
+
+    Args:
+        w0: tree of floating-point tensors.
+        rows: ``"batch"``: leaves share a leading dimension of independent rows; ``"joint"``: all is one row; ``"auto"``: batch
+            when all leaves have at least two dimensions and share the first, else joint.
+
+    Raises:
+        ValueError: unknown ``rows``, no leaf, or ``"batch"`` with leaves that share no leading dimension.
+        TypeError: a leaf is no tensor, or not of a floating-point dtype.
+    """
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r} is none of {', '.join(ROWS)}; change rows")
+    leaves, spec = optree.tree_flatten(w0)
+    if not leaves:
+        raise ValueError("w0 has no tensors; give a tensor, or a tuple, list or dict of tensors")
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"leaf {i} of w0 is a {type(leaf).__name__}; every leaf must be a tensor")
+        if not leaf.is_floating_point():
+            raise TypeError(f"leaf {i} of w0 has dtype {leaf.dtype}; a state must be floating point: use w0.float()")
+        if leaf.device != leaves[0].device:
+            raise ValueError(f"w0 mixes devices {leaves[0].device} and {leaf.device}; move all leaves to one device")
+    shapes = tuple(leaf.shape for leaf in leaves)
+    shared = all(len(s) > 0 and s[0] == shapes[0][0] for s in shapes if len(shapes[0]))
+    batch = rows == "batch" or (rows == "auto" and all(len(s) >= 2 for s in shapes) and shared)
+    if batch and not (shared and len(shapes[0])):
+        raise ValueError(f"rows='batch' needs leaves that share their first dimension, got shapes {[tuple(s) for s in shapes]}; use rows='joint'")
+    count = shapes[0][0] if batch else 1
+    widths = tuple(torch.Size(s[1:] if batch else s).numel() for s in shapes)
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return Layout(spec, shapes, tuple(leaf.dtype for leaf in leaves), count, widths, dtype, not batch)

@@ -1,0 +1,38 @@
+"""Reads event files back, the way TensorBoard does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_START_INFO_TAG
+
+PluginData: Any = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def events(directory: Path) -> EventAccumulator:
+    """Load all events of a run."""
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def session_starts(out: Path) -> int:
+    """Count the HParams sessions opened in the event files of a run, sub-directories included."""
+    count = 0
+    for path in out.rglob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            count += sum(value.tag == SESSION_START_INFO_TAG for value in event.summary.value)
+    return count
+
+
+def hparams_of(out: Path) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Return the columns, the metrics and the values of a run's row in the HParams tab."""
+    content = events(out / "tb").PluginTagToContent("hparams")
+    experiment = PluginData.FromString(content[EXPERIMENT_TAG]).experiment
+    start = PluginData.FromString(content[SESSION_START_INFO_TAG]).session_start_info
+    values = {key: getattr(value, str(value.WhichOneof("kind"))) for key, value in start.hparams.items()}
+    return [info.name for info in experiment.hparam_infos], [info.name.tag for info in experiment.metric_infos], values

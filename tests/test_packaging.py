@@ -1,0 +1,71 @@
+"""What a wheel would carry, and that README, CI and pyproject say the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+from hyperopt import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed() -> None:
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "hyperopt").rglob("*.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"hyperopt.configs"}
+
+
+def test_one_version() -> None:
+    assert PROJECT["project"]["version"] == __version__
+
+
+def test_the_readme_has_the_test_command_that_ci_runs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^<!-- test-command -->\n```bash\n(.*?)\n```$", readme, re.DOTALL | re.MULTILINE)
+    assert block, "README.md: no bash block after <!-- test-command -->"
+    assert block[1].splitlines() == ['pip install -e ".[test]"', "python -m pytest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_an_installed_command_finds_its_configs(how: str, tmp_path: Path) -> None:
+    # Borrows this environment's dependencies through a .pth file, and installs a copy of the project for real: a build leaves
+    # files beside the source.
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".*", "build", "data", "outputs", "multirun", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=skip)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed))
+    if how == "wheel":
+        subprocess.run([python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True)
+        target = [str(next(tmp_path.glob("*.whl")))]
+    else:
+        target = ["-e", str(source)]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", *target], check=True)
+
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def output(*argv: str | Path) -> str:
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = output(python, "-c", "from hyperopt.schema import config_path; print(config_path())").strip()
+    assert where == ("pkg://hyperopt.configs" if how == "wheel" else str(source / "configs"))
+    command = tmp_path / "venv" / "bin" / "hyperopt"
+    assert "anderson, picard" in output(command, "--help")
+    assert "name: equilibrium_mnist" in output(command, "--cfg", "job", "experiment=equilibrium_mnist")
+    output(command, "debug=default", "device=cpu")
+    assert list(tmp_path.glob("outputs/train/*/summary.json"))

@@ -1,0 +1,128 @@
+"""A run stopped in any way goes on bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_task import (
+    SCHEDULERS,
+    SMALL,
+    Killed,
+    config,
+    go,
+    raise_at,
+    rows,
+    signal_at,
+    summary,
+    uninterrupted,
+)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", SMALL)
+def test_resume_equals_uninterrupted(tmp_path: Path, optimizer: str, scheduler: str) -> None:
+    want = uninterrupted(tmp_path / "whole", config(optimizer, scheduler))
+    out = tmp_path / "stopped"
+    with pytest.raises(SystemExit) as stop:
+        go(config(optimizer, scheduler), out, signal_at(5, signal.SIGTERM))
+    assert stop.value.code == 143
+    assert rows(out) == want[:6]
+    with pytest.raises(Killed):
+        go(config(optimizer, scheduler, resume="auto"), out, raise_at(9, Killed()))  # back to the checkpoint after 8 steps
+    go(config(optimizer, scheduler, resume="auto"), out)
+    assert rows(out) == want
+    assert summary(out)["best"]["metrics"]["val/loss"] == summary(tmp_path / "whole")["best"]["metrics"]["val/loss"]
+
+
+def stop_by_length(out: Path) -> None:
+    go(config(trainer={"max_steps": 6}), out)  # its last step, 5, gets an evaluation that a longer run does not make
+
+
+def stop_by_time(out: Path) -> None:
+    go(config(trainer={"max_seconds": 1e-9}), out)
+    assert summary(out)["steps"] == 1 and summary(out)["reason"] == "trainer.max_seconds"
+
+
+def stop_by_failure(out: Path) -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        go(config(), out, raise_at(6, RuntimeError("broken")))
+
+
+def stop_by_sigint(out: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        go(config(), out, signal_at(4, signal.SIGINT))
+    assert stop.value.code == 130
+    assert summary(out)["status"] == "interrupted" and summary(out)["steps"] == 5
+
+
+def stop_before_first_checkpoint(out: Path) -> None:
+    with pytest.raises(Killed):
+        go(config(), out, raise_at(0, Killed()))
+
+
+def stop_twice_at_the_end(out: Path) -> None:
+    go(config(), out)
+    go(config(resume="auto"), out)  # a finished run has nothing left to do and must change nothing
+
+
+STOPS = (stop_by_length, stop_by_time, stop_by_failure, stop_by_sigint, stop_before_first_checkpoint, stop_twice_at_the_end)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_resume_after_every_kind_of_stop(tmp_path: Path, stop: Callable[[Path], None]) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    stop(tmp_path / "stopped")
+    go(config(resume="auto"), tmp_path / "stopped")
+    assert rows(tmp_path / "stopped") == want
+    assert summary(tmp_path / "stopped")["status"] == "completed"
+    assert not (tmp_path / "stopped" / "FAILED").exists()
+
+
+@pytest.mark.parametrize("write", range(1, 8))
+def test_killed_while_a_checkpoint_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    out, count, replace = tmp_path / "stopped", 0, os.replace
+
+    def flaky(source: Any, target: Any) -> None:
+        nonlocal count
+        if str(target).endswith(".pt"):
+            count += 1
+            if count == write:
+                raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", flaky)
+    with pytest.raises(Killed):
+        go(config(), out)
+    monkeypatch.setattr(os, "replace", replace)
+    go(config(resume="auto"), out)
+    assert rows(out) == want
+
+
+def test_goes_on_in_another_directory(tmp_path: Path) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    with pytest.raises(SystemExit):
+        go(config(), tmp_path / "first", signal_at(5, signal.SIGTERM))
+    go(config(ckpt_path=str(tmp_path / "first" / "checkpoints" / "last.pt")), tmp_path / "second")
+    assert rows(tmp_path / "second") == want[5:]
+
+
+def test_truncated_checkpoint_falls_back_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        go(config(), out, signal_at(9, signal.SIGTERM))
+    last = out / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        go(config(resume="auto"), out)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "truncated" in said[0] and "after 8 steps" in said[0]
+    assert rows(out) == want
