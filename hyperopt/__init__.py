@@ -23,20 +23,23 @@ _PUBLIC = {
     "Implicit": "hyperopt.adjoints.implicit",
     "Unrolled": "hyperopt.adjoints.unrolled",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from hyperopt.adjoints.attach import InexactError
-    from hyperopt.adjoints.implicit import Implicit
-    from hyperopt.adjoints.unrolled import Unrolled
-    from hyperopt.closure import ClosureError
-    from hyperopt.primitive import fixed_point
-    from hyperopt.linsolve.anderson import LinearAnderson
-    from hyperopt.linsolve.neumann import Neumann
-    from hyperopt.policy import SolveError, SolveWarning
-    from hyperopt.solvers.anderson import Anderson
-    from hyperopt.solvers.picard import Picard
-    from hyperopt.status import Solution, SolveStats, Status
+    from hyperopt.adjoints.attach import InexactError as InexactError
+    from hyperopt.adjoints.implicit import Implicit as Implicit
+    from hyperopt.adjoints.unrolled import Unrolled as Unrolled
+    from hyperopt.closure import ClosureError as ClosureError
+    from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
+    from hyperopt.linsolve.neumann import Neumann as Neumann
+    from hyperopt.policy import SolveError as SolveError
+    from hyperopt.policy import SolveWarning as SolveWarning
+    from hyperopt.primitive import fixed_point as fixed_point
+    from hyperopt.solvers.anderson import Anderson as Anderson
+    from hyperopt.solvers.picard import Picard as Picard
+    from hyperopt.status import Solution as Solution
+    from hyperopt.status import SolveStats as SolveStats
+    from hyperopt.status import Status as Status
 
 
 def __getattr__(name: str) -> Any:

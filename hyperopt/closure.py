@@ -17,12 +17,14 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._autograd import _get_sequence_nr  # pyright: ignore[reportMissingImports]
 from torch.overrides import TorchFunctionMode
 
 
 def functorch_level() -> int:
     """Level of the innermost running ``torch.func`` transform; 0 outside of all."""
-    top = torch._C._functorch.peek_interpreter_stack()
+    top = functorch.peek_interpreter_stack()
     return 0 if top is None else top.level()
 
 
@@ -40,12 +42,13 @@ class Swap(TorchFunctionMode):
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Tensor]] = (), *, discover: bool) -> None:
+        """Start with the known replacements."""
         super().__init__()
         self.discover = discover
         self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}
         self.used: set[int] = set()
         self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
-        self.start = torch._C._autograd._get_sequence_nr()
+        self.start = _get_sequence_nr()
         self.level = functorch_level()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,8 +83,8 @@ class Swap(TorchFunctionMode):
             return tensor
         if not self.discover:
             raise ClosureError(
-                f"the map now uses a tensor of shape {tuple(tensor.shape)} that it did not use when it was solved (a loop variable "
-                "in a lambda, or parameters swapped by functional_call): pass such tensors through args="
+                f"the map now uses a tensor of shape {tuple(tensor.shape)} that it did not use when it was solved (a loop "
+                "variable in a lambda, or parameters swapped by functional_call): pass such tensors through args="
             )
         with torch._C.DisableTorchFunction():
             inside = tensor if self.level else leaf_of(tensor)
@@ -91,8 +94,8 @@ class Swap(TorchFunctionMode):
 
     def _outside(self, tensor: Tensor) -> bool:
         """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the map was called."""
-        if self.level and torch._C._functorch.maybe_get_level(tensor) > 0:
-            return id(tensor) not in self.made and torch._C._functorch.maybe_get_level(tensor) <= self.level
+        if self.level and functorch.maybe_get_level(tensor) > 0:
+            return id(tensor) not in self.made and functorch.maybe_get_level(tensor) <= self.level
         if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_leaf", False):
             return False
         return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.start

@@ -28,21 +28,23 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     policy: str = "warn",
     fallback: Sequence[FixedPointSolver] = (),
+    v0: Any = None,
     trace: bool = False,
 ) -> Solution:
     r"""Solve ``w = phi(w, *args)``, differentiably.
 
-    The value is differentiable in the tensors of ``args`` and in every tensor that ``phi`` closes over. With the implicit adjoint,
+    The value is differentiable in the tensors of ``args`` and in all that ``phi`` closes over. With the implicit adjoint,
 
     .. math:: dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.
 
     Args:
         phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
             be deterministic and must not change the state in place.
-        w0: where the solve starts: a tensor, or a tuple, list or dict of tensors (nested too), floating point. Not differentiated.
+        w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too); not
+            differentiated.
         args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
             derivative; closures work otherwise.
-        rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: everything is
+        rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
             one row; ``"auto"``: batch if all leaves have two dimensions or more and share the first.
         row_args: places in ``args`` of tensors with one leading row for each row of the state. If ``phi`` takes all that
             belongs to a row this way, rows that have converged are dropped from the batch.
@@ -50,6 +52,8 @@ def fixed_point(
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
         policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
         fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson).
+        v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
+            ``solution.v`` of a nearby problem.
         trace: measure the residual at every iteration, forward and backward.
 
     Returns:
@@ -83,4 +87,5 @@ def fixed_point(
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
-    return adjoint.run(Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), trace))
+    adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0))
+    return adjoint.run(Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace))

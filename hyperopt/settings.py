@@ -20,11 +20,11 @@ POLICIES = ("raise", "warn", "fallback", "ignore")
 
 def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse a field of ``owner`` that is not a finite number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
-    value = getattr(owner, name)
+    value: Any = getattr(owner, name)
     if isinstance(value, str) and "${" in value:  # an interpolation that Hydra has yet to resolve
         return
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (open_low and value <= low):
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         bracket = "(" if open_low else "["
         end = "inf)" if high == math.inf else f"{high}]"
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in {bracket}{low}, {end}; change {name}")
@@ -118,7 +118,6 @@ class ImplicitSettings:
     policy: what to do when it fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
     fallback: linear solvers tried in turn under ``policy=fallback``.
     allow_inexact: let a fixed-K adjoint be differentiated again, although its second derivative is not exact.
-    warm_start: start the linear solver from ``adjoint_start`` where the caller has one.
     """
 
     linear_solver: Any = None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.tree import Layout
+
 
 class Status(enum.IntEnum):
     """How a row, or a whole solve, ended. Ordered: the worst row names the solve."""
@@ -114,14 +116,24 @@ class Solution:
     Attributes:
         value: the state, in the structure of ``w0``; differentiable in ``args`` and in all that the map closes over.
         forward: statistics of the forward solve.
-        rows: number of independent rows.
+        layout: how the state lies in a matrix.
         box: the latest backward solve.
     """
 
     value: Any
     forward: SolveStats
-    rows: int
+    layout: Layout
     box: AdjointBox = field(default_factory=AdjointBox, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Number of independent rows."""
+        return self.layout.rows
+
+    @property
+    def v(self) -> Any:
+        """The adjoint variable of the latest backward solve, in the structure of ``value``; None before the first."""
+        return None if self.box.v is None else self.layout.tree(self.box.v)
 
     @property
     def status(self) -> Status:

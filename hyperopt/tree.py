@@ -52,7 +52,9 @@ class Layout:
         count = self.rows if rows is None else rows
         leaves, spec = optree.tree_flatten(tree)
         if spec != self.spec:
-            raise ValueError(f"the map changed the structure of the state: got {spec}, w0 has {self.spec}; return what it was given")
+            raise ValueError(
+                f"the map changed the structure of the state: got {spec}, w0 has {self.spec}; return what it was given"
+            )
         flat = []
         for i, (leaf, shape, width) in enumerate(zip(leaves, self.shapes, self.widths, strict=True)):
             if not isinstance(leaf, Tensor):
@@ -109,7 +111,8 @@ def layout_of(w0: Any, rows: str = "auto") -> Layout:
     shared = all(len(s) > 0 and s[0] == shapes[0][0] for s in shapes if len(shapes[0]))
     batch = rows == "batch" or (rows == "auto" and all(len(s) >= 2 for s in shapes) and shared)
     if batch and not (shared and len(shapes[0])):
-        raise ValueError(f"rows='batch' needs leaves that share their first dimension, got shapes {[tuple(s) for s in shapes]}; use rows='joint'")
+        got = [tuple(s) for s in shapes]
+        raise ValueError(f"rows='batch' needs leaves that share their first dimension, got shapes {got}; use rows='joint'")
     count = shapes[0][0] if batch else 1
     widths = tuple(torch.Size(s[1:] if batch else s).numel() for s in shapes)
     dtype = torch.float32

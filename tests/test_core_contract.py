@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from core_reference import Counted, close, square
+
 from hyperopt import Anderson, Implicit, LinearAnderson, Neumann, Picard, Status, Unrolled, fixed_point
 from hyperopt.policy import SolveError, reset_warnings
 
@@ -103,6 +104,29 @@ def test_09_coupled_rows_are_found(solver):
     close(joint.value, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("linear_solver", [Neumann(1e-10, max_steps=500), LinearAnderson(1e-10)])
+def test_a_warm_start_of_the_adjoint_saves_vjps_and_gives_the_same_gradient(linear_solver):
+    m, b = problem(q=0.9)
+
+    def solve(shift, v0=None):
+        phi = lambda w: {"x": torch.tanh(w["x"] @ m + b + shift)}  # noqa: E731
+        adjoint = Implicit(linear_solver, policy="raise")
+        sol = fixed_point(phi, {"x": torch.zeros(4, 3)}, solver=Picard(1e-12, max_steps=999), adjoint=adjoint, v0=v0)
+        assert sol.v is None
+        (grad,) = torch.autograd.grad(sol.value["x"].sum(), m)
+        assert sol.adjoint is not None
+        return sol.v, grad, sol.adjoint.vjps
+
+    v, _, _ = solve(0.0)
+    assert v["x"].shape == (4, 3) and not v["x"].requires_grad
+    _, cold, many = solve(1e-6)
+    _, warm, few = solve(1e-6, v)
+    assert few < many
+    close(warm, cold, rtol=1e-8)
+    with pytest.raises(ValueError, match="structure"):
+        solve(0.0, v["x"])
+
+
 def test_invariances_of_rows_structure_and_splitting():
     m, b = problem(5)
     order = torch.randperm(5)
@@ -178,7 +202,7 @@ REFUSED = [
     (lambda: Picard(rtol=-1.0), "Picard: rtol=-1.0"),
     (lambda: Picard(damping=0.0), "Picard: damping=0.0"),
     (lambda: Picard(max_steps=0), "Picard: max_steps=0"),
-    (lambda: Picard(max_steps=2.5), "Picard: max_steps=2.5"),
+    (lambda: Picard(max_steps=2.5), "Picard: max_steps=2.5"),  # pyright: ignore[reportArgumentType]
     (lambda: Anderson(window=0), "Anderson: window=0"),
     (lambda: Anderson(ridge=float("nan")), "Anderson: ridge=nan"),
     (lambda: LinearAnderson(atol=float("inf")), "LinearAnderson: atol=inf"),
@@ -199,7 +223,7 @@ def test_16_bad_settings_name_the_field_and_the_value(make, match):
 def test_16_unknown_keywords_are_refused_and_nothing_of_the_caller_changes():
     for make in (Picard, Anderson, Neumann, LinearAnderson, Implicit, Unrolled):
         with pytest.raises(TypeError, match="max_iter"):
-            make(max_iter=3)
+            make(max_iter=3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="tol"):
         fixed_point(torch.cos, torch.zeros(1), tol=1e-3)  # pyright: ignore[reportCallIssue]
     w0, b = {"x": torch.zeros(2, 3), "y": [torch.ones(2, 1)]}, torch.randn(2, 3, requires_grad=True)

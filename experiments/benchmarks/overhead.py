@@ -109,7 +109,8 @@ def main() -> None:
         print(f"{name:32s} {median:8.3f} {ratio:8.2f} {errors[name]:16.1e}")
         rows.append({"variant": name, "cpu_seconds": median, "ratio": ratio, "difference_to_floor": errors[name]})
     if options.out is not None:
-        facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        machine = platform.processor() or platform.machine()
+        facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": machine}
         settings = {k: v for k, v in vars(options).items() if k != "out"}
         options.out.write_text(json.dumps({**facts, "threads": 1, **settings, "rows": rows}, indent=2) + "\n")
 

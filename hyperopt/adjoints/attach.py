@@ -47,6 +47,7 @@ class GraphLinearization(Linearization):
     """By autograd, on one graph ``out = m(state, *leaves)`` that ends in detached leaves."""
 
     def __init__(self, out: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Keep the graph and its leaves."""
         self.out, self.leaf, self.leaves = out, state, leaves
 
     def __call__(self, v: Tensor, /) -> Tensor:
@@ -108,6 +109,7 @@ class AdjointSystem(System):
     """``v = J(z, x)^T v + g`` with inputs ``(g, z, *x)``."""
 
     def __init__(self, parent: System) -> None:
+        """Solve in the way of the parent."""
         self.parent, self.linear, self.exact = parent, parent.linear, parent.exact
         self.states = parent.states + 2
 
@@ -197,7 +199,7 @@ def pull_inputs(
 
 def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas, differentiable in all."""
-    out, pull = torch.func.vjp(fn, *primals)
+    out, pull, *_ = torch.func.vjp(fn, *primals)
     return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
 
 
@@ -265,10 +267,9 @@ class Attach(torch.autograd.Function):
         def leading(x: Tensor, dim: int | None) -> Tensor:
             return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        moved = [
-            leading(x, dim) if dim is not None or i < system.states else x for i, (x, dim) in enumerate(zip(inputs, in_dims[2:], strict=True))
-        ]
+        # An input of the state's shape always gets the batch's dimension, since the system solves for all rows at once.
         dims = tuple(None if dim is None and i >= system.states else 0 for i, dim in enumerate(in_dims[2:]))
+        moved = [x if now is None else leading(x, dim) for x, dim, now in zip(inputs, in_dims[2:], dims, strict=True)]
         return attach(system.vmapped(dims), leading(start, in_dims[1]), *moved), 0
 
 

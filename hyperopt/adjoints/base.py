@@ -27,6 +27,7 @@ class Problem:
         solver: how to solve.
         policy: what to do when that fails.
         fallback: solvers tried in turn under ``policy="fallback"``.
+        adjoint_start: where a linear solver starts, (rows, dim); None: at its right-hand side.
         trace: measure the residual at every iteration.
     """
 
@@ -38,6 +39,7 @@ class Problem:
     solver: FixedPointSolver
     policy: str = "warn"
     fallback: tuple[FixedPointSolver, ...] = ()
+    adjoint_start: Tensor | None = None
     trace: bool = False
 
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:

@@ -41,7 +41,9 @@ class Implicit(ImplicitSettings, Adjoint):
         super().__post_init__()
         for solver in (self.linear_solver, *self.fallback):
             if not isinstance(solver, LinearSolver):
-                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ...")
+                raise TypeError(
+                    f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ..."
+                )
 
     @property
     def exact(self) -> bool:
@@ -55,14 +57,14 @@ class Implicit(ImplicitSettings, Adjoint):
             system, inputs = FixedPoint.discover(self, problem, box)
             value = attach(system, problem.start, *inputs)
             assert system.stats is not None
-            return Solution(problem.layout.tree(value), system.stats, problem.layout.rows, box)
+            return Solution(problem.layout.tree(value), system.stats, problem.layout, box)
         system = FixedPoint(self, problem, box)
         matrix = system.prepare()
         stats = system.stats
         assert stats is not None
         if system.inputs:
             matrix = attach(system, problem.start, *system.inputs)
-        return Solution(problem.layout.tree(matrix), stats, problem.layout.rows, box)
+        return Solution(problem.layout.tree(matrix), stats, problem.layout, box)
 
     def solve(
         self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str, box: AdjointBox, *, trace: bool = False
@@ -98,6 +100,7 @@ class PullbackLinearization(Linearization):
     """By the map's own closed-form ``pullback``; its arguments that are no differentiable tensors are left out."""
 
     def __init__(self, pullback: Any, places: Sequence[int], count: int) -> None:
+        """Keep the pullback of a map of ``count`` arguments, of which those at ``places`` are differentiated."""
         self.pullback, self.places, self.count = pullback, places, count
         self.plus = getattr(pullback, "state_plus", None)
 
@@ -118,6 +121,7 @@ class FixedPoint(System):
     derived = False
 
     def __init__(self, adjoint: Implicit, problem: Problem, box: AdjointBox) -> None:
+        """Nothing is solved yet."""
         self.adjoint, self.problem, self.box = adjoint, problem, box
         self.exact = adjoint.exact
         self.stats: SolveStats | None = None
@@ -130,6 +134,9 @@ class FixedPoint(System):
 
     def linear(self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The adjoint's linear solve."""
+        warm = self.problem.adjoint_start
+        if start is None and warm is not None and warm.shape == b.shape:  # under vmap there are more rows
+            start = warm
         value = self.adjoint.solve(matvec, b, start, what, self.box, trace=self.problem.trace)
         if self.box.stats is not None and what == "adjoint":
             self.box.stats.vjps += 1  # the closing one
@@ -267,6 +274,7 @@ class VmappedFixedPoint(FixedPoint):
     """A batch of fixed points: the map under ``vmap``, more rows."""
 
     def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...]) -> None:
+        """Batch the inputs whose entry in ``dims`` is 0."""
         super().__init__(parent.adjoint, parent.problem, parent.box)
         self.parent, self.dims = parent, dims
 

@@ -34,7 +34,7 @@ class Unrolled(UnrolledSettings, Adjoint):
         else:
             stepped = self._truncated(problem, self.last)
         report(stepped.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
-        return Solution(problem.layout.tree(stepped.value), stepped.stats, problem.layout.rows)
+        return Solution(problem.layout.tree(stepped.value), stepped.stats, problem.layout)
 
     def _truncated(self, problem: Problem, last: int) -> Iterate:
         """A solve without a graph, then ``last`` steps with one."""

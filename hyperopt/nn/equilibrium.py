@@ -188,12 +188,13 @@ class EquilibriumModel(nn.Module):
         self.solver, self.adjoint, self.policy = solver, adjoint, policy
         self.solution: Solution | None = None
 
-    def forward(self, x: Tensor, w0: Tensor | None = None, trace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, w0: Tensor | None = None, v0: Tensor | None = None, trace: bool = False) -> Tensor:
         """Return the logits. shape: (rows, classes).
 
         Args:
             x: shape: (rows, features)
             w0: where the solve starts (None: zero). shape: (rows, state_size)
+            v0: where the adjoint solve starts (None: at the gradient of the loss). shape: (rows, state_size)
             trace: keep the residual after every iteration.
         """
         terms = self.cell.terms(x)
@@ -208,6 +209,7 @@ class EquilibriumModel(nn.Module):
             solver=self.solver,
             adjoint=self.adjoint,
             policy=self.policy,
+            v0=v0,
             trace=trace,
         )
         self.solution = dataclasses.replace(solution, value=solution.value.detach())  # the graph belongs to the caller alone

@@ -20,13 +20,13 @@ def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = 
 
     Returns the first result that did not fail, else the one of the least residual; its evaluations count all tries.
     """
-    some: Callable[[Tensor], Map] | None = None
-    if problem.row_args and start is None and not problem.layout.joint:
-        rows = frozenset(problem.row_args)
+    rows = frozenset(problem.row_args)
 
-        def some(index: Tensor) -> Map:
-            args = tuple(a.detach()[index] if i in rows else a for i, a in enumerate(problem.args))
-            return lambda w: problem.call(w, args)
+    def part(index: Tensor) -> Map:
+        args = tuple(a.detach()[index] if i in rows else a for i, a in enumerate(problem.args))
+        return lambda w: problem.call(w, args)
+
+    some: Callable[[Tensor], Map] | None = part if rows and start is None and not problem.layout.joint else None
 
     chain = (problem.solver,)
     if problem.policy == "fallback":

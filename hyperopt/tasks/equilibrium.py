@@ -62,7 +62,8 @@ class EquilibriumTask(EquilibriumSettings, Task):
         if env.compile:
             cell.compile_map()
         self._steps = 0
-        self._start: Tensor | None = None  # the fitted rows' states at the last update, under warm_start
+        # Under warm_start: the fitted rows' states and adjoint variables at the last update.
+        self._start: tuple[Tensor | None, Tensor | None] = (None, None)
         unknown = [group for group, strength in self.l2.items() if strength and group not in self.model.groups()]
         if unknown:
             raise ValueError(f"task.l2.{unknown[0]}: the model's groups are {', '.join(self.model.groups())}; change task.l2")
@@ -89,7 +90,7 @@ class EquilibriumTask(EquilibriumSettings, Task):
         optimizer.step(closure)
         self.model.cell.project_()
         if self.warm_start and self.model.solution is not None:
-            self._start = self.model.solution.value
+            self._start = (self.model.solution.value, self.model.solution.v)
         first = records[0]
         for cost in ("cost/evaluations", "cost/vjps"):
             first.metrics[cost] = sum(record.metrics[cost] for record in records)
@@ -107,10 +108,10 @@ class EquilibriumTask(EquilibriumSettings, Task):
         found = certify(solution, norm, mean_cross_entropy_constants(self.model, self.rows["outer"].x))
         return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
 
-    def _loss(self, start: Tensor | None, trace: bool = False) -> Tensor:
+    def _loss(self, start: tuple[Tensor | None, Tensor | None] = (None, None), trace: bool = False) -> Tensor:
         """Return the mean cross-entropy on the fitted rows."""
         fitted = self.rows["outer"]
-        return functional.cross_entropy(self.model(fitted.x, start, trace), fitted.y)
+        return functional.cross_entropy(self.model(fitted.x, *start, trace=trace), fitted.y)
 
     def _penalty(self) -> Tensor | float:
         """Return the sum over groups of ``l2 / 2 |group|^2``."""
@@ -130,7 +131,7 @@ class EquilibriumTask(EquilibriumSettings, Task):
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced solve each way) and, for a cell with a matrix A, ``spectrum``."""
-        loss = self._loss(None, trace=True)
+        loss = self._loss(trace=True)
         torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
         figures = {}
         if self.model.solution is not None:
@@ -141,15 +142,16 @@ class EquilibriumTask(EquilibriumSettings, Task):
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the model's tensors and, under ``warm_start``, the states that the next step starts from."""
-        return {"model": dict(self.model.state_dict()), "start": self._start, "steps": self._steps}
+        """Return the model's tensors and, under ``warm_start``, the states and adjoints that the next step starts from."""
+        return {"model": dict(self.model.state_dict()), "start": list(self._start), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned, in place."""
         self.model.load_state_dict(state["model"])
         self._steps = state["steps"]
         like = self.rows["outer"].x
-        self._start = None if state["start"] is None else state["start"].to(like.device, like.dtype, copy=True)
+        state_start, adjoint_start = (x if x is None else x.to(like.device, like.dtype, copy=True) for x in state["start"])
+        self._start = (state_start, adjoint_start)
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, the dataset with its checksums, and the rows behind each metric."""

@@ -87,7 +87,7 @@ class EquilibriumSettings:
         classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
             ``torch.nn.Linear``'s own initial values for both).
         fitted: the split of the dataset behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
-        warm_start: start each inner solve on the fitted rows from the solution before the last update, not from zero.
+        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the solutions before the last update.
         certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         solver: how the states are found (None: Picard).
