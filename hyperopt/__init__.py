@@ -14,6 +14,9 @@ _PUBLIC = {
     "Status": "hyperopt.status",
     "SolveError": "hyperopt.policy",
     "SolveWarning": "hyperopt.policy",
+    "Certificate": "hyperopt.certificate",
+    "Constants": "hyperopt.certificate",
+    "certify": "hyperopt.certificate",
     "ClosureError": "hyperopt.closure",
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from hyperopt.adjoints.attach import InexactError as InexactError
     from hyperopt.adjoints.implicit import Implicit as Implicit
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
+    from hyperopt.certificate import Certificate as Certificate
+    from hyperopt.certificate import Constants as Constants
+    from hyperopt.certificate import certify as certify
     from hyperopt.closure import ClosureError as ClosureError
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
     from hyperopt.linsolve.neumann import Neumann as Neumann

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # Of no interest to a comparison of runs: where things lie and how the job was started.
 NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "mode", "allow_targets")
 NOT_HPARAM_NAMES = ("root", "dir", "download")
+HPARAMS_FIRST = ("seed",)
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -59,6 +60,7 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
 
     Keys that only other choices of a group have (``solver.window`` under ``solver=picard``) are there too, as NaN where a number
     belongs and ``-`` elsewhere: TensorBoard takes the columns from the first run that it sees, and NaN passes its number filters.
+    ``solver._target_`` becomes ``solver: Picard``. The choices come first, since TensorBoard shows the first few columns only.
     """
     row: dict[str, float | str] = {}
     for option, settings in SCHEMA.items():
@@ -72,10 +74,17 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
             row[key] = math.nan if number else "-"
         else:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-    for key in list(row):
+    chosen: dict[str, float | str] = {}
+    others: dict[str, float | str] = {}
+    for key, value in sorted(row.items()):
         if key.partition(".")[0] in NOT_HPARAMS or key.rpartition(".")[2] in NOT_HPARAM_NAMES:
-            del row[key]
-    return dict(sorted(row.items()))
+            continue
+        if key.endswith("._target_"):
+            chosen[key.removesuffix("._target_")] = str(value).rpartition(".")[2]
+        else:
+            others[key] = value
+    first = [key for key in HPARAMS_FIRST if key in others]
+    return {**{key: others[key] for key in first}, **chosen, **{key: others[key] for key in others if key not in first}}
 
 
 def plain(value: Any) -> Any:

@@ -182,3 +182,11 @@ def test_figures_are_closed(tmp_path: Path) -> None:
     tracker.figures(0, {"spectrum": figure})
     tracker.close()
     assert not pyplot.get_fignums() and (tmp_path / "figures" / "spectrum.png").stat().st_size > 100
+
+
+def test_hparams_begin_with_what_a_person_sweeps() -> None:
+    register()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
+        row = hparams(compose("train", overrides=["solver=anderson"]))
+    assert list(row)[0] == "seed" and row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann"
+    assert list(row).index("solver") < list(row).index("adjoint.policy")

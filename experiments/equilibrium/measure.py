@@ -71,6 +71,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "values": list(values)}
 
 
+def over_seeds(all_rows: list[list[Row]], name: str, step: int) -> dict[str, Any]:
+    """One quantity at one step (-1: the last), mean and values over the seeds."""
+    return spread([(rows[-1] if step < 0 else at(rows, step))[name] for rows in all_rows])
+
+
 def digits(runs: Path) -> Row:
     """The default job on five seeds."""
     all_rows = {seed: run(runs / f"digits-{seed}", [f"seed={seed}"]) for seed in range(5)}
@@ -89,11 +94,15 @@ def mnist(runs: Path) -> Row:
         ours = {name: statistics.fmean(at(rows, step)[name] for rows in all_rows) for name in ("outer/loss", "outer/accuracy")}
         curve.append({"step": step, "published_loss": loss, "published_accuracy": accuracy, **ours})
     late = [row for row in curve if row["step"] >= 100]
+
+    def largest(name: str) -> float:
+        return max(abs(row[f"outer/{name}"] - row[f"published_{name}"]) for row in late)
+
     return {
         "curve": curve,
-        "largest_loss_difference_from_100": max(abs(row["outer/loss"] - row["published_loss"]) for row in late),
-        "largest_accuracy_difference_from_100": max(abs(row["outer/accuracy"] - row["published_accuracy"]) for row in late),
-        "last": {f"{split}/accuracy": spread([rows[-1][f"{split}/accuracy"] for rows in all_rows]) for split in ("outer", "val", "test")},
+        "largest_loss_difference_from_100": largest("loss"),
+        "largest_accuracy_difference_from_100": largest("accuracy"),
+        "last": {name: over_seeds(all_rows, name, -1) for name in ("outer/accuracy", "val/accuracy", "test/accuracy")},
         "seconds": spread([seconds(runs / f"mnist-{seed}") for seed in range(3)]),
     }
 
@@ -103,7 +112,7 @@ def projected(runs: Path) -> Row:
     all_rows = [run(runs / f"projected-{seed}", ["experiment=equilibrium_mnist_projected", f"seed={seed}"]) for seed in range(3)]
     return {
         "steps": {
-            str(step): {name: spread([at(rows, step)[name] for rows in all_rows]) for name in ("test/accuracy", "val/accuracy", "val/loss")}
+            str(step): {name: over_seeds(all_rows, name, step) for name in ("test/accuracy", "val/accuracy", "val/loss")}
             for step in (40, 60, 100, 360)
         },
         "least val/loss": {
@@ -123,48 +132,47 @@ def regularised(runs: Path) -> Row:
         for strength in STRENGTHS:
             l2 = [f"task.l2.{group}={strength}" for group in ("A", "B", "classifier")]
             rows = run(runs / f"l2-{strength}-{seed}", ["experiment=equilibrium_mnist_projected", f"seed={seed}", *l2])
-            row = best(rows)
-            candidates.append({"seed": seed, "l2": strength, **{k: row[k] for k in ("step", "val/loss", "val/accuracy", "test/accuracy")}})
+            measured = {k: best(rows)[k] for k in ("step", "val/loss", "val/accuracy", "test/accuracy")}
+            candidates.append({"seed": seed, "l2": strength, **measured})
         table += candidates
         chosen.append(min(candidates, key=lambda row: row["val/loss"]))
     return {"candidates": table, "chosen": chosen, "test/accuracy": spread([row["test/accuracy"] for row in chosen])}
 
 
-def draw(runs: Path, results: Row) -> None:
-    """Write the figures of the studies that were measured."""
+# Of each study's figure: axes by axes, the curves as (quantity, label, style, colour).
+CURVES = {
+    "mnist": [
+        [("outer/loss", "fitted", "-", "C0"), ("test/loss", "test", "--", "C1")],
+        [("outer/accuracy", "fitted", "-", "C0"), ("test/accuracy", "test", "--", "C1")],
+    ],
+    "projected": [
+        [("outer/loss", "fitted", "-", "C0"), ("val/loss", "validation", "--", "C2")],
+        [("test/accuracy", "test", "-", "C1"), ("val/accuracy", "validation", "--", "C2")],
+    ],
+}
+
+
+def draw(runs: Path, study: str) -> None:
+    """Write the figure of a study: loss and accuracy against the outer step, one curve a seed."""
     from matplotlib.figure import Figure
 
-    if "mnist" in results:
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            for seed in range(3):
-                rows = evaluated(run(runs / f"mnist-{seed}", []))
-                label = f"outer/{name}, seeds 0 to 2" if seed == 0 else None
-                axes.plot([r["step"] for r in rows], [r[f"outer/{name}"] for r in rows], color="C0", alpha=0.7, label=label)
-                label = f"test/{name}" if seed == 0 else None
-                axes.plot([r["step"] for r in rows], [r[f"test/{name}"] for r in rows], "--", color="C1", alpha=0.7, label=label)
-            points = [pair[0 if name == "loss" else 1] for pair in PUBLISHED.values()]
-            axes.plot(list(PUBLISHED), points, "k.", label="published, fitted rows")
-            axes.set(xlabel="outer step", ylabel=name)
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.savefig(HERE / "equilibrium_mnist.png", dpi=110)
-    if "projected" in results:
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, curves, name in zip(figure.subplots(1, 2), CURVES[study], ("loss", "accuracy"), strict=True):
         for seed in range(3):
-            rows = evaluated(run(runs / f"projected-{seed}", []))
-            steps = [r["step"] for r in rows]
-            left.plot(steps, [r["test/accuracy"] for r in rows], color="C1", alpha=0.8, label="test" if seed == 0 else None)
-            left.plot(steps, [r["val/accuracy"] for r in rows], "--", color="C2", alpha=0.8, label="validation" if seed == 0 else None)
-            right.semilogy(steps, [r["outer/loss"] for r in rows], color="C0", alpha=0.8, label="fitted" if seed == 0 else None)
-            right.semilogy(steps, [r["val/loss"] for r in rows], "--", color="C2", alpha=0.8, label="validation" if seed == 0 else None)
-        left.set(xlabel="outer step", ylabel="accuracy", ylim=(0.85, 0.96))
-        right.set(xlabel="outer step", ylabel="loss")
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.savefig(HERE / "equilibrium_mnist_projected.png", dpi=110)
+            rows = [json.loads(line) for line in (runs / f"{study}-{seed}" / "metrics.jsonl").read_text().splitlines()]
+            for key, label, style, colour in curves:
+                points = [(row["step"], row[key]) for row in evaluated(rows)]
+                axes.plot(*zip(*points, strict=True), style, color=colour, alpha=0.7, label=None if seed else label)
+        if study == "mnist":
+            axes.plot(list(PUBLISHED), [pair[name == "accuracy"] for pair in PUBLISHED.values()], "k.", label="published, fitted")
+        elif name == "loss":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0.85, 0.96)
+        axes.set(xlabel="outer step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(HERE / f"equilibrium_{study}.png", dpi=110)
 
 
 STUDIES = {"digits": digits, "mnist": mnist, "projected": projected, "regularised": regularised}
@@ -184,7 +192,8 @@ def main() -> None:
         facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
         results[name] = {**facts, **STUDIES[name](options.runs.resolve())}
         path.write_text(json.dumps(results, indent=2) + "\n")
-    draw(options.runs.resolve(), results)
+        if name in CURVES:
+            draw(options.runs.resolve(), name)
     print(json.dumps({name: results[name] for name in options.studies or STUDIES}, indent=2))
 
 

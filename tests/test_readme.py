@@ -1,0 +1,52 @@
+"""The README as it stands: its Python runs, its commands compose, its files are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from hyperopt.config import validate
+from hyperopt.schema import register
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """The ``hyperopt`` commands of the bash blocks that run a job, without the program's name."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "hyperopt" and not words[1:2] == ["--cfg"]]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_runs(code: str, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+def test_the_commands_compose(argv: list[str]) -> None:
+    register()
+    GlobalHydra.instance().clear()
+    overrides = [word.split(",")[0] for word in argv if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        validate(compose("train", overrides=overrides))
+
+
+def test_the_pictures_and_links_are_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
