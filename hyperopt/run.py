@@ -25,6 +25,7 @@ from hyperopt import checkpoint
 from hyperopt.config import Built, build
 from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import HypergradientGuard, Schedule
+from hyperopt.policy import reset_warnings
 from hyperopt.report import progress, show, summarize, table, write_facts
 from hyperopt.repro import (
     configure,
@@ -66,6 +67,7 @@ def run(cfg: DictConfig, out: Path) -> float:
     out.mkdir(parents=True, exist_ok=True)
     (out / "FAILED").unlink(missing_ok=True)
     state = LoopState()
+    reset_warnings()  # a sweep's jobs share a process: each has its own first warning
     with preserved_global_state():
         try:
             device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)

@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from hyperopt import settings as core
 from hyperopt import train_settings as train
 from hyperopt.data import settings as data
+from hyperopt.nn import settings as cells
 from hyperopt.resolvers import register_resolvers
 from hyperopt.tasks import settings as tasks
 
@@ -52,8 +53,8 @@ IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
-    "task/cell/projected": _targeted(tasks.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
-    "task/cell/householder": _targeted(tasks.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
+    "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
+    "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),

@@ -44,6 +44,19 @@ def check_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(choices)}; change {name}")
 
 
+def check_flag(owner: Any, name: str) -> None:
+    """Refuse a field that is not true or false."""
+    if not isinstance(getattr(owner, name), bool):
+        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
+
+
+def check_open_unit(owner: Any, name: str) -> None:
+    """Refuse a field of ``owner`` that is not in (0, 1)."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in (0, 1); change {name}")
+
+
 @dataclass(frozen=True)
 class IterativeSettings:
     """What every iterative method has: tolerances and a budget."""

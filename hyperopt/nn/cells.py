@@ -8,7 +8,7 @@ import torch
 
 from hyperopt.nn.contractive import HouseholderContraction, ProjectedMatrix
 from hyperopt.nn.equilibrium import Cell, EquilibriumCell
-from hyperopt.tasks.settings import HouseholderCellSettings, ProjectedCellSettings
+from hyperopt.nn.settings import HouseholderCellSettings, ProjectedCellSettings
 
 
 class CellFactory(ABC):

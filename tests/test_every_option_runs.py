@@ -1,0 +1,45 @@
+"""Every option of every group takes two steps of the real command, and every experiment does so on its real data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from hyperopt.run import run
+from hyperopt.schema import SCHEMA, register
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in ("solver", "adjoint", "optimizer", "task")]
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=["debug=default", "device=cpu", *overrides])
+    run(cfg, out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((out / "summary.json").read_text())["status"] == "completed"
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["outer/loss"]) and row["hypergrad/norm"] > 0 for row in rows)
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # a line search may try points that are hard to solve at
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option(option: str, tmp_path: Path) -> None:
+    first, last = two_steps(tmp_path, option, "dataset.train=100", "dataset.val=50", "dataset.test=50", "task.state_size=20")
+    assert last["outer/loss"] < 1.5 * first["outer/loss"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_on_its_data(name: str, tmp_path: Path, data_root: Path) -> None:
+    few = ["dataset.train=200", "dataset.val=100", "dataset.test=100"]
+    first, last = two_steps(tmp_path, f"experiment={name}", f"paths.data={data_root}", "dataset.download=false", *few)
+    assert last["outer/loss"] < 1.5 * first["outer/loss"]

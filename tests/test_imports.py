@@ -1,0 +1,69 @@
+"""Imports point one way: a module imports from layers below its own, or from its own layer."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hyperopt"
+# Bottom first. A name stands for a module or a whole package; the settings, free of torch, lie below everything.
+LAYERS = [
+    ("settings", "data.errors", "nn.settings", "data.settings", "tasks.settings", "train_settings", "resolvers", "messages"),
+    ("tree",),
+    ("status",),
+    ("policy", "closure"),
+    ("solvers",),
+    ("linsolve",),
+    ("adjoints",),
+    ("primitive", "certificate"),
+    ("nn", "data"),
+    ("tasks",),
+    ("schema",),
+    ("config", "optim", "track", "repro", "loop_state", "checkpoint"),
+    ("report",),
+    ("run",),
+    ("cli",),
+]
+
+
+def layer(module: str) -> int:
+    """Return the layer of ``hyperopt.<module>``: that of its longest listed prefix."""
+    found = [(len(name), k) for k, names in enumerate(LAYERS) for name in names if module == name or module.startswith(f"{name}.")]
+    assert found, f"hyperopt.{module} is in no layer: put it into LAYERS"
+    return max(found)[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports, wherever in the file, those for type checking left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hyperopt"):
+            base = (node.module or "").removeprefix("hyperopt").removeprefix(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}" if base else alias.name
+                is_module = (PACKAGE / f"{name.replace('.', '/')}.py").exists() or (PACKAGE / name.replace(".", "/")).is_dir()
+                found.add(name if is_module else base)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found - {""}
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path: Path) -> None:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    upward = sorted(module for module in imports(path) if layer(module) > layer(name))
+    assert upward == []
+
+
+def test_no_file_is_long() -> None:
+    assert [path.name for path in MODULES if len(path.read_text().splitlines()) > 400] == []
