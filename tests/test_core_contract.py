@@ -1,6 +1,7 @@
 """What a solve promises beyond its numbers: honest counts, rows that stop one by one, invariances, refusals of bad input."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_09_coupled_rows_are_found(solver):
 def test_a_warm_start_of_the_adjoint_saves_vjps_and_gives_the_same_gradient(linear_solver):
     m, b = problem(q=0.9)
 
-    def solve(shift, v0=None):
+    def solve(shift, v0=None) -> Any:
         phi = lambda w: {"x": torch.tanh(w["x"] @ m + b + shift)}  # noqa: E731
         adjoint = Implicit(linear_solver, policy="raise")
         sol = fixed_point(phi, {"x": torch.zeros(4, 3)}, solver=Picard(1e-12, max_steps=999), adjoint=adjoint, v0=v0)

@@ -14,7 +14,8 @@ from hyperopt.run import run
 from hyperopt.schema import SCHEMA, register
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in ("solver", "adjoint", "optimizer", "task")]
+GROUPS = ("task", "solver", "adjoint", "optimizer")
+OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS]
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 

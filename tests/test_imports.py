@@ -30,7 +30,8 @@ LAYERS = [
 
 def layer(module: str) -> int:
     """Return the layer of ``hyperopt.<module>``: that of its longest listed prefix."""
-    found = [(len(name), k) for k, names in enumerate(LAYERS) for name in names if module == name or module.startswith(f"{name}.")]
+    places = [(name, k) for k, names in enumerate(LAYERS) for name in names]
+    found = [(len(name), k) for name, k in places if f"{module}.".startswith(f"{name}.")]
     assert found, f"hyperopt.{module} is in no layer: put it into LAYERS"
     return max(found)[1]
 

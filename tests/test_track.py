@@ -188,5 +188,5 @@ def test_hparams_begin_with_what_a_person_sweeps() -> None:
     register()
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
         row = hparams(compose("train", overrides=["solver=anderson"]))
-    assert list(row)[0] == "seed" and row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann"
+    assert next(iter(row)) == "seed" and row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann"
     assert list(row).index("solver") < list(row).index("adjoint.policy")
