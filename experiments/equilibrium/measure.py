@@ -32,7 +32,7 @@ PUBLISHED = {
     400: (0.821, 0.8580),
     480: (0.716, 0.8718),
 }
-STRENGTHS = ("0.0003", "0.001", "0.003")
+REGULARISERS = (("0.0003", "0.99"), ("0.001", "0.9"), ("0.002", "0.8"))  # strength of L2, and largest norm of A
 Row = dict[str, Any]
 
 
@@ -124,16 +124,17 @@ def projected(runs: Path) -> Row:
 
 
 def regularised(runs: Path) -> Row:
-    """The same with an L2 strength and a stopping step chosen by the validation loss, seed by seed."""
+    """The same with a strength of L2, a radius of A and a stopping step chosen by the validation loss, seed by seed."""
     chosen = []
     table = []
     for seed in range(3):
         candidates = []
-        for strength in STRENGTHS:
-            l2 = [f"task.l2.{group}={strength}" for group in ("A", "B", "classifier")]
-            rows = run(runs / f"l2-{strength}-{seed}", ["experiment=equilibrium_mnist_projected", f"seed={seed}", *l2])
+        for strength, radius in REGULARISERS:
+            overrides = ["experiment=equilibrium_mnist_projected", f"seed={seed}", f"task.cell.max_norm={radius}"]
+            overrides += [f"task.l2.{group}={strength}" for group in ("A", "B", "classifier")]
+            rows = run(runs / f"l2-{strength}-{radius}-{seed}", [*overrides, "trainer.max_steps=241"])
             measured = {k: best(rows)[k] for k in ("step", "val/loss", "val/accuracy", "test/accuracy")}
-            candidates.append({"seed": seed, "l2": strength, **measured})
+            candidates.append({"seed": seed, "l2": strength, "max_norm": radius, **measured})
         table += candidates
         chosen.append(min(candidates, key=lambda row: row["val/loss"]))
     return {"candidates": table, "chosen": chosen, "test/accuracy": spread([row["test/accuracy"] for row in chosen])}
