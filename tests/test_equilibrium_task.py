@@ -32,6 +32,7 @@ KEYS = {
     "adjoint/residual",
     "cost/evaluations",
     "cost/vjps",
+    "cost/jvps",
 }
 
 
