@@ -20,11 +20,13 @@ class FixedPointSolver(IterativeSettings, ABC):
     Attributes:
         linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
             made from the last iterate, since there it would not be free.
+        rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
         differentiable: whether ``step`` can be differentiated through.
         keeps_inverse: whether the state holds an estimate of ``(I - J)^{-1}``, see ``inverse``.
     """
 
     linearizes: ClassVar[bool] = False
+    rise: ClassVar[float] = 1e3
     differentiable: ClassVar[bool] = True
     keeps_inverse: ClassVar[bool] = False
 

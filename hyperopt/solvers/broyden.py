@@ -6,8 +6,9 @@
     H_{k+1} = H_k + (s - H_k y) (s^T H_k) / (s^T H_k y)         so that H_{k+1} y = s
 
 ``H`` is kept as ``I + sum_i a_i b_i^T``. When it has ``memory`` terms, the sum is replaced by its best approximation with half as
-many (its largest singular values). Dropping the oldest terms instead loses far more than their own share: on tanh equilibria of
-radius .9 to .999 with 40 entries it diverged in 40 of 45 runs, a restart took 1.3 to 2 times the steps, this 1.0 to 1.3 times.
+many (its largest singular values). On 54 batches of tanh equilibria of radius .9 to .999 with 40 entries, dropping the oldest
+term instead failed in 44; with memory 20, 10 and 5 this took 1.06, 1.25 and 1.5 times the evaluations of an unlimited memory
+(medians), forgetting all terms 1.5, 1.9 and 2.2 times.
 
 A step costs one evaluation and three products with H, of ``4 memory dim`` operations a row each. Converges superlinearly, also
 where the map does not contract; with memory enough, on a linear map of n variables within 2n steps. Invariant under scaling of
@@ -63,6 +64,7 @@ class Broyden(BroydenSettings, FixedPointSolver):
     """Limited-memory good Broyden; settings in ``BroydenSettings``."""
 
     keeps_inverse: ClassVar[bool] = True
+    rise: ClassVar[float] = 1e9  # a first guess at a direction may lead far out, and the estimate then knows better
 
     def init(self, w: Tensor) -> Estimate:
         """``H = I``: the first step is a plain one."""

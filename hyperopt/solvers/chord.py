@@ -41,6 +41,7 @@ class Chord(ChordSettings, FixedPointSolver):
     """Newton with reused factors; settings in ``ChordSettings``."""
 
     keeps_inverse: ClassVar[bool] = True
+    rise: ClassVar[float] = 1e9  # as for Newton
 
     def init(self, w: Tensor) -> Factors:
         """No factors; check that they will fit."""

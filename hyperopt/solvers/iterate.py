@@ -29,7 +29,6 @@ from hyperopt.solvers.point import Cost, Map, Point
 from hyperopt.status import SolveStats, Status
 
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
-DIVERGED = 1e3  # a residual this many times the best one seen, and above the first, ends a row
 COUPLED = 4.0  # a stopped row may rise to this many times its tolerance by rounding alone
 
 
@@ -249,7 +248,7 @@ class _Adaptive:
         self.trace.append(torch.where(shown, relative(difference, scale), 0.0).max())
         finite = torch.isfinite(difference)
         met = seen & (difference <= self.tolerance)
-        grown = seen & finite & (difference > DIVERGED * self.best) & (difference > self.first)
+        grown = seen & finite & (difference > self.solver.rise * self.best) & (difference > self.first)
         self.status = torch.where(met, int(Status.converged), self.status)
         self.status = torch.where(seen & ~finite, int(Status.nonfinite), self.status)
         self.status = torch.where(grown, int(Status.diverged), self.status)

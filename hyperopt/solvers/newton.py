@@ -29,6 +29,7 @@ class Newton(NewtonSettings, FixedPointSolver):
     """Dense Newton; settings in ``NewtonSettings``."""
 
     linearizes: ClassVar[bool] = True
+    rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and the next ones come back
 
     def init(self, w: Tensor) -> Any:
         """Check that the Jacobians fit."""
