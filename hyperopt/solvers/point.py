@@ -47,16 +47,17 @@ class Point:
     Attributes:
         w: the iterate.
         fw: ``phi(w)``, shape (rows, dim).
+        cost: what the solve has spent up to here.
         active: rows that still move, shape (rows,); None: all. A method may spare work on the others: they will not move.
         broken: rows in which the method broke down, shape (rows,), set by the step; they end there.
         trial: the latest point that was probed; if the step leads there, it is the next iterate's and is not evaluated again.
     """
 
-    __slots__ = ("_cost", "_graph", "_linear", "_phi", "active", "broken", "fw", "trial", "w")
+    __slots__ = ("_graph", "_linear", "_phi", "active", "broken", "cost", "fw", "trial", "w")
 
     def __init__(self, phi: Map, w: Tensor, cost: Cost, fw: Tensor | None = None, *, graph: bool = False) -> None:
         """Evaluate, unless ``fw`` is given."""
-        self._phi, self._cost, self._graph = phi, cost, graph
+        self._phi, self.cost, self._graph = phi, cost, graph
         self._linear: _Linear | None = None
         self.w = w
         self.active: Tensor | None = None
@@ -72,19 +73,19 @@ class Point:
 
     def probe(self, w: Tensor) -> Point:
         """The map at another state, shape (rows, dim)."""
-        self.trial = Point(self._phi, w, self._cost, graph=self._graph)
+        self.trial = Point(self._phi, w, self.cost, graph=self._graph)
         return self.trial
 
     def vjp(self, v: Tensor) -> Tensor:
         """``J^T v``, shape (rows, dim)."""
-        self._cost.vjps += 1
+        self.cost.vjps += 1
         return self._linearize().pull(v)
 
     def jvp(self, v: Tensor) -> Tensor:
         """``J v``, shape (rows, dim); by a graph it is the vjp of a vjp, which is one more the first time."""
         linear = self._linearize()
-        self._cost.vjps += linear.prepare_push()
-        self._cost.jvps += 1
+        self.cost.vjps += linear.prepare_push()
+        self.cost.jvps += 1
         return linear.push(v)
 
     def jacobian(self) -> Tensor:
@@ -94,7 +95,7 @@ class Point:
         if closed is not None:
             return closed
         rows, dim = self.w.shape
-        self._cost.vjps += dim
+        self.cost.vjps += dim
         units = torch.eye(dim, dtype=self.w.dtype, device=self.w.device)
         return torch.stack([linear.pull(unit.expand(rows, dim)) for unit in units], dim=1)
 
@@ -108,7 +109,7 @@ class Point:
             if pullback is not None:
                 self._linear = _Closed(pullback(self.w, self.fw))
             else:
-                self._cost.evaluations += 1
+                self.cost.evaluations += 1
                 self._linear = (_Functional if functorch_level() else _Graph)(self._phi, self.w)
         return self._linear
 
