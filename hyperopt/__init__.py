@@ -21,9 +21,14 @@ _PUBLIC = {
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
     "Anderson": "hyperopt.solvers.anderson",
+    "Broyden": "hyperopt.solvers.broyden",
+    "Newton": "hyperopt.solvers.newton",
+    "NewtonKrylov": "hyperopt.solvers.newton_krylov",
+    "Chord": "hyperopt.solvers.chord",
     "Neumann": "hyperopt.linsolve.neumann",
     "LinearAnderson": "hyperopt.linsolve.anderson",
     "Implicit": "hyperopt.adjoints.implicit",
+    "Shine": "hyperopt.adjoints.shine",
     "Unrolled": "hyperopt.adjoints.unrolled",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -31,6 +36,7 @@ __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAl
 if TYPE_CHECKING:
     from hyperopt.adjoints.attach import InexactError as InexactError
     from hyperopt.adjoints.implicit import Implicit as Implicit
+    from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
@@ -42,6 +48,10 @@ if TYPE_CHECKING:
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point
     from hyperopt.solvers.anderson import Anderson as Anderson
+    from hyperopt.solvers.broyden import Broyden as Broyden
+    from hyperopt.solvers.chord import Chord as Chord
+    from hyperopt.solvers.newton import Newton as Newton
+    from hyperopt.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.solvers.picard import Picard as Picard
     from hyperopt.status import Solution as Solution
     from hyperopt.status import SolveStats as SolveStats

@@ -25,6 +25,7 @@ class LoopState:
         bad: evaluations in a row without improvement.
         evaluations: calls of the map so far.
         vjps: vector-Jacobian products so far.
+        jvps: Jacobian-vector products so far.
         seconds: training time so far, over all sessions.
         row: metrics of the last step done.
         evaluated: whether that row holds an evaluation.
@@ -37,6 +38,7 @@ class LoopState:
     bad: int = 0
     evaluations: float = 0
     vjps: float = 0
+    jvps: float = 0
     seconds: float = 0.0
     row: dict[str, float] = field(default_factory=dict)
     evaluated: bool = False

@@ -51,7 +51,7 @@ def fixed_point(
         solver: how to solve (default ``Picard()``).
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
         policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
-        fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson).
+        fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
         v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
             ``solution.v`` of a nearby problem.
         trace: measure the residual at every iteration, forward and backward.

@@ -146,6 +146,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
                 state.evaluated = False
                 state.evaluations += record.metrics.get("cost/evaluations", 0)
                 state.vjps += record.metrics.get("cost/vjps", 0)
+                state.jvps += record.metrics.get("cost/jvps", 0)
                 state.row = {
                     "outer/step_loss": float(record.loss),
                     **{name: float(value) for name, value in record.metrics.items()},
@@ -153,6 +154,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
                     **{f"{name}/status": int(status) for name, status in record.statuses.items()},
                     "cost/evaluations": state.evaluations,
                     "cost/vjps": state.vjps,
+                    "cost/jvps": state.jvps,
                     "optimizer/lr": float(lr),
                     "time/step_seconds": step_seconds,
                 }

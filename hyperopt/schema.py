@@ -20,8 +20,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from hyperopt import settings as core
 from hyperopt import train_settings as train
 from hyperopt.data import settings as data
+from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
 from hyperopt.resolvers import register_resolvers
+from hyperopt.solvers import settings as solvers
 from hyperopt.tasks import settings as tasks
 
 
@@ -47,8 +49,8 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     return dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
 
 
-NEUMANN = _targeted(core.NeumannSettings, "hyperopt.linsolve.neumann.Neumann")
-LINEAR_ANDERSON = _targeted(core.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson")
+NEUMANN = _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann")
+LINEAR_ANDERSON = _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson")
 IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
 
 SCHEMA: dict[str, type] = {
@@ -58,10 +60,17 @@ SCHEMA: dict[str, type] = {
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
-    "solver/picard": _targeted(core.PicardSettings, "hyperopt.solvers.picard.Picard"),
-    "solver/anderson": _targeted(core.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
+    "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),
+    "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
+    "solver/broyden": _targeted(solvers.BroydenSettings, "hyperopt.solvers.broyden.Broyden"),
+    "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.solvers.newton.Newton"),
+    "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.solvers.chord.Chord"),
+    "solver/newton_krylov": _targeted(
+        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_ANDERSON
+    ),
     "adjoint/neumann": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=NEUMANN),
     "adjoint/anderson": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=LINEAR_ANDERSON),
+    "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.adjoints.shine.Shine"),
     "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
     "optimizer/momentum": _targeted(train.MomentumSettings, "hyperopt.optim.Momentum"),

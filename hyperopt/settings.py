@@ -45,7 +45,7 @@ def check_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_flag(owner: Any, name: str) -> None:
-    """Refuse a field that is not true or false."""
+    """Refuse a field of ``owner`` that is not true or false."""
     if not isinstance(getattr(owner, name), bool):
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
 
@@ -78,52 +78,6 @@ class IterativeSettings:
 
 
 @dataclass(frozen=True)
-class PicardSettings(IterativeSettings):
-    """``w <- (1 - damping) w + damping phi(w)``; ``damping=1`` is the plain iteration."""
-
-    damping: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        check_number(self, "damping", 0.0, 1.0, open_low=True)
-
-
-@dataclass(frozen=True)
-class AndersonSettings(IterativeSettings):
-    """Anderson acceleration over the last ``window`` steps.
-
-    ridge is relative: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals, so that the method does
-    the same on a map scaled by any factor.
-    """
-
-    window: int = 5
-    damping: float = 1.0
-    ridge: float = 1e-10
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        check_count(self, "window")
-        check_number(self, "damping", 0.0, 1.0, open_low=True)
-        check_number(self, "ridge", 0.0)
-
-
-@dataclass(frozen=True)
-class NeumannSettings(IterativeSettings):
-    """``v <- J^T v + g`` from ``v = g``: the truncated Neumann series."""
-
-    rtol: float = 1e-6
-
-
-@dataclass(frozen=True)
-class LinearAndersonSettings(AndersonSettings):
-    """Anderson acceleration of ``v <- J^T v + g``; same settings as the solver of that name."""
-
-    rtol: float = 1e-6
-
-
-@dataclass(frozen=True)
 class ImplicitSettings:
     """The implicit function theorem: solve ``(I - J^T) v = g``, then one closing vjp.
 
@@ -141,6 +95,25 @@ class ImplicitSettings:
     def __post_init__(self) -> None:
         """Check the choices."""
         check_choice(self, "policy", POLICIES)
+
+
+@dataclass(frozen=True)
+class ShineSettings:
+    """The forward solver's estimate of ``(I - J)^{-1}`` in the place of the adjoint system.
+
+    linear_solver: refines from there (None: no refinement).
+    ratio: a row whose ``|v|`` is more than this many times ``|g|`` takes the one-step direction ``v = g`` instead.
+    policy: what to do when the refinement fails: ``raise``, ``warn`` (once a run and kind) or ``ignore``.
+    """
+
+    linear_solver: Any = None
+    ratio: float = 10.0
+    policy: str = "warn"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "ratio", 0.0, open_low=True)
+        check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
 
 
 @dataclass(frozen=True)

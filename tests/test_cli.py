@@ -75,7 +75,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 MISTAKES = [
     ("solvr=anderson", ["solvr: there is no such group or key", "did you mean solver?", "optimizer"]),
-    ("solver=andersen", ["solver has no option 'andersen'", "did you mean anderson?", "choices: anderson, picard"]),
+    ("solver=andersen", ["solver has no option 'andersen'", "did you mean anderson?", "choices: anderson, broyden, "]),
     ("experiment=equilibrium_mnst", ["did you mean equilibrium_mnist", "equilibrium_mnist_projected"]),
     ("dataset=cifar", ["dataset has no option 'cifar'", "digits, fashion_mnist, mnist"]),
     ("optimizer.lrr=1", ["optimizer has no key 'lrr'", "did you mean lr?", "momentum, nesterov"]),
@@ -239,7 +239,8 @@ def test_version(launch: Launcher) -> None:
 def test_tab_completion_offers_options_and_no_schema_nodes(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_LINE", "hyperopt solver=")
     monkeypatch.setenv("COMP_POINT", "16")
-    assert launch("-sc", "query=bash").out.split() == ["solver=anderson", "solver=picard"]
+    solvers = ("anderson", "broyden", "chord", "newton", "newton_krylov", "picard")
+    assert launch("-sc", "query=bash").out.split() == [f"solver={name}" for name in solvers]
 
 
 @pytest.mark.parametrize("argv", ["--help", "--version", "--cfg job", "--cfg job adjoint=anderson", "sed=1", "seed=-1"])

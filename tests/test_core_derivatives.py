@@ -7,7 +7,21 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from hyperopt import ClosureError, Implicit, LinearAnderson, Neumann, Picard, fixed_point
+from hyperopt import (
+    Broyden,
+    Chord,
+    ClosureError,
+    Implicit,
+    InexactError,
+    LinearAnderson,
+    Neumann,
+    Newton,
+    NewtonKrylov,
+    Picard,
+    Shine,
+    Unrolled,
+    fixed_point,
+)
 
 # torch's own first use of forward mode scripts its decompositions, and its compiler looks at .grad of a non-leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:The .grad attribute:UserWarning")
@@ -67,6 +81,75 @@ def test_gradcheck_of_both_linear_solvers(adjoint):
 def test_gradcheck_and_gradgradcheck(name):
     assert gradcheck(CASES[name], weights())
     assert gradgradcheck(CASES[name], weights())
+
+
+NEWTONS = {"newton": Newton(1e-14), "chord": Chord(1e-14), "newton_krylov": NewtonKrylov(1e-14), "broyden": Broyden(1e-14)}
+
+
+@pytest.mark.parametrize("name", NEWTONS)
+def test_gradcheck_and_gradgradcheck_of_every_solver_with_an_implicit_adjoint(name):
+    def value(m, b):
+        return fixed_point(cell, torch.zeros(2, 2), (m, b), solver=NEWTONS[name], adjoint=ADJOINT, policy="raise").value
+
+    assert gradcheck(value, weights(2))
+    assert gradgradcheck(value, weights(2))
+
+
+@pytest.mark.parametrize("solver", [Newton(0, 0, 2), Newton(0, 0, 2, line_search=True), Chord(0, 0, 3), Broyden(0, 0, 4)])
+def test_gradcheck_and_gradgradcheck_of_unrolled_steps(solver):
+    """Far from the solution, so that only a derivative through the steps themselves can pass."""
+
+    def value(m, b):
+        return fixed_point(cell, torch.ones(2, 2), (m, b), solver=solver, adjoint=Unrolled()).value
+
+    assert gradcheck(value, weights(2))
+    assert gradgradcheck(value, weights(2))
+
+
+def test_newton_unrolled_has_the_second_derivative_after_two_steps_at_the_solution():
+    m, b = weights()
+    with torch.no_grad():
+        start = unrolled(lambda w: cell(w, m, b), torch.zeros(3, 2))
+    got = fixed_point(cell, start, (m, b), solver=Newton(0, 0, 2), adjoint=Unrolled()).value
+    want = solve(cell, torch.zeros(3, 2), m, b)
+    for _ in range(2):
+        (got,), (want,) = (torch.autograd.grad(square(x), m, create_graph=True) for x in (got, want))
+        close(got, want, rtol=RTOL)
+
+
+@pytest.mark.parametrize("solver", [Newton(1e-12), Broyden(1e-12)])
+def test_newton_and_broyden_under_torch_func_with_an_unrolled_adjoint(solver):
+    m, b = (x.detach() for x in weights())
+
+    def loss(m, adjoint):
+        return square(fixed_point(cell, torch.zeros(3, 2), (m, b), solver=solver, adjoint=adjoint, policy="raise").value)
+
+    close(grad(lambda m: loss(m, Unrolled()))(m), grad(lambda m: loss(m, ADJOINT))(m), rtol=1e-9)
+
+
+@pytest.mark.parametrize("linear_solver", [None, Neumann(1e-12, max_steps=500)])
+def test_shine_refuses_a_second_derivative(linear_solver):
+    m, b = weights()
+    value = fixed_point(cell, torch.zeros(3, 2), (m, b), solver=Broyden(1e-12), adjoint=Shine(linear_solver)).value
+    assert torch.autograd.grad(value.sum(), m, retain_graph=True)[0].shape == (2, 2)
+    with pytest.raises(InexactError, match="SHINE never is"):
+        torch.autograd.grad(value.sum(), m, create_graph=True)
+
+
+def test_shine_under_torch_func():
+    m, b = (x.detach() for x in weights())
+    adjoint = Shine(Neumann(1e-12, max_steps=500))
+
+    def loss(m, b=b, adjoint=adjoint):
+        return square(fixed_point(cell, torch.zeros_like(b), (m, b), solver=Broyden(1e-12), adjoint=adjoint).value)
+
+    close(grad(loss)(m), grad(lambda m: loss(m, adjoint=ADJOINT))(m), rtol=1e-8)
+    several = torch.stack([b, 2 * b])
+    got = grad(lambda m: vmap(lambda b: loss(m, b))(several).sum())(m)
+    close(got, sum(grad(lambda m, b=b: loss(m, b))(m) for b in several), rtol=1e-8)
+    close(jvp(loss, (m,), (m.cos(),))[1], jvp(lambda m: loss(m, adjoint=ADJOINT), (m,), (m.cos(),))[1], rtol=1e-8)
+    with pytest.raises(InexactError, match="no inverse estimate"):
+        vmap(grad(lambda b: loss(m, b)))(several)
 
 
 def test_forward_mode_gradcheck():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.adjoints.implicit import Implicit
+from hyperopt.adjoints.shine import Shine
 from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.data.digits import Digits
 from hyperopt.linsolve.neumann import Neumann
@@ -18,6 +19,11 @@ from hyperopt.nn.cells import HouseholderCell, ProjectedCell
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.equilibrium import EquilibriumCell
 from hyperopt.solvers.anderson import Anderson
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.broyden import Broyden
+from hyperopt.solvers.chord import Chord
+from hyperopt.solvers.newton import Newton
+from hyperopt.solvers.newton_krylov import NewtonKrylov
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Status
 from hyperopt.tasks.base import Environment
@@ -32,6 +38,7 @@ KEYS = {
     "adjoint/residual",
     "cost/evaluations",
     "cost/vjps",
+    "cost/jvps",
 }
 
 
@@ -188,6 +195,35 @@ def test_a_restored_task_goes_on_bit_for_bit(warm_start: bool, cell: object) -> 
     assert torch.equal(again.rows["outer"].x, seeded_alike.rows["outer"].x)
     assert [again.step(other, no_guard).loss for _ in range(3)] == expected
     assert again.evaluate() == through.evaluate()
+
+
+SOLVERS = [Broyden(1e-9), Newton(1e-9), Chord(1e-9), NewtonKrylov(1e-9)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=[solver.name for solver in SOLVERS])
+def test_every_solver_gives_the_same_step(solver: FixedPointSolver) -> None:
+    want, got = (task(solver=chosen) for chosen in (Picard(1e-9, max_steps=1000), solver))
+    record, other = (made.step(sgd(made), no_guard) for made in (want, got))
+    assert other.statuses == {"inner": Status.converged, "adjoint": Status.converged}
+    assert other.loss == pytest.approx(record.loss, rel=1e-8)
+    torch.testing.assert_close(matrix(got), matrix(want), rtol=1e-5, atol=1e-7)
+    assert (other.metrics["cost/jvps"] > 0) == isinstance(solver, NewtonKrylov)
+
+
+def test_the_shine_adjoint_moves_the_loss_down() -> None:
+    made = task(solver=Broyden(1e-6), adjoint=Shine())
+    optimizer = sgd(made)
+    losses = [made.step(optimizer, no_guard).loss for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_failed_solver_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    made = task(solver=Picard(1e-9, max_steps=2), policy="fallback", fallback=[Broyden(1e-9, max_steps=2), Newton(1e-9)])
+    record = made.step(sgd(made), no_guard)
+    assert record.statuses["inner"] == Status.converged and made.model.solution is not None
+    assert made.model.solution.forward.method == "Newton" and made.model.solution.forward.fallbacks == ("Picard", "Broyden")
+    switches = [message for message in caplog.messages if "falling back to" in message]
+    assert len(switches) == 2 and switches[0].endswith("Broyden") and switches[1].endswith("Newton")
 
 
 def test_one_seed_one_model() -> None:

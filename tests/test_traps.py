@@ -11,10 +11,14 @@ from core_reference import Counted, close
 
 from hyperopt import (
     Anderson,
+    Broyden,
+    Chord,
     Implicit,
     InexactError,
     LinearAnderson,
     Neumann,
+    Newton,
+    NewtonKrylov,
     Picard,
     SolveError,
     SolveWarning,
@@ -165,6 +169,16 @@ SOLVERS = [
     Anderson(1e-12),
     Picard(0, 0, 40),
     Anderson(0, 0, 12),
+    Broyden(1e-12),
+    Broyden(1e-12, memory=4, line_search=True),
+    Broyden(0, 0, 12),
+    Newton(1e-12),
+    Newton(1e-12, line_search=True),
+    Newton(0, 0, 5),
+    Chord(1e-12),
+    Chord(0, 0, 12),
+    NewtonKrylov(1e-12),
+    NewtonKrylov(0, 0, 5),
 ]
 
 
@@ -172,6 +186,8 @@ SOLVERS = [
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("adjoint", [EXACT, Implicit(LinearAnderson(1e-12)), Unrolled()], ids=["neumann", "anderson", "unrolled"])
 def test_05_one_bad_row_leaves_the_others_as_they_are(solver, adjoint, bad):
+    if isinstance(adjoint, Unrolled) and not solver.differentiable:
+        pytest.skip("refused, see test_core_newton")
     m = linear(0.5)[0].detach()
     clean = torch.randn(4, 3)
     spoilt = clean.clone()
@@ -289,6 +305,14 @@ def test_12_a_map_that_does_not_contract_is_flagged(rtol, steps):
 def test_12_anderson_solves_what_picard_cannot():
     sol = fixed_point(lambda z: 3 * z + 1, torch.ones(2, 1), solver=Anderson(1e-10), policy="raise")
     close(sol.value, torch.full((2, 1), -0.5))
+
+
+@pytest.mark.parametrize("window", [7, 100])
+def test_07_a_window_or_a_memory_larger_than_the_steps_is_never_filled(window):
+    m, b = linear(0.5)
+    for make in (lambda w: Anderson(0, 0, 6, window=w), lambda w: Broyden(0, 0, 6, memory=w)):
+        got, want = (fixed_point(lambda w: w @ m + b, torch.zeros(2, 3), solver=make(w)).value for w in (window, 6))
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("solver", [Picard(1e-8, max_steps=400), Picard(0, 0, 50)])

@@ -72,12 +72,14 @@ class System(ABC):
     Attributes:
         linear: solves ``(I - M) v = b`` in the way, and with the policy, of the adjoint; called (matvec, b, start, what).
         exact: whether ``linear`` solves to a tolerance.
+        remedy: what to change for one that does.
         states: how many of the leading inputs have the shape of the state.
         derived: whether this system came from differentiating another.
     """
 
     linear: SolveLinear
     exact: bool
+    remedy: str
     states = 0
     derived = True
 
@@ -110,7 +112,7 @@ class AdjointSystem(System):
 
     def __init__(self, parent: System) -> None:
         """Solve in the way of the parent."""
-        self.parent, self.linear, self.exact = parent, parent.linear, parent.exact
+        self.parent, self.linear, self.exact, self.remedy = parent, parent.linear, parent.exact, parent.remedy
         self.states = parent.states + 2
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
@@ -232,8 +234,7 @@ class Attach(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed:
             if not system.exact and (system.derived or not transformed):
                 raise InexactError(
-                    "this adjoint is not exact (a fixed number of terms), so its derivative is not the second derivative: give "
-                    "adjoint.linear_solver.rtol > 0, or set adjoint.allow_inexact=true"
+                    f"this adjoint is not solved to a tolerance, so its derivative is not the second derivative: {system.remedy}"
                 )
             v = attach(AdjointSystem(system), g.detach(), g, value, *inputs)
             return None, None, *pull_inputs(system.map, value, inputs, v, needs)
@@ -248,7 +249,7 @@ class Attach(torch.autograd.Function):
         value, *inputs = (unpack_dual(x).primal for x in ctx.saved_tensors)
         system: System = ctx.system
         if not system.exact and system.derived:
-            raise InexactError("this adjoint is not exact, so its derivative is refused; give adjoint.linear_solver.rtol > 0")
+            raise InexactError(f"this adjoint is not solved to a tolerance, so its derivative is refused: {system.remedy}")
         moving = [i for i, t in enumerate(tangents) if t is not None]
 
         def at(*some: Tensor) -> Tensor:

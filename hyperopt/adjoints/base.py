@@ -29,6 +29,7 @@ class Problem:
         fallback: solvers tried in turn under ``policy="fallback"``.
         adjoint_start: where a linear solver starts, (rows, dim); None: at its right-hand side.
         trace: measure the residual at every iteration.
+        keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
     """
 
     phi: Callable[..., Any]
@@ -41,6 +42,11 @@ class Problem:
     fallback: tuple[FixedPointSolver, ...] = ()
     adjoint_start: Tensor | None = None
     trace: bool = False
+    keep_state: bool = False
+
+    def bind(self, args: tuple[Any, ...]) -> Bound:
+        """The map on a matrix with its arguments given."""
+        return Bound(self, args)
 
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The map on a matrix (any number of rows)."""
@@ -50,6 +56,25 @@ class Problem:
                 return out
             return self.layout.matrix(out, w.shape[0])
         return self.layout.matrix(self.phi(self.layout.tree(w), *args), w.shape[0])
+
+
+class Bound:
+    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on.
+
+    Attributes:
+        pullback: ``pullback(w, fw)``: the map's own vector-Jacobian products, where it has a ``pullback`` and takes the state as
+            the matrix that it is; else None. See ``hyperopt.nn.equilibrium.TanhAffine``.
+    """
+
+    def __init__(self, problem: Problem, args: tuple[Any, ...]) -> None:
+        """Bind the arguments."""
+        self.problem, self.args = problem, args
+        own = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
+        self.pullback = None if own is None else lambda w, fw: own(w, fw, *args)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """``phi(w, *args)``."""
+        return self.problem.call(w, self.args)
 
 
 class Adjoint(ABC):

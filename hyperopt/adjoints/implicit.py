@@ -9,6 +9,7 @@ References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,29 +27,20 @@ from hyperopt.linsolve.neumann import Neumann
 from hyperopt.policy import note_fallback, report
 from hyperopt.settings import ImplicitSettings
 from hyperopt.solvers.forward import solve_forward
+from hyperopt.solvers.iterate import Iterate
 from hyperopt.status import AdjointBox, Solution, SolveStats
 
 
-@dataclass(frozen=True)
-class Implicit(ImplicitSettings, Adjoint):
-    """The implicit adjoint with any linear solver; settings in ``ImplicitSettings``."""
+class ImplicitAdjoint(Adjoint):
+    """An adjoint by the implicit function theorem; how it finds ``v`` is up to the method.
 
-    linear_solver: LinearSolver = field(default_factory=Neumann)
-    fallback: Sequence[LinearSolver] = field(default_factory=tuple)
+    Attributes:
+        exact: whether it may be differentiated again.
+        remedy: what to change where it may not.
+    """
 
-    def __post_init__(self) -> None:
-        """Check the types."""
-        super().__post_init__()
-        for solver in (self.linear_solver, *self.fallback):
-            if not isinstance(solver, LinearSolver):
-                raise TypeError(
-                    f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ..."
-                )
-
-    @property
-    def exact(self) -> bool:
-        """Whether the adjoint may be differentiated again."""
-        return self.allow_inexact or not self.linear_solver.fixed
+    exact: bool
+    remedy = "give adjoint.linear_solver.rtol > 0, or set adjoint.allow_inexact=true"
 
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the graph of the last evaluation."""
@@ -66,10 +58,64 @@ class Implicit(ImplicitSettings, Adjoint):
             matrix = attach(system, problem.start, *system.inputs)
         return Solution(problem.layout.tree(matrix), stats, problem.layout, box)
 
+    @abstractmethod
     def solve(
-        self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str, box: AdjointBox, *, trace: bool = False
+        self,
+        matvec: MatVec,
+        b: Tensor,
+        start: Tensor | None,
+        what: str,
+        box: AdjointBox,
+        *,
+        forward: Iterate | None = None,
+        trace: bool = False,
     ) -> Tensor:
-        """Solve ``(I - M) v = b`` with the policy and fallbacks; the statistics go into ``box``."""
+        """Solve ``(I - M) v = b``, where ``M`` is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
+
+        Args:
+            matvec: products with M.
+            b: shape (rows, dim).
+            start: where to start; None: at the method's own.
+            what: which system.
+            box: takes the statistics.
+            forward: the forward solve, where there was one at this very point.
+            trace: measure the residual at every iteration.
+        """
+
+
+@dataclass(frozen=True)
+class Implicit(ImplicitSettings, ImplicitAdjoint):
+    """The implicit adjoint with any linear solver; settings in ``ImplicitSettings``."""
+
+    linear_solver: LinearSolver = field(default_factory=Neumann)
+    fallback: Sequence[LinearSolver] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        super().__post_init__()
+        for solver in (self.linear_solver, *self.fallback):
+            if not isinstance(solver, LinearSolver):
+                raise TypeError(
+                    f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ..."
+                )
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the adjoint may be differentiated again."""
+        return self.allow_inexact or not self.linear_solver.fixed
+
+    def solve(
+        self,
+        matvec: MatVec,
+        b: Tensor,
+        start: Tensor | None,
+        what: str,
+        box: AdjointBox,
+        *,
+        forward: Iterate | None = None,
+        trace: bool = False,
+    ) -> Tensor:
+        """Solve with the linear solver, under the policy and with its fallbacks."""
         chain = (self.linear_solver,)
         if self.policy == "fallback":
             chain += tuple(self.fallback) or (LinearAnderson(window=20, max_steps=max(200, self.linear_solver.max_steps)),)
@@ -120,11 +166,12 @@ class FixedPoint(System):
 
     derived = False
 
-    def __init__(self, adjoint: Implicit, problem: Problem, box: AdjointBox) -> None:
+    def __init__(self, adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> None:
         """Nothing is solved yet."""
         self.adjoint, self.problem, self.box = adjoint, problem, box
-        self.exact = adjoint.exact
+        self.exact, self.remedy = adjoint.exact, adjoint.remedy
         self.stats: SolveStats | None = None
+        self.run: Iterate | None = None  # the forward solve
         self.inputs: list[Tensor] = []
         self.value: Tensor | None = None
         self.at: Linearization | None = None
@@ -137,7 +184,7 @@ class FixedPoint(System):
         warm = self.problem.adjoint_start
         if start is None and warm is not None and warm.shape == b.shape:  # under vmap there are more rows
             start = warm
-        value = self.adjoint.solve(matvec, b, start, what, self.box, trace=self.problem.trace)
+        value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
         if self.box.stats is not None and what == "adjoint":
             self.box.stats.vjps += 1  # the closing one
         return value
@@ -151,8 +198,7 @@ class FixedPoint(System):
         pullback = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
         args = [a.detach() if isinstance(a, Tensor) else a for a in problem.args] if pullback else problem.args
 
-        def phi(w: Tensor) -> Tensor:
-            return problem.call(w, tuple(args))
+        phi = problem.bind(tuple(args))
 
         def last(w: Tensor) -> Tensor:
             if not wanted:
@@ -161,7 +207,7 @@ class FixedPoint(System):
 
         with torch.no_grad():
             run = solve_forward(problem, phi, last)
-        self.stats, self.value = run.stats, run.value
+        self.stats, self.value, self.run = run.stats, run.value, run
         report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
         return run.value
 
@@ -196,7 +242,7 @@ class FixedPoint(System):
     # ---- under torch.func: find the inputs first, solve inside the Function
 
     @staticmethod
-    def discover(adjoint: Implicit, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
+    def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
         """One call of the map, under the running transform, that finds what it depends on."""
         system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
@@ -257,7 +303,7 @@ class FixedPoint(System):
             return self.map(w.view_as(start), *given).reshape(-1, start.shape[-1])
 
         run = solve_forward(self.problem, phi, phi, start.reshape(-1, start.shape[-1]))
-        self.stats = run.stats
+        self.stats, self.run = run.stats, run
         report(run.stats, "warn" if self.problem.policy == "fallback" else self.problem.policy, "inner")
         return run.value.view_as(start)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
-from hyperopt.settings import LinearAndersonSettings
+from hyperopt.linsolve.settings import LinearAndersonSettings
 from hyperopt.solvers.anderson import Anderson
 
 
@@ -21,5 +21,5 @@ class LinearAnderson(LinearAndersonSettings, LinearSolver):
 
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Accelerate ``v <- M v + b``."""
-        anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge)
+        anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge, self.restart)
         return solve_by_iteration(anderson, self.name, matvec, b, x0, trace)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
-from hyperopt.settings import NeumannSettings
+from hyperopt.linsolve.settings import NeumannSettings
 from hyperopt.solvers.picard import Picard
 
 

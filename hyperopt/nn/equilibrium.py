@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class TanhAffine(nn.Module):
 class TanhAffinePullback:
     """``v -> (v s) A^T`` for the state, ``v -> v s`` for u, ``v -> w^T (v s)`` for A, with ``s = 1 - tanh^2``.
 
+    Newton's methods also take ``J v`` and ``J`` itself.
+
     Args:
         w: where. shape: (rows, n)
         fw: ``phi(w)``. shape: (rows, n)
@@ -54,6 +56,14 @@ class TanhAffinePullback:
     def state_plus(self, v: Tensor, g: Tensor) -> Tensor:
         """Return ``J^T v + g``, in the same one product."""
         return torch.addmm(g, v * self.slope, self.A.T)
+
+    def tangent(self, v: Tensor) -> Tensor:
+        """Return ``J v`` row by row."""
+        return (v @ self.A) * self.slope
+
+    def jacobian(self) -> Tensor:
+        """Return J of each row, ``J[i, j, k] = s[i, j] A[k, j]``. shape: (rows, n, n)."""
+        return self.slope[:, :, None] * self.A.T
 
     def args(self, v: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Return the products for ``(u, A)``, None where ``needs`` is false."""
@@ -167,12 +177,21 @@ class EquilibriumModel(nn.Module):
         solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
         adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
         policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
+        fallback: solvers tried in turn under ``policy="fallback"``.
 
     Attributes:
         solution: the latest solve, its value detached; ``solution.adjoint`` is there after backward.
     """
 
-    def __init__(self, cell: Cell, classifier: nn.Linear, solver: Any = None, adjoint: Any = None, policy: str = "warn") -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        classifier: nn.Linear,
+        solver: Any = None,
+        adjoint: Any = None,
+        policy: str = "warn",
+        fallback: Sequence[Any] = (),
+    ) -> None:
         """Check that the sizes meet.
 
         Raises:
@@ -185,7 +204,7 @@ class EquilibriumModel(nn.Module):
                 f"change one of them"
             )
         self.cell, self.classifier = cell, classifier
-        self.solver, self.adjoint, self.policy = solver, adjoint, policy
+        self.solver, self.adjoint, self.policy, self.fallback = solver, adjoint, policy, tuple(fallback)
         self.solution: Solution | None = None
 
     def forward(self, x: Tensor, w0: Tensor | None = None, v0: Tensor | None = None, trace: bool = False) -> Tensor:
@@ -209,6 +228,7 @@ class EquilibriumModel(nn.Module):
             solver=self.solver,
             adjoint=self.adjoint,
             policy=self.policy,
+            fallback=self.fallback,
             v0=v0,
             trace=trace,
         )

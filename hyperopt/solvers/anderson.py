@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.settings import AndersonSettings
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.point import Point
+from hyperopt.solvers.settings import AndersonSettings
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Anderson(AndersonSettings, FixedPointSolver):
         """History of some rows."""
         return History(tuple(x[index] for x in state.mixed), tuple(x[index] for x in state.residuals), state.gram[index])
 
-    def step(self, state: History, w: Tensor, fw: Tensor) -> tuple[Tensor, History]:
+    def step(self, state: History, at: Point) -> tuple[Tensor, History]:
         """One accelerated step."""
+        w, fw = at.w, at.fw
+        if self.restart and len(state.residuals) == self.window:
+            state = self.init(w)
         residual = fw - w
         mixed = fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)
         keep = self.window - 1

@@ -9,29 +9,43 @@ from torch import Tensor
 
 from hyperopt.policy import note_fallback
 from hyperopt.solvers.anderson import Anderson
-from hyperopt.solvers.iterate import Iterate, Map, iterate
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.broyden import Broyden
+from hyperopt.solvers.iterate import Iterate, iterate
+from hyperopt.solvers.newton_krylov import NewtonKrylov
+from hyperopt.solvers.point import Map
 
 if TYPE_CHECKING:
     from hyperopt.adjoints.base import Problem
 
 
+def default_fallback(solver: FixedPointSolver) -> tuple[FixedPointSolver, ...]:
+    """What is tried in turn after ``solver`` failed: Anderson, Broyden and Newton-Krylov, to its tolerances, without itself."""
+    rtol, atol = (solver.rtol, solver.atol) if not solver.fixed else (1e-5, 0.0)
+    chain = (
+        Anderson(rtol, atol, max_steps=max(200, solver.max_steps)),
+        Broyden(rtol, atol, max_steps=max(200, solver.max_steps)),
+        NewtonKrylov(rtol, atol),
+    )
+    return tuple(following for following in chain if type(following) is not type(solver))
+
+
 def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = None) -> Iterate:
     """Solve with ``problem.solver`` and, under ``policy="fallback"``, with its fallbacks in turn.
 
-    Returns the first result that did not fail, else the one of the least residual; its evaluations count all tries.
+    Returns the first result that did not fail, else the one of the least residual; its costs count all tries.
     """
     rows = frozenset(problem.row_args)
 
     def part(index: Tensor) -> Map:
-        args = tuple(a.detach()[index] if i in rows else a for i, a in enumerate(problem.args))
-        return lambda w: problem.call(w, args)
+        return problem.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(problem.args)))
 
-    some: Callable[[Tensor], Map] | None = part if rows and start is None and not problem.layout.joint else None
+    droppable = rows and start is None and not problem.layout.joint and not problem.keep_state
+    some: Callable[[Tensor], Map] | None = part if droppable else None
 
     chain = (problem.solver,)
     if problem.policy == "fallback":
-        default = () if isinstance(problem.solver, Anderson) else (Anderson(max_steps=max(200, problem.solver.max_steps)),)
-        chain += tuple(problem.fallback) or default
+        chain += problem.fallback or default_fallback(problem.solver)
     runs: list[Iterate] = []
     for i, solver in enumerate(chain):
         runs.append(iterate(solver, phi, problem.start if start is None else start, last=last, some=some, trace=problem.trace))
@@ -40,10 +54,13 @@ def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = 
         if i + 1 < len(chain):
             note_fallback(runs[-1].stats, chain[i + 1].name, "inner")
     best = runs[-1] if not runs[-1].stats.status.failed else min(runs, key=lambda r: _rank(r.stats.worst_residual()))
-    if best is not runs[-1]:
+    again = best is not runs[-1]
+    if again:
         last(best.value)  # the graph must be at the state that is returned
+    for cost in ("evaluations", "vjps", "jvps"):
+        setattr(best.stats, cost, sum(getattr(run.stats, cost) for run in runs))
+    best.stats.evaluations += again
     best.stats.fallbacks = tuple(run.stats.method for run in runs if run is not best)
-    best.stats.evaluations = sum(run.stats.evaluations for run in runs) + (best is not runs[-1])
     return best
 
 

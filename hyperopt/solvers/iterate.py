@@ -7,8 +7,10 @@ What it guarantees:
 - Rows stop one by one. A row that has stopped does not move, and is dropped from the batch where the map can take a part of
   its rows. One last evaluation of all rows ends every solve; a stopped row whose residual rose there is ``coupled_rows``.
 - That last evaluation is made through ``last``, in which the caller builds its graph, so no evaluation is spent on it.
-- With ``rtol=0, atol=0`` exactly ``max_steps`` evaluations and steps are made: the value is the iterate after them, the residual
-  that of the last evaluation.
+- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made. The value is the iterate after them; the last evaluation is at the
+  iterate before it, so that T steps are T evaluations, but at the value itself for a method that linearises, whose step is so
+  long that a graph from before it would be that of another state.
+- A step may take more from its ``Point`` than ``phi(w)``; evaluations, vjps and jvps are counted there.
 - Tolerances are raised to the rounding floor of the dtype, which no residual can pass.
 """
 
@@ -17,25 +19,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.point import Cost, Map, Point
 from hyperopt.status import SolveStats, Status
 
-Map = Callable[[Tensor], Tensor]
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
-DIVERGED = 1e3  # a residual this many times the best one seen, and above the first, ends a row
 COUPLED = 4.0  # a stopped row may rise to this many times its tolerance by rounding alone
 
 
 @dataclass
 class Iterate:
-    """Result of a driver run: ``value`` (rows, dim) and its statistics."""
+    """Result of a driver run.
+
+    Attributes:
+        value: shape (rows, dim).
+        stats: its statistics.
+        solver: the method that gave it.
+        state: the method's state at the end, of all rows; None if rows were dropped.
+    """
 
     value: Tensor
     stats: SolveStats
+    solver: FixedPointSolver
+    state: Any = None
 
 
 def iterate(
@@ -67,7 +78,8 @@ def iterate(
         (last or phi)(w0)
         empty = w0.new_zeros(w0.shape[0])
         zeros = torch.zeros_like(empty, dtype=torch.long)
-        return Iterate(w0, SolveStats(zeros + Status.converged, zeros, empty, empty, evaluations=1, method=solver.name))
+        stats = SolveStats(zeros + Status.converged, zeros, empty, empty, evaluations=1, method=solver.name)
+        return Iterate(w0, stats, solver, solver.init(w0))
     if solver.fixed:
         return _fixed(solver, phi, w0, last or phi, scale, trace)
     return _Adaptive(solver, phi, w0, last, some, scale).run()
@@ -79,35 +91,57 @@ def relative(difference: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Tensor | None, trace: bool) -> Iterate:
-    """Exactly ``max_steps`` evaluations and steps; the residual is measured at the last one and at two before it."""
-    steps = solver.max_steps
-    probes = {min(1, steps - 1), max(0, steps - 5), steps - 1}
-    w, state = w0, solver.init(w0)
+    """Exactly ``max_steps`` steps; the residual is measured at the last evaluation and at two before it."""
+    end = solver.max_steps if solver.linearizes else solver.max_steps - 1  # index of the last evaluation
+    probes = {min(1, end), max(0, end - 4), end}
+    w, state, cost = w0, solver.init(w0), Cost()
     residuals: dict[int, Tensor] = {}
     norms: dict[int, Tensor] = {}
-    size = w0
-    for k in range(steps):
-        fw = phi(w) if k < steps - 1 else last(w)
+    size, broken, at = w0, None, None
+    for k in range(end + 1):
+        at = _evaluate(solver, phi, w, cost, last) if k == end else following(at, w) or _evaluate(solver, phi, w, cost)
         if trace or k in probes:
-            difference, size = torch.linalg.vector_norm(fw - w, dim=1), torch.linalg.vector_norm(fw, dim=1)
+            difference, size = torch.linalg.vector_norm(at.fw - w, dim=1), torch.linalg.vector_norm(at.fw, dim=1)
             residuals[k] = relative(difference, size if scale is None else scale)
             norms[k] = torch.linalg.vector_norm(difference)
-        w, state = solver.step(state, w, fw)
-    residual = residuals[steps - 1]
+        if k < solver.max_steps:
+            at.active = None if broken is None else ~broken
+            w, state = solver.step(state, at)
+            if at.broken is not None:
+                broken = at.broken if broken is None else broken | at.broken
+                w = torch.where(broken[:, None], at.w, w)
+    residual = residuals[end]
     status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
-    late, floor = max(0, steps - 5), 4 * FLOOR * torch.finfo(w0.dtype).eps * float(torch.linalg.vector_norm(size))
-    start = late if float(norms[steps - 1]) > floor else min(1, steps - 1)  # at the rounding floor only the whole run tells
+    if broken is not None:
+        status = torch.where(broken & torch.isfinite(residual), int(Status.breakdown), status)
+    late, floor = max(0, end - 4), 4 * FLOOR * torch.finfo(w0.dtype).eps * float(torch.linalg.vector_norm(size))
+    start = late if float(norms[end]) > floor else min(1, end)  # at the rounding floor only the whole run tells
     stats = SolveStats(
         status,
-        torch.full_like(status, steps),
+        torch.full_like(status, solver.max_steps),
         residual,
         size if scale is None else scale,
-        evaluations=steps,
-        contraction=_rate(float(norms[start]), float(norms[steps - 1]), steps - 1 - start),
+        evaluations=cost.evaluations,
+        vjps=cost.vjps,
+        jvps=cost.jvps,
+        contraction=_rate(float(norms[start]), float(norms[end]), end - start),
         trace=torch.stack([residuals[k].max() for k in sorted(residuals)]) if trace else w0.new_empty(0),
         method=solver.name,
     )
-    return Iterate(w, stats)
+    return Iterate(w, stats, solver, state)
+
+
+def _evaluate(solver: FixedPointSolver, phi: Map, w: Tensor, cost: Cost, last: Map | None = None) -> Point:
+    """The map at ``w``: by ``last``, which builds the caller's graph, or in the way that the method's step needs."""
+    if last is None:
+        return Point(phi, w, cost, graph=solver.linearizes)
+    cost.evaluations += 1
+    return Point(phi, w, cost, last(w))
+
+
+def following(at: Point | None, w: Tensor) -> Point | None:
+    """The point of the iterate ``w``, if the step that led there from ``at`` has evaluated the map at it."""
+    return at.trial if at is not None and at.trial is not None and at.trial.w is w else None
 
 
 def _rate(first: float, end: float, steps: int) -> float:
@@ -148,7 +182,8 @@ class _Adaptive:
         self.returned = self.grew = torch.zeros_like(self.active)
         self.trace: list[Tensor] = []
         self.ratios: list[Tensor] = []  # decay of the residual from one evaluation to the next, over the rows in both
-        self.evaluations = 0
+        self.cost = Cost()
+        self.ahead: Point | None = None  # the next iterate's point, if the step that led there has evaluated it
 
     def run(self) -> Iterate:
         solver = self.solver
@@ -162,32 +197,32 @@ class _Adaptive:
                     state, index = None, None  # all rows are back; a method's history is not
                 if k == solver.max_steps and not settling and k > 1:
                     self._take_best()
-                assert self.last is not None
-                fw = self.last(self.w)
-                self._measure(k, self.w, fw, None, closing=True)
+                at = _evaluate(solver, self.phi, self.w, self.cost, self.last)
+                self._measure(k, at, None, closing=True)
                 if self._closed(k):
                     break
                 settling = False
                 state = solver.init(self.w) if state is None else state
-                continue_from = fw
             else:
-                w = self.w if index is None else self.w[index]
-                fw = self.phi(w) if index is None or self.some is None else self.some(index)(w)
-                self._measure(k, w, fw, index)
+                if self.ahead is None:
+                    if index is None or self.some is None:
+                        self.ahead = _evaluate(solver, self.phi, self.w, self.cost)
+                    else:
+                        self.ahead = _evaluate(solver, self.some(index), self.w[index], self.cost)
+                at = self.ahead
+                self._measure(k, at, index)
                 if self.last is None and not bool(self.active.any()):
                     break
-                continue_from = fw
-            state, index = self._advance(state, index, continue_from)
+            state, index = self._advance(state, index, at)
             settling = not bool(self.active.any())
         if self.last is None:
             self._take_best()
-        return self._result()
+        return self._result(state if index is None else None)
 
-    def _measure(self, k: int, w: Tensor, fw: Tensor, index: Tensor | None, *, closing: bool = False) -> None:
+    def _measure(self, k: int, at: Point, index: Tensor | None, *, closing: bool = False) -> None:
         """Residuals of the rows in the batch, what they say of each row, and the best iterate of each."""
-        self.evaluations += 1
-        difference = torch.linalg.vector_norm(fw - w, dim=1)
-        size = torch.linalg.vector_norm(fw, dim=1)
+        difference = torch.linalg.vector_norm(at.fw - at.w, dim=1)
+        size = torch.linalg.vector_norm(at.fw, dim=1)
         if index is not None:
             difference = torch.zeros_like(self.best).index_copy(0, index, difference)
             size = torch.ones_like(self.best).index_copy(0, index, size)
@@ -213,7 +248,7 @@ class _Adaptive:
         self.trace.append(torch.where(shown, relative(difference, scale), 0.0).max())
         finite = torch.isfinite(difference)
         met = seen & (difference <= self.tolerance)
-        grown = seen & finite & (difference > DIVERGED * self.best) & (difference > self.first)
+        grown = seen & finite & (difference > self.solver.rise * self.best) & (difference > self.first)
         self.status = torch.where(met, int(Status.converged), self.status)
         self.status = torch.where(seen & ~finite, int(Status.nonfinite), self.status)
         self.status = torch.where(grown, int(Status.diverged), self.status)
@@ -222,15 +257,22 @@ class _Adaptive:
         if bool(self.lost.any()):
             self.w = torch.where(self.lost[:, None], self.best_w, self.w)
 
-    def _advance(self, state: object, index: Tensor | None, fw: Tensor) -> tuple[object, Tensor | None]:
-        """Step the rows that have not stopped; rows that stop together at the very end take their step too."""
-        moving = self.active
+    def _advance(self, state: object, index: Tensor | None, at: Point) -> tuple[object, Tensor | None]:
+        """Step the rows that have not stopped; rows that stop together at the very end take their step too, if it is free."""
+        moving, self.ahead = self.active, None
         if self.last is not None and not bool(moving.any()):
-            moving = self.met  # this step is free: the last evaluation measures it
-            if not bool(moving.any()):
+            moving = self.met  # the last evaluation measures this step
+            if self.solver.linearizes or not bool(moving.any()):
                 return state, index
-        part = self.w if index is None else self.w[index]
-        stepped, state = self.solver.step(state, part, fw)
+        batch = moving if index is None else moving[index]
+        together = bool(batch.all())
+        at.active = None if together else batch
+        stepped, state = self.solver.step(state, at)
+        if at.broken is not None:
+            moving = self._break(at.broken if index is None else torch.zeros_like(moving).index_copy(0, index, at.broken), moving)
+            together = together and not bool(at.broken.any())
+        if together:
+            self.ahead = following(at, stepped)
         if index is not None:
             stepped = self.w.index_copy(0, index, stepped)
         self.w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, self.w)
@@ -240,8 +282,16 @@ class _Adaptive:
             if left <= 0.75 * batch:
                 wanted = self.active.nonzero().squeeze(1)
                 inside = wanted if index is None else torch.searchsorted(index, wanted)
-                state, index = self.solver.select(state, inside), wanted
+                state, index, self.ahead = self.solver.select(state, inside), wanted, None
         return state, index
+
+    def _break(self, broken: Tensor, moving: Tensor) -> Tensor:
+        """End the rows in which the method broke down, on their best iterate; returns the rows that still take their step."""
+        ended = broken & self.active
+        self.status = torch.where(ended, int(Status.breakdown), self.status)
+        self.active = self.active & ~ended
+        self.w = torch.where(ended[:, None], self.best_w, self.w)
+        return moving & ~broken
 
     def _closed(self, k: int) -> bool:
         """After an evaluation of all rows: settle the statuses, or say that the run must go on."""
@@ -273,7 +323,7 @@ class _Adaptive:
         self.returned, self.grew = stale, stale & (self.difference > self.first) & (self.best_at == 1)
         self.w = torch.where(stale[:, None], self.best_w, self.w)
 
-    def _result(self) -> Iterate:
+    def _result(self, state: object) -> Iterate:
         unfinished = self.status == int(Status.max_steps)
         if bool(unfinished.any()):
             window = max(10, self.solver.max_steps // 5)
@@ -287,9 +337,11 @@ class _Adaptive:
             self.iterations,
             self.residual,
             self.scale,
-            evaluations=self.evaluations,
+            evaluations=self.cost.evaluations,
+            vjps=self.cost.vjps,
+            jvps=self.cost.jvps,
             contraction=math.prod(clear) ** (1.0 / len(clear)) if clear else math.nan,
             trace=torch.stack(self.trace),
             method=self.solver.name,
         )
-        return Iterate(self.w, stats)
+        return Iterate(self.w, stats, self.solver, state)

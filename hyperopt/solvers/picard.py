@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.settings import PicardSettings
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.point import Point
+from hyperopt.solvers.settings import PicardSettings
 
 
 @dataclass(frozen=True)
 class Picard(PicardSettings, FixedPointSolver):
     """Damped Picard iteration; settings in ``PicardSettings``."""
 
-    def step(self, state: Any, w: Tensor, fw: Tensor) -> tuple[Tensor, Any]:
+    def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
         """One damped step."""
-        return (fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)), state
+        return (at.fw if self.damping == 1.0 else torch.lerp(at.w, at.fw, self.damping)), state

@@ -58,7 +58,8 @@ class EquilibriumTask(EquilibriumSettings, Task):
         features = fitted.x.shape[1]
         cell = (self.cell or ProjectedCell()).build(features, self.state_size, env.generator)
         classifier = linear_classifier(self.state_size, self._splits.num_classes, self.classifier_scale, env.generator)
-        self.model = EquilibriumModel(cell, classifier, self.solver, self.adjoint).to(env.device, env.dtype)
+        self.model = EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
+        self.model.to(env.device, env.dtype)
         if env.compile:
             cell.compile_map()
         self._steps = 0
@@ -92,7 +93,7 @@ class EquilibriumTask(EquilibriumSettings, Task):
         if self.warm_start and self.model.solution is not None:
             self._start = (self.model.solution.value, self.model.solution.v)
         first = records[0]
-        for cost in ("cost/evaluations", "cost/vjps"):
+        for cost in ("cost/evaluations", "cost/vjps", "cost/jvps"):
             first.metrics[cost] = sum(record.metrics[cost] for record in records)
         return first
 

@@ -25,12 +25,13 @@ def solve_metrics(model: EquilibriumModel) -> tuple[dict[str, float], dict[str, 
     parts = {"inner": solution.forward}
     if solution.adjoint is not None:
         parts["adjoint"] = solution.adjoint
-    metrics = {"cost/evaluations": 0.0, "cost/vjps": 0.0}
+    metrics = {"cost/evaluations": 0.0, "cost/vjps": 0.0, "cost/jvps": 0.0}
     for name, stats in parts.items():
         metrics[f"{name}/iterations"] = _largest(stats.iterations)
         metrics[f"{name}/residual"] = stats.worst_residual()
         metrics["cost/evaluations"] += stats.evaluations
         metrics["cost/vjps"] += stats.vjps
+        metrics["cost/jvps"] += stats.jvps
     metrics["inner/contraction"] = float(solution.forward.contraction)
     return metrics, {name: stats.status for name, stats in parts.items()}
 

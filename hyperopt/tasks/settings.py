@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import check_choice, check_count, check_flag, check_number
+from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number
 
 SPLITS = ("train", "val")
 
@@ -26,6 +26,8 @@ class EquilibriumSettings:
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         solver: how the states are found (None: Picard).
         adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        policy: what to do when the solver fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
         dataset: the rows (None: digits).
     """
 
@@ -38,6 +40,8 @@ class EquilibriumSettings:
     l2: dict[str, float] = field(default_factory=dict)
     solver: Any = None
     adjoint: Any = None
+    policy: str = "warn"
+    fallback: Any = field(default_factory=tuple)
     dataset: Any = None
 
     def __post_init__(self) -> None:
@@ -48,6 +52,7 @@ class EquilibriumSettings:
         check_choice(self, "fitted", SPLITS)
         check_flag(self, "warm_start")
         check_count(self, "certificate_every")
+        check_choice(self, "policy", POLICIES)
         if not isinstance(self.l2, Mapping):
             raise ValueError(f"EquilibriumSettings: l2={self.l2!r} must map groups to strengths, as {{B: 1e-4}}; change l2")
         for group, strength in self.l2.items():
