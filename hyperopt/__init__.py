@@ -27,6 +27,7 @@ _PUBLIC = {
     "Chord": "hyperopt.solvers.chord",
     "Neumann": "hyperopt.linsolve.neumann",
     "LinearAnderson": "hyperopt.linsolve.anderson",
+    "GMRES": "hyperopt.linsolve.gmres",
     "Implicit": "hyperopt.adjoints.implicit",
     "Shine": "hyperopt.adjoints.shine",
     "Unrolled": "hyperopt.adjoints.unrolled",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hyperopt.certificate import certify as certify
     from hyperopt.closure import ClosureError as ClosureError
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
+    from hyperopt.linsolve.gmres import GMRES as GMRES
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning

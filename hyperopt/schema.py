@@ -49,9 +49,13 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     return dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
 
 
-NEUMANN = _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann")
-LINEAR_ANDERSON = _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson")
 IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
+LINEAR_SOLVERS = {
+    "neumann": _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann"),
+    "anderson": _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson"),
+    "gmres": _targeted(linear.GMRESSettings, "hyperopt.linsolve.gmres.GMRES"),
+}
+"""The linear solvers; each makes an option ``adjoint=<name>``, the implicit adjoint with it."""
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
@@ -66,10 +70,12 @@ SCHEMA: dict[str, type] = {
     "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.solvers.newton.Newton"),
     "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.solvers.chord.Chord"),
     "solver/newton_krylov": _targeted(
-        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_ANDERSON
+        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["anderson"]
     ),
-    "adjoint/neumann": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=NEUMANN),
-    "adjoint/anderson": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=LINEAR_ANDERSON),
+    **{
+        f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node)
+        for name, node in LINEAR_SOLVERS.items()
+    },
     "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.adjoints.shine.Shine"),
     "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
@@ -81,7 +87,7 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), NEUMANN, LINEAR_ANDERSON)}
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values())}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
 
 

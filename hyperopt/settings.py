@@ -6,7 +6,8 @@ setting has one name, one default and one check in code, YAML and ``--help``.
 Names shared by all iterative methods:
     rtol: relative tolerance on the true residual, row by row; 0 with ``atol=0`` means "exactly ``max_steps``".
     atol: absolute tolerance on the true residual; a row stops at ``residual <= atol + rtol * scale``.
-    max_steps: most evaluations of the map (solvers, T) or vjps (linear solvers, K).
+    max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K): a vjp each, unless a method says
+        otherwise.
 """
 
 from __future__ import annotations

@@ -135,8 +135,10 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         assert best is not None
         stats = best.stats
         stats.fallbacks = tuple(s.method for s in failed if s is not stats)
-        stats.vjps = stats.evaluations + sum(s.evaluations for s in failed if s is not stats)
-        stats.evaluations = 0
+        stats.vjps += sum(s.vjps for s in failed if s is not stats)
+        stats.jvps += sum(s.jvps for s in failed if s is not stats)
+        if what == "tangent":  # there the operator is J itself
+            stats.vjps, stats.jvps = stats.jvps, stats.vjps
         box.stats, box.v = stats, best.value.detach()
         report(stats, "warn" if self.policy == "fallback" else self.policy, what)
         return best.value
