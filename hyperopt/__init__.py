@@ -28,6 +28,10 @@ _PUBLIC = {
     "Neumann": "hyperopt.linsolve.neumann",
     "LinearAnderson": "hyperopt.linsolve.anderson",
     "GMRES": "hyperopt.linsolve.gmres",
+    "BiCGStab": "hyperopt.linsolve.bicgstab",
+    "CG": "hyperopt.linsolve.cg",
+    "NormalCG": "hyperopt.linsolve.normal_cg",
+    "Dense": "hyperopt.linsolve.dense",
     "Implicit": "hyperopt.adjoints.implicit",
     "Shine": "hyperopt.adjoints.shine",
     "Unrolled": "hyperopt.adjoints.unrolled",
@@ -44,8 +48,12 @@ if TYPE_CHECKING:
     from hyperopt.certificate import certify as certify
     from hyperopt.closure import ClosureError as ClosureError
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
+    from hyperopt.linsolve.bicgstab import BiCGStab as BiCGStab
+    from hyperopt.linsolve.cg import CG as CG
+    from hyperopt.linsolve.dense import Dense as Dense
     from hyperopt.linsolve.gmres import GMRES as GMRES
     from hyperopt.linsolve.neumann import Neumann as Neumann
+    from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point

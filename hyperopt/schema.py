@@ -54,6 +54,10 @@ LINEAR_SOLVERS = {
     "neumann": _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann"),
     "anderson": _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson"),
     "gmres": _targeted(linear.GMRESSettings, "hyperopt.linsolve.gmres.GMRES"),
+    "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.linsolve.bicgstab.BiCGStab"),
+    "cg": _targeted(linear.CGSettings, "hyperopt.linsolve.cg.CG"),
+    "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.linsolve.normal_cg.NormalCG"),
+    "dense": _targeted(linear.DenseSettings, "hyperopt.linsolve.dense.Dense"),
 }
 """The linear solvers; each makes an option ``adjoint=<name>``, the implicit adjoint with it."""
 

@@ -156,6 +156,9 @@ class PullbackLinearization(Linearization):
         """``J^T v``."""
         return self.pullback.state(v)
 
+    def _pull(self, v: Tensor) -> Tensor:
+        return self.pullback.state(v)
+
     def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
         """``(d_arg phi)^T v``."""
         wanted = dict(zip(self.places, needs, strict=True))

@@ -18,8 +18,8 @@ from hyperopt.status import SolveStats
 class MatVec(Protocol):
     """``matvec(v) = M v``.
 
-    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, and ``rmatvec(v) = M^T v``, which some
-    methods need.
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``rmatvec(v) = M^T v``, which some methods
+    need, and ``setups``, the number of products that it has made beside those asked for.
     """
 
     def __call__(self, v: Tensor, /) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run
+from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run, unit
 from hyperopt.linsolve.settings import GMRESSettings
 
 COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
@@ -74,11 +74,6 @@ class GMRES(GMRESSettings, RestartedSolver):
         for i, v in enumerate(basis):
             x = torch.addcmul(x, y[:, i : i + 1], v)
         return Cycle(x, steps, made, broken)
-
-
-def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
-    """``w / length`` in the live rows, zeros in the others, whatever they hold."""
-    return torch.where(live[:, None], w / length[:, None], 0.0)
 
 
 def orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Run:
         active: rows above their tolerance, shape (rows,).
         target: residual at which a cycle may end, shape (rows,).
         left: steps left.
+        kept: what a method keeps from one cycle to the next.
         vjps, jvps: products with ``M`` and with its transpose, for ``M = J^T``.
     """
 
@@ -63,7 +65,9 @@ class Run:
         """Measure the start."""
         self.solver, self.matvec, self.b = solver, matvec, b
         self.vjps = self.jvps = 0
+        self.setups = getattr(matvec, "setups", 0)
         self.tracing = trace
+        self.kept: Any = None
         self.left = solver.max_steps
         self.scale = self.norm = torch.linalg.vector_norm(b, dim=1)
         self.x, self.r = torch.zeros_like(b), b
@@ -102,9 +106,13 @@ class Run:
 
     @property
     def target(self) -> Tensor:
-        """The tolerance of each row; the rounding floor is that of a sum of terms as large as ``x``."""
+        """The tolerance of each row, at least the rounding floor of a sum of terms as large as ``x``.
+
+        The floor is at most ``sqrt(eps) ||b||``: a system so near to singular that rounding leaves more is not solved.
+        """
+        eps = torch.finfo(self.b.dtype).eps
         size = torch.maximum(torch.linalg.vector_norm(self.x, dim=1), self.scale)
-        floor = FLOOR * torch.finfo(self.b.dtype).eps * size
+        floor = torch.minimum(FLOOR * eps * size, math.sqrt(eps) * self.scale)
         return torch.maximum(self.solver.atol + self.solver.rtol * self.scale, floor)
 
     def _met(self, rows: Tensor) -> Tensor:
@@ -151,7 +159,7 @@ class Run:
             self.iterations,
             torch.where(lost, math.nan, relative(self.norm, self.scale)),
             self.scale,
-            vjps=self.vjps,
+            vjps=self.vjps + getattr(self.matvec, "setups", 0) - self.setups,
             jvps=self.jvps,
             trace=torch.stack(self.estimates) if self.estimates else self.b.new_empty(0),
             method=self.solver.name,
@@ -172,3 +180,8 @@ class RestartedSolver(LinearSolver):
     @abstractmethod
     def cycle(self, run: Run) -> Cycle:
         """From ``run.x`` and its residual ``run.r``, at most ``run.left`` steps, until the active rows are at ``run.target``."""
+
+
+def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
+    """``w / length`` in the live rows, zeros in the others, whatever they hold."""
+    return torch.where(live[:, None], w / length[:, None], 0.0)
