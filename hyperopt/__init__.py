@@ -35,6 +35,9 @@ _PUBLIC = {
     "Implicit": "hyperopt.adjoints.implicit",
     "Shine": "hyperopt.adjoints.shine",
     "Unrolled": "hyperopt.adjoints.unrolled",
+    "OneStep": "hyperopt.adjoints.onestep",
+    "Phantom": "hyperopt.adjoints.phantom",
+    "Checkpointed": "hyperopt.adjoints.checkpointed",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from hyperopt.adjoints.attach import InexactError as InexactError
     from hyperopt.adjoints.implicit import Implicit as Implicit
     from hyperopt.adjoints.shine import Shine as Shine
+    from hyperopt.adjoints.checkpointed import Checkpointed as Checkpointed
+    from hyperopt.adjoints.onestep import OneStep as OneStep
+    from hyperopt.adjoints.phantom import Phantom as Phantom
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants

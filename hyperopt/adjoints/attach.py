@@ -149,6 +149,11 @@ class Transposed:
         """``J^T v``."""
         return self.lin(v)
 
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.lin.setups
+
 
 class Flat:
     """An operator on (rows, dim) matrices, from one on tensors of another shape (..., dim)."""
@@ -164,6 +169,11 @@ class Flat:
     def rmatvec(self, v: Tensor, /) -> Tensor:
         """The product with the transpose."""
         return self.operator.rmatvec(v.view(self.shape)).reshape(v.shape)
+
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.operator.setups
 
 
 def flat(operator: Linearization | Transposed, like: Tensor) -> MatVec:

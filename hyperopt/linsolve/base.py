@@ -12,14 +12,14 @@ from torch import Tensor
 from hyperopt.settings import IterativeSettings
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.iterate import iterate
-from hyperopt.status import SolveStats
+from hyperopt.status import SolveStats, Status
 
 
 class MatVec(Protocol):
     """``matvec(v) = M v``.
 
-    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``rmatvec(v) = M^T v``, which some methods
-    need, and ``setups``, the number of products that it has made beside those asked for.
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, and ``rmatvec(v) = M^T v``, which some
+    methods need.
     """
 
     def __call__(self, v: Tensor, /) -> Tensor:
@@ -69,4 +69,6 @@ def solve_by_iteration(
     )
     run.stats.method = name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
+    if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
+        run.stats.row_status = torch.where(run.stats.residual > 1, int(Status.diverged), run.stats.row_status)
     return LinearSolution(run.value, run.stats)

@@ -65,7 +65,6 @@ class Run:
         """Measure the start."""
         self.solver, self.matvec, self.b = solver, matvec, b
         self.vjps = self.jvps = 0
-        self.setups = getattr(matvec, "setups", 0)
         self.tracing = trace
         self.kept: Any = None
         self.left = solver.max_steps
@@ -159,7 +158,7 @@ class Run:
             self.iterations,
             torch.where(lost, math.nan, relative(self.norm, self.scale)),
             self.scale,
-            vjps=self.vjps + getattr(self.matvec, "setups", 0) - self.setups,
+            vjps=self.vjps,
             jvps=self.jvps,
             trace=torch.stack(self.estimates) if self.estimates else self.b.new_empty(0),
             method=self.solver.name,
