@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fixed_point": "hyperopt.primitive",
+    "diagnose": "hyperopt.diagnosis",
+    "Diagnosis": "hyperopt.diagnosis",
     "Solution": "hyperopt.status",
     "SolveStats": "hyperopt.status",
     "Status": "hyperopt.status",
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify
     from hyperopt.closure import ClosureError as ClosureError
+    from hyperopt.diagnosis import Diagnosis as Diagnosis
+    from hyperopt.diagnosis import diagnose as diagnose
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
     from hyperopt.linsolve.bicgstab import BiCGStab as BiCGStab
     from hyperopt.linsolve.cg import CG as CG
