@@ -175,7 +175,7 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
     right: list[Tensor] = []
     images: list[Tensor] = []
     v = start
-    for _ in range(steps):
+    for k in range(steps):
         size = torch.linalg.vector_norm(v, dim=1)
         v = _orthogonalize(v, right)[0]
         length = torch.linalg.vector_norm(v, dim=1)
@@ -186,7 +186,8 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
             length = torch.linalg.vector_norm(v, dim=1)
         right.append(unit(v, length, length > 0))
         images.append(product(right[-1]))
-        v = transposed(images[-1])
+        if k + 1 < steps:
+            v = transposed(images[-1])
     # The images of orthonormal vectors: their Gram matrix holds the squares of A on the space; QR keeps the small ones exact.
     span = torch.stack(images, dim=2).double()
     bad = ~torch.isfinite(span).all(dim=2).all(dim=1)
