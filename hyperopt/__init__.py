@@ -45,11 +45,11 @@ __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAl
 
 if TYPE_CHECKING:
     from hyperopt.adjoints.attach import InexactError as InexactError
-    from hyperopt.adjoints.implicit import Implicit as Implicit
-    from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.checkpointed import Checkpointed as Checkpointed
+    from hyperopt.adjoints.implicit import Implicit as Implicit
     from hyperopt.adjoints.onestep import OneStep as OneStep
     from hyperopt.adjoints.phantom import Phantom as Phantom
+    from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants

@@ -5,9 +5,8 @@
     condition   |I - J| |(I - J)^{-1}|: how far rounding and residuals are magnified in the hypergradient
 
 The radius of a rotation by 0.9 is 0.9, where a Rayleigh quotient gives 0. All three are exact, but for rounding, where ``steps``
-is at least the number of unknowns of a row; else they are estimates, from below for the norm and, but for a strongly non-normal J,
-for the radius. Where it is fewer, the smallest singular
-value of ``I - J`` comes from inverse iteration by GMRES.
+is at least the number of unknowns of a row; else they are estimates: of the norm from below, of the radius likewise unless J is
+strongly non-normal, and the smallest singular value of ``I - J`` then comes from inverse iteration by GMRES.
 
 References: Arnoldi, Quart. Appl. Math. 9, 1951; Golub & Kahan, SIAM J. Numer. Anal. 2, 1965; Trefethen & Embree, Spectra and
 Pseudospectra, Princeton 2005, for how radius and norm differ.

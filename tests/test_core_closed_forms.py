@@ -14,6 +14,7 @@ from hyperopt import (
     Anderson,
     BiCGStab,
     Broyden,
+    Checkpointed,
     Chord,
     Dense,
     Implicit,
@@ -54,6 +55,7 @@ ADJOINTS = {
     "normal_cg": (Implicit(NormalCG(TIGHT, max_steps=STEPS), policy="raise"), 1e-10),
     "dense": (Implicit(Dense(TIGHT), policy="raise"), 1e-10),
     "unrolled": (Unrolled(), 1e-9),  # T q^T at the T where the state has met 1e-14: a factor T more than the state's own error
+    "checkpointed": (Checkpointed(), 1e-9),
     "unrolled_last": (Unrolled(last=150), 1e-9),  # the terms that are left out are below .82^150 = 1e-13
 }
 # SHINE is as exact as its refinement; its start, and the fallback of a row, must not show.
@@ -62,7 +64,7 @@ GRID = [
     pytest.param(s, a, t, id=f"{n}-{m}")
     for n, s in SOLVERS.items()
     for m, (a, t) in {**ADJOINTS, "shine": SHINE}.items()
-    if not (n == "newton_krylov" and m == "unrolled") and (m != "shine" or s.keeps_inverse)
+    if (s.differentiable or m not in ("unrolled", "checkpointed")) and (m != "shine" or s.keeps_inverse)
 ]
 
 

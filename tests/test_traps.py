@@ -114,7 +114,7 @@ def test_02_a_radius_above_one_is_never_silent(steps):
         sol = fixed_point(lambda w: w @ m + b, torch.zeros(2, 3), solver=Anderson(1e-13), adjoint=adjoint)
         return sol, lambda: torch.autograd.grad(sol.value.sum(), b)[0]
 
-    with pytest.raises(SolveError, match="Neumann .*the residual grew"):
+    with pytest.raises(SolveError, match=r"Neumann .*the residual grew"):
         solve("raise")[1]()
     sol, gradient = solve("warn")
     with pytest.warns(SolveWarning, match="diverged|grew"):

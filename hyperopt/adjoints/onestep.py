@@ -52,6 +52,6 @@ def truncated(b: Tensor, residual: Tensor, products: int, method: str) -> SolveS
     The residual is the last that was measured, at the iterate before the value: the one from ``v = 0`` is known to be ``b``.
     """
     scale = torch.linalg.vector_norm(b, dim=1)
-    size = relative(residual, scale)
-    status = torch.where(torch.isfinite(size), int(Status.fixed_steps), int(Status.nonfinite))
-    return SolveStats(status, torch.full_like(status, products + 1), size, scale, vjps=products, method=method)
+    last = relative(residual, scale)
+    status = torch.where(torch.isfinite(last), int(Status.fixed_steps), int(Status.nonfinite))
+    return SolveStats(status, torch.full_like(status, products + 1), last, scale, vjps=products, method=method)

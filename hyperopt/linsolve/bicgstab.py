@@ -4,8 +4,8 @@
     r' = s - omega A s,        omega = <A s, s> / <A s, A s>
     x += alpha p + omega s;    p = r' + beta (p - omega A p),   beta = (<r_0, r'> / <r_0, r>) (alpha / omega)
 
-For systems where GMRES would need more vectors than fit. Its residual is erratic: the best value of a cycle is kept. A row in which
-a denominator vanishes starts anew from its best value, and is a ``breakdown`` only if that brought nothing.
+For systems where GMRES would need more vectors than fit. Its residual is erratic: the best value of a cycle is kept. A row in
+which a denominator vanishes starts anew from its best value, and is a ``breakdown`` only if the cycle brought nothing.
 
 Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
 """

@@ -17,8 +17,8 @@ def solve_chain(
 ) -> LinearSolution:
     """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row is left that failed.
 
-    A solver is given 0 for the right-hand side of every row that is solved, which costs it no step there, and starts from the best
-    value so far. Every switch is logged under the name ``what``.
+    A solver is given 0 for the right-hand side of every row that is solved, which costs it no step there, and starts from the
+    best value so far. Every switch is logged under the name ``what``.
 
     Returns:
         The best value of each row with its status, and the costs of all solvers together. ``stats.method`` is the last solver

@@ -1,7 +1,8 @@
 """Conjugate gradients on the normal equations ``A^T A x = A^T b`` (CGNR in its stable form, CGLS), row by row.
 
     s = A^T r,  p = s
-    repeat:  alpha = <s, s> / <A p, A p>;   x += alpha p;   r -= alpha A p;   s' = A^T r;   p = s' + (<s', s'> / <s, s>) p;   s = s'
+    repeat:  alpha = <s, s> / <A p, A p>;   x += alpha p;   r -= alpha A p
+             s' = A^T r;   p = s' + (<s', s'> / <s, s>) p;   s = s'
 
 Converges for any regular ``A``, however its spectrum lies, and its residual never rises; the price is the square of the condition
 number. ``A p`` is a vjp; ``A^T r`` is a jvp, taken as the vjp of the vjp on the one graph at the solution: the map is not called.
