@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run, unit
+from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run, freeze, unit
 from hyperopt.linsolve.settings import GMRESSettings
 
 COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
@@ -42,7 +42,7 @@ class GMRES(GMRESSettings, RestartedSolver):
         steps, broken = torch.zeros_like(run.iterations), torch.zeros_like(live)
         made = 0
         for j in range(most):
-            w = torch.where(live[:, None], run.product(basis[j]), 0.0)
+            w = freeze(run.product(basis[j]), live)
             made += 1
             steps = steps + live
             size = torch.linalg.vector_norm(w, dim=1)

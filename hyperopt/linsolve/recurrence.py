@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.restarted import Cycle, Run, unit
+from hyperopt.linsolve.restarted import Cycle, Run, freeze, unit
 
 
 class Recurrence:
@@ -42,7 +42,7 @@ class Recurrence:
 
     def freeze(self, v: Tensor) -> Tensor:
         """``v`` in the live rows, zeros in the others, whatever they hold."""
-        return v if bool(self.live.all()) else torch.where(self.live[:, None], v, 0.0)
+        return freeze(v, self.live)
 
     def break_down(self, rows: Tensor) -> None:
         """End rows in which the method can do no more, before this step changes them."""

@@ -183,4 +183,9 @@ class RestartedSolver(LinearSolver):
 
 def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
     """``w / length`` in the live rows, zeros in the others, whatever they hold."""
-    return torch.where(live[:, None], w / length[:, None], 0.0)
+    return freeze(w / length[:, None], live)
+
+
+def freeze(v: Tensor, live: Tensor) -> Tensor:
+    """``v`` in the live rows, zeros in the others, whatever they hold; no copy where all are live."""
+    return v if bool(live.all()) else torch.where(live[:, None], v, 0.0)
