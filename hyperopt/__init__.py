@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fixed_point": "hyperopt.primitive",
+    "diagnose": "hyperopt.diagnosis",
+    "Diagnosis": "hyperopt.diagnosis",
     "Solution": "hyperopt.status",
     "SolveStats": "hyperopt.status",
     "Status": "hyperopt.status",
@@ -27,23 +29,41 @@ _PUBLIC = {
     "Chord": "hyperopt.solvers.chord",
     "Neumann": "hyperopt.linsolve.neumann",
     "LinearAnderson": "hyperopt.linsolve.anderson",
+    "GMRES": "hyperopt.linsolve.gmres",
+    "BiCGStab": "hyperopt.linsolve.bicgstab",
+    "CG": "hyperopt.linsolve.cg",
+    "NormalCG": "hyperopt.linsolve.normal_cg",
+    "Dense": "hyperopt.linsolve.dense",
     "Implicit": "hyperopt.adjoints.implicit",
     "Shine": "hyperopt.adjoints.shine",
     "Unrolled": "hyperopt.adjoints.unrolled",
+    "OneStep": "hyperopt.adjoints.onestep",
+    "Phantom": "hyperopt.adjoints.phantom",
+    "Checkpointed": "hyperopt.adjoints.checkpointed",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hyperopt.adjoints.attach import InexactError as InexactError
+    from hyperopt.adjoints.checkpointed import Checkpointed as Checkpointed
     from hyperopt.adjoints.implicit import Implicit as Implicit
+    from hyperopt.adjoints.onestep import OneStep as OneStep
+    from hyperopt.adjoints.phantom import Phantom as Phantom
     from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify
     from hyperopt.closure import ClosureError as ClosureError
+    from hyperopt.diagnosis import Diagnosis as Diagnosis
+    from hyperopt.diagnosis import diagnose as diagnose
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
+    from hyperopt.linsolve.bicgstab import BiCGStab as BiCGStab
+    from hyperopt.linsolve.cg import CG as CG
+    from hyperopt.linsolve.dense import Dense as Dense
+    from hyperopt.linsolve.gmres import GMRES as GMRES
     from hyperopt.linsolve.neumann import Neumann as Neumann
+    from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point

@@ -49,9 +49,17 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     return dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
 
 
-NEUMANN = _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann")
-LINEAR_ANDERSON = _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson")
 IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
+LINEAR_SOLVERS = {
+    "neumann": _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann"),
+    "anderson": _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson"),
+    "gmres": _targeted(linear.GMRESSettings, "hyperopt.linsolve.gmres.GMRES"),
+    "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.linsolve.bicgstab.BiCGStab"),
+    "cg": _targeted(linear.CGSettings, "hyperopt.linsolve.cg.CG"),
+    "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.linsolve.normal_cg.NormalCG"),
+    "dense": _targeted(linear.DenseSettings, "hyperopt.linsolve.dense.Dense"),
+}
+"""The linear solvers; each makes an option ``adjoint=<name>``, the implicit adjoint with it."""
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
@@ -66,12 +74,17 @@ SCHEMA: dict[str, type] = {
     "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.solvers.newton.Newton"),
     "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.solvers.chord.Chord"),
     "solver/newton_krylov": _targeted(
-        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_ANDERSON
+        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["anderson"]
     ),
-    "adjoint/neumann": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=NEUMANN),
-    "adjoint/anderson": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=LINEAR_ANDERSON),
+    **{
+        f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node)
+        for name, node in LINEAR_SOLVERS.items()
+    },
     "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.adjoints.shine.Shine"),
     "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),
+    "adjoint/one_step": _targeted(core.OneStepSettings, "hyperopt.adjoints.onestep.OneStep"),
+    "adjoint/phantom": _targeted(core.PhantomSettings, "hyperopt.adjoints.phantom.Phantom"),
+    "adjoint/checkpointed": _targeted(core.CheckpointedSettings, "hyperopt.adjoints.checkpointed.Checkpointed"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
     "optimizer/momentum": _targeted(train.MomentumSettings, "hyperopt.optim.Momentum"),
     "optimizer/adam": _targeted(train.AdamSettings, "hyperopt.optim.Adam"),
@@ -81,7 +94,7 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), NEUMANN, LINEAR_ANDERSON)}
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values())}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
 
 

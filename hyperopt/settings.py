@@ -6,7 +6,8 @@ setting has one name, one default and one check in code, YAML and ``--help``.
 Names shared by all iterative methods:
     rtol: relative tolerance on the true residual, row by row; 0 with ``atol=0`` means "exactly ``max_steps``".
     atol: absolute tolerance on the true residual; a row stops at ``residual <= atol + rtol * scale``.
-    max_steps: most evaluations of the map (solvers, T) or vjps (linear solvers, K).
+    max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K): a vjp each, unless a method says
+        otherwise.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class ImplicitSettings:
 
     linear_solver: how the adjoint system is solved (default Neumann to a tolerance).
     policy: what to do when it fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
-    fallback: linear solvers tried in turn under ``policy=fallback``.
+    fallback: linear solvers tried in turn under ``policy=fallback``, each for the rows still unsolved (default GMRES, NormalCG).
     allow_inexact: let a fixed-K adjoint be differentiated again, although its second derivative is not exact.
     """
 
@@ -126,3 +127,33 @@ class UnrolledSettings:
         """Check the range."""
         if self.last is not None:
             check_count(self, "last")
+
+
+@dataclass(frozen=True)
+class OneStepSettings:
+    """Jacobian-free backpropagation: ``v = g``, no products at all; nothing to set."""
+
+
+@dataclass(frozen=True)
+class PhantomSettings:
+    """Phantom gradient: ``steps`` damped steps of the adjoint iteration from ``v = 0``."""
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "steps")
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
+
+
+@dataclass(frozen=True)
+class CheckpointedSettings:
+    """Unrolling in segments, recomputed in backward; ``segment`` steps are kept at a time (None: the root of ``max_steps``)."""
+
+    segment: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.segment is not None:
+            check_count(self, "segment")

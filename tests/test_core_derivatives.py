@@ -8,15 +8,22 @@ from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from hyperopt import (
+    CG,
+    GMRES,
+    BiCGStab,
     Broyden,
     Chord,
     ClosureError,
+    Dense,
     Implicit,
     InexactError,
     LinearAnderson,
     Neumann,
     Newton,
     NewtonKrylov,
+    NormalCG,
+    OneStep,
+    Phantom,
     Picard,
     Shine,
     Unrolled,
@@ -71,10 +78,93 @@ def closed(m, b):
 CASES = {"batched": lambda m, b: solve(cell, torch.zeros(3, 2), m, b), "multi-tensor": both, "closure": closed}
 
 
-@pytest.mark.parametrize("adjoint", [ADJOINT, Implicit(LinearAnderson(1e-14), policy="raise")])
-def test_gradcheck_of_both_linear_solvers(adjoint):
-    assert gradcheck(lambda m, b: solve(cell, torch.zeros(3, 2), m, b, adjoint=adjoint), weights())
-    assert gradgradcheck(lambda m, b: solve(cell, torch.zeros(3, 2), m, b, adjoint=adjoint), weights())
+LINEAR_SOLVERS = {
+    "neumann": Neumann(1e-14, max_steps=500),
+    "anderson": LinearAnderson(1e-14),
+    "gmres": GMRES(1e-14),
+    "bicgstab": BiCGStab(1e-14),
+    "cg": CG(1e-14),
+    "normal_cg": NormalCG(1e-14),
+    "dense": Dense(1e-14),
+}
+
+
+def descent(w, m, b):
+    """A gradient step on a convex function of each row: its Jacobian is symmetric, as CG wants it."""
+    return w - 0.5 * (w @ (torch.eye(2) + 0.2 * (m + m.t())) + 0.1 * w**3 - b)
+
+
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+def test_every_derivative_with_every_linear_solver(name):
+    adjoint = Implicit(LINEAR_SOLVERS[name], policy="raise")
+    phi = descent if name == "cg" else cell
+
+    def f(m, b):
+        return solve(phi, torch.zeros(2, 2), m, b, adjoint=adjoint)
+
+    m, b = weights(2)
+    assert gradcheck(f, (m, b))
+    assert gradgradcheck(f, (m, b))
+    m, b = m.detach(), b.detach()
+    tangents = (m.cos(), b.sin())
+
+    def plain(m, b):
+        return unrolled(lambda w: phi(w, m, b), torch.zeros(2, 2))
+
+    torch.testing.assert_close(jvp(f, (m, b), tangents), jvp(plain, (m, b), tangents), rtol=RTOL, atol=1e-11)
+    got, want = (jacfwd(lambda m, h=h: square(h(m, b)))(m) for h in (f, plain))
+    close(got, want, rtol=RTOL)
+    got, want = (jvp(grad(lambda m, h=h: square(h(m, b))), (m,), (m.cos(),))[1] for h in (f, plain))
+    close(got, want, rtol=RTOL)
+
+
+def test_normal_cg_never_calls_the_map():
+    m, b = weights()
+    phi = Counted(lambda w: cell(w, m, b))
+    sol = fixed_point(phi, torch.zeros(3, 2), solver=SOLVER, adjoint=Implicit(NormalCG(1e-13), policy="raise"))
+    calls = phi.calls
+    square(sol.value).backward()
+    assert phi.calls == calls and sol.adjoint is not None
+    # One vjp to build the transpose, one at the end to measure, the closing one; one jvp for the first A^T r.
+    steps = int(sol.adjoint.iterations.max())
+    assert (sol.adjoint.vjps, sol.adjoint.jvps) == (steps + 3, steps)
+
+
+@pytest.mark.parametrize("name", ["neumann", "gmres", "normal_cg"])
+def test_a_tangent_counts_jvps(name):
+    m, b = (x.detach() for x in weights())
+    seen = []
+
+    def f(m):
+        sol = fixed_point(cell, torch.zeros(3, 2), (m, b), solver=SOLVER, adjoint=Implicit(LINEAR_SOLVERS[name]))
+        seen.append(sol)
+        return sol.value
+
+    jvp(f, (m,), (m.cos(),))
+    stats = seen[0].adjoint
+    assert stats.jvps > stats.vjps and (name == "normal_cg") == (stats.vjps > 1)
+
+
+INEXACT = {"one-step": OneStep(), "phantom": Phantom(3)}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_an_inexact_adjoint_refuses_every_second_derivative(name):
+    m, b = weights()
+    adjoint = INEXACT[name]
+    w = solve(cell, torch.zeros(3, 2), m, b, adjoint=adjoint)
+    with pytest.raises(InexactError, match="use an exact adjoint"):
+        torch.autograd.grad(square(w), m, create_graph=True)
+
+    def f(m):  # linear in the state: the second derivative would not pass through the gradient of the loss
+        return solve(cell, torch.zeros(3, 2), m, b.detach(), adjoint=adjoint).sum()
+
+    first = grad(f)(m.detach())
+    close(first, torch.autograd.grad(w.sum(), m)[0])
+    close(jacfwd(f)(m.detach()), first)
+    for second in (jacrev(grad(f)), jacfwd(grad(f)), jacfwd(jacfwd(f)), hessian(f)):
+        with pytest.raises(InexactError):
+            second(m.detach())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,15 +10,22 @@ import torch
 from core_reference import Counted, close
 
 from hyperopt import (
+    CG,
+    GMRES,
     Anderson,
+    BiCGStab,
     Broyden,
     Chord,
+    Dense,
     Implicit,
     InexactError,
     LinearAnderson,
     Neumann,
     Newton,
     NewtonKrylov,
+    NormalCG,
+    OneStep,
+    Phantom,
     Picard,
     SolveError,
     SolveWarning,
@@ -88,10 +95,35 @@ def test_02_an_unconverged_adjoint_warns_once_with_its_status():
 @pytest.mark.parametrize("fallback", [(), (LinearAnderson(1e-12, max_steps=50),)])
 def test_02_an_unconverged_adjoint_falls_back(fallback):
     sol, b, exact = unconverged("fallback", fallback)
-    close(torch.autograd.grad(sol.value.sum(), b)[0], exact, rtol=1e-4 if not fallback else 1e-9)
+    close(torch.autograd.grad(sol.value.sum(), b)[0], exact, rtol=1e-9)
     assert sol.adjoint is not None and sol.adjoint.status == Status.converged
-    assert sol.adjoint.method == "LinearAnderson" and sol.adjoint.fallbacks == ("Neumann",)
+    assert sol.adjoint.method == ("LinearAnderson" if fallback else "GMRES") and sol.adjoint.fallbacks == ("Neumann",)
     assert sol.adjoint.vjps > 3 + 1
+
+
+@pytest.mark.parametrize("steps", [0, 200])
+def test_02_a_radius_above_one_is_never_silent(steps):
+    """Neumann on a map that does not contract: raised, warned of, or solved by a fallback; in no case a silent number."""
+    m = torch.diag(torch.tensor([1.2, 0.5, -0.3]))
+    b = torch.randn(2, 3).requires_grad_()
+    exact = torch.linalg.solve(torch.eye(3) - m, torch.ones(3)).expand(2, 3)
+    neumann = Neumann(1e-10, max_steps=steps) if steps else Neumann(0, 0, 20)  # to a tolerance, and a fixed number of terms
+
+    def solve(policy):
+        adjoint = Implicit(neumann, policy=policy)
+        sol = fixed_point(lambda w: w @ m + b, torch.zeros(2, 3), solver=Anderson(1e-13), adjoint=adjoint)
+        return sol, lambda: torch.autograd.grad(sol.value.sum(), b)[0]
+
+    with pytest.raises(SolveError, match=r"Neumann .*the residual grew"):
+        solve("raise")[1]()
+    sol, gradient = solve("warn")
+    with pytest.warns(SolveWarning, match="diverged|grew"):
+        gradient()
+    assert sol.adjoint is not None and sol.adjoint.status == Status.diverged
+    sol, gradient = solve("fallback")
+    close(gradient(), exact, rtol=1e-4 if not steps else 1e-9)
+    assert sol.adjoint is not None and sol.adjoint.status == Status.converged
+    assert (sol.adjoint.method, sol.adjoint.fallbacks) == ("GMRES", ("Neumann",))
 
 
 def test_02_an_unconverged_forward_solve_follows_the_policy():
@@ -112,13 +144,41 @@ def test_02_an_unconverged_forward_solve_follows_the_policy():
     close(fallen.value, torch.linalg.solve(torch.eye(3) - m.t(), b.t()).t(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("linear_solver", [Neumann(1e-13, max_steps=999), LinearAnderson(1e-13), Neumann(0, 0, 99)])
+LINEAR_SOLVERS = [
+    Neumann(1e-13, max_steps=999),
+    LinearAnderson(1e-13),
+    Neumann(0, 0, 99),
+    GMRES(1e-13),
+    GMRES(0, 0, 9),
+    BiCGStab(1e-13),
+    BiCGStab(0, 0, 9),
+    CG(1e-13),
+    CG(0, 0, 9),
+    NormalCG(1e-13),
+    NormalCG(0, 0, 9),
+    Dense(1e-13),
+]
+
+
+class Scaled:
+    """``M = q I``, its own transpose."""
+
+    def __init__(self, q):
+        self.q = q
+
+    def __call__(self, v):
+        return self.q * v
+
+    rmatvec = __call__
+
+
+@pytest.mark.parametrize("linear_solver", LINEAR_SOLVERS, ids=str)
 def test_03_linear_solvers_on_closed_forms(linear_solver):
     two = torch.tensor([[2.0]])
-    close(linear_solver.solve(lambda v: 0.5 * v, two).value, torch.tensor([[4.0]]))  # 1 / (1 - 1/2): the sign of the series
-    close(linear_solver.solve(lambda v: -0.5 * v, torch.tensor([[3.0]])).value, torch.tensor([[2.0]]))
-    close(linear_solver.solve(lambda v: 0 * v, two).value, two)
-    zero = linear_solver.solve(lambda v: 0.5 * v, torch.zeros(2, 3))
+    close(linear_solver.solve(Scaled(0.5), two).value, torch.tensor([[4.0]]))  # 1 / (1 - 1/2): the sign of the series
+    close(linear_solver.solve(Scaled(-0.5), torch.tensor([[3.0]])).value, torch.tensor([[2.0]]))
+    close(linear_solver.solve(Scaled(0), two).value, two)
+    zero = linear_solver.solve(Scaled(0.5), torch.zeros(2, 3))
     assert torch.equal(zero.value, torch.zeros(2, 3)) and not zero.stats.status.failed
     assert torch.equal(zero.stats.residual, torch.zeros(2))
 
@@ -139,7 +199,7 @@ def test_04_two_calls_before_one_backward_and_a_second_backward():
         torch.autograd.grad(one.sum(), m)
 
 
-@pytest.mark.parametrize("adjoint", [EXACT, Unrolled()])
+@pytest.mark.parametrize("adjoint", [EXACT, Implicit(NormalCG()), Implicit(Dense()), OneStep(), Phantom(), Unrolled()])
 @pytest.mark.parametrize("backward", [False, True])
 def test_04_nothing_outlives_the_solution(adjoint, backward):
     m, b = linear(0.5)
@@ -182,9 +242,23 @@ SOLVERS = [
 ]
 
 
+ROW_ADJOINTS = {
+    "neumann": EXACT,
+    "anderson": Implicit(LinearAnderson(1e-12)),
+    "gmres": Implicit(GMRES(1e-12)),
+    "bicgstab": Implicit(BiCGStab(1e-12)),
+    "normal_cg": Implicit(NormalCG(1e-12)),
+    "dense": Implicit(Dense(1e-12)),
+    "fallback": Implicit(Neumann(1e-12, max_steps=5), policy="fallback"),
+    "one-step": OneStep(),
+    "phantom": Phantom(4),
+    "unrolled": Unrolled(),
+}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("adjoint", [EXACT, Implicit(LinearAnderson(1e-12)), Unrolled()], ids=["neumann", "anderson", "unrolled"])
+@pytest.mark.parametrize("adjoint", ROW_ADJOINTS.values(), ids=ROW_ADJOINTS)
 def test_05_one_bad_row_leaves_the_others_as_they_are(solver, adjoint, bad):
     if isinstance(adjoint, Unrolled) and not solver.differentiable:
         pytest.skip("refused, see test_core_newton")
@@ -259,7 +333,11 @@ def test_07_anderson_with_few_steps_or_a_window_of_one(steps, window, rtol):
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e6])
-@pytest.mark.parametrize("linear_solver", [Neumann(1e-6, max_steps=500), LinearAnderson(1e-6)])
+@pytest.mark.parametrize(
+    "linear_solver",
+    [Neumann(1e-6, max_steps=500), LinearAnderson(1e-6), GMRES(1e-6), BiCGStab(1e-6), NormalCG(1e-6), Dense(1e-6)],
+    ids=lambda solver: solver.name,
+)
 def test_08_the_adjoint_tolerance_is_relative(factor, linear_solver):
     m, b = linear(0.9)
 

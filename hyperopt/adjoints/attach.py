@@ -32,11 +32,35 @@ class InexactError(RuntimeError):
 
 
 class Linearization(ABC):
-    """Products with the Jacobians of a map at one point; itself the operator ``J^T`` of the adjoint system."""
+    """Products with the Jacobians of a map at one point; itself the operator ``J^T`` of the adjoint system.
+
+    Attributes:
+        setups: vjps made beside those asked for.
+    """
+
+    setups = 0
+    _pulled: tuple[Tensor, Tensor] | None = None  # a point v and the graph of J^T v
 
     @abstractmethod
     def __call__(self, v: Tensor, /) -> Tensor:
         """``J^T v``, shape (rows, dim)."""
+
+    @abstractmethod
+    def _pull(self, v: Tensor) -> Tensor:
+        """``J^T v`` with a graph back to ``v``."""
+
+    def rmatvec(self, s: Tensor, /) -> Tensor:
+        """``J s``: the vjp of ``v -> J^T v``, which is linear; built once on the graph at hand, without a call of the map."""
+        if self._pulled is None:
+            with torch.enable_grad():
+                v = torch.zeros_like(s).requires_grad_()
+                self._pulled = v, self._pull(v)
+            self.setups += 1
+        v, pulled = self._pulled
+        if not pulled.requires_grad:
+            return torch.zeros_like(s)
+        (product,) = torch.autograd.grad(pulled, v, s.view_as(pulled), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(s) if product is None else product.view_as(s)
 
     @abstractmethod
     def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -52,9 +76,17 @@ class GraphLinearization(Linearization):
 
     def __call__(self, v: Tensor, /) -> Tensor:
         """``J^T v``."""
+        return self._product(v, create_graph=False)
+
+    def _pull(self, v: Tensor) -> Tensor:
+        return self._product(v, create_graph=True)
+
+    def _product(self, v: Tensor, *, create_graph: bool) -> Tensor:
         if not self.out.requires_grad:
             return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(self.out, self.leaf, v.view_as(self.out), retain_graph=True, allow_unused=True)
+        (product,) = torch.autograd.grad(
+            self.out, self.leaf, v.view_as(self.out), retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
         return torch.zeros_like(v) if product is None else product.view_as(v)
 
     def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -102,13 +134,57 @@ class System(ABC):
             return GraphLinearization(self.map(leaf, *leaves), leaf, leaves)
 
 
-def flat_product(product: MatVec, like: Tensor) -> MatVec:
-    """``product`` on (rows, dim) matrices where it works on the shape of ``like``."""
-    return product if like.dim() == 2 else lambda v: product(v.view_as(like)).reshape(-1, like.shape[-1])
+class Transposed:
+    """The operator ``J`` of the tangent system, from that of the adjoint system."""
+
+    def __init__(self, lin: Linearization) -> None:
+        """Swap the two products."""
+        self.lin = lin
+
+    def __call__(self, s: Tensor, /) -> Tensor:
+        """``J s``."""
+        return self.lin.rmatvec(s)
+
+    def rmatvec(self, v: Tensor, /) -> Tensor:
+        """``J^T v``."""
+        return self.lin(v)
+
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.lin.setups
+
+
+class Flat:
+    """An operator on (rows, dim) matrices, from one on tensors of another shape (..., dim)."""
+
+    def __init__(self, operator: Linearization | Transposed, shape: torch.Size) -> None:
+        """Keep the shape."""
+        self.operator, self.shape = operator, shape
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """The product."""
+        return self.operator(v.view(self.shape)).reshape(v.shape)
+
+    def rmatvec(self, v: Tensor, /) -> Tensor:
+        """The product with the transpose."""
+        return self.operator.rmatvec(v.view(self.shape)).reshape(v.shape)
+
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.operator.setups
+
+
+def flat(operator: Linearization | Transposed, like: Tensor) -> MatVec:
+    """``operator``, which works on the shape of ``like``, on (rows, dim) matrices."""
+    return operator if like.dim() == 2 else Flat(operator, like.shape)
 
 
 class AdjointSystem(System):
     """``v = J(z, x)^T v + g`` with inputs ``(g, z, *x)``."""
+
+    what = "adjoint"
 
     def __init__(self, parent: System) -> None:
         """Solve in the way of the parent."""
@@ -121,11 +197,15 @@ class AdjointSystem(System):
         return pull_state(self.parent.map, at, rest, z) + g
 
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """Solve for ``v``."""
-        g, at, *rest = inputs
-        lin = self.parent.linearize(at, [x.detach() for x in rest])
-        dim = g.shape[-1]
-        return self.linear(flat_product(lin, g), g.reshape(-1, dim), start.reshape(-1, dim), "adjoint").view_as(g)
+        """Solve the linear system."""
+        b, at, *rest = inputs
+        operator = self.operator(self.parent.linearize(at, [x.detach() for x in rest]))
+        dim = b.shape[-1]
+        return self.linear(flat(operator, b), b.reshape(-1, dim), start.reshape(-1, dim), self.what).view_as(b)
+
+    def operator(self, lin: Linearization) -> Linearization | Transposed:
+        """The operator of the linear system."""
+        return lin
 
     def vmapped(self, dims: tuple[int | None, ...]) -> System:
         """The adjoint of the batched parent."""
@@ -135,27 +215,16 @@ class AdjointSystem(System):
 class TangentSystem(AdjointSystem):
     """``s = J(z, x) s + u`` with inputs ``(u, z, *x)``."""
 
+    what = "tangent"
+
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """``J s + u``."""
         u, at, *rest = inputs
         return push(lambda y: self.parent.map(y, *rest), [at], [z]) + u
 
-    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """Solve for ``s``; ``J s`` is the vjp of ``v -> J^T v``, which is linear."""
-        u, at, *rest = inputs
-        with torch.enable_grad():
-            leaf = at.detach().requires_grad_()
-            out = self.parent.map(leaf, *(x.detach() for x in rest))
-            dummy = torch.zeros_like(u).requires_grad_()
-            (back,) = torch.autograd.grad(out, leaf, dummy, create_graph=True) if out.requires_grad else (None,)
-
-        def product(s: Tensor) -> Tensor:
-            if back is None or not back.requires_grad:
-                return torch.zeros_like(s)
-            return torch.autograd.grad(back, dummy, s, retain_graph=True)[0]
-
-        dim = u.shape[-1]
-        return self.linear(flat_product(product, u), u.reshape(-1, dim), start.reshape(-1, dim), "tangent").view_as(u)
+    def operator(self, lin: Linearization) -> Linearization | Transposed:
+        """``J``."""
+        return Transposed(lin)
 
     def vmapped(self, dims: tuple[int | None, ...]) -> System:
         """The tangent system of the batched parent."""
@@ -240,7 +309,7 @@ class Attach(torch.autograd.Function):
             return None, None, *pull_inputs(system.map, value, inputs, v, needs)
         lin = system.linearize(value, inputs)
         dim = g.shape[-1]
-        v = system.linear(flat_product(lin, g), g.reshape(-1, dim), None, "adjoint").view_as(g)
+        v = system.linear(flat(lin, g), g.reshape(-1, dim), None, "adjoint").view_as(g)
         return None, None, *lin.inputs(v, needs)
 
     @staticmethod

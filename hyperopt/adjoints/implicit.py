@@ -21,10 +21,12 @@ from torch import Tensor
 from hyperopt.adjoints.attach import GraphLinearization, Linearization, System, attach
 from hyperopt.adjoints.base import Adjoint, Problem
 from hyperopt.closure import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
-from hyperopt.linsolve.anderson import LinearAnderson
-from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec
+from hyperopt.linsolve.base import LinearSolver, MatVec
+from hyperopt.linsolve.fallback import solve_chain
+from hyperopt.linsolve.gmres import GMRES
 from hyperopt.linsolve.neumann import Neumann
-from hyperopt.policy import note_fallback, report
+from hyperopt.linsolve.normal_cg import NormalCG
+from hyperopt.policy import report
 from hyperopt.settings import ImplicitSettings
 from hyperopt.solvers.forward import solve_forward
 from hyperopt.solvers.iterate import Iterate
@@ -95,14 +97,27 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         super().__post_init__()
         for solver in (self.linear_solver, *self.fallback):
             if not isinstance(solver, LinearSolver):
-                raise TypeError(
-                    f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), LinearAnderson(...), ..."
-                )
+                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
 
     @property
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the adjoint may be differentiated again."""
-        return self.allow_inexact or not self.linear_solver.fixed
+        """Whether every linear solver works to a tolerance, or ``allow_inexact`` was given."""
+        return self.allow_inexact or not any(solver.fixed for solver in self.chain)
+
+    @property
+    def chain(self) -> tuple[LinearSolver, ...]:
+        """The linear solvers in the order in which they are tried."""
+        if self.policy != "fallback":
+            return (self.linear_solver,)
+        return (self.linear_solver, *(self.fallback or self._default_fallback()))
+
+    def _default_fallback(self) -> tuple[LinearSolver, ...]:
+        """GMRES, then normal CG, to the tolerance and with at least the steps of the first solver."""
+        first = self.linear_solver
+        steps = max(200, first.max_steps)
+        if first.fixed:
+            return GMRES(max_steps=steps, restart=40), NormalCG(max_steps=steps)
+        return GMRES(first.rtol, first.atol, steps, restart=40), NormalCG(first.rtol, first.atol, steps)
 
     def solve(
         self,
@@ -116,30 +131,11 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         trace: bool = False,
     ) -> Tensor:
         """Solve with the linear solver, under the policy and with its fallbacks."""
-        chain = (self.linear_solver,)
-        if self.policy == "fallback":
-            chain += tuple(self.fallback) or (LinearAnderson(window=20, max_steps=max(200, self.linear_solver.max_steps)),)
-        failed: list[SolveStats] = []
-        best: LinearSolution | None = None
-        for i, solver in enumerate(chain):
-            with torch.no_grad():
-                found = solver.solve(matvec, b, start, trace=trace)
-            if best is None or not found.stats.worst_residual() >= best.stats.worst_residual():
-                best = found
-            if not found.stats.status.failed:
-                best = found
-                break
-            failed.append(found.stats)
-            if i + 1 < len(chain):
-                note_fallback(found.stats, chain[i + 1].name, what)
-        assert best is not None
-        stats = best.stats
-        stats.fallbacks = tuple(s.method for s in failed if s is not stats)
-        stats.vjps = stats.evaluations + sum(s.evaluations for s in failed if s is not stats)
-        stats.evaluations = 0
-        box.stats, box.v = stats, best.value.detach()
-        report(stats, "warn" if self.policy == "fallback" else self.policy, what)
-        return best.value
+        with torch.no_grad():
+            found = solve_chain(self.chain, matvec, b, start, what, trace=trace)
+        box.stats, box.v = found.stats, found.value.detach()
+        report(found.stats, "warn" if self.policy == "fallback" else self.policy, what)
+        return found.value
 
 
 class PullbackLinearization(Linearization):
@@ -152,6 +148,9 @@ class PullbackLinearization(Linearization):
 
     def __call__(self, v: Tensor, /) -> Tensor:
         """``J^T v``."""
+        return self.pullback.state(v)
+
+    def _pull(self, v: Tensor) -> Tensor:
         return self.pullback.state(v)
 
     def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -184,9 +183,14 @@ class FixedPoint(System):
         warm = self.problem.adjoint_start
         if start is None and warm is not None and warm.shape == b.shape:  # under vmap there are more rows
             start = warm
+        setups = getattr(matvec, "setups", 0)
         value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
-        if self.box.stats is not None and what == "adjoint":
-            self.box.stats.vjps += 1  # the closing one
+        stats = self.box.stats
+        if stats is not None:
+            if what == "tangent":  # there the operator is J itself
+                stats.vjps, stats.jvps = stats.jvps, stats.vjps
+            stats.vjps += getattr(matvec, "setups", 0) - setups
+            stats.vjps += what == "adjoint"  # the closing one
         return value
 
     # ---- eager: solve first, then attach

@@ -87,7 +87,7 @@ class Shine(ShineSettings, ImplicitAdjoint):
             if self.linear_solver is not None:
                 found = self.linear_solver.solve(matvec, b, v, trace=trace)
                 v, stats = found.value, found.stats
-                stats.method, stats.vjps, stats.evaluations = f"Shine + {stats.method}", stats.evaluations, 0
+                stats.method = f"Shine + {stats.method}"
             else:
                 residual = relative(torch.linalg.vector_norm(v - matvec(v) - b, dim=1), size)
                 status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))

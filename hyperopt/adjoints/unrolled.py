@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hyperopt.adjoints.base import Adjoint, Problem
 from hyperopt.policy import report
 from hyperopt.settings import UnrolledSettings
+from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.forward import solve_forward
 from hyperopt.solvers.iterate import FLOOR, Iterate, following, iterate, relative
 from hyperopt.solvers.picard import Picard
@@ -32,7 +36,7 @@ class Unrolled(UnrolledSettings, Adjoint):
         if not torch.is_grad_enabled():
             stepped = solve_forward(problem, phi, phi)
         elif self.last is None:
-            stepped = self._steps(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
+            stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
         else:
             stepped = self._truncated(problem, self.last)
         report(stepped.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
@@ -44,10 +48,10 @@ class Unrolled(UnrolledSettings, Adjoint):
         if solver.fixed:
             before = max(0, solver.max_steps - last)
             if not before:
-                return self._steps(problem, problem.start, solver.max_steps, stop=False)
+                return unroll(problem, problem.start, solver.max_steps, stop=False)
             with torch.no_grad():
                 run = iterate(replace(solver, max_steps=before), phi, problem.start)
-            stepped = self._steps(problem, run.value, last, stop=False)
+            stepped = unroll(problem, run.value, last, stop=False)
             stepped.stats.iterations = stepped.stats.iterations + before
         else:
             with torch.no_grad():
@@ -55,71 +59,123 @@ class Unrolled(UnrolledSettings, Adjoint):
             # Plain steps, whatever the solver: at its solution an acceleration's history is rounding noise, and so is the
             # derivative of its least squares problem (Anderson, k = 150: 1e31 times the gradient).
             plain = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
-            stepped = self._steps(replace(problem, solver=plain), run.value, last, stop=False)
+            stepped = unroll(replace(problem, solver=plain), run.value, last, stop=False)
             stepped.stats.row_status = torch.maximum(stepped.stats.row_status, run.stats.row_status)
             stepped.stats.iterations = stepped.stats.iterations + run.stats.evaluations
         for cost in ("evaluations", "vjps", "jvps"):
             setattr(stepped.stats, cost, getattr(stepped.stats, cost) + getattr(run.stats, cost))
         return stepped
 
-    def _steps(self, problem: Problem, start: torch.Tensor, count: int, *, stop: bool) -> Iterate:
-        """``count`` steps with a graph; with ``stop``, rows stop moving after the step at which their residual met the tolerance.
 
-        That step is still taken: without it a row that starts at its solution would have no graph, and a zero hypergradient.
-        """
-        solver, phi, cost = problem.solver, problem.bind(problem.args), Cost()
-        if not solver.differentiable:
-            raise ValueError(
-                f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
-                "from its solution, or use another solver (solver=newton) or adjoint (adjoint=neumann)"
-            )
-        w, state, at = start, solver.init(start), None
-        broken = torch.zeros(start.shape[0], dtype=torch.bool, device=start.device)
-        active = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
-        iterations = torch.zeros(start.shape[0], dtype=torch.long, device=start.device)
-        residual = size = start.new_zeros(start.shape[0])
-        first = last_norm = math.nan
-        trace = []
-        floor = FLOOR * torch.finfo(start.dtype).eps
-        taken = 0
-        for k in range(count):
+def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: int | None = None) -> Iterate:
+    """``count`` steps with a graph; with ``stop``, rows stop moving after the step at which their residual met the tolerance.
+
+    That step is still taken: without it a row that starts at its solution would have no graph, and a zero hypergradient. With
+    ``segment`` the graph is kept of no step but the first of every ``segment``; backward takes the others again.
+    """
+    solver, phi, cost = problem.solver, problem.bind(problem.args), Cost()
+    if not solver.differentiable:
+        raise ValueError(
+            f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
+            "from its solution, or use another solver (solver=newton) or adjoint (adjoint=neumann)"
+        )
+    watch = Watch(solver, start, stop)
+
+    def advance(w: Tensor, state: Any, steps: range) -> tuple[Tensor, Any]:
+        at = None
+        for k in steps:
             at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
-            taken += 1
-            moving = active
-            with torch.no_grad():
-                difference = torch.linalg.vector_norm(at.fw - w, dim=1)
-                size = torch.linalg.vector_norm(at.fw, dim=1)
-                residual = torch.where(active, relative(difference, size), residual)
-                iterations = torch.where(active, k + 1, iterations)
-                trace.append(residual.max() if residual.numel() else residual.new_zeros(()))
-                last_norm = float(torch.linalg.vector_norm(difference))
-                first = last_norm if k == 0 else first
-                if stop:
-                    active = active & ~(difference <= torch.maximum(solver.atol + solver.rtol * size, floor * size))
+            moving = watch.before(k, at)
             at.active = None if bool(moving.all()) else moving
             stepped, state = solver.step(state, at)
-            if at.broken is not None:
-                broken = broken | (at.broken & moving)
-                active, moving = active & ~broken, moving & ~broken
+            moving = watch.after(k, at)
             w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, w)
-            if not bool(active.any()):
+            if watch.last == k:
                 break
-        status = torch.full_like(iterations, int(Status.max_steps if stop else Status.converged))
-        status = torch.where(active, status, int(Status.converged))
-        status = torch.full_like(status, int(Status.fixed_steps)) if solver.fixed else status
-        status = torch.where(broken, int(Status.breakdown), status)
-        status = torch.where(torch.isfinite(residual), status, int(Status.nonfinite))
-        rate = (last_norm / first) ** (1 / (taken - 1)) if taken > 1 and first > 0 else math.nan
-        stats = SolveStats(
+        return w, state
+
+    w, state = start, solver.init(start)
+    size = segment or count
+    for first in range(0, count, size):
+        steps = range(first, min(first + size, count))
+        if segment is None:
+            w, state = advance(w, state, steps)
+        else:
+            w, state = checkpoint(advance, w, state, steps, use_reentrant=False, preserve_rng_state=False)
+        if watch.last is not None:
+            break
+    return Iterate(w, watch.stats(cost), solver)
+
+
+class Watch:
+    """The rows that move at each step, and their residuals; a step that is taken again finds what was seen the first time.
+
+    Attributes:
+        last: the step after which no row moves any more; None before.
+    """
+
+    def __init__(self, solver: FixedPointSolver, start: Tensor, stop: bool) -> None:
+        """Nothing seen yet."""
+        self.solver, self.stop = solver, stop
+        self.active = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
+        self.broken = torch.zeros_like(self.active)
+        self.iterations = torch.zeros(start.shape[0], dtype=torch.long, device=start.device)
+        self.residual = self.size = start.new_zeros(start.shape[0])
+        self.trace: list[Tensor] = []
+        self.norms: list[float] = []
+        self.moving: list[Tensor] = []  # at the start of each step
+        self.moved: list[Tensor] = []  # at its end, without the rows that broke down
+        self.floor = FLOOR * torch.finfo(start.dtype).eps
+        self.last: int | None = None
+
+    @torch.no_grad()
+    def before(self, k: int, at: Point) -> Tensor:
+        """Rows that take step ``k``, shape (rows,), measured at its point."""
+        if k < len(self.moving):
+            return self.moving[k]
+        self.moving.append(self.active)
+        difference = torch.linalg.vector_norm(at.fw - at.w, dim=1)
+        self.size = torch.linalg.vector_norm(at.fw, dim=1)
+        self.residual = torch.where(self.active, relative(difference, self.size), self.residual)
+        self.iterations = torch.where(self.active, k + 1, self.iterations)
+        self.trace.append(self.residual.max() if self.residual.numel() else self.residual.new_zeros(()))
+        self.norms.append(float(torch.linalg.vector_norm(difference)))
+        if self.stop:
+            limit = torch.maximum(self.solver.atol + self.solver.rtol * self.size, self.floor * self.size)
+            self.active = self.active & ~(difference <= limit)
+        return self.moving[k]
+
+    @torch.no_grad()
+    def after(self, k: int, at: Point) -> Tensor:
+        """Rows that step ``k`` has moved, shape (rows,)."""
+        if k < len(self.moved):
+            return self.moved[k]
+        moving = self.moving[k]
+        if at.broken is not None:
+            self.broken = self.broken | (at.broken & moving)
+            self.active, moving = self.active & ~self.broken, moving & ~self.broken
+        self.moved.append(moving)
+        if not bool(self.active.any()):
+            self.last = k
+        return moving
+
+    def stats(self, cost: Cost) -> SolveStats:
+        """Statistics of the steps."""
+        status = torch.full_like(self.iterations, int(Status.max_steps if self.stop else Status.converged))
+        status = torch.where(self.active, status, int(Status.converged))
+        status = torch.full_like(status, int(Status.fixed_steps)) if self.solver.fixed else status
+        status = torch.where(self.broken, int(Status.breakdown), status)
+        status = torch.where(torch.isfinite(self.residual), status, int(Status.nonfinite))
+        taken, first, last = len(self.norms), self.norms[0], self.norms[-1]
+        return SolveStats(
             status,
-            iterations,
-            residual,
-            size,
+            self.iterations,
+            self.residual,
+            self.size,
             evaluations=cost.evaluations,
             vjps=cost.vjps,
             jvps=cost.jvps,
-            contraction=rate,
-            trace=torch.stack(trace),
-            method=f"Unrolled {solver.name}",
+            contraction=(last / first) ** (1 / (taken - 1)) if taken > 1 and first > 0 else math.nan,
+            trace=torch.stack(self.trace),
+            method=f"Unrolled {self.solver.name}",
         )
-        return Iterate(w, stats, solver)

@@ -12,21 +12,27 @@ from torch import Tensor
 from hyperopt.settings import IterativeSettings
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.iterate import iterate
-from hyperopt.status import SolveStats
+from hyperopt.status import SolveStats, Status
 
 
 class MatVec(Protocol):
-    """``matvec(v) = M v``; an operator that can do better than add may also offer ``plus(v, b) = M v + b``."""
+    """``matvec(v) = M v``.
+
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, and ``rmatvec(v) = M^T v``, which some
+    methods need.
+    """
 
     def __call__(self, v: Tensor, /) -> Tensor:
         """``M v``, shape (rows, dim)."""
         ...
 
 
-
 @dataclass
 class LinearSolution:
-    """``value`` (rows, dim) and the statistics of the solve; ``stats.evaluations`` counts products with ``M``."""
+    """``value`` (rows, dim) and the statistics of the solve.
+
+    ``stats.vjps`` counts the products with ``M`` and ``stats.jvps`` those with its transpose: what they are for ``M = J^T``.
+    """
 
     value: Tensor
     stats: SolveStats
@@ -46,7 +52,7 @@ class LinearSolver(IterativeSettings, ABC):
 
     @abstractmethod
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
-        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, from ``x0`` (default ``b``), all of shape (rows, dim)."""
+        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""
 
 
 def solve_by_iteration(
@@ -62,4 +68,7 @@ def solve_by_iteration(
         trace=trace,
     )
     run.stats.method = name
+    run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
+    if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
+        run.stats.row_status = torch.where(run.stats.residual > 1, int(Status.diverged), run.stats.row_status)
     return LinearSolution(run.value, run.stats)

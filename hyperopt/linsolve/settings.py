@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.settings import IterativeSettings
+from hyperopt.settings import IterativeSettings, check_count
 from hyperopt.solvers.settings import AndersonSettings
 
 
@@ -20,3 +20,56 @@ class LinearAndersonSettings(AndersonSettings):
     """Anderson acceleration of ``v <- J^T v + g``; same settings as the solver of that name."""
 
     rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class GMRESSettings(IterativeSettings):
+    """Generalized minimal residuals, one vjp a step; ``restart`` vectors are kept, then the space is built anew."""
+
+    rtol: float = 1e-6
+    restart: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "restart")
+
+
+@dataclass(frozen=True)
+class BiCGStabSettings(IterativeSettings):
+    """Stabilized biconjugate gradients: a fixed few vectors of memory, two vjps a step."""
+
+    rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class CGSettings(IterativeSettings):
+    """Conjugate gradients, for maps with a symmetric Jacobian of eigenvalues below 1; one vjp a step."""
+
+    rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class NormalCGSettings(IterativeSettings):
+    """Conjugate gradients on the normal equations, for any regular ``I - J``; one vjp and one jvp a step."""
+
+    rtol: float = 1e-6
+    max_steps: int = 200
+
+
+@dataclass(frozen=True)
+class DenseSettings(IterativeSettings):
+    """LU of the dense ``I - J^T`` of each row, made by ``dim`` vjps.
+
+    max_steps counts the solves with the factors: the first, and refinements of it where ``rtol`` asks for more.
+    max_entries is the most numbers (rows x dim x dim) that the matrices may have; larger systems are refused.
+    """
+
+    rtol: float = 1e-10
+    max_steps: int = 10
+    max_entries: int = 2**26
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "max_entries")
