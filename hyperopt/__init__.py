@@ -19,6 +19,8 @@ _PUBLIC = {
     "Certificate": "hyperopt.certificate",
     "Constants": "hyperopt.certificate",
     "certify": "hyperopt.certificate",
+    "check_hypergradient": "hyperopt.check",
+    "compare_adjoints": "hyperopt.check",
     "ClosureError": "hyperopt.closure",
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify
+    from hyperopt.check import check_hypergradient as check_hypergradient
+    from hyperopt.check import compare_adjoints as compare_adjoints
     from hyperopt.closure import ClosureError as ClosureError
     from hyperopt.diagnosis import Diagnosis as Diagnosis
     from hyperopt.diagnosis import diagnose as diagnose

@@ -1,0 +1,71 @@
+"""How much memory tensors take: the peak of a block, on the CPU as on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of storages that come to be while it is on, and drops them as they are freed.
+
+    Attributes:
+        peak: most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is alive yet."""
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and count the new storages among its results."""
+        out = func(*args, **(kwargs or {}))
+        # An in-place or view operation returns an old storage.
+        known = {leaf.untyped_storage()._cdata for leaf in optree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}  # pyright: ignore[reportArgumentType]
+        for leaf in optree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.alive -= size
+        self.seen.discard(key)
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[Any]:
+    """Measure the block's peak of tensor memory beyond what was alive before it; read ``.peak`` (bytes) after the block.
+
+    On the CPU by watching every operation, which slows the block down; on a GPU from the allocator.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        with Peak() as found:
+            yield found
+        return
+    found = Peak()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    torch.cuda.synchronize(device)
+    found.peak = torch.cuda.max_memory_allocated(device) - before
