@@ -212,7 +212,8 @@ def compare_adjoints(
             rows.append(Comparison(name, math.nan, note=str(error)))
             continue
         stats = solution[0].adjoint
-        failed = [f"{what}: {s.status.name}" for what, s in (("inner", solution[0].forward), ("adjoint", stats)) if s and s.status.failed]
+        solves = {"inner": solution[0].forward, "adjoint": stats}
+        failed = [f"{what}: {solve.status.name}" for what, solve in solves.items() if solve and solve.status.failed]
         cost = (stats.vjps, stats.jvps) if stats else (0, 0)
         rows.append(Comparison(name, *_distance(gradient, exact), *cost, seconds, memory.peak, "; ".join(failed)))
     return AdjointComparison(tuple(rows))
