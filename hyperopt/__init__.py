@@ -22,6 +22,8 @@ _PUBLIC = {
     "check_hypergradient": "hyperopt.check",
     "compare_adjoints": "hyperopt.check",
     "ClosureError": "hyperopt.closure",
+    "ImpureMapError": "hyperopt.purity",
+    "check_map": "hyperopt.purity",
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
     "Anderson": "hyperopt.solvers.anderson",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point
+    from hyperopt.purity import ImpureMapError as ImpureMapError
+    from hyperopt.purity import check_map as check_map
     from hyperopt.solvers.anderson import Anderson as Anderson
     from hyperopt.solvers.broyden import Broyden as Broyden
     from hyperopt.solvers.chord import Chord as Chord

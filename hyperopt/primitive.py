@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from hyperopt.adjoints.base import Adjoint, Problem
 from hyperopt.adjoints.implicit import Implicit
+from hyperopt.purity import random_states, refuse_changing_modules, refuse_random
 from hyperopt.settings import POLICIES
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.picard import Picard
@@ -40,8 +42,8 @@ def fixed_point(
     Args:
         phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
             be deterministic and must not change the state in place.
-        w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too); not
-            differentiated.
+        w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too) that do not
+            require grad.
         args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
             derivative; closures work otherwise.
         rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
@@ -60,9 +62,10 @@ def fixed_point(
         ``Solution``: ``value``; ``forward`` and, after a backward, ``adjoint`` with status, iterations, residuals and costs.
 
     Raises:
-        TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure or shape.
+        TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure, shape or dtype, or its input.
         SolveError: a solve failed under ``policy="raise"``.
         ClosureError: the map uses a tensor in a way that would lose its derivative.
+        ImpureMapError: the map is random, or updates running statistics.
 
     Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Bai et al., NeurIPS 2019, arXiv 1909.01377.
 
@@ -83,9 +86,18 @@ def fixed_point(
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
     layout = layout_of(w0, rows)
+    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
+        raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
     for i in row_args:
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0))
-    return adjoint.run(Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace))
+    problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace)
+    if torch.compiler.is_compiling():  # neither check can be traced
+        return adjoint.run(problem)
+    refuse_changing_modules(phi, args)
+    before = random_states(start.device)
+    solution = adjoint.run(problem)
+    refuse_random(before, phi, args, start.device)
+    return solution

@@ -67,6 +67,11 @@ class Layout:
                 )
             if not leaf.is_floating_point():
                 raise TypeError(f"the map returned {leaf.dtype} for leaf {i} of the state; a state must be floating point")
+            if leaf.dtype != self.dtypes[i] and not torch.is_autocast_enabled(leaf.device.type):
+                raise TypeError(
+                    f"the map changed the dtype of leaf {i} of the state: got {leaf.dtype}, w0 has {self.dtypes[i]}; make w0 and "
+                    f"phi(w0) the same dtype"
+                )
             flat.append(leaf.reshape(count, width))
         out = flat[0] if len(flat) == 1 else torch.cat([x.to(self.dtype) for x in flat], dim=1)
         return out if out.dtype == self.dtype else out.to(self.dtype)

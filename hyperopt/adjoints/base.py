@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hyperopt.closure import functorch_level
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
 from hyperopt.tree import Layout
@@ -50,12 +51,13 @@ class Problem:
 
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The map on a matrix (any number of rows)."""
-        if self.layout.trivial:
-            out = self.phi(self.layout.tree(w), *args)
-            if isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
-                return out
-            return self.layout.matrix(out, w.shape[0])
-        return self.layout.matrix(self.phi(self.layout.tree(w), *args), w.shape[0])
+        version = None if w.is_inference() or functorch_level() else w._version
+        out = self.phi(self.layout.tree(w), *args)
+        if version is not None and w._version != version:
+            raise ValueError("the map changed the state that it was given, in place; return a new tensor")
+        if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
+            return out
+        return self.layout.matrix(out, w.shape[0])
 
 
 class Bound:
