@@ -74,7 +74,7 @@ SCHEMA: dict[str, type] = {
     "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.solvers.newton.Newton"),
     "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.solvers.chord.Chord"),
     "solver/newton_krylov": _targeted(
-        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["anderson"]
+        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["gmres"]
     ),
     **{
         f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node)

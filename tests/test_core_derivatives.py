@@ -29,6 +29,7 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
+from hyperopt.adjoints.base import Adjoint
 
 # torch's own first use of forward mode scripts its decompositions, and its compiler looks at .grad of a non-leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:The .grad attribute:UserWarning")
@@ -230,7 +231,7 @@ def test_shine_under_torch_func():
     m, b = (x.detach() for x in weights())
     adjoint = Shine(Neumann(1e-12, max_steps=500))
 
-    def loss(m, b=b, adjoint=adjoint):
+    def loss(m, b=b, adjoint: Adjoint = adjoint):
         return square(fixed_point(cell, torch.zeros_like(b), (m, b), solver=Broyden(1e-12), adjoint=adjoint).value)
 
     close(grad(loss)(m), grad(lambda m: loss(m, adjoint=ADJOINT))(m), rtol=1e-8)

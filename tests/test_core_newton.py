@@ -336,12 +336,14 @@ def test_newton_krylov_cannot_be_unrolled_but_its_last_steps_can():
 
 
 def test_every_fallback_is_tried_and_logged(caplog):
-    turn = torch.block_diag(*(torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) * a for a in (2.0, 2.5, 3.0)))
+    turns = [torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) * a for a in (2.0, 2.5, 3.0)]
+    turn = torch.block_diag(*turns)
     phi = Counted(lambda w: w @ turn + 1)
     chain = [type(s).__name__ for s in default_fallback(Picard(1e-9))]
     assert chain == ["Anderson", "Broyden", "NewtonKrylov"]
     assert [type(s).__name__ for s in default_fallback(Broyden())] == ["Anderson", "NewtonKrylov"]
-    assert all(s.rtol == 1e-9 for s in default_fallback(Picard(1e-9))) and not any(s.fixed for s in default_fallback(Picard(0, 0)))
+    assert all(s.rtol == 1e-9 for s in default_fallback(Picard(1e-9)))
+    assert not any(s.fixed for s in default_fallback(Picard(0, 0)))
     tries = (Anderson(1e-9, window=2, max_steps=30), Broyden(1e-9, max_steps=3), NewtonKrylov(1e-9))
     with caplog.at_level("WARNING", "hyperopt"):
         sol = fixed_point(phi, torch.zeros(1, 6), solver=Picard(1e-9), policy="fallback", fallback=tries)
@@ -420,7 +422,8 @@ def test_shine_measures_its_true_residual():
 
 def test_shine_needs_a_solver_that_keeps_an_inverse():
     for solver in (Picard(), Anderson(), Newton(), NewtonKrylov()):
-        with pytest.raises(ValueError, match=rf"Shine: {type(solver).__name__} keeps no inverse.*solver=broyden.*adjoint=neumann"):
+        name = type(solver).__name__
+        with pytest.raises(ValueError, match=rf"Shine: {name} keeps no inverse.*solver=broyden.*adjoint=neumann"):
             fixed_point(lambda w: 0.5 * w, torch.zeros(2, 3), solver=solver, adjoint=Shine())
     with pytest.raises(TypeError, match="linear_solver"):
         Shine(linear_solver=Picard())  # pyright: ignore[reportArgumentType]

@@ -20,15 +20,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.anderson import LinearAnderson
 from hyperopt.linsolve.base import LinearSolver
+from hyperopt.linsolve.gmres import GMRES
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.iterate import FLOOR
 from hyperopt.solvers.line_search import backtrack
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import NewtonKrylovSettings
 
-_inner: Callable[[], LinearSolver] = lambda: LinearAnderson(window=30, max_steps=60)  # noqa: E731
+_inner: Callable[[], LinearSolver] = lambda: GMRES(restart=30, max_steps=60)  # noqa: E731
 
 
 @dataclass(frozen=True)
