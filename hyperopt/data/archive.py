@@ -35,12 +35,11 @@ def read_tar(archive: Path, folder: str, names: Iterable[str]) -> dict[str, byte
     try:
         with tarfile.open(archive) as members:
             for member in members:
-                _check(member, archive)
                 name = wanted.get(str(PurePosixPath(member.name)))
+                if fault := _fault(member) or ("is in it twice" if name in found else ""):
+                    raise DataError(f"{archive.name}: refused, its member {member.name!r} {fault}")
                 if name is None or not member.isreg():
                     continue
-                if name in found:
-                    raise DataError(f"{archive.name}: {member.name} is in it twice")
                 file = members.extractfile(member)
                 assert file is not None  # only a member that is no file has none
                 found[name] = file.read()
@@ -49,13 +48,11 @@ def read_tar(archive: Path, folder: str, names: Iterable[str]) -> dict[str, byte
     return found
 
 
-def _check(member: tarfile.TarInfo, archive: Path) -> None:
-    """Refuse a member that no honest dataset has."""
+def _fault(member: tarfile.TarInfo) -> str:
+    """Return what a member has that no honest one has, empty where there is nothing."""
     path = PurePosixPath(member.name)
-    where = f"{archive.name}: refused, its member {member.name!r}"
     if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{where} leads out of the directory")
+        return "leads out of the directory"
     if not (member.isreg() or member.isdir()):
-        raise DataError(f"{where} is a link or a device, not a file")
-    if member.size > LARGEST_MEMBER:
-        raise DataError(f"{where} has {member.size} bytes, more than {LARGEST_MEMBER}")
+        return "is a link or a device, not a file"
+    return f"has {member.size} bytes, more than {LARGEST_MEMBER}" if member.size > LARGEST_MEMBER else ""

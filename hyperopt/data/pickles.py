@@ -80,11 +80,13 @@ def unpickle(data: bytes, name: str) -> dict[str, Any]:
     """
     try:
         tree = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        if isinstance(tree, dict):
+            return {_text(key): value.values if isinstance(value, _Array) else value for key, value in tree.items()}
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         raise DataError(f"{name}: refused, not a pickle of plain data: {type(error).__name__}: {error}") from error
-    if not isinstance(tree, dict):
-        raise DataError(f"{name}: a pickle of a {type(tree).__name__}, expected a dictionary")
-    return {
-        key.decode("latin-1") if isinstance(key, bytes) else str(key): value.values if isinstance(value, _Array) else value
-        for key, value in tree.items()
-    }
+    raise DataError(f"{name}: a pickle of a {type(tree).__name__}, expected a dictionary")
+
+
+def _text(key: Any) -> str:
+    """Return a key as text: those of Python 2 are bytes."""
+    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
