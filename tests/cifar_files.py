@@ -42,14 +42,12 @@ def python_batch(name: str, labels: list[int] | None = None, fortran: bool = Fal
     """A file of the Python version."""
     pixels = PIXELS[name]
     data = array(len(pixels), 3072, pixels.tobytes("F" if fortran else "C"), fortran=fortran)
-    labels = LABELS[name] if labels is None else labels
-    return dictionary(batch_label=b"U\x01x", labels=numbers(labels), data=data, filenames=b"](U\x05a.pnge")
+    return dictionary(batch_label=b"U\x01x", labels=numbers(labels or LABELS[name]), data=data, filenames=b"](U\x05a.pnge")
 
 
 def binary_batch(name: str, labels: list[int] | None = None) -> bytes:
     """A file of the binary version."""
-    labels = LABELS[name] if labels is None else labels
-    return b"".join(bytes([label]) + row.tobytes() for label, row in zip(labels, PIXELS[name], strict=True))
+    return b"".join(bytes([label]) + row.tobytes() for label, row in zip(labels or LABELS[name], PIXELS[name], strict=True))
 
 
 PYTHON = {name: python_batch(name) for name in BATCHES} | {"batches.meta": dictionary(label_names=b"](" + b"U\x01a" * 10 + b"e")}

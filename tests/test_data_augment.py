@@ -116,7 +116,7 @@ def test_draws_are_uniform_and_independent(choices: int) -> None:
         counts = values.bincount(minlength=cells).double()
         return float(chi2.sf(((counts - n / cells).square() / (n / cells)).sum().item(), cells - 1))
 
-    keys = [{"seed": seed, "epoch": epoch} for seed in range(0, 20, 2) for epoch in range(0, 20, 2)]
+    keys: list[dict[str, Any]] = [{"seed": seed, "epoch": epoch} for seed in range(0, 20, 2) for epoch in range(0, 20, 2)]
     pairs = {
         "single": [p_value(one(**key), choices) for key in keys],
         "streams": [p_value(one(**key) * choices + one(**key, stream=1), choices**2) for key in keys],

@@ -297,14 +297,20 @@ class Silent(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing when torchvision hangs up on the answer that tells it where the archive is."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def archive_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Let torchvision download an archive of ours, which it takes for the official one."""
     from torchvision.datasets import CIFAR10 as Theirs
 
     handler = functools.partial(Silent, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.handle_error = lambda *_: None  # torchvision hangs up on the answer that tells it where the archive is
+    with Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
 

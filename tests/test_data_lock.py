@@ -42,7 +42,8 @@ class Slow:
             raise OSError("no network")
         return FILES
 
-print(obtain("NAME", [Folder(root / "data" / "raw", {name: md5(data) for name, data in FILES.items()})], [Slow()], download=True, hint="pray").files == FILES)
+folder = Folder(root / "data" / "raw", {name: md5(data) for name, data in FILES.items()})
+print(obtain("NAME", [folder], [Slow()], download=True, hint="pray").files == FILES)
 """
 
 
