@@ -27,14 +27,6 @@ from hyperopt.data.files import md5
 from hyperopt.data.pickles import unpickle
 
 
-def real_root() -> Path:
-    """Return a data directory that holds real CIFAR-10, or skip the test."""
-    root = Path(os.environ.get("HYPEROPT_DATA") or "data")
-    if not any((root / folder).is_dir() for folder in FOLDERS):
-        pytest.skip("no CIFAR-10 in HYPEROPT_DATA")
-    return root
-
-
 def expected(names: list[str]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([PIXELS[name] for name in names])).double() / 255
 
@@ -87,15 +79,15 @@ def test_checksums_are_torchvisions() -> None:
     assert Theirs.base_folder == cifar.PYTHON_FOLDER
 
 
-def test_real_files() -> None:
-    splits = CIFAR10(root=str(real_root()), download=False, train=200, val=100, test=2000, order="head_tail").load()
+def test_real_files(real_root: Any) -> None:
+    splits = CIFAR10(root=real_root(*FOLDERS), download=False, train=200, val=100, test=2000, order="head_tail").load()
     assert splits.train.y[:5].tolist() == [6, 9, 9, 4, 1] and splits.test.y[:5].tolist() == [3, 8, 8, 0, 6]
     assert splits.val.index[-1] == 49_999 and splits.test.x.shape == (2000, 3072)
 
 
 @pytest.mark.slow
-def test_the_real_images_have_the_published_means() -> None:
-    splits = CIFAR10(root=str(real_root()), download=False, train=45_000, val=5000, order="head_tail").load()
+def test_the_real_images_have_the_published_means(real_root: Any) -> None:
+    splits = CIFAR10(root=real_root(*FOLDERS), download=False, train=45_000, val=5000, order="head_tail").load()
     assert splits.test.y.bincount().tolist() == [1000] * 10
     assert (splits.train.y.bincount() + splits.val.y.bincount()).tolist() == [5000] * 10
     total = splits.train.x.unflatten(1, splits.shape).sum((0, 2, 3)) + splits.val.x.unflatten(1, splits.shape).sum((0, 2, 3))
