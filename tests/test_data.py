@@ -160,6 +160,14 @@ def test_standard_normalization_uses_the_training_rows_only() -> None:
     np.testing.assert_allclose(splits.val.x.numpy(), expected.reshape(2, -1), atol=1e-12)
 
 
+def test_a_constant_channel_is_refused_rather_than_divided_by_zero() -> None:
+    pixels = np.random.RandomState(0).randint(0, 8, (6, 2, 2, 2)).astype(np.uint8)
+    pixels[:3, 1] = 5  # in the training rows only
+    with pytest.raises(DataError, match=r"tiny: a channel is constant over the 3 training rows; set dataset\.normalize=unit"):
+        tiny(pixels, normalize="standard")
+    assert torch.isfinite(tiny(pixels).train.x).all()
+
+
 def test_labels_outside_the_classes_are_refused() -> None:
     with pytest.raises(DataError, match=r"tiny \(train images\): label 3 of row 5 is outside the classes 0 to 2"):
         tiny(labels=(0, 1, 2, 0, 1, 3))

@@ -118,6 +118,17 @@ def test_a_process_waits_no_longer_than_it_says(tmp_path: Path, monkeypatch: pyt
     assert obtain(tmp_path / "raw", source) == FILES  # and the lock that was waited for in vain is in nobody's way
 
 
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(self: object, **_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", none)
+    assert obtain(tmp_path / "raw", Source()) == FILES
+    assert "cannot lock" in caplog.text and "No locks available" in caplog.text
+
+
 # --- processes that die --------------------------------------------------------------------------------------------------------
 
 

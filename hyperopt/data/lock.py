@@ -20,8 +20,8 @@ WAIT_SECONDS = 3600.0  # longer than any source takes; after that the other proc
 def one_process(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if need be, and removed again if it is empty at the end.
 
-    The lock is the kernel's (``flock``): it goes with its process, so one that was killed never leaves it behind. Where a file
-    system has none, ``filelock`` falls back to the existence of the file.
+    The lock is the kernel's (``flock``): it goes with its process, so one that was killed never leaves it behind. It saves work and
+    is no condition of correctness, since files are written whole or not at all: where a file system has none, go on without.
 
     Raises:
         DataError: the folder cannot be made or written into, or another process holds the lock for ``WAIT_SECONDS``.
@@ -40,16 +40,17 @@ def one_process(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: whoever waits for this file finds it unlinked and takes a new one.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            # Before the release: whoever waits for this file finds it unlinked and takes a new one.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
         with contextlib.suppress(OSError):  # not empty: the dataset, or another process's lock
             for path in made:
                 path.rmdir()
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    """Take the lock, and say so where that means waiting."""
+    """Take the lock, and say so where that means waiting or there is none to be had."""
     seconds = 0.0
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,3 +64,6 @@ def _acquire(lock: FileLock, folder: Path) -> None:
             seconds = WAIT_SECONDS
         except FileNotFoundError:
             continue  # a process that got nothing has just removed the empty folder
+        except OSError as error:
+            log.warning("cannot lock %s (%s): another process may fetch the same at the same time", folder, error)
+            return
