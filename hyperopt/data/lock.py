@@ -20,8 +20,8 @@ WAIT_SECONDS = 3600.0  # longer than any source takes; after that the other proc
 def one_process(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if need be, and removed again if it is empty at the end.
 
-    The lock is the kernel's (``flock``): it goes with its process, so one that was killed never leaves it behind. It saves work and
-    is no condition of correctness, since files are written whole or not at all: where a file system has none, go on without.
+    The lock is the kernel's (``flock``): it goes with its process, so one that was killed never leaves it behind. It saves work
+    and is no condition of correctness, since files are written whole or not at all: where a file system has none, go on without.
 
     Raises:
         DataError: the folder cannot be made or written into, or another process holds the lock for ``WAIT_SECONDS``.
