@@ -68,6 +68,7 @@ SCHEMA: dict[str, type] = {
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
+    "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
     "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),
     "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
     "solver/broyden": _targeted(solvers.BroydenSettings, "hyperopt.solvers.broyden.Broyden"),

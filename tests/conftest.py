@@ -8,17 +8,21 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def data_root() -> Path:
-    """Directory of real MNIST in torchvision's layout; the test is skipped where there is none."""
-    named = os.environ.get("HYPEROPT_DATA")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    for root in (Path(named) if named else beside, beside):
-        if (root / "MNIST" / "raw").is_dir():
-            return root
-    pytest.skip("no MNIST/raw under HYPEROPT_DATA, nor under ../shared/data beside the checkout")
+def real_root() -> Callable[..., str]:
+    """``real_root("MNIST/raw")``: a data directory that holds one of the folders named; where none does, the test is skipped."""
+
+    def find(*folders: str) -> str:
+        beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+        for root in (os.environ.get("HYPEROPT_DATA"), str(beside)):
+            if root and any((Path(root) / folder).is_dir() for folder in folders):
+                return root
+        pytest.skip(f"no {' or '.join(folders)} in HYPEROPT_DATA or in ../shared/data beside the checkout")
+
+    return find

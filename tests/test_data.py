@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -16,18 +15,8 @@ import torch
 from hyperopt.data import DataError
 from hyperopt.data.digits import Digits
 from hyperopt.data.mnist import MNIST, FashionMNIST
-from hyperopt.data.settings import DigitsSettings, FashionMNISTSettings, MNISTSettings
+from hyperopt.data.settings import CIFAR10Settings, DigitsSettings, FashionMNISTSettings, MNISTSettings
 from hyperopt.data.splits import Images, Splits, draw_rows, make_splits
-
-
-def real_root(folder: str) -> str:
-    """Return a data directory that holds ``folder/raw``, or skip the test."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    for root in (os.environ.get("HYPEROPT_DATA"), str(beside)):
-        if root and (any(Path(root, folder, "raw").glob("train-images-idx3-ubyte*"))):
-            return root
-    pytest.skip(f"no {folder}/raw in HYPEROPT_DATA or in ../shared/data beside the checkout")
-
 
 # --- settings: refused before anything is loaded -------------------------------------------------------------------------------
 
@@ -51,6 +40,7 @@ BAD = [
     (MNISTSettings, {"root": " "}, "dataset.root=' '"),
     (FashionMNISTSettings, {"val": 70_000}, "dataset.val=70000"),
     (FashionMNISTSettings, {"download": "maybe"}, "dataset.download='maybe'"),
+    (CIFAR10Settings, {"train": 45_001}, "dataset.train=45001 and dataset.val=5000"),
 ]
 
 
@@ -170,6 +160,14 @@ def test_standard_normalization_uses_the_training_rows_only() -> None:
     np.testing.assert_allclose(splits.val.x.numpy(), expected.reshape(2, -1), atol=1e-12)
 
 
+def test_a_constant_channel_is_refused_rather_than_divided_by_zero() -> None:
+    pixels = np.random.RandomState(0).randint(0, 8, (6, 2, 2, 2)).astype(np.uint8)
+    pixels[:3, 1] = 5  # in the training rows only
+    with pytest.raises(DataError, match=r"tiny: a channel is constant over the 3 training rows; set dataset\.normalize=unit"):
+        tiny(pixels, normalize="standard")
+    assert torch.isfinite(tiny(pixels).train.x).all()
+
+
 def test_labels_outside_the_classes_are_refused() -> None:
     with pytest.raises(DataError, match=r"tiny \(train images\): label 3 of row 5 is outside the classes 0 to 2"):
         tiny(labels=(0, 1, 2, 0, 1, 3))
@@ -242,8 +240,8 @@ def test_digits_on_cuda_equal_those_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(("kind", "folder"), [(MNIST, "MNIST"), (FashionMNIST, "FashionMNIST")])
-def test_real_files(kind: Any, folder: str) -> None:
-    splits = kind(root=real_root(folder), download=False, train=300, val=200, order="head_tail").load()
+def test_real_files(kind: Any, folder: str, real_root: Any) -> None:
+    splits = kind(root=real_root(f"{folder}/raw"), download=False, train=300, val=200, order="head_tail").load()
     assert splits.train.x.shape == (300, 784) and splits.test.x.shape == (10_000, 784) and splits.shape == (1, 28, 28)
     assert splits.train.x.min() == 0 and splits.train.x.max() == 1
     assert splits.test.y.bincount().shape == (10,)

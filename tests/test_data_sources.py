@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt.data import DataError, fetch, idx, sources
+from hyperopt.data import DataError, fetch, files, idx, sources
 from hyperopt.data.fetch import MNISTWheel, Torchvision
 from hyperopt.data.mnist import MNIST, FashionMNIST
 
@@ -32,7 +32,7 @@ IMAGES = {
 LABELS = {"train": (np.arange(12) % 10).astype(np.uint8), "t10k": np.arange(5).astype(np.uint8)}
 FILES = {f"{part}-images-idx3-ubyte": idx.pack(IMAGES[part]) for part in IMAGES}
 FILES |= {f"{part}-labels-idx1-ubyte": idx.pack(LABELS[part]) for part in LABELS}
-CHECKSUMS = {name: sources.md5(data) for name, data in FILES.items()}
+CHECKSUMS = {name: files.md5(data) for name, data in FILES.items()}
 NAME = "train-images-idx3-ubyte"
 
 
@@ -75,7 +75,8 @@ def fill(folder: Path, packed: bool = False) -> None:
 
 
 def obtain(folder: Path, *some: Any, download: bool = True) -> dict[str, bytes]:
-    return sources.obtain("MNIST", folder, CHECKSUMS, some, download=download, hint="What to do: pray.")
+    folders = [sources.Folder(folder, CHECKSUMS)]
+    return sources.obtain("MNIST", folders, some, download=download, hint="What to do: pray.").files
 
 
 def small(root: Path, **values: Any) -> SmallMNIST:
@@ -239,9 +240,9 @@ def test_a_full_disk_leaves_no_file_and_names_the_folder(tmp_path: Path, monkeyp
 def test_writers_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     """Four processes write the same files again and again while this one reads: a file is whole or not there."""
     code = (
-        "import pickle, sys; from pathlib import Path; from hyperopt.data import sources\n"
-        "files = pickle.loads(sys.stdin.buffer.read())\n"
-        "for _ in range(30): sources.write_folder(Path(sys.argv[1]), files)"
+        "import pickle, sys; from pathlib import Path; from hyperopt.data.files import write_folder\n"
+        "data = pickle.loads(sys.stdin.buffer.read())\n"
+        "for _ in range(30): write_folder(Path(sys.argv[1]), data)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "raw")]
     writers = [subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[1]) for _ in range(4)]
@@ -250,14 +251,14 @@ def test_writers_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         writer.stdin.write(pickle.dumps(FILES))
         writer.stdin.close()
     while any(writer.poll() is None for writer in writers):
-        sources.read_folder(tmp_path / "raw", CHECKSUMS)  # raises on a half-written file
+        files.read_folder(tmp_path / "raw", CHECKSUMS)  # raises on a half-written file
     assert [writer.returncode for writer in writers] == [0] * 4
     assert {path.name: path.read_bytes() for path in (tmp_path / "raw").iterdir()} == FILES
 
 
 def test_what_a_killed_writer_leaves_is_never_taken_for_a_file(tmp_path: Path) -> None:
     (tmp_path / f".{NAME}.0123.part").write_bytes(FILES[NAME][:100])
-    assert sources.read_folder(tmp_path, CHECKSUMS) == {}
+    assert files.read_folder(tmp_path, CHECKSUMS) == {}
 
 
 # --- IDX -----------------------------------------------------------------------------------------------------------------------

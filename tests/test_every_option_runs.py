@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,6 +18,11 @@ from hyperopt.schema import SCHEMA, register
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
 OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS]
+FOLDERS = {  # of the datasets that lie in files
+    "mnist": ["MNIST/raw"],
+    "fashion_mnist": ["FashionMNIST/raw"],
+    "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
+}
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -39,8 +46,16 @@ def test_an_option(option: str, tmp_path: Path) -> None:
     assert last["outer/loss"] < 1.5 * first["outer/loss"]
 
 
+def test_cifar10_which_no_experiment_has(tmp_path: Path, real_root: Any) -> None:
+    few = ["dataset.train=100", "dataset.val=50", "dataset.test=50", "task.state_size=20", "optimizer.lr=0.01"]
+    two_steps(tmp_path, "dataset=cifar10", f"paths.data={real_root(*FOLDERS['cifar10'])}", "dataset.download=false", *few)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_on_its_data(name: str, tmp_path: Path, data_root: Path) -> None:
-    few = ["dataset.train=200", "dataset.val=100", "dataset.test=100"]
-    first, last = two_steps(tmp_path, f"experiment={name}", f"paths.data={data_root}", "dataset.download=false", *few)
+def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
+    overrides = [f"experiment={name}", "dataset.train=200", "dataset.val=100", "dataset.test=100"]
+    dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
+    if dataset and dataset[1] in FOLDERS:
+        overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]
+    first, last = two_steps(tmp_path, *overrides)
     assert last["outer/loss"] < 1.5 * first["outer/loss"]

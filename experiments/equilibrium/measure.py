@@ -1,6 +1,6 @@
 """Run the equilibrium studies, several seeds each, and write their tables and figures beside this file.
 
-    python experiments/equilibrium/measure.py [digits mnist projected regularised] [--runs DIR]
+    python experiments/equilibrium/measure.py [digits mnist projected regularised fashion] [--runs DIR]
 
 Every run is one ``hyperopt`` command (printed). A finished run under ``--runs`` is not run again; a stopped one continues.
 """
@@ -140,6 +140,60 @@ def regularised(runs: Path) -> Row:
     return {"candidates": table, "chosen": chosen, "test/accuracy": spread([row["test/accuracy"] for row in chosen])}
 
 
+# normalize, optimizer.lr, each task.l2 strength, trainer.max_steps: what was compared by val/loss on seed 0.
+FASHION_CANDIDATES = (
+    *(("unit", lr, "0", 241) for lr in ("0.05", "0.1", "0.2")),
+    *(("standard", lr, "0", 241) for lr in ("0.05", "0.1", "0.2")),
+    *(("standard", "0.1", l2, 201) for l2 in ("0.001", "0.003", "0.01")),
+)
+
+
+def fashion(runs: Path) -> Row:
+    """The projected study on Fashion-MNIST: candidates on seed 0, the chosen settings on three, logistic regression beside."""
+    names = [f"{split}/{what}" for split in ("outer", "val", "test") for what in ("accuracy", "loss")]
+    candidates = []
+    for normalize, lr, l2, steps in FASHION_CANDIDATES:
+        settings = [f"dataset.normalize={normalize}", f"optimizer.lr={lr}"]
+        settings += [f"trainer.max_steps={steps}", "trainer.eval_every=20"]
+        settings += [f"task.l2.{group}={l2}" for group in ("A", "B", "classifier")]
+        directory = runs / f"fashion-{normalize}-{lr}-{l2}"
+        row = best(run(directory, ["experiment=equilibrium_fashion", "seed=0", *settings]))
+        found = {name: row[name] for name in ("step", "val/loss", "val/accuracy")}
+        candidates.append({"normalize": normalize, "lr": lr, "l2": l2, **found})
+    all_rows = [run(runs / f"fashion-{seed}", ["experiment=equilibrium_fashion", f"seed={seed}"]) for seed in range(3)]
+    regressions = [logistic_regression(seed) for seed in range(3)]
+    return {
+        "candidates": candidates,
+        "least val/loss": {name: spread([best(rows)[name] for rows in all_rows]) for name in ("step", *names)},
+        "last": {name: spread([rows[-1][name] for rows in all_rows]) for name in ("step", *names)},
+        "seconds": spread([seconds(runs / f"fashion-{seed}") for seed in range(3)]),
+        "logistic regression": {name: spread([row[name] for row in regressions]) for name in ("C", "seconds", *names)},
+    }
+
+
+def logistic_regression(seed: int) -> Row:
+    """scikit-learn's logistic regression on the rows of one seed of `fashion`, C chosen by the validation loss."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    from hyperopt.data.mnist import FashionMNIST
+    from hyperopt.data.settings import default_root
+
+    splits = FashionMNIST(train=5000, val=5000, seed=seed, normalize="standard", root=str(REPOSITORY / default_root())).load()
+    parts = {"outer": splits.train, "val": splits.val, "test": splits.test}
+    candidates = []
+    start = time.perf_counter()
+    for strength in (0.003, 0.01, 0.03, 0.1):
+        model = LogisticRegression(C=strength, max_iter=1000).fit(splits.train.x.numpy(), splits.train.y.numpy())
+        row: Row = {"C": strength}
+        for name, rows in parts.items():
+            chances = model.predict_proba(rows.x.numpy())
+            row[f"{name}/loss"] = float(log_loss(rows.y.numpy(), chances, labels=model.classes_))
+            row[f"{name}/accuracy"] = float((chances.argmax(1) == rows.y.numpy()).mean())
+        candidates.append(row)
+    return {**min(candidates, key=lambda row: row["val/loss"]), "seconds": time.perf_counter() - start}
+
+
 # Of each study's figure: axes by axes, the curves as (quantity, label, style, colour).
 CURVES = {
     "mnist": [
@@ -176,7 +230,7 @@ def draw(runs: Path, study: str) -> None:
     figure.savefig(HERE / f"equilibrium_{study}.png", dpi=110)
 
 
-STUDIES = {"digits": digits, "mnist": mnist, "projected": projected, "regularised": regularised}
+STUDIES = {"digits": digits, "mnist": mnist, "projected": projected, "regularised": regularised, "fashion": fashion}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Datasets: settings (torch-free), sources, splits.
 
-``hyperopt.data.digits.Digits``, ``hyperopt.data.mnist.MNIST`` and ``hyperopt.data.mnist.FashionMNIST`` are what a config names;
-each has ``load(dtype, device) -> hyperopt.data.splits.Splits``. Importing this package imports neither torch nor numpy.
+``hyperopt.data.digits.Digits``, ``hyperopt.data.mnist.MNIST``, ``hyperopt.data.mnist.FashionMNIST`` and
+``hyperopt.data.cifar.CIFAR10`` are what a config names; each has ``load(dtype, device) -> hyperopt.data.splits.Splits``.
+``hyperopt.data.augment.Augment`` changes a batch of images at random. Importing this package imports neither torch nor numpy.
 """
 
 from hyperopt.data.errors import DataError

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hyperopt.data.files import verify
 from hyperopt.data.settings import DigitsSettings
-from hyperopt.data.sources import verify
 from hyperopt.data.splits import Images, Splits, make_splits
 
 # md5 of the pixels (0 to 16) and of the labels, one byte each, row by row; the same from every scikit-learn.

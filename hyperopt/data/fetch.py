@@ -1,4 +1,4 @@
-"""The sources of MNIST and Fashion-MNIST that need a network."""
+"""The sources that need a network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hyperopt.data import idx
+from hyperopt.data.archive import read_tar
 from hyperopt.data.errors import DataError
 
 STALL_SECONDS = 15.0  # a connection that says nothing for so long is given up
@@ -33,8 +34,16 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
+@contextlib.contextmanager
+def _staging() -> Iterator[Path]:
+    """Give a directory of its own to a download of torchvision's, so that nothing half-done is ever under ``dataset.root``."""
+    with tempfile.TemporaryDirectory() as staging, _socket_timeout(STALL_SECONDS), open(os.devnull, "w") as null:
+        with contextlib.redirect_stdout(null):  # it prints every URL and failure; the failure is in its exception as well
+            yield Path(staging)
+
+
 class Torchvision:
-    """torchvision's own download, made in a directory of its own, so that nothing half-done is ever under ``dataset.root``."""
+    """torchvision's own download of a dataset of single files."""
 
     name = "torchvision's download"
 
@@ -47,11 +56,34 @@ class Torchvision:
         """Download, and read the unpacked files back."""
         import torchvision.datasets  # here: seconds to import, and files that are there don't need it
 
-        with tempfile.TemporaryDirectory() as staging, _socket_timeout(STALL_SECONDS), open(os.devnull, "w") as null:
-            with contextlib.redirect_stdout(null):  # it prints every URL and failure; the failure is in its exception as well
-                getattr(torchvision.datasets, self.dataset)(staging, download=True)
-            raw = Path(staging) / self.dataset / "raw"
+        with _staging() as staging:
+            getattr(torchvision.datasets, self.dataset)(str(staging), download=True)
+            raw = staging / self.dataset / "raw"
             return {name: (raw / name).read_bytes() for name in self.files}
+
+
+class TorchvisionArchive:
+    """torchvision's own download of a dataset that is one archive, which is then read here.
+
+    torchvision would unpack it with every path and link that it holds, and load its pickles.
+    """
+
+    name = "torchvision's download"
+
+    def __init__(self, dataset: str, files: tuple[str, ...]) -> None:
+        """Name the class of ``torchvision.datasets`` and the files of the archive's folder."""
+        self.dataset = dataset
+        self.files = files
+
+    def fetch(self) -> dict[str, bytes]:
+        """Download the archive, which torchvision checks by md5, and read the files from it."""
+        import torchvision.datasets  # here: seconds to import, and files that are there don't need it
+        from torchvision.datasets.utils import download_url
+
+        kind = getattr(torchvision.datasets, self.dataset)
+        with _staging() as staging:
+            download_url(kind.url, str(staging), kind.filename, kind.tgz_md5)
+            return read_tar(staging / kind.filename, kind.base_folder, self.files)
 
 
 class MNISTWheel:

@@ -16,7 +16,7 @@ import torch
 from hyperopt.data import idx
 from hyperopt.data.fetch import MNISTWheel, Torchvision
 from hyperopt.data.settings import FashionMNISTSettings, MNISTSettings
-from hyperopt.data.sources import Source, obtain
+from hyperopt.data.sources import Folder, Source, advice, obtain
 from hyperopt.data.splits import Images, Splits, make_splits
 
 # md5 of the unpacked files: whoever packs them anew changes the .gz, never these.
@@ -41,20 +41,30 @@ def load_idx(
     folder: str,
     checksums: Mapping[str, str],
     sources: Sequence[Source],
+    packaged: Sequence[str] = (),
+    more: str = "",
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Splits:
-    """Load a dataset of four IDX files from ``ROOT/<folder>/raw``, or fetch it there.
+    """Load a dataset of four IDX files from ``ROOT/<folder>/raw`` or another folder, or fetch it there.
+
+    Args:
+        settings: root, sizes and the way in which the rows are drawn.
+        name: the dataset's name in the configs.
+        folder: torchvision's name of the dataset.
+        checksums: md5 of the unpacked bytes by file name.
+        sources: asked for what is in no folder.
+        packaged: folders of the system that may have the files; only read.
+        more: how else to come by the files, for the error.
+        dtype: floating dtype of the features.
+        device: where the rows go.
 
     Raises:
         DataError: a damaged file, or no source that has the dataset.
     """
-    raw = Path(settings.root).expanduser() / folder / "raw"
-    hint = (
-        "What to do: dataset=digits, which is bundled and needs no files; or dataset.root=DIR "
-        f"(or HYPEROPT_DATA=DIR) where DIR/{folder}/raw holds these files, plain or .gz, or can be written."
-    )
-    files = obtain(folder, raw, checksums, sources, download=settings.download, hint=hint)
+    paths = [Path(settings.root).expanduser() / folder / "raw", *map(Path, packaged)]
+    folders = [Folder(path, checksums) for path in paths]
+    files = obtain(folder, folders, sources, download=settings.download, hint=advice(f"{folder}/raw", more=more)).files
 
     def read(part: str) -> Images:
         images, labels = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
@@ -93,9 +103,10 @@ class MNIST(MNISTSettings):
 
 
 class FashionMNIST(FashionMNISTSettings):
-    """Ten kinds of clothing, pixels / 255, from ``ROOT/FashionMNIST/raw`` or torchvision's download."""
+    """Ten kinds of clothing, pixels / 255, from ``ROOT/FashionMNIST/raw``, Debian's package or torchvision's download."""
 
     checksums: ClassVar[Mapping[str, str]] = FASHION_MNIST_CHECKSUMS
+    packaged: ClassVar[Sequence[str]] = ("/usr/share/datasets/fashion-mnist",)  # where dataset-fashion-mnist puts them
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits, fetching the files if need be.
@@ -114,6 +125,8 @@ class FashionMNIST(FashionMNISTSettings):
             folder="FashionMNIST",
             checksums=self.checksums,
             sources=sources,
+            packaged=self.packaged,
+            more="apt-get install dataset-fashion-mnist (Debian, Ubuntu)",
             dtype=dtype,
             device=device,
         )

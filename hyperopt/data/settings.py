@@ -6,6 +6,7 @@ split that does not fit is refused when the config is instantiated and not after
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -127,3 +128,42 @@ class MNISTSettings(FilesSettings):
 @dataclass(frozen=True)
 class FashionMNISTSettings(MNISTSettings):
     """Fashion-MNIST: same sizes and shapes as MNIST, 10 kinds of clothing."""
+
+
+@dataclass(frozen=True)
+class CIFAR10Settings(FilesSettings):
+    """CIFAR-10: 50,000 training and 10,000 test images of 3 x 32 x 32, 10 kinds of things."""
+
+    train: int = 5000
+    val: int = 5000
+
+    train_images: ClassVar[int] = 50_000
+    test_images: ClassVar[int | None] = 10_000
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How a batch of images is changed at random; see ``hyperopt.data.augment.Augment``.
+
+    Attributes:
+        padding: a crop of the image's own size is taken from the image padded by so many pixels on each side; 0 leaves it.
+        flip: chance that an image is turned left to right, 0 to 1.
+        fill: value of the padding, in the pixels' own units. 0 is black in a byte or under ``normalize=unit``, and the channel's
+            mean under ``normalize=standard``.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    padding: int = 4
+    flip: float = 0.5
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not isinstance(self.padding, int) or isinstance(self.padding, bool) or not 0 <= self.padding <= 2**15:
+            raise ValueError(f"padding={self.padding!r} must be a whole number from 0 to {2**15}; change padding")
+        if not isinstance(self.flip, int | float) or isinstance(self.flip, bool) or not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip!r} must be a chance from 0 to 1; change flip")
+        if not isinstance(self.fill, int | float) or isinstance(self.fill, bool) or not math.isfinite(self.fill):
+            raise ValueError(f"fill={self.fill!r} must be a finite number; change fill")

@@ -1,23 +1,22 @@
-"""Where a dataset's files come from: the folder first, then each source in turn, every one checked by md5.
+"""Where a dataset's files come from: folders first, then each source in turn, every one checked by md5.
 
-A ``Source`` hands over the unpacked bytes of the dataset's files, whatever it had to do to get them; ``obtain`` decides in which
-order they are asked, checks what they say, keeps it, and makes one error of all their reasons. A new dataset is a table of
-checksums and a list of sources.
+A ``Folder`` is a directory that may hold the dataset already, in one form (the Python or the binary version of CIFAR-10, say).
+A ``Source`` hands over the unpacked bytes of the files of the first folder, whatever it had to do to get them. ``obtain`` decides
+in which order they are asked, checks what they say, keeps it in the first folder, and makes one error of all their reasons. A new
+dataset is a list of folders with their checksums and a list of sources.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import logging
-import os
-import uuid
-import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hyperopt.data.errors import DataError
+from hyperopt.data.files import read_folder, verify, why_unwritable, write_folder
+from hyperopt.data.lock import one_process
 
 log = logging.getLogger(__name__)
 
@@ -33,160 +32,115 @@ class Source(Protocol):
         ...
 
 
-def md5(data: bytes) -> str:
-    """Return the md5 of ``data`` in hexadecimal (against accidents, not attacks; allowed where FIPS forbids it for security)."""
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+@dataclass(frozen=True)
+class Folder:
+    """A directory that may hold the dataset in one of its forms.
+
+    Attributes:
+        path: the directory; need not exist.
+        checksums: md5 of the unpacked bytes by file name, of every file that makes the form complete.
+    """
+
+    path: Path
+    checksums: Mapping[str, str]
 
 
-def _fault(data: bytes, expected: str) -> str:
-    """Return what is wrong with the bytes of one file, empty where they are the right ones."""
-    got = md5(data)
-    return "" if got == expected else f"md5 {got} of {len(data)} bytes, expected {expected}"
+class Found(NamedTuple):
+    """The files of a dataset, all checked: the folder that they are of, and their unpacked bytes by name."""
+
+    folder: Folder
+    files: dict[str, bytes]
 
 
-def verify(files: Mapping[str, bytes], checksums: Mapping[str, str], where: str) -> dict[str, str]:
-    """Check the unpacked bytes of every file against its md5.
+def advice(*places: str, more: str = "") -> str:
+    """Return the last line of the error of a dataset that no source has.
 
     Args:
-        files: bytes by file name.
-        checksums: md5 by file name, of every file that there must be.
-        where: what to call the place in the error.
-
-    Returns:
-        The checksums.
-
-    Raises:
-        DataError: names the first file that is missing or has other bytes.
+        places: the directories under ``dataset.root`` that may hold the files.
+        more: another way, as the name of a system's package.
     """
-    for name, expected in checksums.items():
-        fault = _fault(files[name], expected) if name in files else "missing"
-        if fault:
-            raise DataError(f"{where}: {name}: {fault}")
-    return dict(checksums)
+    under = " or ".join(f"DIR/{place}" for place in places)
+    return (
+        "What to do: dataset=digits, which is bundled and needs no files; or dataset.root=DIR (or HYPEROPT_DATA=DIR) where "
+        f"{under} holds these files, plain or .gz, or can be written{f'; or {more}' if more else ''}."
+    )
 
 
-def _read_file(folder: Path, name: str, expected: str) -> bytes | None:
-    """Return the unpacked bytes of one file, plain or ``.gz``; None where it is in neither form."""
-    faults = []
-    for path in (folder / name, folder / f"{name}.gz"):
-        try:
-            data = path.read_bytes()
-            data = gzip.decompress(data) if path.suffix == ".gz" else data
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, EOFError, zlib.error) as error:
-            faults.append(f"{path}: {error}")
-            continue
-        if not (fault := _fault(data, expected)):
-            if faults:
-                log.warning("%s; read %s in its place", faults[0], path)
-            return data
-        faults.append(f"{path}: {fault}")
-    if faults:
-        raise DataError(f"{'; '.join(faults)}; it is damaged or not this dataset: move it away, or change dataset.root")
-    return None
+def obtain(name: str, folders: Sequence[Folder], sources: Sequence[Source], *, download: bool, hint: str) -> Found:
+    """Return a dataset's files, from the first folder that has all or else from the first source; those are kept.
 
-
-def read_folder(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
-    """Read the files that are in ``folder``, each as it is or packed as ``.gz``; nothing is written.
-
-    A file that is there but holds other bytes is an error and not a missing file: it may be the user's, so it is neither used nor
-    overwritten. Where its other form is good, that one is read.
-
-    Args:
-        folder: the directory of the files; need not exist.
-        checksums: md5 of the unpacked bytes by file name.
-
-    Returns:
-        The unpacked bytes by name, of the files that are there.
-
-    Raises:
-        DataError: names the file, its md5 and the one expected.
-    """
-    files = {name: _read_file(folder, name, expected) for name, expected in checksums.items()}
-    return {name: data for name, data in files.items() if data is not None}
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files so that every one is whole or not there, whoever else writes the same ones and whenever it is killed.
-
-    Raises:
-        DataError: names the folder and why nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            part = folder / f".{name}.{uuid.uuid4().hex}.part"
-            try:
-                with part.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())  # before the rename: else a power cut can leave an empty file under the name
-                os.replace(part, folder / name)
-            finally:
-                part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error}; change dataset.root") from error
-
-
-def _why_unwritable(folder: Path) -> str:
-    """Return why ``folder`` can't be made or written into, empty where it can; nothing is made."""
-    nearest = folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        return f"{nearest} is not a directory"
-    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is read-only"
-
-
-def obtain(
-    name: str,
-    folder: Path,
-    checksums: Mapping[str, str],
-    sources: Sequence[Source],
-    *,
-    download: bool,
-    hint: str,
-) -> dict[str, bytes]:
-    """Return a dataset's files, from the folder or else from the first source that has them; those are kept in the folder.
+    Of several processes that find nothing at once, one asks the sources; the others wait for it and read what it has kept.
 
     Args:
         name: the dataset's name, for messages.
-        folder: where the files lie or are to lie.
-        checksums: md5 of the unpacked bytes by file name.
-        sources: asked in this order, only for what is not in the folder.
+        folders: where the files may lie. What a source gives is kept in the first; the others are only read.
+        sources: asked in this order, for the files of the first folder.
         download: whether sources may be asked.
         hint: what to do when there is none; ends the error.
 
     Returns:
-        The unpacked bytes of every file, all checked.
+        The files and the folder that they are of.
 
     Raises:
-        DataError: a damaged file in the folder (nothing is fetched then), or one list of all that was tried with each reason.
+        DataError: a damaged file in a folder while no other is complete (nothing is fetched then), or one list of all that was
+            tried with each reason.
     """
-    files = read_folder(folder, checksums)
-    missing = [file for file in checksums if file not in files]
-    if not missing:
-        return files
-    tried = [f"files in {folder}: no {', '.join(missing)}"]
-    unwritable = _why_unwritable(folder)
+    found, tried = _look(folders)
+    if found:
+        return found
+    keep = folders[0]
+    # Said before the download and not after it.
+    blocked = why_unwritable(keep.path) if download else "dataset.download=false"
+    if not blocked:
+        with one_process(keep.path):
+            found, tried = _look(folders)  # what another process has kept while this one waited
+            found = found or _ask(name, keep, sources, tried)
+        if found:
+            return found
+    else:
+        tried += [f"{source.name}: not tried, {blocked}" for source in sources]
+    raise DataError("\n  ".join([f"{name}: no source has it. Tried:", *tried]) + f"\n{hint}")
+
+
+def _look(folders: Sequence[Folder]) -> tuple[Found | None, list[str]]:
+    """Return the files of the first folder that has all of them, or what each folder lacks.
+
+    Raises:
+        DataError: a damaged file, and no folder that is complete.
+    """
+    lacks, damage = [], []
+    for folder in folders:
+        try:
+            files = read_folder(folder.path, folder.checksums)
+        except DataError as error:
+            damage.append(error)
+            continue
+        missing = [file for file in folder.checksums if file not in files]
+        if not missing:
+            for error in damage:
+                log.warning("%s; read %s in its place", error, folder.path)
+            return Found(folder, files), []
+        lacks.append(f"files in {folder.path}: no {', '.join(missing)}")
+    if damage:
+        raise damage[0]
+    return None, lacks
+
+
+def _ask(name: str, keep: Folder, sources: Sequence[Source], tried: list[str]) -> Found | None:
+    """Return what the first source gives, kept in ``keep``; adds the reason of each that gives nothing to ``tried``."""
     for source in sources:
-        if not download:
-            tried.append(f"{source.name}: not tried, dataset.download=false")
-            continue
-        if unwritable:  # said before the download and not after it
-            tried.append(f"{source.name}: not tried, {unwritable}")
-            continue
-        log.info("%s: not in %s; trying %s", name, folder, source.name)
+        log.info("%s: not in %s; trying %s", name, keep.path, source.name)
         try:
             fetched = source.fetch()
-            verify(fetched, checksums, "what came")
+            verify(fetched, keep.checksums, "what came")
         except Exception as error:  # a source may fail in any way; each is a reason for the list
             tried.append(f"{source.name}: {_reason(error)}")
             continue
-        write_folder(folder, {file: fetched[file] for file in missing})
-        return {file: fetched[file] for file in checksums}
-    raise DataError("\n  ".join([f"{name}: no source has it. Tried:", *tried]) + f"\n{hint}")
+        files = {file: fetched[file] for file in keep.checksums}
+        there = read_folder(keep.path, keep.checksums)
+        write_folder(keep.path, {file: data for file, data in files.items() if file not in there})
+        return Found(keep, files)
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -136,7 +136,8 @@ def make_splits(
         The three splits.
 
     Raises:
-        DataError: bad labels or values, or another number of images than the dataset has.
+        DataError: bad labels or values, another number of images than the dataset has, or under ``normalize=standard`` a channel
+            that is constant over the training rows.
     """
     for part, images, expected in (("train", train, settings.train_images), ("test", test, settings.test_images)):
         if images is None:
@@ -157,6 +158,8 @@ def make_splits(
     if settings.normalize == "standard":
         mean = splits["train"].x.mean((0, 2, 3), keepdim=True)
         std = splits["train"].x.std((0, 2, 3), correction=0, keepdim=True)
+        if not (std > 0).all():
+            raise DataError(f"{name}: a channel is constant over the {settings.train} training rows; set dataset.normalize=unit")
         for part in splits.values():
             part.x.sub_(mean).div_(std)
     flat = {split: Rows(part.x.flatten(1), part.y, part.index) for split, part in splits.items()}
