@@ -6,8 +6,8 @@ file; the ``last.pt`` before it stays as ``last.prev.pt`` in case the disk damag
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -16,26 +16,17 @@ from typing import Any
 
 import torch
 
+from hyperopt.experiment import differences
+from hyperopt.files import fsync_directory, write_bytes, writing
+
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "last.prev.pt", "best.pt"
-# What may change from a run to its continuation: where it runs, how long, and what it shows. All else makes another experiment.
-FREE_KEYS = ("allow_targets", "ckpt_path", "compile", "device", "hydra", "mode", "name", "paths", "resume", "threads", "trainer")
-FREE_NAMES = ("root", "dir", "download")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, unsafe or of another experiment; the message names the file and what to do."""
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make a rename in ``directory`` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
@@ -45,20 +36,17 @@ def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False)
         path: where to.
         content: plain containers and tensors.
         keep_previous: keep the file that is replaced as ``last.prev.pt``.
+
+    Raises:
+        WriteError: it could not be written; the files that were there are still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
-        os.replace(temporary, path)
+    # To memory first: torch turns a failed write to a file into an error of its own, which hides the reason.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, buffer.getbuffer(), keep=path.with_name(PREVIOUS) if keep_previous else None)
         fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -101,8 +89,8 @@ def damaged(path: Path) -> bool:
         return True
 
 
-def load_last(directory: Path) -> dict[str, Any] | None:
-    """Return the newest whole checkpoint of a run, or None where it has none yet.
+def load_last(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the newest whole checkpoint of a run, or None where it has none yet.
 
     A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning; one that is unsafe or
     of another format is an error.
@@ -115,13 +103,27 @@ def load_last(directory: Path) -> dict[str, Any] | None:
     """
     last, previous = directory / LAST, directory / PREVIOUS
     if last.exists() and (not damaged(last) or not previous.exists()):
-        return load(last)
+        return last, load(last)
     if not previous.exists():
         return None
     content = load(previous)
     what = "is truncated or damaged" if last.exists() else "is missing"
     log.warning("the checkpoint %s %s; going on from the one before it, after %s steps", last, what, content["state"]["step"])
-    return content
+    return previous, content
+
+
+def promote(directory: Path, path: Path, content: Mapping[str, Any]) -> None:
+    """Make a checkpoint that is not ``last.pt`` the last one of a run, which goes on from it.
+
+    Args:
+        directory: the run's ``checkpoints/``.
+        path: where the checkpoint came from. Unless that is ``last.prev.pt`` itself, this file is removed, since it belongs to
+            steps that the run takes anew.
+        content: the checkpoint.
+    """
+    save(directory / LAST, content)
+    if path.name != PREVIOUS or path.resolve().parent != directory.resolve():
+        (directory / PREVIOUS).unlink(missing_ok=True)
 
 
 def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
@@ -136,14 +138,5 @@ def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[
     Raises:
         CheckpointError: lists each key with the value there and here.
     """
-
-    def counts(key: str) -> bool:
-        parts = key.split(".")
-        if evaluate and parts[0] not in ("seed", "dataset", "task"):
-            return False
-        return parts[0] not in FREE_KEYS and parts[-1] not in FREE_NAMES
-
-    differ = [key for key in sorted({*saved, *config}) if counts(key) and saved.get(key) != config.get(key)]
-    if differ:
-        pairs = "; ".join(f"{key} is {saved.get(key)!r} there and {config.get(key)!r} here" for key in differ)
-        raise CheckpointError(f"the checkpoint {path} is of another experiment: {pairs}; make these equal or change ckpt_path")
+    if found := differences(saved, config, evaluate=evaluate):
+        raise CheckpointError(f"the checkpoint {path} is of another experiment: {found}; make these equal or change ckpt_path")

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hyperopt import __version__
+from hyperopt import __version__, directory, sweep
 from hyperopt.config import ConfigError, register, validate
+from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.messages import explain
 from hyperopt.schema import config_path, config_root
 
@@ -36,9 +38,13 @@ ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttr
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
 def job(cfg: DictConfig) -> float:
     """Run one composed config in the directory that Hydra made for it, and return its metric for a sweeper."""
+    hydra_config = HydraConfig.get()
+    out = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return sweep.run_job(cfg, hydra_config, out)
     from hyperopt.run import run
 
-    return run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    return run(cfg, out)
 
 
 def help_text() -> str:
@@ -70,6 +76,7 @@ def main() -> None:
     except Exception as raised:
         error = raised
     finally:
+        directory.release_all()
         os.environ.pop("HYDRA_FULL_ERROR")
         if asked is not None:
             os.environ["HYDRA_FULL_ERROR"] = asked
@@ -120,29 +127,35 @@ class Preflight(Callback):
             traceback.print_exception(error)
         self.failures.append(str(number))
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
-        print(f"hyperopt: see {config.hydra.runtime.output_dir}", file=sys.stderr)
+        print(f"hyperopt: see {config.hydra.runtime.output_dir}/{sweep.FAILED}", file=sys.stderr)
 
     @staticmethod
-    def _check(config: DictConfig, directory_key: str) -> None:
-        """Refuse the launch if one of its jobs, or its directory, will not do."""
+    def _check(config: DictConfig, key: str) -> None:
+        """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
+        where = Path(config.hydra.run.dir if key == "hydra.run.dir" else config.hydra.sweep.dir)
         try:
-            for each in _jobs(config) if directory_key == "hydra.sweep.dir" else [config]:
+            jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
+            for each, out in jobs:
                 _check_values(each)
-                _check_directory(each, config, directory_key)
+                _check_directory(each, where, out, key)
+            directory.acquire(where, key)
+            _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
         except Exception as error:
             raise Refusal(error) from error
 
 
-def _jobs(config: DictConfig) -> Iterator[DictConfig]:
-    """Yield the config of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base is known."""
+def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
+    """Yield config and directory of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base."""
     if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
-        yield config
+        yield config, where
         return
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     given = list(config.hydra.overrides.hydra)
-    for batch in BasicSweeper.split_arguments(overrides, None):
-        for job_overrides in batch:
-            yield hydra.compose(config.hydra.job.config_name, [*given, *job_overrides], return_hydra_config=True)
+    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
+        each = hydra.compose(config.hydra.job.config_name, [*given, *job_overrides], return_hydra_config=True)
+        with open_dict(each):
+            each.hydra.job.num = each.hydra.job.id = number
+        yield each, where / str(each.hydra.sweep.subdir)
 
 
 def _check_values(config: DictConfig) -> None:
@@ -161,17 +174,31 @@ def _check_values(config: DictConfig) -> None:
             raise ConfigError(str(error)) from error
 
 
-def _check_directory(job_config: DictConfig, config: DictConfig, key: str) -> None:
-    """Refuse a directory that holds something, unless the job goes on from it; it is not touched."""
+def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> None:
+    """Refuse a directory that holds something, unless the job goes on from it; it is not touched.
+
+    Args:
+        config: of the job.
+        where: the directory that ``key`` sets, of the run or of the whole sweep.
+        out: that of the job: ``where`` itself, or one in it.
+        key: ``hydra.run.dir`` or ``hydra.sweep.dir``.
+    """
     given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.hydra}
-    if job_config.resume == "auto" and key not in given:
+    if config.resume == "auto" and key not in given:
         raise ConfigError(f"resume=auto has no run to look for, since every launch has a new directory; set {key} to the run's")
-    directory = Path(config.hydra.run.dir if key == "hydra.run.dir" else config.hydra.sweep.dir)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{key}={str(directory)!r} is not a directory; change {key}")
-    resuming = job_config.resume == "auto" or job_config.ckpt_path is not None
-    if not resuming and directory.is_dir() and any(directory.iterdir()):
-        raise ConfigError(f"{key}={str(directory)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
+    if where.exists() and not where.is_dir():
+        raise ConfigError(f"{key}={str(where)!r} is not a directory; change {key}")
+    resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
+    if not resuming and directory.used(where):
+        raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
+    directory.check_directory(config, out)
+    flat = experiment(config)
+    if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
+        job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
+        raise ConfigError(
+            f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
+            f"directory"
+        )
 
 
 if __name__ == "__main__":

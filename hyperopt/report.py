@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from hyperopt.files import write_json
 from hyperopt.loop_state import LoopState
 from hyperopt.repro import run_facts
 from hyperopt.tasks.base import Environment
-from hyperopt.track import write_json
 from hyperopt.train_settings import TrainerSettings
 
 TABLE = ("accuracy", "loss")
@@ -24,7 +25,11 @@ SPLITS = ("test", "val", "outer")
 def progress(trainer: TrainerSettings, state: LoopState) -> tqdm:
     """Return the live line on stderr; where that is no terminal it moves every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
+    bar = tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
+    # By the wall clock, its default, the line would stand still when that is set back.
+    bar._time = time.monotonic  # pyright: ignore[reportAttributeAccessIssue]
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar
 
 
 def show(bar: tqdm, state: LoopState) -> None:
@@ -70,7 +75,10 @@ def write_facts(out: Path, env: Environment, task: dict[str, Any], resumed_from:
     path = out / "run.json"
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
     if resumed_from is not None and path.is_file():
-        first = json.loads(path.read_text())
+        try:
+            first = json.loads(path.read_text())
+        except ValueError:  # a disk damaged it: no reason not to go on
+            first = {}
         facts = {**first, "resumed": [*first.get("resumed", []), {"after_steps": resumed_from, **facts}]}
     write_json(path, facts)
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from omegaconf import DictConfig
 
 from hyperopt import checkpoint
 from hyperopt.config import Built, build
+from hyperopt.directory import CHECKPOINTS, check_directory, from_own_checkpoint, locked
+from hyperopt.experiment import experiment
+from hyperopt.files import WriteError, remove_leftovers, write_text
 from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import HypergradientGuard, Schedule
 from hyperopt.policy import reset_warnings
@@ -38,14 +41,10 @@ from hyperopt.repro import (
 )
 from hyperopt.status import Status
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
-from hyperopt.track import Tracker, flatten, hparams, write_config, write_text
+from hyperopt.track import START, Tracker, hparams, write_config
 from hyperopt.train_settings import TrainerSettings
 
 log = logging.getLogger(__name__)
-
-
-class RunDirectoryError(FileExistsError):
-    """The run directory holds another run."""
 
 
 def run(cfg: DictConfig, out: Path) -> float:
@@ -59,56 +58,73 @@ def run(cfg: DictConfig, out: Path) -> float:
         The best value of ``trainer.monitor`` (its value now under ``mode=evaluate``), for sweepers.
 
     Raises:
-        RunDirectoryError: ``out`` holds a run and nothing says to resume it; it is left untouched.
+        RunDirectoryError: ``out`` holds a run and nothing says to resume it, or another process is writing there; it is left
+            untouched.
+        CheckpointError: no such checkpoint, a damaged or unsafe one, or one of another experiment; a run that ``out`` holds is
+            left untouched.
+        WriteError: a file could not be written; all that was written before is whole, and ``resume=auto`` goes on from it.
         SystemExit: SIGINT or SIGTERM came: code 130 or 143, after the checkpoint was written.
         Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
     """
     check_directory(cfg, out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "FAILED").unlink(missing_ok=True)
     state = LoopState()
-    reset_warnings()  # a sweep's jobs share a process: each has its own first warning
-    with preserved_global_state():
+    with locked(out), preserved_global_state():
+        check_directory(cfg, out)  # once more: another run may have come and gone meanwhile
+        refused = False
         try:
+            try:
+                found = find_checkpoint(cfg, out)
+            except checkpoint.CheckpointError:
+                refused = (out / "summary.json").exists()
+                raise
+            (out / "FAILED").unlink(missing_ok=True)
+            remove_leftovers(out, out / CHECKPOINTS, out / "figures")
+            write_config(out, cfg)
+            reset_warnings()  # a sweep's jobs share a process: each has its own first warning
             device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)
             configure(device, dtype, cfg.threads)
             generator = seed_everything(cfg.seed)
             built = build(cfg)
             env = Environment(device, dtype, cfg.seed, cfg.compile, generator)
-            return evaluate(built, cfg, out, env) if cfg.mode == "evaluate" else train(built, cfg, out, env, state)
+            if cfg.mode == "evaluate":
+                return evaluate(built, out, env, found)
+            return train(built, cfg, out, env, state, found)
         except Exception as error:
-            with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
-                write_text(out / "FAILED", traceback.format_exc())
-                summarize(out, "failed", state, reason=f"{type(error).__name__}: {error}")
+            if not refused:
+                with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
+                    write_text(out / "FAILED", traceback.format_exc())
+                    summarize(out, "failed", state, reason=f"{type(error).__name__}: {error}")
             raise
 
 
-def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: LoopState) -> float:
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint: where it lies, and what it holds."""
+
+
+def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: LoopState, resumed: Found | None) -> float:
     """Run the outer loop; see ``run``. ``state`` is filled in place, so that a failure can be summarized."""
     task, trainer = built.task, built.trainer
     config = experiment(cfg)
-    resumed = find_checkpoint(cfg, out)
-    if resumed is not None:
-        checkpoint.check_same_experiment(resumed[0], resumed[1]["config"], config)
-
     task.setup(env)
     optimizer = built.optimizer.build(task.groups())
     schedule = Schedule(built.optimizer.scheduler, optimizer, trainer)
     guard = HypergradientGuard(built.optimizer.clip_norm)
-    moved = not (out / "metrics.jsonl").exists()  # a run that goes on from another directory's checkpoint has no rows here
-    offset = 0
+    position = START  # where the row of the last step begins, or will begin, in the files
     if resumed is not None:
-        saved = resumed[1]
+        path, saved = resumed
         vars(state).update(saved["state"])
         task.load_state_dict(saved["task"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         env.generator.set_state(saved["generator"])
         set_rng_state(saved["rng"])
-        offset = 0 if moved else saved["offset"]
+        own = path.resolve().parent == (out / CHECKPOINTS).resolve() and (out / "metrics.jsonl").exists()
+        position = saved["position"] if own else START  # a run that goes on from elsewhere has no rows here
+        if not own or path.name != checkpoint.LAST:
+            checkpoint.promote(out / CHECKPOINTS, path, {**saved, "position": position})
 
     def save(name: str) -> None:
-        """Write a checkpoint; ``offset`` is where the row of the last step begins, or will begin, in ``metrics.jsonl``."""
+        """Write a checkpoint."""
         tracker.sync()
         content = {
             "state": asdict(state),
@@ -117,18 +133,24 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
             "schedule": schedule.state_dict(),
             "generator": env.generator.get_state(),
             "rng": rng_state(),
-            "offset": offset,
+            "position": position,
             "config": config,
         }
-        checkpoint.save(out / "checkpoints" / name, content, keep_previous=name == checkpoint.LAST)
+        checkpoint.save(out / CHECKPOINTS / name, content, keep_previous=name == checkpoint.LAST)
 
     write_facts(out, env, task.describe(), None if resumed is None else state.step)
     summarize(out, "running", state)
     started = time.perf_counter() - state.seconds
-    warned: set[tuple[str, Status]] = set()
-    tracker = Tracker(out, None if resumed is None else (state.step - 1, offset))
-    with contextlib.closing(tracker), stop_signals() as signals, progress(trainer, state) as bar:
-        tracker.config(write_config(out, cfg), max(state.step - 1, 0))
+    warned: set[tuple[str, Status | None]] = set()
+    tracker = Tracker(out) if resumed is None else Tracker(out, position, state.step - 1)
+    with (
+        contextlib.closing(tracker),
+        rescued(out, tracker, state, save),
+        stop_signals() as signals,
+        progress(trainer, state) as bar,
+    ):
+        if resumed is None or not position["events"] or resumed[1]["config"] != config:
+            tracker.config((out / "config.yaml").read_text(), max(state.step - 1, 0))
         again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
         reason = None
         while reason is None:
@@ -158,7 +180,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
                     "optimizer/lr": float(lr),
                     "time/step_seconds": step_seconds,
                 }
-                offset = tracker.offset
+                position = tracker.position
 
                 # 2. Evaluate.
                 if k % trainer.eval_every == 0:
@@ -166,12 +188,13 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
                     schedule.after_evaluation(state.row[trainer.monitor])
                     if best:
                         save(checkpoint.BEST)
+                    check_monitor(k, state.row[trainer.monitor], trainer, warned)
                 state.seconds = time.perf_counter() - started
 
             # 3. Stop? If so, and from time to time, write a checkpoint.
             k = state.step - 1
             reason = "signal" if signals else state.stop_reason(trainer)
-            if k == 0 or (again and moved):
+            if not position["rows"]:  # the first row in this directory
                 tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row})
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(checkpoint.LAST)
@@ -201,65 +224,43 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
     return math.nan if state.best is None else state.best
 
 
-def evaluate(built: Built, cfg: DictConfig, out: Path, env: Environment) -> float:
-    """Evaluate the checkpoint ``ckpt_path``: print the table and write ``summary.json``; see ``run``."""
-    found = find_checkpoint(cfg, out)
+def evaluate(built: Built, out: Path, env: Environment, found: Found | None) -> float:
+    """Evaluate the checkpoint ``found``: print the table and write ``summary.json``; see ``run``."""
     if found is None:
         raise checkpoint.CheckpointError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
     path, saved = found
-    checkpoint.check_same_experiment(path, saved["config"], experiment(cfg), evaluate=True)
     started = time.perf_counter()
     built.task.setup(env)
     built.task.load_state_dict(saved["task"])
     metrics = built.task.evaluate()
     state = LoopState(step=saved["state"]["step"], row=metrics, seconds=time.perf_counter() - started)
     value = monitored(metrics, built.trainer)
-    write_config(out, cfg)
     write_facts(out, env, built.task.describe(), None)
     summarize(out, "evaluated", state, reason=str(path))
     print(table(metrics, state.step - 1, {}, None, state.seconds))
     return value
 
 
-def check_directory(cfg: DictConfig, out: Path) -> None:
-    """Refuse a directory that holds a run, unless this one goes on with it.
+def find_checkpoint(cfg: DictConfig, out: Path) -> Found | None:
+    """Return the checkpoint that the job goes on from or evaluates, if any: that of the run in ``out`` comes first.
 
     Raises:
-        RunDirectoryError: it does.
+        CheckpointError: it is missing, damaged or unsafe, or of another experiment.
     """
-    if cfg.mode == "train":
-        given = None if cfg.ckpt_path is None else Path(cfg.ckpt_path).resolve().parent
-        if given == (out / "checkpoints").resolve() or (given is None and cfg.resume == "auto"):
-            return
-    held = [name for name in ("metrics.jsonl", "summary.json", "checkpoints") if (out / name).exists()]
-    if held:
-        raise RunDirectoryError(
-            f"{out} holds a run ({', '.join(held)}) and was left untouched; set hydra.run.dir to another directory, or continue "
-            f"that run with resume=auto"
-        )
-
-
-def find_checkpoint(cfg: DictConfig, out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return path and content of the checkpoint that ``ckpt_path`` or ``resume=auto`` asks for, if any."""
-    if cfg.ckpt_path is None:
-        path = out / "checkpoints" / checkpoint.LAST
-        found = checkpoint.load_last(path.parent) if cfg.resume == "auto" else None
-    else:
+    found = None
+    if cfg.resume == "auto" and cfg.mode == "train" and not from_own_checkpoint(cfg, out):
+        found = checkpoint.load_last(out / CHECKPOINTS)
+    if found is None and cfg.ckpt_path is not None:
         path = Path(cfg.ckpt_path)
-        found = checkpoint.load_last(path.parent) if path.name == checkpoint.LAST and path.is_file() else checkpoint.load(path)
-    return None if found is None else (path, found)
-
-
-def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Return the flat config as a checkpoint keeps it, to tell one experiment from another."""
-    config = flatten(cfg)
-    if config.get("optimizer.scheduler.kind") == "cosine" and config.get("optimizer.scheduler.t_max") is None:
-        config["optimizer.scheduler.t_max"] = config.get("trainer.max_steps")  # its default: here the length matters
-    return config
+        last = path.name == checkpoint.LAST and path.is_file()
+        found = checkpoint.load_last(path.parent) if last else (path, checkpoint.load(path))
+    if found is not None:
+        checkpoint.check_same_experiment(found[0], found[1]["config"], experiment(cfg), evaluate=cfg.mode == "evaluate")
+    return found
 
 
 def check_record(
-    k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings, warned: set[tuple[str, Status]]
+    k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings, warned: set[tuple[str, Status | None]]
 ) -> None:
     """Stop on a loss or a solve that cannot be used; warn, once a run and kind, of one that should be looked at.
 
@@ -280,6 +281,27 @@ def check_record(
         if (name, status) not in warned:
             warned.add((name, status))
             log.warning("%s (said once a run)", what)
+
+
+def check_monitor(k: int, value: float, trainer: TrainerSettings, warned: set[tuple[str, Status | None]]) -> None:
+    """Warn, once a run, of a monitored quantity that is not finite, which is never the best one."""
+    if not math.isfinite(value) and (trainer.monitor, None) not in warned:
+        warned.add((trainer.monitor, None))
+        what = "which is never the best; check its rows, or lower optimizer.lr"
+        log.warning("step %d: %s is %s, %s (said once a run)", k, trainer.monitor, value, what)
+
+
+@contextlib.contextmanager
+def rescued(out: Path, tracker: Tracker, state: LoopState, save: Callable[[str], None]) -> Iterator[None]:
+    """If the run directory is removed while the run writes to it, write there again what it takes to resume."""
+    try:
+        yield
+    except WriteError:
+        if state.step and tracker.removed:
+            tracker.rescue()
+            save(checkpoint.LAST)
+            log.error("files were removed from %s; rows and the state after %d steps are there again", out, state.step)
+        raise
 
 
 @contextlib.contextmanager

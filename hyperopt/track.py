@@ -1,22 +1,27 @@
-"""What a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/*.png``; and how files are written whole.
+"""What a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/*.png``.
 
 One name a quantity in all of them. A number that is not finite is ``null`` in JSON, which has no NaN.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, FloatNode, IntegerNode, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
-from torch.utils.tensorboard.writer import SummaryWriter
+from torch.utils.tensorboard.summary import text as text_summary
 
+from hyperopt.events import EventFiles
+from hyperopt.experiment import leaves
+from hyperopt.files import AppendFile, plain, write_bytes, write_text, writing
 from hyperopt.schema import SCHEMA
 
 if TYPE_CHECKING:
@@ -28,31 +33,8 @@ log = logging.getLogger(__name__)
 NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "mode", "allow_targets")
 NOT_HPARAM_NAMES = ("root", "dir", "download")
 HPARAMS_FIRST = ("seed",)
-
-
-def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield ``(dotted key, resolved value, whether the schema says number)``.
-
-    A node that is an interpolation of another one (``task.solver: ${solver}``) is left out, since its values are already there,
-    and so is Hydra's part.
-    """
-    for name in map(str, node):
-        if not prefix and name == "hydra":
-            continue
-        key, child = f"{prefix}{name}", node._get_node(name)
-        if OmegaConf.is_missing(node, name) or (OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name])):
-            continue
-        value = node[name]
-        if isinstance(value, DictConfig):
-            yield from leaves(value, f"{key}.")
-        else:
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
-            yield key, value, isinstance(child, FloatNode | IntegerNode)
-
-
-def flatten(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``."""
-    return {key: value for key, value, _ in leaves(cfg)}
+START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
+"""The position of a run that has written nothing yet."""
 
 
 def hparams(cfg: DictConfig) -> dict[str, float | str]:
@@ -87,27 +69,6 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
     return {**{key: others[key] for key in first}, **chosen, **{key: others[key] for key in others if key not in first}}
 
 
-def plain(value: Any) -> Any:
-    """Return ``value`` with every float that JSON cannot hold as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as one JSON object, as a whole or not at all."""
-    write_text(path, json.dumps(plain(content), indent=2, default=str) + "\n")
-
-
 def write_config(out: Path, cfg: DictConfig) -> str:
     """Write the resolved config, without Hydra's part, to ``config.yaml`` and return its text."""
     text = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
@@ -120,56 +81,57 @@ class Tracker:
 
     Args:
         out: the run directory.
-        resume: ``(step, offset)`` of the checkpoint that the run continues from: rows from byte ``offset`` on, which are those of
-            steps from ``step`` on, are cut away, in ``metrics.jsonl`` and (by ``purge_step``) in TensorBoard. None: a new run.
+        position: where a checkpoint says that the files ended before the row of its step (``Tracker.position``); all from there
+            on is cut away. None: a new run, of which nothing may be left from a try that was killed before its first checkpoint.
+        step: that step (None: a new run).
     """
 
-    def __init__(self, out: Path, resume: tuple[int, int] | None = None) -> None:
+    def __init__(self, out: Path, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
         """Open the files."""
         self.out = out
-        path = out / "metrics.jsonl"
-        self._metrics = open(path, "ab")
-        if resume is None:
-            # A run that was killed before its first checkpoint starts anew in its directory: nothing of it may stay.
-            self._metrics.truncate(0)
-            for stale in (out / "tb").glob("events.out.tfevents.*"):
-                stale.unlink()
-        elif self._metrics.tell():
-            if self._metrics.tell() < resume[1]:
-                log.warning("%s is shorter than when its checkpoint was written: rows are lost", path)
-            self._metrics.truncate(min(resume[1], self._metrics.tell()))
-        self._metrics.seek(0, os.SEEK_END)
-        self._writer = SummaryWriter(str(out / "tb"), purge_step=None if resume is None else resume[0])
+        found = START if position is None else position
+        path, size = out / "metrics.jsonl", found["rows"]
+        if path.exists() and path.stat().st_size < size:
+            log.warning("%s is shorter than when its checkpoint was written: rows are lost", path)
+            size = path.read_bytes().rfind(b"\n") + 1
+        self._metrics = AppendFile(path, size)
+        self._events = EventFiles(out / "tb", found["events"], found["wall"], purge_step=step)
 
     @property
-    def offset(self) -> int:
-        """Bytes in ``metrics.jsonl`` so far."""
-        return self._metrics.tell()
+    def position(self) -> dict[str, Any]:
+        """Where the files end now: plain values for a checkpoint."""
+        return {"rows": self._metrics.size, "events": self._events.sizes, "wall": self._events.wall}
 
     def sync(self) -> None:
         """Bring everything to the disk, so that a checkpoint written next never refers to rows that a power cut took."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._writer.flush()
+        self._metrics.sync()
+        self._events.sync()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Write the numbers of outer step ``step``: one line, and one scalar each."""
+        """Write the numbers of outer step ``step``: one line, and one event with a scalar each."""
         self._metrics.write(json.dumps({"step": step, **plain(row)}).encode() + b"\n")
-        self._metrics.flush()
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+        self._events.add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in row.items()]), step)
 
     def config(self, text: str, step: int) -> None:
         """Show the resolved config as text."""
-        self._writer.add_text("config", f"```yaml\n{text}```", step)
+        self._events.add(text_summary("config", f"```yaml\n{text}```"), step)
 
     def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
         """Write each figure to ``figures/<name>.png`` and to TensorBoard, and close it."""
+        from matplotlib import pyplot  # half a second, which only a run with figures needs
+
         directory = self.out / "figures"
-        directory.mkdir(exist_ok=True)
+        with writing(directory):
+            directory.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            figure.savefig(directory / f"{name}.png", dpi=120)
-            self._writer.add_figure(f"figures/{name}", figure, step, close=True)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=120)
+            pyplot.close(figure)
+            png = buffer.getvalue()
+            write_bytes(directory / f"{name}.png", png)
+            width, height = struct.unpack(">II", png[16:24])  # the header of every PNG file
+            image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+            self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)]), step)
 
     def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str]) -> None:
         """Open this run's one row of the HParams tab, in the run's own event file (``add_hparams`` would open a sub-run).
@@ -181,13 +143,23 @@ class Tracker:
         columns = sorted(name for name in metrics if name.startswith(("outer/", "val/", "test/")) and name != "outer/step_loss")
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
         for summary in (experiment, start):
-            self._writer._get_file_writer().add_summary(summary)
+            self._events.add(summary)
 
     def hparams_end(self) -> None:
         """Mark the row as finished."""
-        self._writer._get_file_writer().add_summary(hparams_summaries({}, {})[2])
+        self._events.add(hparams_summaries({}, {})[2])
+
+    @property
+    def removed(self) -> bool:
+        """Whether files were removed that the run is writing to."""
+        return self._metrics.removed or self._events.removed
+
+    def rescue(self) -> None:
+        """Write those again."""
+        self._metrics.rescue()
+        self._events.rescue()
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the files."""
         self._metrics.close()
-        self._writer.close()
+        self._events.close()

@@ -19,6 +19,12 @@ def content(step: int) -> dict[str, Any]:
     return {"state": {"step": step}, "weights": [torch.arange(3.0), {"x": torch.tensor(1.5, dtype=torch.float64)}], "none": None}
 
 
+def newest(directory: Path) -> tuple[str, int] | None:
+    """Return name and step of what ``load_last`` finds."""
+    found = checkpoint.load_last(directory)
+    return None if found is None else (found[0].name, found[1]["state"]["step"])
+
+
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.pt"
     checkpoint.save(path, content(5))
@@ -33,7 +39,7 @@ def test_keeps_the_one_before(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "last.pt", content(step), keep_previous=True)
     assert checkpoint.load(tmp_path / "last.pt")["state"]["step"] == 3
     assert checkpoint.load(tmp_path / "last.prev.pt")["state"]["step"] == 2
-    assert checkpoint.load_last(tmp_path)["state"]["step"] == 3  # pyright: ignore[reportOptionalSubscript]
+    assert newest(tmp_path) == ("last.pt", 3)
 
 
 def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +86,7 @@ def test_truncated_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(CheckpointError, match=r"last.pt is truncated or damaged; set ckpt_path"):
         checkpoint.load(tmp_path / "last.pt")
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.load_last(tmp_path)
-    assert found is not None and found["state"]["step"] == 1
+        assert newest(tmp_path) == ("last.prev.pt", 1)
     assert len(caplog.records) == 1 and "after 1 steps" in caplog.text
 
 
@@ -91,8 +96,7 @@ def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "last.pt").read_bytes())
     data[data.index(bytes(2000)) + 1000] ^= 1
     (tmp_path / "last.pt").write_bytes(data)
-    found = checkpoint.load_last(tmp_path)
-    assert found is not None and found["state"]["step"] == 1
+    assert newest(tmp_path) == ("last.prev.pt", 1)
 
 
 def test_both_damaged(tmp_path: Path) -> None:
@@ -113,14 +117,13 @@ def test_none_yet_and_none_there(tmp_path: Path) -> None:
 
 def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.prev.pt", content(4))
-    found = checkpoint.load_last(tmp_path)
-    assert found is not None and found["state"]["step"] == 4
+    assert newest(tmp_path) == ("last.prev.pt", 4)
 
 
 @pytest.mark.parametrize("other", [{"format": 99}, {"weights": 1}, [1, 2]])
 def test_other_formats_are_refused(tmp_path: Path, other: Any) -> None:
     torch.save(other, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=r"has format .*this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format .*this version reads 2"):
         checkpoint.load(tmp_path / "last.pt")
 
 

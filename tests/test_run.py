@@ -26,8 +26,8 @@ from toy_task import (
 
 from hyperopt import checkpoint
 from hyperopt.checkpoint import CheckpointError
+from hyperopt.directory import RunDirectoryError
 from hyperopt.loop_state import MonitorError
-from hyperopt.run import RunDirectoryError
 from hyperopt.status import Status
 from hyperopt.tasks.base import HypergradientError
 

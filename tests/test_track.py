@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from toy_task import Killed, config, go, raise_at, rows, signal_at
 
+from hyperopt.experiment import flatten
+from hyperopt.files import write_json
 from hyperopt.schema import SCHEMA, register
-from hyperopt.track import Tracker, flatten, hparams, write_json
+from hyperopt.track import START, Tracker, hparams
 
 
 def strict(text: str) -> Any:
@@ -156,12 +158,12 @@ def test_floats_survive_to_the_last_bit(tmp_path: Path) -> None:
 def test_cut_back_to_the_offset(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.log(0, {"x": 1.0})
-    offset = tracker.offset
+    position = tracker.position
     tracker.log(1, {"x": 2.0})
     tracker.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "x"')  # a line cut short by a kill
-    tracker = Tracker(tmp_path, (1, offset))
+    tracker = Tracker(tmp_path, position, 1)
     tracker.log(1, {"x": 5.0})
     tracker.close()
     assert rows(tmp_path) == [{"step": 0, "x": 1.0}, {"step": 1, "x": 5.0}]
@@ -169,7 +171,7 @@ def test_cut_back_to_the_offset(tmp_path: Path) -> None:
 
 def test_lost_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    Tracker(tmp_path, (5, 400)).close()
+    Tracker(tmp_path, {**START, "rows": 400}, 5).close()
     assert "rows are lost" in caplog.text
 
 

@@ -1,0 +1,124 @@
+"""The jobs of a sweep: their index ``sweep.json``, and which of them a resumed sweep need not run again. Free of torch.
+
+A job leaves ``job.json`` (its number and overrides) beside the run's own files, and the index is made from these directories
+alone. So jobs may end in any order, in any number of processes: whoever ends writes the index anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hyperopt.experiment import experiment, experiment_of
+from hyperopt.files import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+INDEX, JOB, FAILED = "sweep.json", "job.json", "FAILED"
+INDEX_LOCK = ".sweep.lock"
+# Of a job that is done, these may differ: they change neither its numbers nor its length.
+INDIFFERENT = ("allow_targets", "compile", "device", "name", "paths", "resume", "threads")
+
+
+def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
+    """Run one job of a sweep, unless it is done, and bring the index up to date.
+
+    Args:
+        cfg: the job's config.
+        hydra: Hydra's own part of it.
+        out: the job's directory.
+
+    Returns:
+        Its metric, for the sweeper.
+    """
+    overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
+    metric = finished(cfg, out) if cfg.resume == "auto" else None
+    if metric is not None:
+        log.info("job %s (%s) was done before: skipped", hydra.job.num, " ".join(overrides))
+    try:
+        write_json(out / JOB, {"number": int(hydra.job.num), "overrides": overrides})
+        if metric is not None:
+            return metric
+        from hyperopt.run import run
+
+        return run(cfg, out)
+    except Exception:
+        with contextlib.suppress(OSError):
+            if not (out / FAILED).exists():
+                write_text(out / FAILED, traceback.format_exc())
+        raise
+    finally:
+        try:
+            write_index(Path(hydra.sweep.dir))
+        except OSError as error:
+            log.warning("the sweep's index is not up to date: %s", error)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def finished(cfg: DictConfig, out: Path) -> float | None:
+    """Return the metric of a job that is done under this very config, else None.
+
+    A job whose length or monitor changed since (``trainer.*``) is not done: it goes on from its last checkpoint.
+    """
+    summary = read(out / "summary.json")
+    if summary.get("status") != {"train": "completed", "evaluate": "evaluated"}[cfg.mode]:
+        return None
+    config = experiment(cfg)
+    saved = experiment_of(out, config)
+
+    def relevant(flat: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in flat.items() if key.partition(".")[0] not in INDIFFERENT}
+
+    if saved is None or relevant(saved) != relevant(config):
+        return None
+    metrics = summary.get("metrics") if cfg.mode == "evaluate" else (summary.get("best") or {}).get("metrics")
+    value = (metrics or {}).get(cfg.trainer.monitor)
+    return math.nan if value is None else float(value)
+
+
+def index(sweep: Path) -> dict[str, Any]:
+    """Return the index of the sweep in ``sweep``: its jobs in order of their numbers, and how many ended how."""
+    jobs = []
+    for path in sweep.rglob(JOB):
+        job, summary = read(path), read(path.with_name("summary.json"))
+        failed = path.with_name(FAILED).exists()
+        jobs.append(
+            {
+                "number": job.get("number"),
+                "directory": str(path.parent.relative_to(sweep)),
+                "overrides": job.get("overrides", []),
+                "status": "failed" if failed else summary.get("status", "started"),
+                **{key: summary.get(key) for key in ("reason", "steps", "seconds", "metrics", "best")},
+            }
+        )
+    jobs.sort(key=lambda job: (job["number"] is None, job["number"], job["directory"]))
+    return {"counts": dict(sorted(Counter(job["status"] for job in jobs).items())), "jobs": jobs}
+
+
+def write_index(sweep: Path) -> None:
+    """Write ``sweep.json``, one process at a time, so that an older view never replaces a newer one."""
+    handle = os.open(sweep / INDEX_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        write_json(sweep / INDEX, index(sweep))
+    finally:
+        os.close(handle)
