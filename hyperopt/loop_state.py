@@ -56,7 +56,8 @@ class LoopState:
         value = monitored(metrics, trainer)
         if not math.isfinite(metrics.get("outer/loss", 0.0)):
             loss = metrics["outer/loss"]
-            raise HypergradientError(f"step {self.step - 1}: outer/loss is {loss} after the update; lower optimizer.lr")
+            what = f"step {self.step - 1}: outer/loss is {loss} after the update"
+            raise HypergradientError(f"{what}; lower optimizer.lr or check the data")
         self.row.update({name: float(number) for name, number in metrics.items()})
         self.evaluated = True
         sign = 1 if trainer.mode == "min" else -1

@@ -20,6 +20,27 @@ def events(directory: Path) -> EventAccumulator:
     return accumulator
 
 
+def raw(out: Path) -> list[Any]:
+    """Return every event in the event files of a run in TensorBoard's order, as they lie there: nothing is purged."""
+    paths = sorted((out / "tb").glob("events.out.tfevents.*"))
+    return [event for path in paths for event in EventFileLoader(str(path)).Load()]
+
+
+def walls(out: Path) -> list[float]:
+    """Return the wall time of every event of a run."""
+    return [event.wall_time for event in raw(out)]
+
+
+def scalars(out: Path) -> list[tuple[int, str, str]]:
+    """Return step, tag and value of every scalar in the event files of a run, in order; times left out."""
+    found = []
+    for event in raw(out):
+        for value in event.summary.value:
+            if value.tensor.float_val and not value.tag.startswith("time/"):
+                found.append((event.step, value.tag, repr(value.tensor.float_val[0])))
+    return found
+
+
 def session_starts(out: Path) -> int:
     """Count the HParams sessions opened in the event files of a run, sub-directories included."""
     count = 0

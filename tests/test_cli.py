@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hyperopt import __version__, cli
 
@@ -154,8 +154,17 @@ def test_three_processes_at_once(tmp_path: Path) -> None:
 
 def snapshot(root: Path) -> dict[str, tuple[str, int]]:
     """Return hash and modification time of every file under ``root``."""
-    files = (path for path in root.rglob("*") if path.is_file())
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
+
+
+def write_resolved(out: Path) -> None:
+    """Leave the resolved config in a run directory, as a real run does, from the one that Hydra wrote."""
+    from hyperopt.track import write_config
+
+    loaded = OmegaConf.load(out / ".hydra" / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    write_config(out, loaded)
 
 
 @pytest.mark.parametrize("mode", ["run", "sweep"])
@@ -179,7 +188,40 @@ def test_an_empty_directory_and_a_checkpoint_are_welcome(launch: Launcher) -> No
     Path("mine").mkdir()
     assert launch("hydra.run.dir=mine").status == 0
     Path("last.pt").write_text("a checkpoint")
-    assert launch("hydra.run.dir=mine", "mode=evaluate", "ckpt_path=last.pt").status == 0
+    assert launch("hydra.run.dir=other", "mode=evaluate", "ckpt_path=last.pt").status == 0
+    before = snapshot(Path("mine"))
+    for mode in ("train", "evaluate"):  # a checkpoint from elsewhere gives no right to a used directory
+        refused = launch("hydra.run.dir=mine", f"mode={mode}", "ckpt_path=last.pt")
+        assert refused.status == 1 and "hydra.run.dir='mine' is not empty" in refused.err and not refused.runs
+    assert snapshot(Path("mine")) == before
+
+
+def test_another_experiment_is_refused_before_anything_is_written(launch: Launcher) -> None:
+    assert launch("hydra.run.dir=mine", "solver=anderson", "adjoint=unrolled").status == 0
+    write_resolved(Path("mine"))
+    before = snapshot(Path("mine"))
+    refused = launch("hydra.run.dir=mine", "resume=auto", "solver=anderson", "adjoint=unrolled", "optimizer.lr=0.25", "seed=2")
+    assert refused.status == 1 and not refused.runs
+    assert "mine holds another experiment" in refused.err and "set hydra.run.dir to a new directory" in refused.err
+    assert "optimizer.lr is 0.5 there and 0.25 here; seed is 0 there and 2 here;" in refused.err
+    assert snapshot(Path("mine")) == before
+    moved = ("trainer.max_steps=500", "paths.data=elsewhere", "threads=2", "device=cpu", "compile=true")
+    assert launch("hydra.run.dir=mine", "resume=auto", "solver=anderson", "adjoint=unrolled", *moved).status == 0
+
+
+def test_a_directory_in_use_is_refused_untouched(launch: Launcher) -> None:
+    hold = "import sys; from pathlib import Path; from hyperopt import directory; directory.acquire(Path('mine')); print('held')"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{hold}; sys.stdout.flush(); sys.stdin.read()"]
+    other = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    for argv in (["hydra.run.dir=mine"], ["hydra.run.dir=mine", "resume=auto"], ["-m", "hydra.sweep.dir=mine", "seed=1,2"]):
+        refused = launch(*argv)
+        assert refused.status == 1 and not refused.runs and f"in use by process {other.pid}" in refused.err
+        assert "hydra.sweep.dir" in refused.err if argv[0] == "-m" else "hydra.run.dir" in refused.err
+        assert [path.name for path in Path("mine").iterdir()] == [".lock"]
+    other.communicate("")
+    assert launch("hydra.run.dir=mine").status == 0
 
 
 def test_a_sweep_runs_every_job_in_its_own_directory_and_returns_their_metrics(

@@ -43,13 +43,18 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 class Toy(Task):
     """``mean((x . lam + tanh(w) - y)^2)`` over a random batch, with a warm-started ``w`` and noise from every generator.
 
-    ``hook(step, task)`` is called in each closure after backward, to inject faults.
+    ``hook(step, task)`` is called in each closure after backward, to inject faults; ``killed_at`` is a step that never ends.
     """
 
     name = "toy"
 
-    def __init__(self, hook: Callable[[int, Toy], None] | None = None, statuses: Mapping[int, Status] | None = None) -> None:
-        self.hook, self.statuses = hook, statuses or {}
+    def __init__(
+        self,
+        hook: Callable[[int, Toy], None] | None = None,
+        statuses: Mapping[int, Status] | None = None,
+        killed_at: int | None = None,
+    ) -> None:
+        self.hook, self.statuses, self.killed_at = hook, statuses or {}, killed_at
         self.calls: list[int] = []  # closure evaluations of each step
 
     def setup(self, env: Environment) -> None:
@@ -78,6 +83,8 @@ class Toy(Task):
             loss.backward()
             if self.hook is not None:
                 self.hook(self.steps, self)
+            if self.steps == self.killed_at:
+                raise Killed
             guard(self.gradients())
             losses.append(loss.item())
             return loss
