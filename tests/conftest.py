@@ -8,10 +8,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Callable
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from launcher import Launch, Launcher
+from omegaconf import DictConfig, OmegaConf
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,56 @@ def real_root() -> Callable[..., str]:
         pytest.skip(f"no {' or '.join(folders)} in HYPEROPT_DATA or in ../shared/data beside the checkout")
 
     return find
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launcher]:
+    """Run ``hyperopt`` in this process, in an empty working directory."""
+    from hyperopt import cli
+
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    level, handlers = logging.root.level, list(logging.root.handlers)
+
+    def launcher(*argv: str) -> Launch:
+        monkeypatch.setattr(sys, "argv", ["hyperopt", *argv])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capfd.readouterr()
+        return Launch(status, captured.out, captured.err)
+
+    yield launcher
+    for handler in [each for each in logging.root.handlers if each not in handlers]:
+        logging.root.removeHandler(handler)
+        handler.close()
+    logging.root.setLevel(level)
+
+
+@pytest.fixture
+def launch(command: Launcher, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """Run ``hyperopt`` with jobs that only leave config and summary, the seed as metric (and fail for ``seed=13``)."""
+    runs: list[tuple[DictConfig, Path]] = []
+
+    def run(cfg: DictConfig, out: Path) -> float:
+        runs.append((cfg, out))
+        OmegaConf.save(cfg, out / "config.yaml", resolve=True)
+        if cfg.seed == 13:
+            raise ArithmeticError("an unlucky seed")
+        (out / "summary.json").write_text(f'{{"status": "completed", "best": {{"metrics": {{"val/loss": {cfg.seed}.0}}}}}}')
+        return float(cfg.seed)
+
+    fake = types.ModuleType("hyperopt.run")
+    fake.run = run  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "hyperopt.run", fake)
+
+    def launcher(*argv: str) -> Launch:
+        runs.clear()
+        done = command(*argv)
+        done.runs = list(runs)
+        return done
+
+    return launcher

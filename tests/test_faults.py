@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from event_files import scalars, walls
+from launcher import snapshot
 from toy_task import Killed, Toy, config, go, raise_at, rows, signal_at, summary, uninterrupted
 
 from hyperopt import checkpoint, directory
@@ -28,12 +29,6 @@ from hyperopt.files import WriteError, write_text
 from hyperopt.tasks.base import HypergradientError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
-    """Return content and modification time of every file, but for the lock: reading that here would end it."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != directory.LOCK)
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def whole_again(out: Path, whole: Path) -> None:

@@ -336,7 +336,7 @@ def last_step(run: Path) -> int:
         return -1
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))
-        lines = file.read().splitlines()
+        lines = file.read().rpartition(b"\n")[0].splitlines()  # the last line may be on its way
     return json.loads(lines[-1])["step"] if lines else -1
 
 
