@@ -7,6 +7,7 @@ One process imports everything once, and forks for every run; it runs nothing of
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -70,8 +71,10 @@ def killed_at(number: int) -> None:
 
 def main(root: Path, first: int, step: int) -> None:
     """Kill a run at its change ``first``, ``first + step``, ... until it has none left; print one line of JSON."""
-    Toy().figures()["residual"].savefig(io.BytesIO(), format="png")  # loads fonts, once for all children
+    # What a first run loads on its way, once for all children: fonts, and what torch's optimizers import when they first step.
+    Toy().figures()["residual"].savefig(io.BytesIO(), format="png")
     pyplot.close("all")
+    importlib.import_module("torch._dynamo")
     whole = root / "whole"
     assert forked(lambda: go(config("momentum", "cosine", SETTINGS), whole)) == 0
     wrong, number, twice = [], first, 0
