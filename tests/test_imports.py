@@ -22,6 +22,8 @@ LAYERS = [
         "resolvers",
         "messages",
     ),
+    ("files", "experiment"),
+    ("directory",),
     ("tree",),
     ("status",),
     ("policy", "closure", "memory", "purity"),
@@ -33,9 +35,10 @@ LAYERS = [
     ("nn", "data"),
     ("tasks",),
     ("schema",),
-    ("config", "optim", "track", "repro", "loop_state", "checkpoint"),
+    ("config", "optim", "events", "track", "repro", "loop_state", "checkpoint"),
     ("report",),
     ("run",),
+    ("sweep",),
     ("cli",),
 ]
 

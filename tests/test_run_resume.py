@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_files import scalars, session_starts
 from toy_task import (
     SCHEDULERS,
     SMALL,
     Killed,
+    Toy,
     config,
     go,
     raise_at,
@@ -22,6 +24,8 @@ from toy_task import (
     summary,
     uninterrupted,
 )
+
+from hyperopt import checkpoint
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -126,3 +130,81 @@ def test_truncated_checkpoint_falls_back_and_says_so_once(tmp_path: Path, caplog
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1 and "truncated" in said[0] and "after 8 steps" in said[0]
     assert rows(out) == want
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tmp_path: Path) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        go(config(), out, signal_at(9, signal.SIGTERM))
+    last, previous = out / "checkpoints" / "last.pt", out / "checkpoints" / "last.prev.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(Killed):
+        go(config(resume="auto"), out, raise_at(8, Killed()))
+    for path in (last, previous):
+        assert not checkpoint.damaged(path) and checkpoint.load(path)["state"]["step"] == 8
+    go(config(resume="auto"), out)
+    assert rows(out) == want
+
+
+@pytest.mark.parametrize("killed", [None, 3])
+def test_goes_back_to_an_own_earlier_checkpoint(tmp_path: Path, killed: int | None) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    out = tmp_path / "run"
+    go(config(), out)
+    best = out / "checkpoints" / "best.pt"
+    assert checkpoint.load(best)["state"]["step"] == 3  # so all rows from step 2 on are written anew
+    if killed is not None:
+        with pytest.raises(Killed):
+            go(config(ckpt_path=str(best)), out, raise_at(killed, Killed()))
+        assert rows(out) == want[:killed] and not (out / "checkpoints" / "last.prev.pt").exists()
+        go(config(resume="auto"), out)
+    else:
+        go(config(ckpt_path=str(best)), out)
+    assert rows(out) == want and scalars(out) == scalars(tmp_path / "whole")
+
+
+def test_a_run_begun_from_a_checkpoint_is_resumed_even_if_killed_at_once(tmp_path: Path) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    with pytest.raises(SystemExit):
+        go(config(), tmp_path / "first", signal_at(5, signal.SIGTERM))
+    given: dict[str, Any] = {"ckpt_path": str(tmp_path / "first" / "checkpoints" / "last.pt")}
+    out = tmp_path / "second"
+    with pytest.raises(Killed):
+        go(config(**given), out, raise_at(6, Killed()))
+    task = Toy()
+    go(config(resume="auto", **given), out, task)
+    assert len(task.calls) == 6  # from its own checkpoint, made as it began
+    assert rows(out) == want[5:] and session_starts(out) == 1
+
+
+def test_extending_a_finished_run_equals_a_longer_one(tmp_path: Path) -> None:
+    want = uninterrupted(tmp_path / "whole", config("adam", "plateau"))
+    for steps in (3, 4, 9, 12):  # 3: its last step is evaluated anyway; 4: it gets an evaluation of its own
+        go(config("adam", "plateau", trainer={"max_steps": steps}, resume="auto"), tmp_path / "run")
+    assert rows(tmp_path / "run") == want and scalars(tmp_path / "run") == scalars(tmp_path / "whole")
+    assert session_starts(tmp_path / "run") == 1
+
+
+def test_stopped_over_and_over_the_event_files_hold_every_number_once(tmp_path: Path) -> None:
+    uninterrupted(tmp_path / "whole", config())
+    out = tmp_path / "run"
+    for step in (0, 0, 1, 1, 2, 4, 4, 7, 8, 11):
+        with pytest.raises(Killed):
+            go(config(resume="auto"), out, Toy(killed_at=step))
+        assert session_starts(out) <= 1
+    go(config(resume="auto"), out)
+    assert scalars(out) == scalars(tmp_path / "whole") and session_starts(out) == 1
+
+
+def test_lines_cut_off_by_hand_are_said_and_leave_whole_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    want = uninterrupted(tmp_path / "whole", config())
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        go(config(), out, signal_at(9, signal.SIGTERM))
+    metrics = out / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[: metrics.stat().st_size // 2])
+    go(config(resume="auto"), out)
+    assert "rows are lost" in caplog.text
+    kept = [row["step"] for row in rows(out)]
+    assert rows(out) == [want[k] for k in kept] and kept[-3:] == [9, 10, 11] and kept[0] == 0
