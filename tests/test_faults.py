@@ -26,7 +26,10 @@ from hyperopt import checkpoint, directory
 from hyperopt.checkpoint import CheckpointError
 from hyperopt.directory import RunDirectoryError
 from hyperopt.files import WriteError, write_text
+from hyperopt.loop_state import LoopState
+from hyperopt.report import progress
 from hyperopt.tasks.base import HypergradientError
+from hyperopt.train_settings import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,6 +175,20 @@ def test_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 < summary(out)["seconds"] < 600
     for line in (out / "metrics.jsonl").read_text().splitlines():
         assert 0 <= float(re.findall(r'"time/step_seconds": ([^,}]+)', line)[0]) < 600
+
+
+def test_a_progress_line_does_not_stand_still_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress(TrainerSettings(), LoopState()) as bar:
+        monkeypatch.setattr("tqdm.std.time", lambda: -1e9)
+        assert 0 <= bar.format_dict["elapsed"] < 60
+
+
+def test_a_damaged_run_json_does_not_stop_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        go(config(), tmp_path, signal_at(5, signal.SIGTERM))
+    (tmp_path / "run.json").write_text('{"argv": [')
+    go(config(resume="auto"), tmp_path)
+    assert '"after_steps": 6' in (tmp_path / "run.json").read_text()
 
 
 def test_nan_in_the_fitted_rows_stops_the_run_and_is_never_saved(tmp_path: Path) -> None:

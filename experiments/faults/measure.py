@@ -109,6 +109,19 @@ def reference(work: Path, overrides: Sequence[str]) -> tuple[Path, float]:
     return directory, time.monotonic() - before
 
 
+def lines(run: Path) -> int:
+    """Number of rows that a run has written."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait(process: subprocess.Popen[str], seconds: float) -> None:
+    """Wait some time, or until the process ends."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
 def kills(work: Path, seed: int, count: int) -> Row:
     """SIGKILL at random moments (and one SIGTERM and one SIGINT a case), each time ``resume=auto``, until enough and done."""
     rng = random.Random(seed)
@@ -119,29 +132,33 @@ def kills(work: Path, seed: int, count: int) -> Row:
         whole, seconds = reference(case, [*SHORT, *overrides])
         wanted = [signal.SIGKILL] * (count // len(CASES)) + [signal.SIGTERM, signal.SIGINT]
         rng.shuffle(wanted)
-        lives, at, differ, leftovers, undisturbed = 0, [], [], 0, 0
-        run = None
+        lives, at, differ, leftovers, run = 0, [], [], 0, None
         while wanted or run is not None:
             if run is None:
                 run, lives = case / f"run-{lives}", lives + 1
+            before = lines(run)
             process = start(run, [*SHORT, *overrides, "resume=auto"])
-            try:
-                process.communicate(timeout=rng.uniform(0.0, seconds) if wanted else None)
-            except subprocess.TimeoutExpired:
+            if wanted and rng.random() < 0.25:  # any moment: while it imports, reads data, resumes, or later
+                wait(process, rng.uniform(0.0, seconds))
+            elif wanted:  # any moment of the steps, whatever else the machine does
+                goal, extra = before + rng.randint(1, 12), rng.uniform(0.0, 0.2)
+                while process.poll() is None and lines(run) < goal:
+                    time.sleep(0.005)
+                wait(process, extra)
+            if wanted and process.poll() is None:
                 process.send_signal(wanted.pop())
                 process.communicate()
-                at.append(len((run / "metrics.jsonl").read_bytes().splitlines()) if (run / "metrics.jsonl").exists() else -1)
+                at.append(lines(run))
                 leftovers += len(list(run.rglob("*.tmp")))
                 continue
+            said = process.communicate()[1]
             if process.returncode:
-                raise RuntimeError(f"a resume ended with status {process.returncode} in {run}")
-            undisturbed += 1
+                raise RuntimeError(f"a resume ended with status {process.returncode} in {run}: {said}")
             differ += differences(run, whole)
             run = None
         result[name] = {
             "signals": len(at),
-            "before the first row": sum(each <= 0 for each in at),
-            "rows written when stopped": sorted(each for each in at if each > 0),
+            "rows written when stopped": sorted(at),
             "temporary files left by a kill": leftovers,
             "finished runs": lives,
             "differences": differ,
@@ -194,7 +211,7 @@ def disk(work: Path, seed: int, count: int) -> Row:
 def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Wait until a run has written ``count`` rows."""
     while process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= count:
+        if lines(run) >= count:
             return
         time.sleep(0.01)
     raise RuntimeError(f"it ended too early: {process.communicate()[1]}")
