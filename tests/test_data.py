@@ -81,7 +81,12 @@ def test_settings_import_neither_torch_nor_numpy() -> None:
 @pytest.mark.parametrize("order", ["shuffled", "head_tail", "tail_head"])
 @pytest.mark.parametrize("settings", [DigitsSettings, MNISTSettings])
 def test_splits_are_disjoint_and_have_their_sizes(settings: Any, order: str) -> None:
-    choices: list[dict[str, Any]] = [{}, {"train": 1, "val": 1, "test": 7}, {"train": 90, "val": 0, "test": 9}, {"train": 900, "val": 800, "test": None}]
+    choices: list[dict[str, Any]] = [
+        {},
+        {"train": 1, "val": 1, "test": 7},
+        {"train": 90, "val": 0, "test": 9},
+        {"train": 900, "val": 800, "test": None},
+    ]
     for values in choices:
         chosen = settings(order=order, **values)
         rows = {name: set(index.tolist()) for name, index in draw_rows(chosen).items()}

@@ -1,7 +1,7 @@
 """Minibatches: which rows an update sees, in an order that the seed alone decides.
 
-Epoch ``e`` is a permutation of the rows drawn from ``(seed, e)``, cut into pieces of ``size``, so that where an update stands is two
-numbers: a run that goes on in the middle of an epoch draws that epoch again and takes the next piece.
+Epoch ``e`` is a permutation of the rows drawn from ``(seed, e)``, cut into pieces of ``size``, so that where an update stands is
+two numbers: a run that goes on in the middle of an epoch draws that epoch again and takes the next piece.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Batch:
 class Batches:
     """Batches without end, epoch after epoch; each row is at most once in an epoch.
 
-    The permutations are those of numpy's ``RandomState``, whose stream is frozen for good (NEP 19): a seed gives the same order on
-    every machine, device and version.
+    The permutations are those of numpy's ``RandomState``, whose stream is frozen for good (NEP 19): a seed gives the same order
+    on every machine, device and version.
 
     Args:
         rows: number of rows.
@@ -59,7 +59,8 @@ class Batches:
         """Stand before the first batch."""
         if size is not None and not 1 <= size <= rows:
             raise ValueError(
-                f"task.batch_size={size} is more than the {rows} fitted rows; lower task.batch_size, or set it to null for all of them"
+                f"task.batch_size={size} is more than the {rows} fitted rows; lower task.batch_size, or set it to null for all "
+                f"of them"
             )
         self.rows, self.size, self.seed, self.last, self.device = rows, size, seed, last, device
         whole, left = divmod(rows, rows if size is None else size) if rows else (1, 0)

@@ -2,8 +2,8 @@
 
     alpha_i = argmin |b_i - alpha (I - M) v_i|,      x0_i = alpha_i M v_i + b_i
 
-Between two outer steps the right-hand side of an example may shrink to nothing (it is fitted now), and the old solution is then off
-by orders of magnitude where the plain start b is not. Its multiple ``alpha v`` is the better of all starts along the old direction,
+Between two outer steps the right-hand side of an example may shrink to nothing (it is fitted now), and the old solution is then
+off by orders of magnitude where the plain start b is not. Its multiple ``alpha v`` is the best start along the old direction,
 zero among them, so its residual never exceeds ``|b|``; the step that follows costs no further product with M.
 """
 

@@ -45,8 +45,8 @@ def spectral_norm_bound(matrix: Tensor, squarings: int = 10) -> Tensor:
 def clipping(a: Tensor, radius: float) -> tuple[float, Callable[[float], Tensor]]:
     """Return the spectral norm of ``a`` and the function ``r -> U min(S, r) V^T`` of its singular values.
 
-    A matrix of norm at most ``2 radius`` goes by the eigenvectors of ``A^T A``, ``A V min(1, r / S) V^T``, in about a third of the
-    time of the SVD. The error of that grows with ``(|A| / r)^2``, so that one further out takes the SVD.
+    A matrix of norm at most ``2 radius`` goes by the eigenvectors of ``A^T A``, ``A V min(1, r / S) V^T``, in less time than by
+    the SVD. The error of that grows with ``(|A| / r)^2``, so that one further out takes the SVD.
 
     Args:
         a: shape: (n, n), float64

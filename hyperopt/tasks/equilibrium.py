@@ -79,7 +79,8 @@ class EquilibriumTask(EquilibriumSettings, Task):
         if self.warm_start:
             kept = None if self.warm_dtype is None else getattr(torch, self.warm_dtype)
             self.warm = WarmStore(len(fitted), self.state_size, env.dtype, kept, env.device)
-            log.info("warm starts of %d rows are kept: %.1f MB, in memory and in every checkpoint", len(fitted), self.warm.nbytes / 1e6)
+            size = self.warm.nbytes / 1e6
+            log.info("warm starts of %d rows are kept: %.1f MB, in memory and in every checkpoint", len(fitted), size)
         unknown = [group for group, strength in self.l2.items() if strength and group not in self.model.groups()]
         if unknown:
             raise ValueError(f"task.l2.{unknown[0]}: the model's groups are {', '.join(self.model.groups())}; change task.l2")

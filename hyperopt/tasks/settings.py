@@ -26,11 +26,11 @@ class EquilibriumSettings:
         batch_size: fitted rows of one outer step, drawn in epochs without replacement (None: all of them, always).
         last_batch: what becomes of the rows that are left when ``batch_size`` does not divide the fitted rows: ``keep`` makes a
             shorter batch of them, ``drop`` leaves them out of this epoch.
-        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was seen
-            last. Keeps two states of memory for every fitted row.
+        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
+            seen last. Keeps two states of memory for every fitted row.
         warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
-        eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with ``dataset.order=shuffled``
-            these are drawn at random, once.
+        eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with
+            ``dataset.order=shuffled`` these are drawn at random, once.
         certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         solver: how the states are found (None: Picard).
