@@ -94,6 +94,7 @@ def test_fixed_counts_are_taken_and_counted() -> None:
     made = task(cell=HouseholderCell(), solver=solver, adjoint=Implicit(linear_solver=linear))
     record = made.step(sgd(made), no_guard)
     assert (record.metrics["inner/iterations"], record.metrics["adjoint/iterations"]) == (10, 20)
+    assert (record.metrics["inner/iterations_mean"], record.metrics["adjoint/iterations_mean"]) == (10, 20)
     assert record.statuses == {"inner": Status.fixed_steps, "adjoint": Status.fixed_steps}
 
 
@@ -107,6 +108,14 @@ def test_a_line_search_is_logged_by_its_first_evaluation_and_costs_them_all() ->
     assert record.metrics["inner/iterations"] == one.metrics["inner/iterations"]
     assert record.metrics["cost/evaluations"] >= 2 * one.metrics["cost/evaluations"]
     assert made.step(optimizer, no_guard).loss < record.loss
+
+
+def test_certificates_are_counted_in_outer_steps_also_under_a_line_search() -> None:
+    made = task(certificate_every=2)
+    parameters = [tensor for group in made.groups().values() for tensor in group]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=2, line_search_fn="strong_wolfe")
+    records = [made.step(optimizer, no_guard) for _ in range(4)]
+    assert ["hypergrad/error_estimate" in record.metrics for record in records] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("solver", [Picard(rtol=1e-10), Anderson(rtol=1e-10)])
