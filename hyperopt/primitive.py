@@ -55,7 +55,8 @@ def fixed_point(
         policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
         fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
         v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
-            ``solution.v`` of a nearby problem.
+            ``solution.v`` of a nearby problem. A gradient may change its size by orders of magnitude where it hardly changes its
+            direction, so Neumann and Anderson first fit a factor to each row, by one more vjp.
         trace: measure the residual at every iteration, forward and backward.
 
     Returns:

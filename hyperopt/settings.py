@@ -38,11 +38,11 @@ def check_count(owner: Any, name: str, low: int = 1) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
 
 
-def check_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None:
     """Refuse a field of ``owner`` that is none of ``choices``."""
     value = getattr(owner, name)
     if value not in choices:
-        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(choices)}; change {name}")
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}; change {name}")
 
 
 def check_flag(owner: Any, name: str) -> None:

@@ -111,6 +111,8 @@ BAD = [
     (["trainer.max_seconds=0"], "trainer.max_seconds=0.0"),
     (["trainer.mode=best"], "trainer.mode='best' is none of min, max"),
     (["task.state_size=0"], "task.state_size=0"),
+    (["task.batch_size=0"], "task.batch_size=0 must be a whole number >= 1; change task.batch_size"),
+    (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
     (["dataset.train=1500"], "dataset.train"),
     (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),
     (["dataset.order=sideways"], "dataset.order='sideways' is none of"),

@@ -23,7 +23,7 @@ from hyperopt.data.splits import Images, Splits, draw_rows, make_splits
 BAD = [
     (DigitsSettings, {"train": 0}, "dataset.train=0"),
     (DigitsSettings, {"train": -5}, "dataset.train=-5"),
-    (DigitsSettings, {"val": 0}, "dataset.val=0"),
+    (DigitsSettings, {"val": -1}, "dataset.val=-1"),
     (DigitsSettings, {"test": 0}, "dataset.test=0"),
     (DigitsSettings, {"train": 1.5}, "dataset.train=1.5"),
     (DigitsSettings, {"train": True}, "dataset.train=True"),
@@ -55,6 +55,7 @@ def test_a_bad_value_is_refused_with_key_and_value(kind: Any, values: dict[str, 
 def test_the_largest_splits_are_accepted() -> None:
     assert DigitsSettings(train=1396, val=400, test=1).test == 1
     assert MNISTSettings(train=55_000, val=5000, test=10_000).val == 5000
+    assert MNISTSettings(train=60_000, val=0).train == 60_000
 
 
 def test_settings_are_frozen() -> None:
@@ -80,7 +81,12 @@ def test_settings_import_neither_torch_nor_numpy() -> None:
 @pytest.mark.parametrize("order", ["shuffled", "head_tail", "tail_head"])
 @pytest.mark.parametrize("settings", [DigitsSettings, MNISTSettings])
 def test_splits_are_disjoint_and_have_their_sizes(settings: Any, order: str) -> None:
-    choices: list[dict[str, Any]] = [{}, {"train": 1, "val": 1, "test": 7}, {"train": 900, "val": 800, "test": None}]
+    choices: list[dict[str, Any]] = [
+        {},
+        {"train": 1, "val": 1, "test": 7},
+        {"train": 90, "val": 0, "test": 9},
+        {"train": 900, "val": 800, "test": None},
+    ]
     for values in choices:
         chosen = settings(order=order, **values)
         rows = {name: set(index.tolist()) for name, index in draw_rows(chosen).items()}

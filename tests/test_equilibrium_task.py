@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,9 +33,11 @@ from hyperopt.tasks.equilibrium import EquilibriumTask
 ROWS: dict[str, Any] = {"train": 60, "val": 40, "test": 30}
 KEYS = {
     "inner/iterations",
+    "inner/iterations_mean",
     "inner/residual",
     "inner/contraction",
     "adjoint/iterations",
+    "adjoint/iterations_mean",
     "adjoint/residual",
     "cost/evaluations",
     "cost/vjps",
@@ -91,6 +94,7 @@ def test_fixed_counts_are_taken_and_counted() -> None:
     made = task(cell=HouseholderCell(), solver=solver, adjoint=Implicit(linear_solver=linear))
     record = made.step(sgd(made), no_guard)
     assert (record.metrics["inner/iterations"], record.metrics["adjoint/iterations"]) == (10, 20)
+    assert (record.metrics["inner/iterations_mean"], record.metrics["adjoint/iterations_mean"]) == (10, 20)
     assert record.statuses == {"inner": Status.fixed_steps, "adjoint": Status.fixed_steps}
 
 
@@ -104,6 +108,14 @@ def test_a_line_search_is_logged_by_its_first_evaluation_and_costs_them_all() ->
     assert record.metrics["inner/iterations"] == one.metrics["inner/iterations"]
     assert record.metrics["cost/evaluations"] >= 2 * one.metrics["cost/evaluations"]
     assert made.step(optimizer, no_guard).loss < record.loss
+
+
+def test_certificates_are_counted_in_outer_steps_also_under_a_line_search() -> None:
+    made = task(certificate_every=2)
+    parameters = [tensor for group in made.groups().values() for tensor in group]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=2, line_search_fn="strong_wolfe")
+    records = [made.step(optimizer, no_guard) for _ in range(4)]
+    assert ["hypergrad/error_estimate" in record.metrics for record in records] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("solver", [Picard(rtol=1e-10), Anderson(rtol=1e-10)])
@@ -151,12 +163,11 @@ def test_which_rows_are_which() -> None:
 def test_an_evaluation_is_right_and_changes_nothing() -> None:
     made = task(warm_start=True)
     made.step(sgd(made), no_guard)
-    before = made.state_dict()
-    copies = {name: tensor.clone() for name, tensor in before["model"].items()}
+    before = copy.deepcopy(made.state_dict())
     metrics = made.evaluate()
     assert set(metrics) == {f"{split}/{kind}" for split in ("outer", "val", "test") for kind in ("loss", "accuracy")}
-    assert all(torch.equal(tensor, made.state_dict()["model"][name]) for name, tensor in copies.items())
-    assert made.state_dict()["start"][0] is before["start"][0]
+    for part in ("model", "warm"):
+        assert all(torch.equal(tensor, made.state_dict()[part][name]) for name, tensor in before[part].items())
     held_out = made.rows["test"]
     logits = made.model(held_out.x)
     right = sum(int(row.argmax()) == int(label) for row, label in zip(logits, held_out.y, strict=True))

@@ -53,7 +53,7 @@ def test_cifar10_which_no_experiment_has(tmp_path: Path, real_root: Any) -> None
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
-    overrides = [f"experiment={name}", "dataset.train=200", "dataset.val=100", "dataset.test=100"]
+    overrides = [f"experiment={name}", "dataset.train=300", "dataset.val=100", "dataset.test=100"]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
     if dataset and dataset[1] in FOLDERS:
         overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]

@@ -94,7 +94,7 @@ def projected(value: torch.Tensor, max_norm: float = 0.99) -> ProjectedMatrix:
     return matrix
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [0.3, 0.4, 1.0, 10.0])  # norms of 1.8 and 2.4: both decompositions are met
 @pytest.mark.parametrize("max_norm", [0.2, 0.99])
 def test_the_projection_clips_the_singular_values(scale: float, max_norm: float) -> None:
     value = scale * random(12, 12)
@@ -135,12 +135,25 @@ def test_after_the_projection_the_norm_is_inside(n: int, scale: float, max_norm:
         assert torch.equal(once, value)  # not a bit is changed inside
 
 
-def test_no_svd_inside_the_ball(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_decomposition_inside_the_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
-        raise AssertionError("an SVD was done")
+        raise AssertionError("a decomposition was done")
 
     monkeypatch.setattr(torch.linalg, "svd", refuse)
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
     projected(0.9 * MATRICES["orthogonal"](20)).project_()  # Frobenius norm 4: only the third bound shows it
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
+def test_what_the_last_projection_found_changes_no_bit_of_the_next(scale: float) -> None:
+    value = (scale * random(40, 40)).float()  # norms of 0.6, 4 and 12
+    fresh, used = projected(value), projected(5 * value)
+    used.project_()  # from outside
+    with torch.no_grad():
+        used.A.copy_(value)
+    fresh.project_()
+    used.project_()
+    assert torch.equal(fresh.A, used.A)
 
 
 def test_the_projection_leaves_nan_for_the_checks_that_name_it() -> None:

@@ -28,7 +28,7 @@ class Problem:
         solver: how to solve.
         policy: what to do when that fails.
         fallback: solvers tried in turn under ``policy="fallback"``.
-        adjoint_start: where a linear solver starts, (rows, dim); None: at its right-hand side.
+        adjoint_start: where a linear solver starts, up to a factor for each row, (rows, dim); None: at its right-hand side.
         trace: measure the residual at every iteration.
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
     """

@@ -84,6 +84,10 @@ class ImplicitAdjoint(Adjoint):
             trace: measure the residual at every iteration.
         """
 
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """Return where to start, given the solution ``near`` of a system near by, and the products with M spent on that."""
+        return near, 0
+
 
 @dataclass(frozen=True)
 class Implicit(ImplicitSettings, ImplicitAdjoint):
@@ -118,6 +122,11 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         if first.fixed:
             return GMRES(max_steps=steps, restart=40), NormalCG(max_steps=steps)
         return GMRES(first.rtol, first.atol, steps, restart=40), NormalCG(first.rtol, first.atol, steps)
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """As the linear solver has it."""
+        with torch.no_grad():
+            return self.linear_solver.warm(matvec, b, near)
 
     def solve(
         self,
@@ -180,13 +189,14 @@ class FixedPoint(System):
 
     def linear(self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The adjoint's linear solve."""
-        warm = self.problem.adjoint_start
-        if start is None and warm is not None and warm.shape == b.shape:  # under vmap there are more rows
-            start = warm
+        near, spent = self.problem.adjoint_start, 0
+        if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
+            start, spent = self.adjoint.warm(matvec, b, near)
         setups = getattr(matvec, "setups", 0)
         value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
         stats = self.box.stats
         if stats is not None:
+            stats.vjps += spent
             if what == "tangent":  # there the operator is J itself
                 stats.vjps, stats.jvps = stats.jvps, stats.vjps
             stats.vjps += getattr(matvec, "setups", 0) - setups

@@ -38,7 +38,7 @@ class DatasetSettings:
 
     Attributes:
         train: rows of the training split, at least 1.
-        val: rows of the validation split, at least 1; never shares a row with ``train``.
+        val: rows of the validation split, 0 for none; never shares a row with ``train``.
         test: rows of the test split, at least 1; None takes all (for a dataset without test rows of its own: all that are left).
         order: ``shuffled`` draws the rows by ``seed``; ``head_tail`` takes the first ``train`` rows for training and the last
             ``val`` for validation, ``tail_head`` the other way round. Both then test on the first test rows (for a dataset
@@ -68,7 +68,7 @@ class DatasetSettings:
         _check_choice("normalize", self.normalize, NORMALIZATIONS)
         _check_whole("seed", self.seed, 0, 2**32 - 1, "")
         _check_whole("train", self.train, 1, pool, f", the rows that {name} has to train on")
-        _check_whole("val", self.val, 1, pool, f", the rows that {name} has to train on")
+        _check_whole("val", self.val, 0, pool, f", the rows that {name} has to train on")
         left = pool - self.train - self.val
         if left < (1 if self.test_images is None else 0):
             raise ValueError(

@@ -30,6 +30,10 @@ class Rows:
         """Return the number of rows."""
         return self.y.shape[0]
 
+    def take(self, places: torch.Tensor | slice | None) -> Rows:
+        """Return the rows at ``places``, or, for None, all of them, uncopied."""
+        return self if places is None else Rows(self.x[places], self.y[places], self.index[places])
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -37,7 +41,7 @@ class Splits:
 
     Attributes:
         train: the training rows.
-        val: the validation rows; never one of ``train``.
+        val: the validation rows; never one of ``train``; there may be none.
         test: the test rows; never one of ``train`` or ``val``.
         num_classes: labels are ``0 .. num_classes - 1``.
         shape: one example before flattening, channels first, as ``(1, 28, 28)``.

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
 from hyperopt.linsolve.settings import LinearAndersonSettings
+from hyperopt.linsolve.start import fitted_start
 from hyperopt.solvers.anderson import Anderson
 
 
 @dataclass(frozen=True)
 class LinearAnderson(LinearAndersonSettings, LinearSolver):
     """Anderson acceleration of the adjoint iteration; settings in ``LinearAndersonSettings``."""
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """One step from the best multiple of ``near``."""
+        return fitted_start(matvec, b, near), 1
 
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Accelerate ``v <- M v + b``."""

@@ -50,6 +50,10 @@ class LinearSolver(IterativeSettings, ABC):
         """The method's name in statistics and messages."""
         return type(self).__name__
 
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
+        return near, 0
+
     @abstractmethod
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
 from hyperopt.linsolve.settings import NeumannSettings
+from hyperopt.linsolve.start import fitted_start
 from hyperopt.solvers.picard import Picard
 
 
 @dataclass(frozen=True)
 class Neumann(NeumannSettings, LinearSolver):
     """The truncated Neumann series; settings in ``NeumannSettings``."""
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """One step from the best multiple of ``near``."""
+        return fitted_start(matvec, b, near), 1
 
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Sum the series."""

@@ -213,7 +213,8 @@ class EquilibriumModel(nn.Module):
         Args:
             x: shape: (rows, features)
             w0: where the solve starts (None: zero). shape: (rows, state_size)
-            v0: where the adjoint solve starts (None: at the gradient of the loss). shape: (rows, state_size)
+            v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient of the loss).
+                shape: (rows, state_size)
             trace: keep the residual after every iteration.
         """
         terms = self.cell.terms(x)

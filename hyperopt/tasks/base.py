@@ -49,10 +49,10 @@ class StepRecord:
 
     Attributes:
         loss: the outer loss before the update (the first evaluation of the closure), logged as ``outer/step_loss``.
-        metrics: named numbers of this step: ``inner/iterations``, ``inner/residual``, ``inner/contraction``,
-            ``adjoint/iterations``, ``adjoint/residual``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and
-            ``cost/evaluations``, ``cost/vjps`` and ``cost/jvps`` of this step alone, all calls of the closure counted (totals are
-            logged).
+        metrics: named numbers of this step: ``inner/iterations`` (of the slowest row), ``inner/iterations_mean`` (over the
+            rows), ``inner/residual``, ``inner/contraction``, ``adjoint/iterations``, ``adjoint/iterations_mean``,
+            ``adjoint/residual``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and ``cost/evaluations``, ``cost/vjps``
+            and ``cost/jvps`` of this step alone, all calls of the closure counted (totals are logged).
         statuses: how the solves ended, keys ``inner`` and ``adjoint``.
     """
 

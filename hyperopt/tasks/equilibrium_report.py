@@ -28,6 +28,7 @@ def solve_metrics(model: EquilibriumModel) -> tuple[dict[str, float], dict[str, 
     metrics = {"cost/evaluations": 0.0, "cost/vjps": 0.0, "cost/jvps": 0.0}
     for name, stats in parts.items():
         metrics[f"{name}/iterations"] = _largest(stats.iterations)
+        metrics[f"{name}/iterations_mean"] = float(stats.iterations.double().mean()) if stats.iterations.numel() else 0.0
         metrics[f"{name}/residual"] = stats.worst_residual()
         metrics["cost/evaluations"] += stats.evaluations
         metrics["cost/vjps"] += stats.vjps

@@ -9,6 +9,8 @@ from typing import Any
 from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number
 
 SPLITS = ("train", "val")
+LAST_BATCH = ("keep", "drop")
+WARM_DTYPES = (None, "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,14 @@ class EquilibriumSettings:
         classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
             ``torch.nn.Linear``'s own initial values for both).
         fitted: the split of the dataset behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
-        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the solutions before the last update.
+        batch_size: fitted rows of one outer step, drawn in epochs without replacement (None: all of them, always).
+        last_batch: what becomes of the rows that are left when ``batch_size`` does not divide the fitted rows: ``keep`` makes a
+            shorter batch of them, ``drop`` leaves them out of this epoch.
+        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
+            seen last. Keeps two states of memory for every fitted row.
+        warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
+        eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with
+            ``dataset.order=shuffled`` these are drawn at random, once.
         certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         solver: how the states are found (None: Picard).
@@ -35,7 +44,11 @@ class EquilibriumSettings:
     cell: Any = None
     classifier_scale: float | None = None
     fitted: str = "train"
+    batch_size: int | None = None
+    last_batch: str = "keep"
     warm_start: bool = False
+    warm_dtype: str | None = None
+    eval_rows: int | None = None
     certificate_every: int = 10
     l2: dict[str, float] = field(default_factory=dict)
     solver: Any = None
@@ -50,7 +63,12 @@ class EquilibriumSettings:
         if self.classifier_scale is not None:
             check_number(self, "classifier_scale", 0.0)
         check_choice(self, "fitted", SPLITS)
+        for name in ("batch_size", "eval_rows"):
+            if getattr(self, name) is not None:
+                check_count(self, name)
+        check_choice(self, "last_batch", LAST_BATCH)
         check_flag(self, "warm_start")
+        check_choice(self, "warm_dtype", WARM_DTYPES)
         check_count(self, "certificate_every")
         check_choice(self, "policy", POLICIES)
         if not isinstance(self.l2, Mapping):

@@ -1,0 +1,92 @@
+"""Minibatches: which rows an update sees, in an order that the seed alone decides.
+
+Epoch ``e`` is a permutation of the rows drawn from ``(seed, e)``, cut into pieces of ``size``, so that where an update stands is
+two numbers: a run that goes on in the middle of an epoch draws that epoch again and takes the next piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one update.
+
+    Attributes:
+        index: places of the rows, ascending (a mean does not depend on their order); None: all of them. shape: (rows,), int64
+        rows: how many.
+        epoch: epochs before this one.
+        number: batches of this epoch before this one.
+    """
+
+    index: Tensor | None
+    rows: int
+    epoch: int
+    number: int
+
+
+class Batches:
+    """Batches without end, epoch after epoch; each row is at most once in an epoch.
+
+    The permutations are those of numpy's ``RandomState``, whose stream is frozen for good (NEP 19): a seed gives the same order
+    on every machine, device and version.
+
+    Args:
+        rows: number of rows.
+        size: rows of a batch; None: all, in their own order.
+        seed: seed of the order, 0 to 2**32 - 1.
+        last: what becomes of the rows that are left when ``size`` does not divide ``rows``: ``keep`` makes a shorter batch of
+            them, whose mean then weighs each of them more; ``drop`` leaves them out of this epoch (the next one is another
+            permutation).
+        device: where the indices go.
+
+    Attributes:
+        per_epoch: batches in an epoch.
+
+    Raises:
+        ValueError: ``size`` is larger than the number of rows.
+    """
+
+    def __init__(
+        self, rows: int, size: int | None, seed: int = 0, last: str = "keep", device: torch.device | str = "cpu"
+    ) -> None:
+        """Stand before the first batch."""
+        if size is not None and not 1 <= size <= rows:
+            raise ValueError(
+                f"task.batch_size={size} is more than the {rows} fitted rows; lower task.batch_size, or set it to null for all "
+                f"of them"
+            )
+        self.rows, self.size, self.seed, self.last, self.device = rows, size, seed, last, device
+        whole, left = divmod(rows, rows if size is None else size) if rows else (1, 0)
+        self.per_epoch = whole + (1 if left and last == "keep" else 0)
+        self._epoch, self._number = 0, 0
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch drawn last, and its permutation
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the permutation of an epoch. shape: (rows,)."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.RandomState((self.seed, epoch)).permutation(self.rows)
+        return self._order[1]
+
+    def take(self) -> Batch:
+        """Return the next batch."""
+        epoch, number = self._epoch, self._number
+        self._epoch, self._number = (epoch + 1, 0) if number + 1 == self.per_epoch else (epoch, number + 1)
+        if self.size is None:
+            return Batch(None, self.rows, epoch, number)
+        rows = np.sort(self.order(epoch)[number * self.size : (number + 1) * self.size])
+        return Batch(torch.from_numpy(rows).to(self.device, torch.int64), len(rows), epoch, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch stands."""
+        return {"epoch": self._epoch, "number": self._number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self._epoch, self._number = state["epoch"], state["number"]
