@@ -65,7 +65,7 @@ def test_an_installed_command_finds_its_configs(how: str, tmp_path: Path) -> Non
     where = output(python, "-c", "from hyperopt.schema import config_path; print(config_path())").strip()
     assert where == ("pkg://hyperopt.configs" if how == "wheel" else str(source / "configs"))
     command = tmp_path / "venv" / "bin" / "hyperopt"
-    assert "anderson, picard" in output(command, "--help")
+    assert "anderson, broyden" in output(command, "--help")
     assert "name: equilibrium_mnist" in output(command, "--cfg", "job", "experiment=equilibrium_mnist")
     output(command, "debug=default", "device=cpu")
     assert list(tmp_path.glob("outputs/train/*/summary.json"))
