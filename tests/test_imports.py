@@ -16,7 +16,9 @@ LAYERS = [
     ("policy", "closure"),
     ("solvers",),
     ("linsolve",),
+    ("solvers.newton_krylov", "solvers.forward"),  # a linear system in every step, and the fallback to it
     ("adjoints",),
+    ("diagnosis",),
     ("primitive", "certificate"),
     ("nn", "data"),
     ("tasks",),
