@@ -188,7 +188,7 @@ def test_allow_targets_counts_on_the_command_line_only(launch: Launcher) -> None
 def test_help_lists_groups_examples_and_where_results_go(launch: Launcher) -> None:
     done = launch("--help")
     assert done.status == 0
-    for words in ("anderson, broyden", "equilibrium_mnist", "hyperopt -m ", "Results:", "tensorboard --logdir", "lbfgs"):
+    for words in ("newton_krylov, picard", "equilibrium_mnist", "hyperopt -m ", "Results:", "tensorboard --logdir", "lbfgs"):
         assert words in done.out
     assert sum(line.startswith("  hyperopt") for line in done.out.splitlines()) == 5
     assert "schema" not in done.out and "${" not in done.out

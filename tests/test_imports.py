@@ -29,9 +29,10 @@ LAYERS = [
     ("policy", "closure", "memory", "purity"),
     ("solvers",),
     ("linsolve",),
-    ("solvers.newton_krylov", "solvers.forward"),
+    ("solvers.newton_krylov", "solvers.forward"),  # a linear system in every step, and the fallback to it
     ("adjoints",),
-    ("primitive", "certificate", "check", "diagnosis"),
+    ("diagnosis",),
+    ("primitive", "certificate", "check"),
     ("nn", "data"),
     ("tasks",),
     ("schema",),

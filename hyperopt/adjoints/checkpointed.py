@@ -4,8 +4,8 @@
     backward:  from the last segment to the first, its steps are taken once more with a graph, and backpropagated
 
 The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward, T in backward. In segments of sqrt(T)
-steps the memory is that of 2 sqrt(T) of them. A line search that ends at a boundary is not remembered there, and its last
-point is evaluated again. Not under ``torch.func``, which forbids what the recomputation rests on: use ``Unrolled`` there.
+steps the memory is that of 2 sqrt(T) of them. The last point of a line search that ends at a boundary is evaluated
+again. Not under ``torch.func``, which forbids what the recomputation rests on: use ``Unrolled`` there.
 
 References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
 """

@@ -3,8 +3,8 @@
     v_1 = damping g,     v_{t+1} = (1 - damping) v_t + damping (J^T v_t + g),     t = 1 .. steps - 1
 
 This is the Neumann form, whose memory does not grow with ``steps``; at a fixed point it equals unrolling that many damped steps
-of the map. The damping makes the series converge where the plain one does not (a real spectrum below -1). Costs ``steps``
-vjps, the closing one included.
+of the map. The damping makes the series converge where the plain one does not (a real spectrum below -1). Costs ``steps`` vjps,
+the closing one included.
 
 Reference: Geng et al., NeurIPS 2021, arXiv 2111.05177, section 3 (unrolling-based and Neumann-series-based phantom gradients).
 """
