@@ -1,0 +1,92 @@
+"""This library, put to the traps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from protocol import Answer, NotOfferedError, Wish, main
+from torch_library import TorchLibrary
+
+import hyperopt
+
+
+class Ours(TorchLibrary):
+    """``hyperopt.fixed_point``."""
+
+    name = "ours"
+
+    def solve(self, phi: Callable[..., Any], w0: Any, params: tuple[Any, ...], wish: Wish) -> Answer:
+        """Picard unless another method is asked for; the adjoint is implicit with a Neumann series."""
+        if wish.defaults:
+            sol = hyperopt.fixed_point(phi, w0, params)
+            return Answer(sol.value, lambda: said(sol))
+        limits = {"rtol": wish.tol, "max_steps": wish.max_steps}
+        solver = {
+            "best": lambda: hyperopt.Picard(**limits),
+            "picard": lambda: hyperopt.Picard(**limits, damping=wish.damping),
+            "anderson": lambda: hyperopt.Anderson(**limits),
+            "newton": lambda: getattr(hyperopt, "Newton", hyperopt.Anderson)(**limits),
+        }[wish.method]()
+        adjoint = hyperopt.Implicit()
+        if wish.adjoint_tol is not None:
+            adjoint = hyperopt.Implicit(hyperopt.Neumann(rtol=wish.adjoint_tol, max_steps=wish.adjoint_steps))
+        sol = hyperopt.fixed_point(
+            phi, w0, params, rows="batch" if wish.batch else "auto", row_args=wish.row_params, solver=solver, adjoint=adjoint
+        )
+        return Answer(sol.value, lambda: said(sol))
+
+    def linear_solvers(self) -> dict[str, Callable[[list[list[float]], list[float]], Answer]]:
+        """Of ``(I - M) v = b`` with ``M = I - A``."""
+        names = ("Neumann", "LinearAnderson", "GMRES", "BiCGStab", "CG", "NormalCG", "Dense")
+
+        def solver(name: str) -> Callable[[list[list[float]], list[float]], Answer]:
+            def solve(a: list[list[float]], b: list[float]) -> Answer:
+                matrix = torch.tensor(a, dtype=torch.float64)
+                m = torch.eye(len(a), dtype=torch.float64) - matrix
+                method = getattr(hyperopt, name)(rtol=1e-12, max_steps=500)
+                found = method.solve(Operator(m), torch.tensor([b], dtype=torch.float64))
+                return Answer(found.value, lambda: found.stats.status.message if found.stats.status.failed else "")
+
+            return solve
+
+        return {name: solver(name) for name in names}
+
+    def contraction(self, phi: Callable[..., Any], w0: Any) -> float:
+        """From the Arnoldi diagnosis."""
+        return float(hyperopt.diagnose(phi, w0, rows="batch").radius)
+
+    def entry(self, **options: Any) -> None:
+        """Settings of the solver."""
+        hyperopt.fixed_point(lambda w: 0.5 * w + 1.0, torch.zeros(3), solver=hyperopt.Picard(**options))
+
+    def distributed(self) -> float:
+        """Not there yet."""
+        raise NotOfferedError("not yet: the distributed part of this library is still to come, and this case with it")
+
+
+class Operator:
+    """``v -> M v`` on rows, with its transpose."""
+
+    def __init__(self, m: torch.Tensor) -> None:
+        """Keep the matrix."""
+        self.m = m
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        """``M v``."""
+        return v @ self.m.T
+
+    def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
+        """``M^T v``."""
+        return v @ self.m
+
+
+def said(sol: Any) -> str:
+    """What the statuses say, forward and backward."""
+    parts = [("inner", sol.forward), ("adjoint", sol.adjoint)]
+    return "; ".join(f"status {stats.status.name} ({what})" for what, stats in parts if stats is not None and stats.status.failed)
+
+
+if __name__ == "__main__":
+    main(Ours())
