@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import problems as p
 import torch
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem
+
+import problems as p
 from protocol import Answer, Measured, NotOfferedError, Wish, main
 from torch_library import TorchLibrary
 
@@ -95,15 +96,19 @@ class Betty(TorchLibrary):
         start = [0.0, 0.0, 0.0]  # the optimum for lam = 0
         gradient, state = hypergradient(a, b, start, Config())
         want = [-x for x in p.solve_rows([b], a)[0]]
-        numbers = {"relative error of the state": p.error(state, start), "relative error of the gradient": p.error(gradient, want)}
-        return Measured(numbers, "quadratic inner problem at its optimum, every setting at its default; the state's error is absolute")
+        numbers = {
+            "relative error of the state": p.error(state, start),
+            "relative error of the gradient": p.error(gradient, want),
+        }
+        did = "quadratic inner problem at its optimum, every setting at its default; the state's error is absolute"
+        return Measured(numbers, did)
 
     def remark(self, number: int) -> str:
         """On the default."""
         if number == 10:
             return (
-                "the default is documented (type='darts': one step, by finite differences); the state's error is its shift of the "
-                "weights, which is not undone"
+                "the default is documented (type='darts': one step, by finite differences); the state's error is its shift of "
+                "the weights, which is not undone"
             )
         return ""
 

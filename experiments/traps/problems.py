@@ -98,10 +98,11 @@ def flat(tree) -> list[float]:
 
 
 def error(got, want) -> float:
-    """``||got - want|| / ||want||`` over all entries (absolute where ``want`` is 0); infinite where the counts differ."""
+    """``||got - want|| / ||want||`` over all entries, absolute where ``want`` is 0; infinite for a NaN or another count."""
     a, b = flat(got), flat(want)
     if len(a) != len(b):
         return math.inf
     size = math.sqrt(sum(x * x for x in b))
     distance = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
-    return distance / size if size > 0 else distance
+    found = distance / size if size > 0 else distance
+    return math.inf if math.isnan(found) else found

@@ -1,6 +1,6 @@
-"""What a trap is, how it is judged, and what a library must offer to be put to it. Needs the standard library only.
+"""How a trap is judged, and what a library must offer to be put to it. Needs the standard library only.
 
-A case (cases.py) measures numbers; the limits are here, one place for all libraries. A verdict is
+A case (cases.py) measures numbers; their limits are in traps.py. A verdict is
 
 - ``pass``: every number is within its limit, or the library said that something was wrong: it raised an error, warned, or gave
   back a status or a residual that shows it;
@@ -25,151 +25,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from traps import TRAPS, Trap
+
 SECONDS = 120  # a case without an answer by then is a hang
-
-
-@dataclass(frozen=True)
-class Trap:
-    """One trap.
-
-    Attributes:
-        number: in the design.
-        name: a few words.
-        criterion: what is asked.
-        limits: of every number that is measured.
-        firm: numbers that must be within their limits whatever the library says; the others are excused by its saying so.
-    """
-
-    number: int
-    name: str
-    criterion: str
-    limits: dict[str, float]
-    firm: tuple[str, ...] = ()
-
-
-TRAPS = [
-    Trap(
-        1,
-        "double backward",
-        "The Hessian-vector product through the implicit adjoint is within 1e-6 of the closed form, or an error is raised.",
-        {"relative error of the Hessian-vector product": 1e-6},
-    ),
-    Trap(
-        2,
-        "failed backward solve",
-        "The forward solve is exact, the adjoint solve may take 3 steps on a map of radius 0.99: the gradient is within 1e-3, or "
-        "the library says that the solve failed.",
-        {"relative error of the gradient": 1e-3},
-    ),
-    Trap(
-        3,
-        "linear solvers",
-        "Every public linear solver gives 3 for 2x = 6, 4 for x/2 = 2, 2 for 3x/2 = 3, 0 for a right-hand side of 0, and a "
-        "system of three, each within 1e-6, or says that it failed.",
-        {"largest error": 1e-6},
-        firm=("largest error",),
-    ),
-    Trap(
-        4,
-        "several backwards",
-        "Two solves before one backward, and a second backward through one solve, give gradients within 1e-6 without a hang; "
-        "what a solve made is freed when its result is dropped, with no backward made.",
-        {"relative error, two solves": 1e-6, "relative error, second backward": 1e-6, "evaluations still alive": 0},
-        firm=("relative error, two solves", "relative error, second backward", "evaluations still alive",),
-    ),
-    Trap(
-        5,
-        "one bad row",
-        "One row of a batch of four has a NaN in its data: states and gradients of the others are within 1e-6.",
-        {"relative error of the other states": 1e-6, "relative error of the other gradients": 1e-6},
-        firm=("relative error of the other states", "relative error of the other gradients",),
-    ),
-    Trap(
-        6,
-        "damped iteration",
-        "Damped by 0.01 at a tolerance of 1e-4, the state's true residual, absolute or relative, whichever is less, is at most "
-        "twice the tolerance.",
-        {"true residual / tolerance": 2.0},
-    ),
-    Trap(
-        7,
-        "Anderson's scale",
-        "The same map at scales 1e-3, 1 and 1e3, tolerance scaled with it, takes as many evaluations, to a quarter; with "
-        "max_steps=2 the state is nearer to the fixed point than the start.",
-        {"most / least evaluations": 1.25, "distance after 2 steps / at the start": 0.999},
-        firm=("most / least evaluations",),
-    ),
-    Trap(
-        8,
-        "absolute adjoint tolerance",
-        "With the library's own adjoint settings, the gradient of 1e-6 times the loss is 1e-6 times the gradient, to 1e-3.",
-        {"relative change of the gradient": 1e-3},
-        firm=("relative change of the gradient",),
-    ),
-    Trap(
-        9,
-        "whole-batch stopping",
-        "Eight rows, one at rate 0.99 and seven at 0.1: at most 1.5 times the row evaluations of the rows solved one by one.",
-        {"row evaluations / one by one": 1.5},
-        firm=("row evaluations / one by one",),
-    ),
-    Trap(
-        10,
-        "one-step gradients",
-        "With the library's default settings, state and gradient are those of the fixed point, to 1e-2.",
-        {"relative error of the state": 1e-2, "relative error of the gradient": 1e-2},
-    ),
-    Trap(
-        11,
-        "batch statistics",
-        "A map with a BatchNorm in training mode: one forward and backward updates the running statistics at most once, or the "
-        "map is refused.",
-        {"updates": 1},
-    ),
-    Trap(
-        12,
-        "maps that do not contract",
-        "3z + 1 by plain iteration: the residual of the state is at most 1e-3, or the library says that it is not; where the "
-        "library estimates the contraction, it gives 0.9 for a rotation scaled by 0.9, to 0.05.",
-        {"relative residual": 1e-3, "error of the contraction estimate": 0.05},
-        firm=("error of the contraction estimate",),
-    ),
-    Trap(
-        13,
-        "stale Jacobian",
-        "The library's fastest method (Newton, else quasi-Newton), stopped early at 1e-2: the gradient's relative error is at "
-        "most 100 times that of the state.",
-        {"error of the gradient / of the state": 100.0},
-        firm=("error of the gradient / of the state",),
-    ),
-    Trap(
-        14,
-        "autocast",
-        "float32 parameters under bfloat16 autocast: the gradient is float32 and within 5e-2, or an error is raised.",
-        {"relative error of the gradient": 5e-2, "bits lost by the gradient": 0},
-    ),
-    Trap(
-        15,
-        "odd shapes",
-        "Leaves of different leading dimensions, a dict, a 0-d state, a start that is not contiguous, a parameter that the map does "
-        "not use, an empty batch: value and gradient within 1e-6, or an error is raised; never silently wrong.",
-        {"silently wrong, of 6": 0},
-        firm=("silently wrong, of 6",),
-    ),
-    Trap(
-        16,
-        "misspelt options",
-        "A misspelt option is refused, and the caller's configuration is left as it was.",
-        {"misspelt options taken": 0, "configurations changed": 0},
-        firm=("misspelt options taken", "configurations changed",),
-    ),
-    Trap(
-        17,
-        "distributed",
-        "One and two ranks give the same hypergradient to 12 digits.",
-        {"relative difference of the gradient": 1e-12},
-    ),
-]
 
 
 class NotOfferedError(Exception):
@@ -354,7 +212,8 @@ def brief(text: str, limit: int = 200) -> str:
     if start is not None:  # errors of compiled programs carry their stack, and say what happened last
         told = [line for line in lines if SPOKEN.search(line)]
         lines = told[-1:] or lines[:start] or lines[-1:]
-    text = re.sub(r"0x[0-9a-f]+", "0x", re.sub(r"(/[\w.+-]+){2,}", "PATH", " ".join(lines)))
+    text = re.sub(r'File "[^"]*", line \d+, in \S+', "", " ".join(lines))
+    text = re.sub(r"0x[0-9a-f]+", "0x", re.sub(r"(/[\w.+-]+){2,}", "PATH", text))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -416,6 +275,7 @@ def main(library: Library) -> None:
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get between the results
-    print(json.dumps({"library": library.name, "versions": {name: version(name) for name in library.packages}}), file=out, flush=True)
+    versions = {name: version(name) for name in library.packages}
+    print(json.dumps({"library": library.name, "versions": versions}), file=out, flush=True)
     for outcome in run(library, tuple(int(x) for x in sys.argv[1:])):
         print(json.dumps(vars(outcome)), file=out, flush=True)

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from protocol import Library, NotOfferedError
 
-torch.set_num_threads(1)
+from protocol import Library, NotOfferedError
 
 
 class TorchLibrary(Library):

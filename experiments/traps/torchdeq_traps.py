@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torchdeq import get_deq
+
 from protocol import Answer, Wish, main, try_trap
 from torch_library import TorchLibrary
-from torchdeq import get_deq
 
 
 class TorchDEQ(TorchLibrary):
@@ -80,11 +81,11 @@ class TorchDEQ(TorchLibrary):
         if number == 2:
             return "the default says nothing: only a caller who passes backward_writer sees the residual"
         if number == 10:
-            loss_error = self._implicit_error()
-            return f"the default is documented (grad=1: a one-step gradient); with ift=True the gradient's error is {loss_error:.1e}"
+            found = f"with ift=True the gradient's error is {self._implicit_error():.1e}"
+            return f"the default is documented (grad=1: a one-step gradient); {found}"
         if number == 4 and self.backward == "ift":
             from cases import CASES
-            from protocol import TRAPS
+            from traps import TRAPS
 
             found = try_trap(TorchDEQ("hook_ift"), TRAPS[3], CASES[4])
             return f"with hook_ift=True, documented as less stable: {found.verdict}, {found.numbers or found.reason or found.did}"
@@ -93,7 +94,7 @@ class TorchDEQ(TorchLibrary):
     def _implicit_error(self) -> float:
         """Trap 10's gradient with ``ift=True``, the rest at the defaults."""
         import problems as p
-        from cases import cubic
+        from maps import cubic
 
         t = self.array(p.T).requires_grad_()
         out, _ = get_deq(ift=True)(lambda w: cubic(self)(w, t), self.array(p.ones(2, 3)))
