@@ -1,4 +1,4 @@
-"""The table of traps in experiments/traps cannot rot: this library is put to them again, and the page is made from the numbers."""
+"""The table of traps cannot rot: this library is put to them again, and the page is what the recorded numbers make."""
 
 import importlib
 import json

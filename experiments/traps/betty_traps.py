@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import problems as p
 import torch
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem
-
-import problems as p
 from protocol import Answer, Measured, NotOfferedError, Wish, main
 from torch_library import TorchLibrary
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from protocol import Library
 
 jax.config.update("jax_enable_x64", True)

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import jaxopt
-from jaxopt import linear_solve
-
 from jax_library import LOCKSTEP, JaxLibrary, in_batches, known
+from jaxopt import linear_solve
 from protocol import Answer, NotOfferedError, Wish, main
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import lineax
 import optimistix
-
 from jax_library import LOCKSTEP, JaxLibrary, in_batches
 from protocol import Answer, NotOfferedError, Wish, main
 

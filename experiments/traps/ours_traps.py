@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hyperopt
 import torch
-
 from protocol import Answer, NotOfferedError, Wish, main
 from torch_library import TorchLibrary
+
+import hyperopt
 
 
 class Ours(TorchLibrary):

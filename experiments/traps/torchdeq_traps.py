@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torchdeq import get_deq
-
 from protocol import Answer, Wish, main, try_trap
 from torch_library import TorchLibrary
+from torchdeq import get_deq
 
 
 class TorchDEQ(TorchLibrary):

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torchopt
-from torchopt import linear_solve
-
 from protocol import Answer, NotOfferedError, Wish, main
 from torch_library import TorchLibrary, tensors_only
+from torchopt import linear_solve
 
 
 class TorchOpt(TorchLibrary):

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from protocol import Answer, NotOfferedError, Wish, main
+from torch_library import TorchLibrary, tensors_only
 from xitorch import LinearOperator
 from xitorch.linalg import solve
 from xitorch.optimize import equilibrium
-
-from protocol import Answer, NotOfferedError, Wish, main
-from torch_library import TorchLibrary, tensors_only
 
 
 class Xitorch(TorchLibrary):
