@@ -27,7 +27,7 @@ class Ours(TorchLibrary):
             "best": lambda: hyperopt.Picard(**limits),
             "picard": lambda: hyperopt.Picard(**limits, damping=wish.damping),
             "anderson": lambda: hyperopt.Anderson(**limits),
-            "newton": lambda: getattr(hyperopt, "Newton", hyperopt.Anderson)(**limits),
+            "newton": lambda: hyperopt.Newton(**limits),
         }[wish.method]()
         adjoint = hyperopt.Implicit()
         if wish.adjoint_tol is not None:
