@@ -213,7 +213,7 @@ def brief(text: str, limit: int = 200) -> str:
         told = [line for line in lines if SPOKEN.search(line)]
         lines = told[-1:] or lines[:start] or lines[-1:]
     text = re.sub(r'File "[^"]*", line \d+, in \S+', "", " ".join(lines))
-    text = re.sub(r"0x[0-9a-f]+", "0x", re.sub(r"(/[\w.+-]+){2,}", "PATH", text))
+    text = " ".join(re.sub(r"0x[0-9a-f]+", "0x", re.sub(r"(/[\w.+-]+){2,}", "PATH", text)).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
