@@ -134,6 +134,7 @@ def draw(runs: Path) -> None:
     left.axhline(0.98, color="gray", linestyle="--", linewidth=1, label="0.98")
     left.set(xlabel="epoch", ylabel="test accuracy", ylim=(0.94, 0.985))
     for axes, prefix in zip(others, ("", "max_norm 0.9: "), strict=True):
+        epochs: list[list[Row]] = []
         for name, style in (("warm", "-"), ("cold", "--")):
             place, overrides = VARIANTS[prefix + name]
             rows = run(runs / place, ["seed=0", *overrides])
@@ -141,9 +142,9 @@ def draw(runs: Path) -> None:
             for color, kind in (("C0", "inner"), ("C1", "adjoint")):
                 values = [mean(epoch, f"{kind}/iterations_mean") for epoch in epochs]
                 axes.plot(range(1, len(values) + 1), values, style, color=color, marker=".", label=f"{kind}, {name}")
-        axes.set(
-            xlabel="epoch", ylabel="iterations, mean over the rows", ylim=(0, None), title=prefix.strip(": ") or "max_norm 0.5"
-        )
+        label = "iterations, mean over the rows\n(a warm adjoint: one product more)"
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None), title=prefix.removesuffix(": ") or "max_norm 0.5")
+        axes.set_xticks(range(1, len(epochs) + 1))
     for axes in (left, *others):
         axes.grid(alpha=0.3)
         axes.legend()
