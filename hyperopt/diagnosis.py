@@ -196,7 +196,7 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
 
 def _least_singular_value(counted: _Counted, start: Tensor) -> Tensor:
     """Smallest singular value of ``I - J`` by inverse iteration: ``x <- (I - J)^{-1} (I - J^T)^{-1} x``, shape (rows,)."""
-    solver = GMRES(rtol=1e-4, max_steps=400, restart=60)
+    solver = GMRES(rtol=1e-4, max_steps=400, window=60)
     x = start
     growth = torch.zeros_like(start[:, 0])
     solved = torch.ones_like(growth, dtype=torch.bool)

@@ -82,9 +82,8 @@ def test_a_cell_without_constants_gets_an_estimate():
 
 def test_a_map_that_does_not_contract_has_no_estimate():
     a = torch.tensor(1.5, requires_grad=True)
-    sol = fixed_point(
-        lambda w: a * w + 1, torch.zeros(()), solver=Picard(0, 0, 6), adjoint=Implicit(Neumann(0, 0, 6)), policy="ignore"
-    )
+    adjoint = Implicit(Neumann(0, 0, 6), policy="ignore")
+    sol = fixed_point(lambda w: a * w + 1, torch.zeros(()), solver=Picard(0, 0, 6), adjoint=adjoint, policy="ignore")
     sol.value.backward()
     found = certify(sol, float(torch.as_tensor(a.grad).abs()))
     assert math.isnan(found.error)

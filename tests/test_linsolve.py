@@ -228,8 +228,8 @@ FAILURES = {
     "cg, asymmetric": (CG(), lambda: 0.5 * torch.eye(3) + 0.2 * cyclic(3), FIRST, Status.breakdown),
     "cg, skew": (CG(), skew, ONES, Status.breakdown),
     "bicgstab, skew": (BiCGStab(), skew, ONES, Status.breakdown),
-    "gmres, too short a restart": (GMRES(restart=3), lambda: cyclic(6), FIRST, Status.stagnated),
-    "gmres, too few steps": (GMRES(max_steps=3, restart=2), lambda: diagonal(0.9, 0.5, 0.1, -0.5), ONES, Status.max_steps),
+    "gmres, too short a window": (GMRES(window=3), lambda: cyclic(6), FIRST, Status.stagnated),
+    "gmres, too few steps": (GMRES(max_steps=3, window=2), lambda: diagonal(0.9, 0.5, 0.1, -0.5), ONES, Status.max_steps),
     "bicgstab, too few steps": (BiCGStab(max_steps=2), lambda: diagonal(0.9, 0.5, 0.1, -0.5), ONES, Status.max_steps),
     "cg, too few steps": (CG(max_steps=3), lambda: diagonal(0.99, 0.5, 0.1, -0.5), ONES, Status.max_steps),
     "normal_cg, too few steps": (NormalCG(max_steps=3), lambda: diagonal(0.99, 0.5, 0.1, -0.5), ONES, Status.max_steps),
@@ -306,6 +306,6 @@ def test_a_fallback_takes_over_the_failed_rows_alone_and_makes_none_worse(caplog
 def test_a_fallback_reaches_normal_cg():
     n = 8
     op, b = Operator(cyclic(n)), torch.eye(n)[:1]
-    found = solve_chain((Neumann(1e-10), GMRES(1e-10, restart=3), NormalCG(1e-10)), op, b, None, "adjoint")
+    found = solve_chain((Neumann(1e-10), GMRES(1e-10, window=3), NormalCG(1e-10)), op, b, None, "adjoint")
     assert (found.stats.method, found.stats.fallbacks) == ("NormalCG", ("Neumann", "GMRES"))
     close(found.value, op.solution(b))

@@ -62,7 +62,7 @@ def regression(examples: int = 2000, features: int = 784, classes: int = 10) -> 
 def algebra(solver: LinearSolver, steps: int) -> int:
     """Pairs of an inner product and a vector update that the method makes in so many steps, by its textbook statement."""
     if isinstance(solver, hyperopt.GMRES):
-        return sum(k % solver.restart + 1 for k in range(steps)) + steps  # modified Gram-Schmidt, and the sum at the end
+        return sum(k % solver.window + 1 for k in range(steps)) + steps  # modified Gram-Schmidt, and the sum at the end
     if isinstance(solver, hyperopt.LinearAnderson):
         return sum(min(k, solver.window) + 1 for k in range(steps))
     return {"Neumann": 1, "BiCGStab": 6, "CG": 3, "NormalCG": 3}.get(solver.name, 0) * steps

@@ -120,8 +120,8 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         first = self.linear_solver
         steps = max(200, first.max_steps)
         if first.fixed:
-            return GMRES(max_steps=steps, restart=40), NormalCG(max_steps=steps)
-        return GMRES(first.rtol, first.atol, steps, restart=40), NormalCG(first.rtol, first.atol, steps)
+            return GMRES(max_steps=steps, window=40), NormalCG(max_steps=steps)
+        return GMRES(first.rtol, first.atol, steps, window=40), NormalCG(first.rtol, first.atol, steps)
 
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """As the linear solver has it."""

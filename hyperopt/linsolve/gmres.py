@@ -1,7 +1,7 @@
 """GMRES with restart: the least residual over the Krylov space, row by row.
 
     v_1 = r / |r|
-    for j = 1 .. restart:                            A V_j = V_{j+1} H_j        (Arnoldi, modified Gram-Schmidt)
+    for j = 1 .. window:                             A V_j = V_{j+1} H_j        (Arnoldi, modified Gram-Schmidt)
         w = A v_j;  h_ij = <v_i, w>, w <- w - h_ij v_i  for i = 1 .. j;  v_{j+1} = w / |w|
     x <- x + V y,    y = argmin || |r| e_1 - H y ||  (Givens rotations, in float64)
 
@@ -29,9 +29,9 @@ class GMRES(GMRESSettings, RestartedSolver):
     """Restarted GMRES; settings in ``GMRESSettings``."""
 
     def cycle(self, run: Run) -> Cycle:
-        """One Arnoldi process of at most ``restart`` vectors; a finished row goes on as zeros."""
+        """One Arnoldi process of at most ``window`` vectors; a finished row goes on as zeros."""
         rows, dim = run.b.shape
-        most = min(self.restart, run.left, dim)
+        most = min(self.window, run.left, dim)
         target, live = run.target.double(), run.active
         tiny = COLLAPSED * torch.finfo(run.b.dtype).eps
         basis = [unit(run.r, run.norm, live)]

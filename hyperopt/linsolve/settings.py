@@ -24,15 +24,15 @@ class LinearAndersonSettings(AndersonSettings):
 
 @dataclass(frozen=True)
 class GMRESSettings(IterativeSettings):
-    """Generalized minimal residuals, one vjp a step; ``restart`` vectors are kept, then the space is built anew."""
+    """Generalized minimal residuals, one vjp a step; ``window`` vectors are kept, then the space is built anew."""
 
     rtol: float = 1e-6
-    restart: int = 20
+    window: int = 20
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        check_count(self, "restart")
+        check_count(self, "window")
 
 
 @dataclass(frozen=True)
