@@ -28,7 +28,7 @@ from hyperopt.solvers.line_search import backtrack
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import NewtonKrylovSettings
 
-_inner: Callable[[], LinearSolver] = lambda: GMRES(restart=30, max_steps=60)  # noqa: E731
+_inner: Callable[[], LinearSolver] = lambda: GMRES(window=30, max_steps=60)  # noqa: E731
 
 
 @dataclass(frozen=True)
