@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.line_search import backtrack
+from hyperopt.solvers.line_search import backtrack, remember
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import BroydenSettings
 
@@ -42,14 +42,14 @@ class Estimate:
         right: ``b_i`` of each term.
         w: the iterate before, shape (rows, dim); None before the first step.
         residual: ``phi(w) - w`` there.
-        steps: how many were made.
+        history: residual norms for the line search, see ``hyperopt.solvers.line_search``; None before the first step.
     """
 
     left: tuple[Tensor, ...] = ()
     right: tuple[Tensor, ...] = ()
     w: Tensor | None = None
     residual: Tensor | None = None
-    steps: int = 0
+    history: Tensor | None = None
 
     def times(self, x: Tensor, *, transpose: bool = False) -> Tensor:
         """``H x`` or ``H^T x``, shape (rows, dim)."""
@@ -73,18 +73,17 @@ class Broyden(BroydenSettings, FixedPointSolver):
     def select(self, state: Estimate, index: Tensor) -> Estimate:
         """The estimates of some rows."""
         left, right = (tuple(x[index] for x in side) for side in (state.left, state.right))
-        w, residual = (x if x is None else x[index] for x in (state.w, state.residual))
-        return Estimate(left, right, w, residual, state.steps)
+        return Estimate(left, right, *(x if x is None else x[index] for x in (state.w, state.residual, state.history)))
 
     def step(self, state: Estimate, at: Point) -> tuple[Tensor, Estimate]:
         """Update the estimate by the last step, and take the next."""
         residual = at.fw - at.w
-        steps = state.steps + 1
+        history = remember(at.w.new_empty((at.w.shape[0], 0)) if state.history is None else state.history, at)
         if state.w is not None and state.residual is not None:
             state = self._update(state, at.w - state.w, state.residual - residual)
         direction = state.times(residual)
-        out = backtrack(at, direction, slack=1.0 / steps**2) if self.line_search else at.w + direction
-        return out, Estimate(state.left, state.right, at.w, residual, steps)
+        out = backtrack(at, direction, history) if self.line_search else at.w + direction
+        return out, Estimate(state.left, state.right, at.w, residual, history)
 
     def inverse(self, state: Estimate, v: Tensor, *, transpose: bool) -> Tensor:
         """``H v`` or ``H^T v``."""

@@ -12,14 +12,14 @@ Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.dense import check_size, factor, solve
-from hyperopt.solvers.line_search import backtrack
+from hyperopt.solvers.line_search import backtrack, remember
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import NewtonSettings
 
@@ -31,13 +31,21 @@ class Newton(NewtonSettings, FixedPointSolver):
     linearizes: ClassVar[bool] = True
     rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and the next ones come back
 
-    def init(self, w: Tensor) -> Any:
-        """Check that the Jacobians fit."""
+    def init(self, w: Tensor) -> Tensor:
+        """No residuals for the line search; check that the Jacobians fit."""
         check_size(self, w)
+        return w.new_empty((w.shape[0], 0))
 
-    def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
+    def select(self, state: Tensor, index: Tensor) -> Tensor:
+        """The residuals of some rows."""
+        return state[index]
+
+    def step(self, state: Tensor, at: Point) -> tuple[Tensor, Tensor]:
         """One Newton step."""
         lu, pivots, at.broken = factor(at)
         residual = torch.where(at.broken[:, None], torch.zeros_like(at.w), at.fw - at.w)
         direction = solve((lu, pivots), residual)
-        return (backtrack(at, direction) if self.line_search else at.w + direction), state
+        if not self.line_search:
+            return at.w + direction, state
+        state = remember(state, at)
+        return backtrack(at, direction, state), state

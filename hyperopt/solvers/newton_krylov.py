@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,26 @@ from hyperopt.linsolve.base import LinearSolver
 from hyperopt.linsolve.gmres import GMRES
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.iterate import FLOOR
-from hyperopt.solvers.line_search import backtrack
+from hyperopt.solvers.line_search import backtrack, remember
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import NewtonKrylovSettings
 
 _inner: Callable[[], LinearSolver] = lambda: GMRES(window=30, max_steps=60)  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How the last step went.
+
+    Attributes:
+        norm: residual norm before it, shape (rows,); infinite before the first.
+        eta: relative tolerance of its linear system, shape (rows,).
+        history: residual norms for the line search, see ``hyperopt.solvers.line_search``.
+    """
+
+    norm: Tensor
+    eta: Tensor
+    history: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,20 +61,21 @@ class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
         if not isinstance(self.linear_solver, LinearSolver):
             raise TypeError(f"NewtonKrylov: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
 
-    def init(self, w: Tensor) -> Any:
-        """The last residual norm and relative tolerance of each row, shape (2, rows): none."""
-        return torch.stack([w.new_full((w.shape[0],), torch.inf), w.new_full((w.shape[0],), self.forcing)])
+    def init(self, w: Tensor) -> Progress:
+        """No steps yet."""
+        unknown = w.new_full((w.shape[0],), torch.inf)
+        return Progress(unknown, torch.full_like(unknown, self.forcing), w.new_empty((w.shape[0], 0)))
 
-    def select(self, state: Tensor, index: Tensor) -> Any:
-        """Those of some rows."""
-        return state[:, index]
+    def select(self, state: Progress, index: Tensor) -> Progress:
+        """That of some rows."""
+        return Progress(state.norm[index], state.eta[index], state.history[index])
 
-    def step(self, state: Tensor, at: Point) -> tuple[Tensor, Any]:
+    def step(self, state: Progress, at: Point) -> tuple[Tensor, Progress]:
         """Solve for the step, and take it."""
         residual = at.fw - at.w
         norm = torch.linalg.vector_norm(residual, dim=1)
-        eta = (0.9 * (norm / state[0]) ** 2).clamp(max=self.forcing)
-        kept = 0.9 * state[1] ** 2  # a lucky step must not tighten the next one all at once
+        eta = (0.9 * (norm / state.norm) ** 2).clamp(max=self.forcing)
+        kept = 0.9 * state.eta**2  # a lucky step must not tighten the next one all at once
         eta = torch.where(kept > 0.1, torch.maximum(eta, kept), eta).clamp(min=FLOOR * torch.finfo(norm.dtype).eps)
         moving = torch.isfinite(norm) & (norm > 0)
         moving = moving if at.active is None else moving & at.active
@@ -73,5 +89,5 @@ class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
         broken = moving & ~((found.stats.residual < 1) & (FLOOR * torch.finfo(norm.dtype).eps * length < norm))
         direction = torch.where(broken[:, None], torch.zeros_like(direction), direction)
         at.broken = broken
-        out = backtrack(at, direction) if self.line_search else at.w + direction
-        return out, torch.stack([norm, eta])
+        state = Progress(norm, eta, remember(state.history, at))
+        return (backtrack(at, direction, state.history) if self.line_search else at.w + direction), state
