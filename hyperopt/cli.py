@@ -90,6 +90,13 @@ def main() -> None:
     sys.exit(1)
 
 
+def check() -> None:
+    """``hyperopt-check ...`` is ``hyperopt mode=check precision=float64 ...``."""
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    sys.argv[1:1] = ["mode=check", *([] if "precision" in given else ["precision=float64"])]
+    main()
+
+
 class Refusal(SystemExit):
     """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but lets an exit through."""
 

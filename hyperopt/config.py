@@ -31,7 +31,7 @@ class ConfigError(ValueError):
     """A config that composes and cannot work; the message names the key, the value seen and what to change."""
 
 
-MODES = ("train", "evaluate")
+MODES = ("train", "evaluate", "check")
 RESUME = ("never", "auto")
 PRECISIONS = ("float32", "float64")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

@@ -35,7 +35,7 @@ class RunDirectoryError(FileExistsError):
 
 def goes_on_here(cfg: DictConfig, out: Path) -> bool:
     """Whether the job may write to what ``out`` holds: it trains on, or does again an evaluation, which holds a summary only."""
-    if cfg.mode == "evaluate":
+    if cfg.mode != "train":
         return cfg.resume == "auto" and [name for name in RUN_FILES if (out / name).exists()] == ["summary.json"]
     return cfg.resume == "auto" or from_own_checkpoint(cfg, out)
 

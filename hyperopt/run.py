@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hyperopt import checkpoint
+from hyperopt.checking import check
 from hyperopt.config import Built, build
 from hyperopt.directory import CHECKPOINTS, check_directory, from_own_checkpoint, locked
 from hyperopt.experiment import experiment
@@ -55,7 +56,8 @@ def run(cfg: DictConfig, out: Path) -> float:
         out: the run directory: one without a run's files, or the one that is resumed.
 
     Returns:
-        The best value of ``trainer.monitor`` (its value now under ``mode=evaluate``), for sweepers.
+        The best value of ``trainer.monitor``, for sweepers; its value now under ``mode=evaluate``, the largest relative error
+        of the hypergradient under ``mode=check``.
 
     Raises:
         RunDirectoryError: ``out`` holds a run and nothing says to resume it, or another process is writing there; it is left
@@ -88,6 +90,8 @@ def run(cfg: DictConfig, out: Path) -> float:
             env = Environment(device, dtype, cfg.seed, cfg.compile, generator)
             if cfg.mode == "evaluate":
                 return evaluate(built, out, env, found)
+            if cfg.mode == "check":
+                return check_task(built, out, env, found)
             return train(built, cfg, out, env, state, found)
         except Exception as error:
             if not refused:
@@ -241,6 +245,20 @@ def evaluate(built: Built, out: Path, env: Environment, found: Found | None) -> 
     return value
 
 
+def check_task(built: Built, out: Path, env: Environment, found: Found | None) -> float:
+    """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``run``."""
+    started = time.perf_counter()
+    built.task.setup(env)
+    if found is not None:
+        built.task.load_state_dict(found[1]["task"])
+    write_facts(out, env, built.task.describe(), None)
+    value = check(built.task, out)
+    step = 0 if found is None else found[1]["state"]["step"]
+    state = LoopState(step=step, row={"hypergrad/error": value}, seconds=time.perf_counter() - started)
+    summarize(out, "checked", state, reason=None if found is None else str(found[0]))
+    return value
+
+
 def find_checkpoint(cfg: DictConfig, out: Path) -> Found | None:
     """Return the checkpoint that the job goes on from or evaluates, if any: that of the run in ``out`` comes first.
 
@@ -255,7 +273,7 @@ def find_checkpoint(cfg: DictConfig, out: Path) -> Found | None:
         last = path.name == checkpoint.LAST and path.is_file()
         found = checkpoint.load_last(path.parent) if last else (path, checkpoint.load(path))
     if found is not None:
-        checkpoint.check_same_experiment(found[0], found[1]["config"], experiment(cfg), evaluate=cfg.mode == "evaluate")
+        checkpoint.check_same_experiment(found[0], found[1]["config"], experiment(cfg), evaluate=cfg.mode != "train")
     return found
 
 

@@ -117,7 +117,7 @@ class TrainConfig:
     device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     precision: ``float32`` or ``float64``.
     compile: compile the map with ``torch.compile``.
-    mode: ``train``, or ``evaluate`` a checkpoint without training.
+    mode: ``train``, ``evaluate`` a checkpoint without training, or ``check`` the hypergradient.
     ckpt_path: the checkpoint to continue from or to evaluate.
     resume: ``auto`` continues the run in ``hydra.run.dir`` if there is one.
     threads: CPU threads of one operation (None: torch's choice).

@@ -79,7 +79,7 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
     A job whose length or monitor changed since (``trainer.*``) is not done: it goes on from its last checkpoint.
     """
     summary = read(out / "summary.json")
-    if summary.get("status") != {"train": "completed", "evaluate": "evaluated"}[cfg.mode]:
+    if summary.get("status") != {"train": "completed", "evaluate": "evaluated", "check": "checked"}[cfg.mode]:
         return None
     config = experiment(cfg)
     saved = experiment_of(out, config)
@@ -89,7 +89,7 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
 
     if saved is None or relevant(saved) != relevant(config):
         return None
-    metrics = summary.get("metrics") if cfg.mode == "evaluate" else (summary.get("best") or {}).get("metrics")
+    metrics = summary.get("metrics") if cfg.mode != "train" else (summary.get("best") or {}).get("metrics")
     value = (metrics or {}).get(cfg.trainer.monitor)
     return math.nan if value is None else float(value)
 

@@ -120,7 +120,7 @@ BAD = [
     (["device=tpu"], "device='tpu' is none of auto, cpu, cuda, cuda:N; change device"),
     (["device=cuda:"], "device='cuda:'"),
     (["precision=float16"], "precision='float16' is none of float32, float64; change precision"),
-    (["mode=dream"], "mode='dream' is none of train, evaluate; change mode"),
+    (["mode=dream"], "mode='dream' is none of train, evaluate, check; change mode"),
     (["resume=yes_please"], "resume='yes_please' is none of never, auto; change resume"),
     (["threads=0"], "threads=0 must be at least 1"),
     (["ckpt_path=nowhere.pt"], "ckpt_path='nowhere.pt' is not a file; change ckpt_path"),

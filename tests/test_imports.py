@@ -37,7 +37,7 @@ LAYERS = [
     ("tasks",),
     ("schema",),
     ("config", "optim", "events", "track", "repro", "loop_state", "checkpoint"),
-    ("report",),
+    ("report", "checking"),
     ("run",),
     ("sweep",),
     ("cli",),

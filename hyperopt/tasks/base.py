@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hyperopt.status import Status
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution, Status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +100,14 @@ class Task(ABC):
 
         Keys: ``outer/*`` on the fitted rows, ``val/*`` on those selected on, ``test/*`` on those held out.
         """
+
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Solve the inner problem in this way and return the outer loss and the solution, for ``mode=check``; no state changes.
+
+        Raises:
+            NotImplementedError: the task has no inner equilibrium to differentiate through, or does not offer it.
+        """
+        raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
 
     def figures(self) -> dict[str, Figure]:
         """Return named matplotlib figures of the present state."""

@@ -9,6 +9,7 @@ arXiv 2006.16218, section 5.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hyperopt.adjoints.base import Adjoint
 from hyperopt.certificate import certify
 from hyperopt.data.batches import Batches
 from hyperopt.data.digits import Digits
@@ -23,6 +25,8 @@ from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
 from hyperopt.tasks.equilibrium_report import gradient_norm, residual_figure, solve_metrics, spectrum_figure
 from hyperopt.tasks.settings import EquilibriumSettings
@@ -158,6 +162,14 @@ class EquilibriumTask(EquilibriumSettings, Task):
             metrics[f"{name}/loss"] = functional.cross_entropy(logits, rows.y).item()
             metrics[f"{name}/accuracy"] = (logits.argmax(1) == rows.y).double().mean().item()
         return metrics
+
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Return the loss of a step on the fitted rows that are evaluated; see ``Task.objective``."""
+        model, rows = copy.copy(self.model), self._evaluated()["outer"]  # the copy shares the parameters
+        model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
+        loss = functional.cross_entropy(model(rows.x), rows.y) + self._penalty()
+        assert model.solution is not None
+        return loss, model.solution
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced solve each way) and, for a cell with a matrix A, ``spectrum``."""
