@@ -118,7 +118,7 @@ def build(kind: str, radius: float, state: int, rows: int, seed: int) -> Equilib
         if abs(found - radius) < 1e-9:
             return Equilibrium(scale * raw, u, after, found)
         low, high, w = ((scale, found), high, after) if found < radius else (low, (scale, found), w)
-    print(f"{kind}, seed {seed}: left out, since the solution ends in a fold at radius {low[1]:.6f}, short of {radius}")
+    print(f"{kind}, seed {seed}: left out, since the radius jumps from {low[1]:.6f} past {radius}")
     return None
 
 
@@ -170,12 +170,12 @@ def figure(curves: dict[float, dict[str, list[tuple[int, int, float]]]], path: P
             for name, points in by_name.items():
                 ax.loglog([work(e, p) for e, p, _ in points], [r for _, _, r in points], marker=".", markersize=4, label=name)
             ax.axhline(TOLERANCE, color="gray", linewidth=0.8, linestyle="--")
-            ax.set(xlabel=label, ylim=(1e-14, 10))
+            ax.set(xlabel=label, ylim=(1e-9, 1e2))
             ax.grid(alpha=0.3)
         axes[0, column].set_title(f"radius {radius}")
     for row in range(2):
         axes[row, 0].set_ylabel("largest relative residual over the rows")
-    axes[0, -1].legend(fontsize=8, loc="upper right")
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     drawn.savefig(path, dpi=110)
 
 
