@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 # Of no interest to a comparison of runs: where things lie and how the job was started.
 NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "mode", "allow_targets")
 NOT_HPARAM_NAMES = ("root", "dir", "download")
-HPARAMS_FIRST = ("seed",)
 START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 """The position of a run that has written nothing yet."""
 
@@ -42,7 +41,7 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
 
     Keys that only other choices of a group have (``solver.window`` under ``solver=picard``) are there too, as NaN where a number
     belongs and ``-`` elsewhere: TensorBoard takes the columns from the first run that it sees, and NaN passes its number filters.
-    ``solver._target_`` becomes ``solver: Picard``. The choices come first, since TensorBoard shows the first few columns only.
+    ``solver._target_`` becomes ``solver: Picard``.
     """
     row: dict[str, float | str] = {}
     for option, settings in SCHEMA.items():
@@ -56,17 +55,13 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
             row[key] = math.nan if number else "-"
         else:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-    chosen: dict[str, float | str] = {}
-    others: dict[str, float | str] = {}
-    for key, value in sorted(row.items()):
+    named: dict[str, float | str] = {}
+    for key, value in row.items():
         if key.partition(".")[0] in NOT_HPARAMS or key.rpartition(".")[2] in NOT_HPARAM_NAMES:
             continue
-        if key.endswith("._target_"):
-            chosen[key.removesuffix("._target_")] = str(value).rpartition(".")[2]
-        else:
-            others[key] = value
-    first = [key for key in HPARAMS_FIRST if key in others]
-    return {**{key: others[key] for key in first}, **chosen, **{key: others[key] for key in others if key not in first}}
+        choice = key.endswith("._target_")
+        named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
+    return dict(sorted(named.items()))
 
 
 def write_config(out: Path, cfg: DictConfig) -> str:
