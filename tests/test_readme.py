@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """The ``hyperopt`` commands of the bash blocks that run a job, without the program's name."""
     lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    return [words[1:] for words in lines if words and words[0] == "hyperopt" and not words[1:2] == ["--cfg"]]
+    return [words[1:] for words in lines if words[:1] in (["hyperopt"], ["hyperopt-check"]) and words[1:2] != ["--cfg"]]
 
 
 @pytest.mark.parametrize("code", blocks("python"))
