@@ -230,13 +230,18 @@ def test_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
+
     def hook(k: int, task: Toy) -> None:
         if k == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        go(config(), tmp_path, Toy(hook))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(config(), tmp_path, Toy(hook))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
 
 
