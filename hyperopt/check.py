@@ -27,6 +27,7 @@ from hyperopt.policy import SolveError
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
+from hyperopt.text import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +88,7 @@ class HypergradientCheck:
         lines = [("against", "relative error", "cosine", "")]
         lines += [(row.name, _number(row.error, ".1e"), _number(row.cosine, ".9f"), row.note) for row in self.rows]
         verdict = "passed" if self.passed else "FAILED"
-        return f"{_table(lines)}\n{verdict}: tolerance {self.tolerance:.1e}, norm of the hypergradient {self.norm:.6g}"
+        return f"{aligned(lines)}\n{verdict}: tolerance {self.tolerance:.1e}, norm of the hypergradient {self.norm:.6g}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class AdjointComparison:
         for row in self.rows:
             cost = (str(row.vjps), str(row.jvps), _number(row.seconds, ".4f"), _number(row.peak_bytes / 1e6, ".1f"))
             lines.append((row.name, _number(row.error, ".1e"), _number(1 - row.cosine, ".1e"), *cost, row.note))
-        return _table(lines)
+        return aligned(lines)
 
     def figure(self) -> Figure:
         """Relative error against seconds, one point an adjoint."""
@@ -270,18 +271,23 @@ def _finite_differences(
     eps = torch.finfo(gradient.dtype).eps
     size = math.hypot(1.0, *(float(t.norm()) for t in tensors))
     h = eps ** (1 / 3) * size
+    before = [tensor.clone() for tensor in tensors]
     measured, predicted = [], []
-    for _ in range(directions):
-        flat = torch.randn(gradient.numel(), generator=generator, dtype=torch.float64).to(gradient)
-        flat /= flat.norm()
-        parts = [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-        values = []
-        for sign in (1.0, -2.0, 1.0):  # there, back through the middle to the other side, and home
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.add_(part, alpha=sign * h)
-            values.append(float(objective(solver, Implicit())[0]) if len(values) < 2 else 0.0)
-        measured.append((values[0] - values[1]) / (2 * h))
-        predicted.append(float(flat @ gradient))
+    try:
+        for _ in range(directions):
+            flat = torch.randn(gradient.numel(), generator=generator, dtype=torch.float64).to(gradient)
+            flat /= flat.norm()
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            values = []
+            for shift in (h, -h):
+                for tensor, middle, part in zip(tensors, before, parts, strict=True):
+                    tensor.copy_(middle + shift * part.view_as(middle))
+                values.append(float(objective(solver, Implicit())[0]))
+            measured.append((values[0] - values[1]) / (2 * h))
+            predicted.append(float(flat @ gradient))
+    finally:
+        for tensor, middle in zip(tensors, before, strict=True):
+            tensor.copy_(middle)
     return Comparison("finite differences", *_distance(torch.tensor(predicted).double(), torch.tensor(measured).double()))
 
 
@@ -296,8 +302,3 @@ def _distance(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
-
-
-def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -16,6 +16,7 @@ from hyperopt.files import write_json
 from hyperopt.loop_state import LoopState
 from hyperopt.repro import run_facts
 from hyperopt.tasks.base import Environment
+from hyperopt.text import aligned
 from hyperopt.train_settings import TrainerSettings
 
 TABLE = ("accuracy", "loss")
@@ -60,8 +61,7 @@ def table(row: Mapping[str, float], step: int, best: Mapping[str, float], best_s
             lines.append([name, *(f"{column[name]:.6g}" if name in column else "" for column in (row, best))])
     lines.append(["worst residual", *(_worst_residual(column) for column in (row, best))])
     lines.append(["seconds", f"{seconds:.1f}", ""])
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def _worst_residual(row: Mapping[str, float]) -> str:

@@ -21,6 +21,7 @@ LAYERS = [
         "train_settings",
         "resolvers",
         "messages",
+        "text",
     ),
     ("files", "experiment"),
     ("directory",),

@@ -104,11 +104,11 @@ class EquilibriumTask(EquilibriumSettings, Task):
             optimizer.zero_grad()
             loss = self._loss(fitted, start) + self._penalty()
             loss.backward()
-            norm = gradient_norm(self.gradients())  # before the guard clips
+            certificate = {} if records else self._certificate(fitted)  # before the guard clips
             guard(self.gradients())
             metrics, statuses = solve_metrics(self.model)
             if not records:
-                metrics |= {**self._certificate(fitted, norm), **start.metrics}
+                metrics |= {**certificate, **start.metrics}
             records.append(StepRecord(loss.item(), metrics, statuses))
             return records[-1].loss
 
@@ -125,7 +125,7 @@ class EquilibriumTask(EquilibriumSettings, Task):
         self._steps += 1
         return first
 
-    def _certificate(self, fitted: Rows, norm: float) -> dict[str, float]:
+    def _certificate(self, fitted: Rows) -> dict[str, float]:
         """Return the certificate of the hypergradient of the latest backward, every ``certificate_every`` steps.
 
         It makes no evaluation and no vjp: it costs some norms of (rows, state) matrices and a few products of A with itself.
@@ -133,6 +133,7 @@ class EquilibriumTask(EquilibriumSettings, Task):
         solution = self.model.solution
         if self._steps % self.certificate_every or solution is None or solution.adjoint is None:
             return {}
+        norm = gradient_norm(self.gradients())
         found = certify(solution, norm, mean_cross_entropy_constants(self.model, fitted.x))
         return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
 

@@ -1,0 +1,11 @@
+"""Plain text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table: cells in columns of equal width, two spaces apart, nothing trailing."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
