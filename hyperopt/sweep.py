@@ -90,7 +90,7 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
     if saved is None or relevant(saved) != relevant(config):
         return None
     metrics = summary.get("metrics") if cfg.mode != "train" else (summary.get("best") or {}).get("metrics")
-    value = (metrics or {}).get(cfg.trainer.monitor)
+    value = (metrics or {}).get("hypergrad/error" if cfg.mode == "check" else cfg.trainer.monitor)
     return math.nan if value is None else float(value)
 
 

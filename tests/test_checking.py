@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hyperopt import cli
 from hyperopt.run import run
 from hyperopt.schema import register
+from hyperopt.sweep import finished
 from hyperopt.tasks.base import HypergradientError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -39,6 +40,13 @@ def test_the_main_job_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "figures" / "adjoints.png").stat().st_size > 1000
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "checked"
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_sweep_that_goes_on_knows_the_metric_of_a_check_that_is_done(tmp_path: Path) -> None:
+    worst = check(tmp_path)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=[*SMALL, "device=cpu"])
+    assert finished(cfg, tmp_path) == worst
 
 
 def test_an_inexact_adjoint_fails(tmp_path: Path) -> None:
