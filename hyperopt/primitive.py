@@ -12,9 +12,11 @@ from torch import Tensor
 from hyperopt.adjoints.base import Adjoint, Problem
 from hyperopt.adjoints.compiled import fixed_trips, outside, traceable
 from hyperopt.adjoints.implicit import Implicit
+from hyperopt.policy import report_floor
 from hyperopt.purity import random_states, refuse_changing_modules, refuse_random
 from hyperopt.settings import POLICIES
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.iterate import rounding_floor
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tree import layout_of
@@ -103,6 +105,7 @@ def fixed_point(
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace)
+    report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     before = random_states(start.device)
     solution = adjoint.run(problem)

@@ -83,12 +83,16 @@ class FixedTrips(torch.autograd.Function):
         return after, before
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor, unused: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """K vjps at the last evaluation, as the eager path has it, and the closing one."""
         before, *tensors = ctx.saved_tensors
         problem, places = ctx.problem, ctx.places
-        pull = torch.func.vjp(lambda w, *given: problem.call(w.clone(), put(problem.args, places, given)), before, *tensors)[1]
-        v: Tensor = g
+
+        def phi(w: Tensor, *given: Tensor) -> Tensor:
+            return problem.call(w.clone(), put(problem.args, places, given))
+
+        pull = torch.func.vjp(phi, before, *tensors)[1]
+        v = g
         for _ in range(ctx.terms):
             v = g + pull(v)[0]
         return None, None, None, None, *pull(v)[1:]
