@@ -44,6 +44,12 @@ _PUBLIC = {
     "OneStep": "hyperopt.adjoints.onestep",
     "Phantom": "hyperopt.adjoints.phantom",
     "Checkpointed": "hyperopt.adjoints.checkpointed",
+    "BilevelProblem": "hyperopt.bilevel.problem",
+    "Bilevel": "hyperopt.bilevel.hypergradient",
+    "hypergradient": "hyperopt.bilevel.hypergradient",
+    "Estimate": "hyperopt.bilevel.estimate",
+    "Estimator": "hyperopt.bilevel.estimator",
+    "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -55,6 +61,12 @@ if TYPE_CHECKING:
     from hyperopt.adjoints.phantom import Phantom as Phantom
     from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
+    from hyperopt.bilevel.estimate import Estimate as Estimate
+    from hyperopt.bilevel.estimator import Estimator as Estimator
+    from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
+    from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
+    from hyperopt.bilevel.inner.gradient_descent import GradientDescent as GradientDescent
+    from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hyperopt"
 LAYERS = [
     (
         "settings",
+        "bilevel.settings",
         "data.errors",
         "data.settings",
         "linsolve.settings",
@@ -35,6 +36,11 @@ LAYERS = [
     ("diagnosis",),
     ("primitive", "certificate", "check"),
     ("nn", "data"),
+    ("bilevel.problem", "bilevel.estimate"),
+    ("bilevel.curvature", "bilevel.estimator"),
+    ("bilevel.step_map",),
+    ("bilevel.inner",),
+    ("bilevel",),
     ("tasks",),
     ("schema",),
     ("config", "optim", "events", "track", "repro", "loop_state", "checkpoint"),

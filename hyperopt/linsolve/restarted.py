@@ -86,7 +86,8 @@ class Run:
     def product(self, v: Tensor) -> Tensor:
         """``(I - M) v``."""
         self.vjps += 1
-        return v - self.matvec(v)
+        complement = getattr(self.matvec, "complement", None)
+        return v - self.matvec(v) if complement is None else complement(v)
 
     def transposed(self, v: Tensor) -> Tensor:
         """``(I - M)^T v``."""

@@ -1,0 +1,137 @@
+"""``hypergradient``: the hypergradient of a trained inner problem, and ``Bilevel``, the same from one outer step to the next."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import optree
+import torch
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.bilevel.estimate import Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.implicit import ImplicitEstimator
+from hyperopt.bilevel.inner.base import InnerSolver
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.linsolve.cg import CG
+
+
+def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, warm: bool, step: float | None) -> Estimator:
+    """The estimator that an adjoint makes for trained inner problems.
+
+    Raises:
+        TypeError: it is neither an adjoint nor an estimator.
+    """
+    if adjoint is None:
+        adjoint = Implicit(CG())
+    if isinstance(adjoint, Estimator):
+        return adjoint
+    if isinstance(adjoint, ImplicitAdjoint):
+        return ImplicitEstimator(adjoint, inner, step, warm)
+    raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    w: Any,
+    lam: Any,
+    *,
+    adjoint: Adjoint | Estimator | None = None,
+    inner: InnerSolver | None = None,
+    step: float | None = None,
+) -> Estimate:
+    r"""The hypergradient of a trained inner problem.
+
+    .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
+
+    Args:
+        problem: the two losses.
+        w: the inner variables, a tree of tensors: trained already, or, with ``inner``, where training starts. Not changed.
+        lam: the hyperparameters, a tree of tensors; need not require grad.
+        adjoint: how to differentiate (default ``Implicit(CG())``).
+        inner: trains ``w`` first; methods that differentiate through training need it.
+        step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from power iteration).
+
+    Returns:
+        ``Estimate``: ``grad`` in the structure of ``lam``, ``certificate``, ``loss``, ``w``, statistics and cost.
+
+    Raises:
+        TypeError, ValueError: losses that are no scalars, or depend on nothing; see the messages.
+        SolveError: a solve failed under ``policy="raise"``, or training diverged.
+
+    Reference: Lorraine et al., AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> lam = torch.ones(())
+        >>> estimate = hyperopt.hypergradient(problem, torch.tensor([0.5]), lam)
+        >>> round(float(estimate.grad), 6)
+        -0.25
+    """
+    if inner is not None:
+        w = optree.tree_map(lambda x: x.detach().clone(), w)
+    return estimator_of(adjoint, inner, False, step).estimate(problem, lam, State(w))
+
+
+class Bilevel:
+    """A bilevel problem under way: trained weights, warm starts and the memory of every method, in one place.
+
+    Args:
+        problem: the two losses.
+        w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
+        inner: trains them before each hypergradient, from where they are.
+        adjoint: how to differentiate (default ``Implicit(CG())``).
+        warm: start the adjoint system at the solution of the step before.
+        step: see ``hypergradient``.
+
+    Attributes:
+        state: what is carried along.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        w: Any,
+        *,
+        inner: InnerSolver | None = None,
+        adjoint: Adjoint | Estimator | None = None,
+        warm: bool = True,
+        step: float | None = None,
+    ) -> None:
+        """Nothing is trained yet."""
+        self.problem = problem
+        self.estimator = estimator_of(adjoint, inner, warm, step)
+        self.state = State(optree.tree_map(lambda x: x.detach(), w))
+
+    @property
+    def w(self) -> Any:
+        """The inner variables."""
+        return self.state.w
+
+    def step(self, lam: Any) -> Estimate:
+        """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
+        return self.estimator.estimate(self.problem, lam, self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, as plain containers and tensors."""
+        return {
+            "w": optree.tree_leaves(self.state.w),
+            "memory": self.state.memory,
+            "inner_batches": self.problem.inner_batches.state_dict(),
+            "outer_batches": self.problem.outer_batches.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned; the weights in place."""
+        for leaf, kept in zip(optree.tree_leaves(self.state.w), state["w"], strict=True):
+            leaf.copy_(kept)
+        self.state.memory = copy.deepcopy(state["memory"])
+        self.problem.inner_batches.load_state_dict(state["inner_batches"])
+        self.problem.outer_batches.load_state_dict(state["outer_batches"])
