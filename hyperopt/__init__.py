@@ -50,6 +50,13 @@ _PUBLIC = {
     "Estimate": "hyperopt.bilevel.estimate",
     "Estimator": "hyperopt.bilevel.estimator",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
+    "Hyperparameters": "hyperopt.spaces",
+    "Space": "hyperopt.spaces",
+    "Real": "hyperopt.spaces",
+    "Positive": "hyperopt.spaces",
+    "Bounded": "hyperopt.spaces",
+    "Simplex": "hyperopt.spaces",
+    "SpectralBall": "hyperopt.spaces",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -93,6 +100,13 @@ if TYPE_CHECKING:
     from hyperopt.solvers.newton import Newton as Newton
     from hyperopt.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.solvers.picard import Picard as Picard
+    from hyperopt.spaces import Bounded as Bounded
+    from hyperopt.spaces import Hyperparameters as Hyperparameters
+    from hyperopt.spaces import Positive as Positive
+    from hyperopt.spaces import Real as Real
+    from hyperopt.spaces import Simplex as Simplex
+    from hyperopt.spaces import Space as Space
+    from hyperopt.spaces import SpectralBall as SpectralBall
     from hyperopt.status import Solution as Solution
     from hyperopt.status import SolveStats as SolveStats
     from hyperopt.status import Status as Status
