@@ -224,7 +224,7 @@ FAILURES = {
     "gmres, singular": (GMRES(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "normal_cg, singular": (NormalCG(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "dense, singular": (Dense(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
-    "cg, negative curvature": (CG(), lambda: diagonal(3.0, 0.5, 0.2), ONES, Status.breakdown),
+    "cg, negative curvature": (CG(), lambda: diagonal(3.0, 0.5, 0.2), ONES, Status.indefinite),
     "cg, asymmetric": (CG(), lambda: 0.5 * torch.eye(3) + 0.2 * cyclic(3), FIRST, Status.breakdown),
     "cg, skew": (CG(), skew, ONES, Status.breakdown),
     "bicgstab, skew": (BiCGStab(), skew, ONES, Status.breakdown),

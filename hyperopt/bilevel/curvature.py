@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class Curvature(ABC):
     @abstractmethod
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """``(d_lam grad_w L)^T v`` for each hyperparameter, ``v`` of shape (1, dim); None where there is none."""
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """A (1, dim) matrix as one tensor for each leaf of ``w``."""
+        return leaves_of(self.layout.tree(v))
 
     def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
         """One tensor for each leaf of ``w`` (None: zeros) as a matrix, shape (1, dim)."""
@@ -94,7 +98,7 @@ class Hessian(Curvature):
     def _pull(self, leaves: Sequence[Tensor], v: Tensor) -> list[Tensor | None]:
         if not self._grads:
             return [None] * len(leaves)
-        parts = leaves_of(self.layout.tree(v))
+        parts = self.parts(v)
         given = [parts[i] for i in self._at]
         return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
 
@@ -109,11 +113,20 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | N
     if loss.requires_grad:
         found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     if all(g is None for g in found):
-        raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
+        unaffected()
     return found
 
 
-def refuse_independent(names: Sequence[str]) -> None:
+def unaffected() -> NoReturn:
+    """Refuse an inner loss that does not depend on ``w``.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
+
+
+def refuse_independent(names: Sequence[str]) -> NoReturn:
     """Refuse an inner problem whose solution depends on no hyperparameter.
 
     Raises:

@@ -72,6 +72,8 @@ class Estimate:
         inner: statistics of the inner solve (None: there was none).
         adjoint: statistics of the adjoint solve (None: there was none).
         cost: what was spent.
+        unused: the hyperparameters on which the outer loss does not depend, in this way of differentiating it: their
+            hypergradient is exactly zero.
     """
 
     grad: Any
@@ -81,6 +83,7 @@ class Estimate:
     inner: SolveStats | None
     adjoint: SolveStats | None
     cost: Cost
+    unused: tuple[str, ...] = ()
 
     def statuses(self) -> dict[str, Status]:
         """How the solves ended, under ``inner`` and ``adjoint``."""

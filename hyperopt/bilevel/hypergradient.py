@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from typing import Any
 
 import optree
 import torch
 
 from hyperopt.adjoints.base import Adjoint
+from hyperopt.adjoints.checkpointed import Checkpointed
 from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.adjoints.shine import Shine
+from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.implicit import ImplicitEstimator
-from hyperopt.bilevel.inner.base import InnerSolver
+from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.settings import ProductSettings
+from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.linsolve.cg import CG
 
 
-def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, warm: bool, step: float | None) -> Estimator:
+def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
     """The estimator that an adjoint makes for trained inner problems.
 
     Raises:
-        TypeError: it is neither an adjoint nor an estimator.
+        TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
+        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through.
     """
     if adjoint is None:
         adjoint = Implicit(CG())
     if isinstance(adjoint, Estimator):
         return adjoint
-    if isinstance(adjoint, ImplicitAdjoint):
-        return ImplicitEstimator(adjoint, inner, step, warm)
+    if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
+        given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
+        return ImplicitEstimator(**given, adjoint=adjoint, inner=inner)
+    if isinstance(adjoint, Unrolled | Checkpointed):
+        if not isinstance(inner, DifferentiableSolver):
+            what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
+            raise ValueError(
+                f"{type(adjoint).__name__} goes back through training, but {what}; use inner=gradient_descent or "
+                "inner=heavy_ball, or an implicit adjoint (adjoint=cg)"
+            )
+        return UnrolledEstimator(adjoint, inner)
     raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
 
 
@@ -41,6 +57,8 @@ def hypergradient(
     adjoint: Adjoint | Estimator | None = None,
     inner: InnerSolver | None = None,
     step: float | None = None,
+    curvature: str = "hessian",
+    resample: bool = False,
 ) -> Estimate:
     r"""The hypergradient of a trained inner problem.
 
@@ -52,7 +70,10 @@ def hypergradient(
         lam: the hyperparameters, a tree of tensors; need not require grad.
         adjoint: how to differentiate (default ``Implicit(CG())``).
         inner: trains ``w`` first; methods that differentiate through training need it.
-        step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from power iteration).
+        step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from declared constants,
+            else from power iteration).
+        curvature: ``"hessian"``, ``"gauss_newton"`` or ``"finite_differences"``; of implicit adjoints.
+        resample: whether each of their products has a batch of its own.
 
     Returns:
         ``Estimate``: ``grad`` in the structure of ``lam``, ``certificate``, ``loss``, ``w``, statistics and cost.
@@ -76,7 +97,9 @@ def hypergradient(
     """
     if inner is not None:
         w = optree.tree_map(lambda x: x.detach().clone(), w)
-    return estimator_of(adjoint, inner, False, step).estimate(problem, lam, State(w))
+    products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
+    estimator = estimator_of(adjoint, inner, products)
+    return estimator.estimate(problem, lam, State(w))
 
 
 class Bilevel:
@@ -87,8 +110,8 @@ class Bilevel:
         w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
         inner: trains them before each hypergradient, from where they are.
         adjoint: how to differentiate (default ``Implicit(CG())``).
-        warm: start the adjoint system at the solution of the step before.
-        step: see ``hypergradient``.
+        products: how implicit adjoints take their products, and whether they start where the last one ended; see
+            ``ProductSettings``.
 
     Attributes:
         state: what is carried along.
@@ -101,12 +124,11 @@ class Bilevel:
         *,
         inner: InnerSolver | None = None,
         adjoint: Adjoint | Estimator | None = None,
-        warm: bool = True,
-        step: float | None = None,
+        products: ProductSettings | None = None,
     ) -> None:
         """Nothing is trained yet."""
         self.problem = problem
-        self.estimator = estimator_of(adjoint, inner, warm, step)
+        self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
         self.state = State(optree.tree_map(lambda x: x.detach(), w))
 
     @property

@@ -12,6 +12,7 @@ arXiv 1911.02590, algorithm 2; Grazzi et al., ICML 2020, arXiv 2006.16218, algor
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,83 +21,96 @@ import torch
 from torch import Tensor
 
 from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.bilevel.certificate import certificate
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.estimate import Cost, Estimate, State, tree_norm
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.finite_difference import FiniteDifference
+from hyperopt.bilevel.finite_differences import FiniteDifferences
+from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
-from hyperopt.bilevel.settings import PowerSettings
+from hyperopt.bilevel.resampled import Resampled
+from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
-from hyperopt.certificate import certify
-from hyperopt.solvers.iterate import relative
-from hyperopt.status import AdjointBox, Solution, SolveStats, Status
+from hyperopt.linsolve.cg import CG
+from hyperopt.status import AdjointBox, Status
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ImplicitEstimator(Estimator):
-    """Any implicit adjoint on the gradient-step map.
+class ImplicitEstimator(ProductSettings, Estimator):
+    """Any implicit adjoint on the gradient-step map; settings in ``ProductSettings``.
 
     Attributes:
         adjoint: how the adjoint system is solved.
         inner: trains ``w`` first (None: it is trained already).
-        step: of the gradient-step map, for adjoints that iterate it (None: the inner solver's, else from power iteration).
-        warm: start the adjoint at the solution of the outer step before.
-        power: the power iteration behind the step.
     """
 
-    adjoint: ImplicitAdjoint = field(default_factory=Implicit)
+    adjoint: ImplicitAdjoint = field(default_factory=lambda: Implicit(CG()))
     inner: InnerSolver | None = None
-    step: float | None = None
-    warm: bool = True
-    power: PowerSettings = field(default_factory=PowerSettings)
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Train, solve the adjoint system, take the mixed product; see ``Estimator``."""
         trained = None if self.inner is None else self.inner.solve(problem, lam, state)
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
-        curvature = Hessian(problem, w, hyper, problem.inner_batches.draw())
+        curvature = self._curvature(problem, w, hyper)
+        constants = None if problem.constants is None else problem.constants(state.w, hyper.tree)
         b = curvature.matrix(g_w)
-        step = self._step(curvature, state, lam)
-        operator, box = StepMap(curvature, step), AdjointBox()
-        start = None
-        near = state.memory.get("u") if self.warm else None
+        operator, box = StepMap(curvature, self._step(curvature, state, lam, constants)), AdjointBox()
+        near, start = state.memory.get("u") if self.warm else None, None
         if near is not None:
-            start, _ = self.adjoint.warm(operator, b, near / step)
-        v = self.adjoint.solve(operator, b, start, "adjoint", box)
-        u = step * v
+            start, _ = self.adjoint.warm(operator, b, near / operator.step)
+        u = operator.step * self.adjoint.solve(operator, b, start, "adjoint", box)
         stats = box.stats
         assert stats is not None
-        if stats.status >= Status.breakdown:  # a number here would be a wrong one
+        stats.vjps = curvature.products
+        if stats.status >= Status.breakdown:  # what is there is no solution, and a number made of it would be a wrong one
             u = torch.full_like(u, math.nan)
         elif self.warm:
             state.memory["u"] = u.detach()
-        mixed = curvature.mixed(u)
-        found = [subtract(g, m) for g, m in zip(g_lam, mixed, strict=True)]
+        found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
+        unused = tuple(name for name, g in zip(hyper.names, found, strict=True) if g is None)
+        if unused and state.memory.get("unused") != list(unused):
+            state.memory["unused"] = list(unused)
+            log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))
         grad = hyper.like(found)
-        cost = Cost(curvature.gradients, 1, curvature.products, curvature.mixed_products)
-        if trained is not None:
-            cost.inner_gradients += trained.evaluations
-        certificate = certify(Solution(state.w, at_point(curvature, step, trained, u, b), curvature.layout, box), tree_norm(grad))
-        return Estimate(grad, certificate, float(loss), state.w, trained, stats, cost)
+        cost = Cost(
+            curvature.gradients + (trained.evaluations if trained else 0), 1, curvature.products, curvature.mixed_products
+        )
+        known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, self.adjoint.iterates)
+        return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused)
 
-    def _step(self, curvature: Curvature, state: State, lam: Any) -> float:
-        """The step of the map; 1 for a linear solver to which it makes no difference."""
+    def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves) -> Curvature:
+        """The products that the adjoint, or the settings, ask for."""
+        kind = getattr(self.adjoint, "curvature", self.curvature)
+
+        def make() -> Curvature:
+            batch = problem.inner_batches.draw()
+            if kind == "finite_differences":
+                length = self.adjoint.length if isinstance(self.adjoint, FiniteDifference) else None
+                return FiniteDifferences(problem, w, lam, batch, length)
+            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](problem, w, lam, batch)
+
+        return Resampled(make) if self.resample else make()
+
+    def _step(self, curvature: Curvature, state: State, lam: Any, constants: Any) -> float:
+        """The step of the map; 1 for an adjoint to which it makes no difference."""
         if self.step is not None:
             return self.step
-        if not iterates(self.adjoint):
+        if not self.adjoint.iterates:
             return 1.0
         own = None if self.inner is None else self.inner.map_step(lam)
         if own is not None:
             return own
+        if constants is not None:
+            return 2 / (constants.strong_convexity + constants.smoothness)
         largest, direction = largest_curvature(curvature, self.power, state.memory.get("largest"))
-        state.memory["largest"] = direction
+        if self.warm:
+            state.memory["largest"] = direction
         return 1 / largest if math.isfinite(largest) and largest > 0 else 1.0
-
-
-def iterates(adjoint: ImplicitAdjoint) -> bool:
-    """Whether the adjoint's value, or its convergence, depends on the step of the map."""
-    return not isinstance(adjoint, Implicit) or adjoint.linear_solver.iterates
 
 
 def subtract(direct: Tensor | None, mixed: Tensor | None) -> Tensor | None:
@@ -104,20 +118,3 @@ def subtract(direct: Tensor | None, mixed: Tensor | None) -> Tensor | None:
     if mixed is None:
         return direct
     return -mixed if direct is None else direct - mixed
-
-
-def at_point(curvature: Curvature, step: float, trained: SolveStats | None, u: Tensor, b: Tensor) -> SolveStats:
-    """How far ``w`` is from the fixed point of the gradient-step map, as the statistics of a solve that ended there.
-
-    The residual was measured at ``w`` itself. The contraction factor is an estimate: ``u = H^{-1} b`` says that the least
-    curvature is at most ``|b| / |u|``.
-    """
-    difference = step * torch.linalg.vector_norm(curvature.gradient, dim=1)
-    moved = torch.cat([(leaf.detach()).reshape(1, -1) for leaf in curvature.w.flat], dim=1) - step * curvature.gradient
-    scale = torch.linalg.vector_norm(moved, dim=1)
-    residual = relative(difference, scale)
-    status = Status.max_steps if trained is None else trained.status
-    status = Status.max_steps if status == Status.fixed_steps else status
-    least = float(torch.linalg.vector_norm(b)) / size if (size := float(torch.linalg.vector_norm(u))) > 0 else math.nan
-    code = torch.full_like(residual, int(status), dtype=torch.long)
-    return SolveStats(code, torch.ones_like(code), residual, scale, contraction=1 - step * least, method="gradient step")

@@ -10,6 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.settings import check_number
+
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
 
@@ -45,6 +47,36 @@ class NoBatches:
 
 
 @dataclass(frozen=True)
+class InnerConstants:
+    """What is known about the losses around ``w``: in a ball that holds it and the minimum.
+
+    Attributes:
+        strong_convexity: ``mu > 0``: the least eigenvalue of the Hessian of the inner loss is at least that.
+        smoothness: ``L``: its largest is at most that.
+        mixed_norm: largest norm of ``d_lam grad_w L``, all hyperparameters together.
+        hessian_lipschitz: of ``w -> Hessian``; 0 for a quadratic loss.
+        mixed_lipschitz: of ``w -> d_lam grad_w L``.
+        outer_lipschitz: of ``w -> d_w E``.
+        direct_lipschitz: of ``w -> d_lam E``.
+    """
+
+    strong_convexity: float
+    smoothness: float
+    mixed_norm: float
+    hessian_lipschitz: float = 0.0
+    mixed_lipschitz: float = 0.0
+    outer_lipschitz: float = 0.0
+    direct_lipschitz: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in vars(self):
+            check_number(self, name, 0.0, open_low=name in ("strong_convexity", "smoothness"))
+        if self.strong_convexity > self.smoothness:
+            raise ValueError(f"InnerConstants: strong_convexity={self.strong_convexity} is above smoothness={self.smoothness}")
+
+
+@dataclass(frozen=True)
 class BilevelProblem:
     """``min over lam of E(w(lam), lam)`` where ``w(lam)`` minimises ``L(., lam)``.
 
@@ -53,12 +85,16 @@ class BilevelProblem:
         outer_loss: ``E(w, lam, batch)``, a scalar.
         inner_batches: where the batches of the inner loss come from (default: the batch is None).
         outer_batches: where those of the outer loss come from.
+        refresh: ``refresh(w, lam, batch)``, called once after each training to move running statistics, see ``Functional``.
+        constants: ``constants(w, lam)``, what is known about the losses in closed form; makes the certificate a bound.
     """
 
     inner_loss: Loss
     outer_loss: Loss
     inner_batches: BatchSource = field(default_factory=NoBatches)
     outer_batches: BatchSource = field(default_factory=NoBatches)
+    refresh: Callable[[Any, Any, Any], None] | None = None
+    constants: Callable[[Any, Any], InnerConstants] | None = None
 
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The inner loss, checked to be a scalar."""

@@ -16,15 +16,21 @@ from hyperopt.bilevel.settings import PowerSettings
 
 
 class StepMap:
-    """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices, as every linear solver takes it."""
+    """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices, as every linear solver takes it.
+
+    Attributes:
+        largest: the largest ``|H v| / |v|`` of all products made, which no eigenvalue's modulus of H can be all below; NaN before
+            the first.
+    """
 
     def __init__(self, curvature: Curvature, step: float) -> None:
         """Keep the products and the step."""
         self.curvature, self.step = curvature, step
+        self.largest = torch.full_like(curvature.gradient[0, 0], torch.nan)
 
     def __call__(self, v: Tensor, /) -> Tensor:
         """``M v``."""
-        return torch.add(v, self.curvature.product(v), alpha=-self.step)
+        return torch.add(v, self._product(v), alpha=-self.step)
 
     def rmatvec(self, v: Tensor, /) -> Tensor:
         """``M^T v = M v``."""
@@ -32,7 +38,12 @@ class StepMap:
 
     def complement(self, v: Tensor, /) -> Tensor:
         """``(I - M) v``, without the cancellation of ``v - M v`` where the curvature is small."""
-        return self.step * self.curvature.product(v)
+        return self.step * self._product(v)
+
+    def _product(self, v: Tensor) -> Tensor:
+        image = self.curvature.product(v)
+        self.largest = torch.fmax(self.largest, torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
+        return image
 
 
 def largest_curvature(
