@@ -18,7 +18,8 @@ from hyperopt.schema import SCHEMA, register
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
 NEEDS = {"adjoint=shine": ["solver=broyden"]}  # it shares that solver's inverse estimate
-OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS]
+TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
+OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS and option not in TRAINED]
 FOLDERS = {  # of the datasets that lie in files
     "mnist": ["MNIST/raw"],
     "fashion_mnist": ["FashionMNIST/raw"],
