@@ -23,9 +23,17 @@ How a task does its outer steps, with inner training, warm starts and everything
         record = StepRecord(estimate.loss, estimate.metrics(), estimate.statuses())
 
     self.bilevel.w                                  # the trained weights; with ``Functional`` those of the module itself
-    self.bilevel.state_dict(); self.bilevel.load_state_dict(state)
+    self.bilevel.state_dict(); self.bilevel.load_state_dict(state)      # and self.space's
+
+    self.space = hyperopt.Hyperparameters({"decay": Positive(0.01, per="element")}, {"decay": self.bilevel.w})
+    Task.groups() is self.space.groups();  after optimizer.step(closure): self.space.project_();  self.space.metrics()
+
+A model: ``model = Functional(module)``, then ``model(w, x)`` in the losses and ``model.w`` for ``w0``. Data:
+``BilevelProblem(..., inner_batches=Minibatches((x, y), size), outer_batches=Minibatches((xv, yv)))``; without, ``batch`` is None
+and the losses have their data themselves. Configs: ``inner: ${inner}`` and ``adjoint: ${adjoint}`` in the task's YAML, and
+``products`` typed by ``ProductSettings``.
 
 ``adjoint`` takes the same settings as ``hyperopt.fixed_point`` (``Implicit`` with any linear solver, ``OneStep``, ``Phantom``,
-``Unrolled``, ``Checkpointed``), and every ``Estimator`` of this package; a method of your own is a class with one function,
-``estimate(problem, lam, state)``, which keeps what it must remember in ``state``.
+``Unrolled``, ``Checkpointed``), ``T1T2``, ``FiniteDifference``, and every ``Estimator``: a method of your own is a class with one
+function, ``estimate(problem, lam, state)``, which keeps what it must remember in ``state``.
 """

@@ -26,12 +26,14 @@ class Curvature(ABC):
         w, lam: the point.
         layout: how ``w`` lies in a (1, dim) matrix.
         gradient: ``grad_w L``, shape (1, dim).
+        missing: places of the leaves of ``w`` on which the inner loss does not depend.
         gradients: inner gradients that were taken.
         products: Hessian products that were made.
         mixed_products: mixed products that were made.
     """
 
     gradient: Tensor
+    missing: list[int]
     gradients: int
     products: int
     mixed_products: int
@@ -40,6 +42,7 @@ class Curvature(ABC):
         """Nothing is spent yet."""
         self.w, self.lam = w, lam
         self.layout: Layout = layout_of(w.tree, "joint")
+        self.missing = []
         self.gradients = self.products = self.mixed_products = 0
 
     @abstractmethod
@@ -74,6 +77,7 @@ class Hessian(Curvature):
             grads = differentiate(loss, w.flat)
         self.gradients = 1
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
+        self.missing = [i for i, g in enumerate(grads) if g is None]
         # Entries of the gradient that are constant have no graph, and add nothing to a product.
         kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._at, self._grads = [i for i, _ in kept], [g for _, g in kept]

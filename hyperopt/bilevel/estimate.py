@@ -74,6 +74,7 @@ class Estimate:
         cost: what was spent.
         unused: the hyperparameters on which the outer loss does not depend, in this way of differentiating it: their
             hypergradient is exactly zero.
+        note: what to change, where the adjoint iteration diverged.
     """
 
     grad: Any
@@ -84,6 +85,7 @@ class Estimate:
     adjoint: SolveStats | None
     cost: Cost
     unused: tuple[str, ...] = ()
+    note: str = ""
 
     def statuses(self) -> dict[str, Status]:
         """How the solves ended, under ``inner`` and ``adjoint``."""

@@ -35,7 +35,9 @@ class FiniteDifferences(Curvature):
         self._problem, self._batch = problem, batch
         size = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf.detach()) for leaf in w.flat])))
         self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, size)
-        self.gradient = self.matrix(self._gradients(None, 0.0, w=True))
+        grads = self._gradients(None, 0.0, w=True)
+        self.gradient = self.matrix(grads)
+        self.missing = [i for i, g in enumerate(grads) if g is None]
 
     def product(self, v: Tensor) -> Tensor:
         """``H v``."""

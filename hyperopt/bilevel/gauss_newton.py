@@ -52,7 +52,7 @@ class GaussNewton(Curvature):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
         self._exact = Hessian(problem, w, lam, batch)
-        self.gradient, self.gradients = self._exact.gradient, 1
+        self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
         with torch.enable_grad():
             self._z = problem.inner_loss.model(w.tree, lam.tree, batch)
             self._out = self._z.detach().requires_grad_()

@@ -58,6 +58,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         curvature = self._curvature(problem, w, hyper)
         constants = None if problem.constants is None else problem.constants(state.w, hyper.tree)
+        refuse_untrained(w, curvature, g_w)
         b = curvature.matrix(g_w)
         operator, box = StepMap(curvature, self._step(curvature, state, lam, constants)), AdjointBox()
         near, start = state.memory.get("u") if self.warm else None, None
@@ -67,6 +68,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         stats = box.stats
         assert stats is not None
         stats.vjps = curvature.products
+        note = self._note(stats.status, operator)
         if stats.status >= Status.breakdown:  # what is there is no solution, and a number made of it would be a wrong one
             u = torch.full_like(u, math.nan)
         elif self.warm:
@@ -81,7 +83,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
             curvature.gradients + (trained.evaluations if trained else 0), 1, curvature.products, curvature.mixed_products
         )
         known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, self.adjoint.iterates)
-        return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused)
+        return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, note)
 
     def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves) -> Curvature:
         """The products that the adjoint, or the settings, ask for."""
@@ -95,6 +97,19 @@ class ImplicitEstimator(ProductSettings, Estimator):
             return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](problem, w, lam, batch)
 
         return Resampled(make) if self.resample else make()
+
+    def _note(self, status: Status, operator: StepMap) -> str:
+        """What a diverged adjoint iteration says of the step."""
+        if status < Status.diverged or not self.adjoint.iterates:
+            return ""
+        largest, _ = largest_curvature(operator.curvature, self.power)
+        stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
+        note = (
+            f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: lower "
+            "it, use adjoint=cg, or see whether the inner loss is convex here"
+        )
+        log.warning(note)
+        return note
 
     def _step(self, curvature: Curvature, state: State, lam: Any, constants: Any) -> float:
         """The step of the map; 1 for an adjoint to which it makes no difference."""
@@ -111,6 +126,20 @@ class ImplicitEstimator(ProductSettings, Estimator):
         if self.warm:
             state.memory["largest"] = direction
         return 1 / largest if math.isfinite(largest) and largest > 0 else 1.0
+
+
+def refuse_untrained(w: Leaves, curvature: Curvature, outer: list[Any]) -> None:
+    """Refuse a leaf of ``w`` that the outer loss uses and no training moves: its Hessian is 0, and there is no adjoint.
+
+    Raises:
+        ValueError: names it.
+    """
+    for i in curvature.missing:
+        if outer[i] is not None and bool(outer[i].any()):
+            raise ValueError(
+                f"the outer loss depends on {w.names[i]}, on which the inner loss does not: nothing trains it, and its adjoint "
+                "has no solution. If it is a buffer or a hyperparameter, take it out of w"
+            )
 
 
 def subtract(direct: Tensor | None, mixed: Tensor | None) -> Tensor | None:

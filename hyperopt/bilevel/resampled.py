@@ -22,7 +22,7 @@ class Resampled(Curvature):
         self._make = make
         first = make()
         super().__init__(first.w, first.lam)
-        self.gradient, self.gradients = first.gradient, first.gradients
+        self.gradient, self.missing, self.gradients = first.gradient, first.missing, first.gradients
 
     def product(self, v: Tensor) -> Tensor:
         """``H v`` on the next batch."""

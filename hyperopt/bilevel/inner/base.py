@@ -138,9 +138,12 @@ class Watch:
         self.lost = not self.norm <= RISE * max(scale, self.first)
         self.met = not self.solver.fixed and self.norm <= self.solver.atol + self.solver.rtol * scale
 
-    def stats(self) -> SolveStats:
-        """Statistics of the training; the residual is the last norm, relative to that at the very first start."""
-        ended = Status.fixed_steps if self.solver.fixed else Status.max_steps
+    def stats(self, ended: Status | None = None) -> SolveStats:
+        """Statistics of the training; the residual is the last norm, relative to that at the very first start.
+
+        ``ended`` is how it ended where it did not meet its tolerance (None: by ``max_steps``).
+        """
+        ended = ended or (Status.fixed_steps if self.solver.fixed else Status.max_steps)
         scale = self.memory["scale"]
         residual = self.norm / scale if scale > 0 else self.norm
         numbers = [torch.tensor([x], dtype=torch.float64) for x in (residual, scale)]
