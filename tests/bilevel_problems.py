@@ -56,14 +56,14 @@ class Ridge:
 class Logistic:
     """Softmax regression with an L2 strength for each weight, and one for the bias; the losses take batches."""
 
-    def __init__(self, rows=60, features=4, classes=3, seed=0):
+    def __init__(self, rows=60, features=4, classes=3, seed=0, strength=-3.0):
         draw = torch.Generator().manual_seed(seed)
         true = normal(draw, features, classes)
         self.data = []
         for _ in range(2):
             x = normal(draw, rows, features)
             self.data.append((x, (x @ true + normal(draw, rows, classes)).argmax(1)))
-        self.lam = {"weight": 0.2 * normal(draw, features, classes) - 3.0, "bias": torch.tensor(-2.0, dtype=DOUBLE)}
+        self.lam = {"weight": 0.2 * normal(draw, features, classes) + strength, "bias": torch.tensor(-2.0, dtype=DOUBLE)}
         self.w0 = {"weight": torch.zeros(features, classes, dtype=DOUBLE), "bias": torch.zeros(classes, dtype=DOUBLE)}
         self.problem = hyperopt.BilevelProblem(
             hyperopt.Composite(self.model, self.criterion),
@@ -79,12 +79,13 @@ class Logistic:
         penalty = (lam["weight"].exp() * w["weight"].square()).sum() + lam["bias"].exp() * w["bias"].square().sum()
         return functional.cross_entropy(z, batch[1]) + penalty / 2
 
-    def minimum(self, lam, steps=12):
+    def minimum(self, lam, start=None, steps=10):
         """By Newton steps with dense Hessians."""
-        return newton(lambda w: self.problem.inner(w, lam, self.data[0]), self.w0, steps)
+        return newton(lambda w: self.problem.inner(w, lam, self.data[0]), start or self.w0, steps)
 
-    def objective(self, lam):
-        return self.problem.outer(self.minimum(lam), lam, self.data[1])
+    def objective(self, lam, near):
+        """The outer loss at the minimum, given one near by."""
+        return self.problem.outer(self.minimum(lam, near, steps=3), lam, self.data[1])
 
 
 def flatten(tree):
@@ -96,14 +97,16 @@ def unflatten(vector, like):
     return {name: part.view_as(leaf) for (name, leaf), part in zip(like.items(), parts, strict=True)}
 
 
+def hessian(function):
+    """By two reverse modes; ``torch.func.hessian`` warns of its own internals."""
+    return torch.func.jacrev(torch.func.grad(function))
+
+
 def newton(loss, w0, steps):
     w = flatten(w0)
     for _ in range(steps):
-        slope, hessian = (
-            torch.func.grad(lambda v: loss(unflatten(v, w0)))(w),
-            torch.func.hessian(lambda v: loss(unflatten(v, w0)))(w),
-        )
-        w = (w - torch.linalg.solve(hessian, slope)).detach()
+        slope, curvature = (make(lambda v: loss(unflatten(v, w0)))(w) for make in (torch.func.grad, hessian))
+        w = (w - torch.linalg.solve(curvature, slope)).detach()
     return unflatten(w, w0)
 
 
