@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -57,7 +58,9 @@ class ImplicitEstimator(ProductSettings, Estimator):
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         curvature = self._curvature(problem, w, hyper)
-        constants = None if problem.constants is None else problem.constants(state.w, hyper.tree)
+        constants = (
+            None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
+        )
         refuse_untrained(w, curvature, g_w)
         b = curvature.matrix(g_w)
         operator, box = StepMap(curvature, self._step(curvature, state, lam, constants)), AdjointBox()

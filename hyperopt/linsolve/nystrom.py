@@ -6,7 +6,8 @@
 
 Costs ``rank`` products once, which do not depend on each other, and one a step, which measures the residual; memory is ``rank``
 vectors. One step from 0 is the method as published; more of them refine its answer where they converge, which they do if the part
-of ``A`` that the sketch leaves out is below ``2 rho``.
+of ``A`` that the sketch leaves out is below ``2 rho``. Where it is above, the answer is too large by the ratio: raise ``rho`` or
+``rank``.
 
 Reference: Hataya & Yamada, AISTATS 2023, arXiv 2302.09726, equations 5 and 6.
 """
@@ -18,13 +19,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt.linsolve.base import LinearSolution, MatVec
 from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run
 from hyperopt.linsolve.settings import NystromSettings
+from hyperopt.status import Status
 
 
 @dataclass(frozen=True)
 class Nystrom(NystromSettings, RestartedSolver):
     """The Nystrom approximation; settings in ``NystromSettings``."""
+
+    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Apply the sketch's inverse; a row left with more residual than 0 would have is ``diverged``: never silently wrong."""
+        found = super().solve(matvec, b, x0, trace=trace)
+        stats = found.stats
+        stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)
+        return found
 
     def cycle(self, run: Run) -> Cycle:
         """One application of the sketch's inverse."""

@@ -133,7 +133,7 @@ class Watch:
         self.norm = float(nn.utils.get_total_norm(list(grads)))
         if k == 0:
             self.first = self.norm
-        scale = self.memory.setdefault("scale", self.norm)
+        scale = self.memory["scale"] = self.memory.get("scale") or self.norm  # a start at a minimum says nothing
         self.growth = self.norm / scale if scale > 0 else math.inf if self.norm > 0 else 1.0
         self.lost = not self.norm <= RISE * max(scale, self.first)
         self.met = not self.solver.fixed and self.norm <= self.solver.atol + self.solver.rtol * scale
