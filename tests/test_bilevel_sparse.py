@@ -67,7 +67,7 @@ def test_features_stay_sparse():
     """A hypergradient with 20,000 features for 300 rows takes the memory of some weight matrices, not of the dense features."""
     draw = torch.Generator().manual_seed(0)
     places = torch.stack([torch.randint(0, 300, (3000,), generator=draw), torch.randint(0, 20_000, (3000,), generator=draw)])
-    x = SparseRows(torch.sparse_coo_tensor(places, torch.ones(3000), (300, 20_000)))
+    x = SparseRows(torch.sparse_coo_tensor(places, torch.ones(3000), (300, 20_000), check_invariants=True))
     y = torch.arange(300) % 2
 
     def inner(w, lam, batch):
