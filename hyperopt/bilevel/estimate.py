@@ -65,7 +65,8 @@ class Estimate:
     """One hypergradient.
 
     Attributes:
-        grad: ``dE/dlam``, in the structure of ``lam``; NaN where a solve behind it broke down or diverged.
+        grad: ``dE/dlam``, in the structure of ``lam``; NaN where the adjoint solve broke down or diverged (a fixed number of
+            steps under ``policy="ignore"`` is used all the same).
         certificate: how far it may be from the exact one.
         loss: the outer loss ``E(w, lam)`` that it was taken of.
         w: the inner variables at which it was taken.

@@ -72,8 +72,8 @@ class ImplicitEstimator(ProductSettings, Estimator):
         assert stats is not None
         stats.vjps = curvature.products
         note = self._note(stats.status, operator)
-        if stats.status >= Status.breakdown:  # what is there is no solution, and a number made of it would be a wrong one
-            u = torch.full_like(u, math.nan)
+        if stats.status >= Status.breakdown and not self._accepts(stats.status):
+            u = torch.full_like(u, math.nan)  # what is there is no solution, and a number made of it would be a wrong one
         elif self.warm:
             state.memory["u"] = u.detach()
         found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
@@ -101,16 +101,26 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
         return Resampled(make) if self.resample else make()
 
+    def _accepts(self, status: Status) -> bool:
+        """Whether a fixed number of steps that left more residual than none would is to be used all the same."""
+        adjoint = self.adjoint
+        asked = isinstance(adjoint, Implicit) and adjoint.linear_solver.fixed and adjoint.policy == "ignore"
+        return asked and status == Status.diverged
+
     def _note(self, status: Status, operator: StepMap) -> str:
-        """What a diverged adjoint iteration says of the step."""
-        if status < Status.diverged or not self.adjoint.iterates:
+        """What to change where the adjoint diverged."""
+        if status < Status.diverged or self._accepts(status):
             return ""
-        largest, _ = largest_curvature(operator.curvature, self.power)
-        stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
-        note = (
-            f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: lower "
-            "it, use adjoint=cg, or see whether the inner loss is convex here"
-        )
+        note = "raise adjoint.linear_solver.rho or rank"  # Nystrom
+        if self.adjoint.iterates:
+            largest, _ = largest_curvature(operator.curvature, self.power)
+            stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
+            note = (
+                f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: "
+                "lower it, use adjoint=cg, or see whether the inner loss is convex here"
+            )
+        if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
+            note += "; adjoint.policy=ignore uses what the fixed number of steps gives all the same"
         log.warning(note)
         return note
 
