@@ -55,7 +55,7 @@ _PUBLIC = {
     "InnerConstants": "hyperopt.bilevel.problem",
     "Minibatches": "hyperopt.bilevel.batches",
     "ProductSettings": "hyperopt.bilevel.settings",
-    "SparseRows": "hyperopt.bilevel.sparse",
+    "SparseRows": "hyperopt.nn.sparse",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
     "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
     "TorchOptimizer": "hyperopt.bilevel.inner.torch_optimizer",
@@ -97,7 +97,6 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
     from hyperopt.bilevel.settings import ProductSettings as ProductSettings
-    from hyperopt.bilevel.sparse import SparseRows as SparseRows
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
@@ -115,6 +114,7 @@ if TYPE_CHECKING:
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.linsolve.nystrom import Nystrom as Nystrom
+    from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point

@@ -7,8 +7,8 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from hyperopt.bilevel.sparse import SparseRows
 from hyperopt.data.batches import Batches
+from hyperopt.nn.sparse import SparseRows
 
 
 class Minibatches:

@@ -31,6 +31,7 @@ def test_products_to_second_order(kind):
     for shape in ((7, 3), (7,)):
         w = torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1), requires_grad=True)
         torch.testing.assert_close(sparse @ w, dense @ w)
+        assert torch.equal(sparse(w), sparse @ w)
         assert gradcheck(lambda w: (sparse @ w).tanh(), (w,)) and gradgradcheck(lambda w: (sparse @ w).tanh(), (w,))
 
 
