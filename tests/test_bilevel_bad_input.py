@@ -295,6 +295,11 @@ def test_an_empty_set_and_batches_that_do_not_fit():
             ValueError,
             "Adam refuses.*change inner.options",
         ),
+        (
+            lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(optimizer="LBFGS")),
+            ValueError,
+            "use inner=lbfgs",
+        ),
         (lambda: GradientDescent(step_size=0.0), ValueError, r"step_size=0\.0 is not in \(0\.0, inf\)"),
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),
         (lambda: hyperopt.Nystrom(rank=0), ValueError, "rank=0 must be a whole number >= 1"),

@@ -22,7 +22,8 @@ class Cost:
         outer_gradients: of the outer loss.
         hessian_products: with the Hessian of the inner loss, or what stands in its place.
         mixed_products: with its mixed second derivative.
-        transposed_products: with the transpose, where a linear solver needs it.
+        transposed_products: those of the Hessian products that a linear solver asked for as ones with the transpose, which is
+            the same matrix here.
     """
 
     inner_gradients: int = 0
