@@ -80,7 +80,8 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
         raise ValueError("no implicit backward was made through this solution; call backward first")
     adjoint, size = box.stats, torch.linalg.vector_norm(box.v, dim=1)
     usable = all(stats.status < Status.coupled_rows for stats in (forward, adjoint))
-    if constants is not None and usable and _measured(forward) and _measured(adjoint):
+    plain = not solution.layout.scales  # constants are those of Euclidean norms
+    if constants is not None and plain and usable and _measured(forward) and _measured(adjoint):
         eps = state_error(forward, constants.contraction)
         residual = adjoint.residual * adjoint.scale
         delta = (residual + eps * (constants.jacobian_lipschitz * size + constants.outer_lipschitz)) / (1 - constants.contraction)

@@ -249,7 +249,7 @@ def scatter(rows: list[dict[str, Any]]) -> Figure:
                 axes.plot(*zip(*xy, strict=True), marker, color=color, markersize=4, label=None if rough else name, alpha=0.8)
     axes.plot([], [], "kx", markersize=4, label="estimate above the hypergradient's own norm")
     axes.set(xscale="log", yscale="log", xlabel="true error of the hypergradient, relative", ylabel="error estimate, relative")
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     return figure
 
@@ -263,7 +263,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = points(seeds)
     facts = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    (HERE / "results.json").write_text(json.dumps({**facts, "points": rows}) + "\n")
+    columns = list(rows[0])
+    values = [[float(f"{row[c]:.3g}") if isinstance(row[c], float) else row[c] for c in columns] for row in rows]
+    (HERE / "results.json").write_text(json.dumps({**facts, "columns": columns, "points": values}, separators=(",", ":")) + "\n")
     lines = summary(rows)
     print("\n".join(lines))
     readme = (HERE / "README.md").read_text()
