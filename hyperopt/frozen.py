@@ -36,14 +36,21 @@ class FrozenMap:
         phi: the map, called ``phi(z, *terms)``.
         modules: what it uses; their parameters, buffers and training flags are put back for every call.
         device: where the map runs: its generator and its autocast state are kept.
+        watch: told the state of every call until ``commit``.
 
     Attributes:
         random: whether a call draws random numbers; None before the first.
     """
 
-    def __init__(self, phi: Callable[..., Any], modules: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        phi: Callable[..., Any],
+        modules: Iterable[nn.Module],
+        device: torch.device,
+        watch: Callable[[Any], None] | None = None,
+    ) -> None:
         """Take note of everything."""
-        self.phi, self.device = phi, device
+        self.phi, self.device, self.watch = phi, device, watch
         inner = list(dict.fromkeys(module for root in modules for module in root.modules()))
         self.slots: list[Slot] = [(vars(m), "training", m.training) for m in inner]
         self.slots += [(m._parameters, name, p) for m in inner for name, p in m._parameters.items() if p is not None]
@@ -68,6 +75,8 @@ class FrozenMap:
     def __call__(self, z: Any, *terms: Any) -> Any:
         """``phi(z, *terms)``, in the dtypes of ``z``."""
         self._check_rows(z)
+        if self.watch is not None:
+            self.watch(z)
         copies: list[Slot] = [(place, name, buffer.clone()) for place, name, buffer in self.moving]
         with self._generators(), self._in_place([*self.slots, *copies]):
             if torch.is_autocast_enabled(self.device.type) == self.autocast:
@@ -84,7 +93,7 @@ class FrozenMap:
         """Let the modules and the generators be as the latest call would have left them; further calls are replays."""
         if self.after is None:
             return
-        (buffers, generators), self.after = self.after, None
+        (buffers, generators), self.after, self.watch = self.after, None, None
         with torch.no_grad():
             for (_, _, original), new in zip(self.moving, buffers, strict=False):
                 original.copy_(new)
