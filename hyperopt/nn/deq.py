@@ -143,6 +143,10 @@ class DEQ(nn.Module):
             raise TypeError(f"DEQ: x is a {type(x).__name__}, which names no initial state; set initial")
         return zero_state(x)
 
+    def compile_map(self) -> None:
+        """Compile the cell's map with ``torch.compile``, in place."""
+        (getattr(self.cell, "compile_map", None) or self.cell.compile)()
+
     def _map(self, x: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[int]]:
         """The map, what it takes beside the state, and which of that has one row per example."""
         terms = getattr(self.cell, "terms", None)

@@ -35,8 +35,13 @@ class ImageNetwork(nn.Sequential):
             z = self._modules[name](z)  # pyright: ignore[reportOptionalCall]
         return z
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, z0: Any = None, v0: Any = None) -> Tensor:
         """Return the logits. shapes: (rows, channels, height, width) to (rows, classes).
+
+        Args:
+            input: images.
+            z0: where the implicit layer's solve starts, see ``DEQ``.
+            v0: where its adjoint solve starts.
 
         Raises:
             ValueError: images of another shape.
@@ -46,7 +51,10 @@ class ImageNetwork(nn.Sequential):
                 f"the images have shape {tuple(input.shape)}, but the network takes (rows, channels, height, width) = (rows, "
                 f"{', '.join(map(str, self.image))}); change dataset or image"
             )
-        return super().forward(input)
+        y: Any = input
+        for name, module in self.named_children():
+            y = module(y, z0, v0) if name == "deq" else module(y)
+        return y
 
 
 def tanh_network(width: int = 100, image: Sequence[int] = (1, 28, 28), classes: int = 10, **layer: Any) -> ImageNetwork:
@@ -110,7 +118,7 @@ def mdeq_network(
     """Return two convolutions, a multiscale DEQ, and a head: by default the small model for CIFAR-10 of arXiv 2006.08656.
 
     Args:
-        cell: with its channels (None: ``MDEQCell()``, two scales of 24 channels, which makes PARAMS parameters for CIFAR-10).
+        cell: with its channels (None: ``MDEQCell()``, two scales of 24 channels, which makes 158,890 parameters for CIFAR-10).
         image: channels, height and width of the images.
         classes: number of classes.
         head: channels inside the head's block of each scale.
