@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.nn.deq import zero_state
-from hyperopt.nn.normalise import normalise
+from hyperopt.nn.weight_norms import normalise
 
 
 class ResNetCell(nn.Module):
