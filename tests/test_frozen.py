@@ -11,19 +11,12 @@ from torch.nn.utils import parametrizations
 from hyperopt import Anderson, Implicit, LinearAnderson, Picard, SolveError, Unrolled, fixed_point
 from hyperopt.frozen import FrozenMap
 from hyperopt.nn import DEQ
-from hyperopt.policy import reset_warnings
 
 CPU = torch.device("cpu")
 TIGHT = Implicit(LinearAnderson(1e-12, max_steps=300), policy="raise")
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Noise(nn.Module):
@@ -157,6 +150,11 @@ def test_batchnorm_couples_the_rows_which_is_found_or_refused():
     running = Cell(nn.BatchNorm1d(3, track_running_stats=False)).eval()  # takes the statistics of its batch in eval mode too
     with pytest.raises(ValueError, match="rows='batch'"):
         DEQ(running, rows="batch")(x)
+
+
+def test_17_statistics_over_all_processes_are_refused():
+    with pytest.raises(ValueError, match=r"cell\.extra\.0 = SyncBatchNorm.*waits for all processes"):
+        DEQ(Cell(nn.SyncBatchNorm(3)))(torch.randn(5, 3))
 
 
 def test_batchnorm_around_the_layer():

@@ -11,16 +11,8 @@ from hyperopt import GMRES, Anderson, Broyden, Implicit, NewtonKrylov, Picard, U
 from hyperopt.nn import DEQ, MDEQCell, ResNetCell, TanhFixedPoint, mdeq_network, resnet_network, tanh_network
 from hyperopt.nn.networks import ImageNetwork
 from hyperopt.nn.weight_norms import normalise
-from hyperopt.policy import reset_warnings
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 TIGHT = Implicit(GMRES(1e-11, max_steps=400), policy="raise")

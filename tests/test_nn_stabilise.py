@@ -8,16 +8,8 @@ from torch import nn
 
 from hyperopt import GMRES, Anderson, Implicit, Picard, Unrolled
 from hyperopt.nn import DEQ, Stabilise, TanhFixedPoint
-from hyperopt.policy import reset_warnings
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 TIGHT = Implicit(GMRES(1e-12, max_steps=100), policy="raise")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.nn.deq import zero_state
+from hyperopt.nn.state import zero_state
 from hyperopt.nn.weight_norms import normalise
 
 

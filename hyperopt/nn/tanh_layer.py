@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hyperopt.adjoints.base import Adjoint
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.equilibrium import Cell, TanhAffine, draw
+from hyperopt.solvers.base import FixedPointSolver
 
 
 class TanhCell(Cell):
@@ -65,7 +67,13 @@ class TanhFixedPoint(DEQ):
     """
 
     def __init__(
-        self, width: int, solver: Any = None, adjoint: Any = None, *, init_scale: float | None = None, **others: Any
+        self,
+        width: int,
+        solver: FixedPointSolver | None = None,
+        adjoint: Adjoint | None = None,
+        *,
+        init_scale: float | None = None,
+        **others: Any,
     ) -> None:
         """Build the cell."""
         super().__init__(TanhCell(width, init_scale), solver, adjoint, **others)
