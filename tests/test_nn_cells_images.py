@@ -1,5 +1,6 @@
 """The ResNet and multiscale cells, weight norms, and the networks around them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -112,27 +113,20 @@ def test_rows_of_the_multiscale_layer_are_independent():
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-7, atol=1e-8)
 
 
-def test_spectral_norm_bounds_a_linear_cell_and_its_vectors_move_once_a_forward():
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6, bias=False)
-            with torch.no_grad():
-                self.linear.weight.mul_(30.0)  # far from a contraction
-            normalise(self, "spectral")
-
-        def forward(self, z, x):
-            return 0.9 * self.linear(z) + x
-
-    deq, x = DEQ(Linear(), Picard(1e-10, max_steps=2000), TIGHT, policy="raise"), torch.randn(3, 6)
+def test_a_spectral_norm_makes_a_tanh_layer_contract_and_its_vectors_move_once_a_forward():
+    layer = TanhFixedPoint(6, Picard(1e-10, max_steps=2000), TIGHT, init_scale=30.0, norm="spectral", policy="raise")
+    x = torch.randn(3, 6, requires_grad=True)
+    twin = copy.deepcopy(layer)
     for _ in range(3):
-        before = [b.clone() for b in deq.buffers()]
-        deq(x).sum().backward()
-        assert not any(torch.equal(a, b) for a, b in zip(before, deq.buffers(), strict=True))
-    for _ in range(60):
-        deq.cell(x, x)  # one step of the power iteration each
-    weight = deq.cell.get_submodule("linear").weight.detach()  # pyright: ignore[reportCallIssue]
-    assert float(torch.linalg.matrix_norm(weight, 2)) == pytest.approx(1.0, rel=1e-6)
+        layer(x).sum().backward()
+        assert layer.cell.get_parameter("parametrizations.weight.original").grad is not None
+        twin.weight  # noqa: B018  (one step of the power iteration)
+        for a, b in zip(layer.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for _ in range(100):
+        layer.weight  # noqa: B018
+    assert float(torch.linalg.matrix_norm(layer.eval().weight.detach(), 2)) == pytest.approx(1.0, rel=1e-6)
+    assert torch.autograd.gradcheck(layer, x)
 
 
 def test_weight_norm_keeps_the_weights_and_gives_them_a_length():
@@ -198,7 +192,7 @@ def test_images_of_the_wrong_shape():
         (lambda: ResNetCell(kernel_size=2), "kernel_size=2 must be odd"),
         (lambda: ResNetCell(dropout=1.0), r"dropout=1.0 is not in \[0, 1\)"),
         (lambda: ResNetCell(norm="batch"), "norm='batch' is none of None, weight, spectral"),
-        (lambda: normalise(nn.ReLU(), "weight"), "ReLU has no linear layer or convolution"),
+        (lambda: normalise(nn.ReLU(), "weight"), "ReLU has no matrix or kernel called weight"),
         (lambda: MDEQCell(()), "channels is empty"),
         (lambda: MDEQCell((24, 25)), r"channels\[1\]=25 is not divisible by groups=8"),
         (lambda: MDEQCell((3, 3), groups=3), "groups=3 must be even"),
