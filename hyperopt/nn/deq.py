@@ -33,8 +33,8 @@ from hyperopt.tree import ROWS, layout_of
 class Observer(Protocol):
     """What a layer tells of its forward passes."""
 
-    def before(self, layer: DEQ) -> Callable[[Any], None]:
-        """Called before a solve; what is returned is called with every state at which the map is evaluated in it."""
+    def before(self, layer: DEQ) -> Callable[[Any], None] | None:
+        """Called before a solve; what is returned, if anything, is called with every state at which the map is evaluated."""
         ...
 
     def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
@@ -120,8 +120,9 @@ class DEQ(nn.Module):
         layout = layout_of(z0, self._rows())
         device = optree.tree_leaves(z0)[0].device
         observer = self.observer
-        whole = layout.joint or observer is not None or not self._may_drop()
-        frozen = FrozenMap(phi, [self.cell], device, None if observer is None else observer.before(self))
+        watch = None if observer is None else observer.before(self)
+        whole = layout.joint or watch is not None or not self._may_drop()
+        frozen = FrozenMap(phi, [self.cell], device, watch)
         solution = fixed_point(
             frozen,
             z0,
