@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hyperopt import Anderson, Dense, Implicit, LinearAnderson, Neumann, Newton, Picard, SolveError, Unrolled
 from hyperopt.nn import DEQ, TanhFixedPoint
@@ -216,6 +217,17 @@ def test_every_adjoint_and_the_policies_reach_the_primitive():
     value = deq(x, trace=True)
     assert deq.solution is not None and deq.solution.forward.fallbacks == ("Picard",) and deq.solution.forward.trace.numel() > 3
     torch.testing.assert_close(deq.cell(value, x), value)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpointed_part_of_a_network(reentrant):
+    deq, x = tiny(nn.Dropout(0.3)), images()
+    torch.manual_seed(1)
+    deq(x).square().sum().backward()
+    want, x.grad = x.grad, None
+    torch.manual_seed(1)
+    checkpoint(deq, x, use_reentrant=reentrant).square().sum().backward()  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(x.grad, want)
 
 
 def test_an_equilibrium_cell_is_a_cell_of_a_layer():
