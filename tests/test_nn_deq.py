@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import hyperopt.nn
 from hyperopt import Anderson, Dense, Implicit, LinearAnderson, Neumann, Newton, Picard, SolveError, Unrolled
 from hyperopt.nn import DEQ, TanhFixedPoint
 from hyperopt.nn.contractive import ProjectedMatrix
@@ -290,3 +293,12 @@ def test_bad_inputs_are_refused():
         tiny()(torch.zeros(3, 2, 3, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="changed the shape"):
         tiny()(images(), z0=torch.zeros(1, 2, 3, 3))
+
+
+def test_the_package_names_its_parts_and_imports_no_torch():
+    code = "import sys, hyperopt.nn; dir(hyperopt.nn); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert {"DEQ", "ResNetCell", "MDEQCell", "TanhFixedPoint", "Stabilise", "mdeq_network"} <= set(dir(hyperopt.nn))
+    assert all(callable(getattr(hyperopt.nn, name)) for name in hyperopt.nn.__all__)
+    with pytest.raises(AttributeError, match=r"module 'hyperopt\.nn' has no attribute 'Deq'; it has DEQ, TanhFixedPoint"):
+        hyperopt.nn.Deq  # noqa: B018
