@@ -79,8 +79,7 @@ SCHEMA: dict[str, type] = {
         solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["gmres"]
     ),
     **{
-        f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node)
-        for name, node in LINEAR_SOLVERS.items()
+        f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node) for name, node in LINEAR_SOLVERS.items()
     },
     "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.adjoints.shine.Shine"),
     "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),

@@ -28,6 +28,7 @@ LAYERS = [
     ("tree",),
     ("status",),
     ("policy", "closure", "memory", "purity"),
+    ("frozen",),
     ("solvers",),
     ("linsolve",),
     ("solvers.newton_krylov", "solvers.forward"),  # a linear system in every step, and the fallback to it

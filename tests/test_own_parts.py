@@ -74,7 +74,13 @@ def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path) -> None:
     for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):
         (folder / "__init__.py").touch()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(package.parent)])}
-    argv = ["task/cell=mine", "dataset=mine", "+dataset.count=40", "allow_targets=[mine]", "hydra.searchpath=[pkg://mine.configs]"]
+    argv = [
+        "task/cell=mine",
+        "dataset=mine",
+        "+dataset.count=40",
+        "allow_targets=[mine]",
+        "hydra.searchpath=[pkg://mine.configs]",
+    ]
     argv += ["task.state_size=5", "optimizer.lr=0.1", "trainer.max_steps=30", "trainer.progress=false", "hydra.run.dir=out"]
     done = subprocess.run([sys.executable, "-m", "hyperopt.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
