@@ -166,11 +166,12 @@ def fresh_warnings():
 
 @pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")
 @pytest.mark.parametrize("solver", [Neumann(max_steps=500), Neumann(rtol=0, max_steps=60)], ids=["tolerance", "fixed"])
-def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_one(solver):
+def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_one(solver, caplog):
     ridge = Ridge()
     largest = float(torch.linalg.eigvalsh(ridge.hessian(ridge.lam))[-1])
     found = hyperopt.hypergradient(ridge.problem, ridge.solution(ridge.lam), ridge.lam, adjoint=Implicit(solver), step=1.2)
     assert bool(found.grad.isnan().all()) and found.status == Status.diverged
+    assert [record.message for record in caplog.records] == [found.note]
     assert "step=1.2;" in found.note and float(found.note.split("largest stable step is ")[1].split()[0]) == pytest.approx(
         2 / largest, rel=0.05
     )

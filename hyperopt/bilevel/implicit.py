@@ -35,6 +35,7 @@ from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
 from hyperopt.linsolve.cg import CG
+from hyperopt.policy import note_once
 from hyperopt.status import AdjointBox, Status
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
             )
         if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
             note += "; adjoint.policy=ignore uses what the fixed number of steps gives all the same"
-        log.warning(note)
+        note_once(note, f"adjoint {status.name}")
         return note
 
     def _step(self, curvature: Curvature, state: State, lam: Any, constants: Any) -> float:
