@@ -197,7 +197,7 @@ def test_linear_maps_of_known_spectrum(name, solver, adjoint):
         lambda w: m @ w + b, torch.zeros(n), solver=SOLVERS[solver], adjoint=LINEAR_ADJOINTS[adjoint], policy="raise"
     ).value
     if adjoint == "cg" and not torch.equal(m, m.t()):
-        with pytest.raises(SolveError, match=r"CG .*broke down"):
+        with pytest.raises(SolveError, match=r"CG .*(broke down|negative curvature)"):
             torch.autograd.grad(w, [m, b], g)
         return
     inverse = torch.linalg.inv(torch.eye(n) - m.detach())
