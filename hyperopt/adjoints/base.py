@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperopt.closure import functorch_level
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.point import differentiable
 from hyperopt.status import Solution
 from hyperopt.tree import Layout
 
@@ -72,7 +73,13 @@ class Bound:
         """Bind the arguments."""
         self.problem, self.args = problem, args
         own = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
-        self.pullback = None if own is None else lambda w, fw: own(w, fw, *args)
+        self.pullback = None if own is None else self._bound(own)
+
+    def _bound(self, own: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
+        def pullback(w: Tensor, fw: Tensor) -> Any:
+            return own(w, fw, *self.args)
+
+        return differentiable(pullback) if getattr(own, "differentiable", False) else pullback
 
     def __call__(self, w: Tensor) -> Tensor:
         """``phi(w, *args)``."""

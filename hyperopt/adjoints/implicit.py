@@ -159,6 +159,11 @@ class PullbackLinearization(Linearization):
         """``J^T v``."""
         return self.pullback.state(v)
 
+    def matrix(self) -> Tensor | None:
+        """``J^T`` of each row, shape (rows, dim, dim), if the map has its Jacobian in closed form."""
+        closed = getattr(self.pullback, "jacobian", None)
+        return None if closed is None else closed().mT
+
     def _pull(self, v: Tensor) -> Tensor:
         return self.pullback.state(v)
 

@@ -18,8 +18,8 @@ from hyperopt.status import SolveStats, Status
 class MatVec(Protocol):
     """``matvec(v) = M v``.
 
-    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, and ``rmatvec(v) = M^T v``, which some
-    methods need.
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``rmatvec(v) = M^T v``, which some
+    methods need, and ``matrix()``: M itself of every row, shape (rows, dim, dim), or None.
     """
 
     def __call__(self, v: Tensor, /) -> Tensor:

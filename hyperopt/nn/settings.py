@@ -1,4 +1,4 @@
-"""Settings of the cells: frozen, validated, and free of torch."""
+"""Settings of the cells and the networks: frozen, validated, and free of torch."""
 
 from __future__ import annotations
 
@@ -65,3 +65,22 @@ class HouseholderCellSettings(CellSettings):
         super().__post_init__()
         check_count(self, "reflections")
         check_open_unit(self, "margin")
+
+
+@dataclass(frozen=True)
+class TanhMLPSettings:
+    """A multilayer perceptron around one layer ``z = tanh(W z + x)``.
+
+    Attributes:
+        width: entries of z.
+        init_scale: standard deviation of the normal initial entries of W (None: ``torch.nn.Linear``'s uniform ones).
+    """
+
+    width: int = 100
+    init_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "width")
+        if self.init_scale is not None:
+            check_number(self, "init_scale", 0.0)
