@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hyperopt.closure import functorch_level
 from hyperopt.purity import random_states
 
 Slot = tuple[dict[str, Any], str, Any]
@@ -36,14 +37,21 @@ class FrozenMap:
         phi: the map, called ``phi(z, *terms)``.
         modules: what it uses; their parameters, buffers and training flags are put back for every call.
         device: where the map runs: its generator and its autocast state are kept.
+        watch: told the state of every call until ``commit``.
 
     Attributes:
         random: whether a call draws random numbers; None before the first.
     """
 
-    def __init__(self, phi: Callable[..., Any], modules: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        phi: Callable[..., Any],
+        modules: Iterable[nn.Module],
+        device: torch.device,
+        watch: Callable[[Any], None] | None = None,
+    ) -> None:
         """Take note of everything."""
-        self.phi, self.device = phi, device
+        self.phi, self.device, self.watch = phi, device, watch
         inner = list(dict.fromkeys(module for root in modules for module in root.modules()))
         self.slots: list[Slot] = [(vars(m), "training", m.training) for m in inner]
         self.slots += [(m._parameters, name, p) for m in inner for name, p in m._parameters.items() if p is not None]
@@ -53,9 +61,10 @@ class FrozenMap:
             (m._buffers, name, b) for m in inner if m.training for name, b in m._buffers.items() if b is not None
         ]
         self.norms = {id(m._buffers) for m in inner if isinstance(m, _NormBase)}  # their kernels count no version
+        self.compiled = any(m._compiled_call_impl is not None for m in inner)
         self.random: bool | None = None
         self.generators = random_states(device)
-        self.rows: int | None = None
+        self.rows: torch.Size | None = None
         self.autocast = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.after: tuple[list[Tensor], list[Tensor]] | None = ([], [])  # buffers and generators after the latest call
@@ -68,13 +77,11 @@ class FrozenMap:
     def __call__(self, z: Any, *terms: Any) -> Any:
         """``phi(z, *terms)``, in the dtypes of ``z``."""
         self._check_rows(z)
+        if self.watch is not None:
+            self.watch(z)
         copies: list[Slot] = [(place, name, buffer.clone()) for place, name, buffer in self.moving]
-        with self._generators(), self._in_place([*self.slots, *copies]):
-            if torch.is_autocast_enabled(self.device.type) == self.autocast:
-                out = self.phi(z, *terms)
-            else:  # a replay outside of the block in which the map was frozen, or inside another
-                with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast):
-                    out = self.phi(z, *terms)
+        with self._generators(), self._in_place([*self.slots, *copies]), self._modes():
+            out = self.phi(z, *terms)
             changed = [place[name] for place, name, _ in copies]
         if self.random is None or self.after is not None:
             self._keep_moving(copies, changed)
@@ -84,7 +91,7 @@ class FrozenMap:
         """Let the modules and the generators be as the latest call would have left them; further calls are replays."""
         if self.after is None:
             return
-        (buffers, generators), self.after = self.after, None
+        (buffers, generators), self.after, self.watch = self.after, None, None
         with torch.no_grad():
             for (_, _, original), new in zip(self.moving, buffers, strict=False):
                 original.copy_(new)
@@ -115,6 +122,17 @@ class FrozenMap:
             for (place, name, _), value in zip(slots, before, strict=True):
                 place[name] = value
 
+    def _modes(self) -> contextlib.ExitStack:
+        """The modes of PyTorch in which the map runs."""
+        modes = contextlib.ExitStack()
+        if torch.is_autocast_enabled(self.device.type) != self.autocast:
+            # A replay outside of the block in which the map was frozen, or inside another.
+            modes.enter_context(torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast))
+        if self.compiled and not functorch_level():
+            # Compiled code cannot be traced through the watching of hyperopt.closure, which finds parameters in the graph too.
+            modes.enter_context(torch._C.DisableTorchFunction())  # pyright: ignore[reportArgumentType]
+        return modes
+
     @contextlib.contextmanager
     def _generators(self) -> Iterator[None]:
         """Draw the numbers of the first call, and leave the generators as they were found."""
@@ -137,11 +155,11 @@ class FrozenMap:
 
     def _check_rows(self, z: Any) -> None:
         """Refuse fewer rows than before: the same numbers would be other masks."""
-        rows = len(optree.tree_leaves(z)[0]) if self.random is not False else None
+        rows = optree.tree_leaves(z)[0].shape[:1] if self.random is not False else None
         if self.random and rows != self.rows:
             raise ValueError(
-                f"a map that draws random numbers was first called with {self.rows} rows and now with {rows}, for which its "
-                f"masks would be others; set drop_rows=False"
+                f"a map that draws random numbers was first called with {tuple(self.rows or ())} rows and now with "
+                f"{tuple(rows or ())}, for which its masks would be others; set drop_rows=False"
             )
         self.rows = rows
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import optree
 import torch
@@ -25,6 +25,18 @@ from hyperopt.primitive import fixed_point
 from hyperopt.settings import POLICIES
 from hyperopt.status import Solution
 from hyperopt.tree import ROWS, layout_of
+
+
+class Observer(Protocol):
+    """What a layer tells of its forward passes."""
+
+    def before(self, layer: DEQ) -> Callable[[Any], None]:
+        """Called before a solve; what is returned is called with every state at which the map is evaluated in it."""
+        ...
+
+    def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
+        """Called after it, with the frozen map, what it takes beside the state, and the solution with its graph."""
+        ...
 
 
 class DEQ(nn.Module):
@@ -50,6 +62,7 @@ class DEQ(nn.Module):
     Attributes:
         solution: the latest solve, its value detached, without a graph; ``solution.adjoint`` is there after a backward. Copies
             of the layer start without it.
+        observer: what is told of every forward (None: nothing), see ``hyperopt.nn.stabilise``.
 
     Raises:
         TypeError, ValueError: an argument of another kind.
@@ -81,6 +94,7 @@ class DEQ(nn.Module):
         self.solver, self.adjoint, self.rows, self.policy = solver, adjoint, rows, policy
         self.fallback, self.initial, self.drop_rows = tuple(fallback), initial, drop_rows
         self.solution: Solution | None = None
+        self.observer: Observer | None = None
 
     def forward(self, x: Any, z0: Any = None, v0: Any = None, trace: bool = False) -> Any:
         """Return the fixed point, in the structure of the initial state.
@@ -95,13 +109,14 @@ class DEQ(nn.Module):
         phi, terms, row_args = self._map(x)
         layout = layout_of(z0, self._rows())
         device = optree.tree_leaves(z0)[0].device
-        frozen = FrozenMap(phi, [self.cell], device)
+        observer = self.observer
+        frozen = FrozenMap(phi, [self.cell], device, None if observer is None else observer.before(self))
         solution = fixed_point(
             frozen,
             z0,
             args=terms,
             rows="joint" if layout.joint else "batch",
-            row_args=row_args if self._may_drop() and not layout.joint else (),
+            row_args=row_args if observer is None and not layout.joint and self._may_drop() else (),
             solver=self.solver,
             adjoint=self.adjoint,
             policy=self.policy,
@@ -110,6 +125,8 @@ class DEQ(nn.Module):
             trace=trace,
         )
         frozen.commit()
+        if observer is not None:
+            observer.after(frozen, terms, solution)
         self.solution = dataclasses.replace(solution, value=optree.tree_map(lambda z: z.detach(), solution.value))
         return solution.value
 
@@ -125,6 +142,10 @@ class DEQ(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"DEQ: x is a {type(x).__name__}, which names no initial state; set initial")
         return zero_state(x)
+
+    def compile_map(self) -> None:
+        """Compile the cell's map with ``torch.compile``, in place."""
+        (getattr(self.cell, "compile_map", None) or self.cell.compile)()
 
     def _map(self, x: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[int]]:
         """The map, what it takes beside the state, and which of that has one row per example."""
@@ -155,7 +176,7 @@ class DEQ(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made from: all but the latest solve."""
-        return {**self.__dict__, "solution": None}
+        return {**self.__dict__, "solution": None, "observer": None}
 
     def extra_repr(self) -> str:
         """Return the methods."""
