@@ -20,7 +20,7 @@ from torch.nn import functional
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
-from hyperopt.nn.networks import Methods, TanhMLP
+from hyperopt.nn.factories import Methods, TanhMLP
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
@@ -38,7 +38,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     """One outer step is one gradient on a minibatch and one update of all parameters.
 
     Attributes:
-        network: the network, after ``setup``.
+        model: the network, after ``setup``.
         layers: its implicit layers by their names, after ``setup``.
         loader: makes the batches, after ``setup``.
         running: means over the steps since the latest evaluation.
@@ -46,7 +46,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
 
     name = "implicit"
 
-    network: nn.Module
+    model: nn.Module
     layers: dict[str, DEQ]
     loader: Loader
     running: Running
@@ -62,11 +62,12 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         self.evaluation_rows = self.eval_batch_size
         methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
         with _drawing(env.generator):
-            self.network = (self.network_factory()).build(self.splits.shape, self.splits.num_classes, methods)
-        self.network.to(env.device, env.dtype)
-        self.layers = {name: module for name, module in self.network.named_modules() if isinstance(module, DEQ)}
+            network = (self.network or TanhMLP()).build(self.splits.shape, self.splits.num_classes, methods)
+        self.model = network.to(env.device, env.dtype)
+        self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DEQ)}
         if not self.layers:
-            raise ValueError("task.network has no implicit layer (hyperopt.nn.DEQ), so there is nothing to solve; change task.network")
+            what = f"task.network={self.network!r} built {type(network).__name__} without an implicit layer (hyperopt.nn.DEQ)"
+            raise ValueError(f"{what}, so there is nothing to solve; change task.network")
         if env.compile:
             for layer in self.layers.values():
                 layer.compile_map()
@@ -84,13 +85,13 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the parameters by the part of the network that they are in; a shared one counts for its first part."""
         groups: dict[str, list[Tensor]] = {}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.model.named_parameters():
             groups.setdefault(name.partition(".")[0], []).append(parameter)
         return groups
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of flattened images."""
-        return self.network(x.unflatten(1, self.splits.shape))
+        return self.model(x.unflatten(1, self.splits.shape))
 
     def solutions(self) -> Sequence[Solution]:
         """Return the layers' latest solves."""
@@ -102,11 +103,11 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         right: list[float] = []
 
         def loss() -> Tensor:
-            logits = self.network(images)
+            logits = self.model(images)
             right.append((logits.detach().argmax(1) == labels).double().mean().item())
             return functional.cross_entropy(logits, labels)
 
-        self.network.train()
+        self.model.train()
         record = self.update(optimizer, guard, loss)
         record.metrics |= {"outer/step_accuracy": right[0], **self.place(batch)}
         self.running.add(record, self.solutions())
@@ -127,8 +128,8 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def _evaluating(self) -> Iterator[None]:
         """The network in eval mode; each layer's latest solve is put back, since it is that of the latest step."""
         before = {layer: layer.solution for layer in self.layers.values()}
-        modes = [(module, module.training) for module in self.network.modules()]
-        self.network.eval()
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
         try:
             yield
         finally:
@@ -170,7 +171,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def state_dict(self) -> dict[str, Any]:
         """Return the network's tensors, where the data order stands, and the running means."""
         return {
-            "network": self.network.state_dict(),
+            "model": self.model.state_dict(),
             "batches": self.batches.state_dict(),
             "running": self.running.state_dict(),
             "steps": self.steps,
@@ -178,7 +179,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned, in place."""
-        self.network.load_state_dict(state["network"])
+        self.model.load_state_dict(state["model"])
         self.batches.load_state_dict(state["batches"])
         self.running.load_state_dict(state["running"])
         self.steps = state["steps"]
