@@ -267,7 +267,7 @@ def together(work: Path, seed: int, count: int) -> Row:
     return {"attempts": count // 5, "exit statuses and refusals": ends, "runs with a number that is not theirs": mixed}
 
 
-TASK = '''
+TASK = """
 import torch
 from hyperopt.tasks.base import StepRecord, Task
 
@@ -292,7 +292,7 @@ class Quadratic(Task):
         return {"lam": self.lam.detach().clone()}
     def load_state_dict(self, state):
         self.lam.data.copy_(state["lam"])
-'''
+"""
 
 
 def resident(process: subprocess.Popen[str]) -> int:

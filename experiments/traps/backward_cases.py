@@ -92,9 +92,7 @@ def several_backwards(library: Library) -> Measured:
     want = p.linear_gradient(m, p.elementwise(lambda u, v: u + v, first, shifted))
     numbers = {
         "relative error, two solves": p.error(library.gradient(two, library.array(b)), want),
-        "relative error, second backward": p.error(
-            library.second_backward(one, library.array(b)), p.linear_gradient(m, first)
-        ),
+        "relative error, second backward": p.error(library.second_backward(one, library.array(b)), p.linear_gradient(m, first)),
     }
     alive = library.alive(lambda phi: library.solve(phi, w0, (matrix, library.array(b)), Wish()).value, linear)
     if alive is not None:

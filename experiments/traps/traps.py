@@ -52,14 +52,21 @@ TRAPS = [
         "Two solves before one backward, and a second backward through one solve, give gradients within 1e-6 without a hang; "
         "what a solve made is freed when its result is dropped, with no backward made.",
         {"relative error, two solves": 1e-6, "relative error, second backward": 1e-6, "evaluations still alive": 0},
-        firm=("relative error, two solves", "relative error, second backward", "evaluations still alive",),
+        firm=(
+            "relative error, two solves",
+            "relative error, second backward",
+            "evaluations still alive",
+        ),
     ),
     Trap(
         5,
         "one bad row",
         "One row of a batch of four has a NaN in its data: states and gradients of the others are within 1e-6.",
         {"relative error of the other states": 1e-6, "relative error of the other gradients": 1e-6},
-        firm=("relative error of the other states", "relative error of the other gradients",),
+        firm=(
+            "relative error of the other states",
+            "relative error of the other gradients",
+        ),
     ),
     Trap(
         6,
@@ -138,7 +145,10 @@ TRAPS = [
         "misspelt options",
         "A misspelt option is refused, and the caller's configuration is left as it was.",
         {"misspelt options taken": 0, "configurations changed": 0},
-        firm=("misspelt options taken", "configurations changed",),
+        firm=(
+            "misspelt options taken",
+            "configurations changed",
+        ),
     ),
     Trap(
         17,
