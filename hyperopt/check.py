@@ -25,6 +25,7 @@ from hyperopt.linsolve.dense import Dense
 from hyperopt.memory import peak_memory
 from hyperopt.policy import SolveError
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.iterate import rounding_floor
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.text import aligned
@@ -222,7 +223,7 @@ def compare_adjoints(
 
 def tight(solver: FixedPointSolver, dtype: torch.dtype) -> FixedPointSolver:
     """``solver`` with a tolerance at the rounding floor of ``dtype`` and a large budget."""
-    return replace(solver, rtol=torch.finfo(dtype).eps, atol=0.0, max_steps=max(STEPS, solver.max_steps))
+    return replace(solver, rtol=rounding_floor(dtype), atol=0.0, max_steps=max(STEPS, solver.max_steps))
 
 
 def _tensors(hyperparameters: Mapping[str, Sequence[Tensor]] | Sequence[Tensor]) -> list[Tensor]:

@@ -83,8 +83,8 @@ class FrozenMap:
         with self._generators(), self._in_place([*self.slots, *copies]), self._modes():
             out = self.phi(z, *terms)
             changed = [place[name] for place, name, _ in copies]
-        if self.random is None or self.after is not None:
-            self._keep_moving(copies, changed)
+        if self.after is not None:
+            self.after = self._moved(copies, changed), self.after[1]
         return _in_dtypes_of(z, out) if self.autocast else out
 
     def commit(self) -> None:
@@ -93,22 +93,22 @@ class FrozenMap:
             return
         (buffers, generators), self.after, self.watch = self.after, None, None
         with torch.no_grad():
-            for (_, _, original), new in zip(self.moving, buffers, strict=False):
+            for (_, _, original), new in zip(self.moving if buffers else (), buffers, strict=True):
                 original.copy_(new)
         if self.random and generators:
             _set_generators(generators, self.device)
 
-    def _keep_moving(self, copies: list[Slot], changed: list[Tensor]) -> None:
-        """Keep the buffers after this call, and forget those that the first call has left alone."""
+    def _moved(self, copies: list[Slot], changed: list[Tensor]) -> list[Tensor]:
+        """The buffers that this call has changed; from now on the others are not copied any more."""
         moved = [
-            id(place) in self.norms or new is not copy or copy._version > 0
+            # Inference tensors count no version.
+            id(place) in self.norms or new is not copy or copy.is_inference() or copy._version > 0
             for (place, _, copy), new in zip(copies, changed, strict=True)
         ]
-        kept = [slot for slot, move in zip(self.moving, moved, strict=True) if move]
-        self.slots += [slot for slot, move in zip(self.moving, moved, strict=True) if not move]
-        self.moving = kept
-        if self.after is not None:
-            self.after = [new for new, move in zip(changed, moved, strict=True) if move], self.after[1]
+        if not all(moved):
+            self.slots += [slot for slot, move in zip(self.moving, moved, strict=True) if not move]
+            self.moving = [slot for slot, move in zip(self.moving, moved, strict=True) if move]
+        return [new for new, move in zip(changed, moved, strict=True) if move]
 
     @contextlib.contextmanager
     def _in_place(self, slots: list[Slot]) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+from hyperopt.settings import IterativeSettings
 from hyperopt.status import SolveStats
 
 log = logging.getLogger("hyperopt")
@@ -34,6 +35,24 @@ def report(stats: SolveStats, policy: str, what: str) -> None:
     key = (what, stats.method, stats.status.name)
     if key not in _warned:
         _warned.add(key)
+        warnings.warn(text, SolveWarning, stacklevel=4)
+
+
+def report_floor(settings: IterativeSettings, floor: float, dtype: object, policy: str, what: str) -> None:
+    """Warn, once a run and kind, of an ``rtol`` below ``floor``, what rounding leaves in ``dtype``: the floor is used instead.
+
+    Not of a method's default, which nobody has asked for, nor where ``atol`` may be what is meant to stop the solve.
+    """
+    if policy == "ignore" or settings.atol or settings.rtol == type(settings).rtol or not 0 < settings.rtol < floor:
+        return
+    name = type(settings).__name__
+    key = (what, name, f"floor of {dtype}")
+    if key not in _warned:
+        _warned.add(key)
+        text = (
+            f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}, so {floor:.1e} is used; "
+            "raise rtol or use precision=float64"
+        )
         warnings.warn(text, SolveWarning, stacklevel=4)
 
 

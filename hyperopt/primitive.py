@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from hyperopt.adjoints.base import Adjoint, Problem
+from hyperopt.adjoints.compiled import fixed_trips, outside, traceable
 from hyperopt.adjoints.implicit import Implicit
+from hyperopt.policy import report_floor
 from hyperopt.purity import random_states, refuse_changing_modules, refuse_random
 from hyperopt.settings import POLICIES
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.iterate import rounding_floor
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tree import layout_of
+
+SOLVER, ADJOINT = Picard(), Implicit()  # the defaults, made once: torch.compile cannot build them inside a graph
 
 
 def fixed_point(
@@ -80,8 +85,8 @@ def fixed_point(
         raise ValueError(f"fixed_point: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
     if not isinstance(args, tuple):
         raise TypeError(f"fixed_point: args is a {type(args).__name__}; give a tuple, args=(x,) for one argument")
-    solver = Picard() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
+    solver = SOLVER if solver is None else solver
+    adjoint = ADJOINT if adjoint is None else adjoint
     if not isinstance(solver, FixedPointSolver):
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
@@ -95,8 +100,12 @@ def fixed_point(
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0))
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace)
-    if torch.compiler.is_compiling():  # neither check can be traced
-        return adjoint.run(problem)
+    if torch.compiler.is_compiling():  # the checks below cannot be traced
+        if traceable(adjoint, problem):
+            return fixed_trips(adjoint, problem)
+        methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback}
+        return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace)
+    report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     before = random_states(start.device)
     solution = adjoint.run(problem)

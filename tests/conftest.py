@@ -35,6 +35,17 @@ def real_root() -> Callable[..., str]:
 
 
 @pytest.fixture
+def float64() -> Iterator[None]:
+    """float64 by default, and one seed."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launcher]:
     """Run ``hyperopt`` in this process, in an empty working directory."""
     from hyperopt import cli

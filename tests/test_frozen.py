@@ -8,22 +8,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hyperopt import Anderson, Implicit, LinearAnderson, Picard, SolveError, Unrolled, fixed_point
+from hyperopt import Anderson, Checkpointed, Implicit, LinearAnderson, Picard, SolveError, Unrolled, fixed_point
 from hyperopt.frozen import FrozenMap
 from hyperopt.nn import DEQ
-from hyperopt.policy import reset_warnings
 
 CPU = torch.device("cpu")
 TIGHT = Implicit(LinearAnderson(1e-12, max_steps=300), policy="raise")
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Noise(nn.Module):
@@ -104,9 +97,13 @@ def test_11_first_and_second_derivatives_are_those_of_the_frozen_map(name):
         assert torch.autograd.gradcheck(again, (x, w))
     assert torch.autograd.gradgradcheck(lambda x: again(x, w), x, fast_mode=True)
     implicit = torch.autograd.grad(again(x, w).square().sum(), [*deq.parameters()])
-    deq.adjoint, deq.solver = Unrolled(), Picard(1e-13)
-    for a, b in zip(implicit, torch.autograd.grad(again(x, w).square().sum(), [*deq.parameters()]), strict=True):
-        torch.testing.assert_close(a, b)
+    deq.solver = Picard(1e-13)
+    for adjoint in (Unrolled(), Checkpointed()):
+        deq.adjoint = adjoint
+        value = again(x, w)
+        torch.rand(5)
+        for a, b in zip(implicit, torch.autograd.grad(value.square().sum(), [*deq.parameters()]), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", EXTRA)
@@ -157,6 +154,11 @@ def test_batchnorm_couples_the_rows_which_is_found_or_refused():
     running = Cell(nn.BatchNorm1d(3, track_running_stats=False)).eval()  # takes the statistics of its batch in eval mode too
     with pytest.raises(ValueError, match="rows='batch'"):
         DEQ(running, rows="batch")(x)
+
+
+def test_17_statistics_over_all_processes_are_refused():
+    with pytest.raises(ValueError, match=r"cell\.extra\.0 = SyncBatchNorm.*waits for all processes"):
+        DEQ(Cell(nn.SyncBatchNorm(3)))(torch.randn(5, 3))
 
 
 def test_batchnorm_around_the_layer():
@@ -225,7 +227,8 @@ def test_a_buffer_that_is_replaced_and_one_that_is_not_touched():
     deq = DEQ(Cell(counter), Picard(1e-10), policy="raise")
     for k in range(1, 4):
         table = counter.get_buffer("table")
-        deq(torch.randn(2, 3))
+        with torch.inference_mode(k == 2):
+            deq(torch.randn(2, 3))
         assert int(counter.count) == k and counter.get_buffer("table") is table
 
 

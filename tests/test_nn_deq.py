@@ -9,20 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from hyperopt import Anderson, Dense, Implicit, LinearAnderson, Neumann, Newton, Picard
+from hyperopt import Anderson, Dense, Implicit, LinearAnderson, Neumann, Newton, Picard, SolveError, Unrolled
 from hyperopt.nn import DEQ, TanhFixedPoint
-from hyperopt.policy import reset_warnings
+from hyperopt.nn.contractive import ProjectedMatrix
+from hyperopt.nn.equilibrium import EquilibriumCell
+from hyperopt.tasks.warm import WarmStore
 
 TIGHT = Implicit(LinearAnderson(1e-12, max_steps=200), policy="raise")
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class TinyCell(nn.Module):
@@ -119,7 +115,7 @@ def test_the_solution_has_statistics_and_no_graph_and_stays_out_of_copies():
 
 
 def test_memory_does_not_grow_without_a_backward():
-    deq, x = tiny(), images()
+    deq, x = DEQ(TinyCell(), Picard(1e-2)), images()
 
     def alive() -> int:
         gc.collect()
@@ -152,3 +148,133 @@ def test_a_start_from_the_caller_and_a_state_of_another_shape():
     given = DEQ(deq.cell, Anderson(1e-12), TIGHT, initial=lambda x: (x, torch.cat([x, x], dim=1)))
     torch.testing.assert_close(given(x), (first, second))
     assert torch.autograd.gradcheck(deq, x)
+
+
+def test_warm_starts_by_example():
+    deq, data = tiny(), torch.randn(6, 2, 3, 3)
+    store = WarmStore(6, 18, torch.float64)
+    for step, index in enumerate((torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([1, 2, 4]))):
+        start = store.start(index, step)
+        given = [None if near is None else near.reshape(3, 2, 3, 3) for near in (start.state, start.adjoint)]
+        value = deq(data[index], *given)
+        value.square().mean(dim=(1, 2, 3)).mean().backward()
+        solution = deq.solution
+        assert solution is not None and solution.adjoint is not None
+        store.keep(index, step, solution.layout.matrix(solution.value), solution.box.v)
+        if step == 2:
+            assert int(solution.forward.iterations.max()) == 1 and int(solution.adjoint.iterations.max()) <= 2
+        else:
+            assert int(solution.forward.iterations.min()) > 5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # torch's own forward-mode rules still use it
+def test_under_torch_func():
+    deq, x = tiny(), images().detach()
+    parameters = dict(deq.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(deq, parameters, (x,)).square().sum()
+
+    want: Any = torch.autograd.grad(loss(parameters, x), [*parameters.values()])
+    for a, b in zip(torch.func.grad(loss)(parameters, x).values(), want, strict=True):
+        torch.testing.assert_close(a, b)
+    each = torch.vmap(torch.func.grad(lambda p, one: loss(p, one[None])), in_dims=(None, 0))(parameters, x)
+    for a, b in zip(each.values(), want, strict=True):
+        torch.testing.assert_close(a.sum(0), b)
+    tangent = torch.randn_like(x)
+    forward: Any = torch.func.jvp(lambda x: loss(parameters, x), (x,), (tangent,))[1]
+    torch.testing.assert_close(forward, (torch.func.grad(loss, 1)(parameters, x) * tangent).sum())
+
+
+def test_in_an_autocast_network():
+    torch.set_default_dtype(torch.float32)
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), DEQ(TinyCell(), Anderson(1e-2), Implicit(LinearAnderson(1e-2))), nn.Conv2d(2, 2, 1))
+    x = torch.randn(3, 2, 3, 3)
+    full = torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x)
+    assert out.dtype == torch.bfloat16
+    low = torch.autograd.grad(out.float().square().sum(), [*net.parameters()])
+    for a, b in zip(low, full, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+    half = DEQ(TinyCell().bfloat16(), Anderson(3e-2))  # a network that lives in bfloat16 has states in bfloat16
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_every_adjoint_and_the_policies_reach_the_primitive():
+    deq, x = tiny(), images()
+    want = torch.autograd.grad(deq(x).square().sum(), x)[0]
+    deq.solver = Picard(1e-13, max_steps=500)
+    for adjoint in (Unrolled(), Implicit(Neumann(1e-13, max_steps=500))):
+        deq.adjoint = adjoint
+        torch.testing.assert_close(torch.autograd.grad(deq(x).square().sum(), x)[0], want)
+    deq.solver = Picard(1e-12, max_steps=3)
+    with pytest.raises(SolveError, match="raise max_steps"):
+        deq(x)
+    deq.policy, deq.fallback = "fallback", (Anderson(1e-12, max_steps=200),)
+    value = deq(x, trace=True)
+    assert deq.solution is not None and deq.solution.forward.fallbacks == ("Picard",) and deq.solution.forward.trace.numel() > 3
+    torch.testing.assert_close(deq.cell(value, x), value)
+
+
+def test_an_equilibrium_cell_is_a_cell_of_a_layer():
+    model = EquilibriumCell(4, 3, ProjectedMatrix(3, 0.9, 0.2))
+    x = torch.randn(5, 4)
+    deq = DEQ(model, Picard(1e-12, max_steps=500), TIGHT)
+    value = deq(x)
+    torch.testing.assert_close(value, torch.tanh(value @ model.recurrent.A + x @ model.B.T + model.c))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+class Wrong(nn.Module):
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, z, x):
+        return self.change(0.5 * z + x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda z: z[:, :1],
+            ValueError,
+            r"shape of leaf 0 of the state: got \(3, 1, 3, 3\), expected \(3, 2, 3, 3\)",
+        ),
+        (lambda z: (z, z), ValueError, "changed the structure of the state"),
+        (lambda z: z.float(), TypeError, "changed the dtype of leaf 0"),
+        (lambda z: None, ValueError, "changed the structure of the state"),
+    ],
+)
+def test_a_cell_that_does_not_return_a_state(change, error, message):
+    with pytest.raises(error, match=message):
+        DEQ(Wrong(change))(images())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cell": torch.tanh}, TypeError, "cell is a builtin_function_or_method; give a module"),
+        ({"solver": Neumann()}, TypeError, r"solver=Neumann.* is no FixedPointSolver"),
+        ({"adjoint": Neumann()}, TypeError, r"adjoint=Neumann.* is no Adjoint"),
+        ({"fallback": (Neumann(),)}, TypeError, r"fallback=Neumann.* is no FixedPointSolver"),
+        ({"rows": "each"}, ValueError, "rows='each' is none of auto, batch, joint"),
+        ({"policy": "hope"}, ValueError, "policy='hope' is none of raise, warn, fallback, ignore"),
+        ({"initial": 0}, TypeError, "initial=0 must be a function of x"),
+        ({"tolerance": 1e-3}, TypeError, "tolerance"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DEQ(**{"cell": TinyCell(), **arguments})
+
+
+def test_bad_inputs_are_refused():
+    with pytest.raises(TypeError, match="x is a dict, which names no initial state; set initial"):
+        tiny()({"a": images()})
+    with pytest.raises(TypeError, match="must be floating point"):
+        tiny()(torch.zeros(3, 2, 3, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="changed the shape"):
+        tiny()(images(), z0=torch.zeros(1, 2, 3, 3))

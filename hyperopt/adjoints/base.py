@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperopt.closure import functorch_level
@@ -52,7 +53,8 @@ class Problem:
 
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The map on a matrix (any number of rows)."""
-        version = None if w.is_inference() or functorch_level() else w._version
+        blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0
+        version = None if blind else w._version
         out = self.phi(self.layout.tree(w), *args)
         if version is not None and w._version != version:
             raise ValueError("the map changed the state that it was given, in place; return a new tensor")

@@ -26,10 +26,10 @@ from hyperopt.linsolve.fallback import solve_chain
 from hyperopt.linsolve.gmres import GMRES
 from hyperopt.linsolve.neumann import Neumann
 from hyperopt.linsolve.normal_cg import NormalCG
-from hyperopt.policy import report
+from hyperopt.policy import report, report_floor
 from hyperopt.settings import ImplicitSettings
 from hyperopt.solvers.forward import solve_forward
-from hyperopt.solvers.iterate import Iterate
+from hyperopt.solvers.iterate import Iterate, rounding_floor
 from hyperopt.status import AdjointBox, Solution, SolveStats
 
 
@@ -140,6 +140,7 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         trace: bool = False,
     ) -> Tensor:
         """Solve with the linear solver, under the policy and with its fallbacks."""
+        report_floor(self.linear_solver, rounding_floor(b.dtype), b.dtype, self.policy, what)
         with torch.no_grad():
             found = solve_chain(self.chain, matvec, b, start, what, trace=trace)
         box.stats, box.v = found.stats, found.value.detach()

@@ -20,7 +20,7 @@ from hyperopt.policy import report
 from hyperopt.settings import UnrolledSettings
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.forward import solve_forward
-from hyperopt.solvers.iterate import FLOOR, Iterate, following, iterate, relative
+from hyperopt.solvers.iterate import Iterate, following, iterate, relative, rounding_floor
 from hyperopt.solvers.picard import Picard
 from hyperopt.solvers.point import Cost, Point
 from hyperopt.status import Solution, SolveStats, Status
@@ -125,7 +125,7 @@ class Watch:
         self.norms: list[float] = []
         self.moving: list[Tensor] = []  # at the start of each step
         self.moved: list[Tensor] = []  # at its end, without the rows that broke down
-        self.floor = FLOOR * torch.finfo(start.dtype).eps
+        self.floor = rounding_floor(start.dtype)
         self.last: int | None = None
 
     @torch.no_grad()

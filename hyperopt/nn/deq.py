@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hyperopt.adjoints.base import Adjoint
 from hyperopt.frozen import FrozenMap
+from hyperopt.nn.state import zero_state
 from hyperopt.primitive import fixed_point
 from hyperopt.settings import POLICIES
+from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
 from hyperopt.tree import ROWS, layout_of
 
@@ -30,8 +33,8 @@ from hyperopt.tree import ROWS, layout_of
 class Observer(Protocol):
     """What a layer tells of its forward passes."""
 
-    def before(self, layer: DEQ) -> Callable[[Any], None]:
-        """Called before a solve; what is returned is called with every state at which the map is evaluated in it."""
+    def before(self, layer: DEQ) -> Callable[[Any], None] | None:
+        """Called before a solve; what is returned, if anything, is called with every state at which the map is evaluated."""
         ...
 
     def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
@@ -71,12 +74,12 @@ class DEQ(nn.Module):
     def __init__(
         self,
         cell: nn.Module,
-        solver: Any = None,
-        adjoint: Any = None,
+        solver: FixedPointSolver | None = None,
+        adjoint: Adjoint | None = None,
         *,
         rows: str = "auto",
         policy: str = "warn",
-        fallback: Sequence[Any] = (),
+        fallback: Sequence[FixedPointSolver] = (),
         initial: Callable[[Any], Any] | None = None,
         drop_rows: bool = True,
     ) -> None:
@@ -84,6 +87,12 @@ class DEQ(nn.Module):
         super().__init__()
         if not isinstance(cell, nn.Module):
             raise TypeError(f"DEQ: cell is a {type(cell).__name__}; give a module with forward(z, x)")
+        for name, value, kind in (("solver", solver, FixedPointSolver), ("adjoint", adjoint, Adjoint)):
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(f"DEQ: {name}={value!r} is no {kind.__name__}; change {name}")
+        for value in fallback:
+            if not isinstance(value, FixedPointSolver):
+                raise TypeError(f"DEQ: fallback={value!r} is no FixedPointSolver; change fallback")
         if rows not in ROWS:
             raise ValueError(f"DEQ: rows={rows!r} is none of {', '.join(ROWS)}; change rows")
         if policy not in POLICIES:
@@ -96,6 +105,7 @@ class DEQ(nn.Module):
         self.solution: Solution | None = None
         self.observer: Observer | None = None
 
+    @torch.compiler.disable(reason="a DEQ solves eagerly; compile its cell (compile_map)")
     def forward(self, x: Any, z0: Any = None, v0: Any = None, trace: bool = False) -> Any:
         """Return the fixed point, in the structure of the initial state.
 
@@ -105,18 +115,20 @@ class DEQ(nn.Module):
             v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient); a ``solution.v``.
             trace: keep the residual after every iteration.
         """
-        z0 = optree.tree_map(lambda z: z.detach(), self.start(x) if z0 is None else z0)
+        z0 = _detached(self.start(x) if z0 is None else z0)
         phi, terms, row_args = self._map(x)
         layout = layout_of(z0, self._rows())
         device = optree.tree_leaves(z0)[0].device
         observer = self.observer
-        frozen = FrozenMap(phi, [self.cell], device, None if observer is None else observer.before(self))
+        watch = None if observer is None else observer.before(self)
+        whole = layout.joint or watch is not None or not self._may_drop()
+        frozen = FrozenMap(phi, [self.cell], device, watch)
         solution = fixed_point(
             frozen,
             z0,
             args=terms,
             rows="joint" if layout.joint else "batch",
-            row_args=row_args if observer is None and not layout.joint and self._may_drop() else (),
+            row_args=() if whole else tuple(i for i in row_args if _has_rows(terms[i], layout.rows)),
             solver=self.solver,
             adjoint=self.adjoint,
             policy=self.policy,
@@ -127,7 +139,7 @@ class DEQ(nn.Module):
         frozen.commit()
         if observer is not None:
             observer.after(frozen, terms, solution)
-        self.solution = dataclasses.replace(solution, value=optree.tree_map(lambda z: z.detach(), solution.value))
+        self.solution = dataclasses.replace(solution, value=_detached(solution.value))
         return solution.value
 
     def start(self, x: Any) -> Any:
@@ -151,16 +163,21 @@ class DEQ(nn.Module):
         """The map, what it takes beside the state, and which of that has one row per example."""
         terms = getattr(self.cell, "terms", None)
         if terms is None:
-            return self.cell, (x,), (0,) if isinstance(x, Tensor) else ()
+            return self.cell, (x,), (0,)
         return self.cell.phi, terms(x), self.cell.row_args  # pyright: ignore[reportReturnType]
 
     def _rows(self) -> str:
         """How rows lie, given the cell's modes.
 
         Raises:
-            ValueError: rows were said to be independent, and are not.
+            ValueError: rows were said to be independent, and are not; or they depend on those of other processes.
         """
         for name, module in self.cell.named_modules():
+            if isinstance(module, nn.SyncBatchNorm) and module.training:
+                raise ValueError(
+                    f"DEQ: cell.{name} = {module} waits for all processes at every evaluation, whose solves may take different "
+                    f"numbers of them; call .eval() on it, or use BatchNorm, GroupNorm or LayerNorm"
+                )
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 if self.rows == "batch":
                     raise ValueError(
@@ -183,7 +200,11 @@ class DEQ(nn.Module):
         return f"solver={self.solver}, adjoint={self.adjoint}, rows={self.rows!r}, policy={self.policy!r}"
 
 
-def zero_state(x: Tensor, *shape: int) -> Tensor:
-    """Return zeros of ``shape`` (none: that of x) on x's device and in its dtype, under autocast in float32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return torch.zeros(shape or x.shape, dtype=dtype, device=x.device)
+def _detached(tree: Any) -> Any:
+    """The tree without graphs."""
+    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    """Whether x is a tensor with so many leading rows."""
+    return isinstance(x, Tensor) and x.shape[:1] == (rows,)

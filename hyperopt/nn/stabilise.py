@@ -76,10 +76,10 @@ class Stabilise:
         for layer in self.layers:
             layer.observer = None
 
-    def before(self, layer: DEQ) -> Callable[[Any], None]:
-        """Note the iterates of the solve that begins."""
+    def before(self, layer: DEQ) -> Callable[[Any], None] | None:
+        """Note the iterates of the solve that begins, if they are wanted."""
         self._solves.append(_Iterates(self._count, self._steps))
-        return self._solves[-1]
+        return self._solves[-1] if self._count or self._steps else None
 
     def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
         """Add what the solve gives."""

@@ -32,6 +32,11 @@ FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map 
 COUPLED = 4.0  # a stopped row may rise to this many times its tolerance by rounding alone
 
 
+def rounding_floor(dtype: torch.dtype) -> float:
+    """The least relative residual that can be asked for in ``dtype``."""
+    return FLOOR * torch.finfo(dtype).eps
+
+
 @dataclass
 class Iterate:
     """Result of a driver run.
@@ -114,7 +119,7 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
     status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
     if broken is not None:
         status = torch.where(broken & torch.isfinite(residual), int(Status.breakdown), status)
-    late, floor = max(0, end - 4), 4 * FLOOR * torch.finfo(w0.dtype).eps * float(torch.linalg.vector_norm(size))
+    late, floor = max(0, end - 4), 4 * rounding_floor(w0.dtype) * float(torch.linalg.vector_norm(size))
     start = late if float(norms[end]) > floor else min(1, end)  # at the rounding floor only the whole run tells
     stats = SolveStats(
         status,
@@ -175,7 +180,7 @@ class _Adaptive:
         self.best_w, self.best = w0, w0.new_full((rows,), math.inf)  # absolute residual norms
         self.first = w0.new_full((rows,), math.inf)
         self.best_at = torch.zeros_like(self.iterations)
-        self.floor = FLOOR * torch.finfo(w0.dtype).eps
+        self.floor = rounding_floor(w0.dtype)
         self.difference = self.scale = self.tolerance = self.best  # absolute residual norms, what they are relative to, limits
         self.met = self.lost = torch.zeros_like(self.active)  # rows that the latest evaluation ended well, and badly
         # Rows put back on their best iterate at the end, and those of them whose best is the first: they only grew.

@@ -1,6 +1,6 @@
-"""Weight and spectral normalisation of all convolutions and linear layers of a cell, to keep its Jacobian from growing.
+"""Weight and spectral normalisation of the matrices and kernels of a cell, to keep its Jacobian from growing.
 
-    weight:    W = g v / |v|, row by row (output channel by output channel)        Salimans & Kingma, 2016, arXiv 1602.07868
+    weight:    W = g v / |v|, output channel by output channel                     Salimans & Kingma, 2016, arXiv 1602.07868
     spectral:  W = V / |V|_2, the norm by a power iteration, one step a solve      Miyato et al., 2018, arXiv 1802.05957
 
 The spectral norm is that of the weight as a matrix (output channels) x (the rest): it bounds a linear layer, and a convolution up
@@ -14,25 +14,24 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 NORMS = (None, "weight", "spectral")
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def normalise(module: nn.Module, norm: str | None) -> None:
-    """Parametrize the weights of ``module``, in place.
+    """Parametrize every parameter of ``module`` that is called ``weight`` and has two dimensions or more, in place.
 
     Args:
         module: a cell.
         norm: ``"weight"``, ``"spectral"``, or None for nothing.
 
     Raises:
-        ValueError: an unknown norm, or there is no layer to normalise.
+        ValueError: an unknown norm, or there is nothing to normalise.
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is none of {', '.join(map(str, NORMS))}; change norm")
     if norm is None:
         return
-    layers = [inner for inner in module.modules() if isinstance(inner, _LAYERS)]
-    if not layers:
-        raise ValueError(f"norm={norm!r}: {type(module).__name__} has no linear layer or convolution; set norm to null")
-    for layer in layers:
-        (parametrizations.weight_norm if norm == "weight" else parametrizations.spectral_norm)(layer)
+    owners = [inner for inner in module.modules() if inner._parameters.get("weight") is not None and inner.weight.dim() >= 2]  # pyright: ignore[reportCallIssue]
+    if not owners:
+        raise ValueError(f"norm={norm!r}: {type(module).__name__} has no matrix or kernel called weight; set norm to null")
+    for owner in owners:
+        (parametrizations.weight_norm if norm == "weight" else parametrizations.spectral_norm)(owner)
