@@ -85,11 +85,13 @@ def test_steps_fit_the_rows_and_report_themselves() -> None:
 def test_one_step_is_that_of_a_plain_loop() -> None:
     """Against the same network written out, its equilibrium unrolled 200 times."""
     made = task(solver=Picard(1e-12, max_steps=500), adjoint=Implicit(Neumann(1e-12, max_steps=500)))
-    flatten, inject, _, classifier = copy.deepcopy(made.model).children()
-    weight = made.layers["deq"].cell.weight.detach().clone().requires_grad_()  # pyright: ignore[reportAttributeAccessIssue]
+    inject, classifier = (copy.deepcopy(made.model.get_submodule(name)) for name in ("inject", "classifier"))
+    layer = made.layers["deq"]
+    assert isinstance(layer, TanhFixedPoint)
+    weight = layer.weight.detach().clone().requires_grad_()
     batch = made.batches.at((0, 0))
     rows = made.rows["outer"].take(batch.index)
-    x, z = inject(flatten(rows.x.view(-1, 1, 8, 8))), torch.zeros(20, 8, dtype=torch.float64)
+    x, z = inject(rows.x), torch.zeros(20, 8, dtype=torch.float64)
     for _ in range(200):
         z = torch.tanh(z @ weight.T + x)
     loss = nn.functional.cross_entropy(classifier(z), rows.y)

@@ -149,8 +149,8 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
                 loss = functional.cross_entropy(self.logits(rows.x), rows.y)
                 return loss, self.solutions()[0]
             finally:
-                for layer, *methods in before:
-                    layer.solver, layer.adjoint, layer.policy = methods
+                for layer, solver_before, adjoint_before, policy in before:
+                    layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced solve each way) and ``wrong``: test images that the network gets wrong."""
