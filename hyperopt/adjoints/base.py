@@ -51,6 +51,16 @@ class Problem:
         """The map on a matrix with its arguments given."""
         return Bound(self, args)
 
+    @property
+    def droppable(self) -> bool:
+        """Whether a part of the rows may be evaluated without the others."""
+        return bool(self.row_args) and not self.layout.joint and not self.keep_state
+
+    def part(self, index: Tensor) -> Bound:
+        """The map of the rows in ``index``, its arguments detached where they are cut."""
+        rows = frozenset(self.row_args)
+        return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
+
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The map on a matrix (any number of rows)."""
         blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0

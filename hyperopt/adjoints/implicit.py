@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hyperopt.adjoints.attach import GraphLinearization, Linearization, System, attach
 from hyperopt.adjoints.base import Adjoint, Problem
+from hyperopt.adjoints.parts import graph_part
 from hyperopt.closure import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
 from hyperopt.linsolve.base import LinearSolver, MatVec
 from hyperopt.linsolve.fallback import solve_chain
@@ -198,7 +199,7 @@ class FixedPoint(System):
         near, spent = self.problem.adjoint_start, 0
         if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
             start, spent = self.adjoint.warm(matvec, b, near)
-        setups = getattr(matvec, "setups", 0)
+        setups, evaluations = (getattr(matvec, name, 0) for name in ("setups", "evaluations"))
         value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
         stats = self.box.stats
         if stats is not None:
@@ -206,6 +207,7 @@ class FixedPoint(System):
             if what == "tangent":  # there the operator is J itself
                 stats.vjps, stats.jvps = stats.jvps, stats.vjps
             stats.vjps += getattr(matvec, "setups", 0) - setups
+            stats.evaluations += getattr(matvec, "evaluations", 0) - evaluations
             stats.vjps += what == "adjoint"  # the closing one
         return value
 
@@ -237,6 +239,10 @@ class FixedPoint(System):
         self.inputs = [self.problem.args[i] for i in places]
         if places:
             self.at = PullbackLinearization(pullback(w, fw, *args), places, len(args))
+        if self.at is not None and self.problem.droppable:
+            self.at.restrict = lambda index: PullbackLinearization(
+                pullback(w[index], fw[index], *self.problem.part(index).args), places, len(args)
+            )
         self.point, self.out = w, fw
         return fw
 
@@ -257,6 +263,8 @@ class FixedPoint(System):
         self.inputs = outside
         self.at = GraphLinearization(out, leaf, leaves)
         self.point, self.out = w, out.detach()
+        if self.problem.droppable:
+            self.at.restrict = graph_part(self.problem, w, self.out)
         return self.out
 
     # ---- under torch.func: find the inputs first, solve inside the Function
