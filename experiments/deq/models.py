@@ -1,4 +1,4 @@
-"""What the measurements of this folder share: the DEQ of ``experiment=deq_cifar10``, its images, and the residual of an adjoint."""
+"""What the measurements of this folder share: the DEQ of ``experiment=deq_cifar10``, images, the residual of an adjoint."""
 
 from __future__ import annotations
 
