@@ -63,7 +63,7 @@ class FrozenMap:
         self.norms = {id(m._buffers) for m in inner if isinstance(m, _NormBase)}  # their kernels count no version
         self.compiled = any(m._compiled_call_impl is not None for m in inner)
         self.random: bool | None = None
-        self.generators = random_states(device)
+        self.generators: list[Tensor] = []  # as the first call finds them
         self.rows: torch.Size | None = None
         self.autocast = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
@@ -140,7 +140,9 @@ class FrozenMap:
             yield
             return
         found = random_states(self.device)
-        if self.random:
+        if self.random is None:
+            self.generators = found
+        else:
             _set_generators(self.generators, self.device)
         try:
             yield

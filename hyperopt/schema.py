@@ -64,6 +64,7 @@ LINEAR_SOLVERS = {
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
     "task/implicit": _targeted(tasks.ImplicitTaskSettings, "hyperopt.tasks.implicit.ImplicitTask"),
+    "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
     "task/network/tanh_mlp": _targeted(cells.TanhMLPSettings, "hyperopt.nn.factories.TanhMLP"),

@@ -300,6 +300,27 @@ def test_a_view_made_without_gradients_inside_the_map_is_no_tensor_from_outside(
     assert torch.isfinite(torch.autograd.grad(g.square().sum(), w)[0]).all()
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_masks_under_vmap(randomness):
+    deq, x = layer("dropout"), torch.randn(4, 3)
+    names = [name for name, _ in deq.named_parameters()]
+    parameters = [p.detach() for p in deq.parameters()]
+
+    def loss(given, x):
+        return torch.func.functional_call(deq, dict(zip(names, given, strict=True)), (x,)).square().sum()
+
+    torch.manual_seed(3)
+    each = torch.vmap(torch.func.grad(lambda given, one: loss(given, one[None])), (None, 0), randomness=randomness)(parameters, x)
+    want = []
+    for rows in x.split(1 if randomness == "same" else 4):  # every row draws the first row's mask, or its own of the batch
+        torch.manual_seed(3)
+        want.append(torch.func.grad(loss)(parameters, rows))
+    for i, got in enumerate(each):
+        torch.testing.assert_close(got.sum(0), sum(g[i] for g in want))
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        torch.vmap(lambda one: loss(parameters, one[None]))(x)
+
+
 def test_a_compiled_cell_gives_the_same():
     deq, x = layer("dropout"), torch.randn(4, 3, requires_grad=True)
     found = []

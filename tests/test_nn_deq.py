@@ -3,12 +3,16 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import hyperopt.nn
 from hyperopt import Anderson, Dense, Implicit, LinearAnderson, Neumann, Newton, Picard, SolveError, Unrolled
 from hyperopt.nn import DEQ, TanhFixedPoint
 from hyperopt.nn.contractive import ProjectedMatrix
@@ -43,7 +47,7 @@ def images(rows: int = 3) -> torch.Tensor:
 
 
 def test_first_and_second_derivatives_of_a_tiny_cell():
-    deq, x = tiny(), images(2)
+    deq, x = tiny(), images(1)
     parameters = dict(deq.named_parameters())
 
     def layer(x, *given):
@@ -218,6 +222,17 @@ def test_every_adjoint_and_the_policies_reach_the_primitive():
     torch.testing.assert_close(deq.cell(value, x), value)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpointed_part_of_a_network(reentrant):
+    deq, x = tiny(nn.Dropout(0.3)), images()
+    torch.manual_seed(1)
+    deq(x).square().sum().backward()
+    want, x.grad = x.grad, None
+    torch.manual_seed(1)
+    checkpoint(deq, x, use_reentrant=reentrant).square().sum().backward()  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(x.grad, want)
+
+
 def test_an_equilibrium_cell_is_a_cell_of_a_layer():
     model = EquilibriumCell(4, 3, ProjectedMatrix(3, 0.9, 0.2))
     x = torch.randn(5, 4)
@@ -278,3 +293,12 @@ def test_bad_inputs_are_refused():
         tiny()(torch.zeros(3, 2, 3, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="changed the shape"):
         tiny()(images(), z0=torch.zeros(1, 2, 3, 3))
+
+
+def test_the_package_names_its_parts_and_imports_no_torch():
+    code = "import sys, hyperopt.nn; dir(hyperopt.nn); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert {"DEQ", "ResNetCell", "MDEQCell", "TanhFixedPoint", "Stabilise", "mdeq_network"} <= set(dir(hyperopt.nn))
+    assert all(callable(getattr(hyperopt.nn, name)) for name in hyperopt.nn.__all__)
+    with pytest.raises(AttributeError, match=r"module 'hyperopt\.nn' has no attribute 'Deq'; it has DEQ, TanhFixedPoint"):
+        hyperopt.nn.Deq  # noqa: B018

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,36 +12,29 @@ from torch.nn import functional
 from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.status import Solution
-from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
+from hyperopt.tasks.base import Environment
 from hyperopt.tasks.settings import SupervisedSettings
-from hyperopt.tasks.solves import solve_metrics
+from hyperopt.tasks.solving import SolvingTask
 
 
-class SupervisedTask(SupervisedSettings, Task):
+class SupervisedTask(SupervisedSettings, SolvingTask):
     """A task that fits one split of a dataset, in batches, is selected on another and tested on a third.
 
     Attributes:
         splits: the dataset, after ``load``.
         rows: ``{"outer": fitted, "val": selected on, "test": held out}``, after ``load``; those selected on may be none.
         batches: the order in which the fitted rows are taken, after ``load``.
-        steps: outer steps done.
         evaluation_rows: rows of one forward of an evaluation; bounds its memory, and changes no number.
     """
 
     splits: Splits
     rows: dict[str, Rows]
     batches: Batches
-    steps: int
     evaluation_rows: int = 10_000
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of flattened rows, shape (rows, classes)."""
-
-    @abstractmethod
-    def solutions(self) -> Sequence[Solution]:
-        """Return the latest solve of every equilibrium in the model."""
 
     def load(self, env: Environment, order: torch.device | None = None) -> None:
         """Load the rows, and draw their order from ``env.seed``.
@@ -63,43 +55,6 @@ class SupervisedTask(SupervisedSettings, Task):
         self.rows = {"outer": fitted, "val": selected, "test": self.splits.test}
         self.batches = Batches(len(fitted), self.batch_size, env.seed, self.last_batch, order or env.device)
         self.steps = 0
-
-    def update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
-        loss: Callable[[], Tensor],
-        measure: Callable[[], dict[str, float]] = dict,
-    ) -> StepRecord:
-        """Let the optimizer make one step.
-
-        Args:
-            optimizer: see ``Task.step``.
-            guard: see ``Guard``.
-            loss: the outer loss of this step; the same function at every call, since a line search makes several.
-            measure: further metrics, taken after the first backward and before the guard clips.
-
-        Returns:
-            The record of the first evaluation, its costs summed over all.
-        """
-        records: list[StepRecord] = []
-
-        def closure() -> float:
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            measured = {} if records else measure()
-            guard(self.gradients())
-            metrics, statuses = solve_metrics(self.solutions())
-            records.append(StepRecord(value.item(), {**metrics, **measured}, statuses))
-            return records[-1].loss
-
-        optimizer.step(closure)
-        first = records[0]
-        for cost in ("cost/evaluations", "cost/vjps", "cost/jvps"):
-            first.metrics[cost] = sum(record.metrics[cost] for record in records)
-        self.steps += 1
-        return first
 
     def place(self, batch: Batch) -> dict[str, float]:
         """Return the metrics that say which batch this was; none where there are no batches."""
