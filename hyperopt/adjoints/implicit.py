@@ -3,7 +3,8 @@
     w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
 
 The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
-on it and never calls ``phi`` again. Memory does not grow with the number of iterations, forward or backward.
+on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.adjoints.parts``). Memory
+does not grow with the number of iterations, forward or backward.
 References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
