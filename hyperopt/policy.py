@@ -65,5 +65,8 @@ def note_once(text: str, what: str) -> None:
 
 
 def note_fallback(stats: SolveStats, following: str, what: str) -> None:
-    """Log the switch to the method named ``following`` after a failed solve."""
-    log.warning("%s solve: %s; falling back to %s", what, stats.describe(), following)
+    """Log the switch to the method named ``following`` after a failed solve: the first of its kind in a run as a warning."""
+    key = (what, stats.method, following)
+    level = logging.DEBUG if key in _warned else logging.WARNING
+    _warned.add(key)
+    log.log(level, "%s solve: %s; falling back to %s", what, stats.describe(), following)

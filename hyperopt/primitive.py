@@ -55,7 +55,8 @@ def fixed_point(
         rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
             one row; ``"auto"``: batch if all leaves have two dimensions or more and share the first.
         row_args: places in ``args`` of tensors with one leading row for each row of the state. If ``phi`` takes all that
-            belongs to a row this way, rows that have converged are dropped from the batch.
+            belongs to a row this way, rows that have converged are dropped from the batch, forward and backward (where ``phi`` is
+            then called once more, on the rows that are left, and those calls are counted in ``solution.adjoint.evaluations``).
         solver: how to solve (default ``Picard()``).
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
         policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.

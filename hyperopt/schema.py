@@ -75,9 +75,14 @@ SPACES = {
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
+    "task/implicit": _targeted(tasks.ImplicitTaskSettings, "hyperopt.tasks.implicit.ImplicitTask"),
     "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
+    "task/network/tanh_mlp": _targeted(cells.TanhMLPSettings, "hyperopt.nn.factories.TanhMLP"),
+    "task/network/deq_resnet": _targeted(cells.DEQResNetSettings, "hyperopt.nn.factories.DEQResNet"),
+    "task/network/mdeq": _targeted(cells.MDEQSettings, "hyperopt.nn.factories.MDEQ"),
+    "task/augment/crop_flip": _targeted(data.AugmentSettings, "hyperopt.data.augment.Augment"),
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),

@@ -18,6 +18,10 @@ from hyperopt.schema import SCHEMA, SETTINGS, config_path, register
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
+OWNER = {
+    "task/network": ["task=implicit"],
+    "task/augment": ["task=implicit"],
+}  # where an option is of another than the default task
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -34,7 +38,7 @@ def test_a_checkout_reads_its_own_configs() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
-    cfg = compose("train", [option])
+    cfg = compose("train", [*OWNER.get(option.partition("=")[0], []), option])
     validate(cfg)
     group, _, name = option.partition("=")
     if f"{group}/{name}" in SCHEMA:
@@ -125,6 +129,14 @@ BAD = [
     (["trainer.mode=best"], "trainer.mode='best' is none of min, max"),
     (["task.state_size=0"], "task.state_size=0"),
     (["task.batch_size=0"], "task.batch_size=0 must be a whole number >= 1; change task.batch_size"),
+    (["task=implicit", "task.workers=-1"], "task.workers=-1 must be a whole number >= 0; change task.workers"),
+    (["task=implicit", "task.eval_batch_size=0"], "task.eval_batch_size=0"),
+    (["task=implicit", "task.network.width=0"], "task.network.width=0 must be a whole number >= 1; change task.network.width"),
+    (
+        ["task=implicit", "task/network=deq_resnet", "task.network.norm=batch"],
+        "task.network.norm='batch' is none of None, weight",
+    ),
+    (["task=implicit", "task/augment=crop_flip", "task.augment.flip=2"], "flip=2"),
     (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
     (["dataset.train=1500"], "dataset.train"),
     (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),

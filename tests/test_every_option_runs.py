@@ -17,7 +17,13 @@ from hyperopt.schema import SCHEMA, register
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
-NEEDS = {"adjoint=shine": ["solver=broyden"]}  # it shares that solver's inverse estimate
+FEW = ["task.batch_size=10", "dataset.train=20", "dataset.val=10", "dataset.test=10"]  # for cells of convolutions
+NEEDS = {
+    "adjoint=shine": ["solver=broyden"],  # it shares that solver's inverse estimate
+    "task/network=deq_resnet": [*FEW, "task.network.channels=8", "task.network.inner=8"],
+    # The adjoint iteration of an MDEQ does not contract at first.
+    "task/network=mdeq": [*FEW, "task.network.channels=[8,8]", "solver=anderson", "adjoint=gmres", "optimizer.lr=0.05"],
+}
 TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
 OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS and option not in TRAINED]
 FOLDERS = {  # of the datasets that lie in files
@@ -26,7 +32,12 @@ FOLDERS = {  # of the datasets that lie in files
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
 }
 ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
-SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"]}  # by task
+SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"], "task=implicit": [*ROWS]}  # by task
+OWNER = {"task/network": "task=implicit", "task/augment": "task=implicit"}  # of the groups that not every task has
+SMALL_EXPERIMENT = {  # where 300 images are too many
+    "deq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=8", "task.network.inner=8"],
+    "mdeq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=[8,8]"],
+}
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -46,11 +57,12 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
 @pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option(option: str, tmp_path: Path) -> None:
-    first, last = two_steps(tmp_path, option, *NEEDS.get(option, []), *SMALL.get(option, SMALL["task=equilibrium"]))
+    task = OWNER.get(option.partition("=")[0], option if option in SMALL else "task=equilibrium")
+    first, last = two_steps(tmp_path, task, option, *SMALL[task], *NEEDS.get(option, []))
     assert last["outer/loss"] < 1.5 * first["outer/loss"]
 
 
-def test_cifar10_which_no_experiment_has(tmp_path: Path, real_root: Any) -> None:
+def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     root = real_root(*FOLDERS["cifar10"])
     data = ["dataset=cifar10", f"paths.data={root}", "dataset.download=false"]
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
@@ -61,7 +73,7 @@ def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) ->
     overrides = [f"experiment={name}"]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
     if dataset and dataset[1] in FOLDERS:
-        overrides += ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
+        overrides += SMALL_EXPERIMENT.get(name, ["dataset.train=300", "dataset.val=100", "dataset.test=100"])
         overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]
     first, last = two_steps(tmp_path, *overrides)
     assert last["outer/loss"] < 1.5 * first["outer/loss"]

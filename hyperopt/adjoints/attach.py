@@ -36,9 +36,13 @@ class Linearization(ABC):
 
     Attributes:
         setups: vjps made beside those asked for.
+        evaluations: calls of the map, made for parts.
+        restrict: ``restrict(index)`` is the linearization of some rows, or None; None where rows cannot be taken apart.
     """
 
     setups = 0
+    evaluations = 0
+    restrict: Callable[[Tensor], Linearization | None] | None = None
     _pulled: tuple[Tensor, Tensor] | None = None  # a point v and the graph of J^T v
 
     @abstractmethod
@@ -61,6 +65,15 @@ class Linearization(ABC):
             return torch.zeros_like(s)
         (product,) = torch.autograd.grad(pulled, v, s.view_as(pulled), retain_graph=True, allow_unused=True)
         return torch.zeros_like(s) if product is None else product.view_as(s)
+
+    def part(self, index: Tensor) -> Linearization | None:
+        """The operator of the rows in ``index``, shape (k,); None where it cannot be had."""
+        found = None if self.restrict is None else self.restrict(index)
+        if found is None:
+            self.restrict = None
+            return None
+        self.evaluations += found.evaluations
+        return found
 
     @abstractmethod
     def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperopt.closure import functorch_level
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.point import differentiable
 from hyperopt.status import Solution
 from hyperopt.tree import Layout
 
@@ -50,6 +51,16 @@ class Problem:
         """The map on a matrix with its arguments given."""
         return Bound(self, args)
 
+    @property
+    def droppable(self) -> bool:
+        """Whether a part of the rows may be evaluated without the others."""
+        return bool(self.row_args) and not self.layout.joint and not self.keep_state
+
+    def part(self, index: Tensor) -> Bound:
+        """The map of the rows in ``index``, its arguments detached where they are cut."""
+        rows = frozenset(self.row_args)
+        return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
+
     def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The map on a matrix (any number of rows)."""
         blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0
@@ -74,7 +85,13 @@ class Bound:
         """Bind the arguments."""
         self.problem, self.args = problem, args
         own = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
-        self.pullback = None if own is None else lambda w, fw: own(w, fw, *args)
+        self.pullback = None if own is None else self._bound(own)
+
+    def _bound(self, own: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
+        def pullback(w: Tensor, fw: Tensor) -> Any:
+            return own(w, fw, *self.args)
+
+        return differentiable(pullback) if getattr(own, "differentiable", False) else pullback
 
     def __call__(self, w: Tensor) -> Tensor:
         """``phi(w, *args)``."""

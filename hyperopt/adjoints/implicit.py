@@ -3,7 +3,8 @@
     w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
 
 The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
-on it and never calls ``phi`` again. Memory does not grow with the number of iterations, forward or backward.
+on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.adjoints.parts``). Memory
+does not grow with the number of iterations, forward or backward.
 References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hyperopt.adjoints.attach import GraphLinearization, Linearization, System, attach
 from hyperopt.adjoints.base import Adjoint, Problem
+from hyperopt.adjoints.parts import graph_part
 from hyperopt.closure import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
 from hyperopt.linsolve.base import LinearSolver, MatVec
 from hyperopt.linsolve.fallback import solve_chain
@@ -167,6 +169,11 @@ class PullbackLinearization(Linearization):
         """``J^T v``."""
         return self.pullback.state(v)
 
+    def matrix(self) -> Tensor | None:
+        """``J^T`` of each row, shape (rows, dim, dim), if the map has its Jacobian in closed form."""
+        closed = getattr(self.pullback, "jacobian", None)
+        return None if closed is None else closed().mT
+
     def _pull(self, v: Tensor) -> Tensor:
         return self.pullback.state(v)
 
@@ -200,7 +207,7 @@ class FixedPoint(System):
         near, spent = self.problem.adjoint_start, 0
         if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
             start, spent = self.adjoint.warm(matvec, b, near)
-        setups = getattr(matvec, "setups", 0)
+        setups, evaluations = (getattr(matvec, name, 0) for name in ("setups", "evaluations"))
         value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
         stats = self.box.stats
         if stats is not None:
@@ -208,6 +215,7 @@ class FixedPoint(System):
             if what == "tangent":  # there the operator is J itself
                 stats.vjps, stats.jvps = stats.jvps, stats.vjps
             stats.vjps += getattr(matvec, "setups", 0) - setups
+            stats.evaluations += getattr(matvec, "evaluations", 0) - evaluations
             stats.vjps += what == "adjoint"  # the closing one
         return value
 
@@ -239,6 +247,10 @@ class FixedPoint(System):
         self.inputs = [self.problem.args[i] for i in places]
         if places:
             self.at = PullbackLinearization(pullback(w, fw, *args), places, len(args))
+        if self.at is not None and self.problem.droppable:
+            self.at.restrict = lambda index: PullbackLinearization(
+                pullback(w[index], fw[index], *self.problem.part(index).args), places, len(args)
+            )
         self.point, self.out = w, fw
         return fw
 
@@ -259,6 +271,8 @@ class FixedPoint(System):
         self.inputs = outside
         self.at = GraphLinearization(out, leaf, leaves)
         self.point, self.out = w, out.detach()
+        if self.problem.droppable:
+            self.at.restrict = graph_part(self.problem, w, self.out)
         return self.out
 
     # ---- under torch.func: find the inputs first, solve inside the Function

@@ -74,14 +74,29 @@ class Batches:
             self._order = epoch, np.random.RandomState((self.seed, epoch)).permutation(self.rows)
         return self._order[1]
 
-    def take(self) -> Batch:
-        """Return the next batch."""
-        epoch, number = self._epoch, self._number
-        self._epoch, self._number = (epoch + 1, 0) if number + 1 == self.per_epoch else (epoch, number + 1)
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number of the next batch."""
+        return self._epoch, self._number
+
+    def following(self, place: tuple[int, int]) -> tuple[int, int]:
+        """Return the place after ``place``."""
+        epoch, number = place
+        return (epoch + 1, 0) if number + 1 == self.per_epoch else (epoch, number + 1)
+
+    def at(self, place: tuple[int, int]) -> Batch:
+        """Return the batch at a place, wherever the next one stands."""
+        epoch, number = place
         if self.size is None:
             return Batch(None, self.rows, epoch, number)
         rows = np.sort(self.order(epoch)[number * self.size : (number + 1) * self.size])
         return Batch(torch.from_numpy(rows).to(self.device, torch.int64), len(rows), epoch, number)
+
+    def take(self) -> Batch:
+        """Return the next batch."""
+        batch = self.at(self.place)
+        self._epoch, self._number = self.following(self.place)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the next batch stands."""

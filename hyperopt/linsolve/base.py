@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -19,7 +20,9 @@ class MatVec(Protocol):
     """``matvec(v) = M v``.
 
     An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``complement(v) = (I - M) v``, where it
-    can do better than subtract, and ``rmatvec(v) = M^T v``, which some methods need.
+    can do better than subtract, ``rmatvec(v) = M^T v``, which some methods need, ``matrix()``: M itself of every row, shape
+    (rows, dim, dim), or None, and ``part(index)``: the operator of the rows in ``index``, or None, by which rows that are solved
+    cost no further product.
     """
 
     def __call__(self, v: Tensor, /) -> Tensor:
@@ -36,6 +39,12 @@ class LinearSolution:
 
     value: Tensor
     stats: SolveStats
+
+
+def part_of(matvec: MatVec, index: Tensor) -> MatVec | None:
+    """The operator of the rows in ``index``, if it can be had."""
+    part = getattr(matvec, "part", None)
+    return None if part is None else part(index)
 
 
 class LinearSolver(IterativeSettings, ABC):
@@ -69,14 +78,17 @@ def solve_by_iteration(
     solver: FixedPointSolver, name: str, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
     """Solve ``v = M v + b`` as a fixed point by a forward solver."""
-    plus = getattr(matvec, "plus", None) or (lambda v, b: matvec(v) + b)  # not in place: the product may be v itself
-    run = iterate(
-        solver,
-        lambda v: plus(v, b),
-        b if x0 is None else x0,
-        scale=torch.linalg.vector_norm(b, dim=1),
-        trace=trace,
-    )
+
+    def affine(operator: MatVec, b: Tensor) -> Callable[[Tensor], Tensor]:
+        plus = getattr(operator, "plus", None) or (lambda v, b: operator(v) + b)  # not in place: the product may be v itself
+        return lambda v: plus(v, b)
+
+    def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
+        operator = part_of(matvec, index)
+        return None if operator is None else affine(operator, b[index])
+
+    start = b if x0 is None else x0
+    run = iterate(solver, affine(matvec, b), start, some=some, scale=torch.linalg.vector_norm(b, dim=1), trace=trace)
     run.stats.method = name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent

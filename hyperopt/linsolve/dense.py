@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run
 from hyperopt.linsolve.settings import DenseSettings
+from hyperopt.solvers.dense import finite_rows
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,23 @@ class Dense(DenseSettings, RestartedSolver):
                 f"max_entries={self.max_entries}; use gmres (GMRES), or raise adjoint.linear_solver.max_entries"
             )
         matrix = dense(run, rows, dim)
-        clean = torch.isfinite(matrix).all(dim=2).all(dim=1)
-        matrix = torch.where(clean[:, None, None], matrix, torch.eye(dim, dtype=matrix.dtype, device=matrix.device))
+        clean = finite_rows(matrix)
+        if not bool(clean.all()):
+            matrix = torch.where(clean[:, None, None], matrix, torch.eye(dim, dtype=matrix.dtype, device=matrix.device))
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         diagonal = lu.diagonal(dim1=1, dim2=2).abs()
         singular = diagonal.amin(dim=1) <= dim * torch.finfo(run.b.dtype).eps * diagonal.amax(dim=1)
-        return torch.where(singular[:, None, None], torch.eye(dim, dtype=lu.dtype, device=lu.device), lu), pivots, singular
+        if bool(singular.any()):
+            lu = torch.where(singular[:, None, None], torch.eye(dim, dtype=lu.dtype, device=lu.device), lu)
+        return lu, pivots, singular
 
 
 def dense(run: Run, rows: int, dim: int) -> Tensor:
-    """``I - M`` of every row, shape (rows, dim, dim)."""
+    """``I - M`` of every row, shape (rows, dim, dim): from the operator's own matrix, if it has one, else by ``dim`` products."""
+    offered = getattr(run.matvec, "matrix", None)
+    matrix = None if offered is None else offered()
+    if matrix is not None:
+        return (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
     columns = []
     for i in range(dim):
         direction = run.b.new_zeros(rows, dim)

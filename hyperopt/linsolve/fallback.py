@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec
+from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, part_of
 from hyperopt.policy import note_fallback
 from hyperopt.status import SolveStats, Status
 
@@ -35,9 +35,28 @@ def solve_chain(
         usable = (best.stats.residual < 1)[:, None] & torch.isfinite(best.value)
         rest = torch.where(failed[:, None], b, 0.0)
         near = torch.where(failed[:, None], torch.where(usable, best.value, b), 0.0)
-        best = _merge(best, solver.solve(matvec, rest, near, trace=trace), failed)
+        best = _merge(best, _solve_some(solver, matvec, rest, near, failed, trace), failed)
     best.stats.fallbacks = tuple(name for name in tried if name != best.stats.method)
     return best
+
+
+def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
+    """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
+    index = rows.nonzero().squeeze(1)
+    operator = part_of(matvec, index) if len(index) <= 0.75 * len(rows) else None
+    if operator is None:
+        return solver.solve(matvec, b, start, trace=trace)
+    found = solver.solve(operator, b[index], start[index], trace=trace)
+
+    def spread(part: Tensor, rest: Tensor) -> Tensor:
+        return rest.index_copy(0, index, part)
+
+    stats = found.stats
+    none = torch.zeros_like(torch.linalg.vector_norm(b, dim=1))
+    zeros = torch.zeros_like(rows, dtype=torch.long)
+    stats.row_status, stats.iterations = spread(stats.row_status, zeros), spread(stats.iterations, zeros)
+    stats.residual, stats.scale = spread(stats.residual, none), spread(stats.scale, none)
+    return LinearSolution(spread(found.value, torch.zeros_like(b)), stats)
 
 
 def _merge(old: LinearSolution, new: LinearSolution, failed: Tensor) -> LinearSolution:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from hyperopt.nn.contractive import ContractiveMatrix
 from hyperopt.nn.state import zero_state
 from hyperopt.primitive import fixed_point
+from hyperopt.solvers.point import differentiable
 from hyperopt.status import Solution
 
 
@@ -29,6 +30,7 @@ class TanhAffine(nn.Module):
         """Return ``tanh(w A + u)``. shapes: w (rows, n), u (rows, n), A (n, n)."""
         return torch.addmm(u, w, A).tanh_()
 
+    @differentiable
     def pullback(self, w: Tensor, fw: Tensor, u: Tensor, A: Tensor) -> TanhAffinePullback:
         """Return the vector-Jacobian products of phi at ``w``, given ``fw = phi(w, u, A)``."""
         return TanhAffinePullback(w, fw, A)
@@ -64,7 +66,7 @@ class TanhAffinePullback:
 
     def jacobian(self) -> Tensor:
         """Return J of each row, ``J[i, j, k] = s[i, j] A[k, j]``. shape: (rows, n, n)."""
-        return self.slope[:, :, None] * self.A.T
+        return (self.slope[:, None, :] * self.A).mT  # column by column in memory, for LAPACK
 
     def args(self, v: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Return the products for ``(u, A)``, None where ``needs`` is false."""

@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 
 from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.dense import check_size, factor, select, solve
+from hyperopt.solvers.dense import Factors, check_size, factor, replace_rows, select, solve
 from hyperopt.solvers.point import Point
 from hyperopt.solvers.settings import ChordSettings
 
 
 @dataclass(frozen=True)
-class Factors:
+class Kept:
     """What a chord step keeps.
 
     Attributes:
-        lu: factors of ``I - J`` and their pivots, (rows, dim, dim) and (rows, dim); None before the first step.
+        factors: of ``I - J``; None before the first step.
         residual: norm of the last residual, shape (rows,).
     """
 
-    lu: tuple[Tensor, Tensor] | None
+    factors: Factors | None
     residual: Tensor
 
 
@@ -43,33 +43,32 @@ class Chord(ChordSettings, FixedPointSolver):
     keeps_inverse: ClassVar[bool] = True
     rise: ClassVar[float] = 1e9  # as for Newton
 
-    def init(self, w: Tensor) -> Factors:
+    def init(self, w: Tensor) -> Kept:
         """No factors; check that they will fit."""
         check_size(self, w)
-        return Factors(None, w.new_full((w.shape[0],), torch.inf))
+        return Kept(None, w.new_full((w.shape[0],), torch.inf))
 
-    def select(self, state: Factors, index: Tensor) -> Factors:
+    def select(self, state: Kept, index: Tensor) -> Kept:
         """The factors of some rows."""
-        return Factors(None if state.lu is None else select(state.lu, index), state.residual[index])
+        return Kept(None if state.factors is None else select(state.factors, index), state.residual[index])
 
-    def step(self, state: Factors, at: Point) -> tuple[Tensor, Factors]:
+    def step(self, state: Kept, at: Point) -> tuple[Tensor, Kept]:
         """One step, after new factors for the rows that need them."""
         residual = at.fw - at.w
         norm = torch.linalg.vector_norm(residual, dim=1).detach()
-        lu = state.lu
+        factors = state.factors
         stale = ~(norm <= self.refresh * state.residual)
         stale = stale if at.active is None else stale & at.active
-        if lu is None:
-            *new, at.broken = factor(at)
-            lu = (new[0], new[1])
+        if factors is None:
+            factors, at.broken = factor(at)
         elif bool(stale.any()):
-            *new, broken = factor(at)
+            new, broken = factor(at)
             at.broken = broken & stale
-            lu = (torch.where(stale[:, None, None], new[0], lu[0]), torch.where(stale[:, None], new[1], lu[1]))
+            factors = replace_rows(stale, new, factors)
         if at.broken is not None:
             residual = torch.where(at.broken[:, None], torch.zeros_like(residual), residual)
-        return at.w + solve(lu, residual), Factors(lu, norm)
+        return at.w + solve(factors, residual), Kept(factors, norm)
 
-    def inverse(self, state: Factors, v: Tensor, *, transpose: bool) -> Tensor:
+    def inverse(self, state: Kept, v: Tensor, *, transpose: bool) -> Tensor:
         """By the factors at hand."""
-        return v if state.lu is None else solve(state.lu, v, transpose=transpose)
+        return v if state.factors is None else solve(state.factors, v, transpose=transpose)

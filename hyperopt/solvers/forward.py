@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -35,14 +34,7 @@ def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = 
 
     Returns the first result that did not fail, else the one of the least residual; its costs count all tries.
     """
-    rows = frozenset(problem.row_args)
-
-    def part(index: Tensor) -> Map:
-        return problem.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(problem.args)))
-
-    droppable = rows and start is None and not problem.layout.joint and not problem.keep_state
-    some: Callable[[Tensor], Map] | None = part if droppable else None
-
+    some = problem.part if problem.droppable and start is None else None
     chain = (problem.solver,)
     if problem.policy == "fallback":
         chain += problem.fallback or default_fallback(problem.solver)

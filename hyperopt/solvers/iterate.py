@@ -60,7 +60,7 @@ def iterate(
     w0: Tensor,
     *,
     last: Map | None = None,
-    some: Callable[[Tensor], Map] | None = None,
+    some: Callable[[Tensor], Map | None] | None = None,
     scale: Tensor | None = None,
     trace: bool = False,
 ) -> Iterate:
@@ -72,7 +72,7 @@ def iterate(
         w0: initial state, shape (rows, dim).
         last: used in place of ``phi`` for the last evaluation, of all rows. Without it no evaluation is made after the
             tolerance is met, and the value is the iterate at which it was.
-        some: ``some(index)`` is the map of the rows in ``index``; given, stopped rows are dropped.
+        some: ``some(index)`` is the map of the rows in ``index``, or None; given, stopped rows are dropped.
         scale: what each row's residual is relative to, shape (rows,); by default ``||phi(w)||``.
         trace: measure the residual at every evaluation, also when the number of steps is fixed.
 
@@ -167,10 +167,11 @@ class _Adaptive:
         phi: Map,
         w0: Tensor,
         last: Map | None,
-        some: Callable[[Tensor], Map] | None,
+        some: Callable[[Tensor], Map | None] | None,
         scale: Tensor | None,
     ) -> None:
         self.solver, self.phi, self.last, self.some, self.given_scale = solver, phi, last, some, scale
+        self.part = phi  # the map of the rows in the batch, when stopped rows were dropped
         rows = w0.shape[0]
         self.w = w0  # (rows, dim): the iterate of every row
         self.active = torch.ones(rows, dtype=torch.bool, device=w0.device)
@@ -210,10 +211,8 @@ class _Adaptive:
                 state = solver.init(self.w) if state is None else state
             else:
                 if self.ahead is None:
-                    if index is None or self.some is None:
-                        self.ahead = _evaluate(solver, self.phi, self.w, self.cost)
-                    else:
-                        self.ahead = _evaluate(solver, self.some(index), self.w[index], self.cost)
+                    w = self.w if index is None else self.w[index]
+                    self.ahead = _evaluate(solver, self.phi if index is None else self.part, w, self.cost)
                 at = self.ahead
                 self._measure(k, at, index)
                 if self.last is None and not bool(self.active.any()):
@@ -284,8 +283,12 @@ class _Adaptive:
         if self.some is not None and bool(self.active.any()):
             left = int(self.active.sum())
             batch = self.active.numel() if index is None else index.numel()
-            if left <= 0.75 * batch:
-                wanted = self.active.nonzero().squeeze(1)
+            wanted = self.active.nonzero().squeeze(1) if left <= 0.75 * batch else None
+            part = None if wanted is None else self.some(wanted)
+            if wanted is not None and part is None:
+                self.some = None  # the map cannot be taken apart
+            elif wanted is not None and part is not None:
+                self.part = part
                 inside = wanted if index is None else torch.searchsorted(index, wanted)
                 state, index, self.ahead = self.solver.select(state, inside), wanted, None
         return state, index

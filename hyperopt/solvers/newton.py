@@ -41,10 +41,16 @@ class Newton(NewtonSettings, FixedPointSolver):
         return state[index]
 
     def step(self, state: Tensor, at: Point) -> tuple[Tensor, Tensor]:
-        """One Newton step."""
-        lu, pivots, at.broken = factor(at)
-        residual = torch.where(at.broken[:, None], torch.zeros_like(at.w), at.fw - at.w)
-        direction = solve((lu, pivots), residual)
+        """One Newton step, of the rows that still move."""
+        residual = at.fw - at.w
+        rows = None if at.active is None else at.active.nonzero().squeeze(1)
+        factors, broken = factor(at, rows)
+        part = residual if rows is None else residual[rows]
+        direction = solve(factors, torch.where(broken[:, None], torch.zeros_like(part), part))
+        if rows is not None:
+            direction = torch.zeros_like(residual).index_copy(0, rows, direction)
+            broken = torch.zeros_like(at.active).index_copy(0, rows, broken)  # pyright: ignore[reportArgumentType]
+        at.broken = broken
         if not self.line_search:
             return at.w + direction, state
         state = remember(state, at)

@@ -6,7 +6,8 @@ for is counted, in evaluations, vjps and jvps over the whole batch:
     at.vjp(v) = J^T v        at.jvp(v) = J v        at.jacobian() = J, one a row        at.probe(x): the map at another state
 
 J is that of ``phi`` at ``w``, row by row. Where it comes from:
-- a map that offers its products in closed form (``pullback``) gives them, at no evaluation;
+- a map that offers its products in closed form (``pullback``) gives them, at no evaluation; when unrolling, only if it says
+  that they can be differentiated through (``differentiable``);
 - else from a graph of ``phi`` at ``w``: built by the evaluation itself if the solver says ``linearizes``, else by one more;
 - with gradients on (unrolling), all of it is differentiable in everything; under ``torch.func`` by its own vjp.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from torch import Tensor
 from hyperopt.closure import functorch_level
 
 Map = Callable[[Tensor], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def differentiable(pullback: F) -> F:
+    """Say of a map's ``pullback`` that its products are torch operations on ``w``, ``fw`` and the arguments, none in place.
+
+    Unrolled Newton then takes the Jacobian from it too, in place of ``dim`` vjps with a graph each.
+    """
+    pullback.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
+    return pullback
 
 
 @dataclass
@@ -100,8 +111,9 @@ class Point:
         return torch.stack([linear.pull(unit.expand(rows, dim)) for unit in units], dim=1)
 
     def _closed(self) -> Any:
-        """The map's own ``pullback``; None when unrolling, which must differentiate through the products."""
-        return None if torch.is_grad_enabled() else getattr(self._phi, "pullback", None)
+        """The map's own ``pullback``; when unrolling, which differentiates through the products, only one that allows it."""
+        own = getattr(self._phi, "pullback", None)
+        return own if not torch.is_grad_enabled() or getattr(own, "differentiable", False) else None
 
     def _linearize(self) -> _Linear:
         if self._linear is None:

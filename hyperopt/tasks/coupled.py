@@ -10,6 +10,7 @@ A worked example of a fixed point in several variables: ``hyperopt.fixed_point``
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledModel, State
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
-from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
-from hyperopt.tasks.equilibrium_report import gradient_norm, residual_figure, solve_metrics
+from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.settings import CoupledSettings
+from hyperopt.tasks.solves import gradient_norm, residual_figure
+from hyperopt.tasks.solving import SolvingTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 SPLITS = {"outer": "fitted", "val": "selected on", "test": "held out"}
 
 
-class CoupledTask(CoupledSettings, Task):
+class CoupledTask(CoupledSettings, SolvingTask):
     """One outer step is one hypergradient on all fitted rows and one update.
 
     Attributes:
@@ -67,7 +69,7 @@ class CoupledTask(CoupledSettings, Task):
             noise = [torch.randn(s.shape, generator=generator, dtype=torch.float64).to(s) for s in states]
             x, y = (s + self.noise * n for s, n in zip(states, noise, strict=True))
             self.targets[split] = (x, y)
-        self._steps = 0
+        self.steps = 0
 
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the groups M and B."""
@@ -81,27 +83,20 @@ class CoupledTask(CoupledSettings, Task):
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
-        records: list[StepRecord] = []
-
-        def closure() -> float:
-            optimizer.zero_grad()
-            loss = self.loss("outer")
-            loss.backward()
-            metrics, statuses = solve_metrics(self.model)
-            solution = self.model.solution
-            if not records and solution is not None and self._steps % self.certificate_every == 0:
-                found = certify(solution, gradient_norm(self.gradients()))
-                metrics |= {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
-            guard(self.gradients())
-            records.append(StepRecord(loss.item(), metrics, statuses))
-            return records[-1].loss
-
-        optimizer.step(closure)
+        record = self.update(optimizer, guard, lambda: self.loss("outer"), self._certificate)
         self.model.recurrent.project_()
-        for cost in ("cost/evaluations", "cost/vjps", "cost/jvps"):
-            records[0].metrics[cost] = sum(record.metrics[cost] for record in records)
-        self._steps += 1
-        return records[0]
+        return record
+
+    def solutions(self) -> Sequence[Solution]:
+        """Return the model's latest solve."""
+        return [] if self.model.solution is None else [self.model.solution]
+
+    def _certificate(self) -> dict[str, float]:
+        """Return the certificate of the hypergradient of the latest backward, every ``certificate_every`` steps."""
+        if self.model.solution is None or self.steps % self.certificate_every:
+            return {}
+        found = certify(self.model.solution, gradient_norm(self.gradients()))
+        return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -126,16 +121,16 @@ class CoupledTask(CoupledSettings, Task):
         """Return ``residual``, of one traced solve each way."""
         loss = self.loss("outer", trace=True)
         torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
-        return {} if self.model.solution is None else {"residual": residual_figure(self.model.solution)}
+        return {} if self.model.solution is None else {"residual": residual_figure({"": self.model.solution})}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the model's tensors; rows and targets come from the seed."""
-        return {"model": dict(self.model.state_dict()), "steps": self._steps}
+        return {"model": dict(self.model.state_dict()), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned, in place."""
         self.model.load_state_dict(state["model"])
-        self._steps = state["steps"]
+        self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes, and the rows behind each metric."""

@@ -14,25 +14,16 @@ WARM_DTYPES = (None, "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class EquilibriumSettings:
-    """The equilibrium model ``w_i = tanh(w_i A + B x_i + c)`` with a linear classifier on ``w_i``, fitted by hypergradients.
+class SupervisedSettings:
+    """What every task has that fits a classifier through an equilibrium on rows of a dataset.
 
     Attributes:
-        state_size: entries of one state ``w_i``.
-        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``.
-        classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
-            ``torch.nn.Linear``'s own initial values for both).
         fitted: the split of the dataset behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
         batch_size: fitted rows of one outer step, drawn in epochs without replacement (None: all of them, always).
         last_batch: what becomes of the rows that are left when ``batch_size`` does not divide the fitted rows: ``keep`` makes a
             shorter batch of them, ``drop`` leaves them out of this epoch.
-        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
-            seen last. Keeps two states of memory for every fitted row.
-        warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
         eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with
             ``dataset.order=shuffled`` these are drawn at random, once.
-        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
-        l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         solver: how the states are found (None: Picard).
         adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
         policy: what to do when the solver fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
@@ -40,17 +31,10 @@ class EquilibriumSettings:
         dataset: the rows (None: digits).
     """
 
-    state_size: int = 100
-    cell: Any = None
-    classifier_scale: float | None = None
     fitted: str = "train"
     batch_size: int | None = None
     last_batch: str = "keep"
-    warm_start: bool = False
-    warm_dtype: str | None = None
     eval_rows: int | None = None
-    certificate_every: int = 10
-    l2: dict[str, float] = field(default_factory=dict)
     solver: Any = None
     adjoint: Any = None
     policy: str = "warn"
@@ -59,23 +43,78 @@ class EquilibriumSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_count(self, "state_size")
-        if self.classifier_scale is not None:
-            check_number(self, "classifier_scale", 0.0)
         check_choice(self, "fitted", SPLITS)
         for name in ("batch_size", "eval_rows"):
             if getattr(self, name) is not None:
                 check_count(self, name)
         check_choice(self, "last_batch", LAST_BATCH)
+        check_choice(self, "policy", POLICIES)
+
+
+@dataclass(frozen=True)
+class EquilibriumSettings(SupervisedSettings):
+    """The equilibrium model ``w_i = tanh(w_i A + B x_i + c)`` with a linear classifier on ``w_i``, fitted by hypergradients.
+
+    Attributes:
+        state_size: entries of one state ``w_i``.
+        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``.
+        classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
+            ``torch.nn.Linear``'s own initial values for both).
+        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
+            seen last. Keeps two states of memory for every fitted row.
+        warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
+        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
+        l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
+    """
+
+    state_size: int = 100
+    cell: Any = None
+    classifier_scale: float | None = None
+    warm_start: bool = False
+    warm_dtype: str | None = None
+    certificate_every: int = 10
+    l2: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "state_size")
+        if self.classifier_scale is not None:
+            check_number(self, "classifier_scale", 0.0)
         check_flag(self, "warm_start")
         check_choice(self, "warm_dtype", WARM_DTYPES)
         check_count(self, "certificate_every")
-        check_choice(self, "policy", POLICIES)
         if not isinstance(self.l2, Mapping):
             raise ValueError(f"EquilibriumSettings: l2={self.l2!r} must map groups to strengths, as {{B: 1e-4}}; change l2")
         for group, strength in self.l2.items():
             if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
                 raise ValueError(f"EquilibriumSettings: l2.{group}={strength!r} is not in [0, inf); change l2")
+
+
+@dataclass(frozen=True)
+class ImplicitTaskSettings(SupervisedSettings):
+    """A network with implicit layers, its parameters fitted on minibatches of images.
+
+    Attributes:
+        network: what is built, with its own settings (None: the tanh layer in a small MLP); see
+            ``hyperopt.nn.networks.NetworkFactory``.
+        batch_size: as above; here 100 by default.
+        eval_batch_size: rows of one forward of an evaluation.
+        augment: how the images of a step are changed at random (None: not); see ``hyperopt.data.augment.Augment``.
+        workers: processes that make the batches ahead of time; 0: none. They change no number.
+    """
+
+    network: Any = None
+    batch_size: int | None = 100
+    eval_batch_size: int = 500
+    augment: Any = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "eval_batch_size")
+        check_count(self, "workers", 0)
 
 
 @dataclass(frozen=True)

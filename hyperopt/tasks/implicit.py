@@ -1,0 +1,208 @@
+"""An ordinary network with implicit layers, trained on minibatches of images.
+
+    min over parameters   mean_i cross_entropy(network(x_i), y_i),      inside of it   z_i = cell(z_i, layer input_i)
+
+The outer loop's hyperparameters are all parameters of the network, its inner problems are the layers' equilibria.
+
+Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377; Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.data.loading import Loader
+from hyperopt.nn.deq import DEQ
+from hyperopt.nn.factories import Methods, TanhMLP
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
+from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.running import Running
+from hyperopt.tasks.settings import ImplicitTaskSettings
+from hyperopt.tasks.solves import residual_figure
+from hyperopt.tasks.supervised import SupervisedTask
+from hyperopt.tasks.wrong import wrong_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
+    """One outer step is one gradient on a minibatch and one update of all parameters.
+
+    Attributes:
+        model: the network, after ``setup``.
+        layers: its implicit layers by their names, after ``setup``.
+        loader: makes the batches, after ``setup``.
+        running: means over the steps since the latest evaluation.
+    """
+
+    name = "implicit"
+
+    model: nn.Module
+    layers: dict[str, DEQ]
+    loader: Loader
+    running: Running
+
+    def setup(self, env: Environment) -> None:
+        """Load the rows and build the network; its initial values come from ``env.generator`` alone, the order from ``env.seed``.
+
+        Raises:
+            ValueError: a network without an implicit layer, or that does not take these images; no rows to fit, or fewer than
+                ``batch_size``.
+        """
+        self.load(env, torch.device("cpu") if self.workers else None)
+        self.evaluation_rows = self.eval_batch_size
+        methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
+        with _drawing(env.generator):
+            network = (self.network or TanhMLP()).build(self.splits.shape, self.splits.num_classes, methods)
+        self.model = network.to(env.device, env.dtype)
+        self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DEQ)}
+        if not self.layers:
+            what = f"task.network={self.network!r} built {type(network).__name__} without an implicit layer (hyperopt.nn.DEQ)"
+            raise ValueError(f"{what}, so there is nothing to solve; change task.network")
+        if env.compile:
+            for layer in self.layers.values():
+                layer.compile_map()
+        self.loader = Loader(
+            self.rows["outer"],
+            self.splits.shape,
+            self.batches,
+            seed=env.seed,
+            augment=self.augment,
+            workers=self.workers,
+            device=env.device,
+        )
+        self.running = Running()
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Return the parameters by the part of the network that they are in; a shared one counts for its first part."""
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault(name.partition(".")[0], []).append(parameter)
+        return groups
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of flattened images."""
+        return self.model(x.unflatten(1, self.splits.shape))
+
+    def solutions(self) -> Sequence[Solution]:
+        """Return the layers' latest solves."""
+        return [layer.solution for layer in self.layers.values() if layer.solution is not None]
+
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one outer step; see ``Task.step``."""
+        batch, images, labels = self.loader.take()
+        right: list[float] = []
+
+        def loss() -> Tensor:
+            logits = self.model(images)
+            right.append((logits.detach().argmax(1) == labels).double().mean().item())
+            return functional.cross_entropy(logits, labels)
+
+        self.model.train()
+        record = self.update(optimizer, guard, loss)
+        record.metrics |= {"outer/step_accuracy": right[0], **self.place(batch)}
+        self.running.add(record, self.solutions())
+        return record
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return loss and accuracy on the three sets of rows, and the means over the steps since the evaluation before.
+
+        ``running/loss`` and ``running/accuracy`` are those of the steps' own batches, before each update and in training mode;
+        ``running/inner_iterations`` and ``running/adjoint_iterations`` means of the slowest row's, ``..._mean`` of all rows';
+        ``running/inner_failed`` and ``running/inner_fallbacks`` shares of the steps, the same for ``adjoint``.
+        """
+        with self._evaluating():
+            return {**super().evaluate(), **self.running.read()}
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The network in eval mode; each layer's latest solve is put back, since it is that of the latest step."""
+        before = {layer: layer.solution for layer in self.layers.values()}
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for layer, solution in before.items():
+                layer.solution = solution
+
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Return the loss on the first fitted rows, in eval mode, and the first layer's solution; see ``Task.objective``."""
+        rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
+        before = [(layer, layer.solver, layer.adjoint, layer.policy) for layer in self.layers.values()]
+        with self._evaluating():
+            try:
+                for layer in self.layers.values():
+                    layer.solver, layer.adjoint, layer.policy = solver, adjoint, "ignore"
+                loss = functional.cross_entropy(self.logits(rows.x), rows.y)
+                return loss, self.solutions()[0]
+            finally:
+                for layer, solver_before, adjoint_before, policy in before:
+                    layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``residual`` (of one traced solve each way) and ``wrong``: test images that the network gets wrong."""
+        rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
+        with self._evaluating():
+            hooks = [layer.register_forward_pre_hook(_traced, with_kwargs=True) for layer in self.layers.values()]
+            try:
+                loss = functional.cross_entropy(self.logits(rows.x), rows.y)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group], allow_unused=True)
+            named = {name if len(self.layers) > 1 else "": layer.solution for name, layer in self.layers.items()}
+            figures = {"residual": residual_figure({name: found for name, found in named.items() if found is not None})}
+            figures["wrong"] = wrong_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the network's tensors, where the data order stands, and the running means."""
+        return {
+            "model": self.model.state_dict(),
+            "batches": self.batches.state_dict(),
+            "running": self.running.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        self.model.load_state_dict(state["model"])
+        self.batches.load_state_dict(state["batches"])
+        self.running.load_state_dict(state["running"])
+        self.steps = state["steps"]
+
+    def describe(self) -> dict[str, Any]:
+        """Return sizes, the dataset with its checksums, the rows behind each metric, and the implicit layers."""
+        return {**super().describe(), "shape": list(self.splits.shape), "layers": list(self.layers)}
+
+
+def _traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward hook that makes an implicit layer keep its residuals."""
+    return args, {**kwargs, "trace": True}
+
+
+@contextlib.contextmanager
+def _drawing(generator: torch.Generator) -> Iterator[None]:
+    """Initial values from ``generator`` alone, in float32 whatever the run's precision: one seed, one network."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

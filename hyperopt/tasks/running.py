@@ -1,0 +1,54 @@
+"""Means over the steps since the latest evaluation: what a table with one line an epoch shows of all its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hyperopt.status import Solution, SolveStats
+from hyperopt.tasks.base import StepRecord
+
+SHOWN = {
+    "running/accuracy": "outer/step_accuracy",
+    "running/inner_iterations": "inner/iterations",
+    "running/inner_iterations_mean": "inner/iterations_mean",
+    "running/adjoint_iterations": "adjoint/iterations",
+    "running/adjoint_iterations_mean": "adjoint/iterations_mean",
+}
+
+
+class Running:
+    """Sums over steps. ``read`` may be called any number of times; the next ``add`` after it begins anew."""
+
+    def __init__(self) -> None:
+        """No steps yet."""
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self._was_read = False
+
+    def add(self, record: StepRecord, solutions: Sequence[Solution]) -> None:
+        """Add one step: its record, and the solves behind it."""
+        if self._was_read:
+            self.__init__()
+        values = {"running/loss": record.loss}
+        values |= {name: record.metrics[key] for name, key in SHOWN.items() if key in record.metrics}
+        for name, status in record.statuses.items():
+            values[f"running/{name}_failed"] = float(status.failed)
+            solves: list[SolveStats | None] = [s.forward if name == "inner" else s.adjoint for s in solutions]
+            values[f"running/{name}_fallbacks"] = float(any(stats is not None and stats.fallbacks for stats in solves))
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the means, none before the first step."""
+        self._was_read = True
+        return {name: total / self._steps for name, total in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain containers."""
+        return {"sums": dict(self._sums), "steps": self._steps, "was_read": self._was_read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self._sums, self._steps, self._was_read = dict(state["sums"]), state["steps"], state["was_read"]

@@ -1,0 +1,98 @@
+"""What the tasks share that fit a classifier on rows of a dataset: which rows are which, one update, one evaluation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hyperopt.data.batches import Batch, Batches
+from hyperopt.data.digits import Digits
+from hyperopt.data.splits import Rows, Splits
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.settings import SupervisedSettings
+from hyperopt.tasks.solving import SolvingTask
+
+
+class SupervisedTask(SupervisedSettings, SolvingTask):
+    """A task that fits one split of a dataset, in batches, is selected on another and tested on a third.
+
+    Attributes:
+        splits: the dataset, after ``load``.
+        rows: ``{"outer": fitted, "val": selected on, "test": held out}``, after ``load``; those selected on may be none.
+        batches: the order in which the fitted rows are taken, after ``load``.
+        evaluation_rows: rows of one forward of an evaluation; bounds its memory, and changes no number.
+    """
+
+    splits: Splits
+    rows: dict[str, Rows]
+    batches: Batches
+    evaluation_rows: int = 10_000
+
+    @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of flattened rows, shape (rows, classes)."""
+
+    def load(self, env: Environment, order: torch.device | None = None) -> None:
+        """Load the rows, and draw their order from ``env.seed``.
+
+        Args:
+            env: what the run gives.
+            order: where the places of a batch's rows go (None: to ``env.device``).
+
+        Raises:
+            ValueError: no rows to fit, or fewer than ``batch_size``.
+        """
+        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        fitted, selected = self.splits.train, self.splits.val
+        if self.fitted == "val":
+            fitted, selected = selected, fitted
+        if not len(fitted):
+            raise ValueError(f"task.fitted={self.fitted}, but dataset.{self.fitted}=0: no rows to fit; change one of them")
+        self.rows = {"outer": fitted, "val": selected, "test": self.splits.test}
+        self.batches = Batches(len(fitted), self.batch_size, env.seed, self.last_batch, order or env.device)
+        self.steps = 0
+
+    def place(self, batch: Batch) -> dict[str, float]:
+        """Return the metrics that say which batch this was; none where there are no batches."""
+        if batch.index is None:
+            return {}
+        return {"batch/rows": float(batch.rows), "batch/epoch": batch.epoch + batch.number / self.batches.per_epoch}
+
+    def evaluated(self) -> dict[str, Rows]:
+        """Return the rows that each metric is measured on; rows selected on, if there are none, have no metric."""
+        fitted = self.rows["outer"]
+        shown = {**self.rows, "outer": fitted if self.eval_rows is None else fitted.take(slice(self.eval_rows))}
+        return {name: rows for name, rows in shown.items() if len(rows)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return loss and accuracy on the three sets of rows."""
+        metrics = {}
+        for name, rows in self.evaluated().items():
+            logits = torch.cat([self.logits(part) for part in rows.x.split(self.evaluation_rows)])
+            metrics[f"{name}/loss"] = functional.cross_entropy(logits, rows.y).item()
+            metrics[f"{name}/accuracy"] = (logits.argmax(1) == rows.y).double().mean().item()
+        return metrics
+
+    def describe(self) -> dict[str, Any]:
+        """Return sizes, the dataset with its checksums, and the rows behind each metric."""
+        selected = "val" if self.fitted == "train" else "train"
+        names, evaluated = {"outer": self.fitted, "val": selected, "test": "test"}, self.evaluated()
+        return {
+            "name": self.name,
+            "features": self.rows["outer"].x.shape[1],
+            "classes": self.splits.num_classes,
+            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "dataset": self.splits.name,
+            "checksums": self.splits.checksums,
+            "rows": {
+                name: {"split": names[name], "count": len(rows), "evaluated": len(evaluated.get(name, ()))}
+                for name, rows in self.rows.items()
+            },
+            "batch_size": self.batches.size or self.batches.rows,
+            "batches_per_epoch": self.batches.per_epoch,
+        }

@@ -1,0 +1,50 @@
+"""The figure of the images that a network gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hyperopt.data.splits import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 25  # images, in five lines of five
+
+
+@torch.no_grad()
+def wrong_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
+    """Return the first images that are classified wrongly, each with the class that it was taken for and its own.
+
+    Args:
+        logits: of flattened rows, shape (rows, classes).
+        rows: where to look, flattened.
+        shape: of one image, (channels, height, width) with 1 or 3 channels.
+        batch: rows of one forward.
+    """
+    from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+
+    places, taken = [], []
+    for first in range(0, len(rows), batch):
+        part = rows.take(slice(first, first + batch))
+        predicted = logits(part.x).argmax(1)
+        wrong = (predicted != part.y).nonzero().squeeze(1)
+        places += (wrong + first).tolist()
+        taken += predicted[wrong].tolist()
+        if len(places) >= SHOWN:
+            break
+    figure = Figure(figsize=(6.5, 7.5), layout="constrained")
+    grid = figure.subplots(SHOWN // 5, 5)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, place, label in zip(grid.flat, places, taken, strict=False):
+        image = rows.x[place].reshape(shape).float().cpu()
+        low, high = image.amin(), image.amax()
+        shown = ((image - low) / torch.where(high > low, high - low, torch.ones_like(high))).permute(1, 2, 0)
+        axes.imshow(shown[..., 0].numpy() if shape[0] != 3 else shown.numpy(), cmap="gray")
+        axes.set_title(f"{label}, is {int(rows.y[place])}", fontsize=8)
+    return figure
