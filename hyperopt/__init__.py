@@ -44,6 +44,32 @@ _PUBLIC = {
     "OneStep": "hyperopt.adjoints.onestep",
     "Phantom": "hyperopt.adjoints.phantom",
     "Checkpointed": "hyperopt.adjoints.checkpointed",
+    "BilevelProblem": "hyperopt.bilevel.problem",
+    "Bilevel": "hyperopt.bilevel.hypergradient",
+    "hypergradient": "hyperopt.bilevel.hypergradient",
+    "Estimate": "hyperopt.bilevel.estimate",
+    "Estimator": "hyperopt.bilevel.estimator",
+    "Composite": "hyperopt.bilevel.gauss_newton",
+    "Functional": "hyperopt.bilevel.functional",
+    "GradientMap": "hyperopt.bilevel.gradient_map",
+    "InnerConstants": "hyperopt.bilevel.problem",
+    "Minibatches": "hyperopt.bilevel.batches",
+    "ProductSettings": "hyperopt.bilevel.settings",
+    "SparseRows": "hyperopt.nn.sparse",
+    "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
+    "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
+    "TorchOptimizer": "hyperopt.bilevel.inner.torch_optimizer",
+    "InnerLBFGS": "hyperopt.bilevel.inner.lbfgs",
+    "T1T2": "hyperopt.bilevel.t1t2",
+    "FiniteDifference": "hyperopt.bilevel.finite_difference",
+    "Nystrom": "hyperopt.linsolve.nystrom",
+    "Hyperparameters": "hyperopt.spaces",
+    "Space": "hyperopt.spaces",
+    "Real": "hyperopt.spaces",
+    "Positive": "hyperopt.spaces",
+    "Bounded": "hyperopt.spaces",
+    "Simplex": "hyperopt.spaces",
+    "SpectralBall": "hyperopt.spaces",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -55,6 +81,23 @@ if TYPE_CHECKING:
     from hyperopt.adjoints.phantom import Phantom as Phantom
     from hyperopt.adjoints.shine import Shine as Shine
     from hyperopt.adjoints.unrolled import Unrolled as Unrolled
+    from hyperopt.bilevel.batches import Minibatches as Minibatches
+    from hyperopt.bilevel.estimate import Estimate as Estimate
+    from hyperopt.bilevel.estimator import Estimator as Estimator
+    from hyperopt.bilevel.finite_difference import FiniteDifference as FiniteDifference
+    from hyperopt.bilevel.functional import Functional as Functional
+    from hyperopt.bilevel.gauss_newton import Composite as Composite
+    from hyperopt.bilevel.gradient_map import GradientMap as GradientMap
+    from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
+    from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
+    from hyperopt.bilevel.inner.gradient_descent import GradientDescent as GradientDescent
+    from hyperopt.bilevel.inner.heavy_ball import HeavyBall as HeavyBall
+    from hyperopt.bilevel.inner.lbfgs import InnerLBFGS as InnerLBFGS
+    from hyperopt.bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
+    from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
+    from hyperopt.bilevel.problem import InnerConstants as InnerConstants
+    from hyperopt.bilevel.settings import ProductSettings as ProductSettings
+    from hyperopt.bilevel.t1t2 import T1T2 as T1T2
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify
@@ -70,6 +113,8 @@ if TYPE_CHECKING:
     from hyperopt.linsolve.gmres import GMRES as GMRES
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
+    from hyperopt.linsolve.nystrom import Nystrom as Nystrom
+    from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point
@@ -81,6 +126,13 @@ if TYPE_CHECKING:
     from hyperopt.solvers.newton import Newton as Newton
     from hyperopt.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.solvers.picard import Picard as Picard
+    from hyperopt.spaces import Bounded as Bounded
+    from hyperopt.spaces import Hyperparameters as Hyperparameters
+    from hyperopt.spaces import Positive as Positive
+    from hyperopt.spaces import Real as Real
+    from hyperopt.spaces import Simplex as Simplex
+    from hyperopt.spaces import Space as Space
+    from hyperopt.spaces import SpectralBall as SpectralBall
     from hyperopt.status import Solution as Solution
     from hyperopt.status import SolveStats as SolveStats
     from hyperopt.status import Status as Status

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from hyperopt.status import AdjointBox, Solution, SolveStats, Status
 
+# Methods whose residual is one even after a fixed number of steps: a contracting step before the value, or at the value itself.
+MEASURED = ("Picard", "Neumann", "GMRES", "BiCGStab", "CG", "NormalCG", "Dense", "Nystrom")
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -92,7 +95,7 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
 
 def _measured(stats: SolveStats) -> bool:
     """Whether the residual bounds that of the value: it was measured there, or one contracting step before."""
-    return stats.status != Status.fixed_steps or stats.method in ("Picard", "Neumann")
+    return stats.status != Status.fixed_steps or stats.method in MEASURED
 
 
 def _estimate(forward: SolveStats, box: AdjointBox, size: Tensor, norm: float) -> Certificate:

@@ -15,7 +15,8 @@ from hyperopt.files import write_json
 from hyperopt.schema import LINEAR_SOLVERS, SCHEMA
 from hyperopt.tasks.base import HypergradientError, Task
 
-PARTICULAR = ("cg", "shine")  # for symmetric maps only; with solvers that keep an inverse only
+# For symmetric maps only; with solvers that keep an inverse only; for trained problems only.
+PARTICULAR = ("cg", "nystrom", "shine", "t1t2", "finite_difference")
 
 
 def adjoints(own: Adjoint) -> dict[str, Adjoint]:

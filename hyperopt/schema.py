@@ -18,7 +18,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from hyperopt import settings as core
+from hyperopt import space_settings as spaces
 from hyperopt import train_settings as train
+from hyperopt.bilevel import settings as bilevel
 from hyperopt.data import settings as data
 from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
@@ -57,9 +59,19 @@ LINEAR_SOLVERS = {
     "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.linsolve.bicgstab.BiCGStab"),
     "cg": _targeted(linear.CGSettings, "hyperopt.linsolve.cg.CG"),
     "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.linsolve.normal_cg.NormalCG"),
+    "nystrom": _targeted(linear.NystromSettings, "hyperopt.linsolve.nystrom.Nystrom"),
     "dense": _targeted(linear.DenseSettings, "hyperopt.linsolve.dense.Dense"),
 }
 """The linear solvers; each makes an option ``adjoint=<name>``, the implicit adjoint with it."""
+
+SPACES = {
+    "real": _targeted(spaces.RealSettings, "hyperopt.spaces.Real"),
+    "positive": _targeted(spaces.PositiveSettings, "hyperopt.spaces.Positive"),
+    "bounded": _targeted(spaces.BoundedSettings, "hyperopt.spaces.Bounded"),
+    "simplex": _targeted(spaces.SimplexSettings, "hyperopt.spaces.Simplex"),
+    "spectral_ball": _targeted(spaces.SpectralBallSettings, "hyperopt.spaces.SpectralBall"),
+}
+"""The spaces of hyperparameters, for the tasks that have one."""
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
@@ -91,6 +103,16 @@ SCHEMA: dict[str, type] = {
     "adjoint/one_step": _targeted(core.OneStepSettings, "hyperopt.adjoints.onestep.OneStep"),
     "adjoint/phantom": _targeted(core.PhantomSettings, "hyperopt.adjoints.phantom.Phantom"),
     "adjoint/checkpointed": _targeted(core.CheckpointedSettings, "hyperopt.adjoints.checkpointed.Checkpointed"),
+    "adjoint/t1t2": _targeted(bilevel.T1T2Settings, "hyperopt.bilevel.t1t2.T1T2"),
+    "adjoint/finite_difference": _targeted(
+        bilevel.FiniteDifferenceSettings, "hyperopt.bilevel.finite_difference.FiniteDifference"
+    ),
+    "inner/gradient_descent": _targeted(
+        bilevel.GradientDescentSettings, "hyperopt.bilevel.inner.gradient_descent.GradientDescent"
+    ),
+    "inner/heavy_ball": _targeted(bilevel.HeavyBallSettings, "hyperopt.bilevel.inner.heavy_ball.HeavyBall"),
+    "inner/torch_optimizer": _targeted(bilevel.TorchOptimizerSettings, "hyperopt.bilevel.inner.torch_optimizer.TorchOptimizer"),
+    "inner/lbfgs": _targeted(bilevel.LBFGSSettings, "hyperopt.bilevel.inner.lbfgs.InnerLBFGS"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
     "optimizer/momentum": _targeted(train.MomentumSettings, "hyperopt.optim.Momentum"),
     "optimizer/adam": _targeted(train.AdamSettings, "hyperopt.optim.Adam"),
@@ -100,7 +122,7 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values())}
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), *SPACES.values())}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
 
 
@@ -143,6 +165,7 @@ class TrainConfig:
     dataset: Any = MISSING
     solver: Any = MISSING
     adjoint: Any = MISSING
+    inner: Any = MISSING
     optimizer: Any = MISSING
     trainer: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -78,7 +78,7 @@ def unrolled(phi, solver, rows=6, n=5):
     u.requires_grad_()
     sol = fixed_point(phi, torch.zeros(rows, n), (u, A), row_args=(0,), solver=solver, adjoint=Unrolled())
     first = torch.autograd.grad((sol.value**3).sum(), [u, A], create_graph=True)
-    second = torch.autograd.grad(sum((g**2).sum() for g in first), [u, A])
+    second = torch.autograd.grad((first[0] ** 2).sum() + (first[1] ** 2).sum(), [u, A])
     return sol, [*first, *second]
 
 

@@ -41,9 +41,11 @@ class ImplicitAdjoint(Adjoint):
     Attributes:
         exact: whether it may be differentiated again.
         remedy: what to change where it may not.
+        iterates: whether its value, or its convergence, depends on how the map is scaled; see ``LinearSolver.iterates``.
     """
 
     exact: bool
+    iterates = True
     remedy = "give adjoint.linear_solver.rtol > 0, or set adjoint.allow_inexact=true"
 
     def run(self, problem: Problem) -> Solution:
@@ -109,6 +111,11 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether every linear solver works to a tolerance, or ``allow_inexact`` was given."""
         return self.allow_inexact or not any(solver.fixed for solver in self.chain)
+
+    @property
+    def iterates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any of the linear solvers does."""
+        return any(solver.iterates for solver in self.chain)
 
     @property
     def chain(self) -> tuple[LinearSolver, ...]:

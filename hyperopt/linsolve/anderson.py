@@ -20,6 +20,8 @@ from hyperopt.solvers.anderson import Anderson
 class LinearAnderson(LinearAndersonSettings, LinearSolver):
     """Anderson acceleration of the adjoint iteration; settings in ``LinearAndersonSettings``."""
 
+    iterates = True
+
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """One step from the best multiple of ``near``."""
         return fitted_start(matvec, b, near), 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from hyperopt.status import SolveStats, Status
 class MatVec(Protocol):
     """``matvec(v) = M v``.
 
-    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``rmatvec(v) = M^T v``, which some
-    methods need, ``matrix()``: M itself of every row, shape (rows, dim, dim), or None, and ``part(index)``: the operator of the
-    rows in ``index``, or None, by which rows that are solved cost no further product.
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``complement(v) = (I - M) v``, where it
+    can do better than subtract, ``rmatvec(v) = M^T v``, which some methods need, ``matrix()``: M itself of every row, shape
+    (rows, dim, dim), or None, and ``part(index)``: the operator of the rows in ``index``, or None, by which rows that are solved
+    cost no further product.
     """
 
     def __call__(self, v: Tensor, /) -> Tensor:
@@ -51,7 +52,13 @@ class LinearSolver(IterativeSettings, ABC):
 
     A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
     gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``.
+
+    Attributes:
+        iterates: whether it iterates ``v <- M v + b``, so that its convergence depends on how ``M`` is scaled: whether
+            ``M = I - s A`` converges depends on ``s``, where a Krylov method does the same for every ``s``.
     """
+
+    iterates: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -4,9 +4,9 @@
     repeat:  alpha = <r, r> / <p, A p>;   x += alpha p;   r' = r - alpha A p;   p = r' + (<r', r'> / <r, r>) p;   r = r'
 
 For ``A = I - M`` with ``M`` symmetric and its eigenvalues below 1: a gradient step on a convex loss, ``M = I - step * Hessian``.
-There it needs the fewest products of all methods. What it is not made for ends a row with status ``breakdown``, never with a
-wrong number: a direction of negative curvature, and an ``A`` that is not symmetric, which is told at steps 2, 3, 5, 9, ... by
-``<p, A q> = <q, A p>`` of two directions at hand. A weight matrix's preconditioner (``w - P grad``) makes ``M`` asymmetric.
+There it needs the fewest products of all methods. What it is not made for ends a row, never with a wrong number: a direction of
+negative curvature (status ``indefinite``), and an ``A`` that is not symmetric (``breakdown``), which is told at steps 2, 3, 5, 9,
+... by ``<p, A q> = <q, A p>`` of two directions at hand. A preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
 
 Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from hyperopt.linsolve.recurrence import Recurrence, dot
 from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run
 from hyperopt.linsolve.settings import CGSettings
+from hyperopt.status import Status
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CG(CGSettings, RestartedSolver):
         while rec.going:
             q = rec.freeze(run.product(p))
             curvature, size = dot(p, q), torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)
+            rec.break_down(curvature < -rec.eps * size, Status.indefinite)
             rec.break_down(curvature <= rec.eps * size)
             if past is not None and rec.made & (rec.made - 1) == 0:
                 rec.break_down(asymmetric(past, (p, q), rec.eps))

@@ -22,6 +22,8 @@ from hyperopt.solvers.picard import Picard
 class Neumann(NeumannSettings, LinearSolver):
     """The truncated Neumann series; settings in ``NeumannSettings``."""
 
+    iterates = True
+
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """One step from the best multiple of ``near``."""
         return fitted_start(matvec, b, near), 1

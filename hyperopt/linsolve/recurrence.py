@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.linsolve.restarted import Cycle, Run, freeze, unit
+from hyperopt.status import Status
 
 
 class Recurrence:
@@ -29,6 +30,7 @@ class Recurrence:
         self.kept = torch.zeros_like(run.b)
         self.steps = torch.zeros_like(run.iterations)
         self.broken = torch.zeros_like(run.active)
+        self.cause = torch.full_like(run.status, int(Status.breakdown))
         self.made = 0
 
     @property
@@ -44,8 +46,9 @@ class Recurrence:
         """``v`` in the live rows, zeros in the others, whatever they hold."""
         return freeze(v, self.live)
 
-    def break_down(self, rows: Tensor) -> None:
-        """End rows in which the method can do no more, before this step changes them."""
+    def break_down(self, rows: Tensor, cause: Status = Status.breakdown) -> None:
+        """End rows in which the method can do no more, before this step changes them, with the status ``cause``."""
+        self.cause = torch.where(self.live & rows, int(cause), self.cause)
         self.broken = self.broken | (self.live & rows)
         self.live = self.live & ~rows
 
@@ -61,7 +64,7 @@ class Recurrence:
 
     def cycle(self) -> Cycle:
         """The result of the cycle."""
-        return Cycle(torch.addcmul(self.run.x, self.run.norm[:, None], self.kept), self.steps, self.made, self.broken)
+        return Cycle(torch.addcmul(self.run.x, self.run.norm[:, None], self.kept), self.steps, self.made, self.broken, self.cause)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -39,12 +39,14 @@ class Cycle:
         steps: steps taken by each row, shape (rows,).
         made: steps taken in all.
         broken: rows in which the method can do no more, shape (rows,).
+        cause: the codes of ``Status`` that these end with, shape (rows,).
     """
 
     x: Tensor
     steps: Tensor
     made: int
     broken: Tensor
+    cause: Tensor | Status = Status.breakdown
 
 
 class Run:
@@ -86,7 +88,8 @@ class Run:
     def product(self, v: Tensor) -> Tensor:
         """``(I - M) v``."""
         self.vjps += 1
-        return v - self.matvec(v)
+        complement = getattr(self.matvec, "complement", None)
+        return v - self.matvec(v) if complement is None else complement(v)
 
     def transposed(self, v: Tensor) -> Tensor:
         """``(I - M)^T v``."""
@@ -119,8 +122,8 @@ class Run:
         met = rows & (self.norm <= self.target)
         return met if self.solver.fixed else self._settle(met, Status.converged)
 
-    def _settle(self, rows: Tensor, status: Status) -> Tensor:
-        self.status = torch.where(rows, int(status), self.status)
+    def _settle(self, rows: Tensor, status: Tensor | Status) -> Tensor:
+        self.status = torch.where(rows, status if isinstance(status, Tensor) else int(status), self.status)
         return rows
 
     def note(self, estimate: Tensor) -> None:
@@ -142,7 +145,7 @@ class Run:
         lost = self._settle(self.active & ~torch.isfinite(norm), Status.nonfinite)
         met = self._met(self.active & ~lost)
         open_ = self.active & ~lost & ~met
-        broken = self._settle(open_ & cycle.broken, Status.breakdown)
+        broken = self._settle(open_ & cycle.broken, cycle.cause)
         idle = open_ & ~broken & ~(norm <= IDLE * before)
         if self.solver.fixed:
             idle = torch.zeros_like(idle)

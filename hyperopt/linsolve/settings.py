@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.settings import IterativeSettings, check_count
+from hyperopt.settings import IterativeSettings, check_count, check_number
 from hyperopt.solvers.settings import AndersonSettings
 
 
@@ -55,6 +55,30 @@ class NormalCGSettings(IterativeSettings):
 
     rtol: float = 1e-6
     max_steps: int = 200
+
+
+@dataclass(frozen=True)
+class NystromSettings(IterativeSettings):
+    """The inverse of a low-rank sketch, for maps with a symmetric Jacobian; ``rank`` vjps, and one a step.
+
+    rank: columns of ``I - J`` in the sketch; at most as many are drawn as there are unknowns.
+    rho: what is added to the sketch's diagonal, in the units of ``I - J`` (for a trained problem, of the Hessian).
+    seed: draws the columns.
+    max_steps: applications of the sketch's inverse; 1 is the method as published, with ``rtol=0, atol=0``.
+    """
+
+    rtol: float = 0.0
+    max_steps: int = 1
+    rank: int = 20
+    rho: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "rank")
+        check_number(self, "rho", 0.0, open_low=True)
+        check_count(self, "seed", 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Products with the second derivatives of the inner loss at one point: what an implicit hypergradient is made of.
+
+    product(v) = (d_w grad_w L) v        a Hessian product, or one with a positive semidefinite matrix in its place
+    mixed(v)   = (d_lam grad_w L)^T v    the mixed product, one a hypergradient
+
+Each is one backward through one graph of the gradient that is kept: nothing is evaluated anew, no parameter is copied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.tree import Layout, layout_of, leaves_of
+
+
+class Curvature(ABC):
+    """Second derivatives of the inner loss at ``(w, lam)``.
+
+    Attributes:
+        w, lam: the point.
+        layout: how ``w`` lies in a (1, dim) matrix.
+        gradient: ``grad_w L``, shape (1, dim).
+        missing: places of the leaves of ``w`` on which the inner loss does not depend.
+        gradients: inner gradients that were taken.
+        products: Hessian products that were made.
+        mixed_products: mixed products that were made.
+    """
+
+    gradient: Tensor
+    missing: list[int]
+    gradients: int
+    products: int
+    mixed_products: int
+
+    def __init__(self, w: Leaves, lam: Leaves) -> None:
+        """Nothing is spent yet."""
+        self.w, self.lam = w, lam
+        self.layout: Layout = layout_of(w.tree, "joint")
+        self.missing = []
+        self.gradients = self.products = self.mixed_products = 0
+
+    @abstractmethod
+    def product(self, v: Tensor) -> Tensor:
+        """``H v``, shape (1, dim)."""
+
+    @abstractmethod
+    def mixed(self, v: Tensor) -> list[Tensor | None]:
+        """``(d_lam grad_w L)^T v`` for each hyperparameter, ``v`` of shape (1, dim); None where there is none."""
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """A (1, dim) matrix as one tensor for each leaf of ``w``."""
+        return leaves_of(self.layout.tree(v))
+
+    def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
+        """One tensor for each leaf of ``w`` (None: zeros) as a matrix, shape (1, dim)."""
+        return self.layout.matrix(self.w.like(values))
+
+
+class Hessian(Curvature):
+    """The Hessian itself, by a second backward."""
+
+    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
+        """Take the gradient and keep its graph.
+
+        Raises:
+            ValueError: the inner loss does not depend on ``w``.
+        """
+        super().__init__(w, lam)
+        with torch.enable_grad():
+            loss = problem.inner(w.tree, lam.tree, batch)
+            grads = differentiate(loss, w.flat)
+        self.gradients = 1
+        self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
+        self.missing = [i for i, g in enumerate(grads) if g is None]
+        # Entries of the gradient that are constant have no graph, and add nothing to a product.
+        kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self._at, self._grads = [i for i, _ in kept], [g for _, g in kept]
+
+    def product(self, v: Tensor) -> Tensor:
+        """``H v``."""
+        self.products += 1
+        return self.matrix(self._pull(self.w.flat, v))
+
+    def mixed(self, v: Tensor) -> list[Tensor | None]:
+        """``(d_lam grad_w L)^T v``.
+
+        Raises:
+            ValueError: the gradient of the inner loss depends on no hyperparameter at all.
+        """
+        self.mixed_products += 1
+        found = self._pull(self.lam.flat, v)
+        if all(x is None for x in found):
+            refuse_independent(self.lam.names)
+        return found
+
+    def _pull(self, leaves: Sequence[Tensor], v: Tensor) -> list[Tensor | None]:
+        if not self._grads:
+            return [None] * len(leaves)
+        parts = self.parts(v)
+        given = [parts[i] for i in self._at]
+        return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
+
+
+def differentiate(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradient of the inner loss with its graph.
+
+    Raises:
+        ValueError: it does not depend on ``w``.
+    """
+    found: Sequence[Tensor | None] = [None]
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    if all(g is None for g in found):
+        unaffected()
+    return found
+
+
+def unaffected() -> NoReturn:
+    """Refuse an inner loss that does not depend on ``w``.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
+
+
+def refuse_independent(names: Sequence[str]) -> NoReturn:
+    """Refuse an inner problem whose solution depends on no hyperparameter.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"the gradient of the inner loss depends on none of {', '.join(names)}: the implicit hypergradient is exactly zero. Use "
+        "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=unrolled"
+    )

@@ -1,0 +1,92 @@
+"""Gauss-Newton products: a positive semidefinite matrix in the place of the Hessian.
+
+    L(w) = c(z(w), w):      G = (d_w z)^T (d_z d_z c) (d_w z) + d_w d_w c
+
+for a model ``z(w, lam, batch)`` and a criterion ``c(z, w, lam, batch)`` that is convex in its output, as every usual loss is.
+What the Hessian has beside it is the curvature of the model, which may be negative: conjugate gradients never meet that in G. The
+two are the same for a model that is linear in ``w``.
+
+References: Schraudolph, Neural Computation 14, 2002; Martens, ICML 2010.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.curvature import Curvature, Hessian
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
+
+    Attributes:
+        model: ``z(w, lam, batch)``, one tensor.
+        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
+    """
+
+    model: Callable[[Any, Any, Any], Tensor]
+    criterion: Callable[[Tensor, Any, Any, Any], Tensor]
+
+    def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        """The inner loss."""
+        return self.criterion(self.model(w, lam, batch), w, lam, batch)
+
+
+class GaussNewton(Curvature):
+    """Products with G; the gradient and the mixed product are exact."""
+
+    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
+        """Build the graphs of the gradient, of the model and of the criterion; each is kept.
+
+        Raises:
+            TypeError: the inner loss is no ``Composite``.
+        """
+        if not isinstance(problem.inner_loss, Composite):
+            raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
+        super().__init__(w, lam)
+        self._exact = Hessian(problem, w, lam, batch)
+        self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
+        with torch.enable_grad():
+            self._z = problem.inner_loss.model(w.tree, lam.tree, batch)
+            self._out = self._z.detach().requires_grad_()
+            loss = problem.inner_loss.criterion(self._out, w.tree, lam.tree, batch)
+            self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]
+            self._penalty = torch.autograd.grad(loss, w.flat, create_graph=True, allow_unused=True)
+            self._cotangent = torch.zeros_like(self._out).requires_grad_()
+            self._pulled = self._model_pull(self._cotangent, create_graph=True)
+
+    def product(self, v: Tensor) -> Tensor:
+        """``G v``: a product with the model's Jacobian, one with the criterion's Hessian, one with the Jacobian's transpose."""
+        self.products += 1
+        parts = self.parts(v)
+        used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
+        (pushed,) = torch.autograd.grad([p for p, _ in used], self._cotangent, [part for _, part in used], retain_graph=True)
+        if self._slope.requires_grad:
+            (bent,) = torch.autograd.grad(self._slope, self._out, pushed, retain_graph=True, allow_unused=True)
+        else:
+            bent = None
+        total = self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False)
+        kept = [(g, part) for g, part in zip(self._penalty, parts, strict=True) if g is not None and g.requires_grad]
+        if not kept:
+            return self.matrix(total)
+        slopes, given = zip(*kept, strict=True)
+        return self.matrix(total) + self.matrix(
+            torch.autograd.grad(slopes, self.w.flat, given, retain_graph=True, allow_unused=True)
+        )
+
+    def mixed(self, v: Tensor) -> list[Tensor | None]:
+        """The exact mixed product."""
+        self.mixed_products += 1
+        return self._exact.mixed(v)
+
+    def _model_pull(self, cotangent: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            self._z, self.w.flat, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )

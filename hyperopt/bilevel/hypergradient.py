@@ -1,0 +1,180 @@
+"""``hypergradient``: the hypergradient of a trained inner problem, and ``Bilevel``, the same from one outer step to the next."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.adjoints.checkpointed import Checkpointed
+from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.adjoints.shine import Shine
+from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.estimate import Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.gradient_map import GradientMap
+from hyperopt.bilevel.implicit import ImplicitEstimator
+from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
+from hyperopt.bilevel.inner.gradient_descent import GradientDescent
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.settings import ProductSettings
+from hyperopt.bilevel.step_map import largest_curvature
+from hyperopt.bilevel.unrolled import UnrolledEstimator
+from hyperopt.linsolve.cg import CG
+from hyperopt.primitive import fixed_point
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
+
+
+def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
+    """The estimator that an adjoint makes for trained inner problems.
+
+    Raises:
+        TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
+        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through.
+    """
+    if adjoint is None:
+        adjoint = Implicit(CG())
+    if isinstance(adjoint, Estimator):
+        return adjoint
+    if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
+        given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
+        return ImplicitEstimator(**given, adjoint=adjoint, inner=inner)
+    if isinstance(adjoint, Unrolled | Checkpointed):
+        if not isinstance(inner, DifferentiableSolver):
+            what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
+            raise ValueError(
+                f"{type(adjoint).__name__} goes back through training, but {what}; use inner=gradient_descent or "
+                "inner=heavy_ball, or an implicit adjoint (adjoint=cg)"
+            )
+        return UnrolledEstimator(adjoint, inner)
+    raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    w: Any,
+    lam: Any,
+    *,
+    adjoint: Adjoint | Estimator | None = None,
+    inner: InnerSolver | None = None,
+    step: float | None = None,
+    curvature: str = "hessian",
+    resample: bool = False,
+) -> Estimate:
+    r"""The hypergradient of a trained inner problem.
+
+    .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
+
+    Args:
+        problem: the two losses.
+        w: the inner variables, a tree of tensors: trained already, or, with ``inner``, where training starts. Not changed.
+        lam: the hyperparameters, a tree of tensors; need not require grad.
+        adjoint: how to differentiate (default ``Implicit(CG())``).
+        inner: trains ``w`` first; methods that differentiate through training need it.
+        step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from declared constants,
+            else from power iteration).
+        curvature: ``"hessian"``, ``"gauss_newton"`` or ``"finite_differences"``; of implicit adjoints.
+        resample: whether each of their products has a batch of its own.
+
+    Returns:
+        ``Estimate``: ``grad`` in the structure of ``lam``, ``certificate``, ``loss``, ``w``, statistics and cost.
+
+    Raises:
+        TypeError, ValueError: losses that are no scalars, or depend on nothing; see the messages.
+        SolveError: a solve failed under ``policy="raise"``, or training diverged.
+
+    Reference: Lorraine et al., AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> lam = torch.ones(())
+        >>> estimate = hyperopt.hypergradient(problem, torch.tensor([0.5]), lam)
+        >>> round(float(estimate.grad), 6)
+        -0.25
+    """
+    if inner is not None:
+        w = optree.tree_map(lambda x: x.detach().clone(), w)
+    products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
+    estimator = estimator_of(adjoint, inner, products)
+    return estimator.estimate(problem, lam, State(w))
+
+
+class Bilevel:
+    """A bilevel problem under way: trained weights, warm starts and the memory of every method, in one place.
+
+    Args:
+        problem: the two losses.
+        w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
+        inner: trains them before each hypergradient, from where they are.
+        adjoint: how to differentiate (default ``Implicit(CG())``).
+        products: how implicit adjoints take their products, and whether they start where the last one ended; see
+            ``ProductSettings``.
+
+    Attributes:
+        state: what is carried along.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        w: Any,
+        *,
+        inner: InnerSolver | None = None,
+        adjoint: Adjoint | Estimator | None = None,
+        products: ProductSettings | None = None,
+    ) -> None:
+        """Nothing is trained yet."""
+        self.problem = problem
+        self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
+        self.state = State(optree.tree_map(lambda x: x.detach(), w))
+
+    @property
+    def w(self) -> Any:
+        """The inner variables."""
+        return self.state.w
+
+    def step(self, lam: Any) -> Estimate:
+        """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
+        return self.estimator.estimate(self.problem, lam, self.state)
+
+    def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """The outer loss at the fixed point of the gradient-step map, and that fixed point: see ``hyperopt.check.Objective``.
+
+        The primitive alone is at work here, on the next batch of each loss, from the present weights, at the step ``1 / L`` by
+        power iteration. No state changes.
+        """
+        problem = self.problem.at_next_batch()
+        batch = problem.inner_batches.draw()
+        largest, _ = largest_curvature(Hessian(problem, Leaves.of(self.w, "w"), Leaves.of(lam, "lam"), batch))
+        phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
+        solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
+        return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, as plain containers and tensors."""
+        return {
+            "w": optree.tree_leaves(self.state.w),
+            "memory": self.state.memory,
+            "inner_batches": self.problem.inner_batches.state_dict(),
+            "outer_batches": self.problem.outer_batches.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned; the weights in place."""
+        for leaf, kept in zip(optree.tree_leaves(self.state.w), state["w"], strict=True):
+            leaf.copy_(kept)
+        self.state.memory = copy.deepcopy(state["memory"])
+        self.problem.inner_batches.load_state_dict(state["inner_batches"])
+        self.problem.outer_batches.load_state_dict(state["outer_batches"])

@@ -1,0 +1,1 @@
+"""Inner solvers: how the model is trained, for given hyperparameters."""

@@ -1,0 +1,93 @@
+"""Backpropagation through training in the memory of a few steps: segments of it are taken again on the way back.
+
+    forward    the state is kept at the start of every segment, no graph
+    backward   from the last segment to the first: its steps once more with their graph, then (a_w, a_lam) through it
+
+In segments of sqrt(T) steps the memory is that of sqrt(T) graphs and as many states, for twice the gradients. What serves a
+general map, ``torch.utils.checkpoint``, cannot be used here: it takes a segment again for every gradient inside of it, and each
+step of training is one.
+
+References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.problem import Leaves
+
+Map = Callable[[Any, Any], Any]
+
+
+@dataclass
+class Passed:
+    """A training and the way back through it.
+
+    Attributes:
+        final: the state at the end.
+        loss: the outer loss there, detached.
+        grads: its gradient in each hyperparameter; None: it does not depend on it.
+    """
+
+    final: Any
+    loss: Tensor
+    grads: Sequence[Tensor | None]
+
+
+def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, outer: Callable[[Any], Tensor]) -> Passed:
+    """Take ``phi`` ``steps`` times from ``start`` and backpropagate ``outer`` of the final state to the hyperparameters.
+
+    Args:
+        phi: the map, ``phi(state, lam)``.
+        start: a tree of tensors; leaves that the map does not differentiate, such as counters, are carried along.
+        lam: the hyperparameters.
+        steps: how many.
+        segment: steps whose graph is kept at a time (None: the root of ``steps``, rounded up).
+        outer: the loss of a final state; it may depend on ``lam.tree`` too.
+    """
+    size = segment or math.isqrt(steps - 1) + 1
+    firsts = range(0, steps, size)
+    kept, state = [], start
+    with torch.no_grad():
+        for first in firsts:
+            kept.append(state)
+            for _ in range(first, min(first + size, steps)):
+                state = phi(state, lam.tree)
+    end, whole = _leaves(state)
+    with torch.enable_grad():
+        loss = outer(optree.tree_unflatten(whole, end))
+        slopes = torch.autograd.grad(loss, [*end, *lam.flat], allow_unused=True)
+    back: Sequence[Tensor | None] = slopes[: len(end)]
+    total = list(slopes[len(end) :])
+    for first, state in zip(reversed(firsts), reversed(kept), strict=True):
+        begin, spec = _leaves(state)
+        with torch.enable_grad():
+            now = optree.tree_unflatten(spec, begin)
+            for _ in range(first, min(first + size, steps)):
+                now = phi(now, lam.tree)
+        pairs = [(x, g) for x, g in zip(optree.tree_leaves(now), back, strict=True) if g is not None and x.requires_grad]
+        if not pairs:
+            break
+        outputs, given = zip(*pairs, strict=True)
+        slopes = torch.autograd.grad(outputs, [*begin, *lam.flat], given, allow_unused=True)
+        back = slopes[: len(begin)]
+        total = [add(a, b) for a, b in zip(total, slopes[len(begin) :], strict=True)]
+    return Passed(optree.tree_unflatten(whole, [leaf.detach() for leaf in end]), loss.detach(), total)
+
+
+def _leaves(state: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a state as leaves of a new graph, and its structure."""
+    leaves, spec = optree.tree_flatten(state)
+    return [leaf.detach().requires_grad_() for leaf in leaves], spec
+
+
+def add(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    """The sum, None standing for zero."""
+    return two if one is None else one if two is None else one + two

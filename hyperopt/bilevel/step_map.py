@@ -1,0 +1,75 @@
+"""The gradient-step map ``phi(w) = w - step * grad_w L(w, lam)``: its adjoint system, and its largest stable step.
+
+    (I - d_w phi)^T v = d_w E       is       step * H v = d_w E
+
+``H`` is symmetric, so the operator is its own transpose. The solution ``u = step * v = H^{-1} d_w E`` does not depend on the
+step; only methods that iterate the map (Neumann, Anderson, one-step) need one below ``2 / L``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.curvature import Curvature
+from hyperopt.bilevel.settings import PowerSettings
+
+
+class StepMap:
+    """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices, as every linear solver takes it.
+
+    Attributes:
+        largest: the largest ``|H v| / |v|`` of all products made, which no eigenvalue's modulus of H can be all below; NaN before
+            the first.
+    """
+
+    def __init__(self, curvature: Curvature, step: float) -> None:
+        """Keep the products and the step."""
+        self.curvature, self.step = curvature, step
+        self.largest = torch.full_like(curvature.gradient[0, 0], torch.nan)
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``M v``."""
+        return torch.add(v, self._product(v), alpha=-self.step)
+
+    def rmatvec(self, v: Tensor, /) -> Tensor:
+        """``M^T v = M v``."""
+        return self(v)
+
+    def complement(self, v: Tensor, /) -> Tensor:
+        """``(I - M) v``, without the cancellation of ``v - M v`` where the curvature is small."""
+        return self.step * self._product(v)
+
+    def _product(self, v: Tensor) -> Tensor:
+        image = self.curvature.product(v)
+        self.largest = torch.fmax(self.largest, torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
+        return image
+
+
+def largest_curvature(
+    curvature: Curvature, settings: PowerSettings | None = None, start: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """The eigenvalue of the largest modulus of ``H``, from below, and its direction, by power iteration.
+
+    Args:
+        curvature: products with H.
+        settings: tolerance and budget.
+        start: a direction to start from, shape (1, dim): that of a problem near by (None: a random one, always the same).
+    """
+    settings = settings or PowerSettings()
+    v = start
+    if v is None:
+        generator = torch.Generator().manual_seed(0)  # its own: it must not move the caller's random numbers
+        v = torch.randn(curvature.gradient.shape, generator=generator, dtype=torch.float64).to(curvature.gradient)
+    v = v / torch.linalg.vector_norm(v)
+    before = 0.0
+    for _ in range(settings.max_steps):
+        image = curvature.product(v)
+        size = float(torch.linalg.vector_norm(image))
+        if not size > 0 or size == float("inf"):
+            return size, v
+        v = image / size
+        if abs(size - before) <= settings.rtol * size:
+            return size, v
+        before = size
+    return before, v

@@ -1,0 +1,55 @@
+"""T1-T2: the Hessian of the inner loss taken for the identity.
+
+    dE/dlam ~ d_lam E - (d_lam grad_w L)^T d_w E
+
+One mixed product and nothing else. Right in direction where the curvature is much the same in all of them; one-step
+differentiation is the same but for the factor ``step``.
+
+Reference: Luketina, Berglund, Greff & Raiko, ICML 2016, arXiv 1511.06727, section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperopt.adjoints.implicit import ImplicitAdjoint
+from hyperopt.adjoints.onestep import truncated
+from hyperopt.bilevel.settings import T1T2Settings
+from hyperopt.linsolve.base import MatVec
+from hyperopt.solvers.iterate import Iterate
+from hyperopt.status import AdjointBox
+
+
+@dataclass(frozen=True)
+class T1T2(T1T2Settings, ImplicitAdjoint):
+    """The T1-T2 adjoint of a trained problem; it has no settings."""
+
+    exact = False
+    iterates = False
+    remedy = "T1T2 never is; use an exact adjoint (adjoint=cg)"
+
+    def solve(
+        self,
+        matvec: MatVec,
+        b: Tensor,
+        start: Tensor | None,
+        what: str,
+        box: AdjointBox,
+        *,
+        forward: Iterate | None = None,
+        trace: bool = False,
+    ) -> Tensor:
+        """``v = b / step``, which is ``u = b``.
+
+        Raises:
+            TypeError: the map is no gradient step.
+        """
+        step = getattr(matvec, "step", None)
+        if step is None:
+            raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; use adjoint=one_step")
+        v = b / step
+        box.stats, box.v = truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"), v.detach()
+        return v

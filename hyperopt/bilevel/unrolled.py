@@ -1,0 +1,122 @@
+"""Hypergradients through training itself: backpropagation through every inner step, through the last few, or recomputed.
+
+    w_{t+1} = phi(w_t, lam),      dE/dlam = d_lam E + sum_t (d_lam phi_t)^T (d_w phi_{t+1})^T ... (d_w phi_T)^T d_w E
+
+exact for the model as it was trained, be it far from a minimum, and the only way to learning rates and momentum. The map is that
+of the inner solver, taken exactly ``max_steps`` times: by ``hyperopt.fixed_point`` with ``Unrolled``, or, for ``Checkpointed``,
+in the segments of ``hyperopt.bilevel.reverse``.
+
+References: Maclaurin, Duvenaud & Adams, ICML 2015, arXiv 1502.03492; Franceschi et al., ICML 2017, arXiv 1703.01785; Shaban et
+al., AISTATS 2019, arXiv 1810.10667 (truncation).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.adjoints.checkpointed import Checkpointed
+from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.gradient_map import GradientMap
+from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, gradient
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.reverse import Passed, reverse
+from hyperopt.certificate import Certificate
+from hyperopt.policy import SolveError
+from hyperopt.primitive import fixed_point
+from hyperopt.solvers.picard import Picard
+from hyperopt.status import SolveStats
+
+
+@dataclass(frozen=True)
+class UnrolledEstimator(Estimator):
+    """Backpropagation through the inner solver.
+
+    Attributes:
+        adjoint: which steps keep their graph.
+        inner: takes exactly ``max_steps`` steps.
+    """
+
+    adjoint: Unrolled | Checkpointed
+    inner: DifferentiableSolver
+
+    def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+        """Train with a graph, and go back; see ``Estimator``.
+
+        Raises:
+            SolveError: training diverged.
+            ValueError: the outer loss does not depend on ``lam``, not through ``w`` either.
+        """
+        hyper, steps = Leaves.of(lam, "lam"), self.inner.max_steps
+        batches = [problem.inner_batches.draw() for _ in range(steps)]
+        phi = GradientMap(problem, self.inner, None if all(b is batches[0] for b in batches) else batches)
+        batch = problem.outer_batches.draw()
+        looks = trained = None
+
+        def outer(final: Any) -> Tensor:
+            nonlocal looks, trained
+            w = phi.weights(final)
+            trained, looks = self._watch(problem, hyper, state, w, batches)
+            loss = problem.outer(w, hyper.tree, batch)
+            if not loss.requires_grad:
+                self._refuse(hyper)
+            return loss
+
+        if isinstance(self.adjoint, Checkpointed):
+            found = reverse(phi, phi.start(state.w), hyper, steps, self.adjoint.segment, outer)
+            spent = 2 * steps
+        else:
+            found = self._unrolled(phi, phi.start(state.w), hyper, outer)
+            spent = steps
+        assert trained is not None and looks is not None
+        if all(g is None for g in found.grads):
+            self._refuse(hyper)
+        with torch.no_grad():
+            for old, new in zip(optree.tree_leaves(state.w), optree.tree_leaves(phi.weights(found.final)), strict=True):
+                old.copy_(new)
+        if problem.refresh is not None:
+            problem.refresh(state.w, lam, batches[-1])
+        kept = min(steps, getattr(self.adjoint, "last", None) or steps)
+        unused = tuple(name for name, g in zip(hyper.names, found.grads, strict=True) if g is None)
+        none = Certificate(math.nan, False, math.nan)
+        cost = Cost(spent + looks, 1, kept, kept)
+        return Estimate(hyper.like(found.grads), none, float(found.loss), state.w, trained, None, cost, unused)
+
+    def _unrolled(self, phi: GradientMap, start: Any, lam: Leaves, outer: Any) -> Passed:
+        """Forward by the primitive with its graph, and back."""
+        solver = Picard(rtol=0.0, atol=0.0, max_steps=self.inner.max_steps)
+        with torch.enable_grad():
+            found = fixed_point(phi, start, (lam.tree,), rows="joint", solver=solver, adjoint=self.adjoint, policy="ignore")
+            loss = outer(found.value)
+            grads = torch.autograd.grad(loss, lam.flat, allow_unused=True)
+        return Passed(found.value, loss.detach(), list(grads))
+
+    def _watch(self, problem: BilevelProblem, lam: Leaves, state: State, w: Any, batches: list[Any]) -> tuple[SolveStats, int]:
+        """Measure the gradient after the training, and before the very first one; refuse a training that diverged.
+
+        Returns the statistics and the gradients that it took.
+        """
+        at = optree.tree_map(torch.Tensor.detach, lam.tree)
+        watch = Watch(replace(self.inner, rtol=0.0, atol=0.0), state.memory.setdefault("inner", {}))
+        start = Leaves.of(state.w, "w")
+        first = "scale" not in watch.memory
+        if first:
+            watch.see(0, gradient(problem, start, at, batches[0])[1])
+        watch.wants(self.inner.max_steps - 1)
+        watch.see(self.inner.max_steps, gradient(problem, Leaves.of(w, "w"), at, batches[-1])[1])
+        if watch.lost:
+            raise SolveError(self.inner.diverged(problem, start, at, batches[0], watch.growth))
+        return watch.stats(), 1 + first
+
+    def _refuse(self, lam: Leaves) -> NoReturn:
+        raise ValueError(
+            f"the outer loss depends on none of {', '.join(lam.names)}, neither itself nor through w: the inner loss must be "
+            "computed from the lam, and the outer loss from the w, that it is given"
+        )
