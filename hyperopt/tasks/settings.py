@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number
 
 SPLITS = ("train", "val")
@@ -76,3 +77,55 @@ class EquilibriumSettings:
         for group, strength in self.l2.items():
             if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
                 raise ValueError(f"EquilibriumSettings: l2.{group}={strength!r} is not in [0, inf); change l2")
+
+
+@dataclass(frozen=True)
+class BilevelTaskSettings:
+    """What every trained problem has.
+
+    Attributes:
+        inner: how the model is trained (None: gradient descent).
+        adjoint: how the hypergradient is found (None: implicit, by conjugate gradients).
+        products: how an implicit adjoint takes its products.
+        warm_start: train from where the last outer step ended; else from the first weights, every time.
+        dataset: the rows (None: digits).
+    """
+
+    inner: Any = None
+    adjoint: Any = None
+    products: ProductSettings = field(default_factory=ProductSettings)
+    warm_start: bool = True
+    dataset: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the flag."""
+        check_flag(self, "warm_start")
+
+
+@dataclass(frozen=True)
+class L2Settings(BilevelTaskSettings):
+    """A linear model with L2 strengths.
+
+    Attributes:
+        l2: space of the strengths.
+    """
+
+    l2: Any = None
+
+
+@dataclass(frozen=True)
+class BiasRegularizationSettings(BilevelTaskSettings):
+    """A linear model held near a learned centre.
+
+    Attributes:
+        centre: space of the centre.
+        beta: strength of the penalty.
+    """
+
+    centre: Any = None
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_number(self, "beta", 0.0, open_low=True)

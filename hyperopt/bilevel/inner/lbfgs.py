@@ -21,7 +21,7 @@ from hyperopt.bilevel.settings import LBFGSSettings
 from hyperopt.policy import SolveError
 from hyperopt.status import SolveStats, Status
 
-SCALE = 1e12  # of the first gradient as the optimizer sees it
+SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class _Run:
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
         size = float(nn.utils.get_total_norm(self.gradient()))
-        self._scale = 2.0 ** round(math.log2(SCALE / size)) if 0 < size < math.inf else 1.0  # a power of two: no rounding
+        # A power of two: no rounding. The line search squares products of two gradients: the fourth power must not overflow.
+        scale = min(SCALE, torch.finfo(w.flat[0].dtype).max ** 0.2)
+        self._scale = 2.0 ** round(math.log2(scale / size)) if 0 < size < math.inf else 1.0
         self._optimizer = torch.optim.LBFGS(
             w.flat, max_iter=1, max_eval=25, history_size=history, tolerance_grad=0, tolerance_change=0
         )
