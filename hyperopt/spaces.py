@@ -297,9 +297,7 @@ class Hyperparameters:
         self.spaces = dict(spaces)
         self.raw: dict[str, Any] = {}
         for name, space in spaces.items():
-            given = shapes.get(name, ())
-            sizes = isinstance(given, tuple | list) and all(isinstance(size, int) for size in given)
-            tree = torch.empty(tuple(given), device="meta") if sizes else given
+            tree = _shaped(shapes.get(name, ()))
             self.raw[name] = optree.tree_map(
                 lambda leaf, space=space, name=name: space.raw(leaf.shape, dtype, device, f"{key}.{name}").requires_grad_(), tree
             )
@@ -347,3 +345,9 @@ class Hyperparameters:
         for name, group in self.groups().items():
             for leaf, kept in zip(group, state[name], strict=True):
                 leaf.copy_(kept)
+
+
+def _shaped(given: Any) -> Any:
+    """A shape as a tensor of that shape, without memory; a tree of tensors as it is."""
+    sizes = isinstance(given, tuple | list) and all(isinstance(size, int) for size in given)
+    return torch.empty(tuple(given), device="meta") if sizes else given

@@ -243,7 +243,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
             "no adjoint of a trained",
         ),
         (
-            lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=CG()),
+            lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=CG()),  # pyright: ignore[reportArgumentType]
             TypeError,
             "no adjoint of a trained",
         ),  # pyright: ignore[reportArgumentType]

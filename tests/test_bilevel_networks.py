@@ -84,17 +84,18 @@ def test_the_module_itself_is_trained_and_no_parameter_is_copied(way):
 
 def test_frozen_and_tied_parameters():
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)).double()
-    module[1].weight = module[0].weight  # tied
-    module[2].weight.requires_grad_(False)
+    first, second, third = (nn.Linear(3, width).double() for width in (3, 3, 1))
+    second.weight = first.weight  # tied
+    third.weight.requires_grad_(False)
+    module = nn.Sequential(first, second, third)
     model = hyperopt.Functional(module)
     assert set(model.w) == {"0.weight", "0.bias", "1.bias", "2.bias"}
     x = torch.randn(5, 3, dtype=DOUBLE)
     moved = {name: p + 0.1 for name, p in model.w.items()}
     with torch.no_grad():
-        weight = module[0].weight + 0.1
+        weight = first.weight + 0.1
         hidden = (x @ weight.T + moved["0.bias"]) @ weight.T + moved["1.bias"]
-        want = hidden @ module[2].weight.T + moved["2.bias"]
+        want = hidden @ third.weight.T + moved["2.bias"]
     torch.testing.assert_close(model(moved, x), want)
 
 

@@ -35,7 +35,7 @@ RUNS = {
         {},
     ),
     "anderson": (Implicit(LinearAnderson(rtol=1e-4), policy="ignore"), GD, {}),
-    "nystrom": (Implicit(Nystrom(rank=4)), HeavyBall(step_size=0.3, momentum=0.5, max_steps=6), {}),
+    "nystrom": (Implicit(Nystrom(rank=4, rho=1.0)), HeavyBall(step_size=0.3, momentum=0.5, max_steps=6), {}),
     "cold": (Implicit(CG(rtol=1e-4), policy="ignore"), GD, {"warm": False}),
     "adam": (OneStep(), TorchOptimizer(lr=0.05, max_steps=6), {}),
     "sgd with momentum": (

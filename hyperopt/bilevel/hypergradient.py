@@ -8,20 +8,28 @@ from typing import Any
 
 import optree
 import torch
+from torch import Tensor
 
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.adjoints.checkpointed import Checkpointed
 from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
 from hyperopt.adjoints.shine import Shine
 from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
-from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.inner.gradient_descent import GradientDescent
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import ProductSettings
+from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.linsolve.cg import CG
+from hyperopt.primitive import fixed_point
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
 
 
 def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
@@ -139,6 +147,19 @@ class Bilevel:
     def step(self, lam: Any) -> Estimate:
         """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
         return self.estimator.estimate(self.problem, lam, self.state)
+
+    def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """The outer loss at the fixed point of the gradient-step map, and that fixed point: see ``hyperopt.check.Objective``.
+
+        The primitive alone is at work here, on the next batch of each loss, from the present weights, at the step ``1 / L`` by
+        power iteration. No state changes.
+        """
+        problem = self.problem.at_next_batch()
+        batch = problem.inner_batches.draw()
+        largest, _ = largest_curvature(Hessian(problem, Leaves.of(self.w, "w"), Leaves.of(lam, "lam"), batch))
+        phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
+        solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
+        return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, as plain containers and tensors."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import optree
@@ -35,7 +36,7 @@ class BatchSource(Protocol):
 class NoBatches:
     """For losses that have their data themselves: the batch is None."""
 
-    def draw(self) -> None:
+    def draw(self) -> Any:
         """Return None."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +45,18 @@ class NoBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+class SameBatch(NoBatches):
+    """One batch, always."""
+
+    def __init__(self, batch: Any) -> None:
+        """Keep it."""
+        self.batch = batch
+
+    def draw(self) -> Any:
+        """Return it."""
+        return self.batch
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,15 @@ class BilevelProblem:
     outer_batches: BatchSource = field(default_factory=NoBatches)
     refresh: Callable[[Any, Any, Any], None] | None = None
     constants: Callable[[Any, Any], InnerConstants] | None = None
+
+    def at_next_batch(self) -> BilevelProblem:
+        """The problem on the next batch of each loss alone, which is not used up."""
+        sources = []
+        for source in (self.inner_batches, self.outer_batches):
+            kept = copy.deepcopy(source.state_dict())
+            sources.append(SameBatch(source.draw()))
+            source.load_state_dict(kept)
+        return replace(self, inner_batches=sources[0], outer_batches=sources[1])
 
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The inner loss, checked to be a scalar."""
