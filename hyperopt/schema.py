@@ -93,6 +93,7 @@ SCHEMA: dict[str, type] = {
     "dataset/synthetic": _targeted(data.SyntheticSettings, "hyperopt.data.synthetic.Synthetic"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
+    "dataset/newsgroups": _targeted(data.NewsgroupsSettings, "hyperopt.data.newsgroups.Newsgroups"),
     "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
     "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),
     "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),

@@ -47,14 +47,14 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         for k in range(self.max_steps):
             watch.wants(k)
             watch.see(k, run.gradient())
-            if watch.lost:
-                raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
-            if watch.met:
-                break
-            if run.searched_out and watch.norm >= best:
+            if run.searched_out and not watch.norm < best:
                 ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
                 run.restore()
                 watch.see(k, run.gradient())
+                break
+            if watch.lost:
+                raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
+            if watch.met:
                 break
             best = watch.norm
             run.step()
