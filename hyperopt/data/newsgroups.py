@@ -8,7 +8,6 @@ Reference: K. Lang, NewsWeeder: learning to filter netnews, ICML 1995; the divis
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hyperopt.data.errors import DataError
 from hyperopt.data.files import md5
 from hyperopt.data.settings import NewsgroupsSettings
 from hyperopt.data.splits import Rows, Splits, draw_rows
+from hyperopt.nn.sparse import compressed_rows
 
 FILE = "20news-bydate_py3.pkz"
 CHECKSUMS = {"train": "e44f3017b3aafb1e272b5f8aa10dda90", "test": "c5ef221dfd44569ae0c4d8767e25b373"}  # of the posts, as they are
@@ -50,8 +50,7 @@ class Newsgroups(NewsgroupsSettings):
             x: Any = normalize(counts[part][at])
             x.sort_indices()
             parts = [torch.from_numpy(np.asarray(array)) for array in (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data)]
-            with warnings.catch_warnings():  # torch calls its compressed rows a beta, once a process
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            with compressed_rows():
                 features = torch.sparse_csr_tensor(*parts, size=x.shape, dtype=dtype, check_invariants=True)
             y = torch.from_numpy(posts[part].target[at].astype(np.int64))
             return Rows(features.to(device), y.to(device), torch.from_numpy(at.astype(np.int64)).to(device))

@@ -6,10 +6,21 @@ matrix and its transpose are kept, both as compressed rows.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def compressed_rows() -> Iterator[None]:
+    """Make compressed rows in this block: torch calls them a beta, once a process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        yield
 
 
 class SparseRows:
@@ -18,7 +29,8 @@ class SparseRows:
     def __init__(self, x: Tensor) -> None:
         """Keep ``x`` and its transpose."""
         coo = x.detach().to_sparse_coo().coalesce()
-        self.x, self.transposed = coo.to_sparse_csr(), coo.t().coalesce().to_sparse_csr()
+        with compressed_rows():
+            self.x, self.transposed = coo.to_sparse_csr(), coo.t().coalesce().to_sparse_csr()
 
     def __call__(self, w: Tensor) -> Tensor:
         """``x w``."""

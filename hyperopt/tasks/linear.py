@@ -76,19 +76,13 @@ class LinearTask(BilevelTask):
 
         The mean loss over more rows weighs as much as that over fewer, so the strengths mean the same.
         """
-        both = [self.splits.train, self.splits.val]
-        x = torch.cat([rows.x.to_sparse_coo() for rows in both]).coalesce() if self._sparse else torch.cat([r.x for r in both])
-        whole = Rows(x.to_sparse_csr() if self._sparse else x, torch.cat([r.y for r in both]), torch.cat([r.index for r in both]))
+        whole = joined(self.splits.train, self.splits.val)
         start, problem, product = self._state(), self.parts.problem, product_of(whole.x)
         inner = lambda w, lam, batch: loss_of(product(w), whole.y) + self.penalty(w, lam)  # noqa: E731
         self._inner.solve(BilevelProblem(inner, problem.outer_loss), self.hyper.read(), self.bilevel.state)
         found = self.measure(self.bilevel.w)
         self._return_to(start)
         return {name: value for name, value in found.items() if name.startswith("test/")}
-
-    @property
-    def _sparse(self) -> bool:
-        return self.splits.train.x.layout != torch.strided
 
 
 class L2Task(L2Settings, LinearTask):
@@ -145,3 +139,9 @@ class BiasRegularizationTask(BiasRegularizationSettings, LinearTask):
 def product_of(x: Tensor) -> Any:
     """``w -> x w``, for dense rows and for sparse ones."""
     return x.matmul if x.layout == torch.strided else SparseRows(x)
+
+
+def joined(one: Rows, two: Rows) -> Rows:
+    """The rows of both."""
+    x = torch.cat([one.x, two.x]) if one.x.layout == torch.strided else torch.cat([r.x.to_sparse_coo() for r in (one, two)])
+    return Rows(x, torch.cat([one.y, two.y]), torch.cat([one.index, two.index]))
