@@ -85,6 +85,11 @@ SCHEMA: dict[str, type] = {
     "task/bias_regularization": _targeted(
         tasks.BiasRegularizationSettings, "hyperopt.tasks.linear.BiasRegularizationTask", products=PRODUCTS
     ),
+    "task/data_distillation": _targeted(
+        tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
+    ),
+    "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
+    "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
     **{f"task/space/{name}": node for name, node in SPACES.items()},
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),

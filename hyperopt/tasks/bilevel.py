@@ -96,11 +96,15 @@ class BilevelTask(BilevelTaskSettings, Task):
         self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
         check_labels(self.splits)
         self.parts = parts = self.build(env)
-        spaces = {name: cast("Space", getattr(self, name)) for name in self.spaces}
-        self.hyper = Hyperparameters(spaces, parts.shapes, dtype=env.dtype, device=env.device, key="task")
+        self.hyper = self.hyperparameters(env)
         self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
         self._steps = 0  # outer steps done
+
+    def hyperparameters(self, env: Environment) -> Hyperparameters:
+        """Return the hyperparameters at their start; called after ``build``."""
+        spaces = {name: cast("Space", getattr(self, name)) for name in self.spaces}
+        return Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
 
     @property
     def _inner(self) -> InnerSolver:
