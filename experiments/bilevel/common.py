@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,26 @@ def built(*overrides: str) -> Built:
     found = build(cfg)
     found.task.setup(Environment(torch.device("cpu"), dtype, cfg.seed, False, seed_everything(cfg.seed)))
     return found
+
+
+def run(directory: Path, *overrides: str) -> list[Row]:
+    """Run ``hyperopt`` with ``overrides`` in ``directory``, unless it is done, and return its rows."""
+    summary = directory / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
+        command = [*overrides, "threads=1", "device=cpu", f"hydra.run.dir={directory}", "resume=auto", "trainer.progress=false"]
+        print("hyperopt", *command, flush=True)
+        subprocess.run([sys.executable, "-m", "hyperopt.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds(directory: Path) -> float:
+    """Wall time of a run, from its summary."""
+    return json.loads((directory / "summary.json").read_text())["seconds"]
+
+
+def evaluated(rows: list[Row]) -> list[Row]:
+    """The rows of steps that were evaluated."""
+    return [row for row in rows if "test/loss" in row]
 
 
 def spread(values: Sequence[float]) -> Row:

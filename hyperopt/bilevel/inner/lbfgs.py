@@ -115,7 +115,10 @@ class _Run:
         """One step."""
         self._before = self._copy()
         self._optimizer.step(self._closure)
-        if not self.searched_out and same(self.w.flat, self._before):
+        lost = not all(bool(x.isfinite().all()) for x in self.w.flat)  # between two points that rounding makes one
+        if lost:
+            self.restore()
+        if not self.searched_out and (lost or same(self.w.flat, self._before)):
             self.searched_out = True
             self._optimizer.param_groups[0]["line_search_fn"] = None
             self._optimizer.step(self._closure)
