@@ -55,6 +55,7 @@ _PUBLIC = {
     "InnerConstants": "hyperopt.bilevel.problem",
     "Minibatches": "hyperopt.bilevel.batches",
     "ProductSettings": "hyperopt.bilevel.settings",
+    "SparseRows": "hyperopt.nn.sparse",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
     "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
     "TorchOptimizer": "hyperopt.bilevel.inner.torch_optimizer",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.linsolve.nystrom import Nystrom as Nystrom
+    from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
     from hyperopt.primitive import fixed_point as fixed_point

@@ -83,7 +83,8 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
         raise ValueError("no implicit backward was made through this solution; call backward first")
     adjoint, size = box.stats, torch.linalg.vector_norm(box.v, dim=1)
     usable = all(stats.status < Status.coupled_rows for stats in (forward, adjoint))
-    if constants is not None and usable and _measured(forward) and _measured(adjoint):
+    plain = not solution.layout.scales  # constants are those of Euclidean norms
+    if constants is not None and plain and usable and _measured(forward) and _measured(adjoint):
         eps = state_error(forward, constants.contraction)
         residual = adjoint.residual * adjoint.scale
         delta = (residual + eps * (constants.jacobian_lipschitz * size + constants.outer_lipschitz)) / (1 - constants.contraction)
@@ -103,11 +104,19 @@ def _estimate(forward: SolveStats, box: AdjointBox, size: Tensor, norm: float) -
     assert adjoint is not None
     factors = [float(stats.contraction) for stats in (forward, adjoint)]
     known = [factor for factor in factors if not math.isnan(factor)]
-    if not known or max(known) >= 1 or not math.isfinite(norm):
-        return Certificate(math.nan, False, max(known, default=math.nan))
-    factor = max(known)
-    state = _ratio(state_error(forward, factor), forward.scale)
-    error = _ratio(adjoint.residual * adjoint.scale / (1 - factor), size) + state * (1 + 1 / (1 - factor))
+    factor = max(known, default=math.nan)
+    if factor >= 1 or not math.isfinite(norm):
+        return Certificate(math.nan, False, factor)
+    # An error is (I - J)^-1 times a residual. How much larger that may be, two things tell: the decay of the residuals, though
+    # that of an accelerated method says too little, and v = (I - J^T)^-1 g itself, though g is another direction, in which a
+    # map that is not normal may do much more. Between the two lies their geometric mean.
+    decay = 1.0 if math.isnan(factor) else 1 / (1 - factor)
+    grown = torch.where(adjoint.scale > 0, size / adjoint.scale, 0.0)  # |v| / |g|
+    growth = (decay * grown.clamp(min=1.0)).sqrt()
+    state = _ratio(forward.residual * forward.scale * growth, forward.scale)
+    # Relative to |v|, which has grown with |g| already, an error in g or of the solve grows by what is left.
+    left = torch.where(grown > 0, growth / grown, 1.0)
+    error = _ratio(adjoint.residual * adjoint.scale * growth, size) + state * (1 + float(left.max()))
     return Certificate(error * norm, False, factor)
 
 

@@ -98,7 +98,9 @@ class Swap(TorchFunctionMode):
             return id(tensor) not in self.made and functorch.maybe_get_level(tensor) <= self.level
         if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_leaf", False):
             return False
-        return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.start
+        if tensor.grad_fn is None:  # a leaf, or a view made under no_grad, which says that it requires grad and leads nowhere
+            return tensor._base is None or not tensor._base.requires_grad
+        return tensor.grad_fn._sequence_nr() < self.start
 
     @property
     def outside(self) -> list[Tensor]:

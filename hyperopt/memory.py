@@ -30,10 +30,10 @@ class Peak(TorchDispatchMode):
         """Run ``func`` and count the new storages among its results."""
         out = func(*args, **(kwargs or {}))
         # An in-place or view operation returns an old storage.
-        known = {leaf.untyped_storage()._cdata for leaf in optree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}  # pyright: ignore[reportArgumentType]
-        for leaf in optree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
-                self._count(leaf.untyped_storage())
+        known = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(out):
+            if storage._cdata not in known:
+                self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -49,6 +49,17 @@ class Peak(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self.alive -= size
         self.seen.discard(key)
+
+
+def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the memory behind the tensors of a tree; a compressed sparse tensor is three dense ones."""
+    for leaf in optree.tree_leaves(tree):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout == torch.sparse_csr:
+            yield from (part.untyped_storage() for part in (leaf.crow_indices(), leaf.col_indices(), leaf.values()))
+        else:
+            yield leaf.untyped_storage()
 
 
 @contextlib.contextmanager

@@ -56,6 +56,14 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
         warnings.warn(text, SolveWarning, stacklevel=4)
 
 
+def note_once(text: str, what: str) -> None:
+    """Log ``text``, the first time in a run that something is noted about ``what``."""
+    key = (what, "note", "")
+    if key not in _warned:
+        _warned.add(key)
+        log.warning(text)
+
+
 def note_fallback(stats: SolveStats, following: str, what: str) -> None:
     """Log the switch to the method named ``following`` after a failed solve."""
     log.warning("%s solve: %s; falling back to %s", what, stats.describe(), following)

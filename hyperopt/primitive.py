@@ -35,6 +35,7 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     policy: str = "warn",
     fallback: Sequence[FixedPointSolver] = (),
+    scales: Any = None,
     v0: Any = None,
     trace: bool = False,
 ) -> Solution:
@@ -59,6 +60,9 @@ def fixed_point(
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
         policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
         fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
+        scales: the typical size of each variable, positive numbers in the structure of ``w0``. Norms, tolerances and all that an
+            accelerated method weighs are then those of ``w / scales``, forward and backward, so that a variable a thousand times
+            smaller than another is solved to the same relative accuracy (default: 1 for all, one Euclidean norm a row).
         v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
             ``solution.v`` of a nearby problem. A gradient may change its size by orders of magnitude where it hardly changes its
             direction, so Neumann and Anderson first fit a factor to each row, by one more vjp.
@@ -91,19 +95,19 @@ def fixed_point(
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
-    layout = layout_of(w0, rows)
+    layout = layout_of(w0, rows, scales)
     if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
         raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
     for i in row_args:
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
-    adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0))
+    adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace)
     if torch.compiler.is_compiling():  # the checks below cannot be traced
         if traceable(adjoint, problem):
             return fixed_trips(adjoint, problem)
-        methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback}
+        methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace)
     report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)

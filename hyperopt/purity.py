@@ -55,7 +55,8 @@ def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ())
         if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             raise ImpureMapError(
                 f"the map calls {name} = {module} in training mode: every evaluation of a solve would update its running "
-                f"statistics, and its rows would depend on each other; call .eval() on it, or use GroupNorm or LayerNorm"
+                f"statistics, and its rows would depend on each other; call .eval() on it, use GroupNorm or LayerNorm, or make "
+                f"the module the cell of a hyperopt.nn.DEQ, which freezes it for a solve"
             )
 
 
@@ -79,7 +80,8 @@ def refuse_random(before: list[Tensor], phi: Callable[..., Any], args: tuple[Any
     what = f"through {', '.join(found)}" if found else "somewhere"
     raise ImpureMapError(
         f"the map drew random numbers during the solve, {what}: it is another map at every call and has no fixed point; draw "
-        f"them before the solve and pass them through args=, or call .eval()"
+        f"them before the solve and pass them through args=, call .eval(), or make the module the cell of a hyperopt.nn.DEQ, "
+        f"which draws them once a solve"
     )
 
 

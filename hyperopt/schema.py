@@ -91,6 +91,7 @@ SCHEMA: dict[str, type] = {
     "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
     "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
     **{f"task/space/{name}": node for name, node in SPACES.items()},
+    "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),

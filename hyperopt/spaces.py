@@ -274,7 +274,7 @@ class Hyperparameters:
     Example:
         >>> import hyperopt
         >>> hyper = hyperopt.Hyperparameters({"decay": hyperopt.Positive(0.01), "mix": hyperopt.Bounded(low=0, high=2)})
-        >>> {name: round(float(value), 6) for name, value in hyper.values().items()}
+        >>> {name: round(float(value), 6) for name, value in hyper.read().items()}
         {'decay': 0.01, 'mix': 1.0}
     """
 

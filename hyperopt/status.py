@@ -138,7 +138,7 @@ class Solution:
     @property
     def v(self) -> Any:
         """The adjoint variable of the latest backward solve, in the structure of ``value``; None before the first."""
-        return None if self.box.v is None else self.layout.tree(self.box.v)
+        return None if self.box.v is None else self.layout.tree(self.box.v, dual=True)
 
     @property
     def status(self) -> Status:

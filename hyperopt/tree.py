@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Layout:
         widths: columns of each leaf; their sum is ``dim``.
         dtype: dtype of the matrix: the leaves' promoted one, never below float32.
         joint: whether all leaves make one row.
+        scales: the unit of each leaf in the matrix; empty: 1 for all.
     """
 
     spec: Any
@@ -38,16 +40,19 @@ class Layout:
     widths: tuple[int, ...]
     dtype: torch.dtype
     joint: bool
+    scales: tuple[float, ...] = ()
 
     @property
     def trivial(self) -> bool:
         """Whether the tree is the matrix itself."""
-        return len(self.shapes) == 1 and self.shapes[0] == (self.rows, self.widths[0]) and self.dtypes[0] == self.dtype
+        one = len(self.shapes) == 1 and self.shapes[0] == (self.rows, self.widths[0]) and self.dtypes[0] == self.dtype
+        return one and not self.scales
 
-    def matrix(self, tree: Any, rows: int | None = None) -> Tensor:
-        """The tree as a matrix of shape (rows, dim); a single leaf is a view where its strides allow.
+    def matrix(self, tree: Any, rows: int | None = None, *, dual: bool = False) -> Tensor:
+        """The tree as a matrix of shape (rows, dim), in units of ``scales``; a single leaf is a view where its strides allow.
 
-        ``rows`` says how many rows are expected when only some of them are there (never when joint).
+        ``rows`` says how many rows are expected when only some of them are there (never when joint); ``dual`` that the tree holds
+        derivatives with respect to a state, as an adjoint variable does.
         """
         count = self.rows if rows is None else rows
         leaves, spec = optree.tree_flatten(tree)
@@ -73,14 +78,18 @@ class Layout:
                     f"phi(w0) the same dtype"
                 )
             flat.append(leaf.reshape(count, width))
+        if self.scales:
+            flat = [x.to(self.dtype) * (scale if dual else 1 / scale) for x, scale in zip(flat, self.scales, strict=True)]
         out = flat[0] if len(flat) == 1 else torch.cat([x.to(self.dtype) for x in flat], dim=1)
         return out if out.dtype == self.dtype else out.to(self.dtype)
 
-    def tree(self, matrix: Tensor) -> Any:
-        """The matrix (any number of rows, unless joint) as a tree, each leaf in its own shape and dtype."""
+    def tree(self, matrix: Tensor, *, dual: bool = False) -> Any:
+        """The matrix (any number of rows, unless joint) as a tree, each leaf in its own shape, dtype and unit; see ``matrix``."""
         if self.trivial:
             return optree.tree_unflatten(self.spec, [matrix])
         parts = matrix.split(self.widths, dim=1) if len(self.widths) > 1 else (matrix,)
+        if self.scales:
+            parts = [x * (1 / scale if dual else scale) for x, scale in zip(parts, self.scales, strict=True)]
         leaves = []
         for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
             full = shape if self.joint else (matrix.shape[0], *shape[1:])
@@ -88,16 +97,18 @@ class Layout:
         return optree.tree_unflatten(self.spec, leaves)
 
 
-def layout_of(w0: Any, rows: str = "auto") -> Layout:
+def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
     """Work out how ``w0`` lies in a matrix.
 
     Args:
         w0: tree of floating-point tensors.
+        scales: the unit of each leaf, in the structure of ``w0`` (None: 1 for all).
         rows: ``"batch"``: leaves share a leading dimension of independent rows; ``"joint"``: all is one row; ``"auto"``: batch
             when all leaves have at least two dimensions and share the first, else joint.
 
     Raises:
-        ValueError: unknown ``rows``, no leaf, or ``"batch"`` with leaves that share no leading dimension.
+        ValueError: unknown ``rows``, no leaf, ``"batch"`` with leaves that share no leading dimension, or ``scales`` of another
+            structure, or that are no positive numbers.
         TypeError: a leaf is no tensor, or not of a floating-point dtype.
     """
     if rows not in ROWS:
@@ -123,4 +134,11 @@ def layout_of(w0: Any, rows: str = "auto") -> Layout:
     dtype = torch.float32
     for leaf in leaves:
         dtype = torch.promote_types(dtype, leaf.dtype)
-    return Layout(spec, shapes, tuple(leaf.dtype for leaf in leaves), count, widths, dtype, not batch)
+    units: tuple[float, ...] = ()
+    if scales is not None:
+        units, given = tuple(optree.tree_leaves(scales)), optree.tree_structure(scales)
+        if given != spec:
+            raise ValueError(f"scales has the structure {given}, w0 has {spec}; give one number for each tensor of w0")
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in units):
+            raise ValueError(f"scales={scales!r} must be positive numbers; give each variable its typical size")
+    return Layout(spec, shapes, tuple(leaf.dtype for leaf in leaves), count, widths, dtype, not batch, units)

@@ -29,6 +29,7 @@ from hyperopt import (
     TorchOptimizer,
     Unrolled,
 )
+from hyperopt.policy import reset_warnings
 from hyperopt.status import Status
 
 W = torch.ones(3, dtype=DOUBLE)
@@ -141,23 +142,36 @@ def test_negative_curvature_gives_a_status_and_a_message_and_no_number():
     assert found.adjoint is not None and found.adjoint.fallbacks == ("CG",)
 
 
-def test_neumann_at_negative_curvature_has_no_number_either():
+def test_a_series_at_negative_curvature_has_no_number_either():
     problem = BilevelProblem(saddle, lambda w, lam, b: w.sum())
-    for solver in (Neumann(max_steps=500), Neumann(rtol=0, max_steps=60)):
-        found = hyperopt.hypergradient(
-            problem, torch.zeros(3, dtype=DOUBLE), LAM, adjoint=Implicit(solver, policy="ignore"), step=0.3
-        )
-        assert found.status == Status.diverged and bool(found.grad.isnan())
+    w = torch.zeros(3, dtype=DOUBLE)
+    for solver in (Neumann(max_steps=500), Neumann(rtol=0, max_steps=60), hyperopt.Nystrom(rank=1, rho=1e-3)):
+        reset_warnings()
+        with pytest.warns(SolveWarning, match="the residual grew"):
+            found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver), step=0.3)
+        assert found.status == Status.diverged and bool(found.grad.isnan()) and found.note
+    # One who asks for K terms and to hear nothing of how good they are gets them.
+    for solver in (Neumann(rtol=0, max_steps=60), hyperopt.Nystrom(rank=1, rho=1e-3)):
+        found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver, policy="ignore"), step=0.3)
+        assert found.status == Status.diverged and bool(found.grad.isfinite()) and not found.note
+    found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(Neumann(max_steps=500), policy="ignore"), step=0.3)
+    assert bool(found.grad.isnan())  # a tolerance was asked for, and not met
 
 
+@pytest.fixture(autouse=True)
+def fresh_warnings():
+    """Each kind of failure is warned of once a run: every test is one."""
+    reset_warnings()
+
+
+@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")
 @pytest.mark.parametrize("solver", [Neumann(max_steps=500), Neumann(rtol=0, max_steps=60)], ids=["tolerance", "fixed"])
-def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_one(solver):
+def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_one(solver, caplog):
     ridge = Ridge()
     largest = float(torch.linalg.eigvalsh(ridge.hessian(ridge.lam))[-1])
-    found = hyperopt.hypergradient(
-        ridge.problem, ridge.solution(ridge.lam), ridge.lam, adjoint=Implicit(solver, policy="ignore"), step=1.2
-    )
+    found = hyperopt.hypergradient(ridge.problem, ridge.solution(ridge.lam), ridge.lam, adjoint=Implicit(solver), step=1.2)
     assert bool(found.grad.isnan().all()) and found.status == Status.diverged
+    assert [record.message for record in caplog.records] == [found.note]
     assert "step=1.2;" in found.note and float(found.note.split("largest stable step is ")[1].split()[0]) == pytest.approx(
         2 / largest, rel=0.05
     )
@@ -281,6 +295,11 @@ def test_an_empty_set_and_batches_that_do_not_fit():
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(options={"beta": 1})),
             ValueError,
             "Adam refuses.*change inner.options",
+        ),
+        (
+            lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(optimizer="LBFGS")),
+            ValueError,
+            "use inner=lbfgs",
         ),
         (lambda: GradientDescent(step_size=0.0), ValueError, r"step_size=0\.0 is not in \(0\.0, inf\)"),
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),

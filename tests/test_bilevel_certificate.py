@@ -98,30 +98,31 @@ EXACT = ("cg", "cg, tight", "gmres", "dense", "neumann")
 @pytest.mark.parametrize("make", [Ridge, Logistic])
 def test_the_estimate_is_within_a_factor_of_the_error(make):
     """Of exact estimators, from early stopping to convergence, errors from 1e-9 to 1e-1."""
-    for seed, name, steps in itertools.product(range(2), EXACT, (20, 100)):
-        problem = make(seed=seed)
-        if isinstance(problem, Ridge):
-            want, w0 = problem.hypergradient(problem.lam), torch.zeros(8, dtype=DOUBLE)
-        else:
-            w0 = problem.w0
-            want = hyperopt.hypergradient(
-                problem.problem, problem.minimum(problem.lam), problem.lam, adjoint=Implicit(Dense())
-            ).grad
+    problems = [make(seed=seed) for seed in range(2)]
+    exact = [
+        p.hypergradient(p.lam)
+        if isinstance(p, Ridge)
+        else hyperopt.hypergradient(p.problem, p.minimum(p.lam), p.lam, adjoint=Implicit(Dense())).grad
+        for p in problems
+    ]
+    for (problem, want), name, steps in itertools.product(zip(problems, exact, strict=True), EXACT, (20, 100)):
+        w0 = torch.zeros(8, dtype=DOUBLE) if isinstance(problem, Ridge) else problem.w0
         inner = GradientDescent(step_size=0.3, max_steps=steps)
         found = hyperopt.hypergradient(problem.problem, w0, problem.lam, adjoint=ADJOINTS[name], inner=inner)
         error = float((flatten(found.grad) - flatten(want)).norm())
         assert not found.certificate.is_bound
-        # Neumann shows the slowest rate of the map itself, and the estimate takes it for that of every direction.
-        assert error / 6 < found.certificate.error < (300 if name == "neumann" else 10) * error
+        assert error / 6 < found.certificate.error < 6 * error
 
 
 def test_nothing_is_said_where_nothing_is_known():
     ridge = Ridge()
     w0 = torch.zeros(8, dtype=DOUBLE)
     inner = GradientDescent(step_size=0.3, max_steps=10)
-    for adjoint in (OneStep(), T1T2(), Unrolled()):  # no product was made, or no fixed point is asked about
+    for adjoint in (T1T2(), Unrolled()):  # no product was made, and no step known; no fixed point is asked about
         found = hyperopt.hypergradient(ridge.problem, w0, ridge.lam, adjoint=adjoint, inner=inner)
         assert math.isnan(found.certificate.error) and not found.certificate.is_bound
+    found = hyperopt.hypergradient(ridge.problem, w0, ridge.lam, adjoint=OneStep(), inner=inner)
+    assert not found.certificate.is_bound and found.certificate.error > 0.5 * found.norm  # it may be off by as much as it is
 
 
 def test_the_metrics_of_a_step():

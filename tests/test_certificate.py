@@ -6,7 +6,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hyperopt import Anderson, Implicit, LinearAnderson, Neumann, Picard, Solution, fixed_point
+from hyperopt import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Dense,
+    Implicit,
+    LinearAnderson,
+    Neumann,
+    Newton,
+    NewtonKrylov,
+    NormalCG,
+    Picard,
+    Solution,
+    fixed_point,
+)
 from hyperopt.certificate import Constants, certify
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.contractive import HouseholderContraction, ProjectedMatrix
@@ -63,6 +78,43 @@ def test_the_bound_holds_and_the_estimate_is_near(scale, solver, linear):
     estimate = certify(case.solution, float(gradient.norm()))
     assert not estimate.is_bound
     assert error / 100 <= estimate.error <= 100 * error
+
+
+def symmetric(*values):
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))
+    return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
+
+
+MAPS = {
+    "radius .9": lambda: symmetric(0.9, -0.5, 0.2),
+    "radius .999": lambda: symmetric(0.999, -0.5, 0.2),
+    "non-normal": lambda: torch.tensor([[0.5, 20.0, 0.0], [0.0, 0.4, 20.0], [0.0, 0.0, 0.3]], dtype=torch.float64),
+}
+METHODS = [  # what accelerates does not show in its residuals how fast the map contracts: the adjoint's growth must
+    pytest.param(Picard(1e-6, max_steps=20_000), NormalCG(1e-4), id="picard-normal_cg"),
+    pytest.param(Anderson(1e-4), GMRES(1e-4), id="anderson-gmres"),
+    pytest.param(Broyden(1e-4), BiCGStab(1e-6), id="broyden-bicgstab"),
+    pytest.param(Newton(1e-4), Neumann(1e-4, max_steps=20_000), id="newton-neumann"),
+    pytest.param(NewtonKrylov(1e-4), LinearAnderson(1e-4), id="newton_krylov-anderson"),
+]
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("solver", "linear"), METHODS)
+def test_the_estimate_of_every_method_is_near(name, solver, linear):
+    torch.manual_seed(3)
+    m = MAPS[name]().requires_grad_()
+    b, g = torch.randn(3), torch.randn(3)
+
+    def solve(solver, linear):
+        sol = fixed_point(lambda w: m @ w + b, torch.zeros(3), solver=solver, adjoint=Implicit(linear, policy="ignore"))
+        return sol, torch.autograd.grad(sol.value, m, g)[0]
+
+    sol, got = solve(solver, linear)
+    exact = solve(Newton(4e-15), Dense())[1]
+    error, found = float((got - exact).norm()), certify(sol, float(got.norm()))
+    assert not found.is_bound
+    assert error / 100 <= found.error <= 100 * error + 1e-11 * float(exact.norm())
 
 
 def test_an_anderson_iterate_after_its_last_residual_has_no_bound():

@@ -49,6 +49,19 @@ def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
     validate(compose("train", [f"experiment={name}", "debug=default"]))
 
 
+@pytest.mark.parametrize("value", ["1", "0.5", "rate"])
+def test_a_rate_is_a_number_or_a_name(value: str) -> None:
+    cfg = compose("train", ["inner=heavy_ball", f"inner.step_size={value}", "inner.momentum=0"])
+    validate(cfg)
+    assert str(cfg.inner.step_size) == value
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "true", "null"])
+def test_a_rate_out_of_range(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"inner\.step_size=.*; change inner\.step_size"):
+        validate(compose("train", [f"inner.step_size={value}"]))
+
+
 def test_the_default_job() -> None:
     cfg = compose("train")
     assert (cfg.trainer.max_steps, cfg.optimizer.lr, cfg.optimizer.momentum) == (200, 0.5, 0.9)

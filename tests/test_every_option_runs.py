@@ -25,7 +25,8 @@ FOLDERS = {  # of the datasets that lie in files
     "fashion_mnist": ["FashionMNIST/raw"],
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
 }
-SMALL = ("dataset.train=100", "dataset.val=50", "dataset.test=50", "task.state_size=20")
+ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
+SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"]}  # by task
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -45,20 +46,22 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
 @pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option(option: str, tmp_path: Path) -> None:
-    first, last = two_steps(tmp_path, option, *NEEDS.get(option, []), *SMALL)
+    first, last = two_steps(tmp_path, option, *NEEDS.get(option, []), *SMALL.get(option, SMALL["task=equilibrium"]))
     assert last["outer/loss"] < 1.5 * first["outer/loss"]
 
 
 def test_cifar10_which_no_experiment_has(tmp_path: Path, real_root: Any) -> None:
     root = real_root(*FOLDERS["cifar10"])
-    two_steps(tmp_path, "dataset=cifar10", f"paths.data={root}", "dataset.download=false", "optimizer.lr=0.01", *SMALL)
+    data = ["dataset=cifar10", f"paths.data={root}", "dataset.download=false"]
+    two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
-    overrides = [f"experiment={name}", "dataset.train=300", "dataset.val=100", "dataset.test=100"]
+    overrides = [f"experiment={name}"]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
     if dataset and dataset[1] in FOLDERS:
+        overrides += ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
         overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]
     first, last = two_steps(tmp_path, *overrides)
     assert last["outer/loss"] < 1.5 * first["outer/loss"]

@@ -30,6 +30,7 @@ LAYERS = [
     ("tree", "spaces"),
     ("status",),
     ("policy", "closure", "memory", "purity"),
+    ("frozen",),
     ("solvers",),
     ("linsolve",),
     ("solvers.newton_krylov", "solvers.forward"),  # a linear system in every step, and the fallback to it

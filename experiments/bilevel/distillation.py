@@ -25,7 +25,9 @@ SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 def linear(dataset: str, seed: int, whole: bool) -> float:
     """Test accuracy of the same model trained on one real image a class, the first of the seed, or on all rows."""
-    task = built("experiment=data_distillation_mnist", f"dataset={dataset}", "dataset.train=50000", "dataset.val=10000", f"seed={seed}")
+    task = built(
+        "experiment=data_distillation_mnist", f"dataset={dataset}", "dataset.train=50000", "dataset.val=10000", f"seed={seed}"
+    )
     task = task.task
     assert isinstance(task, DataDistillationTask)
     train, decay = task.splits.train, 0.0 if whole else task.decay

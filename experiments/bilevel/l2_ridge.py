@@ -46,9 +46,7 @@ class Ridge:
 
     def error(self, adjoint: Adjoint, w: Tensor | None = None, **more: Any) -> tuple[float, hyperopt.Estimate]:
         """Relative error of an estimate, taken at ``w`` (None: the solution)."""
-        found = hyperopt.hypergradient(
-            self.task.parts.problem, self.w if w is None else w, self.lam, adjoint=adjoint, **more
-        )
+        found = hyperopt.hypergradient(self.task.parts.problem, self.w if w is None else w, self.lam, adjoint=adjoint, **more)
         return float((found.grad["l2"] - self.exact).norm() / self.exact.norm()), found
 
 
@@ -139,7 +137,10 @@ def figure(curves: dict[str, list[tuple[int, float]]], rows: list[Row]) -> None:
 def main() -> None:
     """Measure, and write the results."""
     table = estimators(Ridge())
-    lines = ["| estimator | relative error | the certificate's bound | gradients, Hessian products, mixed products |", "|---|---|---|---|"]
+    lines = [
+        "| estimator | relative error | the certificate's bound | gradients, Hessian products, mixed products |",
+        "|---|---|---|---|",
+    ]
     for row in table:
         cost, bound = row["cost"], "" if math.isnan(row["bound"]) else f"{row['bound']:.0e}"
         spent = f"{cost['inner_gradients']}, {cost['hessian_products']}, {cost['mixed_products']}"

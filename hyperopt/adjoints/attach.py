@@ -124,8 +124,11 @@ class System(ABC):
         """Solve on plain tensors, without a graph."""
 
     @abstractmethod
-    def vmapped(self, dims: tuple[int | None, ...]) -> System:
-        """This system for a batch (leading dimension 0) of states and of those inputs whose entry in ``dims`` is 0."""
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
+        """This system for a batch (leading dimension 0) of states and of those inputs whose entry in ``dims`` is 0.
+
+        ``randomness`` is what ``torch.vmap`` was told of random numbers.
+        """
 
     def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
         """The map's Jacobians at plain tensors."""
@@ -207,9 +210,9 @@ class AdjointSystem(System):
         """The operator of the linear system."""
         return lin
 
-    def vmapped(self, dims: tuple[int | None, ...]) -> System:
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
         """The adjoint of the batched parent."""
-        return AdjointSystem(self.parent.vmapped(dims[2:]))
+        return AdjointSystem(self.parent.vmapped(dims[2:], randomness))
 
 
 class TangentSystem(AdjointSystem):
@@ -226,9 +229,9 @@ class TangentSystem(AdjointSystem):
         """``J``."""
         return Transposed(lin)
 
-    def vmapped(self, dims: tuple[int | None, ...]) -> System:
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
         """The tangent system of the batched parent."""
-        return TangentSystem(self.parent.vmapped(dims[2:]))
+        return TangentSystem(self.parent.vmapped(dims[2:], randomness))
 
 
 def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor) -> Tensor:
@@ -340,7 +343,7 @@ class Attach(torch.autograd.Function):
         # An input of the state's shape always gets the batch's dimension, since the system solves for all rows at once.
         dims = tuple(None if dim is None and i >= system.states else 0 for i, dim in enumerate(in_dims[2:]))
         moved = [x if now is None else leading(x, dim) for x, dim, now in zip(inputs, in_dims[2:], dims, strict=True)]
-        return attach(system.vmapped(dims), leading(start, in_dims[1]), *moved), 0
+        return attach(system.vmapped(dims, info.randomness), leading(start, in_dims[1]), *moved), 0
 
 
 def attach(system: System, start: Tensor, *inputs: Tensor) -> Tensor:

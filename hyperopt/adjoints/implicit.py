@@ -333,22 +333,22 @@ class FixedPoint(System):
         """The graph of the last evaluation, if this is its solution."""
         return self.at if self.at is not None else super().linearize(z, inputs)
 
-    def vmapped(self, dims: tuple[int | None, ...]) -> System:
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
         """A batch of these fixed points."""
-        return VmappedFixedPoint(self, dims)
+        return VmappedFixedPoint(self, dims, randomness)
 
 
 class VmappedFixedPoint(FixedPoint):
     """A batch of fixed points: the map under ``vmap``, more rows."""
 
-    def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...]) -> None:
+    def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...], randomness: str) -> None:
         """Batch the inputs whose entry in ``dims`` is 0."""
         super().__init__(parent.adjoint, parent.problem, parent.box)
-        self.parent, self.dims = parent, dims
+        self.parent, self.dims, self.randomness = parent, dims, randomness
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """``vmap`` of the parent's map."""
-        return torch.vmap(self.parent.map, in_dims=(0, *self.dims))(z, *inputs)
+        return torch.vmap(self.parent.map, in_dims=(0, *self.dims), randomness=self.randomness)(z, *inputs)
 
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
         """Solve all; the parent shows the statistics."""

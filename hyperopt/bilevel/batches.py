@@ -8,13 +8,14 @@ import optree
 from torch import Tensor
 
 from hyperopt.data.batches import Batches
+from hyperopt.nn.sparse import SparseRows
 
 
 class Minibatches:
     """Rows of tensors, epoch after epoch; see ``hyperopt.data.batches.Batches`` for the order.
 
     Args:
-        tensors: a tree of tensors that share their first dimension, ``(x, y)`` for example.
+        tensors: a tree of tensors (or ``SparseRows``) that share their first dimension, ``(x, y)`` for example.
         size: rows of a batch; None: all of them, the tensors themselves.
         seed: seed of the order.
         last: what becomes of the rows that are left at the end of an epoch: ``keep`` or ``drop``.
@@ -25,7 +26,7 @@ class Minibatches:
 
     def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep") -> None:
         """Stand before the first batch."""
-        lengths = {leaf.shape[0] if leaf.dim() else 0 for leaf in optree.tree_leaves(tensors)}
+        lengths = {leaf.shape[0] if len(leaf.shape) else 0 for leaf in optree.tree_leaves(tensors)}
         if len(lengths) != 1 or not min(lengths):
             raise ValueError(
                 f"the tensors of a data set have {sorted(lengths)} rows: they must share their first dimension, and have "
@@ -51,6 +52,6 @@ class Minibatches:
         self.order.load_state_dict(state)
 
 
-def _rows(leaf: Tensor, index: Tensor) -> Tensor:
-    """Rows of a dense or sparse tensor."""
-    return leaf.index_select(0, index.to(leaf.device))
+def _rows(leaf: Tensor | SparseRows, index: Tensor) -> Tensor | SparseRows:
+    """Rows of a leaf."""
+    return leaf.take(index) if isinstance(leaf, SparseRows) else leaf.index_select(0, index.to(leaf.device))

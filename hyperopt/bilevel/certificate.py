@@ -50,8 +50,10 @@ def certificate(
     if constants is not None:
         step, factor = 1 / constants.smoothness, 1 - constants.strong_convexity / constants.smoothness
     else:
+        if not iterates and not largest > 0:
+            return Certificate(math.nan, False, math.nan)  # no step, and no product that would say how long one could be
         if not iterates:
-            step = 1 / largest if largest > 0 else math.nan
+            step = 1 / largest
         factor = 1 - step * scale / size if size > 0 and not math.isnan(largest) else math.nan
     forward = at_point(operator, step, factor, trained)
     box = AdjointBox(adjoint, u / step)

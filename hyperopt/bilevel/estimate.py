@@ -22,7 +22,8 @@ class Cost:
         outer_gradients: of the outer loss.
         hessian_products: with the Hessian of the inner loss, or what stands in its place.
         mixed_products: with its mixed second derivative.
-        transposed_products: with the transpose, where a linear solver needs it.
+        transposed_products: those of the Hessian products that a linear solver asked for as ones with the transpose, which is
+            the same matrix here.
     """
 
     inner_gradients: int = 0
@@ -65,7 +66,8 @@ class Estimate:
     """One hypergradient.
 
     Attributes:
-        grad: ``dE/dlam``, in the structure of ``lam``; NaN where a solve behind it broke down or diverged.
+        grad: ``dE/dlam``, in the structure of ``lam``; NaN where the adjoint solve broke down or diverged (a fixed number of
+            steps under ``policy="ignore"`` is used all the same).
         certificate: how far it may be from the exact one.
         loss: the outer loss ``E(w, lam)`` that it was taken of.
         w: the inner variables at which it was taken.

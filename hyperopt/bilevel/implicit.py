@@ -35,6 +35,7 @@ from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
 from hyperopt.linsolve.cg import CG
+from hyperopt.policy import note_once
 from hyperopt.status import AdjointBox, Status
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ class ImplicitEstimator(ProductSettings, Estimator):
         u = operator.step * self.adjoint.solve(operator, b, start, "adjoint", box)
         stats = box.stats
         assert stats is not None
-        stats.vjps = curvature.products
+        stats.vjps = curvature.products - stats.jvps  # those of a warm start, and of the power iteration, among them
         note = self._note(stats.status, operator)
-        if stats.status >= Status.breakdown:  # what is there is no solution, and a number made of it would be a wrong one
-            u = torch.full_like(u, math.nan)
+        if stats.status >= Status.breakdown and not self._accepts(stats.status):
+            u = torch.full_like(u, math.nan)  # what is there is no solution, and a number made of it would be a wrong one
         elif self.warm:
             state.memory["u"] = u.detach()
         found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
@@ -82,9 +83,8 @@ class ImplicitEstimator(ProductSettings, Estimator):
             state.memory["unused"] = list(unused)
             log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))
         grad = hyper.like(found)
-        cost = Cost(
-            curvature.gradients + (trained.evaluations if trained else 0), 1, curvature.products, curvature.mixed_products
-        )
+        gradients = curvature.gradients + (trained.evaluations if trained else 0)
+        cost = Cost(gradients, 1, curvature.products, curvature.mixed_products, stats.jvps)
         known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, self.adjoint.iterates)
         return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, note)
 
@@ -101,17 +101,27 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
         return Resampled(make) if self.resample else make()
 
+    def _accepts(self, status: Status) -> bool:
+        """Whether a fixed number of steps that left more residual than none would is to be used all the same."""
+        adjoint = self.adjoint
+        asked = isinstance(adjoint, Implicit) and adjoint.linear_solver.fixed and adjoint.policy == "ignore"
+        return asked and status == Status.diverged
+
     def _note(self, status: Status, operator: StepMap) -> str:
-        """What a diverged adjoint iteration says of the step."""
-        if status < Status.diverged or not self.adjoint.iterates:
+        """What to change where the adjoint diverged."""
+        if status < Status.diverged or self._accepts(status):
             return ""
-        largest, _ = largest_curvature(operator.curvature, self.power)
-        stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
-        note = (
-            f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: lower "
-            "it, use adjoint=cg, or see whether the inner loss is convex here"
-        )
-        log.warning(note)
+        note = "raise adjoint.linear_solver.rho or rank"  # Nystrom
+        if self.adjoint.iterates:
+            largest, _ = largest_curvature(operator.curvature, self.power)
+            stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
+            note = (
+                f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: "
+                "lower it, use adjoint=cg, or see whether the inner loss is convex here"
+            )
+        if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
+            note += "; adjoint.policy=ignore uses what the fixed number of steps gives all the same"
+        note_once(note, f"adjoint {status.name}")
         return note
 
     def _step(self, curvature: Curvature, state: State, lam: Any, constants: Any) -> float:

@@ -38,7 +38,7 @@ class GradientDescentSettings(InnerSettings):
     step_size: a number, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``).
     """
 
-    step_size: float | str = 0.1
+    step_size: Any = 0.1
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -53,7 +53,7 @@ class HeavyBallSettings(GradientDescentSettings):
     momentum: a number in [0, 1), or the name of the hyperparameter that holds it.
     """
 
-    momentum: float | str = 0.9
+    momentum: Any = 0.9
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -1,7 +1,7 @@
 """20 newsgroups as word counts, through scikit-learn: headers, footers and quotes removed, nothing ever made dense.
 
-The posts are read from ``ROOT/20news-bydate_py3.pkz``, the file that scikit-learn keeps, or fetched there by it. The words are those of
-the training and validation posts together; a word that is in the test posts alone is not a feature.
+The posts are read from ``ROOT/20news-bydate_py3.pkz``, the file that scikit-learn keeps, or fetched there by it. The words are
+those of the training and validation posts together; a word that is in the test posts alone is not a feature.
 
 Reference: K. Lang, NewsWeeder: learning to filter netnews, ICML 1995; the division by date is that of J. Rennie.
 """
@@ -49,7 +49,8 @@ class Newsgroups(NewsgroupsSettings):
             part, at = "test" if name == "test" else "train", rows[name]
             x: Any = normalize(counts[part][at])
             x.sort_indices()
-            parts = [torch.from_numpy(np.asarray(array)) for array in (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data)]
+            places = (x.indptr.astype(np.int64), x.indices.astype(np.int64))
+            parts = [torch.from_numpy(np.asarray(array)) for array in (*places, x.data)]
             with compressed_rows():
                 features = torch.sparse_csr_tensor(*parts, size=x.shape, dtype=dtype, check_invariants=True)
             y = torch.from_numpy(posts[part].target[at].astype(np.int64))

@@ -97,8 +97,8 @@ class DigitsSettings(DatasetSettings):
 class DiabetesSettings(DatasetSettings):
     """scikit-learn's bundled diabetes study: 442 patients, 10 features, a number to predict; needs no files.
 
-    ``normalize=unit`` leaves scikit-learn's scaling (columns of length 1); the numbers to predict have mean 0 and deviation 1 over
-    the training rows, always.
+    ``normalize=unit`` leaves scikit-learn's scaling (columns of length 1); the numbers to predict have mean 0 and deviation 1
+    over the training rows, always.
     """
 
     train: int = 200

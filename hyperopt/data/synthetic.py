@@ -40,7 +40,8 @@ class Synthetic(SyntheticSettings):
         def split(name: str) -> Rows:
             x, y, index = drawn[name]
             targets = torch.from_numpy(y).to(dtype) if self.targets == "numbers" else torch.from_numpy((y > 0).astype(np.int64))
-            return Rows(torch.from_numpy(x).to(device, dtype), targets.to(device), torch.from_numpy(index).to(device, torch.int64))
+            numbers = torch.from_numpy(index).to(device, torch.int64)
+            return Rows(torch.from_numpy(x).to(device, dtype), targets.to(device), numbers)
 
         classes = 2 if self.targets == "classes" else 0
         return Splits(split("train"), split("val"), split("test"), classes, (self.features,), "synthetic", {})

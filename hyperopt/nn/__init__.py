@@ -1,1 +1,44 @@
-"""Building blocks of equilibrium models: orthogonal and contractive matrices, cells, the model; import by module."""
+"""Building blocks of equilibrium models and implicit layers. Importing this package does not import torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "DEQ": "hyperopt.nn.deq",
+    "TanhFixedPoint": "hyperopt.nn.tanh_layer",
+    "ResNetCell": "hyperopt.nn.resnet_cell",
+    "MDEQCell": "hyperopt.nn.mdeq",
+    "Stabilise": "hyperopt.nn.stabilise",
+    "normalise": "hyperopt.nn.weight_norms",
+    "tanh_network": "hyperopt.nn.networks",
+    "resnet_network": "hyperopt.nn.networks",
+    "mdeq_network": "hyperopt.nn.networks",
+}
+__all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from hyperopt.nn.deq import DEQ as DEQ
+    from hyperopt.nn.mdeq import MDEQCell as MDEQCell
+    from hyperopt.nn.networks import mdeq_network as mdeq_network
+    from hyperopt.nn.networks import resnet_network as resnet_network
+    from hyperopt.nn.networks import tanh_network as tanh_network
+    from hyperopt.nn.resnet_cell import ResNetCell as ResNetCell
+    from hyperopt.nn.stabilise import Stabilise as Stabilise
+    from hyperopt.nn.tanh_layer import TanhFixedPoint as TanhFixedPoint
+    from hyperopt.nn.weight_norms import normalise as normalise
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hyperopt.nn' has no attribute {name!r}; it has {', '.join(__all__)}, and its modules")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return sorted(__all__)

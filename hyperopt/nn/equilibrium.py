@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.nn.contractive import ContractiveMatrix
+from hyperopt.nn.state import zero_state
 from hyperopt.primitive import fixed_point
 from hyperopt.status import Solution
 
@@ -87,6 +88,10 @@ class Cell(nn.Module, ABC):
     @abstractmethod
     def terms(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what phi needs beside the state, computed once a solve. shape of x: (rows, features)."""
+
+    def initial(self, x: Tensor) -> Tensor:
+        """Return the state where a solve starts: zero. shape: (rows, state_size)."""
+        return zero_state(x, x.shape[0], self.state_size)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the hyperparameters, named and grouped."""
@@ -219,7 +224,7 @@ class EquilibriumModel(nn.Module):
         """
         terms = self.cell.terms(x)
         if w0 is None:
-            w0 = x.new_zeros(x.shape[0], self.cell.state_size)
+            w0 = self.cell.initial(x)
         solution = fixed_point(
             self.cell.phi,
             w0,

@@ -3,8 +3,8 @@
     min over lam   E(w(lam), lam)     outer loss, on the rows that the hyperparameters are fitted to
     subject to     w(lam) = argmin L(., lam)     inner loss, a training loss
 
-One outer step trains ``w`` from where it is, takes one hypergradient there and updates the hyperparameters. An evaluation trains a
-copy at the hyperparameters as they are then, and changes nothing.
+One outer step trains ``w`` from where it is, takes one hypergradient there and updates the hyperparameters. An evaluation trains
+a copy at the hyperparameters as they are then, and changes nothing.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""What the equilibrium task shows of its solves: the numbers of a step, and two figures."""
+"""What the tasks with an equilibrium show of its solves: the numbers of a step, and two figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from hyperopt.nn.contractive import ContractiveMatrix
-from hyperopt.nn.equilibrium import EquilibriumModel
 from hyperopt.status import Solution, SolveStats, Status
 
 if TYPE_CHECKING:
@@ -17,7 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def solve_metrics(model: EquilibriumModel) -> tuple[dict[str, float], dict[str, Status]]:
+class Solved(Protocol):
+    """A model that keeps its latest solve."""
+
+    solution: Solution | None
+
+
+def solve_metrics(model: Solved) -> tuple[dict[str, float], dict[str, Status]]:
     """Return the metrics and statuses of the latest forward and backward solve, under the names of ``StepRecord``."""
     solution = model.solution
     if solution is None:

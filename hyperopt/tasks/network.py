@@ -3,11 +3,11 @@
     weight_decay    L = cross_entropy(f(w, x), y) + sum_j lam_j w_j^2 / 2        E = cross_entropy(f(w, x'), y')
     augmentation    L = cross_entropy(f(w, a(lam, x, noise)), y)                 E = cross_entropy(f(w, x'), y')
 
-``f`` is a multilayer perceptron; ``a`` adds to an image what a small convolutional network makes of it and of noise. The batches of
-both losses are drawn by the seed alone.
+``f`` is a multilayer perceptron; ``a`` adds to an image what a small convolutional network makes of it and of noise. The batches
+of both losses are drawn by the seed alone.
 
-Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperparameters by implicit differentiation, AISTATS 2020,
-arXiv 1911.02590, sections 5.2 and 5.4.
+Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperparameters by implicit differentiation, AISTATS
+2020, arXiv 1911.02590, sections 5.2 and 5.4.
 """
 
 from __future__ import annotations

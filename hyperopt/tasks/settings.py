@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperopt.bilevel.settings import ProductSettings
-from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number
+from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number, check_open_unit
 
 SPLITS = ("train", "val")
 LAST_BATCH = ("keep", "drop")
@@ -222,3 +222,44 @@ class AugmentationSettings(NetworkSettings):
         super().__post_init__()
         check_count(self, "width")
         check_number(self, "scale", 0.0, open_low=True)
+
+
+class CoupledSettings:
+    """Two coupled equilibrium states of different shapes, trained to match targets; see ``hyperopt.nn.coupled``.
+
+    Attributes:
+        x_size: entries of the one state.
+        y_shape: shape of the other, two numbers.
+        features: entries of one input.
+        rows: examples of each split: fitted, selected on, held out.
+        max_norm: largest spectral norm of the coupling matrix M, in (0, 1); that of the hidden model has 0.9 of it.
+        noise: standard deviation of the noise in the targets.
+        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
+        solver: how the states are found (None: Picard).
+        adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        policy: what to do when the solver fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
+    """
+
+    x_size: int = 5
+    y_shape: tuple[int, int] = (3, 4)
+    features: int = 8
+    rows: int = 100
+    max_norm: float = 0.8
+    noise: float = 0.0
+    certificate_every: int = 10
+    solver: Any = None
+    adjoint: Any = None
+    policy: str = "warn"
+    fallback: Any = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        """Check the ranges; a list given as ``y_shape`` becomes a tuple."""
+        for name in ("x_size", "features", "rows", "certificate_every"):
+            check_count(self, name)
+        object.__setattr__(self, "y_shape", tuple(self.y_shape))
+        if len(self.y_shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in self.y_shape):
+            raise ValueError(f"CoupledSettings: y_shape={self.y_shape!r} must be two whole numbers >= 1; change y_shape")
+        check_open_unit(self, "max_norm")
+        check_number(self, "noise", 0.0)
+        check_choice(self, "policy", POLICIES)

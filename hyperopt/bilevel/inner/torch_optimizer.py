@@ -24,6 +24,8 @@ class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
             ValueError: ``torch.optim`` has no such optimizer, or it does not take such options.
         """
         make = getattr(torch.optim, self.optimizer, None)
+        if make is torch.optim.LBFGS:
+            raise ValueError("TorchOptimizer: LBFGS needs a line search of its own; use inner=lbfgs")
         if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
             raise ValueError(f"TorchOptimizer: torch.optim has no optimizer {self.optimizer!r}; change inner.optimizer")
         try:

@@ -1,0 +1,210 @@
+"""``DEQ``: a layer whose output is the fixed point ``z = cell(z, x)``.
+
+    net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), DEQ(ResNetCell(48, 64)), nn.AvgPool2d(8), ...)
+
+The cell is any module ``f(z, x)``; z is any tree of tensors. The layer owns it: dropout masks and batch statistics stand still
+during a solve and in every replay of it (``hyperopt.frozen``), and are updated once a forward.
+
+Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.frozen import FrozenMap
+from hyperopt.nn.state import zero_state
+from hyperopt.primitive import fixed_point
+from hyperopt.settings import POLICIES
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
+from hyperopt.tree import ROWS, layout_of
+
+
+class Observer(Protocol):
+    """What a layer tells of its forward passes."""
+
+    def before(self, layer: DEQ) -> Callable[[Any], None] | None:
+        """Called before a solve; what is returned, if anything, is called with every state at which the map is evaluated."""
+        ...
+
+    def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
+        """Called after it, with the frozen map, what it takes beside the state, and the solution with its graph."""
+        ...
+
+
+class DEQ(nn.Module):
+    """The fixed point of a cell, as a layer.
+
+    A cell may offer, beside ``forward(z, x)``:
+        initial(x): where a solve starts, a tree of tensors.
+        terms(x), phi, row_args: as ``hyperopt.nn.equilibrium.Cell`` has them: ``phi(z, *terms(x))`` is then the map, so that
+            what does not depend on z is computed once a solve.
+
+    Args:
+        cell: the map.
+        solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
+        adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
+        rows: ``"batch"``, ``"joint"`` or ``"auto"``, see ``hyperopt.fixed_point``. BatchNorm that takes the statistics of its
+            batch couples the rows: ``"auto"`` is then ``"joint"``.
+        policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
+        fallback: solvers tried in turn under ``policy="fallback"``.
+        initial: ``initial(x)`` returns where a solve starts (None: the cell's own ``initial``, else zeros like x).
+        drop_rows: whether rows that have converged are dropped from the batch; not where rows depend on each other, or with
+            dropout in the cell.
+
+    Attributes:
+        solution: the latest solve, its value detached, without a graph; ``solution.adjoint`` is there after a backward. Copies
+            of the layer start without it.
+        observer: what is told of every forward (None: nothing), see ``hyperopt.nn.stabilise``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        solver: FixedPointSolver | None = None,
+        adjoint: Adjoint | None = None,
+        *,
+        rows: str = "auto",
+        policy: str = "warn",
+        fallback: Sequence[FixedPointSolver] = (),
+        initial: Callable[[Any], Any] | None = None,
+        drop_rows: bool = True,
+    ) -> None:
+        """Check the arguments."""
+        super().__init__()
+        if not isinstance(cell, nn.Module):
+            raise TypeError(f"DEQ: cell is a {type(cell).__name__}; give a module with forward(z, x)")
+        for name, value, kind in (("solver", solver, FixedPointSolver), ("adjoint", adjoint, Adjoint)):
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(f"DEQ: {name}={value!r} is no {kind.__name__}; change {name}")
+        for value in fallback:
+            if not isinstance(value, FixedPointSolver):
+                raise TypeError(f"DEQ: fallback={value!r} is no FixedPointSolver; change fallback")
+        if rows not in ROWS:
+            raise ValueError(f"DEQ: rows={rows!r} is none of {', '.join(ROWS)}; change rows")
+        if policy not in POLICIES:
+            raise ValueError(f"DEQ: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
+        if initial is not None and not callable(initial):
+            raise TypeError(f"DEQ: initial={initial!r} must be a function of x that returns the initial state; change initial")
+        self.cell = cell
+        self.solver, self.adjoint, self.rows, self.policy = solver, adjoint, rows, policy
+        self.fallback, self.initial, self.drop_rows = tuple(fallback), initial, drop_rows
+        self.solution: Solution | None = None
+        self.observer: Observer | None = None
+
+    @torch.compiler.disable(reason="a DEQ solves eagerly; compile its cell (compile_map)")
+    def forward(self, x: Any, z0: Any = None, v0: Any = None, trace: bool = False) -> Any:
+        """Return the fixed point, in the structure of the initial state.
+
+        Args:
+            x: the cell's input; a tree is handed on as it is.
+            z0: where the solve starts (None: at ``start(x)``), detached here.
+            v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient); a ``solution.v``.
+            trace: keep the residual after every iteration.
+        """
+        z0 = _detached(self.start(x) if z0 is None else z0)
+        phi, terms, row_args = self._map(x)
+        layout = layout_of(z0, self._rows())
+        device = optree.tree_leaves(z0)[0].device
+        observer = self.observer
+        watch = None if observer is None else observer.before(self)
+        whole = layout.joint or watch is not None or not self._may_drop()
+        frozen = FrozenMap(phi, [self.cell], device, watch)
+        solution = fixed_point(
+            frozen,
+            z0,
+            args=terms,
+            rows="joint" if layout.joint else "batch",
+            row_args=() if whole else tuple(i for i in row_args if _has_rows(terms[i], layout.rows)),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            policy=self.policy,
+            fallback=self.fallback,
+            v0=v0,
+            trace=trace,
+        )
+        frozen.commit()
+        if observer is not None:
+            observer.after(frozen, terms, solution)
+        self.solution = dataclasses.replace(solution, value=_detached(solution.value))
+        return solution.value
+
+    def start(self, x: Any) -> Any:
+        """Return the initial state for ``x``: of the given ``initial``, of the cell's, or zeros.
+
+        Raises:
+            TypeError: there is neither, and x is no tensor.
+        """
+        initial = self.initial or getattr(self.cell, "initial", None)
+        if initial is not None:
+            return initial(x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"DEQ: x is a {type(x).__name__}, which names no initial state; set initial")
+        return zero_state(x)
+
+    def compile_map(self) -> None:
+        """Compile the cell's map with ``torch.compile``, in place."""
+        (getattr(self.cell, "compile_map", None) or self.cell.compile)()
+
+    def _map(self, x: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[int]]:
+        """The map, what it takes beside the state, and which of that has one row per example."""
+        terms = getattr(self.cell, "terms", None)
+        if terms is None:
+            return self.cell, (x,), (0,)
+        return self.cell.phi, terms(x), self.cell.row_args  # pyright: ignore[reportReturnType]
+
+    def _rows(self) -> str:
+        """How rows lie, given the cell's modes.
+
+        Raises:
+            ValueError: rows were said to be independent, and are not; or they depend on those of other processes.
+        """
+        for name, module in self.cell.named_modules():
+            if isinstance(module, nn.SyncBatchNorm) and module.training:
+                raise ValueError(
+                    f"DEQ: cell.{name} = {module} waits for all processes at every evaluation, whose solves may take different "
+                    f"numbers of them; call .eval() on it, or use BatchNorm, GroupNorm or LayerNorm"
+                )
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                if self.rows == "batch":
+                    raise ValueError(
+                        f"DEQ: rows='batch', but cell.{name} = {module} takes the statistics of the whole batch, so that its "
+                        f"rows depend on each other; set rows='joint', call .eval() on it, or use GroupNorm or LayerNorm"
+                    )
+                return "joint"
+        return self.rows
+
+    def _may_drop(self) -> bool:
+        """Whether a part of the rows meets the same map: masks are drawn for all of them."""
+        return self.drop_rows and not any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.cell.modules())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made from: all but the latest solve."""
+        return {**self.__dict__, "solution": None, "observer": None}
+
+    def extra_repr(self) -> str:
+        """Return the methods."""
+        return f"solver={self.solver}, adjoint={self.adjoint}, rows={self.rows!r}, policy={self.policy!r}"
+
+
+def _detached(tree: Any) -> Any:
+    """The tree without graphs."""
+    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    """Whether x is a tensor with so many leading rows."""
+    return isinstance(x, Tensor) and x.shape[:1] == (rows,)

@@ -1,0 +1,149 @@
+"""Two coupled equilibrium states of different shapes, trained by implicit hypergradients to match those of a hidden model.
+
+    min over (M, B)   mean_i (|x_i - x'_i|^2 + |y_i - y'_i|^2) / 2      x', y': targets, from a model with hidden M and B
+    subject to        (x_i, y_i) = f(x_i, y_i; M, B u_i)                 x in R^n, y in R^(p x q)
+
+A worked example of a fixed point in several variables: ``hyperopt.fixed_point`` takes the tuple as it is, and everything else
+(solvers, adjoints, certificate, ``mode=check``) is what it is for one variable.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.certificate import certify
+from hyperopt.nn.contractive import ProjectedMatrix
+from hyperopt.nn.coupled import CoupledModel, State
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.status import Solution
+from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
+from hyperopt.tasks.equilibrium_report import gradient_norm, residual_figure, solve_metrics
+from hyperopt.tasks.settings import CoupledSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPLITS = {"outer": "fitted", "val": "selected on", "test": "held out"}
+
+
+class CoupledTask(CoupledSettings, Task):
+    """One outer step is one hypergradient on all fitted rows and one update.
+
+    Attributes:
+        model: the model, after ``setup``.
+        inputs, targets: of each split, after ``setup``.
+    """
+
+    name = "coupled"
+
+    model: CoupledModel
+    inputs: dict[str, Tensor]
+    targets: dict[str, State]
+
+    def setup(self, env: Environment) -> None:
+        """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""
+        generator = env.generator
+
+        def model(radius: float, scale: float) -> CoupledModel:
+            size = self.x_size + self.y_shape[0] * self.y_shape[1]
+            matrix = ProjectedMatrix(size, radius, scale, generator=generator)
+            sizes = (self.features, self.x_size, self.y_shape)
+            made = CoupledModel(*sizes, matrix, self.solver, self.adjoint, self.policy, self.fallback, generator=generator)
+            return made.to(env.device, env.dtype)
+
+        hidden = model(0.9 * self.max_norm, 1.0)  # so large that M lies on the edge of the ball
+        self.model = model(self.max_norm, 0.01)
+        self.inputs, self.targets = {}, {}
+        for split in SPLITS:
+            drawn = torch.randn(self.rows, self.features, generator=generator, dtype=torch.float64)
+            self.inputs[split] = drawn.to(env.device, env.dtype)
+            with torch.no_grad():
+                states = hidden(self.inputs[split])
+            noise = [torch.randn(s.shape, generator=generator, dtype=torch.float64).to(s) for s in states]
+            x, y = (s + self.noise * n for s, n in zip(states, noise, strict=True))
+            self.targets[split] = (x, y)
+        self._steps = 0
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Return the groups M and B."""
+        return {name: list(group) for name, group in self.model.groups().items()}
+
+    def loss(self, split: str, model: CoupledModel | None = None, trace: bool = False) -> Tensor:
+        """Return the mean over rows of half the squared distance from the targets."""
+        found = (model or self.model)(self.inputs[split], trace)
+        distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, self.targets[split], strict=True)]
+        return (distances[0] + distances[1]).mean() / 2
+
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one outer step; see ``Task.step``."""
+        records: list[StepRecord] = []
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = self.loss("outer")
+            loss.backward()
+            metrics, statuses = solve_metrics(self.model)
+            solution = self.model.solution
+            if not records and solution is not None and self._steps % self.certificate_every == 0:
+                found = certify(solution, gradient_norm(self.gradients()))
+                metrics |= {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
+            guard(self.gradients())
+            records.append(StepRecord(loss.item(), metrics, statuses))
+            return records[-1].loss
+
+        optimizer.step(closure)
+        self.model.recurrent.project_()
+        for cost in ("cost/evaluations", "cost/vjps", "cost/jvps"):
+            records[0].metrics[cost] = sum(record.metrics[cost] for record in records)
+        self._steps += 1
+        return records[0]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return ``loss``, and ``error_x`` and ``error_y``: each state's distance from its targets relative to their size."""
+        metrics = {}
+        for split in SPLITS:
+            metrics[f"{split}/loss"] = self.loss(split).item()
+            assert self.model.solution is not None
+            for name, state, target in zip("xy", self.model.solution.value, self.targets[split], strict=True):
+                metrics[f"{split}/error_{name}"] = float((state - target).norm() / target.norm())
+        return metrics
+
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Return the loss of a step; see ``Task.objective``."""
+        model = copy.copy(self.model)  # shares the parameters
+        model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
+        loss = self.loss("outer", model)
+        assert model.solution is not None
+        return loss, model.solution
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``residual``, of one traced solve each way."""
+        loss = self.loss("outer", trace=True)
+        torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
+        return {} if self.model.solution is None else {"residual": residual_figure(self.model.solution)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the model's tensors; rows and targets come from the seed."""
+        return {"model": dict(self.model.state_dict()), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        self.model.load_state_dict(state["model"])
+        self._steps = state["steps"]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sizes, and the rows behind each metric."""
+        return {
+            "name": self.name,
+            "x_size": self.x_size,
+            "y_shape": list(self.y_shape),
+            "features": self.features,
+            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "rows": {name: {"split": split, "count": self.rows, "evaluated": self.rows} for name, split in SPLITS.items()},
+        }
