@@ -41,7 +41,7 @@ class Newsgroups(NewsgroupsSettings):
         from sklearn.preprocessing import normalize
 
         posts = {part: self._posts(part) for part in ("train", "test")}
-        vectorizer = CountVectorizer(dtype=np.float64)
+        vectorizer: Any = CountVectorizer()
         counts = {"train": vectorizer.fit_transform(posts["train"].data), "test": vectorizer.transform(posts["test"].data)}
         rows = draw_rows(self)
 

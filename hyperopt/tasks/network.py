@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -194,7 +193,8 @@ class AugmentationTask(AugmentationSettings, NetworkTask):
         """The weights of the augmentation network, where its initialisation has put them."""
         made = Hyperparameters({"augmenter": Real(per="element")}, self.parts.shapes, dtype=env.dtype, device=env.device)
         with torch.no_grad():
-            optree.tree_map(torch.Tensor.copy_, made.raw["augmenter"], self.augmenter.w)
+            for name, start in self.augmenter.w.items():
+                made.raw["augmenter"][name].copy_(start)
         return made
 
     def augmented(self, lam: dict[str, Any], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
