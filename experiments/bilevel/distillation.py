@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from common import HERE, REPOSITORY, Row, built, evaluated, run, save, seconds, spread, write_table
 
+from hyperopt import InnerLBFGS
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.tasks.bilevel import loss_of
@@ -25,10 +26,8 @@ SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 def linear(dataset: str, seed: int, whole: bool) -> float:
     """Test accuracy of the same model trained on one real image a class, the first of the seed, or on all rows."""
-    task = built(
-        "experiment=data_distillation_mnist", f"dataset={dataset}", "dataset.train=50000", "dataset.val=10000", f"seed={seed}"
-    )
-    task = task.task
+    sizes = ["dataset.train=50000", "dataset.val=10000"]
+    task = built("experiment=data_distillation_mnist", f"dataset={dataset}", *sizes, f"seed={seed}").task
     assert isinstance(task, DataDistillationTask)
     train, decay = task.splits.train, 0.0 if whole else task.decay
     first = [int((train.y == c).nonzero()[0]) for c in range(task.splits.num_classes)]
@@ -36,8 +35,6 @@ def linear(dataset: str, seed: int, whole: bool) -> float:
 
     def inner(w, lam, batch):
         return loss_of(task.model(w, rows.x), rows.y) + decay / 2 * sum(leaf.square().sum() for leaf in w.values())
-
-    from hyperopt import InnerLBFGS
 
     InnerLBFGS(rtol=1e-3, max_steps=100).solve(BilevelProblem(inner, inner), {}, State(task.bilevel.w))
     return task.measure(task.bilevel.w)["test/accuracy"]

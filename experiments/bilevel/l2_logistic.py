@@ -3,8 +3,9 @@
     pip install git+https://github.com/prolearner/hypertorch
     python experiments/bilevel/l2_logistic.py [--seeds 1 2 3] [--steps 1000]
 
-hypertorch as its own example has it: T = 100 gradient steps of 0.1 from w = 0, ``reverse`` through the last K = 10 of them, SGD with
-learning rate 1 and momentum 0.9, strengths kept above 1e-8. The target of a seed is the last validation loss that it reaches.
+hypertorch as its own example has it: T = 100 gradient steps of 0.1 from w = 0, ``reverse`` through the last K = 10 of them, SGD
+with learning rate 1 and momentum 0.9, strengths kept above 1e-8. The target of a seed is the last validation loss that it
+reaches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ T, K = 100, 10
 
 
 def rival(seed: int, steps: int) -> Row:
-    """hypertorch's run."""
+    """The run of hypertorch."""
     import hypergrad
 
     torch.set_default_dtype(torch.float32)

@@ -1,10 +1,10 @@
-"""Ridge regression in closed form: every estimator to 1e-10, and the error of each linear solver against its steps and the theory.
+"""Ridge regression in closed form: every estimator to 1e-10, and the error of each linear solver against steps and theory.
 
     python experiments/bilevel/l2_ridge.py
 
-Two problems of ``task=l2``: ``experiment=l2_ridge`` (diabetes, 10 features), on which every exact estimator is held against the closed
-form, and 200 rows of 100 features drawn from a linear model, whose condition number leaves room for a rate. Writes results.json,
-ridge.png and the tables of README.md.
+Two problems of ``task=l2``: ``experiment=l2_ridge`` (diabetes, 10 features), on which every exact estimator is held against the
+closed form, and 200 rows of 100 features drawn from a linear model, whose condition number leaves room for a rate. Writes
+results.json, ridge.png and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
     """Measure, and write the results."""
     table = estimators(Ridge())
     lines = [
-        "| estimator | relative error | the certificate's bound | gradients, Hessian products, mixed products |",
+        "| estimator | relative error | its bound | gradients, Hessian products, mixed products |",
         "|---|---|---|---|",
     ]
     for row in table:
