@@ -27,12 +27,17 @@ from hyperopt.tasks.linear import L2Task
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 L2 = ("experiment=l2_logistic", "dataset.train=60", "dataset.val=60", "dataset.test=60")
+DIGITS = ("dataset=digits", "dataset.train=60", "dataset.val=60", "dataset.test=60", "inner.max_steps=3")
+BATCHES = (*DIGITS, "task.hidden=[8]", "task.batch_size=25", "task.val_batch_size=25", "inner=torch_optimizer")
 SMALL = {  # an experiment on data of the tests' own, small
     "l2": L2,
     "l2 by unrolling": (*L2, "inner=heavy_ball", "inner.max_steps=10", "adjoint=unrolled", "task.warm_start=false"),
     "l2 by Neumann": (*L2, "inner=torch_optimizer", "inner.lr=0.01", "inner.max_steps=10", "adjoint=neumann"),
     "l2 outer L-BFGS": (*L2, "optimizer=lbfgs", "optimizer.max_iter=2"),
     "bias_regularization": ("experiment=bias_regularization", "precision=float64"),
+    "weight_decay": ("task=weight_decay", *BATCHES, "adjoint=cg_rough"),
+    "augmentation": ("task=augmentation", *BATCHES, "adjoint=t1t2"),
+    "data_distillation": ("task=data_distillation", *DIGITS, "task.batch_size=25", "inner=heavy_ball", "adjoint=checkpointed"),
 }
 
 
@@ -162,6 +167,31 @@ BAD = [
     (None, Positive(-1.0), "task.l2.init=-1.0 is not inside (0, inf)"),
     (None, Positive(0.0), "change task.l2.init"),
 ]
+
+
+NOT_ITS_DATA = [
+    ("task=equilibrium", "dataset=diabetes", "task.dataset=diabetes has numbers to predict"),
+    ("task=data_distillation", "dataset=diabetes", "dataset=diabetes has no classes"),
+    ("task=augmentation", "dataset=synthetic", "dataset=synthetic has rows of shape (20,), not images"),
+]
+
+
+@pytest.mark.parametrize(("task", "dataset", "message"), NOT_ITS_DATA, ids=[task for task, _, _ in NOT_ITS_DATA])
+def test_a_dataset_of_another_kind_is_refused(task: str, dataset: str, message: str) -> None:
+    made = build(composed(task, dataset)).task
+    with pytest.raises(ValueError, match=re.escape(message)):
+        made.setup(environment())
+
+
+def test_every_digit_has_its_learned_image_in_the_figure() -> None:
+    task = made(*SMALL["data_distillation"])
+    figure = task.figures()["images"]
+    assert len(figure.axes) == 10
+
+
+def test_words_of_a_user_who_starts_outside_of_a_space() -> None:
+    with pytest.raises(ValueError, match=re.escape("change task.decay.init")):
+        made(*SMALL["weight_decay"], "task.decay.init=-1")
 
 
 @pytest.mark.parametrize(("dataset", "space", "message"), BAD, ids=[message for _, _, message in BAD])

@@ -77,7 +77,7 @@ def estimators(ridge: Ridge) -> list[Row]:
     for name, (adjoint, inner) in ways.items():
         error, found = ridge.error(adjoint, zero if inner else None, inner=inner)
         size = float(ridge.exact.norm())
-        bound = found.certificate.error / size if found.certificate.is_bound else math.nan
+        bound = found.certificate.error / size if found.certificate.is_bound else None
         rows.append({"estimator": name, "error": error, "bound": bound, "cost": vars(found.cost)})
     return rows
 
@@ -142,7 +142,7 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     for row in table:
-        cost, bound = row["cost"], "" if math.isnan(row["bound"]) else f"{row['bound']:.0e}"
+        cost, bound = row["cost"], "" if row["bound"] is None else f"{row['bound']:.0e}"
         spent = f"{cost['inner_gradients']}, {cost['hessian_products']}, {cost['mixed_products']}"
         lines.append(f"| {row['estimator']} | {row['error']:.0e} | {bound} | {spent} |")
     print("\n".join(lines))

@@ -67,6 +67,10 @@ class EquilibriumTask(EquilibriumSettings, Task):
         fitted, selected = self._splits.train, self._splits.val
         if self.fitted == "val":
             fitted, selected = selected, fitted
+        if not self._splits.num_classes:
+            raise ValueError(
+                f"task.dataset={self._splits.name} has numbers to predict, and this model classifies; change dataset"
+            )
         if not len(fitted):
             raise ValueError(f"task.fitted={self.fitted}, but dataset.{self.fitted}=0: no rows to fit; change one of them")
         self.rows = {"outer": fitted, "val": selected, "test": self._splits.test}
