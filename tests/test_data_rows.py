@@ -24,7 +24,7 @@ def test_rows_of_a_linear_model() -> None:
         assert len(rows) == count
         torch.testing.assert_close(rows.x @ torch.from_numpy(weights), rows.y)
     assert not set(splits.train.index.tolist()) & set(splits.val.index.tolist())
-    labels = Synthetic(train=300, val=200, test=100, features=5, noise=0.0, shift=3.0, seed=7).load(torch.float64)
+    labels = Synthetic(**settings).load(torch.float64)
     assert torch.equal(labels.train.y, (splits.train.y > 0).long()) and labels.num_classes == 2
 
 

@@ -2,8 +2,8 @@
 
     python experiments/bilevel/small.py [--runs DIR]
 
-Without augmentation is the same training with nothing added to an image (``task.scale=1e-6``), by the cheapest estimator, since its
-hyperparameters change nothing. Writes results.json and the tables of README.md.
+Without augmentation is the same training with nothing added to an image (``task.scale=1e-6``), by the cheapest estimator, since
+its hyperparameters change nothing. Writes results.json and the tables of README.md.
 """
 
 from __future__ import annotations
