@@ -16,9 +16,8 @@ from hyperopt.data.synthetic import Synthetic
 
 
 def test_rows_of_a_linear_model() -> None:
-    splits = Synthetic(train=300, val=200, test=100, features=5, targets="numbers", noise=0.0, shift=3.0, seed=7).load(
-        torch.float64
-    )
+    settings: dict[str, Any] = {"train": 300, "val": 200, "test": 100, "features": 5, "noise": 0.0, "shift": 3.0, "seed": 7}
+    splits = Synthetic(**settings, targets="numbers").load(torch.float64)
     weights = np.random.RandomState(7).randn(5) + 3
     for rows, count in ((splits.train, 300), (splits.val, 200), (splits.test, 100)):
         assert len(rows) == count
