@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 RUN_FILES = ("metrics.jsonl", "summary.json", "checkpoints")
 CHECKPOINTS = "checkpoints"
+JOB = "job.json"  # a sweep's job has one: its number and overrides
 _held: dict[Path, tuple[int, int]] = {}
 """Locks of this process: resolved directory -> (process id, open lock file). Each is opened once, since a record lock ends when
 its process closes *any* handle of the file."""

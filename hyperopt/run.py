@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from hyperopt import checkpoint
 from hyperopt.checking import check
 from hyperopt.config import Built, build
-from hyperopt.directory import CHECKPOINTS, check_directory, from_own_checkpoint, locked
+from hyperopt.directory import CHECKPOINTS, JOB, check_directory, from_own_checkpoint, locked
 from hyperopt.experiment import experiment
 from hyperopt.files import WriteError, remove_leftovers, write_text
 from hyperopt.loop_state import LoopState, monitored
@@ -219,7 +219,8 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
 
     if reason == "signal":
         summarize(out, "interrupted", state, reason=signal.Signals(signals[0]).name)
-        log.warning("interrupted after %d steps; continue with resume=auto hydra.run.dir=%s", state.step, out)
+        again = "on the sweep's command line" if (out / JOB).exists() else f"hydra.run.dir={out}"
+        log.warning("interrupted after %d steps; continue with resume=auto %s", state.step, again)
         raise SystemExit(128 + signals[0])
     state.seconds = time.perf_counter() - started
     summarize(out, "completed", state, reason=reason)

@@ -19,12 +19,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from hyperopt.directory import JOB
 from hyperopt.experiment import experiment, experiment_of
 from hyperopt.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
-INDEX, JOB, FAILED = "sweep.json", "job.json", "FAILED"
+INDEX, FAILED = "sweep.json", "FAILED"
 INDEX_LOCK = ".sweep.lock"
 # Of a job that is done, these may differ: they change neither its numbers nor its length.
 INDIFFERENT = ("allow_targets", "compile", "device", "name", "paths", "resume", "threads")

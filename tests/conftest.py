@@ -36,9 +36,12 @@ def real_root() -> Callable[..., str]:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """float64 by default, and one seed."""
+    """float64 by default, one seed, and each warning of a solve said anew."""
     import torch
 
+    from hyperopt.policy import reset_warnings
+
+    reset_warnings()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     yield

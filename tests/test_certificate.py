@@ -27,6 +27,8 @@ from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.contractive import HouseholderContraction, ProjectedMatrix
 from hyperopt.nn.equilibrium import EquilibriumCell, EquilibriumModel, linear_classifier
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 PAIRS = [
     pytest.param(Picard(0, 0, 5), Neumann(0, 0, 5), id="T5-K5"),
     pytest.param(Picard(0, 0, 20), Neumann(0, 0, 3), id="T20-K3"),
@@ -57,13 +59,6 @@ class Model:
         self.model.zero_grad()
         functional.cross_entropy(self.model(self.x), self.y).backward()
         return torch.cat([torch.as_tensor(p.grad).flatten() for group in self.model.groups().values() for p in group])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.2, 0.5])

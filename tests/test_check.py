@@ -9,15 +9,10 @@ from hyperopt import Anderson, Implicit, Neumann, OneStep, Picard, Unrolled, che
 from hyperopt.memory import peak_memory
 
 # torch's own first use of forward mode scripts its decompositions.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning"),
+]
 
 
 class Problem:

@@ -9,13 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from hyperopt import Anderson, Broyden, Checkpointed, Picard, Status, Unrolled, fixed_point
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def problem(rows=4, n=3, q=0.8):

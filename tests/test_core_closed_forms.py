@@ -31,6 +31,8 @@ from hyperopt import (
     fixed_point,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 STEPS = 4000
 TIGHT = 1e-14
 SOLVERS = {
@@ -66,14 +68,6 @@ GRID = [
     for m, (a, t) in {**ADJOINTS, "shine": SHINE}.items()
     if (s.differentiable or m not in ("unrolled", "checkpointed")) and (m != "shine" or s.keeps_inverse)
 ]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def leaf(*shape, scale=1.0):
@@ -197,7 +191,7 @@ def test_linear_maps_of_known_spectrum(name, solver, adjoint):
         lambda w: m @ w + b, torch.zeros(n), solver=SOLVERS[solver], adjoint=LINEAR_ADJOINTS[adjoint], policy="raise"
     ).value
     if adjoint == "cg" and not torch.equal(m, m.t()):
-        with pytest.raises(SolveError, match=r"CG .*broke down"):
+        with pytest.raises(SolveError, match=r"CG .*(broke down|negative curvature)"):
             torch.autograd.grad(w, [m, b], g)
         return
     inverse = torch.linalg.inv(torch.eye(n) - m.detach())

@@ -22,18 +22,11 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
-from hyperopt.policy import SolveError, reset_warnings
+from hyperopt.policy import SolveError
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 EXACT = Implicit(Neumann(1e-13, max_steps=3000), policy="raise")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def problem(rows=4, n=3, q=0.6):

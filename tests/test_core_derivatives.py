@@ -32,20 +32,15 @@ from hyperopt import (
 from hyperopt.adjoints.base import Adjoint
 
 # torch's own first use of forward mode scripts its decompositions, and its compiler looks at .grad of a non-leaf.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:The .grad attribute:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:The .grad attribute:UserWarning"),
+]
 
 SOLVER = Picard(1e-14, max_steps=500)
 ADJOINT = Implicit(Neumann(1e-14, max_steps=500), policy="raise")
 # Relative error of a derivative of a quantity solved to 1e-14 at contraction below .6, once for each order.
 RTOL = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def solve(phi, w0, *args, adjoint=ADJOINT, **more):

@@ -29,15 +29,9 @@ from hyperopt.solvers.iterate import iterate
 from hyperopt.solvers.point import Cost, Point
 from hyperopt.tree import layout_of
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = Implicit(LinearAnderson(1e-13, max_steps=500, window=20))
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def tanh_map(n=6, rows=3, q=0.95):

@@ -8,13 +8,7 @@ from core_reference import Counted, close
 
 from hyperopt import Picard, diagnose, fixed_point
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def orthogonal(n):

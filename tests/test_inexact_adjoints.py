@@ -7,15 +7,9 @@ from core_reference import Counted, close, newton, square
 from hyperopt import Anderson, Implicit, Neumann, OneStep, Phantom, Picard, Status, fixed_point
 from hyperopt.nn.equilibrium import TanhAffine
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SOLVER = Picard(1e-14, max_steps=500)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def problem(rows=4, n=3, q=0.6):

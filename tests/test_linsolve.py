@@ -9,16 +9,10 @@ from core_reference import close
 from hyperopt import CG, GMRES, BiCGStab, Dense, LinearAnderson, Neumann, NormalCG, Nystrom, Status
 from hyperopt.linsolve.fallback import solve_chain
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 KRYLOV = {"gmres": GMRES, "bicgstab": BiCGStab, "cg": CG, "normal_cg": NormalCG}
 CYCLIC = {**KRYLOV, "dense": Dense}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Operator:

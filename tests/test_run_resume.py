@@ -65,6 +65,15 @@ def stop_by_sigint(out: Path) -> None:
     assert summary(out)["status"] == "interrupted" and summary(out)["steps"] == 5
 
 
+@pytest.mark.parametrize(("job", "way"), [(False, "hydra.run.dir="), (True, "on the sweep's command line")])
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path, caplog, job, way):
+    if job:
+        (tmp_path / "job.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        go(config(), tmp_path, signal_at(1, signal.SIGINT))
+    assert f"interrupted after 2 steps; continue with resume=auto {way}" in caplog.text
+
+
 def stop_before_first_checkpoint(out: Path) -> None:
     with pytest.raises(Killed):
         go(config(), out, raise_at(0, Killed()))

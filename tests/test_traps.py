@@ -36,16 +36,9 @@ from hyperopt import (
 from hyperopt.policy import reset_warnings
 from hyperopt.solvers.iterate import iterate
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = Implicit(Neumann(1e-13, max_steps=3000))
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    reset_warnings()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def linear(q=0.9, n=3, rows=2):
