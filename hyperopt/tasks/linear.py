@@ -13,6 +13,7 @@ G. Denevi et al., Learning-to-learn stochastic gradient descent with biased regu
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ DENSE_FEATURES = 1000  # most features for which the constants of the certificat
 class LinearTask(BilevelTask):
     """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows."""
 
+    @abstractmethod
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
         """The penalty of weights of shape (features, outputs)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
         """Shape of the hyperparameter."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
+        """Those of a quadratic inner problem, in closed form, from what ``_spectra`` returns."""
 
     def build(self, env: Environment) -> Parts:
         """Start at zero weights."""
@@ -47,16 +52,21 @@ class LinearTask(BilevelTask):
         outputs = splits.num_classes if splits.num_classes > 2 else 1
         features = splits.train.x.shape[1]
         w = torch.zeros(features, outputs, dtype=env.dtype, device=env.device)
-        inner = Composite(
-            lambda w, lam, batch: train(w), lambda z, w, lam, batch: loss_of(z, splits.train.y) + self.penalty(w, lam)
-        )
-        outer = lambda w, lam, batch: loss_of(val(w), splits.val.y)  # noqa: E731
+
+        def criterion(z: Tensor, w: Tensor, lam: dict[str, Tensor], batch: None) -> Tensor:
+            return loss_of(z, splits.train.y) + self.penalty(w, lam)
+
         quadratic = not splits.num_classes and features <= DENSE_FEATURES and splits.train.x.layout == torch.strided
         constants = functools.partial(self._constants, *self._spectra()) if quadratic else None
         # What a hyperparameter is fitted to is also what it is selected on: outer/* and val/* are one.
         rows = {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
         shapes = {self.spaces[0]: self.shape(features, outputs)}
-        return Parts(BilevelProblem(inner, outer, constants=constants), w, shapes, rows)
+        problem = BilevelProblem(
+            Composite(lambda w, lam, batch: train(w), criterion),
+            lambda w, lam, batch: loss_of(val(w), splits.val.y),
+            constants=constants,
+        )
+        return Parts(problem, w, shapes, rows)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """``x w``."""
@@ -67,22 +77,22 @@ class LinearTask(BilevelTask):
         gram = [rows.x.T @ rows.x / len(rows) for rows in (self.splits.train, self.splits.val)]
         return gram[0], float(torch.linalg.eigvalsh(gram[1])[-1])
 
-    def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
-        """Those of a quadratic inner problem, in closed form."""
-        raise NotImplementedError
+    def evaluate(self) -> dict[str, float]:
+        """As every trained problem, and with ``retrain`` also ``retrained/*``."""
+        return {**super().evaluate(), **(self.retrained() if self.retrain else {})}
 
     def retrained(self) -> dict[str, float]:
-        """Metrics of the model trained on the training and validation rows together, at the present hyperparameters.
+        """``retrained/*`` on the test rows, of the model trained on training and validation rows at the present hyperparameters.
 
         The mean loss over more rows weighs as much as that over fewer, so the strengths mean the same.
         """
         whole = joined(self.splits.train, self.splits.val)
         start, problem, product = self._state(), self.parts.problem, product_of(whole.x)
-        inner = lambda w, lam, batch: loss_of(product(w), whole.y) + self.penalty(w, lam)  # noqa: E731
-        self._inner.solve(BilevelProblem(inner, problem.outer_loss), self.hyper.read(), self.bilevel.state)
+        both = BilevelProblem(lambda w, lam, batch: loss_of(product(w), whole.y) + self.penalty(w, lam), problem.outer_loss)
+        self._inner.solve(both, self.hyper.read(), self.bilevel.state)
         found = self.measure(self.bilevel.w)
         self._return_to(start)
-        return {name: value for name, value in found.items() if name.startswith("test/")}
+        return {f"retrained/{name[5:]}": value for name, value in found.items() if name.startswith("test/")}
 
 
 class L2Task(L2Settings, LinearTask):

@@ -103,7 +103,23 @@ class BilevelTaskSettings:
 
 
 @dataclass(frozen=True)
-class L2Settings(BilevelTaskSettings):
+class LinearSettings(BilevelTaskSettings):
+    """A linear model.
+
+    Attributes:
+        retrain: evaluations also train on the training and validation rows together, and test that: ``retrained/*``.
+    """
+
+    retrain: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the flag."""
+        super().__post_init__()
+        check_flag(self, "retrain")
+
+
+@dataclass(frozen=True)
+class L2Settings(LinearSettings):
     """A linear model with L2 strengths.
 
     Attributes:
@@ -114,7 +130,7 @@ class L2Settings(BilevelTaskSettings):
 
 
 @dataclass(frozen=True)
-class BiasRegularizationSettings(BilevelTaskSettings):
+class BiasRegularizationSettings(LinearSettings):
     """A linear model held near a learned centre.
 
     Attributes:
