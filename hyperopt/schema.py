@@ -71,11 +71,27 @@ SPACES = {
     "simplex": _targeted(spaces.SimplexSettings, "hyperopt.spaces.Simplex"),
     "spectral_ball": _targeted(spaces.SpectralBallSettings, "hyperopt.spaces.SpectralBall"),
 }
-"""The spaces of hyperparameters, for the tasks that have one."""
+"""The spaces of hyperparameters; each makes an option of ``task/space``, for the settings of a task that are spaces."""
+
+PRODUCTS = _targeted(
+    bilevel.ProductSettings,
+    "hyperopt.bilevel.settings.ProductSettings",
+    power=_targeted(bilevel.PowerSettings, "hyperopt.bilevel.settings.PowerSettings"),
+)
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
     "task/implicit": _targeted(tasks.ImplicitTaskSettings, "hyperopt.tasks.implicit.ImplicitTask"),
+    "task/l2": _targeted(tasks.L2Settings, "hyperopt.tasks.linear.L2Task", products=PRODUCTS),
+    "task/bias_regularization": _targeted(
+        tasks.BiasRegularizationSettings, "hyperopt.tasks.linear.BiasRegularizationTask", products=PRODUCTS
+    ),
+    "task/data_distillation": _targeted(
+        tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
+    ),
+    "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
+    "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
+    **{f"task/space/{name}": node for name, node in SPACES.items()},
     "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
@@ -84,8 +100,11 @@ SCHEMA: dict[str, type] = {
     "task/network/mdeq": _targeted(cells.MDEQSettings, "hyperopt.nn.factories.MDEQ"),
     "task/augment/crop_flip": _targeted(data.AugmentSettings, "hyperopt.data.augment.Augment"),
     "dataset/digits": _targeted(data.DigitsSettings, "hyperopt.data.digits.Digits"),
+    "dataset/diabetes": _targeted(data.DiabetesSettings, "hyperopt.data.diabetes.Diabetes"),
+    "dataset/synthetic": _targeted(data.SyntheticSettings, "hyperopt.data.synthetic.Synthetic"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
+    "dataset/newsgroups": _targeted(data.NewsgroupsSettings, "hyperopt.data.newsgroups.Newsgroups"),
     "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
     "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),
     "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
@@ -122,7 +141,7 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), *SPACES.values())}
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), PRODUCTS)}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
 
 

@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 @pytest.fixture(scope="session")
 def real_root() -> Callable[..., str]:
-    """``real_root("MNIST/raw")``: a data directory that holds one of the folders named; where none does, the test is skipped."""
+    """``real_root("MNIST/raw")``: a data directory that holds one of the folders or files named; else the test is skipped."""
 
     def find(*folders: str) -> str:
         beside = Path(__file__).resolve().parents[2] / "shared" / "data"
         for root in (os.environ.get("HYPEROPT_DATA"), str(beside)):
-            if root and any((Path(root) / folder).is_dir() for folder in folders):
+            if root and any((Path(root) / folder).exists() for folder in folders):
                 return root
         pytest.skip(f"no {' or '.join(folders)} in HYPEROPT_DATA or in ../shared/data beside the checkout")
 

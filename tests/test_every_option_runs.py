@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from hyperopt.config import validate
 from hyperopt.run import run
 from hyperopt.schema import SCHEMA, register
 
@@ -25,18 +26,35 @@ NEEDS = {
     "task/network=mdeq": [*FEW, "task.network.channels=[8,8]", "solver=anderson", "adjoint=gmres", "optimizer.lr=0.05"],
 }
 TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
-OPTIONS = ["=".join(option.rsplit("/", 1)) for option in SCHEMA if option.split("/")[0] in GROUPS and option not in TRAINED]
+SPACES = "task/space/"  # those of one setting each: see the tests of the spaces
+OPTIONS = [
+    "=".join(option.rsplit("/", 1))
+    for option in SCHEMA
+    if option.split("/")[0] in GROUPS and option not in TRAINED and not option.startswith(SPACES)
+]
 FOLDERS = {  # of the datasets that lie in files
     "mnist": ["MNIST/raw"],
     "fashion_mnist": ["FashionMNIST/raw"],
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
 }
+SLOW = {"l2_20newsgroups": pytest.mark.slow}  # six seconds to count the words
+FILES = {"newsgroups": "20news-bydate_py3.pkz"}  # and in one file
 ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
 SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"], "task=implicit": [*ROWS]}  # by task
 OWNER = {"task/network": "task=implicit", "task/augment": "task=implicit"}  # of the groups that not every task has
 SMALL_EXPERIMENT = {  # where 300 images are too many
     "deq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=8", "task.network.inner=8"],
     "mdeq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=[8,8]"],
+}
+SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
+SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation")}
+SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
+IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
+PERCEPTRON = [*IMAGES, "task.hidden=[20]", "task.batch_size=50", "task.val_batch_size=50", "inner.max_steps=5"]
+SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows here
+    "weight_decay_per_parameter_mnist": PERCEPTRON,
+    "augmentation_mnist": PERCEPTRON,
+    "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
 }
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
@@ -68,12 +86,39 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPERIMENTS])
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}"]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
     if dataset and dataset[1] in FOLDERS:
-        overrides += SMALL_EXPERIMENT.get(name, ["dataset.train=300", "dataset.val=100", "dataset.test=100"])
+        overrides += SMALL_EXPERIMENT.get(name, IMAGES)
         overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]
+    if dataset and dataset[1] in FILES:
+        overrides += [*IMAGES, f"paths.data={real_root(FILES[dataset[1]])}", "dataset.download=false"]
     first, last = two_steps(tmp_path, *overrides)
     assert last["outer/loss"] < 1.5 * first["outer/loss"]
+
+
+BILEVEL = {  # every way through a trained problem, on rows that need no files
+    "inner": ["gradient_descent", "heavy_ball", "torch_optimizer", "lbfgs"],
+    "adjoint": [option.partition("/")[2] for option in SCHEMA if option.startswith("adjoint/") and option != "adjoint/shine"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # five steps of training leave much to every solver
+@pytest.mark.parametrize("option", [f"{group}={name}" for group, names in BILEVEL.items() for name in names])
+def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
+    base = ["experiment=l2_logistic", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=20"]
+    trained = [] if option.startswith("inner") else ["inner=gradient_descent"]
+    first, last = two_steps(tmp_path, *base, *trained, option)
+    assert last["outer/loss"] < 1.5 * first["outer/loss"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(("l2_", "bias")) or name in FEW])
+def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
+        for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
+            validate(compose("train", overrides=[f"experiment={name}", option]))

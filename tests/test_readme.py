@@ -18,10 +18,11 @@ from hyperopt.schema import register
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BILEVEL = (ROOT / "experiments" / "bilevel" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```$", f"{README}\n{BILEVEL}", re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:

@@ -94,6 +94,61 @@ class DigitsSettings(DatasetSettings):
 
 
 @dataclass(frozen=True)
+class DiabetesSettings(DatasetSettings):
+    """scikit-learn's bundled diabetes study: 442 patients, 10 features, a number to predict; needs no files.
+
+    ``normalize=unit`` leaves scikit-learn's scaling (columns of length 1); the numbers to predict have mean 0 and deviation 1
+    over the training rows, always.
+    """
+
+    train: int = 200
+    val: int = 121
+    test: int | None = None
+    normalize: str = "standard"
+
+    train_images: ClassVar[int] = 442
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """Rows drawn from a linear model, ``y = x w + noise e`` with standard normal ``x``, ``e`` and ``w - shift``.
+
+    Attributes:
+        train: training rows.
+        val: validation rows, as many as one likes.
+        test: test rows.
+        features: entries of ``x``.
+        targets: ``classes``: whether ``y`` is above 0; ``numbers``: ``y`` itself.
+        noise: factor of ``e``.
+        shift: mean of ``w``.
+        seed: seed of all draws, 0 to 2**32 - 1.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    train: int = 500
+    val: int = 500
+    test: int = 1000
+    features: int = 20
+    targets: str = "classes"
+    noise: float = 0.1
+    shift: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("train", "val", "test", "features"):
+            _check_whole(name, getattr(self, name), 0 if name == "val" else 1, 10**6, "")
+        _check_choice("targets", self.targets, ("classes", "numbers"))
+        _check_whole("seed", self.seed, 0, 2**32 - 1, "")
+        for name in ("noise", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"dataset.{name}={value!r} must be a finite number; change dataset.{name}")
+
+
+@dataclass(frozen=True)
 class FilesSettings(DatasetSettings):
     """A dataset that lies in files or is fetched.
 
@@ -128,6 +183,25 @@ class MNISTSettings(FilesSettings):
 @dataclass(frozen=True)
 class FashionMNISTSettings(MNISTSettings):
     """Fashion-MNIST: same sizes and shapes as MNIST, 10 kinds of clothing."""
+
+
+@dataclass(frozen=True)
+class NewsgroupsSettings(FilesSettings):
+    """20 newsgroups, by date: 11,314 training and 7,532 test posts, 20 classes; word counts, sparse.
+
+    ``normalize=unit`` scales the counts of a post to length 1; ``standard`` would not stay sparse and is refused.
+    """
+
+    train: int = 5657
+    val: int = 5657
+
+    train_images: ClassVar[int] = 11_314
+    test_images: ClassVar[int | None] = 7532
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        _check_choice("normalize", self.normalize, ("unit",))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ class Rows:
     """Examples of one split.
 
     Attributes:
-        x: features, flattened. shape: (n, features), floating.
-        y: class labels. shape: (n,), int64.
+        x: features, flattened, dense or sparse (compressed rows). shape: (n, features), floating.
+        y: class labels, int64, or numbers to predict, floating. shape: (n,).
         index: each row's number in its source. For a dataset with test rows of its own, the numbers of the training and
             validation rows count the training images and those of the test rows count the test images. shape: (n,), int64.
     """
@@ -43,7 +43,7 @@ class Splits:
         train: the training rows.
         val: the validation rows; never one of ``train``; there may be none.
         test: the test rows; never one of ``train`` or ``val``.
-        num_classes: labels are ``0 .. num_classes - 1``.
+        num_classes: labels are ``0 .. num_classes - 1``; 0: the targets are numbers, of a floating dtype.
         shape: one example before flattening, channels first, as ``(1, 28, 28)``.
         name: the dataset's name in the configs, as ``mnist``.
         checksums: md5 of the unpacked bytes of each file behind the rows.

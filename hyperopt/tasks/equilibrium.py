@@ -59,6 +59,8 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
             ValueError: a nonzero ``l2`` of a group that the model does not have, no rows to fit, or fewer than ``batch_size``.
         """
         self.load(env)
+        if not self.splits.num_classes:
+            raise ValueError(f"task.dataset={self.splits.name} has numbers to predict, and this model classifies; change dataset")
         fitted = self.rows["outer"]
         cell = (self.cell or ProjectedCell()).build(fitted.x.shape[1], self.state_size, env.generator)
         classifier = linear_classifier(self.state_size, self.splits.num_classes, self.classifier_scale, env.generator)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number, check_open_unit
 
 SPLITS = ("train", "val")
@@ -115,6 +116,167 @@ class ImplicitTaskSettings(SupervisedSettings):
         super().__post_init__()
         check_count(self, "eval_batch_size")
         check_count(self, "workers", 0)
+
+
+@dataclass(frozen=True)
+class BilevelTaskSettings:
+    """What every trained problem has.
+
+    Attributes:
+        inner: how the model is trained (None: gradient descent).
+        adjoint: how the hypergradient is found (None: implicit, by conjugate gradients).
+        products: how an implicit adjoint takes its products.
+        warm_start: train from where the last outer step ended; else from the first weights, every time.
+        dataset: the rows (None: digits).
+    """
+
+    inner: Any = None
+    adjoint: Any = None
+    products: ProductSettings = field(default_factory=ProductSettings)
+    warm_start: bool = True
+    dataset: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the flag."""
+        check_flag(self, "warm_start")
+
+
+@dataclass(frozen=True)
+class LinearSettings(BilevelTaskSettings):
+    """A linear model.
+
+    Attributes:
+        retrain: evaluations also train on the training and validation rows together, and test that: ``retrained/*``.
+    """
+
+    retrain: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the flag."""
+        super().__post_init__()
+        check_flag(self, "retrain")
+
+
+@dataclass(frozen=True)
+class L2Settings(LinearSettings):
+    """A linear model with L2 strengths.
+
+    Attributes:
+        l2: space of the strengths.
+    """
+
+    l2: Any = None
+
+
+@dataclass(frozen=True)
+class BiasRegularizationSettings(LinearSettings):
+    """A linear model held near a learned centre.
+
+    Attributes:
+        centre: space of the centre.
+        beta: strength of the penalty.
+    """
+
+    centre: Any = None
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_number(self, "beta", 0.0, open_low=True)
+
+
+def check_layers(owner: Any) -> None:
+    """Refuse hidden layers that are not whole numbers; a list (a composed config) becomes a tuple."""
+    given = owner.hidden
+    if isinstance(given, str) or not isinstance(given, Sequence) or any(type(n) is not int or n < 1 for n in given):
+        raise ValueError(f"{type(owner).__name__}: hidden={given!r} must list whole numbers >= 1, as [500, 500]; change hidden")
+    object.__setattr__(owner, "hidden", tuple(given))
+
+
+def check_batch_sizes(owner: Any, *names: str) -> None:
+    """Refuse batch sizes that are neither None nor whole numbers."""
+    for name in names:
+        if getattr(owner, name) is not None:
+            check_count(owner, name)
+
+
+@dataclass(frozen=True)
+class DataDistillationSettings(BilevelTaskSettings):
+    """Learned training images.
+
+    Attributes:
+        images: space of the images.
+        images_per_class: how many of each class.
+        decay: strength of the L2 of the model that is trained on them.
+        hidden: sizes of its hidden layers (none: a linear model).
+        batch_size: real rows of one outer step (None: all).
+    """
+
+    images: Any = None
+    images_per_class: int = 1
+    decay: float = 1e-3
+    hidden: tuple[int, ...] = ()
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "images_per_class")
+        check_number(self, "decay", 0.0)
+        check_layers(self)
+        check_batch_sizes(self, "batch_size")
+
+
+@dataclass(frozen=True)
+class NetworkSettings(BilevelTaskSettings):
+    """A perceptron and its batches.
+
+    Attributes:
+        hidden: sizes of the hidden layers.
+        batch_size: training rows of one inner gradient (None: all).
+        val_batch_size: validation rows of one outer step (None: all).
+    """
+
+    hidden: tuple[int, ...] = (100,)
+    batch_size: int | None = None
+    val_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_layers(self)
+        check_batch_sizes(self, "batch_size", "val_batch_size")
+
+
+@dataclass(frozen=True)
+class WeightDecaySettings(NetworkSettings):
+    """A network with a weight decay for each weight.
+
+    Attributes:
+        decay: space of the decays.
+    """
+
+    decay: Any = None
+
+
+@dataclass(frozen=True)
+class AugmentationSettings(NetworkSettings):
+    """A network trained on images that another one has changed.
+
+    Attributes:
+        width: channels between the two convolutions of the augmentation network.
+        scale: factor of what it adds to an image.
+    """
+
+    width: int = 8
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "width")
+        check_number(self, "scale", 0.0, open_low=True)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hyperopt.bilevel.settings import LBFGSSettings
 from hyperopt.policy import SolveError
 from hyperopt.status import SolveStats, Status
 
-SCALE = 1e12  # of the first gradient as the optimizer sees it
+SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         for k in range(self.max_steps):
             watch.wants(k)
             watch.see(k, run.gradient())
-            if watch.lost:
-                raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
-            if watch.met:
-                break
-            if run.searched_out and watch.norm >= best:
+            if run.searched_out and not watch.norm < best:
                 ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
                 run.restore()
                 watch.see(k, run.gradient())
+                break
+            if watch.lost:
+                raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
+            if watch.met:
                 break
             best = watch.norm
             run.step()
@@ -87,7 +87,9 @@ class _Run:
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
         size = float(nn.utils.get_total_norm(self.gradient()))
-        self._scale = 2.0 ** round(math.log2(SCALE / size)) if 0 < size < math.inf else 1.0  # a power of two: no rounding
+        # A power of two: no rounding. The line search squares products of two gradients: the fourth power must not overflow.
+        scale = min(SCALE, torch.finfo(w.flat[0].dtype).max ** 0.2)
+        self._scale = 2.0 ** round(math.log2(scale / size)) if 0 < size < math.inf else 1.0
         self._optimizer = torch.optim.LBFGS(
             w.flat, max_iter=1, max_eval=25, history_size=history, tolerance_grad=0, tolerance_change=0
         )
@@ -113,7 +115,10 @@ class _Run:
         """One step."""
         self._before = self._copy()
         self._optimizer.step(self._closure)
-        if not self.searched_out and same(self.w.flat, self._before):
+        lost = not all(bool(x.isfinite().all()) for x in self.w.flat)  # between two points that rounding makes one
+        if lost:
+            self.restore()
+        if not self.searched_out and (lost or same(self.w.flat, self._before)):
             self.searched_out = True
             self._optimizer.param_groups[0]["line_search_fn"] = None
             self._optimizer.step(self._closure)

@@ -1,0 +1,41 @@
+"""scikit-learn's bundled diabetes study: a number to predict, without files or network.
+
+Reference: B. Efron, T. Hastie, I. Johnstone and R. Tibshirani, Least angle regression, Annals of Statistics 32, 2004.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hyperopt.data.settings import DiabetesSettings
+from hyperopt.data.splits import Rows, Splits, draw_rows
+
+
+class Diabetes(DiabetesSettings):
+    """442 patients: 10 features each, and how far the disease had gone a year later."""
+
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
+        """Return the splits.
+
+        Args:
+            dtype: floating dtype of features and targets.
+            device: where the rows go.
+        """
+        from sklearn.datasets import load_diabetes  # here: a second to import, and only this dataset needs it
+
+        bunch: Any = load_diabetes()
+        rows = draw_rows(self)
+        x, y = np.asarray(bunch["data"], np.float64), np.asarray(bunch["target"], np.float64)
+        y = (y - y[rows["train"]].mean()) / y[rows["train"]].std()
+        if self.normalize == "standard":
+            x = (x - x[rows["train"]].mean(0)) / x[rows["train"]].std(0)
+
+        def split(name: str) -> Rows:
+            at = rows[name]
+            features, targets = (torch.from_numpy(part[at]).to(device, dtype) for part in (x, y))
+            return Rows(features, targets, torch.from_numpy(at.astype(np.int64)).to(device))
+
+        return Splits(split("train"), split("val"), split("test"), 0, (10,), "diabetes", {})

@@ -1,0 +1,279 @@
+"""Trained problems as tasks: a subclass gives two losses and data, the rest is here.
+
+    min over lam   E(w(lam), lam)     outer loss, on the rows that the hyperparameters are fitted to
+    subject to     w(lam) = argmin L(., lam)     inner loss, a training loss
+
+One outer step trains ``w`` from where it is, takes one hypergradient there and updates the hyperparameters. An evaluation trains
+a copy at the hyperparameters as they are then, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hyperopt.adjoints.base import Adjoint
+from hyperopt.bilevel.batches import Minibatches
+from hyperopt.bilevel.gradient_map import GradientMap
+from hyperopt.bilevel.hypergradient import Bilevel
+from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
+from hyperopt.bilevel.inner.gradient_descent import GradientDescent
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.data.digits import Digits
+from hyperopt.data.splits import Rows, Splits
+from hyperopt.primitive import fixed_point
+from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.spaces import Hyperparameters
+from hyperopt.status import Solution, Status
+from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
+from hyperopt.tasks.settings import BilevelTaskSettings
+
+if TYPE_CHECKING:
+    from hyperopt.spaces import Space
+
+EVALUATION_ROWS = 10_000  # at a time: bounds the memory of an evaluation, and changes no number
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a subclass builds.
+
+    Attributes:
+        problem: the two losses and their batches.
+        w: where the inner variables start, a tree.
+        shapes: of each hyperparameter that is no single number, see ``Hyperparameters``.
+        rows: what ``<name>/loss`` and ``<name>/accuracy`` are measured on, by name.
+        module: the model where it has buffers, which are then part of every checkpoint.
+    """
+
+    problem: BilevelProblem
+    w: Any
+    shapes: Mapping[str, Any]
+    rows: Mapping[str, Rows]
+    module: nn.Module | None = None
+
+
+class BilevelTask(BilevelTaskSettings, Task):
+    """A trained problem; settings in ``BilevelTaskSettings``.
+
+    Attributes:
+        spaces: names of the settings that are spaces: the hyperparameters.
+        hyper: the hyperparameters, after ``setup``.
+        bilevel: the problem under way, after ``setup``.
+        parts: what the subclass has built, after ``setup``.
+        splits: the dataset, after ``setup``.
+    """
+
+    spaces: ClassVar[tuple[str, ...]]
+
+    hyper: Hyperparameters
+    bilevel: Bilevel
+    parts: Parts
+    splits: Splits
+
+    @abstractmethod
+    def build(self, env: Environment) -> Parts:
+        """Return the losses, the model and the rows, from ``self.splits``."""
+
+    @abstractmethod
+    def predict(self, w: Any, x: Tensor) -> Tensor:
+        """Return the outputs of the model at ``w``, one row each: logits, or numbers. shape: (n, outputs)."""
+
+    def setup(self, env: Environment) -> None:
+        """Load the rows and build the problem.
+
+        Raises:
+            ValueError: no validation rows, labels that do not fit, or a hyperparameter that starts outside of its space.
+        """
+        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        check_labels(self.splits)
+        self.parts = parts = self.build(env)
+        self.hyper = self.hyperparameters(env)
+        self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
+        self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
+        self._steps = 0  # outer steps done
+
+    def hyperparameters(self, env: Environment) -> Hyperparameters:
+        """Return the hyperparameters at their start; called after ``build``."""
+        spaces = {name: cast("Space", getattr(self, name)) for name in self.spaces}
+        return Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
+
+    @property
+    def _inner(self) -> InnerSolver:
+        return self.inner or GradientDescent()
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Return the raw hyperparameters by name."""
+        return self.hyper.groups()
+
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one outer step; see ``Task.step``."""
+        records: list[StepRecord] = []
+        start = self._state()  # for every call of the closure: a line search must see one function
+
+        def closure() -> float:
+            if records:
+                self._return_to(start)
+            self._cold()
+            optimizer.zero_grad()
+            lam = self.hyper.values()
+            estimate = self.bilevel.step(lam)
+            refuse(self._steps, estimate.statuses(), estimate.note)
+            estimate.backward(lam)
+            guard(self.gradients())
+            records.append(StepRecord(estimate.loss, estimate.metrics(), estimate.statuses()))
+            return estimate.loss
+
+        optimizer.step(closure)
+        self.hyper.project_()
+        first = records[0]
+        for cost in [name for name in first.metrics if name.startswith("cost/")]:
+            first.metrics[cost] = sum(record.metrics[cost] for record in records)
+        first.metrics.update(self.hyper.metrics())
+        self._steps += 1
+        return first
+
+    def evaluate(self) -> dict[str, float]:
+        """Train at the present hyperparameters, measure on all rows, and put everything back."""
+        start = self._state()
+        self._cold()
+        self._inner.solve(self.parts.problem, self.hyper.read(), self.bilevel.state)
+        metrics = self.measure(self.bilevel.w)
+        self._return_to(start)
+        return metrics
+
+    @torch.no_grad()
+    def measure(self, w: Any) -> dict[str, float]:
+        """Return ``<name>/loss``, and ``<name>/accuracy`` where there are classes, of a model on each set of rows."""
+        found: dict[str, float] = {}
+        for name, rows in self.parts.rows.items():
+            parts = rows.x.split(EVALUATION_ROWS) if rows.x.layout == torch.strided else [rows.x]
+            outputs = torch.cat([self.predict(w, x) for x in parts])
+            found[f"{name}/loss"] = loss_of(outputs, rows.y).item()
+            if self.splits.num_classes:
+                found[f"{name}/accuracy"] = (classes(outputs) == rows.y).double().mean().item()
+        return found
+
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Return the outer loss at the fixed point of the gradient step; see ``Task.objective``.
+
+        Raises:
+            NotImplementedError: the inner solver has no step that could be taken as a map, or sees minibatches.
+        """
+        if not isinstance(self._inner, DifferentiableSolver):
+            raise NotImplementedError("mode=check needs a gradient-step map; use inner=gradient_descent or inner=heavy_ball")
+        start, problem, lam = self._state(), self.parts.problem, self.hyper.values()
+        if any(isinstance(b, Minibatches) and b.order.size for b in (problem.inner_batches, problem.outer_batches)):
+            raise NotImplementedError("mode=check needs losses on all their rows; set task.batch_size=null")
+        phi = GradientMap(problem, self._inner)
+        w = optree.tree_map(torch.clone, self.bilevel.w)
+        found = fixed_point(phi, phi.start(w), (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
+        loss = problem.outer(phi.weights(found.value), lam, problem.outer_batches.draw())
+        self._return_to(start)
+        return loss, found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hyperparameters, the weights, and what every method remembers."""
+        return {"hyper": self.hyper.state_dict(), "steps": self._steps, **self._live()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        self.hyper.load_state_dict(state["hyper"])
+        self._steps = state["steps"]
+        self._return_to(state)
+
+    def describe(self) -> dict[str, Any]:
+        """Return sizes, the dataset with its checksums, and the rows behind each metric."""
+        return {
+            "name": self.name,
+            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "weights": sum(leaf.numel() for leaf in optree.tree_leaves(self.bilevel.w)),
+            "dataset": self.splits.name,
+            "checksums": self.splits.checksums,
+            "classes": self.splits.num_classes,
+            "rows": {name: len(rows) for name, rows in self.parts.rows.items()},
+        }
+
+    def _live(self) -> dict[str, Any]:
+        """All that training and hypergradients change, as it is: not a copy."""
+        module = self.parts.module
+        return {"bilevel": self.bilevel.state_dict(), "buffers": {} if module is None else dict(module.named_buffers())}
+
+    def _state(self) -> dict[str, Any]:
+        return copy.deepcopy(self._live())
+
+    @torch.no_grad()
+    def _return_to(self, state: Mapping[str, Any]) -> None:
+        self.bilevel.load_state_dict(state["bilevel"])
+        if self.parts.module is not None:
+            for name, buffer in self.parts.module.named_buffers():
+                buffer.copy_(state["buffers"][name])
+
+    @torch.no_grad()
+    def _cold(self) -> None:
+        """Without warm starts, put the weights back to where they were at first."""
+        if self._w0 is not None:
+            for leaf, first in zip(optree.tree_leaves(self.bilevel.w), optree.tree_leaves(self._w0), strict=True):
+                leaf.copy_(first)
+
+
+def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:
+    """Refuse a hypergradient behind which a solve broke down, before the guard says only that it is not finite.
+
+    Raises:
+        HypergradientError: names the step, the solve, and what to change.
+    """
+    for name, status in statuses.items():
+        if status >= Status.breakdown:
+            raise HypergradientError(f"step {step}: the {name} solve ended as {status.name}: {note or status.message}")
+
+
+def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """The mean loss that the targets ask for.
+
+    Numbers: half the squared error; two classes with one output: logistic; else cross-entropy of the logits.
+
+    Args:
+        outputs: shape: (n, outputs).
+        y: numbers or class labels. shape: (n,).
+    """
+    if y.is_floating_point():
+        return (outputs[:, 0] - y).square().mean() / 2
+    if outputs.shape[1] == 1:
+        return functional.binary_cross_entropy_with_logits(outputs[:, 0], y.to(outputs.dtype))
+    return functional.cross_entropy(outputs, y)
+
+
+def classes(outputs: Tensor) -> Tensor:
+    """The class of each row. shape: (n,)."""
+    return (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+
+
+def check_labels(splits: Splits) -> None:
+    """Refuse a dataset without validation rows, and labels outside of its classes.
+
+    Raises:
+        ValueError: names the split and the label.
+    """
+    if not len(splits.val):
+        raise ValueError(
+            f"dataset={splits.name} has no validation rows (dataset.val=0): the hyperparameters of a trained model are fitted to "
+            "them; raise dataset.val"
+        )
+    for name in ("train", "val", "test"):
+        y = getattr(splits, name).y
+        if y.is_floating_point() != (splits.num_classes == 0):
+            raise ValueError(f"dataset={splits.name}: {splits.num_classes} classes, but targets of {y.dtype}; change dataset")
+        if splits.num_classes and len(y) and not 0 <= int(y.min()) <= int(y.max()) < splits.num_classes:
+            raise ValueError(
+                f"dataset={splits.name}: the {name} rows have labels from {int(y.min())} to {int(y.max())}, but there are "
+                f"{splits.num_classes} classes, 0 to {splits.num_classes - 1}; change the labels or num_classes"
+            )

@@ -1,0 +1,87 @@
+"""Distillation: a training set of a few learned images, on which a model is trained that does well on real ones.
+
+    L = cross_entropy(f(w, images), 0 .. classes - 1) + decay / 2 |w|^2            the images are the hyperparameters
+    E = cross_entropy(f(w, x), y)                                                  on the real training rows
+
+References: D. Maclaurin, D. Duvenaud and R. P. Adams, ICML 2015, arXiv 1502.03492, section 3.3; T. Wang et al., Dataset
+distillation, arXiv 1811.10959; J. Lorraine et al., AISTATS 2020, arXiv 1911.02590, section 5.3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.batches import Minibatches
+from hyperopt.bilevel.functional import Functional
+from hyperopt.bilevel.gauss_newton import Composite
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.network import perceptron
+from hyperopt.tasks.settings import DataDistillationSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class DataDistillationTask(DataDistillationSettings, BilevelTask):
+    """Learned images, ``images_per_class`` of each class; settings in ``DataDistillationSettings``.
+
+    Attributes:
+        model: the model that is trained on them, after ``setup``.
+    """
+
+    name = "data_distillation"
+    spaces = ("images",)
+
+    model: Functional
+
+    def build(self, env: Environment) -> Parts:
+        """Build the model.
+
+        Raises:
+            ValueError: the dataset has no classes.
+        """
+        splits = self.splits
+        if not splits.num_classes:
+            raise ValueError(f"dataset={splits.name} has no classes to learn an image of; change dataset")
+        features = splits.train.x.shape[1]
+        self.model = Functional(perceptron((features, *self.hidden, splits.num_classes), env.generator).to(env.device, env.dtype))
+        labels = torch.arange(splits.num_classes, device=env.device).repeat(self.images_per_class)
+
+        def criterion(z: Tensor, w: Any, lam: dict[str, Tensor], batch: None) -> Tensor:
+            squares = torch.stack([leaf.square().sum() for leaf in optree.tree_leaves(w)])
+            return loss_of(z, labels) + self.decay / 2 * squares.sum()
+
+        problem = BilevelProblem(
+            Composite(lambda w, lam, batch: self.model(w, lam["images"]), criterion),
+            lambda w, lam, batch: loss_of(self.model(w, batch[0]), batch[1]),
+            outer_batches=Minibatches((splits.train.x, splits.train.y), self.batch_size, env.seed),
+        )
+        rows = {"outer": splits.train, "val": splits.val, "test": splits.test}
+        return Parts(problem, self.model.w, {"images": (len(labels), features)}, rows)
+
+    def predict(self, w: Any, x: Tensor) -> Tensor:
+        """The model's logits."""
+        return self.model(w, x)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``images``: the learned ones, one row each of ``images_per_class``; none where the rows are no images."""
+        from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+
+        shape = self.splits.shape
+        if len(shape) != 3:
+            return {}
+        images = self.hyper.read()["images"].unflatten(1, shape).mean(1).double().cpu()
+        classes = self.splits.num_classes
+        figure = Figure(figsize=(1.1 * classes, 1.3 * self.images_per_class), layout="constrained")
+        for i, (axes, image) in enumerate(zip(figure.subplots(self.images_per_class, classes).flat, images, strict=True)):
+            limit = float(image.abs().max()) or 1.0
+            axes.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axes.set_axis_off()
+            axes.set_title(str(i % classes), fontsize=8)
+        return {"images": figure}

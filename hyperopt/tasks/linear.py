@@ -1,0 +1,159 @@
+"""Linear models: one L2 strength for each feature, and L2 around a learned centre.
+
+    l2                    L = loss(X w, y) + sum_j lam_j |w_j|^2 / 2            E = loss(X' w, y')
+    bias_regularization   L = loss(X w, y) + beta / 2 |w - lam|^2               E = loss(X' w, y')
+
+with one output for numbers (half the squared error) and for two classes (logistic), else one for each class (cross-entropy). The
+rows of a dataset may be sparse, and stay so.
+
+References: C. B. Do, C.-S. Foo and A. Y. Ng, Efficient multiple hyperparameter learning for log-linear models, NIPS 2007;
+G. Denevi et al., Learning-to-learn stochastic gradient descent with biased regularization, ICML 2019, arXiv 1903.10399.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.gauss_newton import Composite
+from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
+from hyperopt.data.splits import Rows
+from hyperopt.nn.sparse import SparseRows
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
+
+DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
+
+
+class LinearTask(BilevelTask):
+    """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows."""
+
+    retrain: bool
+
+    @abstractmethod
+    def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
+        """The penalty of weights of shape (features, outputs)."""
+
+    @abstractmethod
+    def shape(self, features: int, outputs: int) -> tuple[int, ...]:
+        """Shape of the hyperparameter."""
+
+    @abstractmethod
+    def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
+        """Those of a quadratic inner problem, in closed form, from what ``_spectra`` returns."""
+
+    def build(self, env: Environment) -> Parts:
+        """Start at zero weights."""
+        splits = self.splits
+        train, val = (product_of(rows.x) for rows in (splits.train, splits.val))
+        outputs = splits.num_classes if splits.num_classes > 2 else 1
+        features = splits.train.x.shape[1]
+        w = torch.zeros(features, outputs, dtype=env.dtype, device=env.device)
+
+        def criterion(z: Tensor, w: Tensor, lam: dict[str, Tensor], batch: None) -> Tensor:
+            return loss_of(z, splits.train.y) + self.penalty(w, lam)
+
+        quadratic = not splits.num_classes and features <= DENSE_FEATURES and splits.train.x.layout == torch.strided
+        constants = functools.partial(self._constants, *self._spectra()) if quadratic else None
+        # What a hyperparameter is fitted to is also what it is selected on: outer/* and val/* are one.
+        rows = {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
+        shapes = {self.spaces[0]: self.shape(features, outputs)}
+        problem = BilevelProblem(
+            Composite(lambda w, lam, batch: train(w), criterion),
+            lambda w, lam, batch: loss_of(val(w), splits.val.y),
+            constants=constants,
+        )
+        return Parts(problem, w, shapes, rows)
+
+    def predict(self, w: Tensor, x: Tensor) -> Tensor:
+        """``x w``."""
+        return x @ w
+
+    def _spectra(self) -> tuple[Tensor, float]:
+        """``X^T X / n`` of the training rows, and the largest eigenvalue of that of the validation rows."""
+        gram = [rows.x.T @ rows.x / len(rows) for rows in (self.splits.train, self.splits.val)]
+        return gram[0], float(torch.linalg.eigvalsh(gram[1])[-1])
+
+    def evaluate(self) -> dict[str, float]:
+        """As every trained problem, and with ``retrain`` also ``retrained/*``."""
+        return {**super().evaluate(), **(self.retrained() if self.retrain else {})}
+
+    def retrained(self) -> dict[str, float]:
+        """``retrained/*`` on the test rows, of the model trained on training and validation rows at the present hyperparameters.
+
+        The mean loss over more rows weighs as much as that over fewer, so the strengths mean the same.
+        """
+        whole = joined(self.splits.train, self.splits.val)
+        start, problem, product = self._state(), self.parts.problem, product_of(whole.x)
+        both = BilevelProblem(lambda w, lam, batch: loss_of(product(w), whole.y) + self.penalty(w, lam), problem.outer_loss)
+        self._inner.solve(both, self.hyper.read(), self.bilevel.state)
+        found = self.measure(self.bilevel.w)
+        self._return_to(start)
+        return {f"retrained/{name[5:]}": value for name, value in found.items() if name.startswith("test/")}
+
+
+class L2Task(L2Settings, LinearTask):
+    """One L2 strength for each feature, or one for all (``per: tensor``)."""
+
+    name = "l2"
+    spaces = ("l2",)
+
+    def shape(self, features: int, outputs: int) -> tuple[int, ...]:
+        """A strength is shared by the outputs of a feature."""
+        return (features, 1)
+
+    def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
+        """``sum_j lam_j |w_j|^2 / 2``."""
+        return (lam["l2"] * w.square()).sum() / 2
+
+    def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
+        """``d_lam grad_w L = diag(w)``, in a ball around ``w`` that holds the minimum."""
+        hessian = gram + torch.diag(lam["l2"].expand(w.shape).reshape(-1))
+        values = torch.linalg.eigvalsh(hessian)
+        least, largest = float(values[0]), float(values[-1])
+        slope = hessian @ w - self._cross
+        radius = float(torch.linalg.vector_norm(slope)) / least
+        single = lam["l2"].dim() == 0
+        size = float(torch.linalg.vector_norm(w)) if single else float(w.abs().max())
+        return InnerConstants(least, largest, size + radius, mixed_lipschitz=1.0, outer_lipschitz=outer)
+
+    @functools.cached_property
+    def _cross(self) -> Tensor:
+        rows = self.splits.train
+        return (rows.x.T @ rows.y / len(rows))[:, None]
+
+
+class BiasRegularizationTask(BiasRegularizationSettings, LinearTask):
+    """L2 of a fixed strength around a learned centre."""
+
+    name = "bias_regularization"
+    spaces = ("centre",)
+
+    def shape(self, features: int, outputs: int) -> tuple[int, ...]:
+        """That of the weights."""
+        return (features, outputs)
+
+    def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
+        """``beta / 2 |w - lam|^2``."""
+        return self.beta / 2 * (w - lam["centre"]).square().sum()
+
+    def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
+        """``d_lam grad_w L = - beta I``."""
+        values = torch.linalg.eigvalsh(gram) + self.beta
+        return InnerConstants(float(values[0]), float(values[-1]), self.beta, outer_lipschitz=outer)
+
+
+def product_of(x: Tensor) -> Any:
+    """``w -> x w``, for dense rows and for sparse ones."""
+    return x.matmul if x.layout == torch.strided else SparseRows(x)
+
+
+def joined(one: Rows, two: Rows) -> Rows:
+    """The rows of both."""
+    x = torch.cat([one.x, two.x]) if one.x.layout == torch.strided else torch.cat([r.x.to_sparse_coo() for r in (one, two)])
+    return Rows(x, torch.cat([one.y, two.y]), torch.cat([one.index, two.index]))

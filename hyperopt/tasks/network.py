@@ -1,0 +1,203 @@
+"""Networks: a weight decay for each weight, and a learned augmentation of the training images.
+
+    weight_decay    L = cross_entropy(f(w, x), y) + sum_j lam_j w_j^2 / 2        E = cross_entropy(f(w, x'), y')
+    augmentation    L = cross_entropy(f(w, a(lam, x, noise)), y)                 E = cross_entropy(f(w, x'), y')
+
+``f`` is a multilayer perceptron; ``a`` adds to an image what a small convolutional network makes of it and of noise. The batches
+of both losses are drawn by the seed alone.
+
+Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperparameters by implicit differentiation, AISTATS
+2020, arXiv 1911.02590, sections 5.2 and 5.4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hyperopt.bilevel.batches import Minibatches
+from hyperopt.bilevel.functional import Functional
+from hyperopt.bilevel.gauss_newton import Composite
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.data.splits import Rows
+from hyperopt.spaces import Hyperparameters, Real
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.settings import AugmentationSettings, WeightDecaySettings
+
+
+def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Linear layers with ReLU between them, initialised as ``torch.nn.Linear`` does, from ``generator`` alone.
+
+    Args:
+        sizes: of the input, the hidden layers and the output.
+        generator: a CPU generator.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    initialise(model, generator)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
+    """Uniform in ``+- 1 / sqrt(fan in)``, weights and biases alike."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            for tensor in module.parameters(recurse=False):
+                drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.copy_((2 * drawn - 1) * bound)
+
+
+class NetworkTask(BilevelTask):
+    """A perceptron, trained on batches of the training rows, tuned on batches of the validation rows.
+
+    Attributes:
+        model: the perceptron, after ``setup``.
+    """
+
+    hidden: tuple[int, ...]
+    batch_size: int | None
+    val_batch_size: int | None
+
+    model: Functional
+
+    def network(self, env: Environment) -> None:
+        """Build the perceptron."""
+        splits = self.splits
+        sizes = (splits.train.x.shape[1], *self.hidden, max(splits.num_classes, 1))
+        self.model = Functional(perceptron(sizes, env.generator).to(env.device, env.dtype))
+
+    def outer(self, w: Any, lam: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean loss on a batch."""
+        return loss_of(self.model(w, batch[0]), batch[1])
+
+    def batches(self, rows: Rows, size: int | None, seed: int) -> Minibatches:
+        """Batches of ``(x, y)``."""
+        return Minibatches((rows.x, rows.y), size, seed)
+
+    def measured(self) -> dict[str, Rows]:
+        """The rows behind the metrics."""
+        splits = self.splits
+        return {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
+
+    def predict(self, w: Any, x: Tensor) -> Tensor:
+        """The network's outputs."""
+        return self.model(w, x)
+
+
+class WeightDecayTask(WeightDecaySettings, NetworkTask):
+    """A weight decay for each weight of a network, or (``per: tensor``) for each of its tensors."""
+
+    name = "weight_decay"
+    spaces = ("decay",)
+
+    def build(self, env: Environment) -> Parts:
+        """Build the network."""
+        self.network(env)
+        problem = BilevelProblem(
+            Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
+            self.outer,
+            inner_batches=self.batches(self.splits.train, self.batch_size, env.seed),
+            outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
+        )
+        return Parts(problem, self.model.w, {"decay": self.model.w}, self.measured())
+
+    def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean loss and the decay."""
+        terms = [(lam["decay"][name] * w[name].square()).sum() for name in w]
+        return loss_of(z, batch[1]) + torch.stack(terms).sum() / 2
+
+
+class Augmenter(nn.Module):
+    """Adds to an image what two convolutions make of it and of noise: ``x + scale * conv(relu(conv(x, noise)))``."""
+
+    def __init__(self, channels: int, width: int, scale: float) -> None:
+        """Draw nothing yet: see ``initialise``."""
+        super().__init__()
+        self.first = nn.Conv2d(2 * channels, width, 5, padding=2)
+        self.second = nn.Conv2d(width, channels, 5, padding=2)
+        self.scale = scale
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Images and noise of the same shape, (n, channels, height, width)."""
+        return x + self.scale * self.second(functional.relu(self.first(torch.cat([x, noise], 1))))
+
+
+class Noisy:
+    """Batches of ``(x, y, noise)``: standard normal noise of the shape of ``x``, from a generator of its own."""
+
+    def __init__(self, batches: Minibatches, seed: int) -> None:
+        """Stand before the first batch."""
+        self.batches, self.generator = batches, torch.Generator().manual_seed(seed)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The next batch."""
+        x, y = self.batches.draw()
+        return x, y, torch.randn(x.shape, generator=self.generator, dtype=torch.float64).to(x)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands."""
+        return {"batches": self.batches.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self.batches.load_state_dict(state["batches"])
+        self.generator.set_state(state["generator"])
+
+
+class AugmentationTask(AugmentationSettings, NetworkTask):
+    """The weights of an augmentation network are the hyperparameters of a classifier trained on what it makes of the images.
+
+    Attributes:
+        augmenter: the augmentation network, after ``setup``.
+    """
+
+    name = "augmentation"
+    spaces = ()
+
+    augmenter: Functional
+
+    def build(self, env: Environment) -> Parts:
+        """Build both networks.
+
+        Raises:
+            ValueError: the rows of the dataset are no images.
+        """
+        if len(self.splits.shape) != 3:
+            raise ValueError(f"dataset={self.splits.name} has rows of shape {self.splits.shape}, not images; change dataset")
+        self.network(env)
+        augmenter = Augmenter(self.splits.shape[0], self.width, self.scale)
+        initialise(augmenter, env.generator)
+        self.augmenter = Functional(augmenter.to(env.device, env.dtype))
+        problem = BilevelProblem(
+            Composite(
+                lambda w, lam, batch: self.model(w, self.augmented(lam, batch)), lambda z, w, lam, batch: loss_of(z, batch[1])
+            ),
+            self.outer,
+            inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed), env.seed + 2),
+            outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
+        )
+        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.measured())
+
+    def hyperparameters(self, env: Environment) -> Hyperparameters:
+        """The weights of the augmentation network, where its initialisation has put them."""
+        made = Hyperparameters({"augmenter": Real(per="element")}, self.parts.shapes, dtype=env.dtype, device=env.device)
+        with torch.no_grad():
+            for name, start in self.augmenter.w.items():
+                made.raw["augmenter"][name].copy_(start)
+        return made
+
+    def augmented(self, lam: dict[str, Any], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The images of a batch, changed; flat. shape: (n, features)."""
+        x, _, noise = (part.unflatten(1, self.splits.shape) if part.dim() == 2 else part for part in batch)
+        return self.augmenter(lam["augmenter"], x, noise).flatten(1)
