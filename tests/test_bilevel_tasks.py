@@ -7,14 +7,18 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
+from hyperopt.bilevel.t1t2 import T1T2
 from hyperopt.config import build
+from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
 from hyperopt.data.synthetic import Synthetic
 from hyperopt.nn.sparse import SparseRows
@@ -22,8 +26,9 @@ from hyperopt.run import run
 from hyperopt.schema import register
 from hyperopt.spaces import Positive
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, loss_of
+from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
 from hyperopt.tasks.linear import L2Task
+from hyperopt.tasks.network import WeightDecayTask
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 L2 = ("experiment=l2_logistic", "dataset.train=60", "dataset.val=60", "dataset.test=60")
@@ -187,6 +192,45 @@ def test_every_digit_has_its_learned_image_in_the_figure() -> None:
     task = made(*SMALL["data_distillation"])
     figure = task.figures()["images"]
     assert len(figure.axes) == 10
+
+
+class Normalised(WeightDecayTask):
+    """A network with batch normalisation."""
+
+    def build(self, env: Environment) -> Parts:
+        parts = super().build(env)
+        self.norm = torch.nn.BatchNorm1d(6)
+        module = torch.nn.Sequential(torch.nn.Linear(64, 6), self.norm, torch.nn.Linear(6, 10)).to(env.dtype)
+        self.model = Functional(module)
+        problem = dataclasses.replace(parts.problem, refresh=lambda w, lam, batch: self.model.refresh(w, batch[0]))
+        return dataclasses.replace(parts, problem=problem, w=self.model.w, shapes={"decay": self.model.w}, module=module)
+
+
+def test_running_statistics_are_part_of_the_state() -> None:
+    settings: dict[str, Any] = {"inner": GradientDescent(max_steps=2), "adjoint": T1T2(), "decay": Positive(1e-3)}
+    settings["dataset"] = Digits(train=60, val=60, test=60)
+    task, again = Normalised(**settings), Normalised(**settings)
+    task.setup(environment())
+    optimizer = torch.optim.Adam([tensor for group in task.groups().values() for tensor in group])
+    task.step(optimizer, lambda gradients: None)
+    assert task.norm.running_mean is not None
+    moved, state = task.norm.running_mean.clone(), copy.deepcopy(task.state_dict())
+    assert float(moved.abs().max()) > 0
+    task.evaluate()
+    assert torch.equal(task.norm.running_mean, moved)
+    again.setup(environment())
+    again.load_state_dict(state)
+    assert again.norm.running_mean is not None and torch.equal(again.norm.running_mean, moved)
+
+
+def test_retrained_on_all_rows_it_is_tested_as_the_model_of_all_rows() -> None:
+    task = made("experiment=l2_ridge", "task.retrain=true", "inner.rtol=1e-12")
+    x, y = (torch.cat([getattr(rows, name) for rows in (task.splits.train, task.splits.val)]) for name in "xy")
+    strengths = task.hyper.read()["l2"][:, 0]
+    w = torch.linalg.solve(x.T @ x / len(y) + torch.diag(strengths), x.T @ y / len(y))
+    test = task.splits.test
+    expected = float((test.x @ w - test.y).square().mean() / 2)
+    assert task.evaluate()["retrained/loss"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_words_of_a_user_who_starts_outside_of_a_space() -> None:
