@@ -71,7 +71,7 @@ SPACES = {
     "simplex": _targeted(spaces.SimplexSettings, "hyperopt.spaces.Simplex"),
     "spectral_ball": _targeted(spaces.SpectralBallSettings, "hyperopt.spaces.SpectralBall"),
 }
-"""The spaces of hyperparameters; each makes an option of ``task/space``, for the settings of a task that are spaces."""
+"""The spaces of hyperparameters; those of numbers are options of ``task/space``, for the settings of a task that are spaces."""
 
 PRODUCTS = _targeted(
     bilevel.ProductSettings,
@@ -91,7 +91,7 @@ SCHEMA: dict[str, type] = {
     ),
     "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
     "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
-    **{f"task/space/{name}": node for name, node in SPACES.items()},
+    **{f"task/space/{name}": SPACES[name] for name in ("real", "positive", "bounded")},
     "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
@@ -141,7 +141,7 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), PRODUCTS)}
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), *SPACES.values(), PRODUCTS)}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
 
 

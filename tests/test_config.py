@@ -18,7 +18,9 @@ from hyperopt.schema import SCHEMA, SETTINGS, config_path, register
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
+PLACES = {"task/space": "task.l2"}  # of a group whose place is the task's own name for it
 OWNER = {
+    "task/space": ["task=l2"],
     "task/network": ["task=implicit"],
     "task/augment": ["task=implicit"],
 }  # where an option is of another than the default task
@@ -38,11 +40,12 @@ def test_a_checkout_reads_its_own_configs() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
-    cfg = compose("train", [*OWNER.get(option.partition("=")[0], []), option])
-    validate(cfg)
     group, _, name = option.partition("=")
+    place = PLACES.get(group, group.replace("/", "."))
+    cfg = compose("train", [*OWNER.get(group, []), f"{group}@{place}={name}" if group in PLACES else option])
+    validate(cfg)
     if f"{group}/{name}" in SCHEMA:
-        assert OmegaConf.get_type(OmegaConf.select(cfg, group.replace("/", "."))) is SCHEMA[f"{group}/{name}"]
+        assert OmegaConf.get_type(OmegaConf.select(cfg, place)) is SCHEMA[f"{group}/{name}"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
