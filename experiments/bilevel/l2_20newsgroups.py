@@ -19,7 +19,7 @@ from common import Row, built, save, spread, write_table
 from hyperopt.data.splits import Rows
 from hyperopt.tasks.linear import L2Task, joined
 
-STRENGTHS = (3.0, 10.0, 30.0)  # C
+STRENGTHS = (10.0, 30.0, 100.0, 300.0)  # C
 
 
 def ours(seed: int) -> Row:
