@@ -9,7 +9,7 @@ from hyperopt.settings import IterativeSettings
 from hyperopt.status import SolveStats
 
 log = logging.getLogger("hyperopt")
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, ...]] = set()
 
 
 class SolveError(RuntimeError):
@@ -25,6 +25,13 @@ def reset_warnings() -> None:
     _warned.clear()
 
 
+def first_time(*key: str) -> bool:
+    """Whether this kind of thing, ``key``, is said for the first time in this run; it is from now on."""
+    first = key not in _warned
+    _warned.add(key)
+    return first
+
+
 def report(stats: SolveStats, policy: str, what: str) -> None:
     """Apply ``policy`` to the statistics of the solve named ``what`` (``"inner"`` or ``"adjoint"``)."""
     if policy == "ignore" or not stats.status.failed:
@@ -32,9 +39,7 @@ def report(stats: SolveStats, policy: str, what: str) -> None:
     text = f"{what} solve: {stats.describe()}"
     if policy == "raise":
         raise SolveError(text)
-    key = (what, stats.method, stats.status.name)
-    if key not in _warned:
-        _warned.add(key)
+    if first_time(what, stats.method, stats.status.name):
         warnings.warn(text, SolveWarning, stacklevel=4)
 
 
@@ -46,9 +51,7 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
     if policy == "ignore" or settings.atol or settings.rtol == type(settings).rtol or not 0 < settings.rtol < floor:
         return
     name = type(settings).__name__
-    key = (what, name, f"floor of {dtype}")
-    if key not in _warned:
-        _warned.add(key)
+    if first_time(what, name, f"floor of {dtype}"):
         text = (
             f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}, so {floor:.1e} is used; "
             "raise rtol or use precision=float64"
@@ -58,15 +61,11 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
 
 def note_once(text: str, what: str) -> None:
     """Log ``text``, the first time in a run that something is noted about ``what``."""
-    key = (what, "note", "")
-    if key not in _warned:
-        _warned.add(key)
+    if first_time(what, "note"):
         log.warning(text)
 
 
 def note_fallback(stats: SolveStats, following: str, what: str) -> None:
     """Log the switch to the method named ``following`` after a failed solve: the first of its kind in a run as a warning."""
-    key = (what, stats.method, following)
-    level = logging.DEBUG if key in _warned else logging.WARNING
-    _warned.add(key)
+    level = logging.WARNING if first_time(what, stats.method, following) else logging.DEBUG
     log.log(level, "%s solve: %s; falling back to %s", what, stats.describe(), following)

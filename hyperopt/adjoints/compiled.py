@@ -20,6 +20,7 @@ from torch import Tensor
 from hyperopt.adjoints.base import Adjoint, Problem
 from hyperopt.adjoints.implicit import Implicit
 from hyperopt.linsolve.neumann import Neumann
+from hyperopt.solvers.iterate import relative
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import AdjointBox, Solution, SolveStats, Status
 
@@ -56,7 +57,7 @@ def fixed_trips(adjoint: Adjoint, problem: Problem) -> Solution:
     tensors = [problem.args[i] for i in places]
     value, before = FixedTrips.apply(problem, places, adjoint.linear_solver.max_steps, problem.start, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     difference, size = torch.linalg.vector_norm(value.detach() - before, dim=1), torch.linalg.vector_norm(value.detach(), dim=1)
-    residual = torch.where(difference == 0, torch.zeros_like(difference), difference / size)
+    residual = relative(difference, size)
     status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
     steps = problem.solver.max_steps
     stats = SolveStats(status, torch.full_like(status, steps), residual, size, evaluations=steps, method=problem.solver.name)
@@ -69,14 +70,13 @@ class FixedTrips(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, places: tuple[int, ...], terms: int, start: Tensor, *tensors: Tensor) -> Any:
         """Take T steps."""
-        args = put(problem.args, places, tensors)
+        args, solver = put(problem.args, places, tensors), problem.solver
+        assert isinstance(solver, Picard)
         before = after = start
-        for _ in range(problem.solver.max_steps):
+        for _ in range(solver.max_steps):
             before = after
-            after = problem.call(before.clone(), args)  # a copy, which the compiler drops again: the map may work in place
-            damping = getattr(problem.solver, "damping", 1.0)
-            if damping != 1.0:
-                after = torch.lerp(before, after, damping)
+            # A copy, which the compiler drops again: the map may work in place.
+            after = solver.mix(before, problem.call(before.clone(), args))
         ctx.problem, ctx.places, ctx.terms = problem, places, terms
         ctx.save_for_backward(before, *tensors)
         ctx.mark_non_differentiable(before)

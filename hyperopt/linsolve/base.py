@@ -92,5 +92,10 @@ def solve_by_iteration(
     run.stats.method = name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
-        run.stats.row_status = torch.where(run.stats.residual > 1, int(Status.diverged), run.stats.row_status)
+        worse_than_none(run.stats)
     return LinearSolution(run.value, run.stats)
+
+
+def worse_than_none(stats: SolveStats) -> None:
+    """Let rows that end with more residual than ``v = 0`` would leave be ``diverged``."""
+    stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)

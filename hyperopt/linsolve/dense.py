@@ -42,7 +42,7 @@ class Dense(DenseSettings, RestartedSolver):
                 f"Dense: {rows} rows of {dim} unknowns make matrices of {rows * dim * dim} numbers, above "
                 f"max_entries={self.max_entries}; use gmres (GMRES), or raise adjoint.linear_solver.max_entries"
             )
-        matrix = dense(run, rows, dim)
+        matrix = dense(run, dim)
         clean = finite_rows(matrix)
         if not bool(clean.all()):
             matrix = torch.where(clean[:, None, None], matrix, torch.eye(dim, dtype=matrix.dtype, device=matrix.device))
@@ -54,15 +54,10 @@ class Dense(DenseSettings, RestartedSolver):
         return lu, pivots, singular
 
 
-def dense(run: Run, rows: int, dim: int) -> Tensor:
+def dense(run: Run, dim: int) -> Tensor:
     """``I - M`` of every row, shape (rows, dim, dim): from the operator's own matrix, if it has one, else by ``dim`` products."""
     offered = getattr(run.matvec, "matrix", None)
     matrix = None if offered is None else offered()
     if matrix is not None:
         return (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
-    columns = []
-    for i in range(dim):
-        direction = run.b.new_zeros(rows, dim)
-        direction[:, i] = 1.0
-        columns.append(run.product(direction))
-    return torch.stack(columns, dim=2)
+    return run.columns(range(dim))

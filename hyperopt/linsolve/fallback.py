@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperopt.linsolve.base import LinearSolution, LinearSolver, MatVec, part_of
 from hyperopt.policy import note_fallback
+from hyperopt.solvers.iterate import DROP
 from hyperopt.status import SolveStats, Status
 
 
@@ -43,7 +44,7 @@ def solve_chain(
 def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
     """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
     index = rows.nonzero().squeeze(1)
-    operator = part_of(matvec, index) if len(index) <= 0.75 * len(rows) else None
+    operator = part_of(matvec, index) if len(index) <= DROP * len(rows) else None
     if operator is None:
         return solver.solve(matvec, b, start, trace=trace)
     found = solver.solve(operator, b[index], start[index], trace=trace)
@@ -52,7 +53,7 @@ def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, 
         return rest.index_copy(0, index, part)
 
     stats = found.stats
-    none = torch.zeros_like(torch.linalg.vector_norm(b, dim=1))
+    none = b.new_zeros(len(rows))
     zeros = torch.zeros_like(rows, dtype=torch.long)
     stats.row_status, stats.iterations = spread(stats.row_status, zeros), spread(stats.iterations, zeros)
     stats.residual, stats.scale = spread(stats.residual, none), spread(stats.scale, none)

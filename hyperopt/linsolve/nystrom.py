@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.base import LinearSolution, MatVec
+from hyperopt.linsolve.base import LinearSolution, MatVec, worse_than_none
 from hyperopt.linsolve.restarted import Cycle, RestartedSolver, Run
 from hyperopt.linsolve.settings import NystromSettings
-from hyperopt.status import Status
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Nystrom(NystromSettings, RestartedSolver):
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Apply the sketch's inverse; a row left with more residual than 0 would have is ``diverged``: never silently wrong."""
         found = super().solve(matvec, b, x0, trace=trace)
-        stats = found.stats
-        stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)
+        worse_than_none(found.stats)
         return found
 
     def cycle(self, run: Run) -> Cycle:
@@ -48,14 +46,9 @@ class Nystrom(NystromSettings, RestartedSolver):
 
     def _sketch(self, run: Run) -> tuple[Tensor, Tensor]:
         """The columns ``C`` and the pseudo-inverse of ``rho W + C^T C``."""
-        rows, dim = run.b.shape
+        dim = run.b.shape[1]
         drawn = torch.randperm(dim, generator=torch.Generator().manual_seed(self.seed))[: self.rank]
-        images = []
-        for i in drawn.tolist():
-            direction = run.b.new_zeros(rows, dim)
-            direction[:, i] = 1.0
-            images.append(run.product(direction))
-        columns = torch.stack(images, dim=2)
+        columns = run.columns(drawn.tolist())
         core = self.rho * columns[:, drawn.to(columns.device)] + columns.mT @ columns
         inverse = torch.linalg.pinv((core + core.mT).double() / 2, rtol=torch.finfo(run.b.dtype).eps * len(drawn), hermitian=True)
         return columns, inverse.to(columns.dtype)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,15 @@ class Run:
         self.vjps += 1
         complement = getattr(self.matvec, "complement", None)
         return v - self.matvec(v) if complement is None else complement(v)
+
+    def columns(self, places: Iterable[int]) -> Tensor:
+        """The columns of ``I - M`` at ``places``, one product each, shape (rows, dim, places)."""
+        found = []
+        for i in places:
+            direction = torch.zeros_like(self.b)
+            direction[:, i] = 1.0
+            found.append(self.product(direction))
+        return torch.stack(found, dim=2)
 
     def transposed(self, v: Tensor) -> Tensor:
         """``(I - M)^T v``."""

@@ -29,6 +29,7 @@ from hyperopt.solvers.point import Cost, Map, Point
 from hyperopt.status import SolveStats, Status
 
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
+DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a stopped row may rise to this many times its tolerance by rounding alone
 
 
@@ -280,18 +281,23 @@ class _Adaptive:
         if index is not None:
             stepped = self.w.index_copy(0, index, stepped)
         self.w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, self.w)
-        if self.some is not None and bool(self.active.any()):
-            left = int(self.active.sum())
-            batch = self.active.numel() if index is None else index.numel()
-            wanted = self.active.nonzero().squeeze(1) if left <= 0.75 * batch else None
-            part = None if wanted is None else self.some(wanted)
-            if wanted is not None and part is None:
-                self.some = None  # the map cannot be taken apart
-            elif wanted is not None and part is not None:
-                self.part = part
-                inside = wanted if index is None else torch.searchsorted(index, wanted)
-                state, index, self.ahead = self.solver.select(state, inside), wanted, None
-        return state, index
+        return self._drop(state, index)
+
+    def _drop(self, state: object, index: Tensor | None) -> tuple[object, Tensor | None]:
+        """Take the rows that have stopped out of the batch, where that is worth it and the map can be taken apart."""
+        if self.some is None:
+            return state, index
+        left, batch = int(self.active.sum()), self.active.numel() if index is None else index.numel()
+        if not 0 < left <= DROP * batch:
+            return state, index
+        wanted = self.active.nonzero().squeeze(1)
+        part = self.some(wanted)
+        if part is None:
+            self.some = None
+            return state, index
+        self.part, self.ahead = part, None
+        inside = wanted if index is None else torch.searchsorted(index, wanted)
+        return self.solver.select(state, inside), wanted
 
     def _break(self, broken: Tensor, moving: Tensor) -> Tensor:
         """End the rows in which the method broke down, on their best iterate; returns the rows that still take their step."""

@@ -26,4 +26,8 @@ class Picard(PicardSettings, FixedPointSolver):
 
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
         """One damped step."""
-        return (at.fw if self.damping == 1.0 else torch.lerp(at.w, at.fw, self.damping)), state
+        return self.mix(at.w, at.fw), state
+
+    def mix(self, w: Tensor, fw: Tensor) -> Tensor:
+        """``(1 - damping) w + damping fw``."""
+        return fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)
