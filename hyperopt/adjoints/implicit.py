@@ -35,6 +35,33 @@ from hyperopt.solvers.iterate import Iterate, rounding_floor
 from hyperopt.status import AdjointBox, Solution, SolveStats
 
 
+@dataclass(frozen=True)
+class LinearSystem:
+    """``(I - M) v = b``, as an adjoint is asked to solve it.
+
+    Attributes:
+        matvec: products with M, which is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
+        b: shape (rows, dim).
+        start: where to start; None: at the method's own.
+        what: which system.
+        box: takes the solution.
+        forward: the forward solve, where there was one at this very point.
+        trace: measure the residual at every iteration.
+    """
+
+    matvec: MatVec
+    b: Tensor
+    start: Tensor | None
+    what: str
+    box: AdjointBox
+    forward: Iterate | None = None
+    trace: bool = False
+
+    def keep(self, v: Tensor, stats: SolveStats) -> None:
+        """Leave a solution and its statistics where they are read."""
+        self.box.stats, self.box.v = stats, v.detach()
+
+
 class ImplicitAdjoint(Adjoint):
     """An adjoint by the implicit function theorem; how it finds ``v`` is up to the method.
 
@@ -65,28 +92,8 @@ class ImplicitAdjoint(Adjoint):
         return Solution(problem.layout.tree(matrix), stats, problem.layout, box)
 
     @abstractmethod
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
-        """Solve ``(I - M) v = b``, where ``M`` is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
-
-        Args:
-            matvec: products with M.
-            b: shape (rows, dim).
-            start: where to start; None: at the method's own.
-            what: which system.
-            box: takes the statistics.
-            forward: the forward solve, where there was one at this very point.
-            trace: measure the residual at every iteration.
-        """
+    def solve(self, system: LinearSystem) -> Tensor:
+        """Solve the system, and ``keep`` the solution with its statistics."""
 
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return where to start, given the solution ``near`` of a system near by, and the products with M spent on that."""
@@ -137,23 +144,14 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         with torch.no_grad():
             return self.linear_solver.warm(matvec, b, near)
 
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
+    def solve(self, system: LinearSystem) -> Tensor:
         """Solve with the linear solver, under the policy and with its fallbacks."""
-        report_floor(self.linear_solver, rounding_floor(b.dtype), b.dtype, self.policy, what)
+        dtype = system.b.dtype
+        report_floor(self.linear_solver, rounding_floor(dtype), dtype, self.policy, system.what)
         with torch.no_grad():
-            found = solve_chain(self.chain, matvec, b, start, what, trace=trace)
-        box.stats, box.v = found.stats, found.value.detach()
-        report(found.stats, "warn" if self.policy == "fallback" else self.policy, what)
+            found = solve_chain(self.chain, system.matvec, system.b, system.start, system.what, trace=system.trace)
+        system.keep(found.value, found.stats)
+        report(found.stats, "warn" if self.policy == "fallback" else self.policy, system.what)
         return found.value
 
 
@@ -208,7 +206,7 @@ class FixedPoint(System):
         if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
             start, spent = self.adjoint.warm(matvec, b, near)
         setups, evaluations = (getattr(matvec, name, 0) for name in ("setups", "evaluations"))
-        value = self.adjoint.solve(matvec, b, start, what, self.box, forward=self.run, trace=self.problem.trace)
+        value = self.adjoint.solve(LinearSystem(matvec, b, start, what, self.box, self.run, self.problem.trace))
         stats = self.box.stats
         if stats is not None:
             stats.vjps += spent

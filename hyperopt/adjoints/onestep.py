@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import ImplicitAdjoint
-from hyperopt.linsolve.base import MatVec
+from hyperopt.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.settings import OneStepSettings
-from hyperopt.solvers.iterate import Iterate, relative
-from hyperopt.status import AdjointBox, SolveStats, Status
+from hyperopt.solvers.iterate import relative
+from hyperopt.status import SolveStats, Status
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,10 @@ class OneStep(OneStepSettings, ImplicitAdjoint):
     exact = False
     remedy = "OneStep never is; use an exact adjoint (adjoint=neumann, adjoint=gmres)"
 
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
+    def solve(self, system: LinearSystem) -> Tensor:
         """``v = b``."""
-        box.stats, box.v = truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "OneStep"), b.detach()
+        b = system.b
+        system.keep(b, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "OneStep"))
         return b
 
 

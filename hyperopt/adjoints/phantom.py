@@ -16,12 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import ImplicitAdjoint
+from hyperopt.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.adjoints.onestep import truncated
-from hyperopt.linsolve.base import MatVec
 from hyperopt.settings import PhantomSettings
-from hyperopt.solvers.iterate import Iterate
-from hyperopt.status import AdjointBox
 
 
 @dataclass(frozen=True)
@@ -31,23 +28,14 @@ class Phantom(PhantomSettings, ImplicitAdjoint):
     exact = False
     remedy = "Phantom never is; use an exact adjoint (adjoint=neumann, adjoint=gmres)"
 
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
+    def solve(self, system: LinearSystem) -> Tensor:
         """The damped steps."""
+        b = system.b
         with torch.no_grad():
             v, residual = self.damping * b, b
             for _ in range(self.steps - 1):
-                image = matvec(v) + b
+                image = system.matvec(v) + b
                 residual, v = image - v, torch.lerp(v, image, self.damping)
         norm = torch.linalg.vector_norm(residual, dim=1)
-        box.stats, box.v = truncated(b, norm, self.steps - 1, "Phantom"), v.detach()
+        system.keep(v, truncated(b, norm, self.steps - 1, "Phantom"))
         return v

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hyperopt.adjoints.attach import InexactError
 from hyperopt.adjoints.base import Problem
-from hyperopt.adjoints.implicit import ImplicitAdjoint
-from hyperopt.linsolve.base import LinearSolver, MatVec
+from hyperopt.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.linsolve.base import LinearSolver
 from hyperopt.policy import report
 from hyperopt.settings import ShineSettings
-from hyperopt.solvers.iterate import Iterate, relative
-from hyperopt.status import AdjointBox, Solution, SolveStats, Status
+from hyperopt.solvers.iterate import relative
+from hyperopt.status import Solution, SolveStats, Status
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,29 @@ class Shine(ShineSettings, ImplicitAdjoint):
             )
         return super().run(replace(problem, keep_state=True))
 
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
+    def solve(self, system: LinearSystem) -> Tensor:
         """Apply the shared inverse, then refine.
 
         Raises:
             InexactError: there is none here: the solve fell back to a method without, or the transform hides it.
         """
+        forward, b = system.forward, system.b
         if forward is None or not forward.solver.keeps_inverse:
             why = "torch.vmap of a torch.func gradient has none" if forward is None else f"it fell back to {forward.solver.name}"
             raise InexactError(f"Shine: the forward solve left no inverse estimate here ({why}); use adjoint=neumann")
         with torch.no_grad():
-            shared = forward.solver.inverse(forward.state, b, transpose=what == "adjoint")
+            shared = forward.solver.inverse(forward.state, b, transpose=system.what == "adjoint")
             size = torch.linalg.vector_norm(b, dim=1)
             kept = torch.linalg.vector_norm(shared, dim=1) <= self.ratio * size
             v = torch.where(kept[:, None], shared, b)
             if self.linear_solver is not None:
-                found = self.linear_solver.solve(matvec, b, v, trace=trace)
+                found = self.linear_solver.solve(system.matvec, b, v, trace=system.trace)
                 v, stats = found.value, found.stats
                 stats.method = f"Shine + {stats.method}"
             else:
-                residual = relative(torch.linalg.vector_norm(v - matvec(v) - b, dim=1), size)
+                residual = relative(torch.linalg.vector_norm(v - system.matvec(v) - b, dim=1), size)
                 status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
                 stats = SolveStats(status, kept.long(), residual, size, vjps=1, method="Shine")
-        box.stats, box.v = stats, v.detach()
-        report(stats, self.policy, what)
+        system.keep(v, stats)
+        report(stats, self.policy, system.what)
         return v

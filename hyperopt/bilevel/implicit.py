@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.bilevel.certificate import certificate
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.estimate import Cost, Estimate, State, tree_norm
@@ -68,7 +68,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         near, start = state.memory.get("u") if self.warm else None, None
         if near is not None:
             start, _ = self.adjoint.warm(operator, b, near / operator.step)
-        u = operator.step * self.adjoint.solve(operator, b, start, "adjoint", box)
+        u = operator.step * self.adjoint.solve(LinearSystem(operator, b, start, "adjoint", box))
         stats = box.stats
         assert stats is not None
         stats.vjps = curvature.products - stats.jvps  # those of a warm start, and of the power iteration, among them

@@ -15,12 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import ImplicitAdjoint
+from hyperopt.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.adjoints.onestep import truncated
 from hyperopt.bilevel.settings import T1T2Settings
-from hyperopt.linsolve.base import MatVec
-from hyperopt.solvers.iterate import Iterate
-from hyperopt.status import AdjointBox
 
 
 @dataclass(frozen=True)
@@ -31,25 +28,15 @@ class T1T2(T1T2Settings, ImplicitAdjoint):
     iterates = False
     remedy = "T1T2 never is; use an exact adjoint (adjoint=cg)"
 
-    def solve(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        start: Tensor | None,
-        what: str,
-        box: AdjointBox,
-        *,
-        forward: Iterate | None = None,
-        trace: bool = False,
-    ) -> Tensor:
+    def solve(self, system: LinearSystem) -> Tensor:
         """``v = b / step``, which is ``u = b``.
 
         Raises:
             TypeError: the map is no gradient step.
         """
-        step = getattr(matvec, "step", None)
+        b, step = system.b, getattr(system.matvec, "step", None)
         if step is None:
             raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; use adjoint=one_step")
         v = b / step
-        box.stats, box.v = truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"), v.detach()
+        system.keep(v, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"))
         return v
