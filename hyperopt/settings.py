@@ -38,6 +38,18 @@ def check_count(owner: Any, name: str, low: int = 1) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
 
 
+def check_optional(owner: Any, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Like ``check_number``, for a field that may be None."""
+    if getattr(owner, name) is not None:
+        check_number(owner, name, low, high, open_low=open_low)
+
+
+def check_optional_count(owner: Any, name: str, low: int = 1) -> None:
+    """Like ``check_count``, for a field that may be None."""
+    if getattr(owner, name) is not None:
+        check_count(owner, name, low)
+
+
 def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None:
     """Refuse a field of ``owner`` that is none of ``choices``."""
     value = getattr(owner, name)
@@ -125,8 +137,7 @@ class UnrolledSettings:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.last is not None:
-            check_count(self, "last")
+        check_optional_count(self, "last")
 
 
 @dataclass(frozen=True)
@@ -155,5 +166,4 @@ class CheckpointedSettings:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.segment is not None:
-            check_count(self, "segment")
+        check_optional_count(self, "segment")

@@ -10,24 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from hyperopt.settings import check_choice, check_count, check_number
+from hyperopt.settings import check_choice, check_count, check_number, check_optional, check_optional_count
 
 MODES = ("min", "max")
 ON_FAILURE = ("raise", "warn")
 SCHEDULERS = ("none", "step", "cosine", "exponential", "plateau")
 LINE_SEARCHES = ("strong_wolfe",)
-
-
-def _check_optional(owner: Any, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Like ``check_number``, for a field that may be None."""
-    if getattr(owner, name) is not None:
-        check_number(owner, name, low, high, open_low=open_low)
-
-
-def _check_optional_count(owner: Any, name: str, low: int = 1) -> None:
-    """Like ``check_count``, for a field that may be None."""
-    if getattr(owner, name) is not None:
-        check_count(owner, name, low)
 
 
 def _check_below_one(owner: Any, name: str, value: float) -> None:
@@ -69,8 +57,8 @@ class TrainerSettings:
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             check_count(self, name)
         for name in ("patience", "figures_every"):
-            _check_optional_count(self, name)
-        _check_optional(self, "max_seconds", 0.0, open_low=True)
+            check_optional_count(self, name)
+        check_optional(self, "max_seconds", 0.0, open_low=True)
         check_choice(self, "mode", MODES)
         check_choice(self, "on_failure", ON_FAILURE)
         if not self.monitor:
@@ -121,11 +109,11 @@ class SchedulerSettings:
         for name in self.NEEDS.get(self.kind, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"SchedulerSettings: kind={self.kind!r} needs {name}, which is None; set {name}")
-        _check_optional_count(self, "step_size")
-        _check_optional_count(self, "t_max")
-        _check_optional_count(self, "patience", 0)
-        _check_optional(self, "gamma", 0.0, 1.0, open_low=True)
-        _check_optional(self, "eta_min", 0.0)
+        check_optional_count(self, "step_size")
+        check_optional_count(self, "t_max")
+        check_optional_count(self, "patience", 0)
+        check_optional(self, "gamma", 0.0, 1.0, open_low=True)
+        check_optional(self, "eta_min", 0.0)
         if self.factor is not None and not 0 < self.factor < 1:
             raise ValueError(f"SchedulerSettings: factor={self.factor!r} is not in (0, 1); change factor")
 
@@ -149,7 +137,7 @@ class OptimizerSettings:
             values = {str(key): value for key, value in self.scheduler.items() if key != "_target_"}
             object.__setattr__(self, "scheduler", SchedulerSettings(**values))
         check_number(self, "lr", 0.0, open_low=True)
-        _check_optional(self, "clip_norm", 0.0, open_low=True)
+        check_optional(self, "clip_norm", 0.0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -231,7 +219,7 @@ class LBFGSSettings(OptimizerSettings):
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "max_iter")
-        _check_optional_count(self, "max_eval")
+        check_optional_count(self, "max_eval")
         check_number(self, "tolerance_grad", 0.0)
         check_number(self, "tolerance_change", 0.0)
         check_count(self, "history_size")

@@ -8,7 +8,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS = ("auto", "batch", "joint")
 
@@ -16,6 +16,11 @@ ROWS = ("auto", "batch", "joint")
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of a tree of tensors, in optree's order."""
     return optree.tree_leaves(tree)
+
+
+def tree_norm(tree: Any) -> float:
+    """Euclidean norm over all tensors of a tree; 0 without any."""
+    return float(nn.utils.get_total_norm([leaf.detach() for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from bilevel_problems import DOUBLE, Logistic, Ridge, flatten
 import hyperopt
 from hyperopt import CG, Estimate, Estimator, GradientDescent, Implicit, Minibatches, Unrolled
 from hyperopt.bilevel.curvature import Hessian
-from hyperopt.bilevel.estimate import Cost, State, tree_norm
+from hyperopt.bilevel.estimate import Cost, State
 from hyperopt.bilevel.problem import Leaves, outer_gradient
 from hyperopt.certificate import Certificate
+from hyperopt.tree import tree_norm
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,7 @@ class Hessian(Curvature):
             ValueError: the gradient of the inner loss depends on no hyperparameter at all.
         """
         self.mixed_products += 1
-        found = self._pull(self.lam.flat, v)
-        if all(x is None for x in found):
-            refuse_independent(self.lam.names)
-        return found
+        return dependent(self._pull(self.lam.flat, v), self.lam.names)
 
     def _pull(self, leaves: Sequence[Tensor], v: Tensor) -> list[Tensor | None]:
         if not self._grads:
@@ -130,12 +127,14 @@ def unaffected() -> NoReturn:
     raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
 
 
-def refuse_independent(names: Sequence[str]) -> NoReturn:
-    """Refuse an inner problem whose solution depends on no hyperparameter.
+def dependent(found: list[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
+    """Return a mixed product, one entry for each hyperparameter, of an inner problem that depends on one at least.
 
     Raises:
-        ValueError: always.
+        ValueError: its solution depends on none.
     """
+    if any(x is not None for x in found):
+        return found
     raise ValueError(
         f"the gradient of the inner loss depends on none of {', '.join(names)}: the implicit hypergradient is exactly zero. Use "
         "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=unrolled"

@@ -7,10 +7,10 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor
 
 from hyperopt.certificate import Certificate
 from hyperopt.status import SolveStats, Status
+from hyperopt.tree import tree_norm
 
 
 @dataclass
@@ -126,9 +126,3 @@ class Estimate:
         pairs = [(x, g) for x, g in zip(optree.tree_leaves(lam), optree.tree_leaves(self.grad), strict=True) if x.requires_grad]
         if pairs:
             torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
-
-
-def tree_norm(tree: Any) -> float:
-    """Euclidean norm over all tensors of a tree."""
-    norms = [torch.linalg.vector_norm(leaf.detach()) for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.curvature import Curvature, refuse_independent, unaffected
+from hyperopt.bilevel.curvature import Curvature, dependent, unaffected
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.tree import tree_norm
 
 
 class FiniteDifferences(Curvature):
@@ -33,8 +34,7 @@ class FiniteDifferences(Curvature):
         """
         super().__init__(w, lam)
         self._problem, self._batch = problem, batch
-        size = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf.detach()) for leaf in w.flat])))
-        self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, size)
+        self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
         grads = self._gradients(None, 0.0, w=True)
         self.gradient = self.matrix(grads)
         self.missing = [i for i, g in enumerate(grads) if g is None]
@@ -47,10 +47,7 @@ class FiniteDifferences(Curvature):
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
         self.mixed_products += 1
-        found = self._difference(v, w=False)
-        if all(x is None for x in found):
-            refuse_independent(self.lam.names)
-        return found
+        return dependent(self._difference(v, w=False), self.lam.names)
 
     def _difference(self, v: Tensor, *, w: bool) -> list[Tensor | None]:
         size = float(torch.linalg.vector_norm(v))

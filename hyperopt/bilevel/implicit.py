@@ -24,7 +24,7 @@ from torch import Tensor
 from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.bilevel.certificate import certificate
 from hyperopt.bilevel.curvature import Curvature, Hessian
-from hyperopt.bilevel.estimate import Cost, Estimate, State, tree_norm
+from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.finite_differences import FiniteDifferences
@@ -37,6 +37,7 @@ from hyperopt.bilevel.step_map import StepMap, largest_curvature
 from hyperopt.linsolve.cg import CG
 from hyperopt.policy import note_once
 from hyperopt.status import AdjointBox, Status
+from hyperopt.tree import tree_norm
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import IterativeSettings, check_choice, check_count, check_flag, check_number
+from hyperopt.settings import IterativeSettings, check_choice, check_count, check_flag, check_number, check_optional
 
 CURVATURES = ("hessian", "gauss_newton", "finite_differences")
 
@@ -118,8 +118,7 @@ class FiniteDifferenceSettings:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.length is not None:
-            check_number(self, "length", 0.0, open_low=True)
+        check_optional(self, "length", 0.0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ class ProductSettings:
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        if self.step is not None:
-            check_number(self, "step", 0.0, open_low=True)
+        check_optional(self, "step", 0.0, open_low=True)
         check_flag(self, "warm")
         check_choice(self, "curvature", CURVATURES)
         check_flag(self, "resample")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.settings import check_choice, check_count, check_flag, check_number, check_open_unit
+from hyperopt.settings import check_choice, check_count, check_flag, check_number, check_open_unit, check_optional
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class CellSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.input_scale is not None:
-            check_number(self, "input_scale", 0.0)
+        check_optional(self, "input_scale", 0.0)
         check_flag(self, "bias")
 
 
@@ -82,8 +81,7 @@ class TanhMLPSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_count(self, "width")
-        if self.init_scale is not None:
-            check_number(self, "init_scale", 0.0)
+        check_optional(self, "init_scale", 0.0)
 
 
 WEIGHT_NORMS = (None, "weight", "spectral")

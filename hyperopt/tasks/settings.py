@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperopt.bilevel.settings import ProductSettings
-from hyperopt.settings import POLICIES, check_choice, check_count, check_flag, check_number, check_open_unit
+from hyperopt.settings import (
+    POLICIES,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_open_unit,
+    check_optional,
+    check_optional_count,
+)
 
 SPLITS = ("train", "val")
 LAST_BATCH = ("keep", "drop")
@@ -45,9 +54,8 @@ class SupervisedSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_choice(self, "fitted", SPLITS)
-        for name in ("batch_size", "eval_rows"):
-            if getattr(self, name) is not None:
-                check_count(self, name)
+        check_optional_count(self, "batch_size")
+        check_optional_count(self, "eval_rows")
         check_choice(self, "last_batch", LAST_BATCH)
         check_choice(self, "policy", POLICIES)
 
@@ -80,8 +88,7 @@ class EquilibriumSettings(SupervisedSettings):
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "state_size")
-        if self.classifier_scale is not None:
-            check_number(self, "classifier_scale", 0.0)
+        check_optional(self, "classifier_scale", 0.0)
         check_flag(self, "warm_start")
         check_choice(self, "warm_dtype", WARM_DTYPES)
         check_count(self, "certificate_every")
@@ -194,13 +201,6 @@ def check_layers(owner: Any) -> None:
     object.__setattr__(owner, "hidden", tuple(given))
 
 
-def check_batch_sizes(owner: Any, *names: str) -> None:
-    """Refuse batch sizes that are neither None nor whole numbers."""
-    for name in names:
-        if getattr(owner, name) is not None:
-            check_count(owner, name)
-
-
 @dataclass(frozen=True)
 class DataDistillationSettings(BilevelTaskSettings):
     """Learned training images.
@@ -225,7 +225,7 @@ class DataDistillationSettings(BilevelTaskSettings):
         check_count(self, "images_per_class")
         check_number(self, "decay", 0.0)
         check_layers(self)
-        check_batch_sizes(self, "batch_size")
+        check_optional_count(self, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,8 @@ class NetworkSettings(BilevelTaskSettings):
         """Check the ranges."""
         super().__post_init__()
         check_layers(self)
-        check_batch_sizes(self, "batch_size", "val_batch_size")
+        check_optional_count(self, "batch_size")
+        check_optional_count(self, "val_batch_size")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian, unaffected
 from hyperopt.bilevel.estimate import State
@@ -18,6 +18,7 @@ from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.policy import SolveError
 from hyperopt.status import SolveStats, Status
+from hyperopt.tree import tree_norm
 
 RISE = 1e3  # a gradient this many times the first one is no training any more
 PROBE = 16  # steps between two looks at the gradient's norm where no tolerance asks for one
@@ -130,7 +131,7 @@ class Watch:
 
     def see(self, k: int, grads: Sequence[Tensor]) -> None:
         """Measure at the start of step ``k``."""
-        self.norm = float(nn.utils.get_total_norm(list(grads)))
+        self.norm = tree_norm(list(grads))
         if k == 0:
             self.first = self.norm
         scale = self.memory["scale"] = self.memory.get("scale") or self.norm  # a start at a minimum says nothing

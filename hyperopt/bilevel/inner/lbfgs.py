@@ -12,7 +12,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.inner.base import InnerSolver, Watch, gradient
@@ -20,6 +20,7 @@ from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import LBFGSSettings
 from hyperopt.policy import SolveError
 from hyperopt.status import SolveStats, Status
+from hyperopt.tree import tree_norm
 
 SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
 
@@ -86,7 +87,7 @@ class _Run:
         self.spent, self.searched_out = 0, False
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
-        size = float(nn.utils.get_total_norm(self.gradient()))
+        size = tree_norm(self.gradient())
         # A power of two: no rounding. The line search squares products of two gradients: the fourth power must not overflow.
         scale = min(SCALE, torch.finfo(w.flat[0].dtype).max ** 0.2)
         self._scale = 2.0 ** round(math.log2(scale / size)) if 0 < size < math.inf else 1.0
