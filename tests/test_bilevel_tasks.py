@@ -26,9 +26,10 @@ from hyperopt.run import run
 from hyperopt.schema import register
 from hyperopt.spaces import Positive
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.bilevel import BilevelTask, Parts
 from hyperopt.tasks.linear import L2Task
 from hyperopt.tasks.network import WeightDecayTask
+from hyperopt.tasks.scores import loss_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 L2 = ("experiment=l2_logistic", "dataset.train=60", "dataset.val=60", "dataset.test=60")

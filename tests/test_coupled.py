@@ -7,9 +7,9 @@ import torch
 from core_reference import close
 from torch.autograd import gradcheck, gradgradcheck
 
-from hyperopt import GMRES, Anderson, Implicit, check_hypergradient, fixed_point
+from hyperopt import GMRES, Anderson, Implicit, Picard, Unrolled, check_hypergradient, fixed_point
 from hyperopt.nn.contractive import ProjectedMatrix
-from hyperopt.nn.coupled import CoupledModel, coupled_map
+from hyperopt.nn.coupled import CoupledCell, coupled_map
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.coupled import CoupledTask
 from hyperopt.tasks.settings import CoupledSettings
@@ -70,7 +70,15 @@ def test_training_matches_rows_that_were_never_fitted():
         task.step(optimizer, lambda gradients: None)
     after = task.evaluate()
     assert max(after["test/error_x"], after["test/error_y"]) < 0.12
-    assert float(torch.linalg.matrix_norm(task.model.recurrent.matrix().detach(), 2)) <= 0.8 * (1 + 1e-9)
+    assert float(torch.linalg.matrix_norm(task._cell.recurrent.matrix().detach(), 2)) <= 0.8 * (1 + 1e-9)
+
+
+def test_without_an_adjoint_solve_there_is_no_certificate():
+    task = made(solver=Picard(max_steps=500), adjoint=Unrolled())
+    record = task.step(torch.optim.SGD([p for group in task.groups().values() for p in group], 0.01), lambda gradients: None)
+    assert "hypergrad/error_estimate" not in record.metrics
+    record = made().step(torch.optim.SGD([torch.zeros(1)], 0.01), lambda gradients: None)
+    assert record.metrics["hypergrad/error_estimate"] >= 0
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
@@ -86,4 +94,4 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match=f"CoupledSettings: {name}="):
             CoupledSettings(**bad)
     with pytest.raises(ValueError, match="matrix is 4 x 4, but x and y have 8 entries"):
-        CoupledModel(3, 2, (2, 3), ProjectedMatrix(4, 0.9, 0.1))
+        CoupledCell(3, 2, (2, 3), ProjectedMatrix(4, 0.9, 0.1))

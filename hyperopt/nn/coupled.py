@@ -8,16 +8,14 @@ The four blocks are parts of one matrix M of norm below 1, so that the pair cont
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperopt.nn.contractive import ContractiveMatrix
-from hyperopt.primitive import fixed_point
-from hyperopt.status import Solution
+from hyperopt.nn.equilibrium import draw
+from hyperopt.nn.state import zero_state
 
 State = tuple[Tensor, Tensor]
 
@@ -31,23 +29,22 @@ def coupled_map(state: State, u_x: Tensor, u_y: Tensor, M: Tensor) -> State:
     return new_x, new_y
 
 
-class CoupledModel(nn.Module):
-    """Inputs to the two equilibrium states.
+class CoupledCell(nn.Module):
+    """Inputs to the map of the two states; ``DEQ(CoupledCell(...))`` is the layer that solves it.
 
     Args:
         features: entries of one input.
         x_size: n, entries of one x.
         y_shape: (p, q), shape of one y.
         matrix: M, of size ``n + p q``.
-        solver, adjoint, policy, fallback: see ``hyperopt.fixed_point``.
         generator: draws the input weights (None: torch's global one).
-
-    Attributes:
-        solution: the latest solve, its value detached.
 
     Raises:
         ValueError: a size below 1, or a matrix of another size.
     """
+
+    phi = staticmethod(coupled_map)
+    row_args = (0, 1)
 
     def __init__(
         self,
@@ -55,10 +52,6 @@ class CoupledModel(nn.Module):
         x_size: int,
         y_shape: Sequence[int],
         matrix: ContractiveMatrix,
-        solver: Any = None,
-        adjoint: Any = None,
-        policy: str = "warn",
-        fallback: Sequence[Any] = (),
         *,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -72,29 +65,17 @@ class CoupledModel(nn.Module):
             raise ValueError(f"matrix is {matrix.n} x {matrix.n}, but x and y have {size} entries; change its size")
         self.x_size, self.y_shape = x_size, (p, q)
         self.recurrent = matrix
-        drawn = torch.randn(size, features, generator=generator, dtype=torch.float64) / features**0.5
-        self.B = nn.Parameter(drawn.to(torch.get_default_dtype()))
-        self.solver, self.adjoint, self.policy, self.fallback = solver, adjoint, policy, tuple(fallback)
-        self.solution: Solution | None = None
+        self.B = nn.Parameter(draw((size, features), features, features**-0.5, generator))
 
-    def forward(self, inputs: Tensor, trace: bool = False) -> State:
-        """Return ``(x*, y*)``; shape of inputs: (rows, features). ``trace`` keeps the residual of every iteration."""
+    def initial(self, inputs: Tensor) -> State:
+        """Return zeros. shapes: (rows, features) to (rows, n) and (rows, p, q)."""
+        rows = inputs.shape[0]
+        return zero_state(inputs, rows, self.x_size), zero_state(inputs, rows, *self.y_shape)
+
+    def terms(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``u_x``, ``u_y`` and M, computed once a solve."""
         u = inputs @ self.B.T
-        u_x, u_y = u[:, : self.x_size], u[:, self.x_size :].unflatten(1, self.y_shape)
-        solution = fixed_point(
-            coupled_map,
-            (torch.zeros_like(u_x), torch.zeros_like(u_y)),
-            args=(u_x, u_y, self.recurrent.matrix()),
-            row_args=(0, 1),
-            solver=self.solver,
-            adjoint=self.adjoint,
-            policy=self.policy,
-            fallback=self.fallback,
-            trace=trace,
-        )
-        x, y = solution.value
-        self.solution = dataclasses.replace(solution, value=(x.detach(), y.detach()))
-        return x, y
+        return u[:, : self.x_size], u[:, self.x_size :].unflatten(1, self.y_shape), self.recurrent.matrix()
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the groups M and B."""

@@ -26,7 +26,7 @@ class Methods:
 
     def keywords(self) -> dict[str, Any]:
         """Return them as ``DEQ`` takes them."""
-        return {"solver": self.solver, "adjoint": self.adjoint, "policy": self.policy, "fallback": self.fallback}
+        return dict(vars(self))
 
 
 class NetworkFactory(ABC):

@@ -62,6 +62,14 @@ class StepRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     statuses: dict[str, Status] = field(default_factory=dict)
 
+    @staticmethod
+    def first_of(records: Sequence[StepRecord]) -> StepRecord:
+        """The record of the first call of a closure, its costs those of all calls together."""
+        first = records[0]
+        for cost in [name for name in first.metrics if name.startswith("cost/")]:
+            first.metrics[cost] = sum(record.metrics[cost] for record in records)
+        return first
+
 
 class Task(ABC):
     """A bilevel problem as the outer loop sees it.
@@ -124,6 +132,10 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Return plain facts for ``run.json``: sizes, the dataset's name and checksums, the rows behind each metric."""
         return {}
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many numbers each group of hyperparameters has."""
+        return {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()}
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return ``{group: [p.grad, ...]}``, hyperparameters without a gradient left out."""

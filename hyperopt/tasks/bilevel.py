@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import optree
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.bilevel.batches import Minibatches
@@ -34,12 +33,11 @@ from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.spaces import Hyperparameters
 from hyperopt.status import Solution, Status
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
+from hyperopt.tasks.scores import scores
 from hyperopt.tasks.settings import BilevelTaskSettings
 
 if TYPE_CHECKING:
     from hyperopt.spaces import Space
-
-EVALUATION_ROWS = 10_000  # at a time: bounds the memory of an evaluation, and changes no number
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,7 @@ class BilevelTask(BilevelTaskSettings, Task):
 
         optimizer.step(closure)
         self.hyper.project_()
-        first = records[0]
-        for cost in [name for name in first.metrics if name.startswith("cost/")]:
-            first.metrics[cost] = sum(record.metrics[cost] for record in records)
+        first = StepRecord.first_of(records)
         first.metrics.update(self.hyper.metrics())
         self._steps += 1
         return first
@@ -150,17 +146,14 @@ class BilevelTask(BilevelTaskSettings, Task):
         self._return_to(start)
         return metrics
 
-    @torch.no_grad()
     def measure(self, w: Any) -> dict[str, float]:
         """Return ``<name>/loss``, and ``<name>/accuracy`` where there are classes, of a model on each set of rows."""
-        found: dict[str, float] = {}
-        for name, rows in self.parts.rows.items():
-            parts = rows.x.split(EVALUATION_ROWS) if rows.x.layout == torch.strided else [rows.x]
-            outputs = torch.cat([self.predict(w, x) for x in parts])
-            found[f"{name}/loss"] = loss_of(outputs, rows.y).item()
-            if self.splits.num_classes:
-                found[f"{name}/accuracy"] = (classes(outputs) == rows.y).double().mean().item()
-        return found
+        return scores(self.parts.rows, lambda x: self.predict(w, x))
+
+    def fitted_on_validation(self) -> dict[str, Rows]:
+        """Return the rows behind the metrics: what a hyperparameter is fitted to is also what it is selected on."""
+        splits = self.splits
+        return {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the outer loss at the fixed point of the gradient step; see ``Task.objective``.
@@ -194,7 +187,7 @@ class BilevelTask(BilevelTaskSettings, Task):
         """Return sizes, the dataset with its checksums, and the rows behind each metric."""
         return {
             "name": self.name,
-            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "hyperparameters": self.sizes(),
             "weights": sum(leaf.numel() for leaf in optree.tree_leaves(self.bilevel.w)),
             "dataset": self.splits.name,
             "checksums": self.splits.checksums,
@@ -234,27 +227,6 @@ def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:
     for name, status in statuses.items():
         if status >= Status.breakdown:
             raise HypergradientError(f"step {step}: the {name} solve ended as {status.name}: {note or status.message}")
-
-
-def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """The mean loss that the targets ask for.
-
-    Numbers: half the squared error; two classes with one output: logistic; else cross-entropy of the logits.
-
-    Args:
-        outputs: shape: (n, outputs).
-        y: numbers or class labels. shape: (n,).
-    """
-    if y.is_floating_point():
-        return (outputs[:, 0] - y).square().mean() / 2
-    if outputs.shape[1] == 1:
-        return functional.binary_cross_entropy_with_logits(outputs[:, 0], y.to(outputs.dtype))
-    return functional.cross_entropy(outputs, y)
-
-
-def classes(outputs: Tensor) -> Tensor:
-    """The class of each row. shape: (n,)."""
-    return (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
 
 
 def check_labels(splits: Splits) -> None:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from hyperopt.adjoints.base import Adjoint
-from hyperopt.certificate import certify
 from hyperopt.nn.contractive import ProjectedMatrix
-from hyperopt.nn.coupled import CoupledModel, State
+from hyperopt.nn.coupled import CoupledCell, State
+from hyperopt.nn.deq import DEQ
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.settings import CoupledSettings
-from hyperopt.tasks.solves import gradient_norm, residual_figure
+from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.solving import SolvingTask
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ class CoupledTask(CoupledSettings, SolvingTask):
     """One outer step is one hypergradient on all fitted rows and one update.
 
     Attributes:
-        model: the model, after ``setup``.
+        model: the layer, after ``setup``.
         inputs, targets: of each split, after ``setup``.
     """
 
     name = "coupled"
 
-    model: CoupledModel
+    model: DEQ
     inputs: dict[str, Tensor]
     targets: dict[str, State]
 
@@ -51,12 +51,12 @@ class CoupledTask(CoupledSettings, SolvingTask):
         """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""
         generator = env.generator
 
-        def model(radius: float, scale: float) -> CoupledModel:
+        def model(radius: float, scale: float) -> DEQ:
             size = self.x_size + self.y_shape[0] * self.y_shape[1]
             matrix = ProjectedMatrix(size, radius, scale, generator=generator)
-            sizes = (self.features, self.x_size, self.y_shape)
-            made = CoupledModel(*sizes, matrix, self.solver, self.adjoint, self.policy, self.fallback, generator=generator)
-            return made.to(env.device, env.dtype)
+            cell = CoupledCell(self.features, self.x_size, self.y_shape, matrix, generator=generator)
+            layer = DEQ(cell, self.solver, self.adjoint, policy=self.policy, fallback=self.fallback)
+            return layer.to(env.device, env.dtype)
 
         hidden = model(0.9 * self.max_norm, 1.0)  # so large that M lies on the edge of the ball
         self.model = model(self.max_norm, 0.01)
@@ -71,32 +71,30 @@ class CoupledTask(CoupledSettings, SolvingTask):
             self.targets[split] = (x, y)
         self.steps = 0
 
+    @property
+    def _cell(self) -> CoupledCell:
+        assert isinstance(self.model.cell, CoupledCell)
+        return self.model.cell
+
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the groups M and B."""
-        return {name: list(group) for name, group in self.model.groups().items()}
+        return {name: list(group) for name, group in self._cell.groups().items()}
 
-    def loss(self, split: str, model: CoupledModel | None = None, trace: bool = False) -> Tensor:
+    def loss(self, split: str, model: DEQ | None = None, trace: bool = False) -> Tensor:
         """Return the mean over rows of half the squared distance from the targets."""
-        found = (model or self.model)(self.inputs[split], trace)
+        found = (model or self.model)(self.inputs[split], trace=trace)
         distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, self.targets[split], strict=True)]
         return (distances[0] + distances[1]).mean() / 2
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
-        record = self.update(optimizer, guard, lambda: self.loss("outer"), self._certificate)
-        self.model.recurrent.project_()
+        record = self.update(optimizer, guard, lambda: self.loss("outer"), lambda: self.certificate(self.certificate_every))
+        self._cell.recurrent.project_()
         return record
 
     def solutions(self) -> Sequence[Solution]:
         """Return the model's latest solve."""
         return [] if self.model.solution is None else [self.model.solution]
-
-    def _certificate(self) -> dict[str, float]:
-        """Return the certificate of the hypergradient of the latest backward, every ``certificate_every`` steps."""
-        if self.model.solution is None or self.steps % self.certificate_every:
-            return {}
-        found = certify(self.model.solution, gradient_norm(self.gradients()))
-        return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -139,6 +137,6 @@ class CoupledTask(CoupledSettings, SolvingTask):
             "x_size": self.x_size,
             "y_shape": list(self.y_shape),
             "features": self.features,
-            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "hyperparameters": self.sizes(),
             "rows": {name: {"split": split, "count": self.rows, "evaluated": self.rows} for name, split in SPLITS.items()},
         }

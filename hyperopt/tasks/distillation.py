@@ -20,8 +20,9 @@ from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.bilevel import BilevelTask, Parts
 from hyperopt.tasks.network import perceptron
+from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import DataDistillationSettings
 
 if TYPE_CHECKING:

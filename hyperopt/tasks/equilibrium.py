@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperopt.adjoints.base import Adjoint
-from hyperopt.certificate import certify
 from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
@@ -29,7 +28,7 @@ from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.equilibrium_report import spectrum_figure
 from hyperopt.tasks.settings import EquilibriumSettings
-from hyperopt.tasks.solves import gradient_norm, residual_figure
+from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.warm import WarmStart, WarmStore
 
@@ -105,16 +104,7 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         return record
 
     def _certificate(self, fitted: Rows) -> dict[str, float]:
-        """Return the certificate of the hypergradient of the latest backward, every ``certificate_every`` steps.
-
-        It makes no evaluation and no vjp: it costs some norms of (rows, state) matrices and a few products of A with itself.
-        """
-        solution = self.model.solution
-        if self.steps % self.certificate_every or solution is None or solution.adjoint is None:
-            return {}
-        norm = gradient_norm(self.gradients())
-        found = certify(solution, norm, mean_cross_entropy_constants(self.model, fitted.x))
-        return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}
+        return self.certificate(self.certificate_every, lambda: mean_cross_entropy_constants(self.model, fitted.x))
 
     def _loss(self, rows: Rows, start: WarmStart | None = None, trace: bool = False) -> Tensor:
         """Return the mean cross-entropy on ``rows``."""

@@ -24,7 +24,8 @@ from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
 from hyperopt.data.splits import Rows
 from hyperopt.nn.sparse import SparseRows
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
 
 DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
@@ -60,15 +61,13 @@ class LinearTask(BilevelTask):
 
         quadratic = not splits.num_classes and features <= DENSE_FEATURES and splits.train.x.layout == torch.strided
         constants = functools.partial(self._constants, *self._spectra()) if quadratic else None
-        # What a hyperparameter is fitted to is also what it is selected on: outer/* and val/* are one.
-        rows = {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
         shapes = {self.spaces[0]: self.shape(features, outputs)}
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: train(w), criterion),
             lambda w, lam, batch: loss_of(val(w), splits.val.y),
             constants=constants,
         )
-        return Parts(problem, w, shapes, rows)
+        return Parts(problem, w, shapes, self.fitted_on_validation())
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """``x w``."""

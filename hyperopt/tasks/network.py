@@ -13,7 +13,6 @@ Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperpa
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +25,11 @@ from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.data.splits import Rows
+from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces import Hyperparameters, Real
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts, loss_of
+from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import AugmentationSettings, WeightDecaySettings
 
 
@@ -52,10 +53,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Uniform in ``+- 1 / sqrt(fan in)``, weights and biases alike."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            bound = 1 / math.sqrt(module.weight[0].numel())
             for tensor in module.parameters(recurse=False):
-                drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.copy_((2 * drawn - 1) * bound)
+                tensor.copy_(draw(tuple(tensor.shape), module.weight[0].numel(), None, generator))
 
 
 class NetworkTask(BilevelTask):
@@ -85,11 +84,6 @@ class NetworkTask(BilevelTask):
         """Batches of ``(x, y)``."""
         return Minibatches((rows.x, rows.y), size, seed)
 
-    def measured(self) -> dict[str, Rows]:
-        """The rows behind the metrics."""
-        splits = self.splits
-        return {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
-
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """The network's outputs."""
         return self.model(w, x)
@@ -110,7 +104,7 @@ class WeightDecayTask(WeightDecaySettings, NetworkTask):
             inner_batches=self.batches(self.splits.train, self.batch_size, env.seed),
             outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
         )
-        return Parts(problem, self.model.w, {"decay": self.model.w}, self.measured())
+        return Parts(problem, self.model.w, {"decay": self.model.w}, self.fitted_on_validation())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean loss and the decay."""
@@ -187,7 +181,7 @@ class AugmentationTask(AugmentationSettings, NetworkTask):
             inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed), env.seed + 2),
             outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
         )
-        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.measured())
+        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.fitted_on_validation())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """The weights of the augmentation network, where its initialisation has put them."""

@@ -44,12 +44,6 @@ def _worst(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
-def gradient_norm(gradients: Mapping[str, Sequence[torch.Tensor]]) -> float:
-    """Return the Euclidean norm over all groups."""
-    norms = [torch.linalg.vector_norm(g.detach()) for group in gradients.values() for g in group]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
 def residual_figure(solutions: Mapping[str, Solution]) -> Figure:
     """Return the worst relative residual against iteration, forward and adjoint, on a semilog axis.
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hyperopt.certificate import Constants, certify
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Guard, StepRecord, Task
 from hyperopt.tasks.solves import solve_metrics
+from hyperopt.tree import tree_norm
 
 
 class SolvingTask(Task):
@@ -57,8 +59,20 @@ class SolvingTask(Task):
             return records[-1].loss
 
         optimizer.step(closure)
-        first = records[0]
-        for cost in ("cost/evaluations", "cost/vjps", "cost/jvps"):
-            first.metrics[cost] = sum(record.metrics[cost] for record in records)
         self.steps += 1
-        return first
+        return StepRecord.first_of(records)
+
+    def certificate(self, every: int, constants: Callable[[], Constants | None] = lambda: None) -> dict[str, float]:
+        """Return the certificate of the hypergradient of the latest backward through the one equilibrium, where it is due.
+
+        It makes no evaluation and no vjp: it costs some norms of (rows, state) matrices, and what ``constants`` costs.
+
+        Args:
+            every: outer steps from one certificate to the next.
+            constants: of the cell and the outer loss, where they are known.
+        """
+        solutions = self.solutions()
+        if self.steps % every or not solutions or solutions[0].adjoint is None:
+            return {}
+        found = certify(solutions[0], tree_norm(self.gradients()), constants())
+        return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.scores import ROWS, scores
 from hyperopt.tasks.settings import SupervisedSettings
 from hyperopt.tasks.solving import SolvingTask
 
@@ -30,7 +30,7 @@ class SupervisedTask(SupervisedSettings, SolvingTask):
     splits: Splits
     rows: dict[str, Rows]
     batches: Batches
-    evaluation_rows: int = 10_000
+    evaluation_rows: int = ROWS
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
@@ -68,15 +68,9 @@ class SupervisedTask(SupervisedSettings, SolvingTask):
         shown = {**self.rows, "outer": fitted if self.eval_rows is None else fitted.take(slice(self.eval_rows))}
         return {name: rows for name, rows in shown.items() if len(rows)}
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the three sets of rows."""
-        metrics = {}
-        for name, rows in self.evaluated().items():
-            logits = torch.cat([self.logits(part) for part in rows.x.split(self.evaluation_rows)])
-            metrics[f"{name}/loss"] = functional.cross_entropy(logits, rows.y).item()
-            metrics[f"{name}/accuracy"] = (logits.argmax(1) == rows.y).double().mean().item()
-        return metrics
+        return scores(self.evaluated(), self.logits, self.evaluation_rows)
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, the dataset with its checksums, and the rows behind each metric."""
@@ -86,7 +80,7 @@ class SupervisedTask(SupervisedSettings, SolvingTask):
             "name": self.name,
             "features": self.rows["outer"].x.shape[1],
             "classes": self.splits.num_classes,
-            "hyperparameters": {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()},
+            "hyperparameters": self.sizes(),
             "dataset": self.splits.name,
             "checksums": self.splits.checksums,
             "rows": {
