@@ -24,6 +24,7 @@ LAYERS = [
         "resolvers",
         "messages",
         "text",
+        "lazy",
     ),
     ("files", "experiment"),
     ("directory",),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hyperopt.lazy import lazily
 
 _PUBLIC = {
     "DEQ": "hyperopt.nn.deq",
@@ -30,15 +31,4 @@ if TYPE_CHECKING:
     from hyperopt.nn.weight_norms import normalise as normalise
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'hyperopt.nn' has no attribute {name!r}; it has {', '.join(__all__)}, and its modules")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """The public names, for tab completion."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, also=", and its modules")
