@@ -25,6 +25,7 @@ _PUBLIC = {
     "ClosureError": "hyperopt.closure",
     "ImpureMapError": "hyperopt.purity",
     "check_map": "hyperopt.purity",
+    "mean_over_ranks": "hyperopt.mesh",
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
     "Anderson": "hyperopt.solvers.anderson",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.linsolve.nystrom import Nystrom as Nystrom
+    from hyperopt.mesh import mean_over_ranks as mean_over_ranks
     from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning

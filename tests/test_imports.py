@@ -31,6 +31,7 @@ LAYERS = [
     ("tree", "spaces"),
     ("status",),
     ("policy", "closure", "memory", "purity"),
+    ("mesh",),
     ("frozen",),
     ("solvers",),
     ("linsolve",),
