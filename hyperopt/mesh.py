@@ -9,8 +9,8 @@ function through ``share`` and the value leaves it through ``total``, which are 
     total    forward: the sum over the ranks       backward: the cotangent itself
 
 so that gradients of any order, products with Hessians, unrolled and implicit hypergradients come out whole, and alike on every
-rank. An all-reduce whose backward is one more all-reduce, or none, as in a gradient of gradients through DistributedDataParallel, gives
-each rank a number of its own instead.
+rank. An all-reduce whose backward is one more all-reduce, or none, as in a gradient of gradients through
+DistributedDataParallel, gives each rank a number of its own instead.
 """
 
 from __future__ import annotations
