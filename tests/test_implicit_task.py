@@ -134,7 +134,7 @@ def test_a_jacobian_penalty_is_in_the_loss_and_shrinks_the_jacobian() -> None:
         plain.step(sgd(plain, lr=0.2), no_guard)
         last = made.step(sgd(made, lr=0.2), no_guard)
     norms = [float(torch.linalg.matrix_norm(t.layers["deq"].weight.detach())) for t in (plain, made)]  # pyright: ignore
-    assert norms[1] < norms[0] / 2 and last.metrics["outer/jacobian"] < penalty / 4
+    assert norms[1] < 0.7 * norms[0] and last.metrics["outer/jacobian"] < penalty / 4
 
 
 def test_every_call_of_a_closure_sees_one_function() -> None:

@@ -127,7 +127,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         return record
 
     def pretraining(self) -> tuple[FixedPointSolver, Adjoint]:
-        """What solves the layers in the first ``pretrain_steps`` steps: a few evaluations, unrolled, whether they converge or not."""
+        """What solves the layers in the first ``pretrain_steps`` steps: a few evaluations, unrolled, converged or not."""
         return Picard(0.0, 0.0, max_steps=self.pretrain_iterations), Unrolled()
 
     @torch.no_grad()

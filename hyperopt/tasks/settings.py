@@ -111,7 +111,7 @@ class ImplicitTaskSettings(SupervisedSettings):
         augment: how the images of a step are changed at random (None: not); see ``hyperopt.data.augment.Augment``.
         workers: processes that make the batches ahead of time; 0: none. They change no number.
         jacobian: weight of the Jacobian penalty in the loss of a step (0: none); see ``hyperopt.nn.stabilise``.
-        pretrain_steps: outer steps, the first ones, in which a layer is ``pretrain_iterations`` evaluations of its cell, unrolled.
+        pretrain_steps: first outer steps, in which a layer is ``pretrain_iterations`` evaluations of its cell, unrolled.
         pretrain_iterations: see there.
     """
 
