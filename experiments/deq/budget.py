@@ -2,9 +2,10 @@
 
     python experiments/deq/budget.py [--seconds S] [--train N] [--test N]
 
-One seed, one order of batches (32 images of ``--train`` of the training images), Adam at 1e-3; SHINE's forward solve is Broyden's,
-whose inverse it uses, all others' is Anderson's, each to 1e-2 or 25 evaluations. CPU seconds of the training steps alone, one
-thread; loss and accuracy on the first ``--test`` test images, solved by the same solver. Writes ``budget`` into results.json.
+One seed, one order of batches (32 images of ``--train`` of the training images), Adam at 1e-3. SHINE's forward solve is
+Broyden's, whose inverse it uses; all others' is Anderson's, each to 1e-2 or 25 evaluations. CPU seconds of the training steps
+alone, one thread; loss and accuracy on the first ``--test`` test images, solved by the same solver. Writes ``budget`` into
+results.json.
 """
 
 from __future__ import annotations
