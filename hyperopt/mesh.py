@@ -15,7 +15,10 @@ DistributedDataParallel, gives each rank a number of its own instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optree
@@ -26,17 +29,83 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from hyperopt.closure import ClosureError, Swap, foreign_leaves
 
+TIMEOUT = "HYPEROPT_RANK_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others (default 600) before it ends with an error."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Connect the ranks that ``torchrun`` has started, for the time of the block; nothing where there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "600"))))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
 
 def ranks() -> int:
     """Number of ranks; 1 where ``torch.distributed`` was not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This rank, from 0."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def share_of(count: int) -> slice:
+    """This rank's share of ``count`` things: ranks have neighbouring shares, whose sizes differ by one at most."""
+    return slice(count * rank() // ranks(), count * (rank() + 1) // ranks())
+
+
+def own(index: Tensor | None, count: int) -> Tensor | slice | None:
+    """Which of the places ``index`` (None: all) of ``count`` things are in this rank's share; None: all of them are."""
+    if ranks() == 1:
+        return index
+    mine = share_of(count)
+    return mine if index is None else index[(index >= mine.start) & (index < mine.stop)]
+
+
+def from_first(value: Any) -> Any:
+    """The value of rank 0, on every rank; any object that can be pickled, between processes of one program."""
+    if ranks() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all ranks in order, on every rank; see ``from_first``."""
+    if ranks() == 1:
+        return [value]
+    held: list[Any] = [None] * ranks()
+    dist.all_gather_object(held, value)
+    return held
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over the ranks, the same bits on each; without a derivative."""
     summed = value.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(summed)
+    if ranks() > 1:
+        dist.all_reduce(summed)
     return summed
+
+
+def average(value: Tensor, rows: int | None = None) -> Tensor:
+    """The mean of ``value`` over the ranks, weighted by ``rows`` (None: all alike); without a derivative, the value on one rank.
+
+    A rank may have no rows: its value, whatever it is, does not count.
+    """
+    if ranks() == 1:
+        return value
+    weight = torch.tensor(float(1 if rows is None else rows), dtype=torch.float64, device=value.device)
+    total = sum_over_ranks(value * weight.to(value.dtype) if rows != 0 else torch.zeros_like(value))
+    return total / sum_over_ranks(weight).to(value.dtype)
 
 
 class _Share(torch.autograd.Function):

@@ -50,6 +50,7 @@ LAYERS = [
     ("config", "optim", "events", "track", "repro", "loop_state", "checkpoint"),
     ("report", "checking"),
     ("run",),
+    ("launch",),
     ("sweep",),
     ("cli",),
 ]

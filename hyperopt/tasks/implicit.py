@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.data.loading import Loader
@@ -72,6 +74,12 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         if not self.layers:
             what = f"task.network={self.network!r} built {type(network).__name__} without an implicit layer (hyperopt.nn.DEQ)"
             raise ValueError(f"{what}, so there is nothing to solve; change task.network")
+        for name, module in self.model.named_modules() if mesh.ranks() > 1 else ():
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f"task.network has {name} = {module}: on {mesh.ranks()} ranks each would take the statistics of its own "
+                    f"rows; use GroupNorm or LayerNorm, or one rank"
+                )
         if env.compile:
             for layer in self.layers.values():
                 layer.compile_map()
@@ -104,6 +112,8 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, images, labels = self.loader.take()
+        mine = mesh.share_of(len(labels))
+        images, labels = images[mine], labels[mine]
         found: list[dict[str, float]] = []
         random = random_states(images.device)
 
@@ -121,9 +131,10 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
 
         self.model.train()
         with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
-            record = self.update(optimizer, guard, loss)
+            record = self.update(optimizer, guard, loss, rows=len(labels))
         record.metrics |= {**found[0], **self.place(batch)}
-        self.running.add(record, self.solutions())
+        record = record.over_ranks()
+        self.running.add(record)
         return record
 
     def pretraining(self) -> tuple[FixedPointSolver, Adjoint]:
