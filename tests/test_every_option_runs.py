@@ -100,7 +100,7 @@ def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) ->
 
 
 BILEVEL = {  # every way through a trained problem, on rows that need no files
-    "inner": ["gradient_descent", "heavy_ball", "torch_optimizer", "lbfgs"],
+    "inner": ["gradient_descent", "heavy_ball", "adam", "torch_optimizer", "lbfgs"],
     "adjoint": [option.partition("/")[2] for option in SCHEMA if option.startswith("adjoint/") and option != "adjoint/shine"],
 }
 

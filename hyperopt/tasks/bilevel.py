@@ -20,16 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.adjoints.base import Adjoint
-from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.hypergradient import Bilevel
-from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
+from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.over_ranks import over_ranks
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.primitive import fixed_point
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.spaces import Hyperparameters
 from hyperopt.status import Solution, Status
@@ -158,22 +155,8 @@ class BilevelTask(BilevelTaskSettings, Task):
         return {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the outer loss at the fixed point of the gradient step; see ``Task.objective``.
-
-        Raises:
-            NotImplementedError: the inner solver has no step that could be taken as a map, or sees minibatches.
-        """
-        if not isinstance(self._inner, DifferentiableSolver):
-            raise NotImplementedError("mode=check needs a gradient-step map; use inner=gradient_descent or inner=heavy_ball")
-        start, problem, lam = self._state(), self.parts.problem, self.hyper.values()
-        if any(isinstance(b, Minibatches) and b.order.size for b in (problem.inner_batches, problem.outer_batches)):
-            raise NotImplementedError("mode=check needs losses on all their rows; set task.batch_size=null")
-        phi = GradientMap(problem, self._inner)
-        w = optree.tree_map(torch.clone, self.bilevel.w)
-        found = fixed_point(phi, phi.start(w), (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
-        loss = problem.outer(phi.weights(found.value), lam, problem.outer_batches.draw())
-        self._return_to(start)
-        return loss, found
+        """Return the outer loss at the fixed point of the gradient step, whatever ``inner`` is; see ``Task.objective``."""
+        return self.bilevel.objective(self.hyper.values(), solver, adjoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hyperparameters, the weights, and what every method remembers."""
