@@ -17,8 +17,8 @@ from common import HERE, REPOSITORY, Row, built, evaluated, run, save, seconds, 
 from hyperopt import InnerLBFGS
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.tasks.bilevel import loss_of
 from hyperopt.tasks.distillation import DataDistillationTask
+from hyperopt.tasks.scores import loss_of
 
 SEEDS = (0, 1, 2)
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
