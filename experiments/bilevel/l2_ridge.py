@@ -66,6 +66,7 @@ def estimators(ridge: Ridge) -> list[Row]:
         "implicit, dense": (Implicit(Dense(), policy="ignore"), None),
         "implicit, Nystrom of full rank": (Implicit(Nystrom(rank=10, rho=1e-8, rtol=1e-14, max_steps=20), policy="ignore"), None),
         "unrolled, 1,000 steps": (hyperopt.Unrolled(), descent),
+        "unrolled, 1,000 steps of Adam": (hyperopt.Unrolled(), hyperopt.InnerAdam(lr=0.01, max_steps=1000)),
         "unrolled, recomputed": (hyperopt.Checkpointed(), descent),
         "truncated, last 20 of 1,000": (hyperopt.Unrolled(last=20), descent),
         "one-step": (hyperopt.OneStep(), None),
