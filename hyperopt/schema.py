@@ -130,6 +130,7 @@ SCHEMA: dict[str, type] = {
         bilevel.GradientDescentSettings, "hyperopt.bilevel.inner.gradient_descent.GradientDescent"
     ),
     "inner/heavy_ball": _targeted(bilevel.HeavyBallSettings, "hyperopt.bilevel.inner.heavy_ball.HeavyBall"),
+    "inner/adam": _targeted(bilevel.InnerAdamSettings, "hyperopt.bilevel.inner.adam.InnerAdam"),
     "inner/torch_optimizer": _targeted(bilevel.TorchOptimizerSettings, "hyperopt.bilevel.inner.torch_optimizer.TorchOptimizer"),
     "inner/lbfgs": _targeted(bilevel.LBFGSSettings, "hyperopt.bilevel.inner.lbfgs.InnerLBFGS"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
