@@ -39,6 +39,7 @@ LAYERS = [
     ("diagnosis",),
     ("primitive", "certificate", "check"),
     ("nn", "data"),
+    ("regularise",),
     ("bilevel.problem", "bilevel.estimate"),
     ("bilevel.curvature", "bilevel.estimator"),
     ("bilevel.step_map",),

@@ -124,11 +124,12 @@ class Keys:
 
     def uniform(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Numbers uniform in the open interval (0, 1), to 2**-23: the same in float32 and float64. shape: (n, *shape)."""
-        count = math.prod(shape)
-        halves = self._entries(stream, (count + 1) // 2).view(torch.int32)[:, :count]  # two numbers a word
+        count, rows = math.prod(shape), len(self.index)
+        words = self._entries(stream, (count + 1) // 2)
+        halves = words.flatten().view(torch.int32).view(rows, 2 * words.shape[1])[:, :count]  # two numbers a word
         numbers = (halves >> (32 - _FRACTION)).to(torch.float32 if dtype.itemsize < 4 else dtype)
         numbers = numbers.add_(2 ** (_FRACTION - 1) + 0.5).mul_(2.0**-_FRACTION)
-        return numbers.to(dtype).view(len(self.index), *shape)
+        return numbers.to(dtype).view(rows, *shape)
 
     def normal(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers, by the inverse of their distribution function; at most 5.3 in size. shape: (n, *shape)."""
