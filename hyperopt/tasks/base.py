@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution, Status
+from hyperopt.train_settings import TrainerSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ class Environment:
         seed: seed of the run; splits and initialisation come from it.
         compile: whether to compile the map (``torch.compile``).
         generator: a CPU generator, seeded, whose state is part of every checkpoint.
+        trainer: the settings of the loop: how long a schedule of the task's own is.
     """
 
     device: torch.device
@@ -43,6 +45,7 @@ class Environment:
     seed: int
     compile: bool
     generator: torch.Generator
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
 
 @dataclass
