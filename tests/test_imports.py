@@ -19,7 +19,7 @@ LAYERS = [
         "nn.settings",
         "solvers.settings",
         "stn.settings",
-    "stn.classifier_settings",
+        "stn.classifier_settings",
         "tasks.settings",
         "space_settings",
         "train_settings",
