@@ -115,11 +115,14 @@ class Schedule:
             ),
         }
         self.kind = settings.kind
+        self._optimizer = optimizer
         self._scheduler = make[settings.kind]()
 
     def after_step(self) -> None:
         """Advance a schedule that counts outer steps."""
         if self._scheduler is not None and self.kind != "plateau":
+            # torch warns of a schedule that is ahead of its optimizer, which stands still while a self-tuning network warms up.
+            vars(self._optimizer)["_opt_called"] = True
             self._scheduler.step()
 
     def after_evaluation(self, monitored: float) -> None:

@@ -4,8 +4,8 @@
 
 so that a row's weights are ``W + diag(V delta) H``, affine in the hyperparameters of that row, at the price of a second product.
 
-A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay where they were, and ``collapse`` changes
-the class back. The draw lies in a ``Context`` that all layers of a network share, for as long as one call of it.
+A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay where they were, and ``collapse``
+changes the class back. The draw lies in a ``Context`` that all layers of a network share, for as long as one call of it.
 
 Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 3.2; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514, section 4.1.
 """
@@ -112,6 +112,8 @@ class HyperLayer(InContext):
     channels: ClassVar[int] = -1  # the dimension of the outputs that has the units
 
     gate: nn.Parameter
+    bias_gate: nn.Parameter | None
+    response_bias: nn.Parameter
 
     @classmethod
     def become(cls, module: nn.Module, context: Context, place: str, count: int, gate: str, std: float) -> None:
@@ -158,21 +160,28 @@ class HyperLayer(InContext):
             draw: of the call.
         """
         self.rows(y.shape[0], draw)
-        shape = [draw.rows] + [1] * (y.dim() - 1)
-        shape[self.channels] = -1
-        delta = draw.delta
-        found = functional.linear(delta, self.gate).view(shape) * product
+        delta, dims = draw.delta, y.dim()
+        gates = self.spread(functional.linear(delta, self.gate), dims)
+        shift = None
         if self.bias_gate is not None:
-            found = found + (functional.linear(delta, self.bias_gate) * self.response_bias).view(shape)
+            shift = self.spread(functional.linear(delta, self.bias_gate * self.response_bias[:, None]), dims)
         if self.context is None or not self.context.linear:
-            return y + found
+            return torch.addcmul(y if shift is None else y + shift, gates, product)
         primal, tangent = forward_ad.unpack_dual(y)
+        found = gates * product if shift is None else torch.addcmul(shift, gates, product)
         return forward_ad.make_dual(primal, found if tangent is None else tangent + found)
 
-    @staticmethod
-    def primal(x: Tensor) -> Tensor:
+    def spread(self, units: Tensor, dims: int) -> Tensor:
+        """A number for each row and unit, as outputs of so many dimensions have them. shape: (rows, ..., units)."""
+        if dims == 2:
+            return units
+        shape = [units.shape[0]] + [1] * (dims - 1)
+        shape[self.channels] = -1
+        return units.view(shape)
+
+    def primal(self, x: Tensor) -> Tensor:
         """The value of what may be a dual."""
-        return forward_ad.unpack_dual(x).primal
+        return forward_ad.unpack_dual(x).primal if self.context is not None and self.context.linear else x
 
     def squares(self, draw: Draw) -> Tensor:
         """``|W + diag(V delta) H|^2`` of every row, without the biases. shape: (rows,)."""

@@ -37,7 +37,7 @@ KINDS: dict[type[nn.Module], type[HyperLayer]] = {
         HyperLSTMCell,
     )
 }
-"""The hyper-layer of each plain one. One of your own: a subclass of ``HyperLayer`` with ``plain`` and ``forward``, put in here."""
+"""The hyper-layer of each plain one; one of your own is a subclass of ``HyperLayer`` with ``plain`` and ``forward``."""
 
 FUSED = (nn.LSTM, nn.GRU, nn.RNN)
 

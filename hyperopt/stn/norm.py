@@ -28,10 +28,10 @@ class HyperNorm(HyperLayer):
         y, draw = super().forward(input), self.draw
         if not draw.responds:
             return y
-        product = self.normalised(self.primal(input)) * self.spread(self.response_weight, input)
+        product = self.normalised(self.primal(input)) * self.gain(self.response_weight, input)
         return self.respond(y, product, draw)
 
-    def spread(self, weight: Tensor, like: Tensor) -> Tensor:
+    def gain(self, weight: Tensor, like: Tensor) -> Tensor:
         """A vector over the channels, as ``like`` has them."""
         return weight.view(-1, *[1] * (like.dim() - 2))
 
@@ -88,6 +88,6 @@ class HyperLayerNorm(HyperNorm, nn.LayerNorm):
         """Row by row."""
         return functional.layer_norm(x, self.normalized_shape, eps=self.eps)
 
-    def spread(self, weight: Tensor, like: Tensor) -> Tensor:
+    def gain(self, weight: Tensor, like: Tensor) -> Tensor:
         """The last dimension."""
         return weight

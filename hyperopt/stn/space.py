@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class HyperSpace(nn.Module):
     ) -> None:
         """Start at the initial values."""
         super().__init__()
-        pairs = list(declared.items() if isinstance(declared, Mapping) else declared)
+        pairs: list[Any] = list(declared.items() if isinstance(declared, Mapping) else declared)
         for place, (name, each) in enumerate(pairs):
             _check(name, each, key)
             if name in [other for other, _ in pairs[:place]]:

@@ -4,7 +4,7 @@
     a round    train_steps times the same
                valid_steps times  lam, sigma <- step on  L_valid(w(lam')) - tau sum log(sigma sqrt(2 pi e))
 
-``w(lam')`` is affine in what the mode lets it respond to: the derivative of the validation loss passes through the response alone.
+``w(lam')`` is affine in what the mode lets it respond to: the derivative of the validation loss passes through that alone.
 
 References: MacKay et al., Self-tuning networks, ICLR 2019, arXiv 1903.03088, algorithm 1; Bae & Grosse, Delta-STN, NeurIPS 2020,
 arXiv 2010.13514, algorithm 1.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Round:
     Attributes:
         warming: whether it was part of the warm-up, without a step of the hyperparameters.
         train_loss: mean of its training losses, perturbed, each before its update.
-        valid_loss: that of its last validation loss, perturbed, before its update; NaN in the warm-up.
+        valid_loss: its last validation loss, perturbed, before its update, if there was one.
         metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away, in the user's units; ``stn/scale/<name>``,
             ``stn/entropy``, ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
     """
@@ -50,6 +50,24 @@ class Round:
     train_loss: float
     valid_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Past(NamedTuple):
+    """What is kept of a round.
+
+    Attributes:
+        steps: updates of the weights.
+        train_loss: see ``Round``.
+        valid_loss: see ``Round``.
+        u: the hyperparameters in R that those updates had.
+        sigma: the scales after the round.
+    """
+
+    steps: int
+    train_loss: float
+    valid_loss: float
+    u: list[float]
+    sigma: list[float]
 
 
 class SelfTuning:
@@ -70,7 +88,7 @@ class SelfTuning:
 
     Attributes:
         updates: updates of the weights done.
-        history: for each round its updates of the weights, and the hyperparameters in R that they had.
+        history: what each round was like.
 
     Raises:
         ValueError: an optimizer or a schedule that cannot work here.
@@ -122,7 +140,7 @@ class SelfTuning:
             made["response"] = response, {"response": self._response}
         made["weights"] = weights or Adam(lr=0.01), groups
         made["scales"] = scales or Adam(lr=0.003), {"scales": [self.space.s]}
-        made["values"] = values or Adam(lr=0.003), {"values": [self.space.u]}
+        made["values"] = values or Adam(lr=0.003), self.groups()
         self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
         self._clip = {name: each.clip_norm for name, (each, _) in made.items()}
         length = trainer or TrainerSettings()
@@ -132,7 +150,7 @@ class SelfTuning:
         self.generator = torch.Generator(self.space.u.device).manual_seed(seed)
         self.watch = Watch(settings)
         self.updates = 0
-        self.history: list[tuple[int, list[float]]] = []
+        self.history: list[Past] = []
 
     def groups(self) -> dict[str, list[Tensor]]:
         """What an optimizer of the hyperparameters moves."""
@@ -162,8 +180,8 @@ class SelfTuning:
         steps = min(settings.train_steps, left) if left > 0 else settings.train_steps
         before = self.space.u.detach().clone()
         train_losses = [self.weight_step(train()) for _ in range(steps)]
-        valid_losses: list[Tensor] = []
         if left > 0:
+            valid_losses = [self._look(valid())]
             if guard is not None:
                 guard({"values": []})
         else:
@@ -172,7 +190,7 @@ class SelfTuning:
         for name, schedule in self._schedules.items():
             if name != "values" or optimizer is None:
                 schedule.after_step()
-        return self._record(before, train_losses, valid_losses)
+        return self._record(left > 0, before, train_losses, valid_losses)
 
     def weight_step(self, batch: Any) -> Tensor:
         """Update the weights and their response on one batch; return the loss before, without its graph."""
@@ -202,12 +220,11 @@ class SelfTuning:
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
             draw = space.at(eps)
-            with self.model.at(draw if settings.direct_grad else draw.without_h()):
-                loss = self.valid_loss(self.model, batch, draw if settings.direct_grad else None)
+            loss = self._validation(batch, draw)
             found.append(loss.detach())
             return torch.autograd.grad(loss - settings.entropy * draw.entropy(), parameters, materialize_grads=True)
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             if settings.update == "joint":
                 space.u.grad, slope = gradients(space.u, space.s)
                 if len(found) == 1:
@@ -218,7 +235,7 @@ class SelfTuning:
                 guard({"values": [space.u.grad]})
             return found[-1]
 
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        optimizer.step(closure)
         if settings.update == "sequential":
             (space.s.grad,) = gradients(space.s)
         self._clipped("scales", [space.s])
@@ -228,7 +245,7 @@ class SelfTuning:
 
     def schedule(self) -> TunedSchedule:
         """The hyperparameters of every update of the weights so far."""
-        return TunedSchedule.of(self.space, self.history)
+        return TunedSchedule.of(self.space, [(past.steps, past.u) for past in self.history])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything: network, hyperparameters, optimizers, schedules, noise, history."""
@@ -239,7 +256,7 @@ class SelfTuning:
             "generator": self.generator.get_state(),
             "watch": self.watch.state_dict(),
             "updates": self.updates,
-            "history": [[steps, *u] for steps, u in self.history],
+            "history": [list(past) for past in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,7 +268,7 @@ class SelfTuning:
         self.generator.set_state(state["generator"])
         self.watch.load_state_dict(state["watch"])
         self.updates = state["updates"]
-        self.history = [(int(row[0]), list(row[1:])) for row in state["history"]]
+        self.history = [Past(*row) for row in state["history"]]
 
     def _update(
         self, optimizers: Mapping[str, torch.optim.Optimizer], parameters: Sequence[Tensor], batch: Any, draw: Draw
@@ -273,6 +290,18 @@ class SelfTuning:
             each.step()
         return loss.detach()
 
+    def _validation(self, batch: Any, draw: Draw) -> Tensor:
+        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``."""
+        direct = self.settings.direct_grad
+        with self.model.at(draw if direct else draw.without_h()):
+            return self.valid_loss(self.model, batch, draw if direct else None)
+
+    @torch.no_grad()
+    def _look(self, batch: Any) -> Tensor:
+        """The validation loss at a draw, without any update."""
+        self.model.eval()
+        return self._validation(batch, self.space.draw(self.rows(batch), self.generator))
+
     def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
         if (limit := self._clip.get(name)) is not None:
@@ -287,7 +316,7 @@ class SelfTuning:
                 f"hyperopt.stn.Dropout({unused[0]!r}) in the network), or do not declare it"
             )
 
-    def _record(self, before: Tensor, train_losses: list[Tensor], valid_losses: list[Tensor]) -> Round:
+    def _record(self, warming: bool, before: Tensor, train_losses: list[Tensor], valid_losses: list[Tensor]) -> Round:
         """Read all numbers of a round in one transfer, look at them, and keep the hyperparameters."""
         space, count = self.space, len(self.space.names)
         parts = [before, space.u.detach(), space.s.detach(), space.sigma.detach()]
@@ -298,19 +327,16 @@ class SelfTuning:
         named = {kind: dict(zip(space.names, each, strict=True)) for kind, each in (("u", u), ("s", s), ("sigma", sigma))}
         self.watch.finite(self.updates, named["u"], named["s"], {"training": train, "validation": valid})
         self.watch.saturated(space, named["u"], named["sigma"])
-        found = Round(not valid, sum(train) / len(train), valid[-1] if valid else float("nan"))
-        if valid:
+        found = Round(warming, sum(train) / len(train), valid[-1])
+        if not warming:
             self.watch.collapse(found.train_loss, found.valid_loss)
-        self.history.append((len(train), was))
+        self.history.append(Past(len(train), found.train_loss, found.valid_loss, was, sigma))
         metrics: dict[str, float] = {f"hyper/{name}": value for name, value in space.values().items()}
         for name, (low, high) in space.band().items():
             metrics |= {f"hyper/{name}/low": low, f"hyper/{name}/high": high}
         metrics |= {f"stn/scale/{name}": value for name, value in named["sigma"].items()}
-        with torch.no_grad():
-            metrics["stn/entropy"] = float(Draw.entropy_of(space.sigma))
-        metrics |= {"stn/train_loss": found.train_loss, "stn/updates": float(self.updates)}
-        if valid:
-            metrics["stn/valid_loss"] = found.valid_loss
+        metrics["stn/entropy"] = float(Draw.entropy_of(torch.tensor(sigma, dtype=torch.float64)))
+        metrics |= {"stn/train_loss": found.train_loss, "stn/valid_loss": found.valid_loss, "stn/updates": float(self.updates)}
         found.metrics = metrics
         return found
 
