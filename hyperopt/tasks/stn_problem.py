@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +23,40 @@ from hyperopt.regularise.pipeline import RANGES, Pipeline, check_range
 from hyperopt.stn.declare import Bounded, Discrete, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.stn.space import HyperSpace
 
 DECAY = "weight_decay"
 Batch = tuple[Tensor, Tensor, Keys]
 """Images, labels and keys of some rows."""
+
+
+class ImageBatches:
+    """Batches of images, labels and keys.
+
+    Args:
+        rows: flattened.
+        shape: of one image, channels first.
+        size: rows of a batch.
+        seed: of their order, and of what happens to the images.
+    """
+
+    def __init__(self, rows: Rows, shape: tuple[int, ...], size: int, seed: int) -> None:
+        """Stand before the first batch."""
+        self.rows, self.shape, self.seed = rows, shape, seed
+        self.order = Batches(len(rows), size, seed, device=rows.index.device)
+
+    def draw(self) -> Batch:
+        """The next batch."""
+        batch = self.order.take()
+        found = self.rows.take(batch.index)
+        return found.x.unflatten(1, self.shape), found.y, Keys(found.index, self.seed, batch.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch stands."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self.order.load_state_dict(state)
 
 
 class ImageProblem:
@@ -35,11 +64,16 @@ class ImageProblem:
 
     Args:
         splits: the dataset; pixels in [0, 1] (``normalize=unit``): the training rows' mean and deviation are taken off later.
-        space: the hyperparameters.
+        declared: the hyperparameters by name.
         dropouts: names of dropout rates that the network has a place for.
         batch_size: training rows of one update.
         val_batch_size: validation rows of one update of the hyperparameters.
         seed: of the order of both, and of what happens to the training images.
+
+    Attributes:
+        train: batches of the training rows.
+        valid: batches of the validation rows.
+        pipeline: what is done to the images.
 
     Raises:
         ValueError: no images or no validation rows, a hyperparameter that nothing here reads, one that may come to have a value
@@ -47,51 +81,40 @@ class ImageProblem:
     """
 
     def __init__(
-        self, splits: Splits, space: HyperSpace, dropouts: Sequence[str], batch_size: int, val_batch_size: int, seed: int
+        self,
+        splits: Splits,
+        declared: Mapping[str, Tuned],
+        dropouts: Sequence[str],
+        batch_size: int,
+        val_batch_size: int,
+        seed: int,
     ) -> None:
         """Check what is declared, and stand before the first batches."""
         if len(splits.shape) != 3 or not splits.num_classes:
             raise ValueError(f"dataset={splits.name} has rows of shape {splits.shape}, not images of classes; change dataset")
         if not len(splits.val):
             raise ValueError("dataset.val=0: there is nothing to tune the hyperparameters on; raise dataset.val")
-        _check_declared(space, dropouts, splits.shape[0])
-        self.splits, self.space, self.seed = splits, space, seed
-        holes = space.declared.get("cut_holes")
-        names = tuple(name for name in RANGES if name in space.names)
+        _check_declared(declared, dropouts, splits.shape[0])
+        self.shape, self.decays = splits.shape, DECAY in declared
+        holes = declared.get("cut_holes")
+        names = tuple(name for name in RANGES if name in declared)
         images = splits.train.x.unflatten(1, splits.shape)
         if float(images.min()) < 0 or float(images.max()) > 1:
             raise ValueError(
                 "the pixels are not in [0, 1]; set dataset.normalize=unit (images are standardised after the jitter)"
             )
         self.pipeline = Pipeline.of(images, names, 1 if holes is None else int(_bounds(holes)[1]))
-        device = splits.train.index.device
-        self.order = {
-            "train": Batches(len(splits.train), batch_size, seed, device=device),
-            "val": Batches(len(splits.val), val_batch_size, seed + 1, device=device),
-        }
-
-    def train(self) -> Batch:
-        """The next training batch."""
-        return self._take(self.splits.train, "train")
-
-    def valid(self) -> Batch:
-        """The next validation batch."""
-        return self._take(self.splits.val, "val")
-
-    def _take(self, rows: Rows, which: str) -> Batch:
-        batch = self.order[which].take()
-        found = rows.take(batch.index)
-        return found.x.unflatten(1, self.splits.shape), found.y, Keys(found.index, self.seed, batch.epoch)
+        self.train = ImageBatches(splits.train, splits.shape, batch_size, seed)
+        self.valid = ImageBatches(splits.val, splits.shape, val_batch_size, seed + 1)
 
     def train_loss(self, model: STN, batch: Batch, draw: Draw) -> Tensor:
         """The training loss under a draw; see ``hyperopt.stn.step``."""
         images, labels, keys = batch
-        h = draw.h
         with keyed(keys):
-            logits = model(self.pipeline(images, h, keys), draw)
+            logits = model(self.pipeline(images, draw.h, keys), draw)
         loss = functional.cross_entropy(logits, labels)
-        if DECAY in self.space.names:
-            loss = loss + (h[DECAY] * model.squared_norm(draw)).mean() / 2
+        if self.decays:
+            loss = loss + (draw.h[DECAY] * model.squared_norm(draw)).mean() / 2
         return loss
 
     def valid_loss(self, model: nn.Module, batch: Batch, draw: Draw | None = None) -> Tensor:
@@ -100,16 +123,7 @@ class ImageProblem:
 
     def logits(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits of flattened rows, at the hyperparameters themselves. shape: (n, classes)."""
-        return model(self.pipeline.plain(x.unflatten(1, self.splits.shape)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the next batches stand."""
-        return {name: order.state_dict() for name, order in self.order.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-        for name, order in self.order.items():
-            order.load_state_dict(state[name])
+        return model(self.pipeline.plain(x.unflatten(1, self.shape)))
 
 
 def _bounds(each: Tuned) -> tuple[float, float]:
@@ -117,10 +131,10 @@ def _bounds(each: Tuned) -> tuple[float, float]:
     return (each.low, each.high) if isinstance(each, Bounded | Discrete) else (0.0, math.inf)
 
 
-def _check_declared(space: HyperSpace, dropouts: Sequence[str], channels: int) -> None:
+def _check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], channels: int) -> None:
     """Refuse what nothing reads, and what may come to have a value without a meaning."""
     known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), DECAY: (0.0, math.inf)}
-    for name, each in space.declared.items():
+    for name, each in declared.items():
         if name not in known:
             raise ValueError(f"nothing reads the hyperparameter {name!r}; the names are {', '.join(known)}")
         check_range(name, *_bounds(each), known[name])
