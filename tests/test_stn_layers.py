@@ -185,7 +185,7 @@ def test_gradients_of_weights_and_response(linear: bool) -> None:
 
 
 def test_what_cannot_be_linearised_is_refused() -> None:
-    stn = convert(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)), space())
+    stn = convert(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)).double(), space())
     with pytest.raises(ValueError, match=r"'1' is a BatchNorm1d without a response.*affine=True"):
         stn.linear = True
 
@@ -249,7 +249,7 @@ def test_a_shared_layer_and_a_shared_weight() -> None:
 
 
 def test_the_users_network_is_left_alone() -> None:
-    plain = nn.Sequential(nn.Linear(3, 3), Dropout("a"))
+    plain = nn.Sequential(nn.Linear(3, 3), Dropout("a")).double()
     before = copy.deepcopy(plain.state_dict())
     stn = convert(plain, space())
     assert type(plain[0]) is nn.Linear and list(plain.state_dict()) == list(before)
@@ -307,7 +307,11 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "nothing": (lambda: nn.ReLU(), {}, "no layer of ReLU has weights that could respond"),
     "all skipped": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["0"]}, "no layer of Sequential"),
     "skip of nothing": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["one"]}, "skip names 'one', which is no module"),
-    "dropout of nothing": (lambda: nn.Sequential(nn.Linear(2, 2), Dropout("c")), {}, r"Dropout\('c'\) at '1': the space has a, b"),
+    "dropout of nothing": (
+        lambda: nn.Sequential(nn.Linear(2, 2), Dropout("c")),
+        {},
+        r"Dropout\('c'\) at '1': the space has a, b",
+    ),
     "norm of images": (lambda: nn.LayerNorm((3, 4)), {}, r"LayerNorm over \(3, 4\).*GroupNorm"),
     "gate": (lambda: nn.Linear(2, 2), {"gate": "each"}, "gate='each' is none of unit, scalar"),
 }
@@ -317,11 +321,16 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 def test_what_cannot_be_converted_is_refused_by_name(name: str) -> None:
     make, how, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        convert(make(), space(), **how)
+        convert(make().double(), space(), **how)
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the space is torch.float64 on cpu, and the network torch.float32 on cpu"):
+        convert(nn.Linear(2, 2), space())
 
 
 def test_a_converted_network_is_not_converted_again() -> None:
-    stn = convert(nn.Sequential(nn.Linear(2, 2)), space())
+    stn = convert(nn.Sequential(nn.Linear(2, 2)).double(), space())
     with pytest.raises(ValueError, match="hyper-layer already"):
         convert(stn.module, space())
 

@@ -176,6 +176,12 @@ def convert(
     unknown = [name for name in skip if name not in names]
     if unknown:
         raise ValueError(f"convert: skip names {unknown[0]!r}, which is no module of the network; its modules are {names[1:]}")
+    other = next((p for p in module.parameters() if (p.dtype, p.device) != (space.u.dtype, space.u.device)), None)
+    if other is not None and other.is_floating_point():
+        raise ValueError(
+            f"convert: the space is {space.u.dtype} on {space.u.device}, and the network {other.dtype} on {other.device}; give "
+            "HyperSpace(dtype=..., device=...) those of the network"
+        )
     module, context = copy.deepcopy(module), Context()
     for name, each in list(module.named_modules()):
         if isinstance(each, InContext):
@@ -238,8 +244,8 @@ def _check_shape(module: nn.Module, name: str) -> None:
     """Refuse a layer normalisation over more than the last dimension: its units would be no vector."""
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         raise ValueError(
-            f"convert: {name!r} is a LayerNorm over {tuple(module.normalized_shape)}, and a response has a gate for each entry of "
-            f"the last dimension alone; use GroupNorm(1, channels), or leave it without a response: skip=[{name!r}]"
+            f"convert: {name!r} is a LayerNorm over {tuple(module.normalized_shape)}, and a response has a gate for each entry "
+            f"of the last dimension alone; use GroupNorm(1, channels), or leave it without a response: skip=[{name!r}]"
         )
 
 
