@@ -312,7 +312,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {},
         r"Dropout\('c'\) at '1': the space has a, b",
     ),
-    "norm of images": (lambda: nn.LayerNorm((3, 4)), {}, r"LayerNorm over \(3, 4\).*GroupNorm"),
+    "norm of images": (lambda: nn.LayerNorm([3, 4]), {}, r"LayerNorm over \(3, 4\).*GroupNorm"),
     "gate": (lambda: nn.Linear(2, 2), {"gate": "each"}, "gate='each' is none of unit, scalar"),
 }
 

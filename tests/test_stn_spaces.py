@@ -97,8 +97,8 @@ def test_the_perturbation_has_the_declared_scale() -> None:
 def test_state_comes_back() -> None:
     one, two = space(), space()
     with torch.no_grad():
-        one.u += 1
-        one.s -= 1
+        one.u.add_(1)
+        one.s.sub_(1)
     two.load_state_dict(one.state_dict())
     assert one.values() == two.values() and one.scales() == two.scales() and set(one.state_dict()) == {"u", "s"}
 

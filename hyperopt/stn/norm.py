@@ -10,8 +10,6 @@ batch and layer normalisation takes mean and variance for constants, and is wron
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +21,8 @@ class HyperNorm(HyperLayer):
     """A normalisation with a gain for each channel."""
 
     channels = 1
+    weight: Tensor
+    bias: Tensor | None
     response_weight: nn.Parameter
     eps: float
 
@@ -131,7 +131,7 @@ class HyperLayerNorm(HyperNorm, nn.LayerNorm):
         return weight
 
 
-def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """Mean 0 and variance 1 over some dimensions."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
