@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hyperopt import checkpoint
 from hyperopt.checkpoint import CheckpointError
@@ -177,8 +178,16 @@ def test_a_run_of_another_length_is_another_experiment_where_a_schedule_depends_
 
 
 def test_a_run_leaves_its_trajectory(tmp_path: Path) -> None:
-    run(composed("experiment=stn_quadratic", "stn.warmup=2", "stn.train_steps=1", "trainer.max_steps=4"), tmp_path)
-    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"trajectory.png", "fit.png"}
+    run(
+        composed("experiment=stn_quadratic", "stn.warmup=2", "stn.train_steps=1", "task.frame_every=1", "trainer.max_steps=4"),
+        tmp_path,
+    )
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"trajectory.png", "fit.gif"}
+    gif = (tmp_path / "figures" / "fit.gif").read_bytes()
+    assert gif.startswith(b"GIF89a") and gif.count(b"\x21\xf9\x04") == 4  # a control block for each frame
+    found = EventAccumulator(str(tmp_path / "tb"), {"images": 0})
+    found.Reload()
+    assert found.Images("figures/fit")[0].encoded_image_string == gif
     last = rows(tmp_path)[-1]
     assert last["hyper/x_range/low"] < last["hyper/x_range"] < last["hyper/x_range/high"]
     assert {"stn/scale/x_range", "stn/entropy", "stn/train_loss", "stn/valid_loss", "stn/response_norm"} <= set(last)

@@ -120,8 +120,8 @@ class Task(ABC):
         """
         raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
 
-    def figures(self) -> dict[str, Figure]:
-        """Return named matplotlib figures of the present state."""
+    def figures(self) -> Mapping[str, Figure | bytes]:
+        """Return named matplotlib figures of the present state; the bytes of a GIF are an animation."""
         return {}
 
     @abstractmethod

@@ -142,7 +142,7 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             for module, mode in modes:
                 module.training = mode
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Figure | bytes]:
         """Return ``trajectory``: each hyperparameter with its band, its scale, and both losses, round by round."""
         return {"trajectory": trajectory_figure(self.tuning)}
 
