@@ -87,6 +87,8 @@ class Plan:
     valid_steps: int = 1
     lr: float = 0.01
     values_lr: float = 0.01
+    clip: float | None = None  # of the gradient of each range
+    betas: tuple[float, float] = (0.9, 0.999)  # of the optimizer of the ranges
     scales_lr: float = 0.003
     entropy: float = 1e-3
     update: str = "joint"
@@ -165,6 +167,10 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
         x = REACH * batch
         return squares(x, model(x.mT[..., None]))
 
+    def guard(gradients: Any) -> None:
+        for gradient in gradients["values"] if plan.clip is not None else ():
+            gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
+
     scheduler = SchedulerSettings("cosine") if plan.cosine else SchedulerSettings()
     warm_rounds = -(-plan.warmup // plan.train_steps)
     tuning = stn.SelfTuning(
@@ -173,7 +179,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
         valid_loss,
         stn.SelfTuningSettings(plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update),
         weights=Adam(lr=plan.lr, scheduler=scheduler),
-        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, scheduler=scheduler),
+        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=scheduler),
         scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr, scheduler=scheduler),
         trainer=TrainerSettings(max_steps=warm_rounds + plan.rounds),
         seed=seeds[0],
@@ -181,7 +187,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
     grid = torch.linspace(-REACH, REACH, 100, dtype=DOUBLE)[:, None].expand(-1, len(seeds))
     found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds))
     for k in range(warm_rounds + plan.rounds):
-        tuning.round(uniform, uniform)
+        tuning.round(uniform, uniform, guard=guard)
         with torch.no_grad():
             at_lam = space.draw(1, perturb=False)
             distance = (model(grid.mT[..., None], at_lam)[..., 0] - grid.mT.square()).abs().amax(1).tolist()
