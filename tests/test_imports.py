@@ -32,6 +32,7 @@ LAYERS = [
     ("tree", "spaces"),
     ("status",),
     ("policy", "closure", "memory", "purity"),
+    ("mesh",),
     ("frozen",),
     ("solvers",),
     ("linsolve",),
@@ -55,6 +56,7 @@ LAYERS = [
     ("config", "guard", "events", "track", "repro", "loop_state", "checkpoint"),
     ("report", "checking"),
     ("run",),
+    ("launch",),
     ("sweep",),
     ("cli",),
 ]
