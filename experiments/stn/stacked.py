@@ -80,15 +80,15 @@ class Plan:
     """One way to run the study; the defaults are those of ``experiment=stn_quadratic``."""
 
     mode: str = "centred"
-    activation: str = "relu"
+    activation: str = "silu"
     width: int = 8
     warmup: int = 300
     train_steps: int = 10
     valid_steps: int = 1
-    lr: float = 0.01
-    values_lr: float = 0.01
-    clip: float | None = None  # of the gradient of each range
-    betas: tuple[float, float] = (0.9, 0.999)  # of the optimizer of the ranges
+    lr: float = 0.005
+    values_lr: float = 0.015
+    clip: float | None = 0.1  # of the gradient of each range
+    betas: tuple[float, float] = (0.9, 0.99)  # of the optimizer of the ranges
     scales_lr: float = 0.003
     entropy: float = 1e-3
     update: str = "joint"
@@ -97,7 +97,7 @@ class Plan:
     start: float = 0.5
     scale: float = 0.5
     rounds: int = 1000
-    cosine: bool = False
+    cosine: bool = False  # of every optimizer
     low: float = 0.01
     high: float = 10.0
     frozen: bool = False  # the control: the range never moves
