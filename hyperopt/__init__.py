@@ -25,6 +25,8 @@ _PUBLIC = {
     "ClosureError": "hyperopt.closure",
     "ImpureMapError": "hyperopt.purity",
     "check_map": "hyperopt.purity",
+    "over_ranks": "hyperopt.bilevel.over_ranks",
+    "mean_over_ranks": "hyperopt.mesh",
     "InexactError": "hyperopt.adjoints.attach",
     "Picard": "hyperopt.solvers.picard",
     "Anderson": "hyperopt.solvers.anderson",
@@ -71,6 +73,10 @@ _PUBLIC = {
     "Bounded": "hyperopt.spaces",
     "Simplex": "hyperopt.spaces",
     "SpectralBall": "hyperopt.spaces",
+    "HyperSpace": "hyperopt.stn.space",
+    "convert": "hyperopt.stn.network",
+    "SelfTuning": "hyperopt.stn.step",
+    "SelfTuningSettings": "hyperopt.stn.settings",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -95,6 +101,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.inner.heavy_ball import HeavyBall as HeavyBall
     from hyperopt.bilevel.inner.lbfgs import InnerLBFGS as InnerLBFGS
     from hyperopt.bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
+    from hyperopt.bilevel.over_ranks import over_ranks as over_ranks
     from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
     from hyperopt.bilevel.settings import ProductSettings as ProductSettings
@@ -115,6 +122,7 @@ if TYPE_CHECKING:
     from hyperopt.linsolve.neumann import Neumann as Neumann
     from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
     from hyperopt.linsolve.nystrom import Nystrom as Nystrom
+    from hyperopt.mesh import mean_over_ranks as mean_over_ranks
     from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.policy import SolveError as SolveError
     from hyperopt.policy import SolveWarning as SolveWarning
@@ -137,6 +145,10 @@ if TYPE_CHECKING:
     from hyperopt.status import Solution as Solution
     from hyperopt.status import SolveStats as SolveStats
     from hyperopt.status import Status as Status
+    from hyperopt.stn.network import convert as convert
+    from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
+    from hyperopt.stn.space import HyperSpace as HyperSpace
+    from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__)

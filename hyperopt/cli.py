@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hyperopt import __version__, directory, sweep
 from hyperopt.config import ConfigError, register, validate
 from hyperopt.experiment import differences, experiment, experiment_of
+from hyperopt.launch import dismiss, follow, follows, lead
 from hyperopt.messages import explain
 from hyperopt.schema import config_path, config_root
 
@@ -42,9 +43,7 @@ def job(cfg: DictConfig) -> float:
     out = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return sweep.run_job(cfg, hydra_config, out)
-    from hyperopt.run import run
-
-    return run(cfg, out)
+    return lead(cfg, out)
 
 
 def help_text() -> str:
@@ -54,6 +53,15 @@ def help_text() -> str:
 
 
 def main() -> None:
+    """Run the command line on rank 0; on the other ranks that ``torchrun`` started, run its jobs with it."""
+    if follows():
+        follow()
+    else:
+        command_line()
+        dismiss()
+
+
+def command_line() -> None:
     """Run the command line; exit with status 1 after a refused launch or a failed job.
 
     An error that the command line can mend is printed in a few lines, any other with its traceback; ``HYDRA_FULL_ERROR=1`` asks

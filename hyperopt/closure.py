@@ -11,6 +11,7 @@ A custom ``autograd.Function`` is not seen by such a mode. A walk over the finis
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,9 @@ def functorch_level() -> int:
     """Level of the innermost running ``torch.func`` transform; 0 outside of all."""
     top = functorch.peek_interpreter_stack()
     return 0 if top is None else top.level()
+
+
+_births = itertools.count(1)
 
 
 class ClosureError(RuntimeError):
@@ -48,7 +52,7 @@ class Swap(TorchFunctionMode):
         self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}
         self.used: set[int] = set()
         self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
-        self.start = _get_sequence_nr()
+        self.start, self.born = _get_sequence_nr(), next(_births)
         self.level = functorch_level()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,17 +90,30 @@ class Swap(TorchFunctionMode):
                 f"the map now uses a tensor of shape {tuple(tensor.shape)} that it did not use when it was solved (a loop "
                 "variable in a lambda, or parameters swapped by functional_call): pass such tensors through args="
             )
-        with torch._C.DisableTorchFunction():
-            inside = tensor if self.level else leaf_of(tensor)
-        self.table[id(tensor)] = (tensor, inside)
-        self.used.add(id(tensor))
+        inside = self.replacement(tensor)
+        self.enter(tensor, inside)
         return inside
+
+    def replacement(self, tensor: Tensor) -> Tensor:
+        """What takes the place of a tensor from outside that was not known."""
+        with torch._C.DisableTorchFunction():
+            return tensor if self.level else leaf_of(tensor)
+
+    def enter(self, outside: Tensor, inside: Tensor) -> None:
+        """Know a tensor from outside by its replacement, which is in use."""
+        self.table[id(outside)] = (outside, inside)
+        self.made[id(inside)] = inside
+        self.used.add(id(outside))
 
     def _outside(self, tensor: Tensor) -> bool:
         """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the map was called."""
+        with torch._C.DisableTorchFunction():  # another mode would answer for its own replacement
+            return self._before(tensor)
+
+    def _before(self, tensor: Tensor) -> bool:
         if self.level and functorch.maybe_get_level(tensor) > 0:
             return id(tensor) not in self.made and functorch.maybe_get_level(tensor) <= self.level
-        if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_leaf", False):
+        if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_born", 0) > self.born:
             return False
         if tensor.grad_fn is None:  # a leaf, or a view made under no_grad, which says that it requires grad and leads nowhere
             return tensor._base is None or not tensor._base.requires_grad
@@ -113,14 +130,16 @@ class Swap(TorchFunctionMode):
 
 
 def leaf_of(tensor: Tensor) -> Tensor:
-    """A detached leaf with the values of ``tensor``, marked so that no other swap takes it for a tensor from outside."""
+    """A detached leaf with the values of ``tensor``, dated: to a swap that began earlier it is not from outside."""
     leaf = tensor.detach().requires_grad_()
-    leaf._hyperopt_leaf = True  # pyright: ignore[reportAttributeAccessIssue]
+    leaf._hyperopt_born = next(_births)  # pyright: ignore[reportAttributeAccessIssue]
     return leaf
 
 
-def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int) -> list[Tensor]:
+def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iterable[Tensor] = ()) -> list[Tensor]:
     """Leaves in the graph of ``out`` that are not in ``known``: parameters that came in through a custom Function.
+
+    The walk ends at the tensors of ``until``.
 
     Raises:
         ClosureError: the graph goes back to before the sequence number ``start``, through a tensor that is no leaf.
@@ -128,7 +147,7 @@ def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int) -> list[Ten
     mine = {id(leaf) for leaf in known}
     found: dict[int, Tensor] = {}
     stack = [out.grad_fn] if out.grad_fn is not None else []
-    seen = set(stack)
+    seen = {*stack, *(tensor.grad_fn for tensor in until)}
     while stack:
         node = stack.pop()
         variable = getattr(node, "variable", None)

@@ -68,6 +68,13 @@ def random_states(device: torch.device) -> list[Tensor]:
     return states
 
 
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Put the generators back to what ``random_states`` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def refuse_random(before: list[Tensor], phi: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
     """Refuse a map during whose calls the generators moved on from the states ``before``.
 

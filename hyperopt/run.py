@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hyperopt import checkpoint
+from hyperopt import checkpoint, mesh
 from hyperopt.checking import check
 from hyperopt.config import Built, build
 from hyperopt.directory import CHECKPOINTS, JOB, check_directory, from_own_checkpoint, locked
@@ -76,7 +76,7 @@ def run(cfg: DictConfig, out: Path) -> float:
         refused = False
         try:
             try:
-                found = find_checkpoint(cfg, out)
+                found = mesh.from_first(find_checkpoint(cfg, out) if mesh.rank() == 0 else None)
             except checkpoint.CheckpointError:
                 refused = (out / "summary.json").exists()
                 raise
@@ -157,7 +157,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
             tracker.config((out / "config.yaml").read_text(), max(state.step - 1, 0))
         again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
-        reason = None
+        reason, stopped = None, []
         while reason is None:
             if not again:
                 # 1. One outer step; k is its index, state.step the number of them done.
@@ -198,7 +198,9 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
 
             # 3. Stop? If so, and from time to time, write a checkpoint.
             k = state.step - 1
-            reason = "signal" if signals else state.stop_reason(trainer)
+            told = mesh.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have come to one rank only
+            stopped = [number for numbers, _ in told for number in numbers]
+            reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
                 tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row})
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
@@ -219,10 +221,10 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
             tracker.hparams_end()
 
     if reason == "signal":
-        summarize(out, "interrupted", state, reason=signal.Signals(signals[0]).name)
+        summarize(out, "interrupted", state, reason=signal.Signals(stopped[0]).name)
         again = "on the sweep's command line" if (out / JOB).exists() else f"hydra.run.dir={out}"
         log.warning("interrupted after %d steps; continue with resume=auto %s", state.step, again)
-        raise SystemExit(128 + signals[0])
+        raise SystemExit(128 + stopped[0])
     state.seconds = time.perf_counter() - started
     summarize(out, "completed", state, reason=reason)
     print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))

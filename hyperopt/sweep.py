@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from hyperopt.directory import JOB
 from hyperopt.experiment import experiment, experiment_of
 from hyperopt.files import write_json, write_text
+from hyperopt.launch import lead
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
         write_json(out / JOB, {"number": int(hydra.job.num), "overrides": overrides})
         if metric is not None:
             return metric
-        from hyperopt.run import run
-
-        return run(cfg, out)
+        return lead(cfg, out)
     except Exception:
         with contextlib.suppress(OSError):
             if not (out / FAILED).exists():

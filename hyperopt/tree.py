@@ -35,6 +35,7 @@ class Layout:
         widths: columns of each leaf; their sum is ``dim``.
         dtype: dtype of the matrix: the leaves' promoted one, never below float32.
         joint: whether all leaves make one row.
+        device: where all leaves live.
         scales: the unit of each leaf in the matrix; empty: 1 for all.
     """
 
@@ -45,6 +46,7 @@ class Layout:
     widths: tuple[int, ...]
     dtype: torch.dtype
     joint: bool
+    device: torch.device
     scales: tuple[float, ...] = ()
 
     @property
@@ -81,6 +83,10 @@ class Layout:
                 raise TypeError(
                     f"the map changed the dtype of leaf {i} of the state: got {leaf.dtype}, w0 has {self.dtypes[i]}; make w0 and "
                     f"phi(w0) the same dtype"
+                )
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"the map moved leaf {i} of the state to {leaf.device}, w0 is on {self.device}; move w0 or what the map uses"
                 )
             flat.append(leaf.reshape(count, width))
         if self.scales:
@@ -146,4 +152,4 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
             raise ValueError(f"scales has the structure {given}, w0 has {spec}; give one number for each tensor of w0")
         if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in units):
             raise ValueError(f"scales={scales!r} must be positive numbers; give each variable its typical size")
-    return Layout(spec, shapes, tuple(leaf.dtype for leaf in leaves), count, widths, dtype, not batch, units)
+    return Layout(spec, shapes, tuple(leaf.dtype for leaf in leaves), count, widths, dtype, not batch, leaves[0].device, units)

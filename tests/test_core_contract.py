@@ -202,6 +202,7 @@ BAD_STATES = {
     "in place, a leaf": (lambda: [torch.zeros(2, 3)], lambda w: [w[0].add_(1)], (ValueError, RuntimeError), "in.place"),
     "requires grad": (lambda: torch.zeros(2, 3).requires_grad_(), lambda w: w, ValueError, r"use w0.detach\(\)"),
     "devices": (lambda: (torch.zeros(2), torch.zeros(2, device="meta")), lambda w: w, ValueError, "mixes devices cpu and meta"),
+    "device": (lambda: torch.zeros(2), lambda w: w.to("meta"), ValueError, "moved leaf 0 of the state to meta, w0 is on cpu"),
     "nothing": (lambda: (), lambda w: w, ValueError, "no tensors"),
 }
 

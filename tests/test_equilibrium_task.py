@@ -36,6 +36,8 @@ KEYS = {
     "inner/iterations_mean",
     "inner/residual",
     "inner/contraction",
+    "inner/fallbacks",
+    "adjoint/fallbacks",
     "adjoint/iterations",
     "adjoint/iterations_mean",
     "adjoint/residual",

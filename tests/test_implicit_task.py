@@ -103,6 +103,52 @@ def test_one_step_is_that_of_a_plain_loop() -> None:
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-11)
 
 
+def test_pretraining_unrolls_a_few_evaluations_and_then_ends() -> None:
+    made = task(pretrain_steps=1, pretrain_iterations=3, solver=Anderson(1e-10))
+    inject, classifier = (copy.deepcopy(made.model.get_submodule(name)) for name in ("inject", "classifier"))
+    layer = made.layers["deq"]
+    assert isinstance(layer, TanhFixedPoint)
+    weight = layer.weight.detach().clone().requires_grad_()
+    rows = made.rows["outer"].take(made.batches.at((0, 0)).index)
+    x, z = inject(rows.x), torch.zeros(20, 8, dtype=torch.float64)
+    for _ in range(3):
+        z = torch.tanh(z @ weight.T + x)
+    loss = nn.functional.cross_entropy(classifier(z), rows.y)
+    loss.backward()
+    record = made.step(sgd(made, lr=0.0), no_guard)
+    assert record.loss == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
+    assert layer.solver == Anderson(1e-10)
+    assert made.step(sgd(made, lr=0.0), no_guard).metrics["inner/residual"] < 1e-10 < record.metrics["inner/residual"]
+
+
+def test_a_jacobian_penalty_is_in_the_loss_and_shrinks_the_jacobian() -> None:
+    exact = {"solver": Picard(1e-12, max_steps=500), "adjoint": Implicit(Neumann(1e-12, max_steps=500))}
+    plain, made = task(**exact), task(jacobian=2.0, **exact)
+    torch.manual_seed(0)
+    one, other = plain.step(sgd(plain), no_guard), made.step(sgd(made), no_guard)
+    penalty = other.metrics["outer/jacobian"]
+    assert penalty > 0 and "outer/jacobian" not in one.metrics
+    assert other.loss == pytest.approx(one.loss + 2 * penalty, rel=1e-12)
+    for _ in range(30):
+        plain.step(sgd(plain, lr=0.2), no_guard)
+        last = made.step(sgd(made, lr=0.2), no_guard)
+    norms = [float(torch.linalg.matrix_norm(t.layers["deq"].weight.detach())) for t in (plain, made)]  # pyright: ignore
+    assert norms[1] < 0.7 * norms[0] and last.metrics["outer/jacobian"] < penalty / 4
+
+
+def test_every_call_of_a_closure_sees_one_function() -> None:
+    made, losses = task(jacobian=1.0, network=Two()), []
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # pyright: ignore
+            losses.extend(closure() for _ in range(2))
+
+    torch.manual_seed(0)
+    made.step(Twice(parameters(made), 0.1), no_guard)
+    assert losses[0] == losses[1]
+
+
 METHODS = [
     (Picard(1e-10, max_steps=500), Implicit(Dense())),
     (Anderson(1e-10), Implicit(Dense())),
@@ -278,6 +324,8 @@ BAD = [
     ({"network": DEQResNet(8, 12)}, "inner=12 is not divisible by groups=8"),
     ({"eval_batch_size": 0}, "eval_batch_size=0 must be a whole number >= 1"),
     ({"workers": -1}, "workers=-1 must be a whole number >= 0; change workers"),
+    ({"jacobian": -1.0}, "jacobian=-1.0 is not in"),
+    ({"pretrain_iterations": 0}, "pretrain_iterations=0 must be a whole number >= 1"),
     ({"fitted": "test"}, "fitted='test' is none of train, val"),
     ({"policy": "shrug"}, "policy='shrug' is none of"),
 ]

@@ -33,6 +33,7 @@ LAYERS = [
     ("tree", "spaces"),
     ("status",),
     ("policy", "closure", "memory", "purity"),
+    ("mesh",),
     ("frozen",),
     ("solvers",),
     ("linsolve",),
@@ -58,6 +59,7 @@ LAYERS = [
     ("config", "guard", "events", "track", "repro", "loop_state", "checkpoint"),
     ("report", "checking"),
     ("run",),
+    ("launch",),
     ("sweep",),
     ("cli",),
 ]

@@ -38,6 +38,19 @@ def adjoints(rows: list[Row]) -> list[str]:
     return lines
 
 
+def budget(rows: list[Row]) -> list[str]:
+    """One line an adjoint."""
+    lines = [
+        "| adjoint | steps | CPU s a step | mean forward iterations | test loss | test accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["name"], str(row["steps"]), f"{row['seconds_per_step']:.2f}", f"{row['inner_iterations']:.1f}"]
+        cells += [f"{row['test_loss']:.3f}", f"{row['test_accuracy']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def memory(rows: list[Row]) -> list[str]:
     """One line an adjoint, one column a number of steps."""
     counts = sorted({row["steps"] for row in rows})
@@ -52,7 +65,7 @@ def main() -> None:
     """Replace what stands between the marks."""
     readme, results = HERE / "README.md", json.loads((HERE / "results.json").read_text())
     text = readme.read_text()
-    for name, table in (("step", step), ("adjoints", adjoints), ("memory", memory)):
+    for name, table in (("step", step), ("adjoints", adjoints), ("budget", budget), ("memory", memory)):
         if name in results:
             before, _, rest = text.partition(f"<!-- {name} -->\n")
             after = rest.partition(f"<!-- end of {name} -->")[2]

@@ -2,7 +2,7 @@
 
     python experiments/implicit_layers/measure.py [--runs DIR] [--collect]
 
-It runs the two ``hyperopt -m`` commands below (printed); a job that is done is not run again, a stopped one goes on.
+It runs the three ``hyperopt -m`` commands below (printed); a job that is done is not run again, a stopped one goes on.
 ``--collect`` runs nothing.
 """
 
@@ -23,8 +23,9 @@ REPOSITORY = HERE.parents[1]
 SEEDS = (0, 1, 2)
 COMMON = ["experiment=tanh_mnist", "seed=0,1,2", "threads=1", "trainer.progress=false"]
 SWEEPS = {
-    "tanh_mnist": [*COMMON, "solver=picard,newton", "adjoint=neumann_dense,unrolled"],
-    "tanh_mnist_anderson": [*COMMON, "solver=anderson", "adjoint=neumann_dense"],
+    "tanh_mnist": [*COMMON, "solver=picard,newton,anderson", "adjoint=neumann_dense"],
+    "tanh_mnist_unrolled": [*COMMON, "solver=picard", "adjoint=unrolled"],
+    "tanh_mnist_newton_unrolled": [*COMMON, "solver=newton", "adjoint=unrolled", "optimizer.clip_norm=2"],
 }
 NAMES = {"neumann_dense": "implicit", "unrolled": "unrolled"}
 GOALS = {"picard unrolled": 3.1, "picard implicit": 3.1, "newton implicit": 3.1, "newton unrolled": 3.4}  # per cent of test error
@@ -38,13 +39,12 @@ def variant(overrides: list[str]) -> tuple[str, int]:
 
 
 def jobs(runs: Path) -> dict[tuple[str, int], Path]:
-    """Return the directories of all jobs that are done."""
+    """Return the directories of all jobs that are done, in every sweep under ``runs``."""
     found = {}
-    for name in SWEEPS:
-        index = runs / name / "sweep.json"
-        for job in json.loads(index.read_text())["jobs"] if index.exists() else []:
+    for index in sorted(runs.glob("*/sweep.json")):
+        for job in json.loads(index.read_text())["jobs"]:
             if job["status"] == "completed":
-                found[variant(job["overrides"])] = runs / name / job["directory"]
+                found[variant(job["overrides"])] = index.parent / job["directory"]
     return found
 
 

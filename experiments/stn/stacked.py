@@ -80,13 +80,15 @@ class Plan:
     """One way to run the study; the defaults are those of ``experiment=stn_quadratic``."""
 
     mode: str = "centred"
-    activation: str = "relu"
+    activation: str = "silu"
     width: int = 8
     warmup: int = 300
     train_steps: int = 10
     valid_steps: int = 1
-    lr: float = 0.01
-    values_lr: float = 0.01
+    lr: float = 0.005
+    values_lr: float = 0.015
+    clip: float | None = 0.1  # of the gradient of each range
+    betas: tuple[float, float] = (0.9, 0.99)  # of the optimizer of the ranges
     scales_lr: float = 0.003
     entropy: float = 1e-3
     update: str = "joint"
@@ -95,7 +97,7 @@ class Plan:
     start: float = 0.5
     scale: float = 0.5
     rounds: int = 1000
-    cosine: bool = False
+    cosine: bool = False  # of every optimizer
     low: float = 0.01
     high: float = 10.0
     frozen: bool = False  # the control: the range never moves
@@ -165,6 +167,10 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
         x = REACH * batch
         return squares(x, model(x.mT[..., None]))
 
+    def guard(gradients: Any) -> None:
+        for gradient in gradients["values"] if plan.clip is not None else ():
+            gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
+
     scheduler = SchedulerSettings("cosine") if plan.cosine else SchedulerSettings()
     warm_rounds = -(-plan.warmup // plan.train_steps)
     tuning = stn.SelfTuning(
@@ -173,7 +179,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
         valid_loss,
         stn.SelfTuningSettings(plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update),
         weights=Adam(lr=plan.lr, scheduler=scheduler),
-        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, scheduler=scheduler),
+        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=scheduler),
         scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr, scheduler=scheduler),
         trainer=TrainerSettings(max_steps=warm_rounds + plan.rounds),
         seed=seeds[0],
@@ -181,7 +187,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
     grid = torch.linspace(-REACH, REACH, 100, dtype=DOUBLE)[:, None].expand(-1, len(seeds))
     found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds))
     for k in range(warm_rounds + plan.rounds):
-        tuning.round(uniform, uniform)
+        tuning.round(uniform, uniform, guard=guard)
         with torch.no_grad():
             at_lam = space.draw(1, perturb=False)
             distance = (model(grid.mT[..., None], at_lam)[..., 0] - grid.mT.square()).abs().amax(1).tolist()

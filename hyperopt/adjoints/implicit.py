@@ -254,8 +254,8 @@ class FixedPoint(System):
 
     def _last_graph(self, w: Tensor) -> Tensor:
         with torch.enable_grad():
-            leaf = leaf_of(w)
             swap = Swap(discover=True)
+            leaf = leaf_of(w)
             args = swap_tree(swap, self.problem.args)
             with swap:
                 out = self.problem.call(leaf, args)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
 from hyperopt.bilevel.curvature import Curvature, Hessian
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.problem import BilevelProblem, Leaves, rows_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,23 @@ class Composite:
     Attributes:
         model: ``z(w, lam, batch)``, one tensor.
         criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
+        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
     """
 
     model: Callable[[Any, Any, Any], Tensor]
     criterion: Callable[[Tensor, Any, Any, Any], Tensor]
+    ranks: bool = False
 
     def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The inner loss."""
+        return mesh.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch)) if self.ranks else self._own(w, lam, batch)
+
+    def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
         return self.criterion(self.model(w, lam, batch), w, lam, batch)
+
+    def whole(self, product: Tensor, batch: Any) -> Tensor:
+        """A product with the matrix of all rows, from that with the matrix of these."""
+        return mesh.average(product, rows_of(batch)) if self.ranks else product
 
 
 class GaussNewton(Curvature):
@@ -51,6 +61,7 @@ class GaussNewton(Curvature):
         if not isinstance(problem.inner_loss, Composite):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
+        self._loss, self._batch = problem.inner_loss, batch
         self._exact = Hessian(problem, w, lam, batch)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
         with torch.enable_grad():
@@ -74,12 +85,12 @@ class GaussNewton(Curvature):
             bent = None
         total = self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False)
         kept = [(g, part) for g, part in zip(self._penalty, parts, strict=True) if g is not None and g.requires_grad]
-        if not kept:
-            return self.matrix(total)
-        slopes, given = zip(*kept, strict=True)
-        return self.matrix(total) + self.matrix(
-            torch.autograd.grad(slopes, self.w.flat, given, retain_graph=True, allow_unused=True)
-        )
+        product = self.matrix(total)
+        if kept:
+            slopes, given = zip(*kept, strict=True)
+            bent = torch.autograd.grad(slopes, self.w.flat, given, retain_graph=True, allow_unused=True)
+            product = product + self.matrix(bent)
+        return self._loss.whole(product, self._batch)
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """The exact mixed product."""

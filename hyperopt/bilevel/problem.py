@@ -127,6 +127,11 @@ class BilevelProblem:
         return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
 
 
+def rows_of(batch: Any) -> int | None:
+    """Rows of a batch, the first dimension of its leaves; None where it has none."""
+    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(leaf.shape)), None)
+
+
 def scalar(loss: Any, name: str, batch: Any) -> Tensor:
     """``loss`` as a tensor without dimensions.
 

@@ -40,6 +40,7 @@ KINDS: dict[type[nn.Module], type[HyperLayer]] = {
 """The hyper-layer of each plain one; one of your own is a subclass of ``HyperLayer`` with ``plain`` and ``forward``."""
 
 FUSED = (nn.LSTM, nn.GRU, nn.RNN)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
 
 class STN(nn.Module):
@@ -59,11 +60,21 @@ class STN(nn.Module):
 
     @property
     def linear(self) -> bool:
-        """Whether outputs are linearised in the response: ``f(x, w) + d_w f(x, w) (w(lam') - w)``."""
+        """Whether outputs are linearised in the response: ``f(x, w) + d_w f(x, w) (w(lam') - w)``.
+
+        Raises:
+            ValueError: the network has a normalisation that cannot be linearised.
+        """
         return self._context.linear
 
     @linear.setter
     def linear(self, value: bool) -> None:
+        for name, module in self.module.named_modules():
+            if value and isinstance(module, NORMS) and not isinstance(module, HyperLayer):
+                raise ValueError(
+                    f"stn.mode=delta_linear: {name!r} is a {type(module).__name__} without a response, of whose linearisation "
+                    "torch has no right derivative; give it a gain (affine=True), or use mode=delta"
+                )
         self._context.linear = value
 
     def forward(self, x: Any, draw: Draw | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +176,12 @@ def convert(
     unknown = [name for name in skip if name not in names]
     if unknown:
         raise ValueError(f"convert: skip names {unknown[0]!r}, which is no module of the network; its modules are {names[1:]}")
+    other = next((p for p in module.parameters() if (p.dtype, p.device) != (space.u.dtype, space.u.device)), None)
+    if other is not None and other.is_floating_point():
+        raise ValueError(
+            f"convert: the space is {space.u.dtype} on {space.u.device}, and the network {other.dtype} on {other.device}; give "
+            "HyperSpace(dtype=..., device=...) those of the network"
+        )
     module, context = copy.deepcopy(module), Context()
     for name, each in list(module.named_modules()):
         if isinstance(each, InContext):
@@ -174,6 +191,7 @@ def convert(
             if kind is None:
                 _check(each, name)
             elif any(True for _ in each.parameters(recurse=False)):
+                _check_shape(each, name)
                 kind.become(each, context, name, len(space.names), gate, std)
     stn = STN(module, space, context)
     if respond and not stn.hyper_layers():
@@ -220,6 +238,15 @@ def _check(module: nn.Module, name: str) -> None:
         f"convert: {name or 'the network'!r} is a {kind} with parameters of its own ({', '.join(own)}), a kind without a "
         f"hyper-layer (there are {known}); {what}, or leave its weights without a response: skip=[{name!r}]"
     )
+
+
+def _check_shape(module: nn.Module, name: str) -> None:
+    """Refuse a layer normalisation over more than the last dimension: its units would be no vector."""
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        raise ValueError(
+            f"convert: {name!r} is a LayerNorm over {tuple(module.normalized_shape)}, and a response has a gate for each entry "
+            f"of the last dimension alone; use GroupNorm(1, channels), or leave it without a response: skip=[{name!r}]"
+        )
 
 
 def _sum_of_dual(out: Any) -> Any:

@@ -107,9 +107,10 @@ class HyperSpace(nn.Module):
         """
         if perturb:
             return self.at(self.noise(rows, generator))
-        m = self.u.expand(rows, -1)
+        fixed = not torch.is_grad_enabled()
+        m = (self.u.detach() if fixed else self.u).expand(rows, -1)  # a view requires grad even under no_grad
         delta = m - self.u.detach() if self.centred else m
-        return Draw(self, m, delta, self.sigma, responds=not self.centred or m.requires_grad)
+        return Draw(self, m, delta, self.sigma, responds=not (self.centred and fixed))
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution, Status
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
 """Called in every closure after backward with the groups' gradients themselves, ``{group: [p.grad, ...]}``, never copies of them:
 it refuses a group that is not finite, and clips in place. ``guard(self.gradients())`` is all that a task writes."""
+
+
+MEANS = ("outer/step_accuracy", "outer/jacobian", "warm/rows")
+"""Metrics that are means over rows, beside those whose name says so."""
 
 
 class HypergradientError(ArithmeticError):
@@ -55,15 +60,35 @@ class StepRecord:
     Attributes:
         loss: the outer loss before the update (the first evaluation of the closure), logged as ``outer/step_loss``.
         metrics: named numbers of this step: ``inner/iterations`` (of the slowest row), ``inner/iterations_mean`` (over the
-            rows), ``inner/residual``, ``inner/contraction``, ``adjoint/iterations``, ``adjoint/iterations_mean``,
-            ``adjoint/residual``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and ``cost/evaluations``, ``cost/vjps``
-            and ``cost/jvps`` of this step alone, all calls of the closure counted (totals are logged).
+            rows), ``inner/residual``, ``inner/contraction``, ``inner/fallbacks`` (equilibria of the step that took one),
+            the same for ``adjoint``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and ``cost/evaluations``,
+            ``cost/vjps`` and ``cost/jvps`` of this step alone, all calls of the closure counted (totals are logged).
         statuses: how the solves ended, keys ``inner`` and ``adjoint``.
+        rows: how much this rank weighs in a mean over the ranks.
     """
 
     loss: float
     metrics: dict[str, float] = field(default_factory=dict)
     statuses: dict[str, Status] = field(default_factory=dict)
+    rows: int = 1
+
+    def over_ranks(self) -> StepRecord:
+        """The record of all ranks together: costs summed, means by rows, of everything else the worst, which is the largest."""
+        if mesh.ranks() == 1:
+            return self
+        records: list[StepRecord] = mesh.from_all(self)
+        weights = torch.tensor([float(record.rows) for record in records], dtype=torch.float64)
+        metrics = {}
+        for name in self.metrics:
+            values = torch.tensor([record.metrics[name] for record in records], dtype=torch.float64)
+            if name.startswith("cost/"):
+                metrics[name] = float(values.sum())
+            elif name.endswith("_mean") or name in MEANS:
+                metrics[name] = float((values * weights).sum() / weights.sum())
+            else:
+                metrics[name] = float(values.max())
+        statuses = {name: max(record.statuses[name] for record in records) for name in self.statuses}
+        return StepRecord(self.loss, metrics, statuses, sum(record.rows for record in records))
 
     @staticmethod
     def first_of(records: Sequence[StepRecord]) -> StepRecord:
@@ -102,7 +127,8 @@ class Task(ABC):
             guard: see ``Guard``.
 
         Returns:
-            The record of the first evaluation, its costs summed over all evaluations.
+            The record of the first evaluation, its costs summed over all evaluations; on several ranks that of all of them, see
+            ``StepRecord.over_ranks``.
         """
 
     @abstractmethod
@@ -120,8 +146,8 @@ class Task(ABC):
         """
         raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
 
-    def figures(self) -> dict[str, Figure]:
-        """Return named matplotlib figures of the present state."""
+    def figures(self) -> Mapping[str, Figure | bytes]:
+        """Return named matplotlib figures of the present state; the bytes of a GIF are an animation."""
         return {}
 
     @abstractmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import optree
@@ -25,6 +25,7 @@ from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.hypergradient import Bilevel
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
+from hyperopt.bilevel.over_ranks import over_ranks
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
@@ -93,7 +94,8 @@ class BilevelTask(BilevelTaskSettings, Task):
         """
         self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
         check_labels(self.splits)
-        self.parts = parts = self.build(env)
+        built = self.build(env)
+        self.parts = parts = replace(built, problem=over_ranks(built.problem))
         self.hyper = self.hyperparameters(env)
         self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
@@ -132,7 +134,7 @@ class BilevelTask(BilevelTaskSettings, Task):
 
         optimizer.step(closure)
         self.hyper.project_()
-        first = StepRecord.first_of(records)
+        first = StepRecord.first_of(records).over_ranks()
         first.metrics.update(self.hyper.metrics())
         self._steps += 1
         return first

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
@@ -82,15 +83,26 @@ class CoupledTask(CoupledSettings, SolvingTask):
 
     def loss(self, split: str, model: DEQ | None = None, trace: bool = False) -> Tensor:
         """Return the mean over rows of half the squared distance from the targets."""
-        found = (model or self.model)(self.inputs[split], trace=trace)
-        distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, self.targets[split], strict=True)]
+        return self._loss(self.inputs[split], self.targets[split], model or self.model, trace)
+
+    def _loss(self, inputs: Tensor, targets: State, model: DEQ, trace: bool = False) -> Tensor:
+        found = model(inputs, trace=trace)
+        distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, targets, strict=True)]
         return (distances[0] + distances[1]).mean() / 2
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
-        record = self.update(optimizer, guard, lambda: self.loss("outer"), lambda: self.certificate(self.certificate_every))
+        mine = mesh.share_of(self.rows)
+        inputs, (x, y) = self.inputs["outer"][mine], self.targets["outer"]
+        record = self.update(
+            optimizer,
+            guard,
+            lambda: self._loss(inputs, (x[mine], y[mine]), self.model),
+            lambda: self.certificate(self.certificate_every),
+            len(inputs),
+        )
         self._cell.recurrent.project_()
-        return record
+        return record.over_ranks()
 
     def solutions(self) -> Sequence[Solution]:
         """Return the model's latest solve."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import ProjectedCell
@@ -92,16 +93,21 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, step = self.batches.take(), self.steps
-        fitted = self.rows["outer"].take(batch.index)
-        start = WarmStart() if self.warm is None else self.warm.start(batch.index, step)
+        places = mesh.own(batch.index, len(self.rows["outer"]))
+        fitted = self.rows["outer"].take(places)
+        start = WarmStart() if self.warm is None else self.warm.start(places, step, batch.rows)
         record = self.update(
-            optimizer, guard, lambda: self._loss(fitted, start) + self._penalty(), lambda: self._certificate(fitted)
+            optimizer,
+            guard,
+            lambda: self._loss(fitted, start) + self._penalty(),
+            lambda: self._certificate(fitted),
+            len(fitted),
         )
         self.model.cell.project_()
         if self.warm is not None and self.model.solution is not None:
-            self.warm.keep(batch.index, step, self.model.solution.value, self.model.solution.v)
+            self.warm.keep(places, step, self.model.solution.value, self.model.solution.v, batch.rows)
         record.metrics |= {**start.metrics, **self.place(batch)}
-        return record
+        return record.over_ranks()
 
     def _certificate(self, fitted: Rows) -> dict[str, float]:
         return self.certificate(self.certificate_every, lambda: mean_cross_entropy_constants(self.model, fitted.x))

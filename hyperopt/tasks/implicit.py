@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
+from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, TanhMLP
+from hyperopt.nn.stabilise import Stabilise
+from hyperopt.purity import random_states, set_random_states
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.drawing import drawing
@@ -69,6 +75,12 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         if not self.layers:
             what = f"task.network={self.network!r} built {type(network).__name__} without an implicit layer (hyperopt.nn.DEQ)"
             raise ValueError(f"{what}, so there is nothing to solve; change task.network")
+        for name, module in self.model.named_modules() if mesh.ranks() > 1 else ():
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f"task.network has {name} = {module}: on {mesh.ranks()} ranks each would take the statistics of its own "
+                    f"rows; use GroupNorm or LayerNorm, or one rank"
+                )
         if env.compile:
             for layer in self.layers.values():
                 layer.compile_map()
@@ -101,18 +113,34 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, images, labels = self.loader.take()
-        right: list[float] = []
+        mine = mesh.share_of(len(labels))
+        images, labels = images[mine], labels[mine]
+        found: list[dict[str, float]] = []
+        random = random_states(images.device)
 
         def loss() -> Tensor:
-            logits = self.model(images)
-            right.append((logits.detach().argmax(1) == labels).double().mean().item())
-            return functional.cross_entropy(logits, labels)
+            if found:  # a line search must see one function: the same dropout, the same signs of the penalty
+                set_random_states(images.device, random)
+            with Stabilise(self.model, jacobian=1) if self.jacobian else contextlib.nullcontext() as extra:
+                logits = self.model(images)
+            found.append({"outer/step_accuracy": (logits.detach().argmax(1) == labels).double().mean().item()})
+            total = functional.cross_entropy(logits, labels)
+            if extra is None:
+                return total
+            found[-1]["outer/jacobian"] = extra.jacobian.item()
+            return total + self.jacobian * extra.jacobian
 
         self.model.train()
-        record = self.update(optimizer, guard, loss)
-        record.metrics |= {"outer/step_accuracy": right[0], **self.place(batch)}
-        self.running.add(record, self.solutions())
+        with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
+            record = self.update(optimizer, guard, loss, rows=len(labels))
+        record.metrics |= {**found[0], **self.place(batch)}
+        record = record.over_ranks()
+        self.running.add(record)
         return record
+
+    def pretraining(self) -> tuple[FixedPointSolver, Adjoint]:
+        """What solves the layers in the first ``pretrain_steps`` steps: a few evaluations, unrolled, converged or not."""
+        return Picard(0.0, 0.0, max_steps=self.pretrain_iterations), Unrolled()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -142,16 +170,21 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the loss on the first fitted rows, in eval mode, and the first layer's solution; see ``Task.objective``."""
         rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
+        with self._evaluating(), self._solved_by(solver, adjoint):
+            loss = functional.cross_entropy(self.logits(rows.x), rows.y)
+            return loss, self.solutions()[0]
+
+    @contextlib.contextmanager
+    def _solved_by(self, solver: FixedPointSolver, adjoint: Adjoint) -> Iterator[None]:
+        """Every layer solved and differentiated in another way."""
         before = [(layer, layer.solver, layer.adjoint, layer.policy) for layer in self.layers.values()]
-        with self._evaluating():
-            try:
-                for layer in self.layers.values():
-                    layer.solver, layer.adjoint, layer.policy = solver, adjoint, "ignore"
-                loss = functional.cross_entropy(self.logits(rows.x), rows.y)
-                return loss, self.solutions()[0]
-            finally:
-                for layer, solver_before, adjoint_before, policy in before:
-                    layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
+        try:
+            for layer in self.layers.values():
+                layer.solver, layer.adjoint, layer.policy = solver, adjoint, "ignore"
+            yield
+        finally:
+            for layer, solver_before, adjoint_before, policy in before:
+                layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced solve each way) and ``wrong``: test images that the network gets wrong."""

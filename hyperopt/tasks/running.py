@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from hyperopt.status import Solution, SolveStats
 from hyperopt.tasks.base import StepRecord
 
 SHOWN = {
@@ -26,16 +24,15 @@ class Running:
         self._steps = 0
         self._was_read = False
 
-    def add(self, record: StepRecord, solutions: Sequence[Solution]) -> None:
-        """Add one step: its record, and the solves behind it."""
+    def add(self, record: StepRecord) -> None:
+        """Add one step."""
         if self._was_read:
             self.__init__()
         values = {"running/loss": record.loss}
         values |= {name: record.metrics[key] for name, key in SHOWN.items() if key in record.metrics}
         for name, status in record.statuses.items():
             values[f"running/{name}_failed"] = float(status.failed)
-            solves: list[SolveStats | None] = [s.forward if name == "inner" else s.adjoint for s in solutions]
-            values[f"running/{name}_fallbacks"] = float(any(stats is not None and stats.fallbacks for stats in solves))
+            values[f"running/{name}_fallbacks"] = float(record.metrics[f"{name}/fallbacks"] > 0)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1

@@ -110,6 +110,9 @@ class ImplicitTaskSettings(SupervisedSettings):
         eval_batch_size: rows of one forward of an evaluation.
         augment: how the images of a step are changed at random (None: not); see ``hyperopt.data.augment.Augment``.
         workers: processes that make the batches ahead of time; 0: none. They change no number.
+        jacobian: weight of the Jacobian penalty in the loss of a step (0: none); see ``hyperopt.nn.stabilise``.
+        pretrain_steps: first outer steps, in which a layer is ``pretrain_iterations`` evaluations of its cell, unrolled.
+        pretrain_iterations: see there.
     """
 
     network: Any = None
@@ -117,12 +120,18 @@ class ImplicitTaskSettings(SupervisedSettings):
     eval_batch_size: int = 500
     augment: Any = None
     workers: int = 0
+    jacobian: float = 0.0
+    pretrain_steps: int = 0
+    pretrain_iterations: int = 8
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "eval_batch_size")
         check_count(self, "workers", 0)
+        check_number(self, "jacobian", 0.0)
+        check_count(self, "pretrain_steps", 0)
+        check_count(self, "pretrain_iterations")
 
 
 @dataclass(frozen=True)

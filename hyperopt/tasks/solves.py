@@ -34,6 +34,7 @@ def solve_metrics(solutions: Sequence[Solution]) -> tuple[dict[str, float], dict
         metrics["cost/evaluations"] += sum(stats.evaluations for stats in solves)
         metrics["cost/vjps"] += sum(stats.vjps for stats in solves)
         metrics["cost/jvps"] += sum(stats.jvps for stats in solves)
+        metrics[f"{name}/fallbacks"] = float(sum(bool(stats.fallbacks) for stats in solves))
         statuses[name] = max(stats.status for stats in solves)
     metrics["inner/contraction"] = _worst([float(solution.forward.contraction) for solution in solutions])
     return metrics, statuses

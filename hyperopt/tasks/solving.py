@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
 from hyperopt.certificate import Constants, certify
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Guard, StepRecord, Task
@@ -34,14 +35,17 @@ class SolvingTask(Task):
         guard: Guard,
         loss: Callable[[], Tensor],
         measure: Callable[[], dict[str, float]] = dict,
+        rows: int = 1,
     ) -> StepRecord:
         """Let the optimizer make one step.
 
         Args:
             optimizer: see ``Task.step``.
             guard: see ``Guard``.
-            loss: the outer loss of this step; the same function at every call, since a line search makes several.
+            loss: the outer loss of this step on the rows of this rank; the same function at every call, since a line search makes
+                several.
             measure: further metrics, taken after the first backward and before the guard clips.
+            rows: of this rank, whose mean ``loss`` is.
 
         Returns:
             The record of the first evaluation, its costs summed over all.
@@ -50,12 +54,12 @@ class SolvingTask(Task):
 
         def closure() -> float:
             optimizer.zero_grad()
-            value = loss()
+            value = mesh.mean_over_ranks(loss, rows=rows)
             value.backward()
             measured = {} if records else measure()
             guard(self.gradients())
             metrics, statuses = solve_metrics(self.solutions())
-            records.append(StepRecord(value.item(), {**metrics, **measured}, statuses))
+            records.append(StepRecord(value.item(), {**metrics, **measured}, statuses, rows))
             return records[-1].loss
 
         optimizer.step(closure)
@@ -69,10 +73,11 @@ class SolvingTask(Task):
 
         Args:
             every: outer steps from one certificate to the next.
-            constants: of the cell and the outer loss, where they are known.
+            constants: of the cell and the outer loss, where they are known (unused on several ranks, each of which sees a part).
         """
         solutions = self.solutions()
         if self.steps % every or not solutions or solutions[0].adjoint is None:
             return {}
-        found = certify(solutions[0], tree_norm(self.gradients()), constants())
+        known = constants() if mesh.ranks() == 1 else None
+        found = certify(solutions[0], tree_norm(self.gradients()), known)
         return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hyperopt import mesh
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert
@@ -102,8 +103,10 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
         """Build everything.
 
         Raises:
-            ValueError: a hyperparameter, a layer or an optimizer that cannot work; names it.
+            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it), or several ranks.
         """
+        if mesh.ranks() > 1:
+            raise ValueError(f"task={self.name} draws its own perturbations and runs on one rank, not {mesh.ranks()}; start one")
         options = self.options
         with drawing(env.generator):
             self.parts = parts = self.build(env)
@@ -142,7 +145,7 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             for module, mode in modes:
                 module.training = mode
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Figure | bytes]:
         """Return ``trajectory``: each hyperparameter with its band, its scale, and both losses, round by round."""
         return {"trajectory": trajectory_figure(self.tuning)}
 

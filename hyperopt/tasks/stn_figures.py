@@ -1,10 +1,14 @@
-"""The picture of a self-tuning run."""
+"""The pictures of a self-tuning run."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from hyperopt.stn.step import SelfTuning
 
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST = 20  # hyperparameters shown
+FRAMES = 60  # of an animation: more are thinned out
 
 
 def trajectory_figure(tuning: SelfTuning) -> Figure:
@@ -51,3 +56,35 @@ def trajectory_figure(tuning: SelfTuning) -> Figure:
         each.set_xlabel("round", fontsize=8)
         each.tick_params(labelsize=7)
     return figure
+
+
+def fit_animation(x: Tensor, frames: Sequence[Sequence[float]]) -> bytes:
+    """The function that a network learns beside ``x^2``, as a GIF.
+
+    Args:
+        x: points. shape: (n,)
+        frames: round, tuned range, and the n values of the function.
+    """
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+
+    frames = frames[:: -(-len(frames) // FRAMES)]
+    figure = Figure(figsize=(3.6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    square = x.square().tolist()
+    axes.plot(x, square, "k--", linewidth=1, label="$x^2$")
+    (line,) = axes.plot(x, square, label="learned")
+    band = axes.axvspan(0, 0, alpha=0.15)
+    axes.set_xlim(float(x[0]) * 1.05, float(x[-1]) * 1.05)
+    axes.set_ylim(-0.25 * max(square), 1.25 * max(square))
+    axes.legend(fontsize=8, loc="upper center")
+    writer = PillowWriter(fps=10)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fit.gif"
+        with writer.saving(figure, str(path), dpi=80):
+            for count, width, *learned in frames:
+                line.set_ydata(learned)
+                band.set_bounds(-width, 0, 2 * width, 1)
+                axes.set_title(f"round {int(count)}, range {width:.2f}", fontsize=9)
+                writer.grab_frame()
+        return path.read_bytes()

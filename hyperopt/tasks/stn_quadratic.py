@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hyperopt.stn.declare import Bounded
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn_figures import fit_animation
 from hyperopt.tasks.stn_settings import StnQuadraticSettings
 
 if TYPE_CHECKING:
@@ -62,9 +63,17 @@ class Uniform:
 
 
 class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
-    """``y = x^2`` with a tuned range; settings in ``StnQuadraticSettings``."""
+    """``y = x^2`` with a tuned range; settings in ``StnQuadraticSettings``.
+
+    Attributes:
+        grid: points of ``[-reach, reach]``, after ``setup``. shape: (100, 1)
+        frames: of the animation: round, range, and the learned function on the grid.
+    """
 
     name = "stn_quadratic"
+
+    grid: Tensor
+    frames: list[list[float]]
 
     def build(self, env: Environment) -> StnParts:
         """Layers 1-w, three activated w-w, w-1."""
@@ -72,6 +81,7 @@ class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
         layers: list[nn.Module] = [nn.Linear(1, width)]
         for _ in range(3):
             layers += [nn.Linear(width, width), ACTIVATION[self.activation]()]
+        self.frames = []
         self.grid = torch.linspace(-self.reach, self.reach, POINTS).to(like)[:, None]
 
         def batches() -> Uniform:
@@ -91,22 +101,39 @@ class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
         x = self.reach * batch
         return (model(x) - x.square()).square().mean()
 
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one round, and from time to time keep a frame of the animation."""
+        record = super().step(optimizer, guard)
+        if len(self.tuning.history) % self.frame_every == 0:
+            with torch.no_grad():
+                learned = self.model.eval()(self.grid)[:, 0].tolist()
+            self.frames.append([len(self.tuning.history), self.model.space.values()["x_range"], *learned])
+        return record
+
     def measure(self, model: STN) -> dict[str, float]:
-        """Return ``val/loss`` and ``val/distance``, the largest error, on a grid of 100 points."""
+        """Return losses at the range, and ``val/distance``, the largest error.
+
+        ``val/*`` are on a grid of 100 points of ``[-reach, reach]``, ``train/loss`` on one of the tuned range.
+        """
         error = model(self.grid) - self.grid.square()
+        narrow = self.grid * (model.space.values()["x_range"] / self.reach)
         loss = error.square().mean().item()
-        return {"outer/loss": loss, "val/loss": loss, "val/distance": error.abs().max().item()}
+        return {
+            "outer/loss": loss,
+            "val/loss": loss,
+            "val/distance": error.abs().max().item(),
+            "train/loss": (model(narrow) - narrow.square()).square().mean().item(),
+        }
 
-    @torch.no_grad()
-    def figures(self) -> dict[str, Figure]:
-        """Return ``trajectory`` and ``fit``: the function that was learned, beside ``x^2``."""
-        from matplotlib.figure import Figure
+    def state_dict(self) -> dict[str, Any]:
+        """As every self-tuning task, and the frames of the animation."""
+        return {**super().state_dict(), "frames": [list(frame) for frame in self.frames]}
 
-        figure = Figure(figsize=(4.5, 3.5), layout="constrained")
-        axes = figure.subplots()
-        x = self.grid[:, 0].cpu()
-        axes.plot(x, x.square(), "k--", linewidth=1, label="$x^2$")
-        axes.plot(x, self.model(self.grid)[:, 0].cpu(), label="learned")
-        axes.set_title(f"range {self.model.space.values()['x_range']:.2f}", fontsize=9)
-        axes.legend(fontsize=8)
-        return {**super().figures(), "fit": figure}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        super().load_state_dict(state)
+        self.frames = [list(frame) for frame in state["frames"]]
+
+    def figures(self) -> dict[str, Figure | bytes]:
+        """Return ``trajectory``, and ``fit``: the function that is learned beside ``x^2``, round by round."""
+        return {**super().figures(), **({"fit": fit_animation(self.grid[:, 0].cpu(), self.frames)} if self.frames else {})}

@@ -57,6 +57,7 @@ class StnQuadraticSettings(SelfTuningTaskSettings):
         width: units of a hidden layer.
         batch_size: rows of a batch of either kind.
         reach: validation inputs are uniform in ``[-reach, reach]``.
+        frame_every: rounds from one frame of the animation to the next.
     """
 
     x_range: Any = None
@@ -64,12 +65,14 @@ class StnQuadraticSettings(SelfTuningTaskSettings):
     width: int = 8
     batch_size: int = 100
     reach: float = 2.0
+    frame_every: int = 10
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_choice(self, "activation", ACTIVATIONS)
         check_count(self, "width")
         check_count(self, "batch_size")
+        check_count(self, "frame_every")
         check_number(self, "reach", 0.0, open_low=True)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -60,12 +62,13 @@ class WarmStore:
         """Bytes of memory, and about those that it adds to every checkpoint."""
         return sum(tensor.nbytes for tensor in (self._state, self._adjoint, self._seen))
 
-    def start(self, index: Tensor | None, step: int) -> WarmStart:
+    def start(self, index: Tensor | slice | None, step: int, count: int | None = None) -> WarmStart:
         """Return where the rows of a batch start.
 
         Args:
             index: their places; None: all rows.
             step: index of the step under way.
+            count: rows that the loss is a mean of, those of other ranks too (None: these).
         """
         rows = slice(None) if index is None else index
         seen = self._seen[rows]
@@ -75,29 +78,43 @@ class WarmStore:
             return WarmStart(metrics=metrics)
         metrics["warm/staleness_mean"], metrics["warm/staleness_max"] = float(age.double().mean()), float(age.max())
         state, adjoint = (kept[rows].to(self.dtype, copy=True) for kept in (self._state, self._adjoint))
-        return WarmStart(state, adjoint / len(seen), metrics)
+        return WarmStart(state, adjoint / (count or len(seen)), metrics)
 
     @torch.no_grad()
-    def keep(self, index: Tensor | None, step: int, state: Tensor, adjoint: Tensor | None) -> None:
+    def keep(
+        self, index: Tensor | slice | None, step: int, state: Tensor, adjoint: Tensor | None, count: int | None = None
+    ) -> None:
         """Keep the solution of a batch.
 
         Args:
             index: places of its rows; None: all rows.
             step: index of the step under way.
             state: shape: (rows, dim)
-            adjoint: adjoint variables of a mean over these rows (None: they were not solved for). shape: (rows, dim)
+            adjoint: adjoint variables (None: they were not solved for). shape: (rows, dim)
+            count: rows that the loss is a mean of, those of other ranks too (None: these).
         """
         rows = slice(None) if index is None else index
         self._state[rows] = state.to(self._state.dtype)
         if adjoint is not None:
-            self._adjoint[rows] = (adjoint * len(adjoint)).to(self._adjoint.dtype)
+            self._adjoint[rows] = (adjoint * (count or len(adjoint))).to(self._adjoint.dtype)
         self._seen[rows] = step
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that is kept."""
-        return {"state": self._state, "adjoint": self._adjoint, "seen": self._seen}
+        """Return everything that is kept, by whatever rank: each keeps its own rows, and nothing of others."""
+        if mesh.ranks() == 1:
+            return self._tensors()
+        return {
+            "state": mesh.sum_over_ranks(self._state),
+            "adjoint": mesh.sum_over_ranks(self._adjoint),
+            "seen": mesh.sum_over_ranks(self._seen + 1) - 1,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
+        """Take back what ``state_dict`` returned, in place: this rank's rows of it."""
+        mine = mesh.share_of(len(self._seen))
+        for (name, tensor), nothing in zip(self._tensors().items(), (0, 0, -1), strict=True):
+            tensor.fill_(nothing)
+            tensor[mine] = state[name][mine].to(tensor.device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"state": self._state, "adjoint": self._adjoint, "seen": self._seen}

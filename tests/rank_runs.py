@@ -1,0 +1,48 @@
+"""Ten outer steps of several tasks on one or several ranks, by the loop that the command line runs: see ``test_ranks.py``.
+
+python rank_runs.py RANK WORLD STORE FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+
+from hyperopt.run import run
+from hyperopt.schema import register
+
+register()
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.max_steps=10", "trainer.checkpoint_every=5"]
+ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
+EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
+TRAINED = ["task=weight_decay", "task.hidden=[6]", "task.batch_size=30", "task.val_batch_size=25", "inner.max_steps=8", *ROWS]
+CASES = {
+    "equilibrium": ["task.state_size=10", *ROWS, *EXACT],
+    "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
+    "implicit": ["task=implicit", "task.network.width=8", "task.batch_size=30", *ROWS, *EXACT],
+    "coupled": ["task=coupled", "task.rows=15", *EXACT],
+    "trained, implicit": [*TRAINED, "adjoint=cg", "adjoint.linear_solver.rtol=1e-13", "task.decay.init=0.3"],
+    "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
+}
+
+
+def run_all(folder: Path) -> None:
+    """Run every case in a directory of its own."""
+    for name, overrides in CASES.items():
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", overrides=[*COMMON, *overrides])
+        (folder / name).mkdir(parents=True)
+        run(cfg, folder / name)
+
+
+if __name__ == "__main__":
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
+    run_all(Path(sys.argv[4]) / str(rank))
+    dist.destroy_process_group()
