@@ -74,6 +74,10 @@ _PUBLIC = {
     "Bounded": "hyperopt.spaces",
     "Simplex": "hyperopt.spaces",
     "SpectralBall": "hyperopt.spaces",
+    "HyperSpace": "hyperopt.stn.space",
+    "convert": "hyperopt.stn.network",
+    "SelfTuning": "hyperopt.stn.step",
+    "SelfTuningSettings": "hyperopt.stn.settings",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -143,6 +147,10 @@ if TYPE_CHECKING:
     from hyperopt.status import Solution as Solution
     from hyperopt.status import SolveStats as SolveStats
     from hyperopt.status import Status as Status
+    from hyperopt.stn.network import convert as convert
+    from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
+    from hyperopt.stn.space import HyperSpace as HyperSpace
+    from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__)

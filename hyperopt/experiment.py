@@ -43,8 +43,10 @@ def flatten(cfg: DictConfig) -> dict[str, Any]:
 def experiment(cfg: DictConfig) -> dict[str, Any]:
     """Return the flat config as a checkpoint keeps it, to tell one experiment from another."""
     config = flatten(cfg)
-    if config.get("optimizer.scheduler.kind") == "cosine" and config.get("optimizer.scheduler.t_max") is None:
-        config["optimizer.scheduler.t_max"] = config.get("trainer.max_steps")  # its default: here the length matters
+    for key in [key for key, value in config.items() if key.endswith("scheduler.kind") and value == "cosine"]:
+        length = f"{key.removesuffix('kind')}t_max"
+        if config.get(length) is None:
+            config[length] = config.get("trainer.max_steps")  # its default: here the length matters
     return config
 
 

@@ -27,8 +27,9 @@ from hyperopt.config import Built, build
 from hyperopt.directory import CHECKPOINTS, JOB, check_directory, from_own_checkpoint, locked
 from hyperopt.experiment import experiment
 from hyperopt.files import WriteError, remove_leftovers, write_text
+from hyperopt.guard import HypergradientGuard
 from hyperopt.loop_state import LoopState, monitored
-from hyperopt.optim import HypergradientGuard, Schedule
+from hyperopt.optim import Schedule
 from hyperopt.policy import reset_warnings
 from hyperopt.report import progress, show, summarize, table, write_facts
 from hyperopt.repro import (
@@ -87,7 +88,7 @@ def run(cfg: DictConfig, out: Path) -> float:
             configure(device, dtype, cfg.threads)
             generator = seed_everything(cfg.seed)
             built = build(cfg)
-            env = Environment(device, dtype, cfg.seed, cfg.compile, generator)
+            env = Environment(device, dtype, cfg.seed, cfg.compile, generator, built.trainer)
             if cfg.mode == "evaluate":
                 return evaluate(built, out, env, found)
             if cfg.mode == "check":

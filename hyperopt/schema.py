@@ -26,7 +26,10 @@ from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
 from hyperopt.resolvers import register_resolvers
 from hyperopt.solvers import settings as solvers
+from hyperopt.stn import classifier_settings as classifiers
+from hyperopt.stn import settings as stn
 from hyperopt.tasks import settings as tasks
+from hyperopt.tasks import stn_settings as stn_tasks
 
 
 def config_root() -> Traversable:
@@ -92,6 +95,13 @@ SCHEMA: dict[str, type] = {
     "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
     "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
     **{f"task/space/{name}": SPACES[name] for name in ("real", "positive", "bounded")},
+    "task/stn_quadratic": _targeted(stn_tasks.StnQuadraticSettings, "hyperopt.tasks.stn_quadratic.StnQuadraticTask"),
+    "task/stn_ridge": _targeted(stn_tasks.StnRidgeSettings, "hyperopt.tasks.stn_ridge.StnRidgeTask"),
+    "task/stn_images": _targeted(stn_tasks.StnImagesSettings, "hyperopt.tasks.stn_images.StnImagesTask"),
+    "task/classifier/layers": _targeted(classifiers.ClassifierSettings, "hyperopt.stn.classifiers.Classifier"),
+    "task/tuned/bounded": _targeted(stn.TunedBoundedSettings, "hyperopt.stn.declare.Bounded"),
+    "task/tuned/positive": _targeted(stn.TunedPositiveSettings, "hyperopt.stn.declare.Positive"),
+    "task/tuned/discrete": _targeted(stn.TunedDiscreteSettings, "hyperopt.stn.declare.Discrete"),
     "task/coupled": _targeted(tasks.CoupledSettings, "hyperopt.tasks.coupled.CoupledTask"),
     "task/cell/projected": _targeted(cells.ProjectedCellSettings, "hyperopt.nn.cells.ProjectedCell"),
     "task/cell/householder": _targeted(cells.HouseholderCellSettings, "hyperopt.nn.cells.HouseholderCell"),
@@ -133,6 +143,7 @@ SCHEMA: dict[str, type] = {
     "inner/adam": _targeted(bilevel.InnerAdamSettings, "hyperopt.bilevel.inner.adam.InnerAdam"),
     "inner/torch_optimizer": _targeted(bilevel.TorchOptimizerSettings, "hyperopt.bilevel.inner.torch_optimizer.TorchOptimizer"),
     "inner/lbfgs": _targeted(bilevel.LBFGSSettings, "hyperopt.bilevel.inner.lbfgs.InnerLBFGS"),
+    "stn/default": _targeted(stn_tasks.SelfTuningOptions, "hyperopt.tasks.stn_settings.SelfTuningOptions"),
     "optimizer/sgd": _targeted(train.SGDSettings, "hyperopt.optim.SGD"),
     "optimizer/momentum": _targeted(train.MomentumSettings, "hyperopt.optim.Momentum"),
     "optimizer/adam": _targeted(train.AdamSettings, "hyperopt.optim.Adam"),
@@ -186,6 +197,7 @@ class TrainConfig:
     solver: Any = MISSING
     adjoint: Any = MISSING
     inner: Any = MISSING
+    stn: Any = MISSING
     optimizer: Any = MISSING
     trainer: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -50,6 +50,13 @@ def check_optional_count(owner: Any, name: str, low: int = 1) -> None:
         check_count(owner, name, low)
 
 
+def check_below(owner: Any, low: str, high: str) -> None:
+    """Refuse a field ``low`` of ``owner`` that is not below its field ``high``."""
+    least, most = getattr(owner, low), getattr(owner, high)
+    if isinstance(least, int | float) and isinstance(most, int | float) and not least < most:
+        raise ValueError(f"{type(owner).__name__}: {low}={least} is not below {high}={most}; change {low} or {high}")
+
+
 def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None:
     """Refuse a field of ``owner`` that is none of ``choices``."""
     value = getattr(owner, name)

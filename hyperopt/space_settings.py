@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.settings import check_choice, check_number
+from hyperopt.settings import check_below, check_choice, check_number
 
 WAYS = ("reparametrisation", "projection")
 
@@ -75,8 +75,7 @@ class BoundedSettings(NumberSettings):
         super().__post_init__()
         check_number(self, "low", float("-inf"))
         check_number(self, "high", float("-inf"))
-        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and not self.low < self.high:
-            raise ValueError(f"{type(self).__name__}: low={self.low} is not below high={self.high}; change low or high")
+        check_below(self, "low", "high")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/*.png``.
+"""What a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/``.
 
 One name a quantity in all of them. A number that is not finite is ``null`` in JSON, which has no NaN.
 """
@@ -111,22 +111,26 @@ class Tracker:
         """Show the resolved config as text."""
         self._events.add(text_summary("config", f"```yaml\n{text}```"), step)
 
-    def figures(self, step: int, figures: Mapping[str, Figure]) -> None:
-        """Write each figure to ``figures/<name>.png`` and to TensorBoard, and close it."""
+    def figures(self, step: int, figures: Mapping[str, Figure | bytes]) -> None:
+        """Write each figure to ``figures/<name>.png`` (an animation to ``.gif``) and to TensorBoard, and close it."""
         from matplotlib import pyplot  # half a second, which only a run with figures needs
 
         directory = self.out / "figures"
         with writing(directory):
             directory.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=120)
-            pyplot.close(figure)
-            png = buffer.getvalue()
-            write_bytes(directory / f"{name}.png", png)
-            width, height = struct.unpack(">II", png[16:24])  # the header of every PNG file
-            image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-            self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)]), step)
+            if isinstance(figure, bytes):
+                image, kind = figure, "gif"
+                width, height = struct.unpack("<HH", image[6:10])  # the header of every GIF file
+            else:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=120)
+                pyplot.close(figure)
+                image, kind = buffer.getvalue(), "png"
+                width, height = struct.unpack(">II", image[16:24])  # the header of every PNG file
+            write_bytes(directory / f"{name}.{kind}", image)
+            shown = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=image)
+            self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 
     def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str]) -> None:
         """Open this run's one row of the HParams tab, in the run's own event file (``add_hparams`` would open a sub-run).

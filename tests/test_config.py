@@ -18,9 +18,10 @@ from hyperopt.schema import SCHEMA, SETTINGS, config_path, register
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
-PLACES = {"task/space": "task.l2"}  # of a group whose place is the task's own name for it
+PLACES = {"task/space": "task.l2", "task/tuned": "task.decay"}  # of a group whose place is the task's own name for it
 OWNER = {
     "task/space": ["task=l2"],
+    "task/tuned": ["task=stn_ridge"],
     "task/network": ["task=implicit"],
     "task/augment": ["task=implicit"],
 }  # where an option is of another than the default task

@@ -26,7 +26,7 @@ NEEDS = {
     "task/network=mdeq": [*FEW, "task.network.channels=[8,8]", "solver=anderson", "adjoint=gmres", "optimizer.lr=0.05"],
 }
 TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
-SPACES = "task/space/"  # those of one setting each: see the tests of the spaces
+SPACES = ("task/space/", "task/tuned/")  # those of one setting each: see the tests of the spaces
 OPTIONS = [
     "=".join(option.rsplit("/", 1))
     for option in SCHEMA
@@ -48,7 +48,9 @@ SMALL_EXPERIMENT = {  # where 300 images are too many
 }
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation")}
+SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
 SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
+WARM = {"stn_quadratic": ["stn.warmup=0"], "stn_ridge": ["stn.warmup=0"]}  # the hyperparameters move at once
 IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
 PERCEPTRON = [*IMAGES, "task.hidden=[20]", "task.batch_size=50", "task.val_batch_size=50", "inner.max_steps=5"]
 SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows here
@@ -88,7 +90,7 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPERIMENTS])
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
-    overrides = [f"experiment={name}"]
+    overrides = [f"experiment={name}", *WARM.get(name, [])]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
     if dataset and dataset[1] in FOLDERS:
         overrides += SMALL_EXPERIMENT.get(name, IMAGES)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy_task import OPTIMIZERS, SCHEDULERS
 
-from hyperopt.optim import LBFGS, SGD, Adam, AdamW, HypergradientGuard, Momentum, Schedule
+from hyperopt.guard import HypergradientGuard
+from hyperopt.optim import LBFGS, SGD, Adam, AdamW, Momentum, Schedule
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.train_settings import OptimizerSettings, SchedulerSettings, TrainerSettings
 

@@ -18,11 +18,11 @@ from hyperopt.schema import register
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BILEVEL = (ROOT / "experiments" / "bilevel" / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [(ROOT / "experiments" / name / "README.md").read_text(encoding="utf-8") for name in ("bilevel", "stn")]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", f"{README}\n{BILEVEL}", re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join([README, *EXAMPLES]), re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:

@@ -14,6 +14,7 @@ from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution, Status
+from hyperopt.train_settings import TrainerSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ class Environment:
         seed: seed of the run; splits and initialisation come from it.
         compile: whether to compile the map (``torch.compile``).
         generator: a CPU generator, seeded, whose state is part of every checkpoint.
+        trainer: the settings of the loop: how long a schedule of the task's own is.
     """
 
     device: torch.device
@@ -48,6 +50,7 @@ class Environment:
     seed: int
     compile: bool
     generator: torch.Generator
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
 
 @dataclass
@@ -143,8 +146,8 @@ class Task(ABC):
         """
         raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
 
-    def figures(self) -> dict[str, Figure]:
-        """Return named matplotlib figures of the present state."""
+    def figures(self) -> Mapping[str, Figure | bytes]:
+        """Return named matplotlib figures of the present state; the bytes of a GIF are an animation."""
         return {}
 
     @abstractmethod

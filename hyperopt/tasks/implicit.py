@@ -30,6 +30,7 @@ from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.drawing import drawing
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.settings import ImplicitTaskSettings
 from hyperopt.tasks.solves import residual_figure
@@ -67,7 +68,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         self.load(env, torch.device("cpu") if self.workers else None)
         self.evaluation_rows = self.eval_batch_size
         methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
-        with _drawing(env.generator):
+        with drawing(env.generator):
             network = (self.network or TanhMLP()).build(self.splits.shape, self.splits.num_classes, methods)
         self.model = network.to(env.device, env.dtype)
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DEQ)}
@@ -225,17 +226,3 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
 def _traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward hook that makes an implicit layer keep its residuals."""
     return args, {**kwargs, "trace": True}
-
-
-@contextlib.contextmanager
-def _drawing(generator: torch.Generator) -> Iterator[None]:
-    """Initial values from ``generator`` alone, in float32 whatever the run's precision: one seed, one network."""
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)

@@ -1,0 +1,169 @@
+"""Twenty seeds of ``experiment=stn_quadratic`` for every way to run it: results_quadratic.json, tables and figures of README.md.
+
+    python experiments/stn/quadratic.py [--only NAME ...] [--cli] [--figures]
+
+The defaults were chosen on seeds 100 to 109; what is measured here are seeds 0 to 19. All networks of a row are trained together,
+see ``stacked.py``; ``--cli`` runs the default through the command line as well, seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from stacked import CLOSE, Found, Plan, study
+from tables import HERE, REPOSITORY, save, write_table
+
+SEEDS = list(range(20))
+QUIET = ["trainer.progress=false"]
+NOTEBOOK = Plan(
+    mode="classic",
+    activation="relu",
+    width=4,
+    warmup=5,
+    train_steps=2,
+    valid_steps=2,
+    lr=0.01,
+    values_lr=0.003,
+    update="sequential",
+    gate="scalar",
+    rounds=10_000,
+    betas=(0.9, 0.999),
+    clip=None,
+)
+STARTS = (0.1, 0.5, 5.0, 9.0)
+PLANS: dict[str, Plan] = {
+    **{f"default, from {start:g}": Plan(start=start) for start in STARTS},
+    "control: the range fixed at 0.5": Plan(frozen=True),
+    "not centred (classic)": Plan(mode="classic"),
+    "mode=delta": Plan(mode="delta"),
+    "mode=delta_linear": Plan(mode="delta_linear"),
+    "ReLU": Plan(activation="relu"),
+    "leaky ReLU": Plan(activation="leaky_relu"),
+    "tanh": Plan(activation="tanh"),
+    "one scalar gate a layer": Plan(gate="scalar"),
+    "value first, then scale": Plan(update="sequential"),
+    "schedule of the notebook (5; 2 to 2; 0.003)": Plan(
+        warmup=5, train_steps=2, valid_steps=2, lr=0.01, values_lr=0.003, update="sequential", rounds=5000
+    ),
+    "notebook": NOTEBOOK,
+    "notebook, centred": replace(NOTEBOOK, mode="centred"),
+}
+
+
+def row(found: Found) -> dict[str, Any]:
+    """The numbers of one table row."""
+    hits = [hit for hit in found.hit if hit is not None]
+    ranges = [value for value in found.at_hit if value is not None]
+    return {
+        "reached": len(hits),
+        "of": len(found.hit),
+        "median": statistics.median(hit if hit is not None else float("inf") for hit in found.hit),
+        "most": max(hits, default=None),
+        "range": [min(ranges), max(ranges)] if ranges else None,
+        "inside": sum(1.7 <= value <= 3.2 for value in ranges),
+        "best": statistics.median(found.best),
+        "hits": found.hit,
+        "ranges": found.at_hit,
+        "last ranges": found.range,
+    }
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The lines of the table."""
+    lines = [f"| | largest error < {CLOSE} | rounds, median (most) | range then | within 1.7 to 3.2 |", "|---|---|---|---|---|"]
+    for name in PLANS:
+        if name not in results:
+            continue
+        found = results[name]
+        reached = found["reached"]
+        whole = found["median"] != float("inf")
+        rounds = f"{found['median']:.0f} ({found['most']})" if whole else "never" if not reached else f"- ({found['most']})"
+        width = "{:.2f} to {:.2f}".format(*found["range"]) if reached else f"(last {min(found['last ranges']):.2f} to "
+        width = width if reached else f"{width}{max(found['last ranges']):.2f})"
+        lines.append(f"| {name} | {reached} of {found['of']} | {rounds} | {width} | {found['inside']} of {found['of']} |")
+    return lines
+
+
+def by_command_line(runs: Path) -> dict[str, Any]:
+    """The default, seed by seed, as a user runs it."""
+    hits, ranges = [], []
+    for seed in SEEDS:
+        out = runs / f"quadratic-{seed}"
+        if not (out / "summary.json").exists():
+            overrides = [
+                "experiment=stn_quadratic",
+                f"seed={seed}",
+                f"hydra.run.dir={out}",
+                "trainer.progress=false",
+                "threads=1",
+            ]
+            command = [sys.executable, "-m", "hyperopt.cli", *overrides]
+            subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        close = [line for line in lines if line.get("val/distance", 1.0) < CLOSE and line["stn/warming"] == 0]
+        hits.append(close[0]["step"] + 1 if close else None)
+        ranges.append(close[0]["hyper/x_range"] if close else None)
+        print("command line, seed", seed, hits[-1], ranges[-1], flush=True)
+    return {"hits": hits, "ranges": ranges}
+
+
+def trajectories() -> None:
+    """Range, scale and distance from several starts in one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for i, start in enumerate(STARTS):
+        trace: list[Any] = []
+        study(SEEDS[:5], Plan(start=start, rounds=400, stop=False), trace)
+        for part in range(3):
+            curves = torch.tensor([step[part] for step in trace])
+            for k in range(curves.shape[1]):
+                label = f"from {start:g}" if k == 0 else None
+                axes[part].plot(curves[:, k], color=f"C{i}", linewidth=0.8, label=label)
+    axes[0].axhspan(1.7, 3.2, color="k", alpha=0.08, linewidth=0)
+    axes[2].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
+    for part, title in enumerate(("range", "scale, in R", "largest error on [-2, 2]")):
+        axes[part].set_title(title, fontsize=10)
+        axes[part].set_xlabel("round")
+        if part != 1:
+            axes[part].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "figures" / "quadratic_trajectories.png", dpi=110)
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(PLANS), help="rows to measure")
+    parser.add_argument("--cli", action="store_true", help="also the default by the command line")
+    parser.add_argument("--figures", action="store_true", help="also the figure")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "stn")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    (HERE / "figures").mkdir(exist_ok=True)
+    results: dict[str, Any] = {}
+    for name in args.only:
+        started = time.process_time()
+        found = row(study(SEEDS, PLANS[name]))
+        found |= {"seconds": time.process_time() - started, "plan": asdict(PLANS[name])}
+        results = save("results_quadratic.json", name, found)
+        print(name, {key: found[key] for key in ("reached", "median", "most", "range", "inside", "seconds")}, flush=True)
+        write_table("quadratic", table(results))
+    if args.cli:
+        save("results_quadratic.json", "by the command line", by_command_line(args.runs.resolve()))
+    if args.figures:
+        trajectories()
+
+
+if __name__ == "__main__":
+    main()

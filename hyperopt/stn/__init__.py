@@ -1,0 +1,50 @@
+"""Self-tuning networks: hyperparameters tuned inside one training run. Importing this package does not import torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hyperopt.lazy import lazily
+
+_PUBLIC = {
+    "Bounded": "hyperopt.stn.declare",
+    "Positive": "hyperopt.stn.declare",
+    "Discrete": "hyperopt.stn.declare",
+    "Tuned": "hyperopt.stn.declare",
+    "HyperSpace": "hyperopt.stn.space",
+    "Draw": "hyperopt.stn.draw",
+    "convert": "hyperopt.stn.network",
+    "STN": "hyperopt.stn.network",
+    "KINDS": "hyperopt.stn.network",
+    "HyperLayer": "hyperopt.stn.layer",
+    "Dropout": "hyperopt.stn.dropout",
+    "SelfTuning": "hyperopt.stn.step",
+    "Round": "hyperopt.stn.step",
+    "SelfTuningSettings": "hyperopt.stn.settings",
+    "TuningError": "hyperopt.stn.guards",
+    "TunedSchedule": "hyperopt.stn.schedule",
+    "replay": "hyperopt.stn.schedule",
+}
+__all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from hyperopt.stn.declare import Bounded as Bounded
+    from hyperopt.stn.declare import Discrete as Discrete
+    from hyperopt.stn.declare import Positive as Positive
+    from hyperopt.stn.declare import Tuned as Tuned
+    from hyperopt.stn.draw import Draw as Draw
+    from hyperopt.stn.dropout import Dropout as Dropout
+    from hyperopt.stn.guards import TuningError as TuningError
+    from hyperopt.stn.layer import HyperLayer as HyperLayer
+    from hyperopt.stn.network import KINDS as KINDS
+    from hyperopt.stn.network import STN as STN
+    from hyperopt.stn.network import convert as convert
+    from hyperopt.stn.schedule import TunedSchedule as TunedSchedule
+    from hyperopt.stn.schedule import replay as replay
+    from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
+    from hyperopt.stn.space import HyperSpace as HyperSpace
+    from hyperopt.stn.step import Round as Round
+    from hyperopt.stn.step import SelfTuning as SelfTuning
+
+
+__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, also=", and its modules")

@@ -1,0 +1,101 @@
+"""What can go wrong with a self-tuning network, said once a run: it would otherwise look like a hyperparameter that is found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hyperopt.policy import note_once
+from hyperopt.stn.settings import SelfTuningSettings
+from hyperopt.stn.space import HyperSpace
+
+DECAY = 0.95  # of the running means of both losses
+WINDOW = 100  # rounds over which the validation loss must have fallen
+TRIVIAL = 0.01  # of the validation loss: a training loss below this part of it is near 0
+
+
+class TuningError(ArithmeticError):
+    """A loss, a hyperparameter or a scale is not finite; the message names it and what to change."""
+
+
+class Watch:
+    """Looks at every round: values, scales, and both losses.
+
+    Args:
+        settings: floor and ceiling of the scales.
+    """
+
+    def __init__(self, settings: SelfTuningSettings) -> None:
+        """Nothing seen yet."""
+        self._settings = settings
+        self._state: dict[str, Any] = {"train": None, "valid": None, "before": None, "rounds": 0}
+
+    def finite(self, updates: int, u: Mapping[str, float], s: Mapping[str, float], losses: Mapping[str, Sequence[float]]) -> None:
+        """Refuse what is not finite.
+
+        Raises:
+            TuningError: names it.
+        """
+        for kind, values in losses.items():
+            if not all(map(math.isfinite, values)):
+                bad = next(value for value in values if not math.isfinite(value))
+                raise TuningError(
+                    f"the {kind} loss is {bad} after {updates} weight updates; lower the learning rate of the weights "
+                    "(weights_optimizer.lr) or the scale of the perturbation"
+                )
+        for kind, values in (("value", u), ("scale", s)):
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise TuningError(
+                        f"the {kind} of {name} is {value} in R after {updates} weight updates; lower the learning rate of the "
+                        "hyperparameters (optimizer.lr) or of the scales (scale_optimizer.lr)"
+                    )
+
+    def saturated(self, space: HyperSpace, u: Mapping[str, float], sigma: Mapping[str, float]) -> None:
+        """Note a hyperparameter at the end of its space, and a scale at its floor or ceiling."""
+        s = self._settings
+        for name, each in space.declared.items():
+            if (bound := each.saturated(u[name])) is not None:
+                note_once(
+                    f"hyperparameter {name} has come to {bound}, where it moves no more; widen its bounds, or lower the "
+                    "learning rate of the hyperparameters (said once a run)",
+                    f"saturated {name}",
+                )
+            if sigma[name] <= s.min_scale * 1.0001:
+                note_once(
+                    f"the scale of {name} is at its floor {s.min_scale:g}: the response is learned from almost no perturbation; "
+                    "raise entropy, or lower min_scale if that is meant (said once a run)",
+                    f"floor {name}",
+                )
+            if sigma[name] >= s.max_scale * 0.9999:
+                note_once(
+                    f"the scale of {name} is at its ceiling {s.max_scale:g}: the validation loss does not depend on it; lower "
+                    "entropy (said once a run)",
+                    f"ceiling {name}",
+                )
+
+    def collapse(self, train: float, valid: float) -> None:
+        """Note a training loss near 0 while the validation loss stands still: a trivial training task."""
+        state = self._state
+        for kind, value in (("train", train), ("valid", valid)):
+            state[kind] = value if state[kind] is None else DECAY * state[kind] + (1 - DECAY) * value
+        state["rounds"] += 1
+        if state["rounds"] % WINDOW:
+            return
+        before, state["before"] = state["before"], state["valid"]
+        if before is not None and 0 <= state["train"] < TRIVIAL * state["valid"] and state["valid"] > 0.9 * before:
+            note_once(
+                f"collapse: the training loss is {state['train']:.2g} while the validation loss stands at {state['valid']:.2g} "
+                f"for {WINDOW} rounds: the hyperparameters make the training task trivial; start elsewhere, use mode=centred, "
+                "or more weight updates for each of the hyperparameters (said once a run)",
+                "collapse",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self._state = dict(state)

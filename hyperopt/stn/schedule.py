@@ -1,0 +1,110 @@
+"""The schedule of hyperparameters that a run has found, written down, and replayed on a plain network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt.files import write_text
+from hyperopt.optim import Adam, OuterOptimizer
+from hyperopt.stn.draw import Draw
+from hyperopt.stn.network import STN, convert, leading
+from hyperopt.stn.space import HyperSpace
+
+
+@dataclass(frozen=True)
+class TunedSchedule:
+    """Which hyperparameters each update of the weights had.
+
+    Attributes:
+        names: of the hyperparameters.
+        steps: updates of the weights of each round.
+        raw: the hyperparameters of each round, in R.
+        values: the same in the user's units, for a reader.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[int, ...]
+    raw: tuple[tuple[float, ...], ...]
+    values: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, space: HyperSpace, history: Sequence[tuple[int, Sequence[float]]]) -> TunedSchedule:
+        """From ``(updates, values in R)`` of each round."""
+        raw = tuple(tuple(map(float, u)) for _, u in history)
+        columns = []
+        for i, name in enumerate(space.names):
+            m = torch.tensor([u[i] for u in raw], dtype=torch.float64)
+            columns.append(space.declared[name].value(m).tolist())
+        return cls(space.names, tuple(steps for steps, _ in history), raw, tuple(zip(*columns, strict=True)))
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in all."""
+        return sum(self.steps)
+
+    def each(self) -> list[tuple[float, ...]]:
+        """The hyperparameters in R of every single update of the weights."""
+        return [u for steps, u in zip(self.steps, self.raw, strict=True) for _ in range(steps)]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_text(path, json.dumps({name: getattr(self, name) for name in ("names", "steps", "raw", "values")}))
+
+    @classmethod
+    def load(cls, path: Path) -> TunedSchedule:
+        """Read what ``save`` wrote."""
+        found: Mapping[str, Any] = json.loads(path.read_text())
+        rows = {name: tuple(map(tuple, found[name])) for name in ("raw", "values")}
+        return cls(tuple(found["names"]), tuple(found["steps"]), **rows)
+
+
+def replay(
+    schedule: TunedSchedule,
+    module: nn.Module,
+    space: HyperSpace,
+    train_loss: Callable[[STN, Any, Draw], Tensor],
+    train: Callable[[], Any],
+    weights: OuterOptimizer | None = None,
+    rows: Callable[[Any], int] = leading,
+) -> STN:
+    """Train a plain network under the schedule of a self-tuning one: the same loss, no response, no perturbation.
+
+    Args:
+        schedule: what was found.
+        module: the plain network, with ``hyperopt.stn.Dropout`` where dropout was tuned; it is copied.
+        space: the hyperparameters, of the same names.
+        train_loss: that of the self-tuning network.
+        train: gives the next batch.
+        weights: the optimizer (None: Adam).
+        rows: how many rows a batch has.
+
+    Returns:
+        The trained network, without any response, at the last hyperparameters of the schedule; ``collapse`` makes it plain.
+
+    Raises:
+        ValueError: other names than those of the schedule.
+    """
+    if space.names != schedule.names:
+        raise ValueError(
+            f"the schedule is of {', '.join(schedule.names)}, the space of {', '.join(space.names)}; declare the same"
+        )
+    model = convert(module, space, respond=False)
+    optimizer = (weights or Adam(lr=0.01)).build({"weights": model.base_parameters()})
+    model.train()
+    for u in schedule.each():
+        batch = train()
+        with torch.no_grad():
+            space.u.copy_(torch.tensor(u, dtype=torch.float64))
+            draw = space.draw(rows(batch), perturb=False)
+        optimizer.zero_grad()
+        with model.at(draw):
+            train_loss(model, batch, draw).backward()
+        optimizer.step()
+    return model

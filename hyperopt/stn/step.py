@@ -1,0 +1,349 @@
+"""The step of a self-tuning network: weights learn to respond, and the hyperparameters move on validation data, in turn.
+
+    warm-up    w, r <- step on  L_train(w(lam'), lam')                                      lam' = lam + sigma eps
+    a round    train_steps times the same
+               valid_steps times  lam, sigma <- step on  L_valid(w(lam')) - tau sum log(sigma sqrt(2 pi e))
+
+``w(lam')`` is affine in what the mode lets it respond to: the derivative of the validation loss passes through that alone.
+
+References: MacKay et al., Self-tuning networks, ICLR 2019, arXiv 1903.03088, algorithm 1; Bae & Grosse, Delta-STN, NeurIPS 2020,
+arXiv 2010.13514, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperopt.optim import Adam, OuterOptimizer, Schedule
+from hyperopt.stn.draw import Draw
+from hyperopt.stn.guards import Watch
+from hyperopt.stn.network import STN, leading
+from hyperopt.stn.schedule import TunedSchedule
+from hyperopt.stn.settings import SelfTuningSettings
+from hyperopt.train_settings import TrainerSettings
+
+TrainLoss = Callable[[STN, Any, Draw], Tensor]
+"""``train_loss(model, batch, draw)``: makes the data that ``draw.h`` asks for, calls ``model(x, draw)``, adds the regulariser."""
+ValidLoss = Callable[[STN, Any, Draw | None], Tensor]
+"""``valid_loss(model, batch, draw)``: calls ``model(x)``; ``draw`` is None unless ``direct_grad``."""
+Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
+
+
+@dataclass
+class Round:
+    """What one round did.
+
+    Attributes:
+        warming: whether it was part of the warm-up, without a step of the hyperparameters.
+        train_loss: mean of its training losses, perturbed, each before its update.
+        valid_loss: its last validation loss, perturbed, before its update, if there was one.
+        metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away, in the user's units; ``stn/scale/<name>``,
+            ``stn/entropy``, ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
+    """
+
+    warming: bool
+    train_loss: float
+    valid_loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Past(NamedTuple):
+    """What is kept of a round.
+
+    Attributes:
+        steps: updates of the weights.
+        train_loss: see ``Round``.
+        valid_loss: see ``Round``.
+        u: the hyperparameters in R that those updates had.
+        sigma: the scales after the round.
+    """
+
+    steps: int
+    train_loss: float
+    valid_loss: float
+    u: list[float]
+    sigma: list[float]
+
+
+class SelfTuning:
+    """A self-tuning network under training.
+
+    Args:
+        model: the network, from ``convert``.
+        train_loss: see ``TrainLoss``.
+        valid_loss: see ``ValidLoss``.
+        settings: mode and numbers (None: the defaults).
+        weights: optimizer of the weights, and of the response if that has none of its own (None: Adam, 0.01).
+        values: optimizer of the hyperparameters (None: Adam, 0.003); ``round`` may get another one.
+        scales: optimizer of the scales (None: Adam, 0.003).
+        response: optimizer of the response parameters (None: that of the weights).
+        trainer: how many rounds there will be, for schedules that ask.
+        seed: of the perturbations.
+        rows: how many rows a batch has.
+
+    Attributes:
+        updates: updates of the weights done.
+        history: what each round was like.
+
+    Raises:
+        ValueError: an optimizer or a schedule that cannot work here.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt.stn import HyperSpace, Positive, SelfTuning, convert
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = x.sum(1, keepdim=True)
+        >>> stn = convert(torch.nn.Linear(3, 1), HyperSpace({"decay": Positive(0.1)}))
+        >>> def train_loss(model, batch, draw):
+        ...     fit = (model(batch[0], draw) - batch[1]).square().mean()
+        ...     return fit + (draw.h["decay"] * model.squared_norm(draw)).mean()
+        >>> tuning = SelfTuning(stn, train_loss, lambda model, batch, draw: (model(batch[0]) - batch[1]).square().mean())
+        >>> for _ in range(50):
+        ...     found = tuning.round(lambda: (x[:20], y[:20]), lambda: (x[20:], y[20:]))
+        >>> stn.space.values()["decay"] < 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        model: STN,
+        train_loss: TrainLoss,
+        valid_loss: ValidLoss,
+        settings: SelfTuningSettings | None = None,
+        *,
+        weights: OuterOptimizer | None = None,
+        values: OuterOptimizer | None = None,
+        scales: OuterOptimizer | None = None,
+        response: OuterOptimizer | None = None,
+        trainer: TrainerSettings | None = None,
+        seed: int = 0,
+        rows: Callable[[Any], int] = leading,
+    ) -> None:
+        """Build the optimizers."""
+        self.model, self.space = model, model.space
+        self.train_loss, self.valid_loss = train_loss, valid_loss
+        self.settings = settings = settings or SelfTuningSettings()
+        self.rows = rows
+        self.space.centred = settings.mode != "classic"
+        model.linear = settings.mode == "delta_linear"
+        self._base, self._response = model.base_parameters(), model.response_parameters()
+        made: dict[str, tuple[OuterOptimizer, dict[str, list[Any]]]] = {}
+        groups: dict[str, list[Any]] = {"weights": self._base}
+        if response is None:
+            groups["response"] = self._response
+        else:
+            made["response"] = response, {"response": self._response}
+        made["weights"] = weights or Adam(lr=0.01), groups
+        made["scales"] = scales or Adam(lr=0.003), {"scales": [self.space.s]}
+        made["values"] = values or Adam(lr=0.003), self.groups()
+        self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
+        self._clip = {name: each.clip_norm for name, (each, _) in made.items()}
+        length = trainer or TrainerSettings()
+        self._schedules = {name: Schedule(made[name][0].scheduler, each, length) for name, each in self.optimizers.items()}
+        for name, each in self.optimizers.items():
+            _check_optimizer(name, each, self._schedules[name])
+        self.generator = torch.Generator(self.space.u.device).manual_seed(seed)
+        self.watch = Watch(settings)
+        self.updates = 0
+        self.history: list[Past] = []
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """What an optimizer of the hyperparameters moves."""
+        return {"values": [self.space.u]}
+
+    def round(
+        self,
+        train: Callable[[], Any],
+        valid: Callable[[], Any],
+        optimizer: torch.optim.Optimizer | None = None,
+        guard: Guard | None = None,
+    ) -> Round:
+        """Do one round, or as many updates of the warm-up.
+
+        Args:
+            train: gives the next training batch.
+            valid: gives the next validation batch.
+            optimizer: over ``groups()`` (None: the one of ``values``).
+            guard: sees ``{"values": [u.grad]}`` before every step of the hyperparameters, and may change it in place.
+
+        Raises:
+            TuningError: a loss, a hyperparameter or a scale is not finite.
+            ValueError: a hyperparameter that the first training loss has not read.
+        """
+        settings = self.settings
+        left = settings.warmup - self.updates
+        steps = min(settings.train_steps, left) if left > 0 else settings.train_steps
+        before = self.space.u.detach().clone()
+        train_losses = [self.weight_step(train()) for _ in range(steps)]
+        if left > 0:
+            valid_losses = [self._look(valid())]
+            if guard is not None:
+                guard({"values": []})
+        else:
+            own = optimizer or self.optimizers["values"]
+            valid_losses = [self.hyper_step(valid(), own, guard) for _ in range(settings.valid_steps)]
+        for name, schedule in self._schedules.items():
+            if name != "values" or optimizer is None:
+                schedule.after_step()
+        return self._record(left > 0, before, train_losses, valid_losses)
+
+    def weight_step(self, batch: Any) -> Tensor:
+        """Update the weights and their response on one batch; return the loss before, without its graph."""
+        model, rows = self.model, self.rows(batch)
+        model.train()
+        response = self.optimizers.get("response", self.optimizers["weights"])
+        if self.settings.mode in ("delta", "delta_linear"):
+            with torch.no_grad():
+                draw = self.space.draw(rows, perturb=False)
+            self._update({"weights": self.optimizers["weights"]}, self._base, batch, draw)
+            both, parameters = {"response": response}, self._response
+        else:
+            both = {"weights": self.optimizers["weights"], "response": response}
+            parameters = [*self._base, *self._response]
+        with torch.no_grad():
+            draw = self.space.draw(rows, self.generator)
+        loss = self._update(both, parameters, batch, draw)
+        self.updates += 1
+        return loss
+
+    def hyper_step(self, batch: Any, optimizer: torch.optim.Optimizer, guard: Guard | None = None) -> Tensor:
+        """Update the hyperparameters and their scales on one batch; return the validation loss before, without its graph."""
+        space, settings = self.space, self.settings
+        self.model.eval()
+        eps = space.noise(self.rows(batch), self.generator)
+        found: list[Tensor] = []
+
+        def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+            draw = space.at(eps)
+            loss = self._validation(batch, draw)
+            found.append(loss.detach())
+            return torch.autograd.grad(loss - settings.entropy * draw.entropy(), parameters, materialize_grads=True)
+
+        def closure() -> Any:
+            if settings.update == "joint":
+                space.u.grad, slope = gradients(space.u, space.s)
+                if len(found) == 1:
+                    space.s.grad = slope
+            else:
+                (space.u.grad,) = gradients(space.u)
+            if guard is not None:
+                guard({"values": [space.u.grad]})
+            return found[-1]
+
+        optimizer.step(closure)
+        if settings.update == "sequential":
+            (space.s.grad,) = gradients(space.s)
+        self._clipped("scales", [space.s])
+        self.optimizers["scales"].step()
+        space.clamp_scales_(settings.min_scale, settings.max_scale)
+        return found[0]
+
+    def schedule(self) -> TunedSchedule:
+        """The hyperparameters of every update of the weights so far."""
+        return TunedSchedule.of(self.space, [(past.steps, past.u) for past in self.history])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything: network, hyperparameters, optimizers, schedules, noise, history."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
+            "schedules": {name: each.state_dict() for name, each in self._schedules.items()},
+            "generator": self.generator.get_state(),
+            "watch": self.watch.state_dict(),
+            "updates": self.updates,
+            "history": [list(past) for past in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        self.model.load_state_dict(state["model"])
+        for name, each in self.optimizers.items():
+            each.load_state_dict(state["optimizers"][name])
+            self._schedules[name].load_state_dict(state["schedules"][name])
+        self.generator.set_state(state["generator"])
+        self.watch.load_state_dict(state["watch"])
+        self.updates = state["updates"]
+        self.history = [Past(*row) for row in state["history"]]
+
+    def _update(
+        self, optimizers: Mapping[str, torch.optim.Optimizer], parameters: Sequence[Tensor], batch: Any, draw: Draw
+    ) -> Tensor:
+        """One gradient of the training loss in ``parameters``, and one step of each optimizer."""
+        seen: set[str] | None = set() if self.updates == 0 else None
+        draw = draw if seen is None else draw.watched(seen)
+        with self.model.at(draw):
+            loss = self.train_loss(self.model, batch, draw)
+        if seen is not None:
+            self._check_used(seen)
+        for each in optimizers.values():
+            each.zero_grad()  # an optimizer may hold more than what is updated here
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            parameter.grad = gradient
+        for name, each in optimizers.items():
+            self._clipped(name, [p for group in each.param_groups for p in group["params"]])
+        for each in {id(each): each for each in optimizers.values()}.values():
+            each.step()
+        return loss.detach()
+
+    def _validation(self, batch: Any, draw: Draw) -> Tensor:
+        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``."""
+        direct = self.settings.direct_grad
+        with self.model.at(draw if direct else draw.without_h()):
+            return self.valid_loss(self.model, batch, draw if direct else None)
+
+    @torch.no_grad()
+    def _look(self, batch: Any) -> Tensor:
+        """The validation loss at a draw, without any update."""
+        self.model.eval()
+        return self._validation(batch, self.space.draw(self.rows(batch), self.generator))
+
+    def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
+        """Clip the gradients that an optimizer is about to use."""
+        if (limit := self._clip.get(name)) is not None:
+            torch.nn.utils.clip_grad_norm_(list(parameters), limit)
+
+    def _check_used(self, seen: set[str]) -> None:
+        """Refuse a hyperparameter that the training loss has not read, before any update."""
+        unused = [name for name in self.space.names if name not in seen]
+        if unused:
+            raise ValueError(
+                f"the training loss never reads {', '.join(unused)}: use draw.h[{unused[0]!r}] in train_loss (or "
+                f"hyperopt.stn.Dropout({unused[0]!r}) in the network), or do not declare it"
+            )
+
+    def _record(self, warming: bool, before: Tensor, train_losses: list[Tensor], valid_losses: list[Tensor]) -> Round:
+        """Read all numbers of a round in one transfer, look at them, and keep the hyperparameters."""
+        space, count = self.space, len(self.space.names)
+        parts = [before, space.u.detach(), space.s.detach(), space.sigma.detach()]
+        losses = [loss.reshape(1).to(space.u) for loss in (*train_losses, *valid_losses)]
+        numbers = torch.cat([*parts, *losses]).tolist()
+        was, u, s, sigma = (numbers[i * count : (i + 1) * count] for i in range(4))
+        train, valid = numbers[4 * count :][: len(train_losses)], numbers[4 * count + len(train_losses) :]
+        named = {kind: dict(zip(space.names, each, strict=True)) for kind, each in (("u", u), ("s", s), ("sigma", sigma))}
+        self.watch.finite(self.updates, named["u"], named["s"], {"training": train, "validation": valid})
+        self.watch.saturated(space, named["u"], named["sigma"])
+        found = Round(warming, sum(train) / len(train), valid[-1])
+        if not warming:
+            self.watch.collapse(found.train_loss, found.valid_loss)
+        self.history.append(Past(len(train), found.train_loss, found.valid_loss, was, sigma))
+        metrics: dict[str, float] = {f"hyper/{name}": value for name, value in space.values().items()}
+        for name, (low, high) in space.band().items():
+            metrics |= {f"hyper/{name}/low": low, f"hyper/{name}/high": high}
+        metrics |= {f"stn/scale/{name}": value for name, value in named["sigma"].items()}
+        metrics["stn/entropy"] = float(Draw.entropy_of(torch.tensor(sigma, dtype=torch.float64)))
+        metrics |= {"stn/train_loss": found.train_loss, "stn/valid_loss": found.valid_loss, "stn/updates": float(self.updates)}
+        found.metrics = metrics
+        return found
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Refuse what needs one loss evaluated many times, or evaluations."""
+    if isinstance(optimizer, torch.optim.LBFGS) and name != "values":
+        raise ValueError(f"the optimizer of the {name} is LBFGS, which needs one function, and batches differ; use adam or sgd")
+    if schedule.kind == "plateau":
+        raise ValueError(f"the schedule of the {name} is plateau, which needs evaluations; use cosine, step or exponential")

@@ -1,0 +1,181 @@
+"""Tasks that tune themselves: a subclass gives a network, its hyperparameters, two losses and batches, the rest is here.
+
+One outer step is one round: some updates of the weights on training batches, then some of the hyperparameters on validation
+batches; during the warm-up only the former. ``optimizer`` moves the hyperparameters in R; the optimizers of weights, scales and
+response are the task's own (``stn.weights``, ``stn.scales``, ``stn.response``), and lie in its state.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt import mesh
+from hyperopt.stn.declare import Tuned
+from hyperopt.stn.draw import Draw
+from hyperopt.stn.network import STN, convert
+from hyperopt.stn.schedule import TunedSchedule
+from hyperopt.stn.space import HyperSpace
+from hyperopt.stn.step import SelfTuning
+from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
+from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.stn_figures import trajectory_figure
+from hyperopt.tasks.stn_settings import SelfTuningOptions, SelfTuningTaskSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Source(Protocol):
+    """Where batches come from, for example ``hyperopt.Minibatches``."""
+
+    def draw(self) -> Any:
+        """Return the next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch stands."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+
+@dataclass(frozen=True)
+class StnParts:
+    """What a subclass builds.
+
+    Attributes:
+        module: the plain network; it is drawn from the run's seed inside ``build``.
+        declared: the hyperparameters by name.
+        train: batches of ``train_loss``.
+        valid: batches of ``valid_loss``.
+        skip: modules whose weights shall not respond.
+    """
+
+    module: nn.Module
+    declared: Mapping[str, Tuned]
+    train: Source
+    valid: Source
+    skip: tuple[str, ...] = ()
+
+
+class SelfTuningTask(SelfTuningTaskSettings, Task):
+    """A network that tunes its hyperparameters; settings in ``SelfTuningTaskSettings``.
+
+    Attributes:
+        parts: what the subclass has built, after ``setup``.
+        model: the self-tuning network, after ``setup``.
+        tuning: its step, after ``setup``.
+    """
+
+    parts: StnParts
+    model: STN
+    tuning: SelfTuning
+
+    @abstractmethod
+    def build(self, env: Environment) -> StnParts:
+        """Return network, hyperparameters and batches; torch's own generator is seeded for the network's initial values."""
+
+    @abstractmethod
+    def train_loss(self, model: STN, batch: Any, draw: Draw) -> Tensor:
+        """The training loss at a draw; see ``hyperopt.stn.step.TrainLoss``."""
+
+    @abstractmethod
+    def valid_loss(self, model: STN, batch: Any, draw: Draw | None) -> Tensor:
+        """The validation loss; see ``hyperopt.stn.step.ValidLoss``."""
+
+    @abstractmethod
+    def measure(self, model: STN) -> dict[str, float]:
+        """Return metrics at the hyperparameters themselves, ``val/loss`` among them; called in eval mode, without gradients."""
+
+    @property
+    def options(self) -> SelfTuningOptions:
+        """How it tunes itself."""
+        return self.stn or SelfTuningOptions()
+
+    def setup(self, env: Environment) -> None:
+        """Build everything.
+
+        Raises:
+            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it), or several ranks.
+        """
+        if mesh.ranks() > 1:
+            raise ValueError(f"task={self.name} draws its own perturbations and runs on one rank, not {mesh.ranks()}; start one")
+        options = self.options
+        with drawing(env.generator):
+            self.parts = parts = self.build(env)
+            space = HyperSpace(parts.declared, dtype=env.dtype, device=env.device, key="task")
+            module = parts.module.to(env.device, env.dtype)
+            self.model = convert(module, space, gate=options.gate, std=options.gate_std, skip=parts.skip)
+        self.tuning = SelfTuning(
+            self.model,
+            self.train_loss,
+            self.valid_loss,
+            options,
+            weights=options.weights,
+            scales=options.scales,
+            response=options.response,
+            trainer=env.trainer,
+            seed=int(torch.randint(2**31, (), generator=env.generator)),
+        )
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Return the hyperparameters in R, one vector."""
+        return self.tuning.groups()
+
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one round; see ``Task.step``."""
+        found = self.tuning.round(self.parts.train.draw, self.parts.valid.draw, optimizer, guard)
+        return StepRecord(found.valid_loss, {**found.metrics, "stn/warming": float(found.warming)})
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Measure at the hyperparameters themselves, in eval mode; ``stn/response_norm`` is that of ``d w / d lam``."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            return {**self.measure(self.model), "stn/response_norm": self.model.response_norm()}
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def figures(self) -> dict[str, Figure | bytes]:
+        """Return ``trajectory``: each hyperparameter with its band, its scale, and both losses, round by round."""
+        return {"trajectory": trajectory_figure(self.tuning)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return network, hyperparameters, optimizers, noise, history and the places in the data."""
+        sources = {"train": self.parts.train.state_dict(), "valid": self.parts.valid.state_dict()}
+        return {"tuning": self.tuning.state_dict(), **sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        self.tuning.load_state_dict(state["tuning"])
+        self.parts.train.load_state_dict(state["train"])
+        self.parts.valid.load_state_dict(state["valid"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return names and sizes."""
+        return {
+            "name": self.name,
+            "hyperparameters": list(self.model.space.names),
+            "weights": sum(parameter.numel() for parameter in self.model.base_parameters()),
+            "response": sum(parameter.numel() for parameter in self.model.response_parameters()),
+        }
+
+
+def schedule_of(checkpoint: Path, space: HyperSpace) -> TunedSchedule:
+    """Return the schedule that a run has found, from one of its checkpoints; see ``hyperopt.stn.replay``.
+
+    Args:
+        checkpoint: ``checkpoints/last.pt`` or ``best.pt`` of the run.
+        space: the hyperparameters of the task, for their units.
+    """
+    history = torch.load(checkpoint, map_location="cpu", weights_only=True)["task"]["tuning"]["history"]
+    return TunedSchedule.of(space, [(row[0], row[3]) for row in history])

@@ -1,0 +1,139 @@
+"""The study of the hypertraining notebook: how wide must the training inputs be to learn ``y = x^2`` on [-2, 2]?
+
+    training      x = r_i * U(-1, 1),  r_i the perturbed range of the row, outside of the gradient        mean (f(x) - x^2)^2
+    validation    x = U(-2, 2)                                                                            the same
+
+The range appears in the data alone: a narrow one makes training easy and validation impossible, a wide one wastes the network.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt.stn.declare import Bounded
+from hyperopt.stn.draw import Draw
+from hyperopt.stn.network import STN
+from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn_figures import fit_animation
+from hyperopt.tasks.stn_settings import StnQuadraticSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ACTIVATION: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+}
+POINTS = 100  # of the grid that the distance is measured on
+
+
+class Uniform:
+    """Batches of uniform numbers in ``[-1, 1]``.
+
+    Args:
+        rows: of a batch.
+        generator: a generator of its own.
+        like: dtype and device of the numbers.
+    """
+
+    def __init__(self, rows: int, generator: torch.Generator, like: Tensor) -> None:
+        """Keep the generator."""
+        self.rows, self.generator, self.like = rows, generator, like
+
+    def draw(self) -> Tensor:
+        """The next batch. shape: (rows, 1)."""
+        drawn = torch.rand(self.rows, 1, generator=self.generator, dtype=torch.float64)
+        return (2 * drawn - 1).to(self.like)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the generator's state."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self.generator.set_state(state["generator"])
+
+
+class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
+    """``y = x^2`` with a tuned range; settings in ``StnQuadraticSettings``.
+
+    Attributes:
+        grid: points of ``[-reach, reach]``, after ``setup``. shape: (100, 1)
+        frames: of the animation: round, range, and the learned function on the grid.
+    """
+
+    name = "stn_quadratic"
+
+    grid: Tensor
+    frames: list[list[float]]
+
+    def build(self, env: Environment) -> StnParts:
+        """Layers 1-w, three activated w-w, w-1."""
+        width, like = self.width, torch.zeros((), dtype=env.dtype, device=env.device)
+        layers: list[nn.Module] = [nn.Linear(1, width)]
+        for _ in range(3):
+            layers += [nn.Linear(width, width), ACTIVATION[self.activation]()]
+        self.frames = []
+        self.grid = torch.linspace(-self.reach, self.reach, POINTS).to(like)[:, None]
+
+        def batches() -> Uniform:
+            seed = int(torch.randint(2**31, (), generator=env.generator))
+            return Uniform(self.batch_size, torch.Generator().manual_seed(seed), like)
+
+        declared = {"x_range": self.x_range or Bounded(0.5, 0.01, 10.0, scale=0.5)}
+        return StnParts(nn.Sequential(*layers, nn.Linear(width, 1)), declared, batches(), batches())
+
+    def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
+        """The squared error on inputs of each row's own range."""
+        x = batch * draw.h["x_range"].detach()[:, None]
+        return (model(x, draw) - x.square()).square().mean()
+
+    def valid_loss(self, model: STN, batch: Tensor, draw: Draw | None) -> Tensor:
+        """The squared error on ``[-reach, reach]``."""
+        x = self.reach * batch
+        return (model(x) - x.square()).square().mean()
+
+    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+        """Do one round, and from time to time keep a frame of the animation."""
+        record = super().step(optimizer, guard)
+        if len(self.tuning.history) % self.frame_every == 0:
+            with torch.no_grad():
+                learned = self.model.eval()(self.grid)[:, 0].tolist()
+            self.frames.append([len(self.tuning.history), self.model.space.values()["x_range"], *learned])
+        return record
+
+    def measure(self, model: STN) -> dict[str, float]:
+        """Return losses at the range, and ``val/distance``, the largest error.
+
+        ``val/*`` are on a grid of 100 points of ``[-reach, reach]``, ``train/loss`` on one of the tuned range.
+        """
+        error = model(self.grid) - self.grid.square()
+        narrow = self.grid * (model.space.values()["x_range"] / self.reach)
+        loss = error.square().mean().item()
+        return {
+            "outer/loss": loss,
+            "val/loss": loss,
+            "val/distance": error.abs().max().item(),
+            "train/loss": (model(narrow) - narrow.square()).square().mean().item(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every self-tuning task, and the frames of the animation."""
+        return {**super().state_dict(), "frames": [list(frame) for frame in self.frames]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, in place."""
+        super().load_state_dict(state)
+        self.frames = [list(frame) for frame in state["frames"]]
+
+    def figures(self) -> dict[str, Figure | bytes]:
+        """Return ``trajectory``, and ``fit``: the function that is learned beside ``x^2``, round by round."""
+        return {**super().figures(), **({"fit": fit_animation(self.grid[:, 0].cpu(), self.frames)} if self.frames else {})}

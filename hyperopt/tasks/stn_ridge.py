@@ -1,0 +1,163 @@
+"""Ridge regression with a tuned strength: a self-tuning network of which everything is known.
+
+    L(w, lam) = |X w - y|^2 / (2 n) + h |w|^2 / 2,   h = exp(lam)         w*(lam) = (X^T X / n + h I)^{-1} X^T y / n
+    d w* / d lam = - h (X^T X / n + h I)^{-1} w*                           d E / d lam = (d w* / d lam)^T X'^T (X' w* - y') / n'
+
+A row of a batch is the whole training set under a strength of its own, so that the expected loss is that of the papers: the
+network learns ``w*`` as an affine function of lam in the neighbourhood that the scale makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperopt.stn.declare import Positive
+from hyperopt.stn.draw import Draw
+from hyperopt.stn.layer import HyperLayer
+from hyperopt.stn.network import STN
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn_settings import StnRidgeSettings
+
+
+class Whole:
+    """One batch, again and again.
+
+    Args:
+        batch: that batch.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        """Keep it."""
+        self.batch = batch
+
+    def draw(self) -> Any:
+        """The batch."""
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is no place."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing back."""
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The closed forms.
+
+    Attributes:
+        x: training rows. shape: (n, features)
+        y: their targets. shape: (n,)
+        x_val: validation rows.
+        y_val: their targets.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_val: Tensor
+    y_val: Tensor
+
+    def weights(self, strength: Tensor | float) -> Tensor:
+        """``w*``. shape: (features,)."""
+        return torch.linalg.solve(self._hessian(strength), self.x.T @ self.y / len(self.y))
+
+    def jacobian(self, strength: Tensor | float) -> Tensor:
+        """``d w* / d lam`` with ``lam = log strength``. shape: (features,)."""
+        return -strength * torch.linalg.solve(self._hessian(strength), self.weights(strength))
+
+    def slope(self, w: Tensor) -> Tensor:
+        """``d E / d w``. shape: (features,)."""
+        return self.x_val.T @ (self.x_val @ w - self.y_val) / len(self.y_val)
+
+    def loss(self, w: Tensor) -> Tensor:
+        """``E``. shape: ()."""
+        return (self.x_val @ w - self.y_val).square().mean() / 2
+
+    def best(self) -> float:
+        """The strength of the least validation loss, by golden section in its logarithm between 1e-6 and 1e4."""
+        low, high = -13.8, 9.2
+        ratio = (5**0.5 - 1) / 2
+        for _ in range(60):
+            a, b = high - ratio * (high - low), low + ratio * (high - low)
+            left, right = (float(self.loss(self.weights(torch.tensor(lam).exp().item()))) for lam in (a, b))
+            low, high = (low, b) if left < right else (a, high)
+        return float(torch.tensor((low + high) / 2, dtype=torch.float64).exp())
+
+    def _hessian(self, strength: Tensor | float) -> Tensor:
+        eye = torch.eye(self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
+        return self.x.T @ self.x / len(self.y) + strength * eye
+
+
+class StnRidgeTask(StnRidgeSettings, SelfTuningTask):
+    """A linear model with one L2 strength; settings in ``StnRidgeSettings``.
+
+    Attributes:
+        ridge: the closed forms, after ``setup``.
+        best: the strength of the least validation loss, after ``setup``.
+    """
+
+    name = "stn_ridge"
+
+    ridge: Ridge
+    best: float
+
+    def build(self, env: Environment) -> StnParts:
+        """Draw the rows of a linear model from ``env.generator``."""
+        like = {"dtype": env.dtype, "device": env.device}
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=env.generator, dtype=torch.float64)
+
+        true = normal(self.features)
+        sets = []
+        for _ in range(2):
+            x = normal(self.rows, self.features)
+            sets += [x.to(**like), (x @ true + self.noise * normal(self.rows)).to(**like)]
+        self.ridge = Ridge(*sets)
+        self.best = self.ridge.best()
+        # One row of the batch for each draw: the whole training set.
+        train = self.ridge.x.expand(self.draws, -1, -1)
+        valid = self.ridge.x_val.expand(self.draws, -1, -1)
+        module = nn.Linear(self.features, 1, bias=False)
+        return StnParts(module, {"decay": self.decay or Positive(0.1)}, Whole(train), Whole(valid))
+
+    def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
+        """The mean over the draws of ``L``."""
+        fit = (model(batch, draw)[..., 0] - self.ridge.y).square().mean() / 2
+        return fit + (draw.h["decay"].detach() * model.squared_norm(draw)).mean() / 2
+
+    def valid_loss(self, model: STN, batch: Tensor, draw: Draw | None) -> Tensor:
+        """The mean over the draws of ``E``."""
+        return (model(batch)[..., 0] - self.ridge.y_val).square().mean() / 2
+
+    def response(self) -> tuple[Tensor, Tensor]:
+        """The learned ``w(lam)`` and its Jacobian ``d w / d lam``. shape of each: (features,)."""
+        layer = self.model.module
+        assert isinstance(layer, HyperLayer) and isinstance(layer.response_weight, Tensor)
+        plain = self.model.collapse()
+        return plain.weight.detach()[0], (layer.gate @ layer.response_weight).detach()[0]  # pyright: ignore
+
+    def measure(self, model: STN) -> dict[str, float]:
+        """Return losses at lam, and how far the response is from its closed form.
+
+        ``ridge/weights_error`` and ``ridge/jacobian_error`` are relative; ``ridge/hypergradient_ratio`` is that of the learned to
+        the exact hypergradient, both of the validation loss without noise; ``ridge/decay_ratio`` is to the best strength.
+        """
+        strength = torch.tensor(model.space.values()["decay"], dtype=self.ridge.x.dtype)
+        w, jacobian = self.response()
+        exact, slope = self.ridge.weights(strength), self.ridge.jacobian(strength)
+        loss = float(self.ridge.loss(w))
+        return {
+            "outer/loss": loss,
+            "val/loss": loss,
+            "ridge/weights_error": float((w - exact).norm() / exact.norm()),
+            "ridge/jacobian_error": float((jacobian - slope).norm() / slope.norm()),
+            "ridge/hypergradient_ratio": float((jacobian @ self.ridge.slope(w)) / (slope @ self.ridge.slope(exact))),
+            "ridge/decay_ratio": float(strength) / self.best,
+        }

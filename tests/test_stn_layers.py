@@ -1,0 +1,341 @@
+"""Hyper-layers: each row is computed with weights of its own, formed by hand here; zero gates and zero deltas change nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from hyperopt.stn import STN, Bounded, Draw, Dropout, HyperSpace, Positive, convert
+from hyperopt.stn.layer import InContext
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
+
+DOUBLE = torch.float64
+ROWS = 5
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=DOUBLE)
+
+
+def space(**how: Any) -> HyperSpace:
+    return HyperSpace({"a": Bounded(0.3, 0.0, 1.0, scale=0.7), "b": Positive(0.1, scale=0.4, per="batch")}, dtype=DOUBLE, **how)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(3, 4), normal(ROWS, 3)),
+    "linear of sequences": (lambda: nn.Linear(3, 4), normal(ROWS, 6, 3)),
+    "linear without bias": (lambda: nn.Linear(3, 4, bias=False), normal(ROWS, 3)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3, stride=2), normal(ROWS, 2, 7)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), normal(ROWS, 2, 6, 5)),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 4, 3, groups=2, bias=False), normal(ROWS, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), normal(ROWS, 2, 3, 3, 3)),
+    "embedding": (lambda: nn.Embedding(7, 4, padding_idx=2), torch.randint(0, 7, (ROWS, 3), generator=generator())),
+    "batch norm of vectors": (lambda: nn.BatchNorm1d(3), normal(ROWS, 3)),
+    "batch norm of images": (lambda: nn.BatchNorm2d(3), normal(ROWS, 3, 4, 4)),
+    "batch norm of volumes": (lambda: nn.BatchNorm3d(2), normal(ROWS, 2, 2, 3, 2)),
+    "batch norm without statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), normal(ROWS, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), normal(ROWS, 4, 3, 3)),
+    "layer norm": (lambda: nn.LayerNorm(4), normal(ROWS, 6, 4)),
+    "lstm cell": (lambda: nn.LSTMCell(3, 4), normal(ROWS, 3)),
+}
+
+
+def made(name: str, gate: str = "unit", std: float = 0.5, **how: Any) -> tuple[nn.Module, STN, Tensor]:
+    make, x = KINDS[name]
+    torch.manual_seed(0)
+    plain = make().double()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    return plain, convert(plain, space(**how), gate=gate, std=std), x
+
+
+def first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def at_row(plain: nn.Module, stn: STN, delta: Tensor) -> nn.Module:
+    """The plain layer with the weights of one delta, written out."""
+    layer: Any = stn.module
+    row = copy.deepcopy(plain)
+    gates, shifts = layer.gate @ delta, None if layer.bias_gate is None else layer.bias_gate @ delta
+    with torch.no_grad():
+        for name in [name for name, _ in plain.named_parameters() if name.startswith("weight")]:
+            weight, response = getattr(row, name), getattr(layer, f"response_{name}")
+            if isinstance(plain, nn.Embedding):
+                weight += response * gates[None]
+            else:
+                weight += torch.stack([gates[min(i, len(gates) - 1)] * response[i] for i in range(len(response))])
+        if shifts is not None:
+            bias: Any = row.bias_ih if isinstance(row, nn.LSTMCell) else row.bias
+            bias += shifts * layer.response_bias
+    return row
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("gate", ["unit", "scalar"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_row_is_that_of_weights_formed_by_hand(name: str, gate: str, centred: bool) -> None:
+    plain, stn, x = made(name, gate, centred=centred)
+    draw = stn.space.draw(ROWS, generator())
+    for training in (True, False):
+        stn.train(training)
+        plain.train(training)
+        found = first(stn(x, draw))
+        for i in range(ROWS):
+            row = at_row(plain, stn, draw.delta[i]).train(training)
+            torch.testing.assert_close(found[i], first(row(x))[i], rtol=1e-12, atol=1e-12)
+        if isinstance(plain, nn.modules.batchnorm._BatchNorm):  # which have moved as those of one plain call
+            plain(x)
+            for key, buffer in plain.named_buffers():
+                torch.testing.assert_close(stn.module.state_dict()[key], buffer, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_zero_gates_and_zero_deltas_are_the_plain_network_exactly(name: str) -> None:
+    plain, stn, x = made(name, std=0.0)
+    want = first(plain.eval()(x))
+    zero = stn.space.at(torch.zeros(ROWS, 2, dtype=DOUBLE))
+    same = torch.equal if name != "lstm cell" else lambda a, b: torch.allclose(a, b, rtol=1e-14, atol=1e-14)  # fused in torch
+    assert same(first(stn.eval()(x, stn.space.draw(ROWS, generator()))), want)
+    plain, stn, x = made(name)
+    assert zero.delta.abs().max() == 0
+    assert same(first(stn.eval()(x, zero)), want)
+    assert same(first(stn(x)), want)  # centred, at the hyperparameters themselves
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_collapse_is_a_plain_network_with_the_weights_at_lam(name: str) -> None:
+    plain, stn, x = made(name, centred=False)
+    collapsed = stn.eval().collapse()
+    assert type(collapsed) is type(plain) and list(collapsed.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(first(collapsed.eval()(x)), first(stn(x)), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(first(collapsed(x)), first(plain.eval()(x)))
+    assert len(stn.hyper_layers()) == 1  # and the self-tuning one is what it was
+
+
+class Network(nn.Module):
+    """One of every kind, and what stands between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word = nn.Embedding(5, 3)
+        self.conv = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.Tanh(), nn.GroupNorm(2, 4))
+        self.cell = nn.LSTMCell(4, 4)
+        self.out = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = self.conv(self.word(tokens).mT)
+        state = None
+        for t in range(z.shape[-1]):
+            state = self.cell(z[..., t], state)
+        assert state is not None
+        return self.head(self.out(state[0]))
+
+
+def network(std: float = 0.4) -> tuple[STN, Tensor]:
+    torch.manual_seed(1)
+    return convert(Network().double(), space(), std=std), torch.randint(0, 5, (ROWS, 4), generator=generator(2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_linearised_network_is_the_derivative_of_the_other(training: bool) -> None:
+    stn, x = network()
+    stn.train(training)
+    draw = stn.space.draw(ROWS, generator())
+
+    def scaled(t: float) -> Tensor:
+        return stn(x, Draw(stn.space, draw.m, t * draw.delta, draw.sigma))
+
+    base, step = scaled(0.0), 1e-5
+    slope = (scaled(step) - scaled(-step)) / (2 * step)
+    statistics = {name: buffer.clone() for name, buffer in stn.named_buffers()}
+    stn.linear = True
+    torch.testing.assert_close(stn(x, draw), base + slope, rtol=1e-7, atol=1e-8)
+    if training:
+        assert any(not torch.equal(buffer, statistics[name]) for name, buffer in stn.named_buffers() if "running" in name)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_gradients_of_weights_and_response(linear: bool) -> None:
+    stn, x = network()
+    stn.train()
+    stn.linear = linear
+    draw = stn.space.draw(ROWS, generator())
+    draw = Draw(stn.space, draw.m.detach(), draw.delta.detach(), draw.sigma.detach())
+    parameters = dict(stn.module.named_parameters())
+    names = list(parameters)
+
+    def outputs(*values: Tensor) -> Tensor:
+        changed = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(stn, changed, (x, draw))
+
+    assert gradcheck(outputs, tuple(parameters.values()), fast_mode=True)
+
+
+def test_what_cannot_be_linearised_is_refused() -> None:
+    stn = convert(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)).double(), space())
+    with pytest.raises(ValueError, match=r"'1' is a BatchNorm1d without a response.*affine=True"):
+        stn.linear = True
+
+
+def test_base_and_response_parameters_are_all_and_apart() -> None:
+    stn, _ = network()
+    base, response = stn.base_parameters(), stn.response_parameters()
+    assert len({map(id, base)} & {map(id, response)}) == 0
+    assert {*map(id, base), *map(id, response)} == {id(p) for p in stn.module.parameters()}
+    assert len(base) == len(list(Network().parameters()))
+    assert not {id(stn.space.u), id(stn.space.s)} & {*map(id, base), *map(id, response)}
+
+
+@pytest.mark.parametrize("gate", ["unit", "scalar"])
+def test_the_squared_norm_of_every_row(gate: str) -> None:
+    torch.manual_seed(0)
+    stn = convert(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Linear(3, 4)).double(), space(), gate=gate, std=0.5)
+    draw = stn.space.draw(ROWS, generator())
+    for i in range(ROWS):
+        want = 0.0
+        for layer in (stn.module[0], stn.module[2]):  # pyright: ignore[reportIndexIssue]
+            gates = (layer.gate @ draw.delta[i]).view(-1, *[1] * (layer.weight.dim() - 1))
+            want += (layer.weight + gates * layer.response_weight).square().sum().item()
+        assert stn.squared_norm(draw)[i].item() == pytest.approx(want, rel=1e-12)
+    plain = sum(p.square().sum().item() for p in stn.base_parameters() if p.dim() > 1)
+    assert stn.squared_norm().item() == pytest.approx(plain, rel=1e-12)
+    assert convert(stn.collapse(), stn.space, respond=False).squared_norm().item() == pytest.approx(plain, rel=1e-12)
+
+
+def test_the_norm_of_the_response_is_that_of_its_jacobian() -> None:
+    stn, _ = network()
+    plain = {name: p.clone() for name, p in stn.collapse().named_parameters()}
+    total = 0.0
+    for k in range(2):
+        moved = copy.deepcopy(stn)
+        draw = Draw(stn.space, stn.space.u[None], torch.eye(2, dtype=DOUBLE)[k][None], stn.space.sigma)
+        for module in list(moved.module.modules()):
+            if isinstance(module, InContext):
+                module.collapse_(draw)
+        total += sum((p - plain[name]).square().sum().item() for name, p in moved.module.named_parameters())
+    assert stn.response_norm() == pytest.approx(total**0.5, rel=1e-10)
+
+
+def test_a_shared_layer_and_a_shared_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once = nn.Linear(3, 3)
+            self.again = self.once
+            self.word = nn.Linear(3, 3, bias=False)
+            self.word.weight = self.once.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.word(self.again(self.once(x)))
+
+    torch.manual_seed(0)
+    stn = convert(Tied().double(), space(centred=False), std=0.3)
+    assert len(stn.hyper_layers()) == 2
+    x = normal(4, 3)
+    torch.testing.assert_close(stn.collapse()(x), stn(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_users_network_is_left_alone() -> None:
+    plain = nn.Sequential(nn.Linear(3, 3), Dropout("a")).double()
+    before = copy.deepcopy(plain.state_dict())
+    stn = convert(plain, space())
+    assert type(plain[0]) is nn.Linear and list(plain.state_dict()) == list(before)
+    assert stn.module is not plain
+
+
+def test_nothing_is_kept_after_a_call_whatever_happens() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError("no")
+
+    stn = convert(nn.Sequential(nn.Linear(3, 3), Fails()).double(), space())
+    draw = stn.space.draw(2, generator())
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="no"):
+            stn(normal(2, 3), draw)
+        with pytest.raises(RuntimeError, match=r"HyperLinear '0' was called without a draw"):
+            stn.module[0](normal(2, 3))  # pyright: ignore[reportIndexIssue]
+    stn = convert(nn.Linear(3, 2).double(), space(), std=0.5)
+    for rows in (4, 7, 1):  # no size of a batch is baked in
+        assert stn(normal(rows, 3), stn.space.draw(rows, generator())).shape == (rows, 2)
+    with stn.at(stn.space.draw(4, generator(1))):
+        inside = stn(normal(4, 3))
+    assert not torch.equal(inside, stn(normal(4, 3)))
+
+
+def test_one_drawn_row_is_for_all() -> None:
+    stn = convert(nn.Conv2d(1, 2, 2).double(), space(), std=0.5)
+    x, draw = normal(3, 1, 4, 4), stn.space.draw(1, generator())
+    many = Draw(stn.space, draw.m.expand(3, -1), draw.delta.expand(3, -1), draw.sigma)
+    torch.testing.assert_close(stn(x, draw), stn(x, many), rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="got 3 rows, and the draw has 2"):
+        stn(x, stn.space.draw(2, generator()))
+
+
+def test_dropout_drops_at_the_rate_of_each_row() -> None:
+    hyper = HyperSpace({"rate": Bounded(0.5, 0.0, 1.0, scale=2.0)}, dtype=DOUBLE)
+    stn = convert(nn.Sequential(Dropout("rate"), nn.Linear(3, 1)).double(), hyper)
+    torch.manual_seed(0)
+    draw = hyper.draw(4, generator(3))
+    drop: Any = stn.module[0]  # pyright: ignore[reportIndexIssue]
+    with stn.at(draw):
+        out = drop(torch.ones(4, 200_000, dtype=DOUBLE))
+        torch.testing.assert_close((out == 0).double().mean(1), draw.h["rate"].detach(), rtol=0, atol=0.005)
+        torch.testing.assert_close(out.mean(1), torch.ones(4, dtype=DOUBLE), rtol=0.03, atol=0)
+        assert not out.requires_grad
+        assert torch.equal(drop.eval()(out), out)
+    plain: Any = stn.collapse()
+    assert type(plain[0]) is nn.Dropout and plain[0].p == pytest.approx(0.5)
+
+
+BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "fused": (lambda: nn.Sequential(nn.LSTM(2, 2)), {}, r"'0' is a LSTM .*loop over torch.nn.LSTMCell.*skip=\['0'\]"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), {}, r"MultiheadAttention with parameters of its own \(in_proj_weight"),
+    "nothing": (lambda: nn.ReLU(), {}, "no layer of ReLU has weights that could respond"),
+    "all skipped": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["0"]}, "no layer of Sequential"),
+    "skip of nothing": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["one"]}, "skip names 'one', which is no module"),
+    "dropout of nothing": (
+        lambda: nn.Sequential(nn.Linear(2, 2), Dropout("c")),
+        {},
+        r"Dropout\('c'\) at '1': the space has a, b",
+    ),
+    "norm of images": (lambda: nn.LayerNorm([3, 4]), {}, r"LayerNorm over \(3, 4\).*GroupNorm"),
+    "gate": (lambda: nn.Linear(2, 2), {"gate": "each"}, "gate='each' is none of unit, scalar"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_converted_is_refused_by_name(name: str) -> None:
+    make, how, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        convert(make().double(), space(), **how)
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the space is torch.float64 on cpu, and the network torch.float32 on cpu"):
+        convert(nn.Linear(2, 2), space())
+
+
+def test_a_converted_network_is_not_converted_again() -> None:
+    stn = convert(nn.Sequential(nn.Linear(2, 2)).double(), space())
+    with pytest.raises(ValueError, match="hyper-layer already"):
+        convert(stn.module, space())
+
+
+def test_what_is_skipped_has_no_response() -> None:
+    stn = convert(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)).double(), space(), skip=["1"])
+    assert type(stn.module[1]) is nn.LSTM  # pyright: ignore[reportIndexIssue]
+    assert len(stn.hyper_layers()) == 1
