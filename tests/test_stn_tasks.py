@@ -191,3 +191,19 @@ def test_a_run_leaves_its_trajectory(tmp_path: Path) -> None:
     last = rows(tmp_path)[-1]
     assert last["hyper/x_range/low"] < last["hyper/x_range"] < last["hyper/x_range/high"]
     assert {"stn/scale/x_range", "stn/entropy", "stn/train_loss", "stn/valid_loss", "stn/response_norm"} <= set(last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0.1, 0.5])
+def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, start: float) -> None:
+    run(composed("experiment=stn_quadratic", "seed=100", f"task.x_range.init={start}"), tmp_path)
+    close = [row for row in rows(tmp_path) if row["stn/warming"] == 0 and row["val/distance"] < 0.05]
+    assert close and 1.7 < close[0]["hyper/x_range"] < 3.2
+
+
+@pytest.mark.slow
+def test_the_quadratic_is_not_learned_from_a_range_that_stands_still(tmp_path: Path) -> None:
+    run(composed("experiment=stn_quadratic", "seed=100", "stn.warmup=100000"), tmp_path)
+    found = rows(tmp_path)
+    assert found[-1]["hyper/x_range"] == pytest.approx(0.5, rel=1e-12)
+    assert min(row["val/distance"] for row in found) > 0.5
