@@ -195,7 +195,7 @@ def test_a_dataset_of_another_kind_is_refused(task: str, dataset: str, message: 
 def test_every_digit_has_its_learned_image_in_the_figure() -> None:
     task = made(*SMALL["data_distillation"])
     figure = task.figures()["images"]
-    assert len(figure.axes) == 10
+    assert not isinstance(figure, bytes) and len(figure.axes) == 10
 
 
 class Normalised(WeightDecayTask):
