@@ -80,11 +80,15 @@ def means(found: Row) -> Row:
     return {key: row["mean"] for key, row in found.items()}
 
 
-def runs_directory(description: str | None) -> Path:
-    """Where the command line says that the runs of a script are to lie."""
+def parsed(description: str | None, **more: Any) -> argparse.Namespace:
+    """The command line of a script that runs ``hyperopt``: ``runs``, where its runs are to lie, and options with defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "bilevel")
-    return parser.parse_args().runs.resolve()
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", nargs="*", type=type(default[0]), default=default)
+    options = parser.parse_args()
+    options.runs = options.runs.resolve()
+    return options
 
 
 def spread(values: Sequence[float]) -> Row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 
 import torch
-from common import HERE, Row, built, evaluated, run, runs_directory, save, seconds, spread, write_table
+from common import HERE, Row, built, evaluated, parsed, run, save, seconds, spread, write_table
 
 from hyperopt import InnerLBFGS
 from hyperopt.bilevel.estimate import State
@@ -40,7 +40,7 @@ def linear(dataset: str, seed: int, whole: bool) -> float:
 
 def main() -> None:
     """Measure, and write the results."""
-    runs = runs_directory(__doc__)
+    runs = parsed(__doc__).runs
     results: Row = {}
     lines = ["| dataset | ten learned images | ten real images | 50,000 real images | seconds |", "|---|---|---|---|---|"]
     for dataset, shown in SETS.items():

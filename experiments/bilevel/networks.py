@@ -1,6 +1,6 @@
 """Three seeds of each network of this folder, beside the same training with nothing tuned.
 
-    python experiments/bilevel/networks.py [--runs DIR]
+    python experiments/bilevel/networks.py [--runs DIR] [--tables weight_decay_training augmentation] [--seeds 0 1 2]
 
 ``experiment=weight_decay_per_parameter_mnist`` and its decays as they start; ``experiment=augmentation_mnist`` and nothing added
 to an image, both on all training images and on the first 1,000 of them. Where nothing is tuned, the cheapest estimator
@@ -10,7 +10,7 @@ of README.md.
 
 from __future__ import annotations
 
-from common import Row, means, runs_directory, save, study, write_table
+from common import Row, means, parsed, save, study, write_table
 
 STILL = ("adjoint=t1t2", "optimizer.lr=1e-12")
 DECAY = ("experiment=weight_decay_per_parameter_mnist",)
@@ -42,9 +42,12 @@ def line(name: str, found: Row) -> str:
 
 def main() -> None:
     """Measure, and write the results."""
-    runs = runs_directory(__doc__)
-    for table, ways in WAYS.items():
-        found = {name: study(runs / f"{table}-{i}", *overrides) for i, (name, overrides) in enumerate(ways.items())}
+    options = parsed(__doc__, tables=list(WAYS), seeds=[0, 1, 2])
+    for table in options.tables:
+        found = {
+            name: study(options.runs / f"{table}-{i}", *overrides, seeds=options.seeds)
+            for i, (name, overrides) in enumerate(WAYS[table].items())
+        }
         lines = ["| | best step of each seed | fitted: loss | | selected on: loss | | test: loss | | seconds |", "|---" * 9 + "|"]
         lines += [line(name, row) for name, row in found.items()]
         print("\n".join(lines))
