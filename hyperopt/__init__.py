@@ -61,6 +61,7 @@ _PUBLIC = {
     "SparseRows": "hyperopt.nn.sparse",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
     "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
+    "InnerAdam": "hyperopt.bilevel.inner.adam",
     "TorchOptimizer": "hyperopt.bilevel.inner.torch_optimizer",
     "InnerLBFGS": "hyperopt.bilevel.inner.lbfgs",
     "T1T2": "hyperopt.bilevel.t1t2",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.gradient_map import GradientMap as GradientMap
     from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
     from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
+    from hyperopt.bilevel.inner.adam import InnerAdam as InnerAdam
     from hyperopt.bilevel.inner.gradient_descent import GradientDescent as GradientDescent
     from hyperopt.bilevel.inner.heavy_ball import HeavyBall as HeavyBall
     from hyperopt.bilevel.inner.lbfgs import InnerLBFGS as InnerLBFGS

@@ -43,6 +43,7 @@ def connected() -> Iterator[None]:
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "600"))))
     try:
         yield
+        from_all(None)  # none leaves while another still listens
     finally:
         dist.destroy_process_group()
 

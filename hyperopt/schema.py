@@ -26,6 +26,7 @@ from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
 from hyperopt.resolvers import register_resolvers
 from hyperopt.solvers import settings as solvers
+from hyperopt.stn import classifier_settings as classifiers
 from hyperopt.stn import settings as stn
 from hyperopt.tasks import settings as tasks
 from hyperopt.tasks import stn_settings as stn_tasks
@@ -96,6 +97,8 @@ SCHEMA: dict[str, type] = {
     **{f"task/space/{name}": SPACES[name] for name in ("real", "positive", "bounded")},
     "task/stn_quadratic": _targeted(stn_tasks.StnQuadraticSettings, "hyperopt.tasks.stn_quadratic.StnQuadraticTask"),
     "task/stn_ridge": _targeted(stn_tasks.StnRidgeSettings, "hyperopt.tasks.stn_ridge.StnRidgeTask"),
+    "task/stn_images": _targeted(stn_tasks.StnImagesSettings, "hyperopt.tasks.stn_images.StnImagesTask"),
+    "task/classifier/layers": _targeted(classifiers.ClassifierSettings, "hyperopt.stn.classifiers.Classifier"),
     "task/tuned/bounded": _targeted(stn.TunedBoundedSettings, "hyperopt.stn.declare.Bounded"),
     "task/tuned/positive": _targeted(stn.TunedPositiveSettings, "hyperopt.stn.declare.Positive"),
     "task/tuned/discrete": _targeted(stn.TunedDiscreteSettings, "hyperopt.stn.declare.Discrete"),
@@ -137,6 +140,7 @@ SCHEMA: dict[str, type] = {
         bilevel.GradientDescentSettings, "hyperopt.bilevel.inner.gradient_descent.GradientDescent"
     ),
     "inner/heavy_ball": _targeted(bilevel.HeavyBallSettings, "hyperopt.bilevel.inner.heavy_ball.HeavyBall"),
+    "inner/adam": _targeted(bilevel.InnerAdamSettings, "hyperopt.bilevel.inner.adam.InnerAdam"),
     "inner/torch_optimizer": _targeted(bilevel.TorchOptimizerSettings, "hyperopt.bilevel.inner.torch_optimizer.TorchOptimizer"),
     "inner/lbfgs": _targeted(bilevel.LBFGSSettings, "hyperopt.bilevel.inner.lbfgs.InnerLBFGS"),
     "stn/default": _targeted(stn_tasks.SelfTuningOptions, "hyperopt.tasks.stn_settings.SelfTuningOptions"),

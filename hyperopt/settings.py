@@ -77,6 +77,21 @@ def check_open_unit(owner: Any, name: str) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in (0, 1); change {name}")
 
 
+def check_below_one(owner: Any, name: str, value: float) -> None:
+    """Refuse a coefficient of ``owner`` outside [0, 1), the range of every exponential average."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
+
+
+def check_betas(owner: Any) -> None:
+    """Refuse ``betas`` that are not the two coefficients of Adam; a list (a composed config) becomes a tuple."""
+    object.__setattr__(owner, "betas", tuple(owner.betas))
+    if len(owner.betas) != 2:
+        raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not a pair of numbers; change betas")
+    for beta in owner.betas:
+        check_below_one(owner, "betas", beta)
+
+
 @dataclass(frozen=True)
 class IterativeSettings:
     """What every iterative method has: tolerances and a budget."""

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from hyperopt.settings import check_choice, check_count, check_number, check_optional, check_optional_count
+from hyperopt.settings import (
+    check_below_one,
+    check_betas,
+    check_choice,
+    check_count,
+    check_number,
+    check_optional,
+    check_optional_count,
+)
 
 MODES = ("min", "max")
 ON_FAILURE = ("raise", "warn")
 SCHEDULERS = ("none", "step", "cosine", "exponential", "plateau")
 LINE_SEARCHES = ("strong_wolfe",)
-
-
-def _check_below_one(owner: Any, name: str, value: float) -> None:
-    """Refuse a coefficient outside [0, 1), the range of every exponential average."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class MomentumSettings(SGDSettings):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        _check_below_one(self, "momentum", self.momentum)
+        check_below_one(self, "momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("MomentumSettings: nesterov=True needs momentum > 0, but momentum=0; change momentum or nesterov")
 
@@ -180,11 +182,7 @@ class AdamSettings(OptimizerSettings):
     def __post_init__(self) -> None:
         """Check the ranges; a list given as ``betas`` becomes a tuple."""
         super().__post_init__()
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if len(self.betas) != 2:
-            raise ValueError(f"{type(self).__name__}: betas={self.betas!r} is not a pair of numbers; change betas")
-        for beta in self.betas:
-            _check_below_one(self, "betas", beta)
+        check_betas(self)
         check_number(self, "eps", 0.0, open_low=True)
         check_number(self, "weight_decay", 0.0)
 

@@ -18,6 +18,7 @@ from hyperopt import (
     GradientDescent,
     HeavyBall,
     Implicit,
+    InnerAdam,
     InnerConstants,
     InnerLBFGS,
     Minibatches,
@@ -210,6 +211,7 @@ def test_other_trainings_that_diverge():
     w0 = torch.zeros(8, dtype=DOUBLE)
     for solver, message in (
         (HeavyBall(step_size=4.0, max_steps=400), r"HeavyBall diverged.*lower inner\.step_size=4 .*inner\.momentum=0\.9"),
+        (InnerAdam(lr=1e4, max_steps=400), r"InnerAdam diverged.*lower inner\.lr=10000"),
         (TorchOptimizer(optimizer="SGD", lr=4.0, max_steps=400), r"TorchOptimizer diverged.*lower inner\.lr=4 \(SGD\)"),
     ):
         with pytest.raises(SolveError, match=message):
@@ -249,7 +251,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Checkpointed(), inner=InnerLBFGS()),
             ValueError,
-            "InnerLBFGS cannot be differentiated through; use inner=gradient_descent",
+            "InnerLBFGS cannot be differentiated through; use inner=gradient_descent, inner=heavy_ball or inner=adam",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Shine()),
@@ -303,6 +305,8 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         ),
         (lambda: GradientDescent(step_size=0.0), ValueError, r"step_size=0\.0 is not in \(0\.0, inf\)"),
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),
+        (lambda: InnerAdam(betas=(0.9, 1.0)), ValueError, r"betas=\(0\.9, 1\.0\) is not in \[0, 1\); change betas"),
+        (lambda: InnerAdam(lr=-1.0), ValueError, r"lr=-1\.0 is not in"),
         (lambda: hyperopt.Nystrom(rank=0), ValueError, "rank=0 must be a whole number >= 1"),
         (lambda: hyperopt.Nystrom(rho=0.0), ValueError, r"rho=0\.0 is not in \(0\.0"),
         (lambda: InnerConstants(2.0, 1.0, 1.0), ValueError, "strong_convexity=2.0 is above smoothness=1.0"),

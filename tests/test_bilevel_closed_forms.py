@@ -18,6 +18,7 @@ from hyperopt import (
     GradientDescent,
     HeavyBall,
     Implicit,
+    InnerAdam,
     InnerLBFGS,
     LinearAnderson,
     Neumann,
@@ -44,7 +45,8 @@ EXACT = {
 TRAINED = {
     "gradient_descent": GradientDescent(step_size=STEP, max_steps=3000, rtol=1e-14),
     "heavy_ball": HeavyBall(step_size=STEP, momentum=0.5, max_steps=3000, rtol=1e-14),
-    "adam": TorchOptimizer(lr=0.05, max_steps=3000, rtol=1e-14),
+    "adam": InnerAdam(lr=0.05, max_steps=3000, rtol=1e-14),
+    "torch_optimizer": TorchOptimizer(lr=0.05, max_steps=3000, rtol=1e-14),
     "lbfgs": InnerLBFGS(rtol=1e-13),
 }
 THROUGH = {
@@ -99,18 +101,36 @@ def test_every_estimator_through_training(name, inner):
     assert found.cost.hessian_products == found.cost.mixed_products == steps
 
 
-@pytest.mark.parametrize(
-    "solver", [GradientDescent(step_size=STEP, max_steps=7), HeavyBall(step_size=STEP, momentum=0.5, max_steps=7)]
-)
-@pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(segment=3)], ids=["unrolled", "checkpointed"])
-def test_a_few_steps_are_those_of_a_plain_loop(solver, adjoint):
-    ridge = Ridge()
-    lam, w = ridge.lam.clone().requires_grad_(), torch.ones(8, dtype=DOUBLE)
-    m = torch.zeros(8, dtype=DOUBLE)
-    for _ in range(7):
-        slope = ridge.x.T @ (ridge.x @ w - ridge.y) / len(ridge.y) + lam.exp() * w
-        m = getattr(solver, "momentum", 0.0) * m + slope
-        w = w - STEP * m
+FEW = {  # seven steps of each method whose step can be differentiated through
+    "gradient_descent": GradientDescent(step_size=STEP, max_steps=7),
+    "heavy_ball": HeavyBall(step_size=STEP, momentum=0.5, max_steps=7),
+    "adam": InnerAdam(lr=STEP, betas=(0.8, 0.95), eps=1e-3, max_steps=7),
+}
+LAST = {"unrolled": (Unrolled(), 7), "checkpointed": (Checkpointed(segment=3), 7), "truncated": (Unrolled(last=3), 3)}
+
+
+def plain_steps(name, grad, w, last):
+    """Seven steps in the words of the papers, the last ones with their graph."""
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, 8):
+        if t == 8 - last:
+            w, m, v = w.detach(), m.detach(), v.detach()
+        g = grad(w)
+        if name == "adam":
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+            w = w - STEP * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)) ** 0.5 + 1e-3)
+        else:
+            m = (0.5 if name == "heavy_ball" else 0.0) * m + g
+            w = w - STEP * m
+    return w
+
+
+@pytest.mark.parametrize("adjoint", LAST)
+@pytest.mark.parametrize("name", FEW)
+def test_a_few_steps_are_those_of_a_plain_loop(name, adjoint):
+    ridge, solver, (adjoint, last) = Ridge(), FEW[name], LAST[adjoint]
+    lam, ones = ridge.lam.clone().requires_grad_(), torch.ones(8, dtype=DOUBLE)
+    w = plain_steps(name, lambda w: ridge.x.T @ (ridge.x @ w - ridge.y) / len(ridge.y) + lam.exp() * w, ones, last)
     (want,) = torch.autograd.grad(ridge.outer(w, lam, None), lam)
     found = hyperopt.hypergradient(ridge.problem, torch.ones(8, dtype=DOUBLE), ridge.lam, inner=solver, adjoint=adjoint)
     close(found.grad, want)

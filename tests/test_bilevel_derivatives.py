@@ -11,7 +11,21 @@ from bilevel_problems import DOUBLE, Logistic, Ridge, central_differences, flatt
 from torch import nn
 
 import hyperopt
-from hyperopt import CG, GMRES, Checkpointed, Dense, GradientDescent, HeavyBall, Implicit, Neumann, Nystrom, Phantom, Unrolled
+from hyperopt import (
+    CG,
+    GMRES,
+    Checkpointed,
+    Dense,
+    GradientDescent,
+    HeavyBall,
+    Implicit,
+    InnerAdam,
+    Neumann,
+    Nystrom,
+    Phantom,
+    TorchOptimizer,
+    Unrolled,
+)
 from hyperopt.status import Status
 
 TIGHT = hyperopt.InnerLBFGS(rtol=1e-12, max_steps=300)
@@ -43,6 +57,7 @@ LIMITS = {
     "phantom, many steps": (Phantom(steps=200, damping=1.0), None, 1e-9),
     "unrolled, many steps": (Unrolled(), GradientDescent(step_size=1.0, max_steps=150), 1e-6),
     "unrolled through heavy ball": (Unrolled(), HeavyBall(step_size=1.0, momentum=0.3, max_steps=100), 1e-6),
+    "unrolled through adam": (Unrolled(), InnerAdam(lr=0.05, max_steps=400), 1e-6),
     "checkpointed": (Checkpointed(), GradientDescent(step_size=1.0, max_steps=150), 1e-6),
     "truncated, long": (Unrolled(last=120), GradientDescent(step_size=1.0, max_steps=150), 1e-5),
 }
@@ -138,6 +153,50 @@ def test_learning_rate_and_momentum_go_through_training_and_no_other_way(caplog)
     assert float(implicit.grad["rate"]) == float(implicit.grad["momentum"]) == 0.0
     assert implicit.unused == ("lam['momentum']", "lam['rate']") and "exactly zero" in caplog.text
     assert bool(implicit.grad["decay"].all())
+
+
+@pytest.mark.parametrize("batch", [None, 16])
+def test_the_learning_rate_of_adam_goes_through_training_and_no_other_way(batch):
+    """Against central differences of trainings by ``torch.optim.Adam`` on the same batches."""
+    logistic = Logistic()
+    lam = {**logistic.lam, "rate": torch.tensor(0.07, dtype=DOUBLE)}
+    steps = 15
+
+    def problem():
+        batches = hyperopt.Minibatches(logistic.data[0], batch, seed=3)
+        return hyperopt.BilevelProblem(
+            logistic.problem.inner_loss, logistic.problem.outer_loss, batches, logistic.problem.outer_batches
+        )
+
+    def objective(lam):
+        inner = TorchOptimizer(lr=float(lam["rate"]), max_steps=steps)
+        w = hyperopt.hypergradient(problem(), logistic.w0, lam, adjoint=Phantom(steps=1), inner=inner, step=1.0).w
+        return logistic.problem.outer(w, lam, logistic.data[1])
+
+    want = central_differences(objective, lam)
+    inner = InnerAdam(lr="rate", max_steps=steps)
+    for adjoint in (Unrolled(), Checkpointed(), Checkpointed(segment=4)):
+        found = hyperopt.hypergradient(problem(), logistic.w0, lam, adjoint=adjoint, inner=inner)
+        for name in lam:
+            torch.testing.assert_close(found.grad[name], want[name], rtol=1e-5, atol=1e-9)
+        assert found.unused == () and abs(float(found.grad["rate"])) > 0.1
+    implicit = hyperopt.hypergradient(problem(), logistic.w0, lam, inner=inner)
+    assert float(implicit.grad["rate"]) == 0.0 and implicit.unused == ("lam['rate']",)
+
+
+def test_adam_where_a_weight_has_no_gradient_at_all():
+    """The root of a mean square that is 0 has no derivative: NaN in a naive graph, and from there in the hypergradient."""
+    lam = torch.tensor(0.3, dtype=DOUBLE)
+    inner = InnerAdam(lr=0.1, max_steps=5)
+    grads = []
+    for w0 in ([1.0], [1.0, 0.0]):  # the second weight is at its minimum, whatever the strength
+        problem = hyperopt.BilevelProblem(
+            lambda w, lam, batch: (w[0] - lam).square() + lam * w[1:].square().sum(), lambda w, lam, batch: w.square().sum()
+        )
+        found = hyperopt.hypergradient(problem, torch.tensor(w0, dtype=DOUBLE), lam, adjoint=Unrolled(), inner=inner)
+        assert found.w[1:].tolist() == w0[1:]
+        grads.append(float(found.grad))
+    assert grads[0] == grads[1] != 0
 
 
 def test_an_unused_hyperparameter_and_several_groups():

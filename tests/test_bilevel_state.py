@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, flatten
@@ -15,6 +17,7 @@ from hyperopt import (
     GradientDescent,
     HeavyBall,
     Implicit,
+    InnerAdam,
     InnerLBFGS,
     LinearAnderson,
     Minibatches,
@@ -25,6 +28,9 @@ from hyperopt import (
     TorchOptimizer,
     Unrolled,
 )
+from hyperopt.data.batches import Batches
+from hyperopt.data.loading import Loader
+from hyperopt.data.splits import Rows
 
 GD = GradientDescent(step_size=0.5, max_steps=6)
 RUNS = {
@@ -47,6 +53,7 @@ RUNS = {
     "finite differences": (FiniteDifference(), GD, {}),
     "unrolled": (Unrolled(), GD, {}),
     "unrolled heavy ball": (Unrolled(last=3), HeavyBall(step_size=0.3, momentum=0.5, max_steps=6), {}),
+    "unrolled adam": (Unrolled(), InnerAdam(lr=0.05, max_steps=6), {}),
     "checkpointed": (Checkpointed(), GD, {}),
     "tolerance": (Implicit(CG()), GradientDescent(step_size=0.5, rtol=1e-2, max_steps=500), {}),
     "resampled": (Implicit(Neumann(rtol=0, max_steps=4), policy="ignore"), GD, {"resample": True}),
@@ -127,3 +134,43 @@ def test_the_order_of_batches_is_the_seeds_alone():
     assert [len(rows) for rows in orders[0][:4]] == [4, 4, 2, 4]
     other = Minibatches((x, x[:, 0]), size=4, seed=8)
     assert [other.draw()[1].tolist() for _ in range(7)] != orders[0]
+
+
+class FromLoader:
+    """Batches that worker processes make, as a problem takes them."""
+
+    def __init__(self, data: tuple[torch.Tensor, torch.Tensor], workers: int) -> None:
+        x, y = data
+        rows = Rows(x, y, torch.arange(len(y)))
+        self.loader = Loader(rows, (x.shape[1],), Batches(len(y), 16, seed=1), seed=1, workers=workers)
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.loader.take()[1:]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.batches.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+def test_a_run_is_the_same_however_many_workers_make_its_batches():
+    """Minibatches in memory have no workers; a source of batches that has is one of the tasks of images."""
+    logistic, found = Logistic(), {}
+    for source in ("memory", 0, 1, 3):
+        rows = Minibatches(logistic.data[0], 16, seed=1) if source == "memory" else FromLoader(logistic.data[0], int(source))
+        problem = hyperopt.BilevelProblem(
+            logistic.problem.inner_loss, logistic.problem.outer_loss, rows, Minibatches(logistic.data[1])
+        )
+        w = {name: tensor.clone() for name, tensor in logistic.w0.items()}
+        bilevel = hyperopt.Bilevel(problem, w, inner=GD, adjoint=Unrolled())
+        grads = [flatten(bilevel.step(logistic.lam).grad)]
+        state = bilevel.state_dict()["inner_batches"].copy()
+        again = problem.inner_batches.draw()[1]  # a look ahead, which is put back
+        problem.inner_batches.load_state_dict(state)
+        grads += [flatten(bilevel.step(logistic.lam).grad) for _ in range(2)]
+        found[source] = [*grads, flatten(bilevel.w), again.double()]
+    for source in (0, 1, 3):
+        assert all(torch.equal(a, b) for a, b in zip(found["memory"], found[source], strict=True))
+    assert not torch.equal(found[0][0], found[0][1])

@@ -9,7 +9,8 @@ import torch
 from scipy.stats import chi2, kstest
 from torch import Tensor
 
-from hyperopt.data.augment import Augment, Stream, draw
+from hyperopt.data.augment import Augment
+from hyperopt.data.counter import Keys, Stream
 from hyperopt.data.settings import AugmentSettings
 
 MASK = 2**64 - 1
@@ -60,7 +61,7 @@ def test_draws_equal_the_reference(seed: int, epoch: int) -> None:
     index = torch.tensor([0, 1, 2, 59_999, 2**31, 2**62])
     for stream in Stream:
         for choices in (1, 2, 9, 2**31):
-            got = draw(index, choices, seed=seed, epoch=epoch, stream=stream).tolist()
+            got = Keys(index, seed, epoch).whole(choices, stream).tolist()
             assert got == [reference_draw(i, choices, seed, epoch, stream) for i in index.tolist()]
 
 
@@ -110,7 +111,7 @@ def test_draws_are_uniform_and_independent(choices: int) -> None:
     index = torch.arange(n)
 
     def one(*, seed: int = 0, epoch: int = 0, stream: int = 0, of: Tensor = index) -> Tensor:
-        return draw(of, choices, seed=seed, epoch=epoch, stream=stream)
+        return Keys(of, seed, epoch).whole(choices, stream)
 
     def p_value(values: Tensor, cells: int) -> float:
         counts = values.bincount(minlength=cells).double()

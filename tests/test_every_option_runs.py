@@ -54,7 +54,7 @@ WARM = {"stn_quadratic": ["stn.warmup=0"], "stn_ridge": ["stn.warmup=0"]}  # the
 IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
 PERCEPTRON = [*IMAGES, "task.hidden=[20]", "task.batch_size=50", "task.val_batch_size=50", "inner.max_steps=5"]
 SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows here
-    "weight_decay_per_parameter_mnist": PERCEPTRON,
+    "weight_decay_per_parameter_mnist": [*PERCEPTRON, "task.selection_rows=20"],
     "augmentation_mnist": PERCEPTRON,
     "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
 }
@@ -96,13 +96,13 @@ def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) ->
         overrides += SMALL_EXPERIMENT.get(name, IMAGES)
         overrides += [f"paths.data={real_root(*FOLDERS[dataset[1]])}", "dataset.download=false"]
     if dataset and dataset[1] in FILES:
-        overrides += [*IMAGES, f"paths.data={real_root(FILES[dataset[1]])}", "dataset.download=false"]
+        overrides += [*IMAGES, "task.selection_rows=20", f"paths.data={real_root(FILES[dataset[1]])}", "dataset.download=false"]
     first, last = two_steps(tmp_path, *overrides)
     assert last["outer/loss"] < 1.5 * first["outer/loss"]
 
 
 BILEVEL = {  # every way through a trained problem, on rows that need no files
-    "inner": ["gradient_descent", "heavy_ball", "torch_optimizer", "lbfgs"],
+    "inner": ["gradient_descent", "heavy_ball", "adam", "torch_optimizer", "lbfgs"],
     "adjoint": [option.partition("/")[2] for option in SCHEMA if option.startswith("adjoint/") and option != "adjoint/shine"],
 }
 

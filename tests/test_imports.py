@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ LAYERS = [
         "nn.settings",
         "solvers.settings",
         "stn.settings",
+        "stn.classifier_settings",
         "tasks.settings",
         "space_settings",
         "train_settings",
@@ -41,10 +43,12 @@ LAYERS = [
     ("diagnosis",),
     ("primitive", "certificate", "check"),
     ("nn", "data", "optim"),
+    ("regularise",),
     ("stn.declare", "stn.draw"),
     ("stn.space", "stn.layer"),
     ("stn.dense", "stn.conv", "stn.norm", "stn.lstm", "stn.dropout", "stn.guards"),
-    ("stn.network",),
+    ("stn.network", "stn.row_dropout"),
+    ("stn.classifiers",),
     ("stn",),
     ("bilevel.problem", "bilevel.estimate"),
     ("bilevel.curvature", "bilevel.estimator"),
@@ -98,6 +102,23 @@ def test_imports_point_one_way(path: Path) -> None:
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     upward = sorted(module for module in imports(path) if layer(module) > layer(name))
     assert upward == []
+
+
+def names_of_ours(path: Path) -> list[tuple[str, str]]:
+    """Return what a file takes from modules of this package, wherever in the file: (module, name)."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if (node.module or "").split(".")[0] == "hyperopt"]
+    return [(node.module or "", alias.name) for node in ours for alias in node.names]
+
+
+SCRIPTS = sorted(PACKAGE.parent.glob("experiments/**/*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_scripts_of_experiments_take_what_is_there(path: Path) -> None:
+    """They run for minutes to hours, so nothing else here runs them."""
+    missing = [(module, name) for module, name in names_of_ours(path) if not hasattr(importlib.import_module(module), name)]
+    assert missing == []
 
 
 def test_no_file_is_long() -> None:

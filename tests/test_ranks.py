@@ -132,7 +132,8 @@ def test_one_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path, numbe
     assert process.wait(timeout=150) != 0
     steps = json.loads((folder / "summary.json").read_text())["steps"]
     again = [*command, f"trainer.max_steps={steps + 5}", "resume=auto"]
-    assert subprocess.run(again, env=environment(), capture_output=True, timeout=200).returncode == 0
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(folder)] == list(range(steps + 5))
 
 

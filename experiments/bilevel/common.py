@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -57,6 +58,33 @@ def seconds(directory: Path) -> float:
 def evaluated(rows: list[Row]) -> list[Row]:
     """The rows of steps that were evaluated."""
     return [row for row in rows if "test/loss" in row]
+
+
+SHOWN = tuple(f"{part}/{kind}" for part in ("outer", "val", "test") for kind in ("loss", "accuracy"))
+
+
+def study(where: Path, *overrides: str, seeds: Sequence[int] = (0, 1, 2)) -> Row:
+    """Runs of some seeds, each at that of its evaluated steps which has the least ``val/loss``."""
+    found: list[Row] = []
+    for seed in seeds:
+        out = where.with_name(f"{where.name}-{seed}")
+        rows = run(out, *overrides, f"seed={seed}")
+        best = min(evaluated(rows), key=lambda row: row["val/loss"])
+        more = {"first outer loss": rows[0]["outer/step_loss"], "best step": best["step"], "seconds": seconds(out)}
+        found.append({**more, **{key: best[key] for key in SHOWN if key in best}})
+    return {key: spread([row[key] for row in found]) for key in found[0]}
+
+
+def means(found: Row) -> Row:
+    """The means of a study."""
+    return {key: row["mean"] for key, row in found.items()}
+
+
+def runs_directory(description: str | None) -> Path:
+    """Where the command line says that the runs of a script are to lie."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "bilevel")
+    return parser.parse_args().runs.resolve()
 
 
 def spread(values: Sequence[float]) -> Row:

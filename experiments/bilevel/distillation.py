@@ -7,18 +7,16 @@ Beside it, what a linear model reaches on ten real images, and on all 50,000. Wr
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from pathlib import Path
 
 import torch
-from common import HERE, REPOSITORY, Row, built, evaluated, run, save, seconds, spread, write_table
+from common import HERE, Row, built, evaluated, run, runs_directory, save, seconds, spread, write_table
 
 from hyperopt import InnerLBFGS
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.tasks.bilevel import loss_of
 from hyperopt.tasks.distillation import DataDistillationTask
+from hyperopt.tasks.scores import loss_of
 
 SEEDS = (0, 1, 2)
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
@@ -42,9 +40,7 @@ def linear(dataset: str, seed: int, whole: bool) -> float:
 
 def main() -> None:
     """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "bilevel")
-    runs = parser.parse_args().runs.resolve()
+    runs = runs_directory(__doc__)
     results: Row = {}
     lines = ["| dataset | ten learned images | ten real images | 50,000 real images | seconds |", "|---|---|---|---|---|"]
     for dataset, shown in SETS.items():

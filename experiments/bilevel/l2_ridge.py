@@ -22,8 +22,8 @@ from hyperopt.adjoints.base import Adjoint
 from hyperopt.linsolve.bicgstab import BiCGStab
 from hyperopt.linsolve.cg import CG
 from hyperopt.linsolve.restarted import LinearSolver
-from hyperopt.tasks.bilevel import loss_of
 from hyperopt.tasks.linear import L2Task
+from hyperopt.tasks.scores import loss_of
 
 STEPS = (*range(1, 20), *range(20, 100, 5), *range(100, 400, 20), *range(400, 2001, 100))
 
@@ -66,6 +66,7 @@ def estimators(ridge: Ridge) -> list[Row]:
         "implicit, dense": (Implicit(Dense(), policy="ignore"), None),
         "implicit, Nystrom of full rank": (Implicit(Nystrom(rank=10, rho=1e-8, rtol=1e-14, max_steps=20), policy="ignore"), None),
         "unrolled, 1,000 steps": (hyperopt.Unrolled(), descent),
+        "unrolled, 1,000 steps of Adam": (hyperopt.Unrolled(), hyperopt.InnerAdam(lr=0.01, max_steps=1000)),
         "unrolled, recomputed": (hyperopt.Checkpointed(), descent),
         "truncated, last 20 of 1,000": (hyperopt.Unrolled(last=20), descent),
         "one-step": (hyperopt.OneStep(), None),
@@ -82,7 +83,7 @@ def estimators(ridge: Ridge) -> list[Row]:
     return rows
 
 
-def rates(ridge: Ridge) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
+def rates(ridge: Ridge) -> list[Row]:
     """Error against steps, and the factor a step that theory has for it."""
     least, largest = float(ridge.eigenvalues[0]), float(ridge.eigenvalues[-1])
     kappa = largest / least
@@ -98,7 +99,7 @@ def rates(ridge: Ridge) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
         "Anderson, window 5": (lambda k: LinearAnderson(**exactly, max_steps=k), fixed),
         "normal equations": (lambda k: NormalCG(**exactly, max_steps=k), fixed),
     }
-    rows, curves = [], {}
+    rows = []
     for name, (make, theory) in solvers.items():
         own = 1 / largest if "1 / L" in name else step
         curve = []
@@ -107,30 +108,41 @@ def rates(ridge: Ridge) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
             curve.append((k, ridge.error(Implicit(solver, policy="ignore"), step=own)[0]))
             if not curve[-1][1] > 1e-13:
                 break
-        curves[name] = curve
         middle = [(k, e) for k, e in curve if 1e-10 < e < 1e-2]
         (k0, e0), (k1, e1) = middle[0], middle[-1]
         measured = (e1 / e0) ** (1 / (k1 - k0)) if k1 > k0 else math.nan
         steps = next((k for k, e in curve if e <= 1e-8), None)
         rows.append({"solver": name, "theory": theory, "measured": measured, "steps to 1e-8": steps, "curve": curve})
-    return rows, curves
+    return rows
 
 
-def figure(curves: dict[str, list[tuple[int, float]]], rows: list[Row]) -> None:
-    """Error against steps, with the theory's line from the first error."""
+PANELS = (
+    ("CG", "GMRES", "BiCGStab"),
+    ("Neumann, step 2 / (mu + L)", "Neumann, step 1 / L", "Anderson, window 5", "normal equations"),
+)
+
+
+def figure(rows: list[Row], kappa: float) -> None:
+    """Error against steps, where a rate is a straight line; dotted those of the theory, from an error of 2."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = drawn.add_subplot()
-    for i, row in enumerate(rows):
-        curve = curves[row["solver"]]
-        ks = [k for k, _ in curve]
-        axes.loglog(ks, [e for _, e in curve], f"C{i}.-", label=row["solver"], markersize=3, linewidth=1)
-        if not row["solver"].startswith("Anderson"):
-            axes.loglog(ks, [2 * row["theory"] ** k for k in ks], f"C{i}:", linewidth=1)
-    axes.set(xlabel="steps of the linear solver", ylabel="relative error of the hypergradient", ylim=(1e-14, 5))
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    drawn = Figure(figsize=(9.5, 4.2), layout="constrained")
+    drawn.suptitle(f"Ridge regression, 100 features, condition number {kappa:.1f}; dotted: the theory's factor a step")
+    for axes, names in zip(drawn.subplots(1, 2, sharey=True), PANELS, strict=True):
+        ends: dict[float, int] = {}  # of the theory's lines: solvers with one rate share one
+        for row in [row for row in rows if row["solver"] in names]:
+            ks, errors = zip(*row["curve"], strict=True)
+            axes.semilogy(ks, errors, ".-", label=row["solver"], markersize=3, linewidth=1)
+            if not row["solver"].startswith("Anderson"):
+                ends[row["theory"]] = max(ends.get(row["theory"], 0), ks[-1])
+        for theory, end in ends.items():
+            axes.semilogy([0, end], [2, 2 * theory**end], ":", color="black", linewidth=1)
+            middle = 0.4 * end
+            axes.annotate(f" {theory:.4f}", (middle, 2 * theory**middle), fontsize=8, ha="left", va="bottom")
+        axes.set(xlabel="steps of the linear solver", ylim=(1e-14, 5))
+        axes.legend(fontsize=8, loc="upper right")
+        axes.grid(alpha=0.3)
+    drawn.axes[0].set_ylabel("relative error of the hypergradient")
     drawn.savefig(HERE / "ridge.png", dpi=110)
 
 
@@ -150,12 +162,12 @@ def main() -> None:
     larger = ["dataset=synthetic", "dataset.targets=numbers", "dataset.train=200", "dataset.val=200", "dataset.features=100"]
     ridge = Ridge(*larger, "task.l2.init=0.01")
     kappa = float(ridge.eigenvalues[-1] / ridge.eigenvalues[0])
-    rows, curves = rates(ridge)
+    rows = rates(ridge)
     lines = ["| linear solver | factor a step, theory | measured | steps to 1e-8 |", "|---|---|---|---|"]
     lines += [f"| {r['solver']} | {r['theory']:.4f} | {r['measured']:.4f} | {r['steps to 1e-8']} |" for r in rows]
     print(f"condition number {kappa:.1f}", *lines, sep="\n")
     write_table("rates", lines)
-    figure(curves, rows)
+    figure(rows, kappa)
     save("l2_ridge", {"estimators": table, "condition number": kappa, "rates": rows})
 
 

@@ -43,4 +43,6 @@ def main(sweep: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python experiments/coupled_fixed_point/summarize.py DIR, the directory of the sweep")
     main(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
     gradient descent    phi(w) = w - step * grad_w L(w, lam)                       whose fixed point is the trained model
     heavy ball          phi(w, m) = (w - step m', m'),   m' = momentum m + grad_w L
+    Adam                phi(w, m, v, t), which has no fixed point of its own: it is for unrolling alone
 
 Rates may be hyperparameters: they are taken from ``lam`` and stay in the graph.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import IterativeSettings, check_choice, check_count, check_flag, check_number, check_optional
+from hyperopt.settings import IterativeSettings, check_betas, check_choice, check_count, check_flag, check_number, check_optional
 
 CURVATURES = ("hessian", "gauss_newton", "finite_differences")
 
@@ -61,6 +61,27 @@ class HeavyBallSettings(GradientDescentSettings):
         check_rate(self, "momentum", 0.0, 1.0)
         if self.momentum == 1:
             raise ValueError(f"{type(self).__name__}: momentum=1 never forgets; change momentum")
+
+
+@dataclass(frozen=True)
+class InnerAdamSettings(InnerSettings):
+    """Adam from zero moments, which can be differentiated through.
+
+    lr: learning rate, a number, or the name of the hyperparameter that holds it.
+    betas: how much of the mean and of the mean square of the gradient is kept each step, both in [0, 1).
+    eps: added to the root of the mean square.
+    """
+
+    lr: Any = 0.001
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Check the ranges; a list given as ``betas`` becomes a tuple."""
+        super().__post_init__()
+        check_rate(self, "lr", 0.0, open_low=True)
+        check_betas(self)
+        check_number(self, "eps", 0.0)
 
 
 @dataclass(frozen=True)

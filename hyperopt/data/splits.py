@@ -9,6 +9,7 @@ import torch
 
 from hyperopt.data.errors import DataError
 from hyperopt.data.settings import DatasetSettings
+from hyperopt.nn.sparse import compressed_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,18 @@ class Rows:
 
     def take(self, places: torch.Tensor | slice | None) -> Rows:
         """Return the rows at ``places``, or, for None, all of them, uncopied."""
-        return self if places is None else Rows(self.x[places], self.y[places], self.index[places])
+        if places is None:
+            return self
+        return Rows(_rows(self.x, places), self.y[places], self.index[places])
+
+
+def _rows(x: torch.Tensor, places: torch.Tensor | slice) -> torch.Tensor:
+    """Rows of a feature matrix; torch has no indexing of compressed rows."""
+    if x.layout == torch.strided:
+        return x[places]
+    index = torch.arange(x.shape[0], device=x.device)[places]
+    with compressed_rows():
+        return x.to_sparse_coo().index_select(0, index).coalesce().to_sparse_csr()
 
 
 @dataclass(frozen=True)

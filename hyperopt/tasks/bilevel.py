@@ -10,6 +10,7 @@ a copy at the hyperparameters as they are then, and changes nothing.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,22 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.adjoints.base import Adjoint
-from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.hypergradient import Bilevel
-from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
+from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.over_ranks import over_ranks
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.primitive import fixed_point
+from hyperopt.solvers.anderson import Anderson
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.spaces import Hyperparameters
 from hyperopt.status import Solution, Status
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
 from hyperopt.tasks.scores import scores
-from hyperopt.tasks.settings import BilevelTaskSettings
+from hyperopt.tasks.settings import BilevelTaskSettings, TunedSettings
 
 if TYPE_CHECKING:
     from hyperopt.spaces import Space
@@ -64,12 +63,15 @@ class BilevelTask(BilevelTaskSettings, Task):
     """A trained problem; settings in ``BilevelTaskSettings``.
 
     Attributes:
+        solver: of ``mode=check``, which is about the fixed point of the gradient step.
         spaces: names of the settings that are spaces: the hyperparameters.
         hyper: the hyperparameters, after ``setup``.
         bilevel: the problem under way, after ``setup``.
         parts: what the subclass has built, after ``setup``.
         splits: the dataset, after ``setup``.
     """
+
+    solver: ClassVar[FixedPointSolver] = Anderson(rtol=1e-8, max_steps=1000)
 
     spaces: ClassVar[tuple[str, ...]]
 
@@ -152,28 +154,9 @@ class BilevelTask(BilevelTaskSettings, Task):
         """Return ``<name>/loss``, and ``<name>/accuracy`` where there are classes, of a model on each set of rows."""
         return scores(self.parts.rows, lambda x: self.predict(w, x))
 
-    def fitted_on_validation(self) -> dict[str, Rows]:
-        """Return the rows behind the metrics: what a hyperparameter is fitted to is also what it is selected on."""
-        splits = self.splits
-        return {"train": splits.train, "outer": splits.val, "val": splits.val, "test": splits.test}
-
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the outer loss at the fixed point of the gradient step; see ``Task.objective``.
-
-        Raises:
-            NotImplementedError: the inner solver has no step that could be taken as a map, or sees minibatches.
-        """
-        if not isinstance(self._inner, DifferentiableSolver):
-            raise NotImplementedError("mode=check needs a gradient-step map; use inner=gradient_descent or inner=heavy_ball")
-        start, problem, lam = self._state(), self.parts.problem, self.hyper.values()
-        if any(isinstance(b, Minibatches) and b.order.size for b in (problem.inner_batches, problem.outer_batches)):
-            raise NotImplementedError("mode=check needs losses on all their rows; set task.batch_size=null")
-        phi = GradientMap(problem, self._inner)
-        w = optree.tree_map(torch.clone, self.bilevel.w)
-        found = fixed_point(phi, phi.start(w), (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
-        loss = problem.outer(phi.weights(found.value), lam, problem.outer_batches.draw())
-        self._return_to(start)
-        return loss, found
+        """Return the outer loss at the fixed point of the gradient step, whatever ``inner`` is; see ``Task.objective``."""
+        return self.bilevel.objective(self.hyper.values(), solver, adjoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hyperparameters, the weights, and what every method remembers."""
@@ -218,6 +201,31 @@ class BilevelTask(BilevelTaskSettings, Task):
         if self._w0 is not None:
             for leaf, first in zip(optree.tree_leaves(self.bilevel.w), optree.tree_leaves(self._w0), strict=True):
                 leaf.copy_(first)
+
+
+class TunedTask(TunedSettings, BilevelTask):
+    """A model that is trained on the training rows and tuned on the validation rows; settings in ``TunedSettings``."""
+
+    @functools.cached_property
+    def fitted(self) -> Rows:
+        """The validation rows that the hyperparameters are fitted to.
+
+        Raises:
+            ValueError: there are none.
+        """
+        val, kept = self.splits.val, self.selection_rows
+        if kept >= len(val):
+            raise ValueError(
+                f"task.selection_rows={kept} leaves none of the {len(val)} validation rows to fit the hyperparameters to; lower "
+                "it or raise dataset.val"
+            )
+        return val.take(slice(len(val) - kept)) if kept else val
+
+    def rows(self) -> dict[str, Rows]:
+        """Return the rows behind the metrics, by name."""
+        splits, kept = self.splits, self.selection_rows
+        selected = splits.val.take(slice(len(splits.val) - kept, None)) if kept else splits.val
+        return {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
 
 
 def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:

@@ -24,14 +24,14 @@ from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
 from hyperopt.data.splits import Rows
 from hyperopt.nn.sparse import SparseRows
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
 
 DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
 
 
-class LinearTask(BilevelTask):
+class LinearTask(TunedTask):
     """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows."""
 
     retrain: bool
@@ -51,7 +51,7 @@ class LinearTask(BilevelTask):
     def build(self, env: Environment) -> Parts:
         """Start at zero weights."""
         splits = self.splits
-        train, val = (product_of(rows.x) for rows in (splits.train, splits.val))
+        train, val = (product_of(rows.x) for rows in (splits.train, self.fitted))
         outputs = splits.num_classes if splits.num_classes > 2 else 1
         features = splits.train.x.shape[1]
         w = torch.zeros(features, outputs, dtype=env.dtype, device=env.device)
@@ -64,18 +64,18 @@ class LinearTask(BilevelTask):
         shapes = {self.spaces[0]: self.shape(features, outputs)}
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: train(w), criterion),
-            lambda w, lam, batch: loss_of(val(w), splits.val.y),
+            lambda w, lam, batch: loss_of(val(w), self.fitted.y),
             constants=constants,
         )
-        return Parts(problem, w, shapes, self.fitted_on_validation())
+        return Parts(problem, w, shapes, self.rows())
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """``x w``."""
         return x @ w
 
     def _spectra(self) -> tuple[Tensor, float]:
-        """``X^T X / n`` of the training rows, and the largest eigenvalue of that of the validation rows."""
-        gram = [rows.x.T @ rows.x / len(rows) for rows in (self.splits.train, self.splits.val)]
+        """``X^T X / n`` of the training rows, and the largest eigenvalue of that of the fitted rows."""
+        gram = [rows.x.T @ rows.x / len(rows) for rows in (self.splits.train, self.fitted)]
         return gram[0], float(torch.linalg.eigvalsh(gram[1])[-1])
 
     def evaluate(self) -> dict[str, float]:

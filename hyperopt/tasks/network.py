@@ -28,7 +28,7 @@ from hyperopt.data.splits import Rows
 from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces import Hyperparameters, Real
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import AugmentationSettings, WeightDecaySettings
 
@@ -57,7 +57,7 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
                 tensor.copy_(draw(tuple(tensor.shape), module.weight[0].numel(), None, generator))
 
 
-class NetworkTask(BilevelTask):
+class NetworkTask(TunedTask):
     """A perceptron, trained on batches of the training rows, tuned on batches of the validation rows.
 
     Attributes:
@@ -102,9 +102,9 @@ class WeightDecayTask(WeightDecaySettings, NetworkTask):
             Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
             self.outer,
             inner_batches=self.batches(self.splits.train, self.batch_size, env.seed),
-            outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
+            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1),
         )
-        return Parts(problem, self.model.w, {"decay": self.model.w}, self.fitted_on_validation())
+        return Parts(problem, self.model.w, {"decay": self.model.w}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean loss and the decay."""
@@ -179,9 +179,9 @@ class AugmentationTask(AugmentationSettings, NetworkTask):
             ),
             self.outer,
             inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed), env.seed + 2),
-            outer_batches=self.batches(self.splits.val, self.val_batch_size, env.seed + 1),
+            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1),
         )
-        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.fitted_on_validation())
+        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """The weights of the augmentation network, where its initialisation has put them."""

@@ -158,7 +158,24 @@ class BilevelTaskSettings:
 
 
 @dataclass(frozen=True)
-class LinearSettings(BilevelTaskSettings):
+class TunedSettings(BilevelTaskSettings):
+    """A model that is trained on the training rows and tuned on the validation rows.
+
+    Attributes:
+        selection_rows: the last validation rows, which the hyperparameters are not fitted to: val/* is theirs, and with it the
+            best step and early stopping (0: val/* and outer/* are the same rows).
+    """
+
+    selection_rows: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        super().__post_init__()
+        check_count(self, "selection_rows", 0)
+
+
+@dataclass(frozen=True)
+class LinearSettings(TunedSettings):
     """A linear model.
 
     Attributes:
@@ -238,7 +255,7 @@ class DataDistillationSettings(BilevelTaskSettings):
 
 
 @dataclass(frozen=True)
-class NetworkSettings(BilevelTaskSettings):
+class NetworkSettings(TunedSettings):
     """A perceptron and its batches.
 
     Attributes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import check_choice, check_count, check_number
+from hyperopt.settings import check_choice, check_count, check_number, check_optional_count
 from hyperopt.stn.settings import GATES, SelfTuningSettings
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
@@ -100,3 +100,34 @@ class StnRidgeSettings(SelfTuningTaskSettings):
         check_count(self, "rows")
         check_count(self, "draws")
         check_number(self, "noise", 0.0)
+
+
+@dataclass(frozen=True)
+class StnImagesSettings(SelfTuningTaskSettings):
+    """A classifier of images that tunes its regularisation.
+
+    Attributes:
+        classifier: the network (None: two dense layers of 200).
+        tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... where the network has places for them, those of
+            ``hyperopt.regularise.pipeline.RANGES`` that change the images, and ``weight_decay``.
+        batch_size: training rows of one update of the weights.
+        val_batch_size: validation rows of one update of the hyperparameters.
+        eval_rows: ``outer/*`` are measured on the first so many training rows (None: on all of them).
+        eval_batch_size: rows of one forward of an evaluation.
+        dataset: the rows (None: digits).
+    """
+
+    classifier: Any = None
+    tuned: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 100
+    val_batch_size: int = 100
+    eval_rows: int | None = None
+    eval_batch_size: int = 1000
+    dataset: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "batch_size")
+        check_count(self, "val_batch_size")
+        check_optional_count(self, "eval_rows")
+        check_count(self, "eval_batch_size")

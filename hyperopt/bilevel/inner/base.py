@@ -101,6 +101,16 @@ class DifferentiableSolver(InnerSolver):
         """What is kept beside ``w``, at the start."""
         return []
 
+    def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> Sequence[Tensor]:
+        """What is kept beside ``w``; it starts anew with every training, as in the graph."""
+        return self.buffers(w)
+
+    def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: Sequence[Tensor]) -> None:
+        """One step, in place; a method that can do so without second copies of its tensors has its own."""
+        moved, kept = self.advance(w, grads, work, lam)
+        for x, y in zip([*w, *work], [*moved, *kept], strict=True):
+            x.copy_(y)
+
     @abstractmethod
     def advance(
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any

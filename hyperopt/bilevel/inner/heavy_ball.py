@@ -32,10 +32,6 @@ class HeavyBall(HeavyBallSettings, DifferentiableSolver):
         """The momentum of each tensor."""
         return [torch.zeros_like(x, requires_grad=False) for x in w]
 
-    def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> list[Tensor]:
-        """Stand still."""
-        return self.buffers(w)
-
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: list[Tensor]) -> None:
         """One step, in place."""
         step, momentum = (float(x) for x in self._rates(lam))

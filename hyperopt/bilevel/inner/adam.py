@@ -1,0 +1,56 @@
+"""Adam with its step in the graph, so that its learning rate, as everything else, has a hypergradient by unrolling.
+
+    m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2,    w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+from ``m = v = 0`` at the start of every training; ``inner=torch_optimizer`` is the one whose moments live on, and that cannot be
+differentiated through. The numbers are those of ``torch.optim.Adam``: nothing is added under the root to make it smooth, its
+derivative is taken to be 0 where ``v`` is exactly 0.
+
+Reference: Kingma & Ba, ICLR 2015, arXiv 1412.6980, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.inner.base import DifferentiableSolver, rate
+from hyperopt.bilevel.settings import InnerAdamSettings
+
+
+@dataclass(frozen=True)
+class InnerAdam(InnerAdamSettings, DifferentiableSolver):
+    """Adam; settings in ``InnerAdamSettings``."""
+
+    keeps_buffers = True
+
+    def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
+        """Both moments of each tensor, and the number of steps taken, a tensor because a state is made of tensors."""
+        moments = [torch.zeros_like(x, requires_grad=False) for _ in range(2) for x in w]
+        return [*moments, torch.zeros((), dtype=w[0].dtype, device=w[0].device)]
+
+    def advance(
+        self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """One step, in the graph."""
+        lr, (b1, b2), count = rate(self.lr, lam, "inner.lr"), self.betas, buffers[-1].detach() + 1
+        means, squares = buffers[: len(w)], buffers[len(w) : -1]
+        means = [b1 * m + (1 - b1) * g for m, g in zip(means, grads, strict=True)]
+        squares = [b2 * v + (1 - b2) * g.square() for v, g in zip(squares, grads, strict=True)]
+        first, second = 1 - b1**count, (1 - b2**count).sqrt()
+        moved = [x - lr / first * m / (root(v) / second + self.eps) for x, m, v in zip(w, means, squares, strict=True)]
+        return moved, [*means, *squares, count]
+
+    def remedy(self, lam: Any) -> str:
+        """Name the learning rate."""
+        return f"lower inner.lr={float(rate(self.lr, lam, 'inner.lr')):g}"
+
+
+def root(v: Tensor) -> Tensor:
+    """The square root, with derivative 0 instead of infinity at 0."""
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)

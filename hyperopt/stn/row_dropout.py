@@ -1,0 +1,34 @@
+"""Dropout of a self-tuning network whose mask is a function of each example's own number."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hyperopt.data.counter import Stream
+from hyperopt.regularise.dropout import dropout
+from hyperopt.regularise.keyed import current_keys
+from hyperopt.stn.dropout import Dropout
+
+
+class RowDropout(Dropout):
+    """``Dropout`` at the rate ``draw.h[name]``, drawn by the keys of the batch under way: see ``hyperopt.regularise.keyed``.
+
+    Args:
+        name: the hyperparameter.
+        stream: a number of this layer's own in the network, from 0.
+        channels: drop whole channels.
+    """
+
+    def __init__(self, name: str, stream: int, channels: bool = False) -> None:
+        """Know the name and the stream."""
+        super().__init__(name)
+        self.stream, self.channels = stream, channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop entries, or channels."""
+        if not self.training:
+            return input
+        draw = self.draw
+        self.rows(input.shape[0], draw)
+        keys = current_keys(f"RowDropout {self.place!r}")
+        return dropout(input, draw.h[self.name], keys, Stream.LAYER + self.stream, channels=self.channels)
