@@ -122,14 +122,15 @@ def trajectories() -> None:
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
-    for i, start in enumerate(STARTS):
-        trace: list[Any] = []
-        study(SEEDS[:5], Plan(start=start, rounds=400, stop=False), trace)
-        for part in range(3):
-            curves = torch.tensor([step[part] for step in trace])
-            for k in range(curves.shape[1]):
-                label = f"from {start:g}" if k == 0 else None
-                axes[part].plot(curves[:, k], color=f"C{i}", linewidth=0.8, label=label)
+    trace: list[Any] = []
+    each = 4
+    starts = [start for start in STARTS for _ in range(each)]
+    study([seed % each for seed in range(len(starts))], Plan(rounds=370, stop=False), trace, starts)
+    for part in range(3):
+        curves = torch.tensor([step[part] for step in trace])
+        for k in range(len(starts)):
+            label = f"from {starts[k]:g}" if k % each == 0 else None
+            axes[part].plot(curves[:, k], color=f"C{k // each}", linewidth=0.8, label=label)
     axes[0].axhspan(1.7, 3.2, color="k", alpha=0.08, linewidth=0)
     axes[2].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
     for part, title in enumerate(("range", "scale, in R", "largest error on [-2, 2]")):

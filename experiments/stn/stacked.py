@@ -125,13 +125,14 @@ class Found:
     scale: list[float] = field(default_factory=list)
 
 
-def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found:
+def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: list[float] | None = None) -> Found:
     """Run all seeds together.
 
     Args:
         seeds: of the networks' initial values; the first one seeds data and perturbations as well.
         plan: how.
         trace: gets ``(ranges, scales, distances)`` of every round.
+        starts: where the range of each network starts (None: all as the plan says).
     """
     networks = []
     for seed in seeds:
@@ -145,8 +146,8 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None) -> Found
     for stack in stacks[1:4]:
         layers += [stack, ACTIVATION[plan.activation]()]
     torch.manual_seed(seeds[0])
-    start = stn.Bounded(plan.start, plan.low, plan.high, scale=plan.scale)
-    space = stn.HyperSpace({f"range{seed}": start for seed in seeds}, dtype=DOUBLE)
+    ranges = [stn.Bounded(start, plan.low, plan.high, scale=plan.scale) for start in starts or [plan.start] * len(seeds)]
+    space = stn.HyperSpace({f"range{i}": each for i, each in enumerate(ranges)}, dtype=DOUBLE)
     model = stn.convert(nn.Sequential(*layers, stacks[4]), space, gate=plan.gate, std=plan.std)
     generator = torch.Generator().manual_seed(seeds[0])
 
