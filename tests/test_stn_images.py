@@ -80,6 +80,16 @@ def test_row_dropout_reads_the_draw_and_the_keys() -> None:
     assert torch.equal(stn.eval()(x, draw), _linear(stn, x))
 
 
+def test_a_collapsed_network_is_a_plain_one() -> None:
+    made = task()
+    plain = made.model.collapse()
+    kinds = {name: type(module) for name, module in plain.named_children() if name.startswith("dropout")}
+    assert kinds == {"dropout0": nn.Dropout2d, "dropout1": nn.Dropout}
+    assert plain.get_submodule("dropout0").p == pytest.approx(0.3)  # pyright: ignore[reportAttributeAccessIssue]
+    x = made.problem.pipeline.plain(made.problem.train.draw()[0])
+    assert torch.allclose(plain.eval()(x), made.model.eval()(x)) and plain.train()(x).shape == (25, 10)
+
+
 def _linear(stn: Any, x: Tensor) -> Tensor:
     layer = stn.module[0]
     return functional.linear(x, layer.weight, layer.bias)  # gates are zero: no response yet
