@@ -20,6 +20,7 @@ FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rgl
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
 PLACES = {"task/space": "task.l2", "task/tuned": "task.decay"}  # of a group whose place is the task's own name for it
 OWNER = {
+    "task/classifier": ["task=stn_images"],
     "task/space": ["task=l2"],
     "task/tuned": ["task=stn_ridge"],
     "task/network": ["task=implicit"],
@@ -86,7 +87,9 @@ def test_a_yaml_file_shows_every_key_of_its_schema(path: str) -> None:
     # A key that only the settings class knows could not be found by reading configs/.
     shown = OmegaConf.load(CONFIGS / f"{path}.yaml")
     assert isinstance(shown, DictConfig)
-    groups = {str(name).rpartition("@")[2] for entry in shown.defaults if OmegaConf.is_dict(entry) for name in entry}
+    groups = {
+        str(name).rpartition("@")[2].partition(".")[0] for entry in shown.defaults if OmegaConf.is_dict(entry) for name in entry
+    }
     keys = {item.name for item in dataclasses.fields(SCHEMA[path])} - {"_target_"}
     assert {str(key) for key in shown} - {"defaults"} | groups == keys
 

@@ -41,7 +41,11 @@ SLOW = {"l2_20newsgroups": pytest.mark.slow}  # six seconds to count the words
 FILES = {"newsgroups": "20news-bydate_py3.pkz"}  # and in one file
 ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
 SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"], "task=implicit": [*ROWS]}  # by task
-OWNER = {"task/network": "task=implicit", "task/augment": "task=implicit"}  # of the groups that not every task has
+OWNER = {
+    "task/network": "task=implicit",
+    "task/augment": "task=implicit",
+    "task/classifier": "task=stn_images",
+}  # of the groups that not every task has
 SMALL_EXPERIMENT = {  # where 300 images are too many
     "deq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=8", "task.network.inner=8"],
     "mdeq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=[8,8]"],
@@ -49,14 +53,20 @@ SMALL_EXPERIMENT = {  # where 300 images are too many
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation")}
 SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
+SMALL["task=stn_images"] = [*ROWS, "optimizer=adam", "optimizer.lr=0.01", "task.batch_size=50", "task.val_batch_size=50"]
 SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
-WARM = {"stn_quadratic": ["stn.warmup=0"], "stn_ridge": ["stn.warmup=0"]}  # the hyperparameters move at once
+WARM = {path.stem: ["stn.warmup=0"] for path in (CONFIGS / "experiment").glob("stn_*.yaml")}  # the hyperparameters move at once
 IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
 PERCEPTRON = [*IMAGES, "task.hidden=[20]", "task.batch_size=50", "task.val_batch_size=50", "inner.max_steps=5"]
 SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows here
     "weight_decay_per_parameter_mnist": [*PERCEPTRON, "task.selection_rows=20"],
     "augmentation_mnist": PERCEPTRON,
     "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
+    **{name: [*IMAGES, "task.val_batch_size=50"] for name in ("stn_mnist_mlp", "stn_fashion_cnn")},
+    "stn_cifar10": [
+        *("dataset.train=40", "dataset.val=20", "dataset.test=20", "task.batch_size=10", "task.val_batch_size=10"),
+        *("task.classifier.channels=[8,8,8,8,8]", "task.classifier.dense=[32,32]"),
+    ],
 }
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 

@@ -90,9 +90,7 @@ class Study:
             updates: of the weights.
         """
         task, found = self.task, {"best": {}, "curve": []}
-        problem = ImageProblem(
-            task.splits, task.tuned, task.classifier.dropouts, task.batch_size, task.val_batch_size, self.seed
-        )
+        problem = ImageProblem(task.splits, task.tuned, task.classifier.dropouts, task.batch_size, task.val_batch_size, self.seed)
         space = HyperSpace(task.tuned)
         model = convert(task.parts.module, space, respond=False)
         optimizer = task.options.weights.build({"weights": model.base_parameters()})

@@ -2,10 +2,10 @@
 
     python experiments/stn/images.py [--seeds 0 1 2] [--studies mlp cnn] [--trials 5]
 
-Every method has the same rows, first weights, batches and search space, and as many updates of the weights in all: one long run
-untuned, self-tuning or replaying the schedule that self-tuning found; ``--trials`` short runs of random search and of TPE (optuna,
-of the extra ``bench``). Every run keeps its best epoch by validation loss, and every search its best run. Writes images.json after
-each run (what is there is not done again), images_<study>.png and the tables of IMAGES.md.
+Every method has the same rows, first weights, batches and search space, and as many updates of the weights in all: one long
+run untuned, self-tuning or replaying the schedule that self-tuning found; ``--trials`` short runs of random search and of TPE
+(optuna, of the extra ``bench``). Every run keeps its best epoch by validation loss, and every search its best run. Writes
+images.json after each run (what is there is not done again), images_<study>.png and the tables of IMAGES.md.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def figure(runs: Mapping[str, Row], study: str, seeds: list[int]) -> None:
             if (run := runs.get(f"{study}/{seed}/{method}")) is not None:
                 label = method if seed == seeds[0] else None
                 curve = run["curve"]
-                axes[0].plot([row["update"] for row in curve], [row["val/loss"] for row in curve], f"C{number}", label=label, lw=0.9)
+                axes[0].plot(
+                    [row["update"] for row in curve], [row["val/loss"] for row in curve], f"C{number}", label=label, lw=0.9
+                )
     axes[0].set_title("validation loss (searches: best run)", fontsize=9)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=6)
@@ -193,9 +195,13 @@ def main() -> None:
                 schedule = runs.get(f"{study}/{seed}/self-tuning", {}).get("schedule", [])
                 found = measured(method, STUDIES[study], seed, options.trials, options.overrides, schedule)
                 runs[key] = {"torch": torch.__version__, "trials_of_a_search": options.trials, **found}
+                if method == "schedule replayed":  # its epochs are kept in "hyper"; update by update it is long
+                    runs[f"{study}/{seed}/self-tuning"].pop("schedule")
                 options.results.write_text(json.dumps(runs) + "\n")
                 best = found["best"]
-                print(key, {name: round(best[name], 4) for name in METRICS}, f"{found['seconds']:.0f} s", best["hyper"], flush=True)
+                print(
+                    key, {name: round(best[name], 4) for name in METRICS}, f"{found['seconds']:.0f} s", best["hyper"], flush=True
+                )
     if options.results == HERE / "images.json":
         for study in options.studies:
             write_table(study, table(runs, study, options.seeds))

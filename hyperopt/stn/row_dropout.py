@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt.data.counter import Stream
 from hyperopt.regularise.dropout import dropout
 from hyperopt.regularise.keyed import current_keys
+from hyperopt.stn.draw import Draw
 from hyperopt.stn.dropout import Dropout
 
 
@@ -32,3 +33,10 @@ class RowDropout(Dropout):
         self.rows(input.shape[0], draw)
         keys = current_keys(f"RowDropout {self.place!r}")
         return dropout(input, draw.h[self.name], keys, Stream.LAYER + self.stream, channels=self.channels)
+
+    def collapse_(self, draw: Draw) -> None:
+        """Become torch's own dropout, of channels where this was, at the rate of the first row of ``draw``."""
+        kind = nn.Dropout2d if self.channels else nn.Dropout
+        super().collapse_(draw)
+        del self.stream, self.channels
+        self.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
