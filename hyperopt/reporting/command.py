@@ -107,7 +107,7 @@ def what_to_compare(runs: Sequence[Run], metric: str | None) -> tuple[str, str]:
         ReportError: no run measured it.
     """
     monitored = Counter((str(run.config.get("trainer.monitor")), str(run.config.get("trainer.mode"))) for run in runs)
-    modes = dict(reversed(monitored.most_common()))
+    modes = {name: mode for (name, mode), _ in reversed(monitored.most_common())}
     metric = metric or monitored.most_common(1)[0][0][0]
     measured = {name for run in runs for row in run.rows for name in row} | {
         name for run in runs for name in run.summary.get("metrics") or {}
@@ -133,7 +133,8 @@ def statistics_of(groups: Sequence[Group], metric: str, mode: str) -> tuple[list
         settings = [shown(each.settings[key]) for key in keys] or [each.label]
         rows.append([*settings, each.statuses, *(cell(value, ".5g") for value in numbers), cell(seconds, ".1f")])
     known = [k for k, mean in enumerate(means) if not math.isnan(mean)]
-    best = (min if mode == "min" else max)(known, key=means.__getitem__) if len(known) > 1 else None
+    ordered = sorted(known, key=lambda k: means[k], reverse=mode == "max")
+    best = ordered[0] if len(known) > 1 else None
     return head, rows, best
 
 
