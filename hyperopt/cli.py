@@ -151,6 +151,7 @@ class Preflight(Callback):
         try:
             jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
             for each, out in jobs:
+                _check_launch(config, each)
                 _check_values(each)
                 _check_directory(each, where, out, key)
             directory.acquire(where, key)
@@ -164,13 +165,32 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
         yield config, where
         return
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}
+    overrides = OverridesParser.create().parse_overrides([*swept.values(), *config.hydra.overrides.task])
+    twice = [each.input_line for each in overrides[len(swept) :] if each.key_or_group in swept]
+    if twice:  # Hydra would run the same job once for each value of the file
+        key = str(twice[0]).partition("=")[0]
+        raise ConfigError(
+            f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
+        )
     given = list(config.hydra.overrides.hydra)
     for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
         each = hydra.compose(config.hydra.job.config_name, [*given, *job_overrides], return_hydra_config=True)
         with open_dict(each):
             each.hydra.job.num = each.hydra.job.id = number
         yield each, where / str(each.hydra.sweep.subdir)
+
+
+def _check_launch(config: DictConfig, job: DictConfig) -> None:
+    """Refuse a job that chooses its own launcher or sweeper: Hydra has chosen both by then, and would say nothing."""
+    for group in ("launcher", "sweeper"):
+        if job.hydra[group] == config.hydra[group]:
+            continue
+        overrides, target = " ".join(job.hydra.overrides.task), job.hydra[group].get("_target_")
+        raise ConfigError(
+            f"job {job.hydra.job.num} ({overrides}) sets hydra.{group} ({target}), which has no effect within a sweep; "
+            f"set hydra/{group}=... on the command line, or choose one experiment and one sweep at a time"
+        )
 
 
 def _check_values(config: DictConfig) -> None:

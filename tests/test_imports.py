@@ -30,6 +30,7 @@ LAYERS = [
         "lazy",
     ),
     ("files", "experiment"),
+    ("reporting",),
     ("directory",),
     ("tree", "spaces"),
     ("status",),
