@@ -25,7 +25,8 @@ NEEDS = {
     # The adjoint iteration of an MDEQ does not contract at first.
     "task/network=mdeq": [*FEW, "task.network.channels=[8,8]", "solver=anderson", "adjoint=gmres", "optimizer.lr=0.05"],
 }
-TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
+STOCHASTIC = tuple(f"adjoint/{name}" for name in ("soba", "saba", "stocbio", "f2sa", "v_pbgd"))
+TRAINED = ("adjoint/t1t2", "adjoint/finite_difference", *STOCHASTIC)  # of trained problems only
 SPACES = ("task/space/", "task/tuned/")  # those of one setting each: see the tests of the spaces
 OPTIONS = [
     "=".join(option.rsplit("/", 1))
