@@ -94,6 +94,7 @@ SCHEMA: dict[str, type] = {
         tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
     ),
     "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
+    "task/data_cleaning": _targeted(tasks.CleaningSettings, "hyperopt.tasks.cleaning.CleaningTask", products=PRODUCTS),
     "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
     **{f"task/space/{name}": SPACES[name] for name in ("real", "positive", "bounded")},
     "task/stn_quadratic": _targeted(stn_tasks.StnQuadraticSettings, "hyperopt.tasks.stn_quadratic.StnQuadraticTask"),

@@ -61,16 +61,21 @@ class Pieces:
 class Table:
     """The last values of some terms on every batch, and their mean; each a (batches, dim) matrix."""
 
-    def __init__(self, rows: list[Tensor], mean: list[Tensor], shares: list[float]) -> None:
-        """Keep them as they are."""
-        self.rows, self.mean, self.shares = rows, mean, shares
+    def __init__(self, kept: list[list[Tensor]], shares: list[float]) -> None:
+        """Keep what ``kept`` has of another table, without a copy."""
+        (self.rows, self.mean), self.shares = kept, shares
+
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """All that a table remembers."""
+        return [self.rows, self.mean]
 
     @staticmethod
     def filled(values: Sequence[Sequence[Tensor]], shares: list[float]) -> Table:
         """The table of these terms of every batch."""
         rows = [torch.cat(list(column)) for column in zip(*values, strict=True)]
         q = rows[0].new_tensor(shares)[None]
-        return Table(rows, [q @ column for column in rows], shares)
+        return Table([rows, [q @ column for column in rows]], shares)
 
     def reduced(self, k: int, now: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
         """The directions, given the terms of batch ``k`` as they are now, and what writes them into the table."""
@@ -102,9 +107,9 @@ class SABA(SABASettings, SingleLoop):
         batch = inner.take(i)
         if "inner" not in memory:
             return *_fill(at, memory, inner, outer), batch
-        (slope, product, mixed), write_inner = Table(*memory["inner"], inner.shares).reduced(i, at.inner(batch))
+        (slope, product, mixed), write_inner = Table(memory["inner"], inner.shares).reduced(i, at.inner(batch))
         loss, *now = at.outer(outer.take(j))
-        (in_w, direct), write_outer = Table(*memory["outer"], outer.shares).reduced(j, now)
+        (in_w, direct), write_outer = Table(memory["outer"], outer.shares).reduced(j, now)
 
         def write() -> None:
             write_inner()
@@ -121,7 +126,7 @@ def _fill(at: At, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple
     loss = sum(q * value for q, value in zip(outer.shares, losses, strict=True))
 
     def write() -> None:
-        memory.update(inner=[one.rows, one.mean], outer=[two.rows, two.mean])
+        memory.update(inner=one.kept, outer=two.kept)
 
     (slope, product, mixed), (in_w, direct) = one.mean, two.mean
     return Terms(slope, product, mixed, in_w, direct, loss), write
