@@ -23,6 +23,7 @@ from torch import Tensor
 
 import hyperopt
 from hyperopt import F2SA, SABA, SOBA, VPBGD, Bilevel, BilevelProblem, Minibatches, StocBiO
+from hyperopt.bilevel.problem import NoBatches
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
@@ -31,6 +32,19 @@ HERE = Path(__file__).resolve().parent
 ROWS, WEIGHTS, HYPER, BATCH, RIDGE = 64, 5, 3, 8, 0.5
 SEEDS = (0, 1, 2)
 DOUBLE = torch.float64
+
+
+class Independent(NoBatches):
+    """Batches drawn with replacement, which is what the theory of SOBA is about; those of the library are epochs."""
+
+    def __init__(self, rows: tuple[Tensor, ...], size: int, seed: int) -> None:
+        """Stand before the first batch."""
+        self.rows, self.size, self.generator = rows, size, torch.Generator().manual_seed(seed)
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """The next batch."""
+        index = torch.randint(len(self.rows[0]), (self.size,), generator=self.generator)
+        return tuple(part[index] for part in self.rows)
 
 
 class Quadratic:
@@ -56,7 +70,7 @@ class Quadratic:
         away = lam - self.best
         return float(away @ self.curvature @ away) / 2
 
-    def problem(self, size: int | None, seed: int) -> BilevelProblem:
+    def problem(self, size: int | None, seed: int, replacement: bool) -> BilevelProblem:
         """The two losses, on batches of ``size``."""
 
         def inner(w: Tensor, lam: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
@@ -67,14 +81,26 @@ class Quadratic:
             x, y = batch
             return (x @ w - y).square().mean() / 2 + RIDGE * lam.square().sum() / 2
 
-        batches = Minibatches((self.x, self.y, self.p), size, 2 * seed), Minibatches((self.xv, self.yv), size, 2 * seed + 1)
-        return BilevelProblem(inner, outer, *batches)
+        data = (self.x, self.y, self.p), (self.xv, self.yv)
+        if replacement and size is not None:
+            first, second = (Independent(rows, size, 2 * seed + k) for k, rows in enumerate(data))
+            return BilevelProblem(inner, outer, first, second)
+        first, second = (Minibatches(rows, size, 2 * seed + k) for k, rows in enumerate(data))
+        return BilevelProblem(inner, outer, first, second)
 
 
-def run(method: hyperopt.Estimator, steps: int, lr: float, horizon: float | None, size: int | None, seed: int) -> list[float]:
+def run(
+    method: hyperopt.Estimator,
+    steps: int,
+    lr: float,
+    horizon: float | None,
+    size: int | None,
+    seed: int,
+    replacement: bool = False,
+) -> list[float]:
     """The gap after each outer step; the outer step is ``lr``, or ``lr / (1 + t / horizon)``."""
     quadratic = Quadratic(seed)
-    bilevel = Bilevel(quadratic.problem(size, seed), torch.zeros(WEIGHTS, dtype=DOUBLE), adjoint=method)
+    bilevel = Bilevel(quadratic.problem(size, seed, replacement), torch.zeros(WEIGHTS, dtype=DOUBLE), adjoint=method)
     lam, gaps = torch.zeros(HYPER, dtype=DOUBLE), []
     for t in range(steps):
         lam = lam - lr / (1 + t / (horizon or math.inf)) * bilevel.step(lam).grad
@@ -98,6 +124,12 @@ STEP = 0.1
 RUNS: dict[str, dict[str, Any]] = {  # method, steps, outer step and its horizon, batch
     "SOBA, constant steps": {"method": lambda s: SOBA(step_size=STEP), "steps": 3000, "lr": STEP},
     "SOBA, steps 1 / t": {
+        "method": lambda s: SOBA(step_size=STEP, decay=1.0, horizon=100),
+        "steps": 3000,
+        "lr": STEP,
+        "horizon": 100,
+    },
+    "SOBA, steps 1 / t, independent batches": {
         "method": lambda s: SOBA(step_size=STEP, decay=1.0, horizon=100),
         "steps": 3000,
         "lr": STEP,
@@ -132,9 +164,12 @@ def main() -> None:
     for name, given in RUNS.items():
         start = time.process_time()
         size = given.get("size", BATCH)
-        curves = [run(given["method"](s), given["steps"], given["lr"], given.get("horizon"), size, s) for s in SEEDS]
+        curves = [
+            run(given["method"](s), given["steps"], given["lr"], given.get("horizon"), size, s, "independent" in name)
+            for s in SEEDS
+        ]
         mean = np.exp(np.mean(np.log(np.maximum(curves, 1e-300)), axis=0)).tolist()  # geometric: a line stays a line
-        fits = {"exponent": [exponent(c, len(c) // 20) for c in curves], "factor": [factor(c) for c in curves]}
+        fits = {"exponent": [exponent(c, len(c) // 3) for c in curves], "factor": [factor(c) for c in curves]}
         late = float(np.mean([np.mean(c[-len(c) // 10 :]) for c in curves]))
         row = {key: float(np.mean(values)) for key, values in fits.items()} | {"last_tenth": late, "steps": given["steps"]}
         row |= {f"{key}_by_seed": values for key, values in fits.items()} | {"cpu_seconds": time.process_time() - start}
