@@ -66,6 +66,11 @@ _PUBLIC = {
     "InnerLBFGS": "hyperopt.bilevel.inner.lbfgs",
     "T1T2": "hyperopt.bilevel.t1t2",
     "FiniteDifference": "hyperopt.bilevel.finite_difference",
+    "SOBA": "hyperopt.bilevel.soba",
+    "SABA": "hyperopt.bilevel.saba",
+    "StocBiO": "hyperopt.bilevel.stocbio",
+    "F2SA": "hyperopt.bilevel.f2sa",
+    "VPBGD": "hyperopt.bilevel.v_pbgd",
     "Nystrom": "hyperopt.linsolve.nystrom",
     "Hyperparameters": "hyperopt.spaces",
     "Space": "hyperopt.spaces",
@@ -92,6 +97,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
+    from hyperopt.bilevel.f2sa import F2SA as F2SA
     from hyperopt.bilevel.finite_difference import FiniteDifference as FiniteDifference
     from hyperopt.bilevel.functional import Functional as Functional
     from hyperopt.bilevel.gauss_newton import Composite as Composite
@@ -106,8 +112,12 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.over_ranks import over_ranks as over_ranks
     from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
+    from hyperopt.bilevel.saba import SABA as SABA
     from hyperopt.bilevel.settings import ProductSettings as ProductSettings
+    from hyperopt.bilevel.soba import SOBA as SOBA
+    from hyperopt.bilevel.stocbio import StocBiO as StocBiO
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2
+    from hyperopt.bilevel.v_pbgd import VPBGD as VPBGD
     from hyperopt.certificate import Certificate as Certificate
     from hyperopt.certificate import Constants as Constants
     from hyperopt.certificate import certify as certify

@@ -16,7 +16,8 @@ from hyperopt.schema import LINEAR_SOLVERS, SCHEMA
 from hyperopt.tasks.base import HypergradientError, Task
 
 # For symmetric maps only; with solvers that keep an inverse only; for trained problems only.
-PARTICULAR = ("cg", "nystrom", "shine", "t1t2", "finite_difference")
+SINGLE_LOOP = ("soba", "saba", "stocbio", "f2sa", "v_pbgd")  # no adjoints of a fixed point at all
+PARTICULAR = ("cg", "nystrom", "shine", "t1t2", "finite_difference", *SINGLE_LOOP)
 
 
 def adjoints(own: Adjoint) -> dict[str, Adjoint]:
@@ -42,6 +43,11 @@ def check(task: Task, out: Path) -> float:
         NotImplementedError: the task offers no ``objective``.
     """
     solver, adjoint = getattr(task, "solver", None), getattr(task, "adjoint", None) or Implicit()
+    if not isinstance(adjoint, Adjoint):
+        raise NotImplementedError(
+            f"mode=check is about the adjoint of a fixed point; {type(adjoint).__name__} trains the model itself and is right "
+            "only in its limit. Use adjoint=cg"
+        )
     found = check_hypergradient(task.objective, task.groups(), solver=solver, adjoint=adjoint)
     print(found)
     compared = compare_adjoints(task.objective, task.groups(), adjoints(adjoint), solver=solver)

@@ -21,6 +21,7 @@ from hyperopt import settings as core
 from hyperopt import space_settings as spaces
 from hyperopt import train_settings as train
 from hyperopt.bilevel import settings as bilevel
+from hyperopt.bilevel import single_loop_settings as stochastic
 from hyperopt.data import settings as data
 from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
@@ -93,6 +94,7 @@ SCHEMA: dict[str, type] = {
         tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
     ),
     "task/weight_decay": _targeted(tasks.WeightDecaySettings, "hyperopt.tasks.network.WeightDecayTask", products=PRODUCTS),
+    "task/data_cleaning": _targeted(tasks.CleaningSettings, "hyperopt.tasks.cleaning.CleaningTask", products=PRODUCTS),
     "task/augmentation": _targeted(tasks.AugmentationSettings, "hyperopt.tasks.network.AugmentationTask", products=PRODUCTS),
     **{f"task/space/{name}": SPACES[name] for name in ("real", "positive", "bounded")},
     "task/stn_quadratic": _targeted(stn_tasks.StnQuadraticSettings, "hyperopt.tasks.stn_quadratic.StnQuadraticTask"),
@@ -136,6 +138,11 @@ SCHEMA: dict[str, type] = {
     "adjoint/finite_difference": _targeted(
         bilevel.FiniteDifferenceSettings, "hyperopt.bilevel.finite_difference.FiniteDifference"
     ),
+    "adjoint/soba": _targeted(stochastic.SOBASettings, "hyperopt.bilevel.soba.SOBA"),
+    "adjoint/saba": _targeted(stochastic.SABASettings, "hyperopt.bilevel.saba.SABA"),
+    "adjoint/stocbio": _targeted(stochastic.StocBiOSettings, "hyperopt.bilevel.stocbio.StocBiO"),
+    "adjoint/f2sa": _targeted(stochastic.F2SASettings, "hyperopt.bilevel.f2sa.F2SA"),
+    "adjoint/v_pbgd": _targeted(stochastic.VPBGDSettings, "hyperopt.bilevel.v_pbgd.VPBGD"),
     "inner/gradient_descent": _targeted(
         bilevel.GradientDescentSettings, "hyperopt.bilevel.inner.gradient_descent.GradientDescent"
     ),

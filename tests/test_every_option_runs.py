@@ -25,7 +25,8 @@ NEEDS = {
     # The adjoint iteration of an MDEQ does not contract at first.
     "task/network=mdeq": [*FEW, "task.network.channels=[8,8]", "solver=anderson", "adjoint=gmres", "optimizer.lr=0.05"],
 }
-TRAINED = ("adjoint/t1t2", "adjoint/finite_difference")  # of trained problems only
+STOCHASTIC = tuple(f"adjoint/{name}" for name in ("soba", "saba", "stocbio", "f2sa", "v_pbgd"))
+TRAINED = ("adjoint/t1t2", "adjoint/finite_difference", *STOCHASTIC)  # of trained problems only
 SPACES = ("task/space/", "task/tuned/")  # those of one setting each: see the tests of the spaces
 OPTIONS = [
     "=".join(option.rsplit("/", 1))
@@ -51,7 +52,9 @@ SMALL_EXPERIMENT = {  # where 300 images are too many
     "mdeq_cifar10": ["dataset.train=16", "dataset.test=8", "task.batch_size=8", "task.network.channels=[8,8]"],
 }
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
-SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation")}
+SMALL |= {
+    f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation", "data_cleaning")
+}
 SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
 SMALL["task=stn_images"] = [*ROWS, "optimizer=adam", "optimizer.lr=0.01", "task.batch_size=50", "task.val_batch_size=50"]
 SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
@@ -61,6 +64,7 @@ PERCEPTRON = [*IMAGES, "task.hidden=[20]", "task.batch_size=50", "task.val_batch
 SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows here
     "weight_decay_per_parameter_mnist": [*PERCEPTRON, "task.selection_rows=20"],
     "augmentation_mnist": PERCEPTRON,
+    "data_cleaning_mnist": IMAGES,
     "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
     **{name: [*IMAGES, "task.val_batch_size=50"] for name in ("stn_mnist_mlp", "stn_fashion_cnn")},
     "stn_cifar10": [

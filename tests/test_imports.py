@@ -14,6 +14,7 @@ LAYERS = [
     (
         "settings",
         "bilevel.settings",
+        "bilevel.single_loop_settings",
         "data.errors",
         "data.settings",
         "linsolve.settings",

@@ -40,7 +40,20 @@ class Minibatches:
 
     def draw(self) -> Any:
         """Return the next batch, in the structure of ``tensors``."""
-        index = self.order.take().index
+        return self._batch(self.order.take().index)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of all rows, the part of each piece: the data set cut once, in the order of the first epoch, no row left out."""
+        rows, size = self.order.rows, self.order.size or self.order.rows
+        return [min(size, rows - start) / rows for start in range(0, rows, size)]
+
+    def piece(self, number: int) -> Any:
+        """Return a piece, the same rows every time; where the next batch stands is left as it is."""
+        return self._batch(self.order.at((0, number)).index)
+
+    def _batch(self, index: Tensor | None) -> Any:
+        """The rows at these places; None: the tensors themselves."""
         return self.tensors if index is None else optree.tree_map(lambda leaf: _rows(leaf, index), self.tensors)
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def hypergradient(
         >>> round(float(estimate.grad), 6)
         -0.25
     """
-    if inner is not None:
+    if inner is not None or isinstance(adjoint, Estimator):  # both may move it
         w = optree.tree_map(lambda x: x.detach().clone(), w)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)

@@ -288,6 +288,29 @@ class WeightDecaySettings(NetworkSettings):
 
 
 @dataclass(frozen=True)
+class CleaningSettings(NetworkSettings):
+    """A weight for each training row, some of whose labels are replaced.
+
+    Attributes:
+        weights: space of the weights.
+        corrupted: share of the training labels that are replaced by another class, in [0, 1].
+        decay: strength of the L2 of the model.
+        hidden: as ``NetworkSettings`` (none: a linear model).
+    """
+
+    hidden: tuple[int, ...] = ()
+    weights: Any = None
+    corrupted: float = 0.5
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "corrupted", 0.0, 1.0)
+        check_number(self, "decay", 0.0)
+
+
+@dataclass(frozen=True)
 class AugmentationSettings(NetworkSettings):
     """A network trained on images that another one has changed.
 

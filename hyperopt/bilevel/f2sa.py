@@ -1,0 +1,68 @@
+"""F2SA: the hypergradient from first derivatives alone, by a penalty that grows without end.
+
+Two copies of the weights: ``z`` minimises ``L`` (it is ``state.w``) and ``y`` minimises ``E + lambda L``. T times
+
+    z <- z - step grad_w L(z),        y <- y - step (grad_w E(y) / lambda + grad_w L(y))
+
+and then    dE/dlam ~ d_lam E(y) + lambda (d_lam L(y) - d_lam L(z)),        lambda <- lambda + delta
+
+whose bias is ``O(1 / lambda)``. The paper's step for ``y`` is ``alpha``, with ``alpha lambda`` of the size of the step for ``z``:
+here it is that step. The paper draws independent batches for ``y`` and ``z``; here both copies see the same ones, whose noise
+cancels in the difference that ``lambda`` multiplies. Its outer step falls as ``1 / lambda``: that is the outer optimizer's.
+
+Reference: Kwon, Kwon, Wright & Nowak, ICML 2023, arXiv 2301.10945, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.single_loop_settings import F2SASettings
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, moved, second_copy
+from hyperopt.tree import tree_norm
+
+
+@dataclass(frozen=True)
+class F2SA(F2SASettings, Estimator):
+    """F2SA; settings in ``F2SASettings``."""
+
+    def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+        """Move both copies, and return the hypergradient where they end; see ``Estimator``.
+
+        Raises:
+            SolveError: a copy diverges; names the step to lower. The state is that of the step before.
+        """
+        memory = state.memory.setdefault("F2SA", {"steps": 0})
+        growth, penalty = Growth("F2SA", memory), self.penalty(memory["steps"])
+        hyper, z = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
+        y, batch, sizes = second_copy(z, memory), None, (0.0, 0.0)
+        remedy = f"adjoint.step_size={self.step_size:g}"
+        for _ in range(self.steps):
+            batch = problem.inner_batches.draw()
+            down, _ = first_order(problem.inner, z, hyper, batch)
+            pulled, _ = first_order(problem.inner, y, hyper, batch)
+            outer, _ = first_order(problem.outer, y, hyper, problem.outer_batches.draw())
+            both = [g + e / penalty for g, e in zip(pulled, outer, strict=True)]
+            sizes = tree_norm(down), tree_norm(both)
+            growth.see("inner", sizes[0], remedy)
+            growth.see("penalised", sizes[1], remedy)
+            z, y = moved(z, down, self.step_size), moved(y, both, self.step_size)
+        trained = growth.see("inner", sizes[0], remedy, steps=self.steps)
+        solved = growth.see("penalised", sizes[1], remedy, steps=self.steps)
+
+        batch, validation = problem.inner_batches.draw(), problem.outer_batches.draw()
+        _, direct = first_order(problem.outer, y, hyper, validation)
+        (_, above), (_, below) = (first_order(problem.inner, w, hyper, batch) for w in (y, z))
+        grad = [e + penalty * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
+        with torch.no_grad():
+            loss = float(problem.outer(z.tree, hyper.tree, validation))
+        commit(problem, state, z, lam, batch)
+        memory.update(penalised=[leaf.detach() for leaf in y.flat], steps=memory["steps"] + 1)
+        cost = Cost(2 * self.steps + 2, self.steps + 1)
+        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, cost)

@@ -1,0 +1,114 @@
+"""One loop: the weights, the adjoint variable and the hyperparameters each move by one step at a time.
+
+    w   <- w   - step  D_w,      D_w = grad_w L
+    u   <- u   - step' D_u,      D_u = H u - d_w E
+    lam <- lam - ...   D_lam,    D_lam = d_lam E - (d_lam grad_w L)^T u
+
+All three directions are taken at the same ``(w, u, lam)`` and are sums over examples, so that each can be estimated without bias
+from minibatches. ``D_lam`` is the hypergradient that is returned; the step in ``lam`` is the outer optimizer's. With ``u = -v``
+these are the directions of the paper.
+
+Reference: Dagreou, Ablin, Vaiter & Moreau, NeurIPS 2022, arXiv 2201.13409, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.single_loop_settings import SOBASettings
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
+from hyperopt.tree import layout_of, leaves_of
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the directions are sums of, each of shape (1, dim): the numbers in ``w`` for three, those in ``lam`` for two.
+
+    Attributes:
+        inner: ``grad_w L``.
+        product: ``H u``.
+        mixed: ``(d_lam grad_w L)^T u``.
+        outer: ``d_w E``.
+        direct: ``d_lam E``.
+        loss: ``E``, where it was worked out.
+    """
+
+    inner: Tensor
+    product: Tensor
+    mixed: Tensor
+    outer: Tensor
+    direct: Tensor
+    loss: float
+
+
+class At:
+    """The point at which terms are taken.
+
+    Args:
+        problem: the losses.
+        w, lam: weights and hyperparameters.
+        u: the adjoint variable, shape (1, dim); None: zero.
+    """
+
+    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
+        """Nothing is worked out yet."""
+        self.problem, self.w, self.lam = problem, w, lam
+        self.weights, self.hyper = layout_of(w.tree, "joint"), layout_of(lam.tree, "joint")
+        self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
+        self.cost = Cost()
+
+    def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
+        curvature = Hessian(self.problem, self.w, self.lam, batch)
+        product, mixed = curvature.product(self.u), curvature.mixed(self.u)
+        self.cost.inner_gradients += curvature.gradients
+        self.cost.hessian_products += curvature.products
+        self.cost.mixed_products += curvature.mixed_products
+        return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
+
+    def outer(self, batch: Any) -> tuple[float, Tensor, Tensor]:
+        """``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
+        loss, in_w, in_lam = outer_gradient(self.problem, self.w, self.lam, batch)
+        self.cost.outer_gradients += 1
+        return float(loss), self.weights.matrix(self.w.like(in_w)), self.hyper.matrix(self.lam.like(in_lam))
+
+
+class SingleLoop(SOBASettings, Estimator):
+    """The loop; a method says where its terms come from."""
+
+    @abstractmethod
+    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+        """Return the terms, what writes into ``memory`` all that is to be remembered of them, and the batch of the inner loss."""
+
+    def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+        """The hypergradient at the present ``w`` and ``u``, which then move by one step; see ``Estimator``.
+
+        Raises:
+            SolveError: the method diverges; names the step to lower. The state is that of the step before.
+        """
+        name = type(self).__name__
+        memory = state.memory.setdefault(name, {"steps": 0})
+        w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
+        at = At(problem, w, hyper, memory.get("u"))
+        terms, write, batch = self.terms(at, memory)
+        grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
+        growth = Growth(name, memory)
+        trained = growth.see("inner", float(terms.inner.norm()), f"adjoint.step_size={self.step_size:g}")
+        step = self.step_size if self.adjoint_step is None else self.adjoint_step
+        remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
+        solved = growth.see("adjoint", float(slope.norm()), remedy, scale=float(terms.outer.norm()))
+        factor = self.factor(memory["steps"])
+        slopes = leaves_of(at.weights.tree(terms.inner))
+        commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
+        write()
+        memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)
+        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost)

@@ -1,0 +1,72 @@
+"""stocBiO: a few steps of stochastic gradient descent, then a Neumann series whose every product has a batch of its own.
+
+    u = eta sum_{q=0}^{Q} prod_{j=1}^{q} (I - eta H(B_j)) d_w E,        dE/dlam ~ d_lam E - (d_lam grad_w L)^T u
+
+The weights start where they are, the adjoint anew. A batch for training in each of D steps, one of the outer loss, Q for the
+series and one for the mixed product; the error is ``(1 - eta mu)^Q`` plus noise.
+
+Reference: Ji, Yang & Liang, ICML 2021, arXiv 2010.07962, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.inner.base import gradient
+from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.resampled import Resampled
+from hyperopt.bilevel.single_loop_settings import StocBiOSettings
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
+from hyperopt.tree import layout_of, tree_norm
+
+
+@dataclass(frozen=True)
+class StocBiO(StocBiOSettings, Estimator):
+    """stocBiO; settings in ``StocBiOSettings``."""
+
+    def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+        """Train from where the weights are, and sum the series there; see ``Estimator``.
+
+        Raises:
+            SolveError: training or the series diverges; names the step to lower. The state is that of the step before.
+        """
+        growth = Growth("StocBiO", state.memory.setdefault("StocBiO", {}))
+        hyper, w, batch, size = Leaves.of(lam, "lam"), Leaves.of(state.w, "w"), None, 0.0
+        fixed = hyper.like([leaf.detach() for leaf in hyper.flat])
+        for _ in range(self.steps):
+            batch = problem.inner_batches.draw()
+            _, slopes = gradient(problem, w, fixed, batch)
+            size = tree_norm(slopes)
+            growth.see("inner", size, f"adjoint.step_size={self.step_size:g}")
+            w = moved(w, slopes, self.step_size)
+        trained = growth.see("inner", size, f"adjoint.step_size={self.step_size:g}", steps=self.steps)
+
+        loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
+        layout = layout_of(w.tree, "joint")
+        curvature = Resampled(lambda: Hessian(problem, w, hyper, problem.inner_batches.draw()))
+        eta = self.step_size if self.adjoint_step is None else self.adjoint_step
+        b = layout.matrix(w.like(in_w))
+        term = total = b
+        for _ in range(self.terms):
+            term = term - eta * curvature.product(term)
+            total = total + term
+        remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
+        solved = growth.see("adjoint", float(term.norm()), remedy, scale=float(b.norm()), steps=self.terms)
+        mixed = curvature.mixed(eta * total)
+        grad = [_difference(g, m, leaf) for g, m, leaf in zip(in_lam, mixed, hyper.flat, strict=True)]
+        commit(problem, state, w, lam, batch)
+        cost = Cost(self.steps + curvature.gradients, 1, curvature.products, curvature.mixed_products)
+        unused = tuple(n for n, g, m in zip(hyper.names, in_lam, mixed, strict=True) if g is None and m is None)
+        return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
+
+
+def _difference(direct: torch.Tensor | None, mixed: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """``direct - mixed``, where None is zero."""
+    zero = torch.zeros_like(like)
+    return (zero if direct is None else direct) - (zero if mixed is None else mixed)

@@ -1,0 +1,99 @@
+"""What the stochastic methods share: steps that are written only if they are sound, and the statistics of a step.
+
+A method works out all that it would change first. ``Growth`` looks at it, and refuses a method that diverges before anything is
+written: the state is then the last good one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.bilevel.estimate import State
+from hyperopt.bilevel.problem import BilevelProblem, Leaves, Loss
+from hyperopt.certificate import Certificate
+from hyperopt.policy import SolveError
+from hyperopt.status import SolveStats, Status
+
+RISE = 1e3  # a residual this many times the first one is no convergence any more
+NONE = Certificate(math.nan, False, math.nan)  # nothing is solved to a tolerance, so nothing is known about the error
+
+
+class Growth:
+    """How residuals compare with those at the start of the run.
+
+    Args:
+        method: the method's name in statistics and messages.
+        memory: where the first residuals are kept, by name.
+    """
+
+    def __init__(self, method: str, memory: dict[str, Any]) -> None:
+        """Take the first residuals, if there are any."""
+        self.method = method
+        self.first: dict[str, float] = memory.setdefault("first", {})
+
+    def see(self, what: str, size: float, remedy: str, scale: float | None = None, steps: int = 1) -> SolveStats:
+        """Statistics of a residual of norm ``size``, relative to the first one.
+
+        Args:
+            what: its name.
+            size: its norm.
+            remedy: the setting to change, with its value.
+            scale: what it is compared with (None: its own norm at the start of the run).
+            steps: steps that were taken.
+
+        Raises:
+            SolveError: it has grown beyond all bounds, or is not finite.
+        """
+        first = self.first.get(what) or (size if scale is None else scale)
+        if not size <= RISE * first:
+            status = Status.diverged if math.isfinite(size) else Status.nonfinite
+            raise SolveError(
+                f"{self.method} ended as {status.name}: the residual of its {what} variable is {size:.3g}, after {first:.3g} at "
+                f"first; the state is that of the step before. Lower {remedy}"
+            )
+        self.first[what] = first
+        relative, code = (size / first if first > 0 else size), torch.tensor([int(Status.fixed_steps)])
+        numbers = [torch.tensor([x], dtype=torch.float64) for x in (relative, first)]
+        return SolveStats(code, torch.tensor([steps]), *numbers, evaluations=steps, method=self.method)
+
+
+def first_order(loss: Loss, w: Leaves, lam: Leaves, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The partial gradients of a loss in ``w`` and in ``lam``, zeros where it does not depend on one; no second derivative.
+
+    Raises:
+        ValueError: the loss depends on neither.
+    """
+    with torch.enable_grad():
+        value = loss(w.tree, lam.tree, batch)
+        if not value.requires_grad:
+            raise ValueError("a loss depends neither on w nor on lam; is it computed from them, without detach or .item()?")
+        found = torch.autograd.grad(value, [*w.flat, *lam.flat], allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip([*w.flat, *lam.flat], found, strict=True)]
+    return filled[: len(w.flat)], filled[len(w.flat) :]
+
+
+def moved(w: Leaves, slopes: Sequence[Tensor], step: float) -> Leaves:
+    """New leaves one step down."""
+    values = [x.detach() - step * g for x, g in zip(w.flat, slopes, strict=True)]
+    return Leaves.of(w.like(values), "w")
+
+
+def commit(problem: BilevelProblem, state: State, w: Leaves, lam: Any, batch: Any) -> None:
+    """Write ``w`` into the weights, and move running statistics by it."""
+    with torch.no_grad():
+        for old, new in zip(optree.tree_leaves(state.w), w.flat, strict=True):
+            old.copy_(new)
+    if problem.refresh is not None:
+        problem.refresh(state.w, lam, batch)
+
+
+def second_copy(w: Leaves, memory: dict[str, Any]) -> Leaves:
+    """The penalised copy of the weights as it was left, at first a copy of ``w``."""
+    kept = memory.get("penalised")
+    return Leaves.of(w.like([x.detach().clone() for x in w.flat] if kept is None else kept), "w")

@@ -1,0 +1,67 @@
+"""V-PBGD: gradient descent on the outer loss and a growing penalty for the gap between the inner loss and its least value.
+
+    F(lam, y) = E(y, lam) + gamma (L(y, lam) - min_w L(w, lam))
+
+``w`` (``state.w``) follows the minimum of ``L`` by T steps of gradient descent; ``y`` is a second copy, which descends on ``F``
+with the hyperparameters, both from the same point:
+
+    dE/dlam ~ d_lam E(y) + gamma (d_lam L(y) - d_lam L(w))
+    y <- y - step min(1 / gamma, 1) (grad_w E(y) + gamma grad_w L(y))
+
+First derivatives alone. The bias is ``O(1 / gamma)``. ``gamma`` grows linearly and then stays, and the step of ``y`` falls
+with it, as in the authors' program for data cleaning; the same factor for ``lam`` is left to the outer optimizer.
+
+Reference: Shen & Chen, ICML 2023, arXiv 2302.05185, algorithm 1 (V-PBGD).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.single_loop_settings import VPBGDSettings
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, moved, second_copy
+from hyperopt.tree import tree_norm
+
+
+@dataclass(frozen=True)
+class VPBGD(VPBGDSettings, Estimator):
+    """V-PBGD; settings in ``VPBGDSettings``."""
+
+    def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+        """Move ``w``, return the hypergradient, and move ``y``; see ``Estimator``.
+
+        Raises:
+            SolveError: a copy diverges; names the step to lower. The state is that of the step before.
+        """
+        memory = state.memory.setdefault("VPBGD", {"steps": 0})
+        growth, gamma = Growth("VPBGD", memory), self.penalty(memory["steps"])
+        hyper, w = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
+        y, size = second_copy(w, memory), 0.0
+        step = self.step_size if self.inner_step is None else self.inner_step
+        remedy = f"adjoint.{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
+        for _ in range(self.steps):
+            slopes, _ = first_order(problem.inner, w, hyper, problem.inner_batches.draw())
+            size = tree_norm(slopes)
+            growth.see("inner", size, remedy)
+            w = moved(w, slopes, step)
+        trained = growth.see("inner", size, remedy, steps=self.steps)
+
+        batch, validation = problem.inner_batches.draw(), problem.outer_batches.draw()
+        outer, direct = first_order(problem.outer, y, hyper, validation)
+        pulled, above = first_order(problem.inner, y, hyper, batch)
+        _, below = first_order(problem.inner, w, hyper, batch)
+        grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
+        scale = 1 / max(gamma, 1.0)
+        both = [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)]
+        solved = growth.see("penalised", tree_norm(both), f"adjoint.step_size={self.step_size:g}")
+        with torch.no_grad():
+            loss = float(problem.outer(w.tree, hyper.tree, validation))
+        commit(problem, state, w, lam, batch)
+        memory.update(penalised=[leaf.detach() for leaf in moved(y, both, self.step_size).flat], steps=memory["steps"] + 1)
+        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, Cost(self.steps + 2, 1))
