@@ -21,7 +21,8 @@ from typing import Any
 import optree
 import torch
 from image_runs import Study
-from images import STUDIES, write_table
+from images import STUDIES
+from tables import write_table
 from torch import Tensor
 
 from hyperopt.memory import peak_memory
@@ -121,7 +122,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     facts = {"torch": torch.__version__, "rounds": options.rounds, "runs": found}
     (HERE / "cost.json").write_text(json.dumps(facts, indent=1) + "\n")
-    write_table("cost", lines)
+    write_table("cost", lines, "IMAGES.md")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from image_runs import Row, Study
+from tables import HERE, write_table
 
 from hyperopt.stn import Bounded, Discrete, Tuned
 
-HERE = Path(__file__).resolve().parent
 STUDIES = {"mlp": "stn_mnist_mlp", "cnn": "stn_fashion_cnn"}
 METHODS = ("untuned", "random search", "TPE", "self-tuning", "schedule replayed")
 POSITIVE = (1e-6, 1e-2)  # where a positive hyperparameter is searched, log-uniformly
@@ -130,16 +130,6 @@ def table(runs: Mapping[str, Row], study: str, seeds: list[int]) -> list[str]:
     return lines
 
 
-def write_table(name: str, lines: list[str]) -> None:
-    """Put a table between its two marks in IMAGES.md."""
-    page = HERE / "IMAGES.md"
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    text = page.read_text() if page.exists() else ""
-    if start in text:
-        before, _, rest = text.partition(start)
-        page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
-
-
 def figure(runs: Mapping[str, Row], study: str, seeds: list[int]) -> None:
     """Validation loss of each method, and the hyperparameters that self-tuning found, seed by seed."""
     from matplotlib.figure import Figure
@@ -204,7 +194,7 @@ def main() -> None:
                 )
     if options.results == HERE / "images.json":
         for study in options.studies:
-            write_table(study, table(runs, study, options.seeds))
+            write_table(study, table(runs, study, options.seeds), "IMAGES.md")
             figure(runs, study, options.seeds)
 
 

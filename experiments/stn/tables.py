@@ -1,4 +1,4 @@
-"""What the measurements of this folder share: files of results, and tables of README.md."""
+"""What the measurements of this folder share: files of results, and tables of its pages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def save(file: str, name: str, found: Any) -> dict[str, Any]:
     return results
 
 
-def write_table(name: str, lines: Sequence[str]) -> None:
-    """Put a table between its two marks in README.md, if they are there."""
-    readme = HERE / "README.md"
+def write_table(name: str, lines: Sequence[str], file: str = "README.md") -> None:
+    """Put a table between its two marks in a page of this folder, if they are there."""
+    page = HERE / file
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    text = readme.read_text() if readme.exists() else ""
+    text = page.read_text() if page.exists() else ""
     if start in text:
         before, _, rest = text.partition(start)
-        readme.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
+        page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
