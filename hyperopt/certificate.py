@@ -115,7 +115,7 @@ def _estimate(forward: SolveStats, box: AdjointBox, size: Tensor, norm: float) -
     growth = (decay * grown.clamp(min=1.0)).sqrt()
     state = _ratio(forward.residual * forward.scale * growth, forward.scale)
     # Relative to |v|, which has grown with |g| already, an error in g or of the solve grows by what is left.
-    left = torch.where(grown > 0, growth / grown, 1.0)
+    left = growth / grown.clamp(min=1.0)
     error = _ratio(adjoint.residual * adjoint.scale * growth, size) + state * (1 + float(left.max()))
     return Certificate(error * norm, False, factor)
 

@@ -174,6 +174,35 @@ def test_a_bad_row_leaves_the_others_as_they_are(name, bad, where):
         assert math.isnan(float(found.stats.residual[1]))
 
 
+@pytest.mark.parametrize("name", [*CYCLIC, "neumann", "anderson"])
+def test_relative_to_the_batch_bounds_the_residual_of_all_rows_and_spares_the_small_ones(name):
+    kind = {**CYCLIC, "neumann": Neumann, "anderson": LinearAnderson}[name]
+    scales = torch.tensor([1.0, 1.0, 1e-3, 1e-9])
+    op, b = Operator(symmetric(8, -0.5, 0.9)), torch.randn(4, 8) * scales[:, None]
+    rtol = 1e-4
+    by_row, by_batch = (kind(rtol=rtol, relative_to=to).solve(op, b) for to in ("row", "batch"))
+    norm, mean = torch.linalg.vector_norm(b, dim=1), b.square().sum(1).mean().sqrt()
+    residual = torch.linalg.vector_norm(b - by_batch.value + op(by_batch.value), dim=1)
+    assert by_batch.stats.status == by_row.stats.status == Status.converged
+    close(by_batch.stats.scale, torch.maximum(norm, mean))
+    assert float(residual.norm()) <= math.sqrt(2) * rtol * float(b.norm())
+    assert float(residual[:2].max()) <= rtol * float(torch.maximum(norm, mean).max())
+    close(residual, by_batch.stats.residual * by_batch.stats.scale, atol=1e-14)
+    if name != "dense":
+        assert by_batch.stats.iterations[3] < by_row.stats.iterations[3]
+        assert torch.equal(by_batch.value[norm > mean], by_row.value[norm > mean])
+
+
+def test_a_batch_of_zeros_and_a_fixed_number_of_steps_have_no_batch_scale():
+    op = Operator(symmetric(4))
+    assert torch.equal(GMRES(relative_to="batch").solve(op, torch.zeros(2, 4)).value, torch.zeros(2, 4))
+    b = torch.randn(3, 4) * torch.tensor([[1.0], [1e-6], [1e-12]])
+    fixed = [Neumann(0, 0, 7, relative_to=to).solve(op, b) for to in ("row", "batch")]
+    assert torch.equal(fixed[0].value, fixed[1].value) and torch.equal(fixed[0].stats.residual, fixed[1].stats.residual)
+    with pytest.raises(ValueError, match="relative_to='rows' is none of row, batch"):
+        GMRES(relative_to="rows")
+
+
 @pytest.mark.parametrize("name", CYCLIC)
 def test_no_rows(name):
     found = CYCLIC[name]().solve(Operator(symmetric(3)), torch.zeros(0, 3))

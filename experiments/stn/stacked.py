@@ -86,6 +86,7 @@ class Plan:
     train_steps: int = 10
     valid_steps: int = 1
     lr: float = 0.005
+    response_lr: float | None = None  # None: that of the weights
     values_lr: float = 0.015
     clip: float | None = 0.1  # of the gradient of each range
     betas: tuple[float, float] = (0.9, 0.99)  # of the optimizer of the ranges
@@ -182,6 +183,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         weights=Adam(lr=plan.lr, scheduler=scheduler),
         values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=scheduler),
         scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr, scheduler=scheduler),
+        response=None if plan.response_lr is None else Adam(lr=plan.response_lr, scheduler=scheduler),
         trainer=TrainerSettings(max_steps=warm_rounds + plan.rounds),
         seed=seeds[0],
     )

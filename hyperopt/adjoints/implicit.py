@@ -137,7 +137,10 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         steps = max(200, first.max_steps)
         if first.fixed:
             return GMRES(max_steps=steps, window=40), NormalCG(max_steps=steps)
-        return GMRES(first.rtol, first.atol, steps, window=40), NormalCG(first.rtol, first.atol, steps)
+        return tuple(
+            kind(first.rtol, first.atol, steps, relative_to=first.relative_to, **more)
+            for kind, more in ((GMRES, {"window": 40}), (NormalCG, {}))
+        )
 
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """As the linear solver has it."""

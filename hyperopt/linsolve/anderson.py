@@ -29,4 +29,4 @@ class LinearAnderson(LinearAndersonSettings, LinearSolver):
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Accelerate ``v <- M v + b``."""
         anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge, self.restart)
-        return solve_by_iteration(anderson, self.name, matvec, b, x0, trace)
+        return solve_by_iteration(anderson, self, matvec, b, x0, trace)

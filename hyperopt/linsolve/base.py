@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from hyperopt.settings import IterativeSettings
+from hyperopt.linsolve.settings import LinearSettings
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.solvers.iterate import iterate
 from hyperopt.status import SolveStats, Status
@@ -47,11 +47,12 @@ def part_of(matvec: MatVec, index: Tensor) -> MatVec | None:
     return None if part is None else part(index)
 
 
-class LinearSolver(IterativeSettings, ABC):
+class LinearSolver(LinearSettings, ABC):
     """A method for ``(I - M) v = b``; for the adjoint system ``M = J^T`` and ``b = g``.
 
     A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
-    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``.
+    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``. With ``relative_to="batch"`` the root mean square of
+    ``||b||`` over the rows stands in the place of a smaller ``||b||``.
 
     Attributes:
         iterates: whether it iterates ``v <- M v + b``, so that its convergence depends on how ``M`` is scaled: whether
@@ -65,6 +66,13 @@ class LinearSolver(IterativeSettings, ABC):
         """The method's name in statistics and messages."""
         return type(self).__name__
 
+    def sizes(self, b: Tensor) -> Tensor:
+        """Return what the residual of each row is relative to, shape (rows,)."""
+        norm = torch.linalg.vector_norm(b, dim=1)
+        if self.relative_to == "row" or self.fixed or not len(norm):
+            return norm
+        return torch.maximum(norm, norm.square().mean().sqrt())
+
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
         return near, 0
@@ -75,9 +83,9 @@ class LinearSolver(IterativeSettings, ABC):
 
 
 def solve_by_iteration(
-    solver: FixedPointSolver, name: str, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
+    solver: FixedPointSolver, method: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
-    """Solve ``v = M v + b`` as a fixed point by a forward solver."""
+    """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
 
     def affine(operator: MatVec, b: Tensor) -> Callable[[Tensor], Tensor]:
         plus = getattr(operator, "plus", None) or (lambda v, b: operator(v) + b)  # not in place: the product may be v itself
@@ -88,8 +96,8 @@ def solve_by_iteration(
         return None if operator is None else affine(operator, b[index])
 
     start = b if x0 is None else x0
-    run = iterate(solver, affine(matvec, b), start, some=some, scale=torch.linalg.vector_norm(b, dim=1), trace=trace)
-    run.stats.method = name
+    run = iterate(solver, affine(matvec, b), start, some=some, scale=method.sizes(b), trace=trace)
+    run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
         worse_than_none(run.stats)

@@ -31,4 +31,4 @@ class Neumann(NeumannSettings, LinearSolver):
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Sum the series."""
         picard = Picard(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
-        return solve_by_iteration(picard, self.name, matvec, b, x0, trace)
+        return solve_by_iteration(picard, self, matvec, b, x0, trace)

@@ -71,7 +71,7 @@ class Run:
         self.tracing = trace
         self.kept: Any = None
         self.left = solver.max_steps
-        self.scale = self.norm = torch.linalg.vector_norm(b, dim=1)
+        self.scale, self.norm = solver.sizes(b), torch.linalg.vector_norm(b, dim=1)
         self.x, self.r = torch.zeros_like(b), b
         self.iterations = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
         self.estimates: list[Tensor] = []

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hyperopt.settings import IterativeSettings, check_count, check_number
+from hyperopt.settings import IterativeSettings, check_choice, check_count, check_number
 from hyperopt.solvers.settings import AndersonSettings
+
+RELATIVE_TO = ("row", "batch")
 
 
 @dataclass(frozen=True)
-class NeumannSettings(IterativeSettings):
+class LinearSettings(IterativeSettings):
+    """What every linear solver has.
+
+    relative_to: what ``rtol`` is relative to. ``row``: each row's own ``||g_i||``. ``batch``: the larger of that and the root
+        mean square over the rows: the residual of all rows together is at most ``sqrt(2) rtol ||g||``, and rows that hardly
+        matter to the hypergradient, such as examples that are fitted already, are solved as little as they matter.
+    """
+
+    relative_to: str = field(default="row", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        super().__post_init__()
+        check_choice(self, "relative_to", RELATIVE_TO)
+
+
+@dataclass(frozen=True)
+class NeumannSettings(LinearSettings):
     """``v <- J^T v + g`` from ``v = g``: the truncated Neumann series."""
 
     rtol: float = 1e-6
 
 
 @dataclass(frozen=True)
-class LinearAndersonSettings(AndersonSettings):
+class LinearAndersonSettings(LinearSettings, AndersonSettings):
     """Anderson acceleration of ``v <- J^T v + g``; same settings as the solver of that name."""
 
     rtol: float = 1e-6
 
 
 @dataclass(frozen=True)
-class GMRESSettings(IterativeSettings):
+class GMRESSettings(LinearSettings):
     """Generalized minimal residuals, one vjp a step; ``window`` vectors are kept, then the space is built anew."""
 
     rtol: float = 1e-6
@@ -36,21 +55,21 @@ class GMRESSettings(IterativeSettings):
 
 
 @dataclass(frozen=True)
-class BiCGStabSettings(IterativeSettings):
+class BiCGStabSettings(LinearSettings):
     """Stabilized biconjugate gradients: a fixed few vectors of memory, two vjps a step."""
 
     rtol: float = 1e-6
 
 
 @dataclass(frozen=True)
-class CGSettings(IterativeSettings):
+class CGSettings(LinearSettings):
     """Conjugate gradients, for maps with a symmetric Jacobian of eigenvalues below 1; one vjp a step."""
 
     rtol: float = 1e-6
 
 
 @dataclass(frozen=True)
-class NormalCGSettings(IterativeSettings):
+class NormalCGSettings(LinearSettings):
     """Conjugate gradients on the normal equations, for any regular ``I - J``; one vjp and one jvp a step."""
 
     rtol: float = 1e-6
@@ -58,7 +77,7 @@ class NormalCGSettings(IterativeSettings):
 
 
 @dataclass(frozen=True)
-class NystromSettings(IterativeSettings):
+class NystromSettings(LinearSettings):
     """The inverse of a low-rank sketch, for maps with a symmetric Jacobian; ``rank`` vjps, and one a step.
 
     rank: columns of ``I - J`` in the sketch; at most as many are drawn as there are unknowns.
@@ -82,7 +101,7 @@ class NystromSettings(IterativeSettings):
 
 
 @dataclass(frozen=True)
-class DenseSettings(IterativeSettings):
+class DenseSettings(LinearSettings):
     """LU of the dense ``I - J^T`` of each row, made by ``dim`` vjps.
 
     max_steps counts the solves with the factors: the first, and refinements of it where ``rtol`` asks for more.

@@ -27,6 +27,7 @@ def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
     """
     moved = matvec(v)
     image = v - moved
-    alpha = (image * b).sum(1) / image.square().sum(1)
-    usable = torch.isfinite(alpha) & torch.isfinite(moved).all(1)
-    return torch.where(usable[:, None], alpha[:, None] * moved + b, b)
+    alpha = torch.linalg.vecdot(image, b) / torch.linalg.vecdot(image, image)
+    usable = torch.isfinite(alpha)  # it is not where moved is not
+    start = torch.addcmul(b, alpha[:, None], moved)
+    return start if bool(usable.all()) else torch.where(usable[:, None], start, b)

@@ -172,14 +172,18 @@ class _Adaptive:
         scale: Tensor | None,
     ) -> None:
         self.solver, self.phi, self.last, self.some, self.given_scale = solver, phi, last, some, scale
-        self.part = phi  # the map of the rows in the batch, when stopped rows were dropped
         rows = w0.shape[0]
-        self.w = w0  # (rows, dim): the iterate of every row
+        # The batch: the rows that are evaluated, all of them (index None) or those left when stopped rows were dropped. Its
+        # matrices have only these rows, so that a row that was dropped costs nothing more; vectors below are of all rows.
+        self.index: Tensor | None = None
+        self.part = phi  # the map of the batch
+        self.w = self.best_w = w0  # (batch, dim): the iterate, and the one of least residual, of every row
+        self.home: tuple[Tensor, Tensor] | None = None  # both of all rows, up to date in those that are not in the batch
         self.active = torch.ones(rows, dtype=torch.bool, device=w0.device)
         self.status = torch.full((rows,), int(Status.max_steps), device=w0.device)
         self.iterations = torch.zeros(rows, dtype=torch.long, device=w0.device)
         self.residual = w0.new_full((rows,), math.inf)  # relative
-        self.best_w, self.best = w0, w0.new_full((rows,), math.inf)  # absolute residual norms
+        self.best = w0.new_full((rows,), math.inf)  # absolute residual norms
         self.first = w0.new_full((rows,), math.inf)
         self.best_at = torch.zeros_like(self.iterations)
         self.floor = rounding_floor(w0.dtype)
@@ -196,41 +200,55 @@ class _Adaptive:
         solver = self.solver
         state = solver.init(self.w)
         settling = False  # every row met its tolerance: the next evaluation is the last, if it says so too
-        index: Tensor | None = None  # the rows still in the batch, when stopped rows were dropped
         for k in range(1, solver.max_steps + 1):
             closing = self.last is not None and (settling or k == solver.max_steps)
             if closing:
-                if index is not None:
-                    state, index = None, None  # all rows are back; a method's history is not
+                if self.index is not None:
+                    self._whole()
+                    state = None  # all rows are back; a method's history is not
                 if k == solver.max_steps and not settling and k > 1:
                     self._take_best()
                 at = _evaluate(solver, self.phi, self.w, self.cost, self.last)
-                self._measure(k, at, None, closing=True)
+                self._measure(k, at, closing=True)
                 if self._closed(k):
                     break
                 settling = False
                 state = solver.init(self.w) if state is None else state
             else:
-                if self.ahead is None:
-                    w = self.w if index is None else self.w[index]
-                    self.ahead = _evaluate(solver, self.phi if index is None else self.part, w, self.cost)
-                at = self.ahead
-                self._measure(k, at, index)
+                at = self.ahead or _evaluate(solver, self.part, self.w, self.cost)
+                self._measure(k, at)
                 if self.last is None and not bool(self.active.any()):
                     break
-            state, index = self._advance(state, index, at)
+            state = self._advance(state, at)
             settling = not bool(self.active.any())
+        parted = self.index is not None
+        self._whole()
         if self.last is None:
             self._take_best()
-        return self._result(state if index is None else None)
+        return self._result(None if parted else state)
 
-    def _measure(self, k: int, at: Point, index: Tensor | None, *, closing: bool = False) -> None:
+    def _whole(self) -> None:
+        """Make all rows the batch again."""
+        if self.home is not None and self.index is not None:
+            self.w, self.best_w = (x.index_copy_(0, self.index, y) for x, y in zip(self.home, (self.w, self.best_w), strict=True))
+        self.home, self.index, self.part, self.ahead = None, None, self.phi, None
+
+    def _of_all(self, batch: Tensor, other: float) -> Tensor:
+        """A vector of all rows from one of the batch, with ``other`` in the rest."""
+        return (
+            batch
+            if self.index is None
+            else torch.full_like(self.status, other, dtype=batch.dtype).index_copy(0, self.index, batch)
+        )
+
+    def _of_batch(self, rows: Tensor) -> Tensor:
+        """The entries of the batch in a vector of all rows."""
+        return rows if self.index is None else rows[self.index]
+
+    def _measure(self, k: int, at: Point, *, closing: bool = False) -> None:
         """Residuals of the rows in the batch, what they say of each row, and the best iterate of each."""
-        difference = torch.linalg.vector_norm(at.fw - at.w, dim=1)
-        size = torch.linalg.vector_norm(at.fw, dim=1)
-        if index is not None:
-            difference = torch.zeros_like(self.best).index_copy(0, index, difference)
-            size = torch.ones_like(self.best).index_copy(0, index, size)
+        difference = self._of_all(torch.linalg.vector_norm(at.fw - at.w, dim=1), 0.0)
+        size = self._of_all(torch.linalg.vector_norm(at.fw, dim=1), 1.0)
         scale = size if self.given_scale is None else self.given_scale
         self.tolerance = torch.maximum(self.solver.atol + self.solver.rtol * scale, self.floor * size)
         seen = self.active
@@ -242,13 +260,7 @@ class _Adaptive:
         self.first = torch.where(seen & torch.isinf(self.first), difference, self.first)
         self.residual = torch.where(seen, relative(difference, scale), self.residual)
         self.iterations = torch.where(seen, k, self.iterations)
-        better = seen & (difference < self.best)
-        if bool(better.all()):
-            self.best_w, self.best, self.best_at = self.w, difference, torch.full_like(self.best_at, k)
-        elif bool(better.any()):
-            self.best_w = torch.where(better[:, None], self.w, self.best_w)
-            self.best = torch.where(better, difference, self.best)
-            self.best_at = torch.where(better, k, self.best_at)
+        self._keep_best(k, seen & (difference < self.best))
         shown = seen | (self.status == int(Status.converged)) if closing else seen
         self.trace.append(torch.where(shown, relative(difference, scale), 0.0).max())
         finite = torch.isfinite(difference)
@@ -259,52 +271,73 @@ class _Adaptive:
         self.status = torch.where(grown, int(Status.diverged), self.status)
         self.met, self.lost = met, seen & (grown | ~finite)
         self.active = seen & ~met & ~self.lost
-        if bool(self.lost.any()):
-            self.w = torch.where(self.lost[:, None], self.best_w, self.w)
+        self._replace(self.lost, self.best_w)
 
-    def _advance(self, state: object, index: Tensor | None, at: Point) -> tuple[object, Tensor | None]:
+    def _keep_best(self, k: int, better: Tensor) -> None:
+        """Keep the iterates of the rows that are ``better`` than before; those of rows at their best already need no copy."""
+        kept = self._of_batch(self.difference <= self.best)
+        if bool(kept.all()):
+            self.best_w = self.w
+        elif bool(better.any()):
+            self.best_w = torch.where(self._of_batch(better)[:, None], self.w, self.best_w)
+        self.best = torch.where(better, self.difference, self.best)
+        self.best_at = torch.where(better, k, self.best_at)
+
+    def _replace(self, rows: Tensor, by: Tensor) -> None:
+        """Let rows of the batch have other iterates."""
+        if bool(rows.any()):
+            self.w = torch.where(self._of_batch(rows)[:, None], by, self.w)
+
+    def _advance(self, state: object, at: Point) -> object:
         """Step the rows that have not stopped; rows that stop together at the very end take their step too, if it is free."""
         moving, self.ahead = self.active, None
         if self.last is not None and not bool(moving.any()):
             moving = self.met  # the last evaluation measures this step
             if self.solver.linearizes or not bool(moving.any()):
-                return state, index
-        batch = moving if index is None else moving[index]
-        together = bool(batch.all())
-        at.active = None if together else batch
+                return state
+        batch = self._of_batch(moving)
+        at.active = None if bool(batch.all()) else batch
         stepped, state = self.solver.step(state, at)
         if at.broken is not None:
-            moving = self._break(at.broken if index is None else torch.zeros_like(moving).index_copy(0, index, at.broken), moving)
-            together = together and not bool(at.broken.any())
-        if together:
-            self.ahead = following(at, stepped)
-        if index is not None:
-            stepped = self.w.index_copy(0, index, stepped)
-        self.w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, self.w)
-        return self._drop(state, index)
+            moving = self._break(self._of_all(at.broken, False), moving)
+            batch = self._of_batch(moving)
+        if bool(batch.all()):
+            self.w, self.ahead = stepped, following(at, stepped)
+        else:
+            self.w = torch.where(batch[:, None], stepped, self.w)
+        return self._drop(state)
 
-    def _drop(self, state: object, index: Tensor | None) -> tuple[object, Tensor | None]:
+    def _drop(self, state: object) -> object:
         """Take the rows that have stopped out of the batch, where that is worth it and the map can be taken apart."""
         if self.some is None:
-            return state, index
-        left, batch = int(self.active.sum()), self.active.numel() if index is None else index.numel()
+            return state
+        left, batch = int(self.active.sum()), self.active.numel() if self.index is None else self.index.numel()
         if not 0 < left <= DROP * batch:
-            return state, index
+            return state
         wanted = self.active.nonzero().squeeze(1)
         part = self.some(wanted)
         if part is None:
             self.some = None
-            return state, index
-        self.part, self.ahead = part, None
-        inside = wanted if index is None else torch.searchsorted(index, wanted)
-        return self.solver.select(state, inside), wanted
+            return state
+        inside = wanted
+        if self.home is None:
+            self.home = self.w.clone(), self.best_w.clone()
+        elif self.index is not None:
+            inside = torch.searchsorted(self.index, wanted)
+            for x, y in zip(self.home, (self.w, self.best_w), strict=True):
+                x.index_copy_(0, self.index, y)
+        same = self.best_w is self.w
+        self.w = self.w[inside]
+        self.best_w = self.w if same else self.best_w[inside]
+        self.part, self.index, self.ahead = part, wanted, None
+        return self.solver.select(state, inside)
 
     def _break(self, broken: Tensor, moving: Tensor) -> Tensor:
-        """End the rows in which the method broke down, on their best iterate; returns the rows that still take their step."""
+        """End rows in which the method broke down, on their best iterate; returns the rows that still take their step."""
         ended = broken & self.active
         self.status = torch.where(ended, int(Status.breakdown), self.status)
         self.active = self.active & ~ended
-        self.w = torch.where(ended[:, None], self.best_w, self.w)
+        self._replace(ended, self.best_w)
         return moving & ~broken
 
     def _closed(self, k: int) -> bool:
@@ -330,12 +363,12 @@ class _Adaptive:
         """Put every unfinished row back on its best iterate, unless its next one is the natural successor of the best."""
         if self.last is None:
             unfinished = self.status != int(Status.converged)
-            self.w = torch.where(unfinished[:, None], self.best_w, self.w)
+            self._replace(unfinished, self.best_w)
             self.residual = torch.where(unfinished, relative(self.best, self.scale), self.residual)
             return
         stale = self.active & (self.difference > self.best)
         self.returned, self.grew = stale, stale & (self.difference > self.first) & (self.best_at == 1)
-        self.w = torch.where(stale[:, None], self.best_w, self.w)
+        self._replace(stale, self.best_w)
 
     def _result(self, state: object) -> Iterate:
         unfinished = self.status == int(Status.max_steps)

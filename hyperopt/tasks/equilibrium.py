@@ -25,13 +25,16 @@ from hyperopt.nn.cells import ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.equilibrium_report import spectrum_figure
 from hyperopt.tasks.settings import EquilibriumSettings
 from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
+from hyperopt.tasks.tolerance import GradientTolerance
 from hyperopt.tasks.warm import WarmStart, WarmStore
+from hyperopt.tree import tree_norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,12 +48,14 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
     Attributes:
         model: the model, after ``setup``.
         warm: what is kept of the fitted rows under ``warm_start``, after ``setup``; else None.
+        forcing: what drives the tolerance under ``tolerance="gradient"``, after ``setup``; else None.
     """
 
     name = "equilibrium"
 
     model: EquilibriumModel
     warm: WarmStore | None
+    forcing: GradientTolerance | None
 
     def setup(self, env: Environment) -> None:
         """Load the rows and build the model; initial values come from ``env.generator`` alone, the order from ``env.seed``.
@@ -68,6 +73,9 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         self.model.to(env.device, env.dtype)
         if env.compile:
             cell.compile_map()
+        self.forcing = None if self.tolerance == "fixed" else GradientTolerance()
+        if self.forcing is not None and self.model.solver is not None and self.model.solver.rtol == 0:
+            raise ValueError("task.tolerance=gradient needs a tolerance that can fall: give solver.rtol > 0")
         self.warm = None
         if self.warm_start:
             kept = None if self.warm_dtype is None else getattr(torch, self.warm_dtype)
@@ -96,21 +104,28 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         places = mesh.own(batch.index, len(self.rows["outer"]))
         fitted = self.rows["outer"].take(places)
         start = WarmStart() if self.warm is None else self.warm.start(places, step, batch.rows)
+        if self.forcing is not None:
+            self.model.solver = self.forcing.apply(self.solver or Picard(), fitted.x.dtype)
         record = self.update(
             optimizer,
             guard,
             lambda: self._loss(fitted, start) + self._penalty(),
-            lambda: self._certificate(fitted),
+            lambda: self._measured(fitted),
             len(fitted),
         )
+        self.model.solver = self.solver
         self.model.cell.project_()
         if self.warm is not None and self.model.solution is not None:
             self.warm.keep(places, step, self.model.solution.value, self.model.solution.v, batch.rows)
         record.metrics |= {**start.metrics, **self.place(batch)}
         return record.over_ranks()
 
-    def _certificate(self, fitted: Rows) -> dict[str, float]:
-        return self.certificate(self.certificate_every, lambda: mean_cross_entropy_constants(self.model, fitted.x))
+    def _measured(self, fitted: Rows) -> dict[str, float]:
+        found = self.certificate(self.certificate_every, lambda: mean_cross_entropy_constants(self.model, fitted.x))
+        if self.forcing is not None:
+            found["inner/rtol"] = self.model.solver.rtol
+            self.forcing.note(tree_norm(self.gradients()))
+        return found
 
     def _loss(self, rows: Rows, start: WarmStart | None = None, trace: bool = False) -> Tensor:
         """Return the mean cross-entropy on ``rows``."""
@@ -149,6 +164,7 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
             "model": dict(self.model.state_dict()),
             "batches": self.batches.state_dict(),
             "warm": None if self.warm is None else self.warm.state_dict(),
+            "tolerance": None if self.forcing is None else self.forcing.state_dict(),
             "steps": self.steps,
         }
 
@@ -158,6 +174,8 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         self.batches.load_state_dict(state["batches"])
         if self.warm is not None:
             self.warm.load_state_dict(state["warm"])
+        if self.forcing is not None:
+            self.forcing.load_state_dict(state["tolerance"])
         self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hyperopt.settings import (
 
 SPLITS = ("train", "val")
 LAST_BATCH = ("keep", "drop")
+TOLERANCES = ("fixed", "gradient")
 WARM_DTYPES = (None, "float32", "bfloat16")
 
 
@@ -72,6 +73,8 @@ class EquilibriumSettings(SupervisedSettings):
         warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
             seen last. Keeps two states of memory for every fitted row.
         warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
+        tolerance: ``fixed``: ``solver.rtol`` in every step. ``gradient``: that is for a hypergradient as large as it ever was;
+            where it is smaller, so is the tolerance, in proportion; see ``hyperopt.tasks.tolerance``.
         certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
     """
@@ -81,6 +84,7 @@ class EquilibriumSettings(SupervisedSettings):
     classifier_scale: float | None = None
     warm_start: bool = False
     warm_dtype: str | None = None
+    tolerance: str = "fixed"
     certificate_every: int = 10
     l2: dict[str, float] = field(default_factory=dict)
 
@@ -91,6 +95,7 @@ class EquilibriumSettings(SupervisedSettings):
         check_optional(self, "classifier_scale", 0.0)
         check_flag(self, "warm_start")
         check_choice(self, "warm_dtype", WARM_DTYPES)
+        check_choice(self, "tolerance", TOLERANCES)
         check_count(self, "certificate_every")
         if not isinstance(self.l2, Mapping):
             raise ValueError(f"EquilibriumSettings: l2={self.l2!r} must map groups to strengths, as {{B: 1e-4}}; change l2")
