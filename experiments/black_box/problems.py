@@ -104,9 +104,9 @@ PROBLEMS = {
     "logistic, 1": Problem((*LOGISTIC, *ONE), 1e-6, 1e1, 2000, small(1.0, 1.0, 0.06)),
     "logistic, 20": Problem(LOGISTIC, 1e-6, 1e1, 2000, small(1.0, 1.0, 0.06)),
     "cleaning, 1000": Problem(CLEANING, 0.0, 1.0, 2000, WEIGHTS, log=False, rtol=1e-5),
-    "20 newsgroups, 1": Problem((*NEWS, *ONE), 1e-7, 1e-3, 600, SHARED, reference=30, rtol=1e-3, points=5),
+    "20 newsgroups, 1": Problem((*NEWS, *ONE), 1e-7, 1e-3, 300, SHARED, reference=25, rtol=1e-3, points=4),
     "20 newsgroups, 101631": Problem(
-        NEWS, 1e-7, 1e-3, 600, LARGE, reference=30, rtol=1e-3, points=5, black_box=("random search",)
+        NEWS, 1e-7, 1e-3, 300, LARGE, reference=25, rtol=1e-3, points=4, black_box=("random search",)
     ),
 }
 

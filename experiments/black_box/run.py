@@ -4,10 +4,10 @@
     python experiments/black_box/run.py [--seeds 0 1 2] [--problems "ridge, 1" ...] [--methods "random search" TPE ...]
 
 Every method of a problem has the same rows, the same first hyperparameters (the first trial of a search is where the others
-start), and the same budget. A trial of a search trains the model at the hyperparameters that it draws, from where the last trial has
-left the weights, by the inner solver of the implicit method and to its tolerance. At points evenly spaced in the logarithm of the cost
-the model at the hyperparameters found so far (of a search: its best trial) is trained to a tight tolerance, which is not counted: that
-gives the losses that are shown. Cells that are in results.json are not done again.
+start), and the same budget. A trial of a search trains the model at the hyperparameters that it draws, from where the last
+trial has left the weights, by the inner solver of the implicit method and to its tolerance. At points evenly spaced in the
+logarithm of the cost the model at the hyperparameters found so far (of a search: its best trial) is trained to a tight
+tolerance, which is not counted: that gives the losses that are shown. Cells that are in results.json are not done again.
 """
 
 from __future__ import annotations
