@@ -20,7 +20,7 @@ SHARES = (0.1, 0.3, 1.0)  # of the budget
 def report(results: Row, problems: Mapping[str, Problem]) -> None:
     """Write both."""
     lines = [
-        "| problem, hyperparameters | method | validation loss at 10 % | 30 % | 100 % of the budget | each seed | test loss, 100 % "
+        "| problem, hyperparameters | method | validation loss at 10 % | 30 % | 100 % of the budget | each seed | test loss "
         "| steps or trials | CPU s |",
         "|---" * 9 + "|",
     ]

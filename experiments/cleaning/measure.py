@@ -174,7 +174,7 @@ def draw(weights: Tensor, corrupt: Tensor, title: str, hidden: list[int]) -> Non
 def table(rows: dict[str, dict[str, Row]]) -> list[str]:
     """Means over the seeds, and each seed."""
     lines = [
-        "| trained on the 5,000 clean and | test, % | each seed | weighted, % | checked, % | F1, % | precision | recall | CPU s |",
+        "| trained on the 5,000 clean and | test, % | each seed | weighted, % | checked, % | F1, % | precision | recall | s |",
         "|---" * 9 + "|",
     ]
     names = {"clean only": 'nothing ("clean only")', "all, uncleaned": "all 5,000 others, uncleaned"}

@@ -6,7 +6,7 @@
 ``--data`` (default ``$HYPEROPT_DATA``) has ijcnn1 and ijcnn1.t of the LIBSVM collection, and, under its own name, on MNIST's odd
 and even digits in the same format (means of 4 x 4 pixels, standardised; 30,000 images each to train on and to fit to), which this
 script makes there. Time is CPU seconds of the outer steps; measuring is not counted. A product with a Hessian or with the mixed
-derivative counts as two gradients of its rows, as in ../black_box. Results in benchopt.json, cell by cell; figure and table from them.
+derivative counts as two gradients of its rows, as in ../black_box. Results are in benchopt.json, cell by cell.
 """
 
 from __future__ import annotations

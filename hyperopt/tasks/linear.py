@@ -75,9 +75,11 @@ class LinearTask(TunedTask):
             outer_batches=Minibatches(val),
             constants=constants,
         )
-        sizes = (train, self.batch_size, env.seed), (val, self.val_batch_size, env.seed + 1)
-        inner, outer = (Minibatches(*each) for each in sizes)
-        problem = replace(whole, inner_batches=inner, outer_batches=outer)
+        problem = replace(
+            whole,
+            inner_batches=Minibatches(train, self.batch_size, env.seed, key="task.batch_size"),
+            outer_batches=Minibatches(val, self.val_batch_size, env.seed + 1, key="task.val_batch_size"),
+        )
         return Parts(problem, w, shapes, self.rows(), whole=whole)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class QuadraticTask(QuadraticSettings, BilevelTask):
             return (squares + (a @ u) * (b @ w) + c @ w + d @ u).mean()
 
         data = [tuple(part.to(env.device, env.dtype) for part in terms.flat()) for terms in self.sums]
-        inner = Minibatches(data[0], self.batch_size, env.seed)
-        outer = Minibatches(data[1], self.val_batch_size, env.seed + 1)
+        inner = Minibatches(data[0], self.batch_size, env.seed, key="task.batch_size")
+        outer = Minibatches(data[1], self.val_batch_size, env.seed + 1, key="task.val_batch_size")
         w = torch.zeros(self.dim, dtype=env.dtype, device=env.device)
         return Parts(BilevelProblem(loss, loss, inner, outer), w, {"lam": (self.hyper_dim,)}, {})
 
