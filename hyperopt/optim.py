@@ -107,6 +107,7 @@ class Schedule:
             "step": lambda: lr_scheduler.StepLR(optimizer, s.step_size or 1, 0.1 if s.gamma is None else s.gamma),
             "exponential": lambda: lr_scheduler.ExponentialLR(optimizer, 1.0 if s.gamma is None else s.gamma),
             "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, s.t_max or trainer.max_steps, s.eta_min or 0.0),
+            "power": lambda: lr_scheduler.LambdaLR(optimizer, lambda t: (1 + t / (s.horizon or 1.0)) ** -(s.decay or 0.0)),
             "plateau": lambda: lr_scheduler.ReduceLROnPlateau(
                 optimizer,
                 "max" if trainer.mode == "max" else "min",

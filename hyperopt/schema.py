@@ -90,6 +90,7 @@ SCHEMA: dict[str, type] = {
     "task/bias_regularization": _targeted(
         tasks.BiasRegularizationSettings, "hyperopt.tasks.linear.BiasRegularizationTask", products=PRODUCTS
     ),
+    "task/quadratic": _targeted(tasks.QuadraticSettings, "hyperopt.tasks.quadratic.QuadraticTask", products=PRODUCTS),
     "task/data_distillation": _targeted(
         tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
     ),
@@ -116,6 +117,7 @@ SCHEMA: dict[str, type] = {
     "dataset/synthetic": _targeted(data.SyntheticSettings, "hyperopt.data.synthetic.Synthetic"),
     "dataset/mnist": _targeted(data.MNISTSettings, "hyperopt.data.mnist.MNIST"),
     "dataset/fashion_mnist": _targeted(data.FashionMNISTSettings, "hyperopt.data.mnist.FashionMNIST"),
+    "dataset/libsvm": _targeted(data.LibsvmSettings, "hyperopt.data.libsvm.Libsvm"),
     "dataset/newsgroups": _targeted(data.NewsgroupsSettings, "hyperopt.data.newsgroups.Newsgroups"),
     "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
     "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),

@@ -22,7 +22,7 @@ from hyperopt.settings import (
 
 MODES = ("min", "max")
 ON_FAILURE = ("raise", "warn")
-SCHEDULERS = ("none", "step", "cosine", "exponential", "plateau")
+SCHEDULERS = ("none", "step", "cosine", "exponential", "power", "plateau")
 LINE_SEARCHES = ("strong_wolfe",)
 
 
@@ -72,13 +72,16 @@ class SchedulerSettings:
     """The learning rate over the outer steps; a field that the chosen ``kind`` does not use is refused.
 
     kind: ``none``, ``step`` (times gamma every step_size steps), ``cosine`` (down to eta_min over t_max steps), ``exponential``
-        (times gamma every step) or ``plateau`` (times factor after patience evaluations with ``trainer.monitor`` no better).
+        (times gamma every step), ``power`` (times ``(1 + t / horizon)^-decay`` in step t) or ``plateau`` (times factor after
+        patience evaluations with ``trainer.monitor`` no better).
     step_size: steps between drops; ``step`` needs it.
     gamma: factor of ``step`` (default 0.1) and of ``exponential`` (needed).
     t_max: steps to the minimum of ``cosine`` (default: trainer.max_steps).
     eta_min: lowest learning rate of ``cosine`` (default 0).
     factor: factor of ``plateau`` (default 0.1), in (0, 1).
     patience: evaluations of ``plateau`` without improvement before a drop (default 10).
+    decay: exponent of ``power``, in (0, 1]; needed.
+    horizon: steps until a fall of ``power`` sets in (default 1).
     """
 
     kind: str = "none"
@@ -88,15 +91,18 @@ class SchedulerSettings:
     eta_min: float | None = None
     factor: float | None = None
     patience: int | None = None
+    decay: float | None = None
+    horizon: float | None = None
 
     USES: ClassVar[dict[str, tuple[str, ...]]] = {
         "none": (),
         "step": ("step_size", "gamma"),
         "cosine": ("t_max", "eta_min"),
         "exponential": ("gamma",),
+        "power": ("decay", "horizon"),
         "plateau": ("factor", "patience"),
     }
-    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("step_size",), "exponential": ("gamma",)}
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("step_size",), "exponential": ("gamma",), "power": ("decay",)}
 
     def __post_init__(self) -> None:
         """Check the kind, that its fields and no others are set, and the ranges."""
@@ -116,6 +122,8 @@ class SchedulerSettings:
         check_optional_count(self, "patience", 0)
         check_optional(self, "gamma", 0.0, 1.0, open_low=True)
         check_optional(self, "eta_min", 0.0)
+        check_optional(self, "decay", 0.0, 1.0, open_low=True)
+        check_optional(self, "horizon", 0.0, open_low=True)
         if self.factor is not None and not 0 < self.factor < 1:
             raise ValueError(f"SchedulerSettings: factor={self.factor!r} is not in (0, 1); change factor")
 

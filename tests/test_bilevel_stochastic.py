@@ -221,7 +221,7 @@ def test_a_penalty_that_does_not_grow_is_refused(growth):
 
 @pytest.mark.parametrize(("start", "end"), [(2.0, 2.0), (2.0, 1.0)])
 def test_a_ramp_that_does_not_grow_is_refused(start, end):
-    with pytest.raises(ValueError, match="does not grow, from start"):
+    with pytest.raises(ValueError, match=r"end=.*: the penalty does not grow, from start"):
         VPBGDSettings(start=start, end=end)
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 import hyperopt
 from hyperopt import SOBA, Bounded, Positive
+from hyperopt.config import validate
 from hyperopt.data.digits import Digits
 from hyperopt.repro import seed_everything
+from hyperopt.run import run
+from hyperopt.schema import register
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.cleaning import CleaningTask, found_clean, replaced
 
 DOUBLE = torch.float64
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def made(seed: int = 0, **settings: Any) -> CleaningTask:
@@ -80,8 +89,8 @@ class OneClass(Digits):
     ("settings", "message"),
     [
         ({"dataset": OneClass(train=100, val=100, test=50)}, "validation labels of 1 class"),
-        ({"batch_size": 201}, "a batch of 201 rows from a data set of 200"),
-        ({"val_batch_size": 500}, "a batch of 500 rows from a data set of 200"),
+        ({"batch_size": 201}, "task.batch_size=201: a batch of 201 rows from a data set of 200; lower task.batch_size"),
+        ({"val_batch_size": 500}, "task.val_batch_size=500: a batch of 500 rows from a data set of 200"),
         ({"corrupted": 1.5}, "corrupted=1.5"),
         ({"decay": -1.0}, "decay=-1.0"),
     ],
@@ -89,6 +98,53 @@ class OneClass(Digits):
 def test_what_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         made(**settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adjoint.end=0.5", "adjoint.end=0.5: the penalty does not grow, from start=1.0"),
+        ("adjoint=f2sa adjoint.growth=0", "adjoint.growth=0.0: the penalty does not grow"),
+    ],
+)
+def test_a_penalty_that_does_not_grow_is_refused_by_its_key(override, message):
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["experiment=data_cleaning_mnist", *override.split()])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(cfg)
+
+
+@pytest.mark.parametrize("adjoint", ["cg", "neumann_rough", "unrolled", "soba", "saba", "stocbio", "f2sa", "v_pbgd"])
+def test_the_experiment_takes_any_adjoint(adjoint):
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        validate(compose("train", ["experiment=data_cleaning_mnist", f"adjoint={adjoint}"]))
+
+
+SHORT = {"stocbio": ["adjoint.steps=1", "adjoint.terms=1"], "f2sa": ["adjoint.steps=1"]}  # else the first step diverges already
+
+
+@pytest.mark.parametrize("adjoint", ["soba", "saba", "stocbio", "f2sa", "v_pbgd"])
+def test_a_run_in_which_a_method_diverges_keeps_its_last_good_checkpoint(adjoint, tmp_path):
+    """The run says which step to lower and has failed; what it left is finite and from before."""
+    rows = ["dataset=digits", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=1", "task.decay=1.0"]
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        long = ["optimizer=adam", "device=cpu", "trainer.checkpoint_every=1", "trainer.max_steps=100", "trainer.progress=false"]
+        cfg = compose(
+            "train", ["task=data_cleaning", *rows, *long, f"adjoint={adjoint}", "adjoint.step_size=3", *SHORT.get(adjoint, [])]
+        )
+    with pytest.raises(hyperopt.SolveError, match=r"ended as (diverged|nonfinite).*Lower adjoint\.step_size=3"):
+        run(cfg, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed" and "Lower adjoint.step_size=3" in summary["reason"]
+    kept = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    weights = kept["task"]["bilevel"]["w"]
+    assert kept["task"]["steps"] == summary["steps"] > 0 and all(bool(leaf.isfinite().all()) for leaf in weights)
 
 
 def test_a_method_that_diverges_is_named_by_the_task():

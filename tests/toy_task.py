@@ -29,6 +29,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "step": {"kind": "step", "step_size": 3, "gamma": 0.5},
     "cosine": {"kind": "cosine", "t_max": 12},
     "exponential": {"kind": "exponential", "gamma": 0.9},
+    "power": {"kind": "power", "decay": 0.5},
     "plateau": {"kind": "plateau", "factor": 0.5, "patience": 0},
 }
 SMALL = {"sgd": 0.1, "momentum": 0.05, "adam": 0.1, "adamw": 0.1, "lbfgs": 0.3}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -13,31 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.config import Built, build
-from hyperopt.repro import seed_everything
-from hyperopt.schema import register
-from hyperopt.tasks.base import Environment
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import shared
+from shared import REPOSITORY, Row, spread
+from shared import built as built
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
-Row = dict[str, Any]
-
-
-def built(*overrides: str) -> Built:
-    """What a config describes, its task set up as ``hyperopt`` would; one thread, on the CPU."""
-    torch.set_num_threads(1)
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        cfg = compose("train", list(overrides))
-    dtype = getattr(torch, cfg.precision)
-    torch.set_default_dtype(dtype)
-    found = build(cfg)
-    found.task.setup(Environment(torch.device("cpu"), dtype, cfg.seed, False, seed_everything(cfg.seed)))
-    return found
 
 
 def run(directory: Path, *overrides: str) -> list[Row]:
@@ -91,24 +72,11 @@ def parsed(description: str | None, **more: Any) -> argparse.Namespace:
     return options
 
 
-def spread(values: Sequence[float]) -> Row:
-    """Mean and values."""
-    return {"mean": statistics.fmean(values), "values": list(values)}
-
-
 def save(name: str, found: Any) -> None:
     """Put one measurement into results.json, beside the others."""
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[name] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, **found}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    shared.save(HERE / "results.json", name, {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, **found})
 
 
 def write_table(name: str, lines: Sequence[str]) -> None:
-    """Put a table between its two marks in README.md, if they are there."""
-    readme = HERE / "README.md"
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    text = readme.read_text() if readme.exists() else ""
-    if start in text:
-        before, _, rest = text.partition(start)
-        readme.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
+    """Put a table between its two marks in README.md."""
+    shared.write_table(HERE / "README.md", name, lines)

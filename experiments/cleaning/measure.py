@@ -11,23 +11,20 @@ results.json is kept. Needs MNIST under ``$HYPEROPT_DATA``:
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import statistics
+import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.config import Built, build
-from hyperopt.repro import seed_everything
-from hyperopt.schema import register
-from hyperopt.tasks.base import Environment
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import shared
+
+from hyperopt.data.splits import Rows
 from hyperopt.tasks.cleaning import CleaningTask, found_clean
 from hyperopt.tasks.network import perceptron
 
@@ -35,27 +32,40 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.json"
+Row = shared.Row
 EPOCHS = 20
-METHODS = {  # overrides of experiment=data_cleaning_mnist, and outer steps
+BATCHES = ["task.batch_size=500", "task.val_batch_size=500"]
+METHODS: dict[str, tuple[list[str], int]] = {  # overrides of experiment=data_cleaning_mnist, and outer steps
     "V-PBGD": (["adjoint=v_pbgd", "adjoint.step_size=0.3", "adjoint.ramp=100"], 150),
     "SOBA": (["adjoint=soba", "adjoint.step_size=0.3"], 150),
+    "implicit, CG": (["adjoint=cg_rough"], 150),
+    "implicit, Neumann": (["adjoint=neumann_rough"], 150),
+    "unrolled": (["adjoint=unrolled"], 150),
+    "SABA": (["adjoint=saba", "adjoint.step_size=0.3", "optimizer.lr=0.03", *BATCHES], 1500),
+    "stocBiO": (["adjoint=stocbio", "adjoint.step_size=0.3"], 150),
+    "F2SA": (["adjoint=f2sa", "adjoint.step_size=0.3", "adjoint.growth=0.1"], 150),
 }
+CHECKED = ("V-PBGD", "SOBA")  # whose weights are also held against models that have not seen the image
+DIVISIONS = 3
+Set = tuple[Tensor, Tensor, Tensor]
 
 
-def built(seed: int, hidden: list[int], *overrides: str) -> Built:
-    """The task of a seed, set up as ``hyperopt`` would."""
-    register()
-    GlobalHydra.instance().clear()
-    given = [f"seed={seed}", f"task.hidden={hidden}", f"paths.data={os.environ['HYPEROPT_DATA']}", "dataset.download=false"]
-    with initialize_config_dir(str(HERE.parents[1] / "configs"), version_base="1.3"):
-        cfg = compose("train", ["experiment=data_cleaning_mnist", *given, *overrides])
-    found = build(cfg)
-    found.task.setup(Environment(torch.device("cpu"), torch.float32, seed, False, seed_everything(seed)))
-    return found
+def searched(seed: int, hidden: list[int], name: str, steps: int | None = None) -> tuple[CleaningTask, float]:
+    """The task after the search of a method, of its number of steps or of another, and its CPU seconds."""
+    given, usual = METHODS[name]
+    where = ("experiment=data_cleaning_mnist", "dataset.download=false", f"seed={seed}", f"task.hidden={hidden}")
+    made = shared.built(*where, *given)
+    task, optimizer = made.task, made.optimizer.build(made.task.groups())
+    assert isinstance(task, CleaningTask)
+    start = time.process_time()
+    for _ in range(usual if steps is None else steps):
+        task.step(optimizer, lambda gradients: None)
+    return task, time.process_time() - start
 
 
-def trained(sets: list[tuple[Tensor, Tensor, Tensor]], test: tuple[Tensor, Tensor], hidden: list[int], seed: int) -> float:
-    """Test accuracy, in percent, of a model trained on images, labels and weights."""
+def fitted(sets: list[Set], hidden: list[int], seed: int) -> nn.Module:
+    """A model trained on images, labels and weights."""
     generator = torch.Generator().manual_seed(seed)
     x, y, weights = (torch.cat(part) for part in zip(*sets, strict=True))
     kept = weights > 0
@@ -67,66 +77,152 @@ def trained(sets: list[tuple[Tensor, Tensor, Tensor]], test: tuple[Tensor, Tenso
             optimizer.zero_grad()
             (weights[rows] * functional.cross_entropy(model(x[rows]), y[rows], reduction="none")).mean().backward()
             optimizer.step()
-    with torch.no_grad():
-        return 100 * float((model(test[0]).argmax(1) == test[1]).double().mean())
+    return model
 
 
-def measured(seed: int, hidden: list[int], methods: list[str], figure: bool) -> dict[str, Any]:
-    """All rows of a seed."""
-    found: dict[str, Any] = {}
-    for name in methods:
-        overrides, steps = METHODS[name]
-        made, start = built(seed, hidden, *overrides), time.process_time()
-        task = made.task
-        assert isinstance(task, CleaningTask)
-        train, val, test = (getattr(task.splits, part) for part in ("train", "val", "test"))
-        ones = torch.ones(len(val))
-        clean, held_out = (val.x, val.y, ones), (test.x, test.y)
-        if not found:
-            every, right = torch.ones(len(train)), (~task.corrupt).float()
-            for row, sets in {
-                "clean only": [clean],
-                "all, uncleaned": [clean, (train.x, train.y, every)],
-                "clean plus the truly clean half": [clean, (train.x, train.y, right)],
-            }.items():
-                found[row] = {"test": trained(sets, held_out, hidden, seed)}
-                print(seed, hidden, row, found[row], flush=True)
-            start = time.process_time()
-        optimizer = torch.optim.Adam([leaf for group in task.groups().values() for leaf in group], lr=0.1)
-        for _ in range(steps):
-            task.step(optimizer, lambda gradients: None)
-        seconds, weights = time.process_time() - start, task.hyper.read()["weights"]
-        scores = {key.partition("/")[2]: 100 * value for key, value in found_clean(weights, task.corrupt).items()}
-        kept = trained([clean, (train.x, train.y, (weights > 0.5).float())], held_out, hidden, seed)
-        found[name] = {"test": kept, **scores, "steps": steps, "cpu_seconds": seconds}
-        found[name]["weighted training rows alone"] = 100 * task.evaluate()["test/accuracy"]
-        print(seed, hidden, name, found[name], flush=True)
-        if figure and name == "V-PBGD":
-            plot, axis = plt.subplots(figsize=(6, 3.5))
-            parts = [weights[~task.corrupt].numpy(), weights[task.corrupt].numpy()]
-            axis.hist(parts, bins=40, label=["clean", "label replaced"])
-            axis.set(xlabel="weight", ylabel="images", title=f"Weights found by {name}, hidden={hidden}, seed {seed}")
-            axis.legend()
-            plot.tight_layout()
-            plot.savefig(HERE / ("weights_network.png" if hidden else "weights_linear.png"), dpi=120)
+@torch.no_grad()
+def scored(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Loss, and accuracy in percent."""
+    z = model(x)
+    return float(functional.cross_entropy(z, y)), 100 * float((z.argmax(1) == y).double().mean())
+
+
+def row(sets: list[Set], test: Rows, hidden: list[int], seed: int) -> Row:
+    """One line of the table: the accuracy on the test rows, looked at once."""
+    return {"test": scored(fitted(sets, hidden, seed), test.x, test.y)[1]}
+
+
+def baselines(seed: int, hidden: list[int]) -> dict[str, Row]:
+    """What the methods are held against; no search."""
+    task, _ = searched(seed, hidden, "V-PBGD", steps=0)
+    train, val, test = (getattr(task.splits, part) for part in ("train", "val", "test"))
+    true = made_labels(task)
+    ones = torch.ones(len(train))
+    clean = (val.x, val.y, torch.ones(len(val)))
+    trust = probability(fitted([clean], hidden, seed), train)
+    return {
+        "clean only": row([clean], test, hidden, seed),
+        "all, uncleaned": row([clean, (train.x, train.y, ones)], test, hidden, seed),
+        "clean plus the truly clean half": row([clean, (train.x, train.y, (~task.corrupt).float())], test, hidden, seed),
+        "clean plus all, with the true labels": row([clean, (train.x, true, ones)], test, hidden, seed),
+        "confidence": {
+            **row([clean, (train.x, train.y, trust)], test, hidden, seed),
+            **percent(found_clean(trust, task.corrupt)),
+        },
+    }
+
+
+def percent(found: dict[str, float]) -> Row:
+    """F1, precision and recall."""
+    return {key.partition("/")[2]: 100 * value for key, value in found.items()}
+
+
+@torch.no_grad()
+def probability(model: nn.Module, rows: Rows) -> Tensor:
+    """What a model thinks of the label of each image."""
+    return model(rows.x).softmax(1).gather(1, rows.y[:, None])[:, 0]
+
+
+def cross_fitted(weights: Tensor, clean: Set, train: Rows, hidden: list[int], seed: int) -> Tensor:
+    """The probability of each label by models that have not seen it: those of the other half, by its weights; three divisions."""
+    found = torch.zeros(len(train))
+    for k in range(DIVISIONS):
+        half = torch.randperm(len(train), generator=torch.Generator().manual_seed(k)) % 2
+        for part in (0, 1):
+            seen = half != part
+            model = fitted([clean, (train.x[seen], train.y[seen], weights[seen])], hidden, seed + 1 + k)
+            found += torch.where(seen, 0.0, probability(model, train)) / DIVISIONS
     return found
 
 
+def made_labels(task: CleaningTask) -> Tensor:
+    """The training labels before they were replaced: an oracle, for one row of the table."""
+    assert task.dataset is not None
+    return task.dataset.load(torch.float32).train.y
+
+
+def method(seed: int, hidden: list[int], name: str, figure: bool) -> Row:
+    """The lines of a method."""
+    task, seconds = searched(seed, hidden, name)
+    train, val, test = (getattr(task.splits, part) for part in ("train", "val", "test"))
+    weights, clean = task.hyper.read()["weights"], (val.x, val.y, torch.ones(len(val)))
+    scores = percent(found_clean(weights, task.corrupt))
+    found = row([clean, (train.x, train.y, (weights > 0.5).float())], test, hidden, seed)
+    weighted = row([clean, (train.x, train.y, weights)], test, hidden, seed)["test"]
+    alone = row([(train.x, train.y, weights)], test, hidden, seed)["test"]
+    if name in CHECKED:
+        trust = weights * cross_fitted(weights, clean, train, hidden, seed)
+        scores["checked"] = row([clean, (train.x, train.y, trust)], test, hidden, seed)["test"]
+        scores |= {f"checked {key}": value for key, value in percent(found_clean(trust, task.corrupt)).items()}
+    if figure:
+        draw(weights, task.corrupt, f"Weights found by {name}, hidden={hidden}, seed {seed}", hidden)
+    more = {"weighted": weighted, "weighted training rows alone": alone, "cpu_seconds": seconds, "steps": METHODS[name][1]}
+    return {**found, **scores, **more}
+
+
+def draw(weights: Tensor, corrupt: Tensor, title: str, hidden: list[int]) -> None:
+    """The weights of clean and of replaced labels."""
+    plot, axis = plt.subplots(figsize=(6, 3.5))
+    axis.hist([weights[~corrupt].numpy(), weights[corrupt].numpy()], bins=40, label=["clean", "label replaced"])
+    axis.set(xlabel="weight", ylabel="images", title=title)
+    axis.legend()
+    plot.tight_layout()
+    plot.savefig(HERE / ("weights_network.png" if hidden else "weights_linear.png"), dpi=120)
+    plt.close(plot)
+
+
+def table(rows: dict[str, dict[str, Row]]) -> list[str]:
+    """Means over the seeds, and each seed."""
+    lines = [
+        "| trained on the 5,000 clean and | test, % | each seed | weighted, % | checked, % | F1, % | precision | recall | s |",
+        "|---" * 9 + "|",
+    ]
+    names = {"clean only": 'nothing ("clean only")', "all, uncleaned": "all 5,000 others, uncleaned"}
+    names |= {"clean plus the truly clean half": "the truly clean half of them"}
+    names |= {"confidence": "all of them, weighted by what the model of the first line thinks of their labels"}
+    names |= {"clean plus all, with the true labels": "all of them, with their true labels"}
+    for name in dict.fromkeys(key for found in rows.values() for key in found):
+        each = [found[name] for found in rows.values() if name in found]
+
+        def mean(key: str, digits: int = 2, each: list[Row] = each) -> str:
+            return f"{statistics.fmean(row[key] for row in each):.{digits}f}" if key in each[0] else ""
+
+        shown = names.get(name, f"what {name} finds, {each[0].get('steps', 0):,} steps")
+        seeds = ", ".join(f"{row['test']:.2f}" for row in each)
+        cells = [
+            mean("test"),
+            seeds,
+            mean("weighted"),
+            mean("checked"),
+            mean("f1"),
+            mean("precision"),
+            mean("recall"),
+            mean("cpu_seconds", 1),
+        ]
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
-    """Run what is asked for, and add it to results.json."""
+    """Run what is asked for, and add it to results.json, cell by cell."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hidden", type=int, nargs="*", default=[])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    model = "network" if given.hidden else "linear"
     for seed in given.seeds:
-        rows = results.setdefault("network" if given.hidden else "linear", {})
-        if str(seed) not in rows:
-            rows[str(seed)] = measured(seed, given.hidden, given.methods, seed == given.seeds[0])
-            path.write_text(json.dumps(results, indent=1) + "\n")
+        rows = shared.load(RESULTS).get(model, {})
+        found = rows.setdefault(str(seed), {})
+        if "clean only" not in found:
+            found |= baselines(seed, given.hidden)
+            shared.save(RESULTS, model, rows)
+        for name in given.methods:
+            if name not in found:
+                found[name] = method(seed, given.hidden, name, name == "V-PBGD" and seed == given.seeds[0])
+                print(model, seed, name, found[name], flush=True)
+                shared.save(RESULTS, model, rows)
+    shared.write_table(HERE / "README.md", model, table(shared.load(RESULTS)[model]))
 
 
 if __name__ == "__main__":

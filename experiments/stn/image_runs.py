@@ -5,26 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from tables import shared
 from torch import Tensor
 
-from hyperopt.config import build
-from hyperopt.repro import seed_everything
-from hyperopt.schema import register
 from hyperopt.stn import STN, HyperSpace, convert
-from hyperopt.tasks.base import Environment
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn_images import StnImagesTask
 from hyperopt.tasks.stn_problem import ImageProblem
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 EVERY = 50  # updates between two looks at the validation rows: an epoch
-Row = dict[str, Any]
+Row = shared.Row
 
 
 class Study:
@@ -38,16 +30,9 @@ class Study:
 
     def __init__(self, experiment: str, seed: int, overrides: Sequence[str] = ()) -> None:
         """Build it as ``hyperopt`` would, on one thread of the CPU."""
-        torch.set_num_threads(1)
-        register()
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-            cfg = compose("train", [f"experiment={experiment}", f"seed={seed}", *overrides])
-        torch.set_default_dtype(torch.float32)
-        built = build(cfg)
+        built = shared.built(f"experiment={experiment}", f"seed={seed}", *overrides)
         assert isinstance(built.task, StnImagesTask)
         self.seed, self.task, self.outer = seed, built.task, built.optimizer
-        self.task.setup(Environment(torch.device("cpu"), torch.float32, seed, False, seed_everything(seed), built.trainer))
         self.start: Tensor = self.task.model.space.u.detach().clone()
         self.updates = built.trainer.max_steps * self.task.options.train_steps
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from image_runs import Row, Study
-from tables import HERE, write_table
+from tables import HERE, shared, write_table
 
 from hyperopt.stn import Bounded, Discrete, Tuned
 
@@ -81,15 +81,7 @@ def random_search(study: Study, trials: int) -> Row:
 
 def tpe(study: Study, trials: int) -> Row:
     """Optuna's TPE, its first two draws random."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise SystemExit(
-            "TPE needs optuna, which is in the extra 'bench': pip install 'hyperopt-bilevel[bench]' (or leave TPE out: --methods)"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=study.seed, n_startup_trials=2)
-    search, runs = optuna.create_study(sampler=sampler), []
+    search, runs = shared.tpe(study.seed, startup=2), []
     for _ in range(trials):
         asked = search.ask()
         runs.append(trial(study, suggested(study.task.tuned, asked), study.updates // trials))

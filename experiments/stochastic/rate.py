@@ -137,6 +137,30 @@ RUNS: dict[str, dict[str, Any]] = {  # method, steps, outer step and its horizon
     },
     "SABA, constant steps": {"method": lambda s: SABA(step_size=STEP, seed=s), "steps": 1500, "lr": STEP},
     "stocBiO, constant steps": {"method": lambda s: StocBiO(step_size=STEP, steps=3, terms=8), "steps": 400, "lr": STEP},
+    "stocBiO, outer steps 1 / t, 30 terms": {
+        "method": lambda s: StocBiO(step_size=STEP, steps=3, terms=30, adjoint_step=0.2),
+        "steps": 1000,
+        "lr": STEP,
+        "horizon": 100,
+    },
+    "stocBiO, outer steps 1 / t, 30 terms, independent batches": {
+        "method": lambda s: StocBiO(step_size=STEP, steps=3, terms=30, adjoint_step=0.2),
+        "steps": 1000,
+        "lr": STEP,
+        "horizon": 100,
+    },
+    "F2SA, penalty growing by 0.05, outer steps 1 / t": {
+        "method": lambda s: F2SA(step_size=STEP, steps=3, multiplier=1.0, growth=0.05),
+        "steps": 3000,
+        "lr": STEP,
+        "horizon": 100,
+    },
+    "V-PBGD, penalty to 10, outer steps 1 / t": {
+        "method": lambda s: VPBGD(step_size=STEP, steps=3, start=1.0, end=10.0, ramp=300),
+        "steps": 3000,
+        "lr": STEP,
+        "horizon": 100,
+    },
     "F2SA, penalty growing by 1, all rows": {
         "method": lambda s: F2SA(step_size=0.2, steps=3, multiplier=1.0, growth=1.0),
         "steps": 600,

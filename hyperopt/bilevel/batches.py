@@ -19,12 +19,13 @@ class Minibatches:
         size: rows of a batch; None: all of them, the tensors themselves.
         seed: seed of the order.
         last: what becomes of the rows that are left at the end of an epoch: ``keep`` or ``drop``.
+        key: what the caller's setting for ``size`` is called in messages.
 
     Raises:
         ValueError: tensors without rows, of different lengths, or fewer rows than ``size``.
     """
 
-    def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep") -> None:
+    def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep", key: str = "size") -> None:
         """Stand before the first batch."""
         lengths = {leaf.shape[0] if len(leaf.shape) else 0 for leaf in optree.tree_leaves(tensors)}
         if len(lengths) != 1 or not min(lengths):
@@ -34,7 +35,7 @@ class Minibatches:
             )
         (rows,) = lengths
         if size is not None and not 1 <= size <= rows:
-            raise ValueError(f"a batch of {size} rows from a data set of {rows}; lower the batch size, or None for all rows")
+            raise ValueError(f"{key}={size}: a batch of {size} rows from a data set of {rows}; lower {key}, or None for all rows")
         self.tensors = tensors
         self.order = Batches(rows, size, seed, last)
 

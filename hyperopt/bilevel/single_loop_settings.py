@@ -139,7 +139,7 @@ class VPBGDSettings(StochasticSettings):
         check_count(self, "ramp")
         if not self.end > self.start:
             raise ValueError(
-                f"{type(self).__name__}: the penalty does not grow, from start={self.start!r} to end={self.end!r}; set end above "
+                f"{type(self).__name__}: end={self.end!r}: the penalty does not grow, from start={self.start!r}; set end above "
                 "start"
             )
 

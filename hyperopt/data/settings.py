@@ -216,6 +216,39 @@ class CIFAR10Settings(FilesSettings):
 
 
 @dataclass(frozen=True)
+class LibsvmSettings:
+    """Two files in the LIBSVM format, ``root``/``file`` and ``root``/``file``.t; rows are taken in their order.
+
+    Attributes:
+        root: the data directory; ``~`` is expanded.
+        file: name of the first file, without ``.bz2`` or ``.gz``.
+        train: training rows, the first of the first file; None: all.
+        val: validation rows, the first of the second file; None: all but those of ``test``.
+        test: test rows, the last of the second file; 0: none.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    root: str = field(default_factory=default_root)
+    file: str = "ijcnn1"
+    train: int | None = None
+    val: int | None = None
+    test: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("root", "file"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) or not str(value).strip():
+                raise ValueError(f"dataset.{name}={value!r} is no name; change dataset.{name}")
+        for name in ("train", "val"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1, 10**9, "")
+        _check_whole("test", self.test, 0, 10**9, "")
+
+
+@dataclass(frozen=True)
 class AugmentSettings:
     """How a batch of images is changed at random; see ``hyperopt.data.augment.Augment``.
 

@@ -50,6 +50,7 @@ class Parts:
         shapes: of each hyperparameter that is no single number, see ``Hyperparameters``.
         rows: what ``<name>/loss`` and ``<name>/accuracy`` are measured on, by name.
         module: the model where it has buffers, which are then part of every checkpoint.
+        whole: the problem on all rows, which evaluations train on (None: as outer steps do, on ``problem``).
     """
 
     problem: BilevelProblem
@@ -57,6 +58,7 @@ class Parts:
     shapes: Mapping[str, Any]
     rows: Mapping[str, Rows]
     module: nn.Module | None = None
+    whole: BilevelProblem | None = None
 
 
 class BilevelTask(BilevelTaskSettings, Task):
@@ -94,14 +96,19 @@ class BilevelTask(BilevelTaskSettings, Task):
         Raises:
             ValueError: no validation rows, labels that do not fit, or a hyperparameter that starts outside of its space.
         """
-        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
-        check_labels(self.splits)
+        self.load(env)
         built = self.build(env)
-        self.parts = parts = replace(built, problem=over_ranks(built.problem))
+        whole = None if built.whole is None else over_ranks(built.whole)
+        self.parts = parts = replace(built, problem=over_ranks(built.problem), whole=whole)
         self.hyper = self.hyperparameters(env)
         self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
         self._steps = 0  # outer steps done
+
+    def load(self, env: Environment) -> None:
+        """Load the rows; called before ``build``."""
+        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        check_labels(self.splits)
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the hyperparameters at their start; called after ``build``."""
@@ -145,7 +152,7 @@ class BilevelTask(BilevelTaskSettings, Task):
         """Train at the present hyperparameters, measure on all rows, and put everything back."""
         start = self._state()
         self._cold()
-        self._inner.solve(self.parts.problem, self.hyper.read(), self.bilevel.state)
+        self._inner.solve(self.parts.whole or self.parts.problem, self.hyper.read(), self.bilevel.state)
         metrics = self.measure(self.bilevel.w)
         self._return_to(start)
         return metrics
@@ -174,6 +181,12 @@ class BilevelTask(BilevelTaskSettings, Task):
             "name": self.name,
             "hyperparameters": self.sizes(),
             "weights": sum(leaf.numel() for leaf in optree.tree_leaves(self.bilevel.w)),
+            **self.describe_data(),
+        }
+
+    def describe_data(self) -> dict[str, Any]:
+        """Return the dataset with its checksums, and the rows behind each metric."""
+        return {
             "dataset": self.splits.name,
             "checksums": self.splits.checksums,
             "classes": self.splits.num_classes,
@@ -222,10 +235,11 @@ class TunedTask(TunedSettings, BilevelTask):
         return val.take(slice(len(val) - kept)) if kept else val
 
     def rows(self) -> dict[str, Rows]:
-        """Return the rows behind the metrics, by name."""
+        """Return the rows behind the metrics, by name; a dataset without test rows has no ``test/*``."""
         splits, kept = self.splits, self.selection_rows
         selected = splits.val.take(slice(len(splits.val) - kept, None)) if kept else splits.val
-        return {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
+        found = {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
+        return {name: rows for name, rows in found.items() if len(rows)}
 
 
 def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:

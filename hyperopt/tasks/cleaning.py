@@ -63,8 +63,8 @@ class CleaningTask(CleaningSettings, NetworkTask):
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
             self.outer,
-            inner_batches=Minibatches((train.x, labels, places), self.batch_size, env.seed),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1),
+            inner_batches=Minibatches((train.x, labels, places), self.batch_size, env.seed, key="task.batch_size"),
+            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
         )
         return Parts(problem, self.model.w, {"weights": (len(labels),)}, self.rows())
 

@@ -61,7 +61,7 @@ class DataDistillationTask(DataDistillationSettings, BilevelTask):
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: self.model(w, lam["images"]), criterion),
             lambda w, lam, batch: loss_of(self.model(w, batch[0]), batch[1]),
-            outer_batches=Minibatches((splits.train.x, splits.train.y), self.batch_size, env.seed),
+            outer_batches=Minibatches((splits.train.x, splits.train.y), self.batch_size, env.seed, key="task.batch_size"),
         )
         rows = {"outer": splits.train, "val": splits.val, "test": splits.test}
         return Parts(problem, self.model.w, {"images": (len(labels), features)}, rows)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
 from hyperopt.data.splits import Rows
@@ -28,6 +30,8 @@ from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
 
+Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
+
 DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
 
 
@@ -35,6 +39,8 @@ class LinearTask(TunedTask):
     """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows."""
 
     retrain: bool
+    batch_size: int | None
+    val_batch_size: int | None
 
     @abstractmethod
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
@@ -51,23 +57,30 @@ class LinearTask(TunedTask):
     def build(self, env: Environment) -> Parts:
         """Start at zero weights."""
         splits = self.splits
-        train, val = (product_of(rows.x) for rows in (splits.train, self.fitted))
         outputs = splits.num_classes if splits.num_classes > 2 else 1
         features = splits.train.x.shape[1]
         w = torch.zeros(features, outputs, dtype=env.dtype, device=env.device)
 
-        def criterion(z: Tensor, w: Tensor, lam: dict[str, Tensor], batch: None) -> Tensor:
-            return loss_of(z, splits.train.y) + self.penalty(w, lam)
+        def criterion(z: Tensor, w: Tensor, lam: dict[str, Tensor], batch: Batch) -> Tensor:
+            return loss_of(z, batch[1]) + self.penalty(w, lam)
 
         quadratic = not splits.num_classes and features <= DENSE_FEATURES and splits.train.x.layout == torch.strided
         constants = functools.partial(self._constants, *self._spectra()) if quadratic else None
         shapes = {self.spaces[0]: self.shape(features, outputs)}
-        problem = BilevelProblem(
-            Composite(lambda w, lam, batch: train(w), criterion),
-            lambda w, lam, batch: loss_of(val(w), self.fitted.y),
+        train, val = (pairs(rows) for rows in (splits.train, self.fitted))
+        whole = BilevelProblem(
+            Composite(lambda w, lam, batch: batch[0] @ w, criterion),
+            lambda w, lam, batch: loss_of(batch[0] @ w, batch[1]),
+            inner_batches=Minibatches(train),
+            outer_batches=Minibatches(val),
             constants=constants,
         )
-        return Parts(problem, w, shapes, self.rows())
+        problem = replace(
+            whole,
+            inner_batches=Minibatches(train, self.batch_size, env.seed, key="task.batch_size"),
+            outer_batches=Minibatches(val, self.val_batch_size, env.seed + 1, key="task.val_batch_size"),
+        )
+        return Parts(problem, w, shapes, self.rows(), whole=whole)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """``x w``."""
@@ -88,8 +101,8 @@ class LinearTask(TunedTask):
         The mean loss over more rows weighs as much as that over fewer, so the strengths mean the same.
         """
         whole = joined(self.splits.train, self.splits.val)
-        start, problem, product = self._state(), self.parts.problem, product_of(whole.x)
-        both = BilevelProblem(lambda w, lam, batch: loss_of(product(w), whole.y) + self.penalty(w, lam), problem.outer_loss)
+        start, (x, y) = self._state(), pairs(whole)
+        both = BilevelProblem(lambda w, lam, batch: loss_of(x @ w, y) + self.penalty(w, lam), self.parts.problem.outer_loss)
         self._inner.solve(both, self.hyper.read(), self.bilevel.state)
         found = self.measure(self.bilevel.w)
         self._return_to(start)
@@ -147,9 +160,9 @@ class BiasRegularizationTask(BiasRegularizationSettings, LinearTask):
         return InnerConstants(float(values[0]), float(values[-1]), self.beta, outer_lipschitz=outer)
 
 
-def product_of(x: Tensor) -> Any:
-    """``w -> x w``, for dense rows and for sparse ones."""
-    return x.matmul if x.layout == torch.strided else SparseRows(x)
+def pairs(rows: Rows) -> Batch:
+    """Features, to be multiplied by weights, and targets."""
+    return (rows.x if rows.x.layout == torch.strided else SparseRows(rows.x), rows.y)
 
 
 def joined(one: Rows, two: Rows) -> Rows:

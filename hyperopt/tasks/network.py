@@ -80,9 +80,9 @@ class NetworkTask(TunedTask):
         """The mean loss on a batch."""
         return loss_of(self.model(w, batch[0]), batch[1])
 
-    def batches(self, rows: Rows, size: int | None, seed: int) -> Minibatches:
-        """Batches of ``(x, y)``."""
-        return Minibatches((rows.x, rows.y), size, seed)
+    def batches(self, rows: Rows, size: int | None, seed: int, key: str) -> Minibatches:
+        """Batches of ``(x, y)``; ``key`` is the setting that gives their size."""
+        return Minibatches((rows.x, rows.y), size, seed, key=key)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """The network's outputs."""
@@ -101,8 +101,8 @@ class WeightDecayTask(WeightDecaySettings, NetworkTask):
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
             self.outer,
-            inner_batches=self.batches(self.splits.train, self.batch_size, env.seed),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1),
+            inner_batches=self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"),
+            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
         )
         return Parts(problem, self.model.w, {"decay": self.model.w}, self.rows())
 
@@ -178,8 +178,8 @@ class AugmentationTask(AugmentationSettings, NetworkTask):
                 lambda w, lam, batch: self.model(w, self.augmented(lam, batch)), lambda z, w, lam, batch: loss_of(z, batch[1])
             ),
             self.outer,
-            inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed), env.seed + 2),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1),
+            inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"), env.seed + 2),
+            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
         )
         return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
 
