@@ -60,7 +60,7 @@ LAYERS = [
     ("tasks",),
     ("schema",),
     ("config", "guard", "events", "track", "repro", "loop_state", "checkpoint"),
-    ("report", "checking"),
+    ("report", "checking", "exporting"),
     ("run",),
     ("launch",),
     ("sweep",),

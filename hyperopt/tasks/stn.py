@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from hyperopt import mesh
+from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.dropout import Dropout
 from hyperopt.stn.network import STN, convert
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
 from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.stn_figures import trajectory_figure
 from hyperopt.tasks.stn_settings import SelfTuningOptions, SelfTuningTaskSettings
 
@@ -124,6 +128,31 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             trainer=env.trainer,
             seed=int(torch.randint(2**31, (), generator=env.generator)),
         )
+
+    def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
+        """Return the network as it is before it is converted, and the hyperparameters, without data: what ``predictor`` needs."""
+        raise NotImplementedError(f"task={self.name} has no plain(), and cannot be exported; see SelfTuningTask.plain")
+
+    def learned(self) -> Learned:
+        """Return the plain network at the hyperparameters that were found, and these."""
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
+        return Learned(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return (1,)
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
+        """Build the plain network, its dropout at the rates that were found."""
+        module, declared = self.plain(shape, classes)
+        plain = convert(module, HyperSpace(declared), respond=False).collapse()
+        for place, each in module.named_modules():
+            if isinstance(each, Dropout):
+                rate = plain.get_submodule(place)
+                assert isinstance(rate, _DropoutNd)
+                rate.p = float(hyperparameters[each.name])
+        return plain
 
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the hyperparameters in R, one vector."""
