@@ -32,7 +32,7 @@ LAYERS = [
     ),
     ("files", "experiment"),
     ("reporting",),
-    ("directory",),
+    ("directory", "workers"),
     ("tree", "spaces"),
     ("status",),
     ("policy", "closure", "memory", "purity"),
