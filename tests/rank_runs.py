@@ -21,6 +21,8 @@ COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.
 ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
 TRAINED = ["task=weight_decay", "task.hidden=[6]", "task.batch_size=30", "task.val_batch_size=25", "inner.max_steps=8", *ROWS]
+TUNED = ["experiment=stn_mnist_mlp", "dataset=digits", "task.classifier.dense=[8]", "~task.tuned.dropout1", "stn.warmup=4"]
+TUNED += ["task.batch_size=20", "task.val_batch_size=15", *ROWS]
 CASES = {
     "equilibrium": ["task.state_size=10", *ROWS, *EXACT],
     "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
@@ -28,6 +30,10 @@ CASES = {
     "coupled": ["task=coupled", "task.rows=15", *EXACT],
     "trained, implicit": [*TRAINED, "adjoint=cg", "adjoint.linear_solver.rtol=1e-13", "task.decay.init=0.3"],
     "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
+    "tuned, images": [*TUNED, "stn.mode=centred"],
+    "tuned, images, linear": [*TUNED, "stn.mode=delta_linear", "stn.update=sequential"],
+    "tuned, quadratic": ["experiment=stn_quadratic", "task.batch_size=25", "stn.mode=classic", "stn.warmup=4"],
+    "tuned, ridge": ["experiment=stn_ridge", "task.rows=7", "stn.mode=delta", "stn.warmup=4"],
 }
 
 

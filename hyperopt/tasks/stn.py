@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from hyperopt import mesh
@@ -23,6 +24,7 @@ from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dropout import Dropout
 from hyperopt.stn.network import STN, convert
+from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
@@ -107,16 +109,16 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
         """Build everything.
 
         Raises:
-            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it), or several ranks.
+            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it); on several ranks also a layer that
+                takes the statistics of a whole batch, or draws without regard to which rows it has.
         """
-        if mesh.ranks() > 1:
-            raise ValueError(f"task={self.name} draws its own perturbations and runs on one rank, not {mesh.ranks()}; start one")
         options = self.options
         with drawing(env.generator):
             self.parts = parts = self.build(env)
             space = HyperSpace(parts.declared, dtype=env.dtype, device=env.device, key="task")
             module = parts.module.to(env.device, env.dtype)
             self.model = convert(module, space, gate=options.gate, std=options.gate_std, skip=parts.skip)
+        check_layers(self.model.module)
         self.tuning = SelfTuning(
             self.model,
             self.train_loss,
@@ -197,6 +199,22 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             "weights": sum(parameter.numel() for parameter in self.model.base_parameters()),
             "response": sum(parameter.numel() for parameter in self.model.response_parameters()),
         }
+
+
+def check_layers(module: nn.Module) -> None:
+    """Refuse, on several ranks, a layer whose output for a row depends on which other rows this rank has.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, each in module.named_modules() if mesh.ranks() > 1 else ():
+        if isinstance(each, _BatchNorm):
+            what = "would take the statistics of its own rows; use GroupNorm or LayerNorm"
+        elif isinstance(each, _DropoutNd) and not isinstance(each, RowDropout):
+            what = "would drop by place, not by example; use hyperopt.stn.row_dropout.RowDropout"
+        else:
+            continue
+        raise ValueError(f"the network has {name} = {each}: on {mesh.ranks()} ranks each {what}, or one rank")
 
 
 def schedule_of(checkpoint: Path, space: HyperSpace) -> TunedSchedule:
