@@ -29,7 +29,7 @@ from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.launch import dismiss, follow, follows, lead
 from hyperopt.messages import explain
 from hyperopt.schema import config_path, config_root
-from hyperopt.workers import THREADS, share_cores
+from hyperopt.workers import LAUNCHER, THREADS, prepare
 
 register()
 # Hydra copies the whole store for every group that it looks at, though it also copies each node that it hands out: sharing the
@@ -74,9 +74,8 @@ def command_line() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text())
         return
-    asked = os.environ.get("HYDRA_FULL_ERROR")
+    before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-    threads = os.environ.get(THREADS)
     Preflight.launched = None
     try:
         job()
@@ -87,13 +86,13 @@ def command_line() -> None:
         error = raised
     finally:
         directory.release_all()
-        for name, value in (("HYDRA_FULL_ERROR", asked), (THREADS, threads)):
+        for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
     message = explain(error)
     failed = Preflight.failures()
-    if asked == "1" or (message is None and not failed):
+    if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)
     if failed:
         message = f"{len(failed)} of this sweep's jobs failed: {', '.join(map(str, failed))}"
@@ -167,7 +166,7 @@ class Preflight(Callback):
             _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
             if key == "hydra.sweep.dir":
                 known = _listed(config)
-                share_cores(config, count if known else sys.maxsize)
+                prepare(config, count if known else sys.maxsize)
                 Preflight.launched = where, count if known else None
         except Exception as error:
             raise Refusal(error) from error

@@ -45,36 +45,33 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
         Its metric, for the sweeper.
     """
     overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
-    number, queue = int(hydra.job.num), queue_id(hydra)
+    number, queue, alone = int(hydra.job.num), queue_id(hydra), in_process(hydra.launcher)
     if queue is not None and read(out / JOB).get("queue") == queue:
         cfg.resume = "auto"  # submitit or Slurm has started the same job again
     metric = finished(cfg, out) if cfg.resume == "auto" else None
     if metric is not None:
         log.info("job %s (%s) was done before: skipped", number, " ".join(overrides))
-    try:
-        write_json(out / JOB, {"number": number, "overrides": overrides, "queue": queue})
-        if metric is not None:
-            return metric
-        if in_process(hydra.launcher):
-            return lead(cfg, out)
+    if not alone and metric is None:
         cfg.device = device_of(cfg.device, number, gpus(cfg.device))
-        with tied_to_parent():
-            return lead(cfg, out)
-    except SystemExit as end:
-        put_back(end.code)
-        raise
-    except RunDirectoryError:  # it is another process's, and stays as it is
-        raise
-    except Exception:
-        with contextlib.suppress(OSError):
-            if not (out / FAILED).exists():
-                write_text(out / FAILED, traceback.format_exc())
-        raise
-    finally:
+    with contextlib.nullcontext() if alone else tied_to_parent():
         try:
-            write_index(Path(hydra.sweep.dir))
-        except OSError as error:
-            log.warning("the sweep's index is not up to date: %s", error)
+            write_json(out / JOB, {"number": number, "overrides": overrides, "queue": queue})
+            return lead(cfg, out) if metric is None else metric
+        except SystemExit as end:
+            put_back(end.code)
+            raise
+        except RunDirectoryError:  # it is another process's, and stays as it is
+            raise
+        except Exception:
+            with contextlib.suppress(OSError):
+                if not (out / FAILED).exists():
+                    write_text(out / FAILED, traceback.format_exc())
+            raise
+        finally:
+            try:
+                write_index(Path(hydra.sweep.dir))
+            except OSError as error:
+                log.warning("the sweep's index is not up to date: %s", error)
 
 
 def gpus(device: str) -> int:

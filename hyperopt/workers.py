@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from omegaconf import DictConfig
 
-THREADS = "OMP_NUM_THREADS"
+THREADS, LAUNCHER = "OMP_NUM_THREADS", "HYPEROPT_LAUNCHER"
 JOBLIB, LOCAL = "JoblibLauncher", "LocalLauncher"
 """Launchers that start all their processes on this machine, and leave its cores to them."""
 PATIENCE = 1.0  # seconds from one look at the launcher to the next
@@ -48,8 +49,10 @@ def at_a_time(hydra: DictConfig, jobs: int, cores: int) -> int:
     return count
 
 
-def share_cores(config: DictConfig, jobs: int) -> None:
-    """Set what the processes of this sweep inherit, if they share this machine."""
+def prepare(config: DictConfig, jobs: int) -> None:
+    """Set what the processes of this sweep inherit: their launcher, and their share of the cores."""
+    if config.hydra.launcher._target_.endswith(JOBLIB):
+        os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = at_a_time(config.hydra, jobs, cores)
     if count > 1 and THREADS not in os.environ:
@@ -81,8 +84,12 @@ def queue_id(hydra: Any) -> str | None:
 
 @contextlib.contextmanager
 def tied_to_parent() -> Iterator[None]:
-    """Send this process a SIGTERM when its parent ends during the block."""
-    parent, over = os.getppid(), threading.Event()
+    """Send this process a SIGTERM when its parent ends during the block, and end it after the block, or before.
+
+    joblib's workers would otherwise wait for further jobs of a launcher that is gone, and run those that they have.
+    """
+    parent, over = int(os.environ.get(LAUNCHER, os.getppid())), threading.Event()
+    _end_unless(parent)
 
     def watch() -> None:
         while not over.wait(PATIENCE):
@@ -95,3 +102,12 @@ def tied_to_parent() -> Iterator[None]:
         yield
     finally:
         over.set()
+        _end_unless(parent)
+
+
+def _end_unless(parent: int) -> None:
+    """End this process at once if its parent is another one by now."""
+    if os.getppid() != parent:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGTERM)

@@ -69,7 +69,7 @@ def test_jobs_share_the_cores(jobs: int, given: str | None, expected: str | None
     monkeypatch.delenv(workers.THREADS, raising=False)
     if given is not None:
         monkeypatch.setenv(workers.THREADS, given)
-    workers.share_cores(OmegaConf.create({"hydra": hydra("a.LocalLauncher")}), jobs)
+    workers.prepare(OmegaConf.create({"hydra": hydra("a.LocalLauncher")}), jobs)
     assert os.environ.get(workers.THREADS) == expected
 
 
@@ -259,7 +259,7 @@ def test_a_parallel_sweep_that_is_killed_goes_on(whom: str, command: Launcher) -
     else:
         pids = [json.loads(path.read_text())["host"]["pid"] for path in Path("mine").glob("*/run.json")]
         process.kill()
-        wait(lambda: not any(alive(pid) for pid in pids), 30)
+        wait(lambda: not any(alive(pid) for pid in pids), 60)
         assert any(each["status"] == "interrupted" for each in index()["jobs"])
     process.wait(timeout=30)
     assert "completed" in {json.loads(path.read_text())["status"] for path in Path("mine").glob("*/summary.json")}
