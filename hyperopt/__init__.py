@@ -83,6 +83,7 @@ _PUBLIC = {
     "convert": "hyperopt.stn.network",
     "SelfTuning": "hyperopt.stn.step",
     "SelfTuningSettings": "hyperopt.stn.settings",
+    "load_exported": "hyperopt.exporting.load",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from hyperopt.closure import ClosureError as ClosureError
     from hyperopt.diagnosis import Diagnosis as Diagnosis
     from hyperopt.diagnosis import diagnose as diagnose
+    from hyperopt.exporting.load import load_exported as load_exported
     from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
     from hyperopt.linsolve.bicgstab import BiCGStab as BiCGStab
     from hyperopt.linsolve.cg import CG as CG

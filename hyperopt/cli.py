@@ -29,6 +29,7 @@ from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.launch import dismiss, follow, follows, lead
 from hyperopt.messages import explain
 from hyperopt.schema import config_path, config_root
+from hyperopt.workers import LAUNCHER, THREADS, prepare
 
 register()
 # Hydra copies the whole store for every group that it looks at, though it also copies each node that it hands out: sharing the
@@ -73,9 +74,9 @@ def command_line() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text())
         return
-    asked = os.environ.get("HYDRA_FULL_ERROR")
+    before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-    Preflight.failures.clear()
+    Preflight.launched = None
     try:
         job()
         return
@@ -85,14 +86,16 @@ def command_line() -> None:
         error = raised
     finally:
         directory.release_all()
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if asked is not None:
-            os.environ["HYDRA_FULL_ERROR"] = asked
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
     message = explain(error)
-    if asked == "1" or (message is None and not Preflight.failures):
+    failed = Preflight.failures()
+    if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)
-    if Preflight.failures:
-        message = f"{len(Preflight.failures)} of this sweep's jobs failed: {', '.join(Preflight.failures)}"
+    if failed:
+        message = f"{len(failed)} of this sweep's jobs failed: {', '.join(map(str, failed))}"
     if message is not None:
         print(f"hyperopt: {message}", file=sys.stderr)
     sys.exit(1)
@@ -118,10 +121,10 @@ class Preflight(Callback):
     """Refuses bad values and used run directories before Hydra writes anything, and shows a sweep's failures as they happen.
 
     Attributes:
-        failures: numbers of the failed jobs of the sweep that this process runs.
+        launched: directory of the sweep that this process has launched, and how many jobs it has, if that is known.
     """
 
-    failures: list[str] = []  # noqa: RUF012  (Hydra builds the callback, so main can only read it from the class)
+    launched: tuple[Path, int | None] | None = None  # Hydra builds the callback, so main can only read it from the class
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a single run."""
@@ -140,29 +143,43 @@ class Preflight(Callback):
         message = explain(error)
         if message is None:
             traceback.print_exception(error)
-        self.failures.append(str(number))
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
         print(f"hyperopt: see {config.hydra.runtime.output_dir}/{sweep.FAILED}", file=sys.stderr)
+
+    @classmethod
+    def failures(cls) -> list[int]:
+        """Numbers of the failed jobs of the sweep that this process has launched, whatever processes they ran in."""
+        return [] if cls.launched is None else sweep.failures(*cls.launched)
 
     @staticmethod
     def _check(config: DictConfig, key: str) -> None:
         """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
         where = Path(config.hydra.run.dir if key == "hydra.run.dir" else config.hydra.sweep.dir)
         try:
-            jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
+            jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
             for each, out in jobs:
                 _check_launch(config, each)
                 _check_values(each)
                 _check_directory(each, where, out, key)
+                count += 1
             directory.acquire(where, key)
             _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
+            if key == "hydra.sweep.dir":
+                known = _listed(config)
+                prepare(config, count if known else sys.maxsize)
+                Preflight.launched = where, count if known else None
         except Exception as error:
             raise Refusal(error) from error
 
 
+def _listed(config: DictConfig) -> bool:
+    """Whether the sweeper is Hydra's own, which knows all its jobs beforehand."""
+    return config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+
+
 def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     """Yield config and directory of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base."""
-    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
+    if not _listed(config):
         yield config, where
         return
     swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}

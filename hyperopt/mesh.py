@@ -33,14 +33,30 @@ TIMEOUT = "HYPEROPT_RANK_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others (default 600) before it ends with an error."""
 
 
+class RankError(RuntimeError):
+    """The ranks cannot meet; the message says what to change."""
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the ranks that ``torchrun`` has started, for the time of the block; nothing where there is one."""
+    """Connect the ranks that ``torchrun`` has started, for the time of the block; nothing where there is one.
+
+    Raises:
+        RankError: another program has the port where the ranks would meet.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "600"))))
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "600"))))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RankError(
+            f"port MASTER_PORT={os.environ.get('MASTER_PORT')} is taken, and the ranks cannot meet there; start them by torchrun "
+            "--standalone, which finds a free one, or give torchrun --master-port, or MASTER_PORT, another"
+        ) from error
     try:
         yield
         from_all(None)  # none leaves while another still listens

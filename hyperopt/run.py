@@ -45,6 +45,7 @@ from hyperopt.status import Status
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.track import START, Tracker, hparams, write_config
 from hyperopt.train_settings import TrainerSettings
+from hyperopt.workers import queue_signal
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def run(cfg: DictConfig, out: Path) -> float:
         CheckpointError: no such checkpoint, a damaged or unsafe one, or one of another experiment; a run that ``out`` holds is
             left untouched.
         WriteError: a file could not be written; all that was written before is whole, and ``resume=auto`` goes on from it.
-        SystemExit: SIGINT or SIGTERM came: code 130 or 143, after the checkpoint was written.
+        SystemExit: SIGINT, SIGTERM or the queue's signal came: code 128 + its number, after the checkpoint was written.
         Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
     """
     check_directory(cfg, out)
@@ -328,12 +329,14 @@ def rescued(out: Path, tracker: Tracker, state: LoopState, save: Callable[[str],
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step under way can end; a second one has its usual effect, at once."""
+    """Collect SIGINT, SIGTERM and the queue's signal, so that the step under way can end; a second one has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    queue = queue_signal()
+    numbers = (signal.SIGINT, signal.SIGTERM, *([] if queue is None else [signal.Signals(queue)]))
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)

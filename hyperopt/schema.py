@@ -52,7 +52,12 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     """Return ``settings`` with a ``_target_``, and with the fields of ``nested`` typed by the classes given for them."""
     extra: list[tuple[str, Any, Any]] = [("_target_", str, target)]
     extra += [(name, kind, field(default_factory=kind)) for name, kind in nested.items()]
-    return dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
+    made = dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
+    # Importable, so that what a launcher sends to other processes names the class. A copy would come back in place of the class
+    # itself, with a copy of dataclasses.MISSING, which is then no longer that.
+    made.__module__, made.__qualname__ = __name__, f"_{settings.__name__}_{len(globals())}"
+    globals()[made.__qualname__] = made
+    return made
 
 
 IMPLICIT = "hyperopt.adjoints.implicit.Implicit"

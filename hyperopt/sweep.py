@@ -19,10 +19,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hyperopt.directory import JOB
+from hyperopt.directory import JOB, RunDirectoryError
 from hyperopt.experiment import experiment, experiment_of
 from hyperopt.files import write_json, write_text
 from hyperopt.launch import lead
+from hyperopt.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +45,48 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
         Its metric, for the sweeper.
     """
     overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
+    number, queue, alone = int(hydra.job.num), queue_id(hydra), in_process(hydra.launcher)
+    if queue is not None and read(out / JOB).get("queue") == queue:
+        cfg.resume = "auto"  # submitit or Slurm has started the same job again
     metric = finished(cfg, out) if cfg.resume == "auto" else None
     if metric is not None:
-        log.info("job %s (%s) was done before: skipped", hydra.job.num, " ".join(overrides))
-    try:
-        write_json(out / JOB, {"number": int(hydra.job.num), "overrides": overrides})
-        if metric is not None:
-            return metric
-        return lead(cfg, out)
-    except Exception:
-        with contextlib.suppress(OSError):
-            if not (out / FAILED).exists():
-                write_text(out / FAILED, traceback.format_exc())
-        raise
-    finally:
+        log.info("job %s (%s) was done before: skipped", number, " ".join(overrides))
+    if not alone and metric is None:
+        cfg.device = device_of(cfg.device, number, gpus(cfg.device))
+    with contextlib.nullcontext() if alone else tied_to_parent():
         try:
-            write_index(Path(hydra.sweep.dir))
-        except OSError as error:
-            log.warning("the sweep's index is not up to date: %s", error)
+            write_json(out / JOB, {"number": number, "overrides": overrides, "queue": queue})
+            return lead(cfg, out) if metric is None else metric
+        except SystemExit as end:
+            put_back(end.code)
+            raise
+        except RunDirectoryError:  # it is another process's, and stays as it is
+            raise
+        except Exception:
+            with contextlib.suppress(OSError):
+                if not (out / FAILED).exists():
+                    write_text(out / FAILED, traceback.format_exc())
+            raise
+        finally:
+            try:
+                write_index(Path(hydra.sweep.dir))
+            except OSError as error:
+                log.warning("the sweep's index is not up to date: %s", error)
+
+
+def gpus(device: str) -> int:
+    """Return how many GPUs a job may choose from: none where it does not ask for one, without importing torch."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def failures(sweep: Path, jobs: int | None) -> list[int]:
+    """Return the numbers of the failed jobs among the first ``jobs`` (None: all) in ``sweep``."""
+    numbers = [job["number"] for job in index(sweep)["jobs"] if job["status"] == "failed" and job["number"] is not None]
+    return [number for number in numbers if jobs is None or number < jobs]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -5,15 +5,22 @@ python rank_runs.py RANK WORLD STORE FOLDER
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
+from hyperopt import mesh
+from hyperopt.data.synthetic import Synthetic
 from hyperopt.run import run
 from hyperopt.schema import register
+from hyperopt.tasks.equilibrium import EquilibriumTask
 
 register()
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -21,6 +28,8 @@ COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.
 ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
 TRAINED = ["task=weight_decay", "task.hidden=[6]", "task.batch_size=30", "task.val_batch_size=25", "inner.max_steps=8", *ROWS]
+TUNED = ["experiment=stn_mnist_mlp", "dataset=digits", "task.classifier.dense=[8]", "~task.tuned.dropout1", "stn.warmup=4"]
+TUNED += ["task.batch_size=20", "task.val_batch_size=15", *ROWS]
 CASES = {
     "equilibrium": ["task.state_size=10", *ROWS, *EXACT],
     "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
@@ -28,6 +37,18 @@ CASES = {
     "coupled": ["task=coupled", "task.rows=15", *EXACT],
     "trained, implicit": [*TRAINED, "adjoint=cg", "adjoint.linear_solver.rtol=1e-13", "task.decay.init=0.3"],
     "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
+    "tuned, images": [*TUNED, "stn.mode=centred"],
+    "tuned, images, linear": [*TUNED, "stn.mode=delta_linear", "stn.update=sequential"],
+    "tuned, quadratic": ["experiment=stn_quadratic", "task.batch_size=25", "stn.mode=classic", "stn.warmup=4"],
+    "tuned, ridge": ["experiment=stn_ridge", "task.rows=7", "stn.mode=delta", "stn.warmup=4"],
+}
+
+
+SYNTHETIC = ["dataset=synthetic", "dataset.features=4", *ROWS]
+WRONG = {
+    "nan, equilibrium": ["task.state_size=10", "dataset.targets=classes", *SYNTHETIC],
+    "nan, trained": [*TRAINED, "dataset=synthetic", "dataset.features=4", "dataset.targets=classes", "adjoint=unrolled"],
+    "slow": ["task.state_size=10", "trainer.max_steps=3", *ROWS],
 }
 
 
@@ -40,9 +61,38 @@ def run_all(folder: Path) -> None:
         run(cfg, folder / name)
 
 
+def run_wrong(folder: Path) -> None:
+    """Two tasks with a NaN among the rows of the last rank, and one with a slow last rank: what each rank says goes to a file."""
+    load, step = Synthetic.load, EquilibriumTask.step
+
+    def with_nan(self: Synthetic, *args: Any) -> Any:
+        splits = load(self, *args)
+        splits.train.x[-1, 0] = float("nan")
+        return splits
+
+    def slowly(self: EquilibriumTask, *args: Any) -> Any:
+        time.sleep(0.3 * mesh.rank())
+        return step(self, *args)
+
+    said = {}
+    for name in WRONG:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", overrides=[*COMMON, *WRONG[name]])
+        (folder / name).mkdir(parents=True)
+        try:
+            with mock.patch.object(Synthetic, "load", with_nan), mock.patch.object(EquilibriumTask, "step", slowly):
+                run(cfg, folder / name)
+            said[name] = ""
+        except (ArithmeticError, RuntimeError) as error:
+            said[name] = str(error)
+    (folder / "said.json").write_text(json.dumps(said))
+
+
 if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
     run_all(Path(sys.argv[4]) / str(rank))
+    if world == 2:
+        run_wrong(Path(sys.argv[4]) / str(rank))
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,3 +213,8 @@ def test_near_misses() -> None:
     assert near("andersen", ["picard", "anderson"]) == "did you mean anderson? choices: anderson, picard"
     assert near("xyz", ["picard", "anderson"]) == "choices: anderson, picard"
     assert near("xyz", []) == "choices: none"
+
+
+def test_settings_keep_their_class_in_other_processes() -> None:
+    # A launcher sends the schema to its workers; a class that is copied on the way comes back as another one.
+    assert all(pickle.loads(pickle.dumps(node)) is node for node in SCHEMA.values())

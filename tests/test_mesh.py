@@ -1,5 +1,6 @@
 """Trap 17: one mean in the loss, and every derivative is the whole problem's, on every rank alike."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,13 @@ def test_ranks_of_different_sizes_weigh_their_rows(monkeypatch):
     monkeypatch.setattr(mesh, "sum_over_ranks", lambda value: sums.append(value) or torch.full_like(value, 8.0))
     hyperopt.mean_over_ranks(lambda: torch.tensor(4.0, dtype=torch.float64), rows=2)
     assert [float(value) for value in sums] == [2.0, 1.0]  # its rows, and 2 / 8 of its mean
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(mesh.RankError, match=f"MASTER_PORT={port} is taken.*--standalone"), mesh.connected():
+            pass
+    assert not torch.distributed.is_initialized()

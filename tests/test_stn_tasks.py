@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hyperopt import checkpoint
+from hyperopt import checkpoint, mesh, stn
 from hyperopt.checkpoint import CheckpointError
 from hyperopt.config import build, validate
 from hyperopt.experiment import experiment
@@ -21,8 +21,9 @@ from hyperopt.optim import SGD, Adam
 from hyperopt.run import run
 from hyperopt.schema import register
 from hyperopt.stn import HyperSpace, Positive
+from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.stn import schedule_of
+from hyperopt.tasks.stn import check_layers, schedule_of
 from hyperopt.tasks.stn_ridge import Ridge, StnRidgeTask
 from hyperopt.tasks.stn_settings import SelfTuningOptions
 from hyperopt.train_settings import SchedulerSettings, TrainerSettings
@@ -207,3 +208,21 @@ def test_the_quadratic_is_not_learned_from_a_range_that_stands_still(tmp_path: P
     found = rows(tmp_path)
     assert found[-1]["hyper/x_range"] == pytest.approx(0.5, rel=1e-12)
     assert min(row["val/distance"] for row in found) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.BatchNorm1d(3), "statistics of its own rows"),
+        (stn.Dropout("rate"), "by place"),
+        (torch.nn.Dropout(), "by place"),
+    ],
+)
+def test_layers_that_would_differ_on_several_ranks_are_refused(
+    layer: torch.nn.Module, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), layer, RowDropout("rate", 0))
+    check_layers(network)
+    monkeypatch.setattr(mesh, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match=rf"has 1 = .*{message}"):
+        check_layers(network)

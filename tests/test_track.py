@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from event_files import events, session_starts
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_task import Killed, config, go, raise_at, rows, signal_at
 
 from hyperopt.experiment import flatten
@@ -192,3 +195,32 @@ def test_hparams_name_the_choices() -> None:
         row = hparams(compose("train", overrides=["solver=anderson"]))
     assert row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann" and row["adjoint"] == "Implicit"
     assert not [key for key in row if "_target_" in key]
+
+
+def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
+    done, errors, seen = threading.Event(), [], []
+
+    def read() -> None:
+        """As TensorBoard does: one reader goes on where it stood, and another starts anew."""
+        kept = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
+        try:
+            while not done.is_set():
+                for reader in (kept, events(tmp_path / "tb")):
+                    reader.Reload()
+                    found = [each.step for each in reader.Scalars("val/loss")] if "val/loss" in reader.Tags()["scalars"] else []
+                    assert found == list(range(len(found)))
+                    seen.append(len(found))
+        except Exception as error:
+            errors.append(error)
+
+    tracker = Tracker(tmp_path)
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(300):
+        tracker.log(step, {"val/loss": float(step)})
+        time.sleep(0.002)
+    done.set()
+    reader.join()
+    tracker.close()
+    assert errors == [] and len(set(seen)) > 2  # it did look in between
+    assert [each.step for each in events(tmp_path / "tb").Scalars("val/loss")] == list(range(300))

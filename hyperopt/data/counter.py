@@ -98,6 +98,10 @@ class Keys:
             if not isinstance(value, int) or not 0 <= value <= _MASK:
                 raise ValueError(f"{name}={value!r} must be a whole number from 0 to 2**64 - 1")
 
+    def __getitem__(self, rows: slice) -> Keys:
+        """The keys of some of the examples."""
+        return Keys(self.index[rows], self.seed, self.epoch)
+
     def check(self, x: Tensor) -> None:
         """Refuse a batch of another number of examples, which would be paired with other examples' draws."""
         if x.dim() == 0 or len(x) != len(self.index):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hyperopt.data.settings import DiabetesSettings
-from hyperopt.data.splits import Rows, Splits, draw_rows
+from hyperopt.data.splits import Rows, Splits, draw_rows, scaled_by
 
 
 class Diabetes(DiabetesSettings):
@@ -30,12 +30,14 @@ class Diabetes(DiabetesSettings):
         rows = draw_rows(self)
         x, y = np.asarray(bunch["data"], np.float64), np.asarray(bunch["target"], np.float64)
         y = (y - y[rows["train"]].mean()) / y[rows["train"]].std()
+        scaling = scaled_by()
         if self.normalize == "standard":
-            x = (x - x[rows["train"]].mean(0)) / x[rows["train"]].std(0)
+            mean, std = x[rows["train"]].mean(0), x[rows["train"]].std(0)
+            x, scaling = (x - mean) / std, scaled_by(1.0, mean.tolist(), std.tolist())
 
         def split(name: str) -> Rows:
             at = rows[name]
             features, targets = (torch.from_numpy(part[at]).to(device, dtype) for part in (x, y))
             return Rows(features, targets, torch.from_numpy(at.astype(np.int64)).to(device))
 
-        return Splits(split("train"), split("val"), split("test"), 0, (10,), "diabetes", {})
+        return Splits(split("train"), split("val"), split("test"), 0, (10,), "diabetes", {}, scaling)

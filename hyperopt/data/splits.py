@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,8 @@ class Splits:
         shape: one example before flattening, channels first, as ``(1, 28, 28)``.
         name: the dataset's name in the configs, as ``mnist``.
         checksums: md5 of the unpacked bytes of each file behind the rows.
+        scaling: ``x = (raw / largest - mean) / std`` before flattening, each a list of one number, or of one a channel (of one a
+            feature, where an example has one dimension); None: rows are made in another way.
     """
 
     train: Rows
@@ -68,6 +71,7 @@ class Splits:
     shape: tuple[int, ...]
     name: str
     checksums: dict[str, str]
+    scaling: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ def make_splits(
         return Rows(x, y, torch.from_numpy(index.astype(np.int64)).to(device))
 
     splits = {split: gather(split) for split in ("train", "val", "test")}
+    scaling = scaled_by(largest)
     if settings.normalize == "standard":
         mean = splits["train"].x.mean((0, 2, 3), keepdim=True)
         std = splits["train"].x.std((0, 2, 3), correction=0, keepdim=True)
@@ -178,5 +183,11 @@ def make_splits(
             raise DataError(f"{name}: a channel is constant over the {settings.train} training rows; set dataset.normalize=unit")
         for part in splits.values():
             part.x.sub_(mean).div_(std)
+        scaling = scaled_by(largest, mean.flatten().tolist(), std.flatten().tolist())
     flat = {split: Rows(part.x.flatten(1), part.y, part.index) for split, part in splits.items()}
-    return Splits(**flat, num_classes=num_classes, shape=tuple(shape), name=name, checksums=checksums)
+    return Splits(**flat, num_classes=num_classes, shape=tuple(shape), name=name, checksums=checksums, scaling=scaling)
+
+
+def scaled_by(largest: float = 1.0, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> dict[str, list[float]]:
+    """Return ``Splits.scaling``."""
+    return {"largest": [largest], "mean": list(mean), "std": list(std)}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hyperopt.data.settings import SyntheticSettings
-from hyperopt.data.splits import Rows, Splits
+from hyperopt.data.splits import Rows, Splits, scaled_by
 
 
 class Synthetic(SyntheticSettings):
@@ -44,4 +44,4 @@ class Synthetic(SyntheticSettings):
             return Rows(torch.from_numpy(x).to(device, dtype), targets.to(device), numbers)
 
         classes = 2 if self.targets == "classes" else 0
-        return Splits(split("train"), split("val"), split("test"), classes, (self.features,), "synthetic", {})
+        return Splits(split("train"), split("val"), split("test"), classes, (self.features,), "synthetic", {}, scaled_by())

@@ -82,6 +82,10 @@ class Draw:
         """How many rows."""
         return self.m.shape[0]
 
+    def part(self, rows: slice) -> Draw:
+        """The draw of some of its rows."""
+        return replace(self, m=self.m[rows], delta=self.delta[rows])
+
     def entropy(self) -> Tensor:
         """That of the perturbation: ``sum log(sigma sqrt(2 pi e))``. shape: ()."""
         return self.entropy_of(self.sigma)

@@ -6,6 +6,8 @@
 
 ``w(lam')`` is affine in what the mode lets it respond to: the derivative of the validation loss passes through that alone.
 
+On several ranks each draws the whole batch and its noise, and takes its share of both; both losses are means over the ranks.
+
 References: MacKay et al., Self-tuning networks, ICLR 2019, arXiv 1903.03088, algorithm 1; Bae & Grosse, Delta-STN, NeurIPS 2020,
 arXiv 2010.13514, algorithm 1.
 """
@@ -16,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
+from hyperopt import mesh
 from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.guards import Watch
@@ -194,8 +198,8 @@ class SelfTuning:
 
     def weight_step(self, batch: Any) -> Tensor:
         """Update the weights and their response on one batch; return the loss before, without its graph."""
-        model, rows = self.model, self.rows(batch)
-        model.train()
+        rows = self.rows(batch)
+        self.model.train()
         response = self.optimizers.get("response", self.optimizers["weights"])
         if self.settings.mode in ("delta", "delta_linear"):
             with torch.no_grad():
@@ -219,10 +223,9 @@ class SelfTuning:
         found: list[Tensor] = []
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
-            draw = space.at(eps)
-            loss = self._validation(batch, draw)
+            loss = self._validation(batch, lambda: space.at(eps))
             found.append(loss.detach())
-            return torch.autograd.grad(loss - settings.entropy * draw.entropy(), parameters, materialize_grads=True)
+            return torch.autograd.grad(loss - settings.entropy * Draw.entropy_of(space.sigma), parameters, materialize_grads=True)
 
         def closure() -> Any:
             if settings.update == "joint":
@@ -276,8 +279,14 @@ class SelfTuning:
         """One gradient of the training loss in ``parameters``, and one step of each optimizer."""
         seen: set[str] | None = set() if self.updates == 0 else None
         draw = draw if seen is None else draw.watched(seen)
-        with self.model.at(draw):
-            loss = self.train_loss(self.model, batch, draw)
+        mine = mesh.share_of(draw.rows)
+        batch, draw = own(batch, mine), draw.part(mine)
+
+        def mean() -> Tensor:
+            with self.model.at(draw):
+                return self.train_loss(self.model, batch, draw)
+
+        loss = mesh.mean_over_ranks(mean, rows=draw.rows)
         if seen is not None:
             self._check_used(seen)
         for each in optimizers.values():
@@ -290,17 +299,27 @@ class SelfTuning:
             each.step()
         return loss.detach()
 
-    def _validation(self, batch: Any, draw: Draw) -> Tensor:
-        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``."""
-        direct = self.settings.direct_grad
-        with self.model.at(draw if direct else draw.without_h()):
-            return self.valid_loss(self.model, batch, draw if direct else None)
+    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> Tensor:
+        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``.
+
+        The draw is made inside of the mean over the ranks: its rows are another rank's neither in value nor in derivative.
+        """
+        direct, mine = self.settings.direct_grad, mesh.share_of(self.rows(batch))
+        batch = own(batch, mine)
+
+        def mean() -> Tensor:
+            draw = drawn().part(mine)
+            with self.model.at(draw if direct else draw.without_h()):
+                return self.valid_loss(self.model, batch, draw if direct else None)
+
+        return mesh.mean_over_ranks(mean, rows=mine.stop - mine.start)
 
     @torch.no_grad()
     def _look(self, batch: Any) -> Tensor:
         """The validation loss at a draw, without any update."""
         self.model.eval()
-        return self._validation(batch, self.space.draw(self.rows(batch), self.generator))
+        draw = self.space.draw(self.rows(batch), self.generator)
+        return self._validation(batch, lambda: draw)
 
     def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
@@ -339,6 +358,12 @@ class SelfTuning:
         metrics |= {"stn/train_loss": found.train_loss, "stn/valid_loss": found.valid_loss, "stn/updates": float(self.updates)}
         found.metrics = metrics
         return found
+
+
+def own(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch: of its tensors, and of the keys of its examples."""
+    whole = mesh.ranks() == 1
+    return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution, Status
+from hyperopt.tasks.learned import Learned
 from hyperopt.train_settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -145,6 +146,27 @@ class Task(ABC):
             NotImplementedError: the task has no inner equilibrium to differentiate through, or does not offer it.
         """
         raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
+
+    def learned(self) -> Learned:
+        """Return what ``hyperopt-export`` keeps: what the metrics of an evaluation at the present state are measured on.
+
+        Raises:
+            NotImplementedError: the task has nothing that predicts.
+        """
+        raise NotImplementedError(f"task={self.name} has no learned() and predictor(), and cannot be exported; see Task.learned")
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
+        """Build the model that ``learned`` gives the weights of, from the settings and these facts alone, without data.
+
+        Args:
+            shape: of one input, before flattening.
+            classes: 0: the outputs are numbers.
+            hyperparameters: as learned, for what depends on them.
+
+        Returns:
+            A module that takes flattened rows, its initial values whatever they are.
+        """
+        raise NotImplementedError(f"task={self.name} has no predictor(); see Task.predictor")
 
     def figures(self) -> Mapping[str, Figure | bytes]:
         """Return named matplotlib figures of the present state; the bytes of a GIF are an animation."""

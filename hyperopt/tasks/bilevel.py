@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import optree
 import torch
@@ -33,11 +33,14 @@ from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.spaces import Hyperparameters
 from hyperopt.status import Solution, Status
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.settings import BilevelTaskSettings, TunedSettings
 
 if TYPE_CHECKING:
     from hyperopt.spaces import Space
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,25 @@ class BilevelTask(BilevelTaskSettings, Task):
 
     def evaluate(self) -> dict[str, float]:
         """Train at the present hyperparameters, measure on all rows, and put everything back."""
+        return self._trained(self.measure)
+
+    def learned(self) -> Learned:
+        """Return the hyperparameters, and the model trained at them as an evaluation trains it."""
+        weights = self._trained(lambda w: optree.tree_map(torch.clone, w))
+        return Learned.on(self.splits, self.state_of(weights), self.hyper.read())
+
+    def state_of(self, w: Any) -> Mapping[str, Tensor]:
+        """Return the weights as the state of ``predictor``: by default they are that already."""
+        return w
+
+    def _trained(self, what: Callable[[Any], Found]) -> Found:
+        """Return ``what(w)`` of the weights trained at the present hyperparameters, and put everything back."""
         start = self._state()
         self._cold()
         self._inner.solve(self.parts.whole or self.parts.problem, self.hyper.read(), self.bilevel.state)
-        metrics = self.measure(self.bilevel.w)
+        found = what(self.bilevel.w)
         self._return_to(start)
-        return metrics
+        return found
 
     def measure(self, w: Any) -> dict[str, float]:
         """Return ``<name>/loss``, and ``<name>/accuracy`` where there are classes, of a model on each set of rows."""

@@ -10,7 +10,7 @@ A worked example of a fixed point in several variables: ``hyperopt.fixed_point``
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from hyperopt import mesh
 from hyperopt.adjoints.base import Adjoint
+from hyperopt.data.splits import scaled_by
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
 from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.settings import CoupledSettings
 from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.solving import SolvingTask
@@ -52,15 +54,9 @@ class CoupledTask(CoupledSettings, SolvingTask):
         """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""
         generator = env.generator
 
-        def model(radius: float, scale: float) -> DEQ:
-            size = self.x_size + self.y_shape[0] * self.y_shape[1]
-            matrix = ProjectedMatrix(size, radius, scale, generator=generator)
-            cell = CoupledCell(self.features, self.x_size, self.y_shape, matrix, generator=generator)
-            layer = DEQ(cell, self.solver, self.adjoint, policy=self.policy, fallback=self.fallback)
-            return layer.to(env.device, env.dtype)
-
-        hidden = model(0.9 * self.max_norm, 1.0)  # so large that M lies on the edge of the ball
-        self.model = model(self.max_norm, 0.01)
+        # So large that M lies on the edge of the ball.
+        hidden = self._build(self.features, 0.9 * self.max_norm, 1.0, generator).to(env.device, env.dtype)
+        self.model = self._build(self.features, self.max_norm, 0.01, generator).to(env.device, env.dtype)
         self.inputs, self.targets = {}, {}
         for split in SPLITS:
             drawn = torch.randn(self.rows, self.features, generator=generator, dtype=torch.float64)
@@ -71,6 +67,20 @@ class CoupledTask(CoupledSettings, SolvingTask):
             x, y = (s + self.noise * n for s, n in zip(states, noise, strict=True))
             self.targets[split] = (x, y)
         self.steps = 0
+
+    def _build(self, features: int, radius: float, scale: float, generator: torch.Generator | None) -> DEQ:
+        size = self.x_size + self.y_shape[0] * self.y_shape[1]
+        matrix = ProjectedMatrix(size, radius, scale, generator=generator)
+        cell = CoupledCell(features, self.x_size, self.y_shape, matrix, generator=generator)
+        return DEQ(cell, self.solver, self.adjoint, policy=self.policy, fallback=self.fallback)
+
+    def learned(self) -> Learned:
+        """Return the layer, from inputs to both states."""
+        return Learned(self.model.state_dict(), {}, (self.features,), 0, scaled_by())
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> DEQ:
+        """Build the layer."""
+        return self._build(shape[0], self.max_norm, 0.01, None)
 
     @property
     def _cell(self) -> CoupledCell:

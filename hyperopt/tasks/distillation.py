@@ -9,11 +9,12 @@ distillation, arXiv 1811.10959; J. Lorraine et al., AISTATS 2020, arXiv 1911.025
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
@@ -21,7 +22,7 @@ from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
-from hyperopt.tasks.network import perceptron
+from hyperopt.tasks.network import classifier
 from hyperopt.tasks.scores import loss_of
 from hyperopt.tasks.settings import DataDistillationSettings
 
@@ -51,7 +52,8 @@ class DataDistillationTask(DataDistillationSettings, BilevelTask):
         if not splits.num_classes:
             raise ValueError(f"dataset={splits.name} has no classes to learn an image of; change dataset")
         features = splits.train.x.shape[1]
-        self.model = Functional(perceptron((features, *self.hidden, splits.num_classes), env.generator).to(env.device, env.dtype))
+        model = classifier(splits.shape, self.hidden, splits.num_classes, env.generator)
+        self.model = Functional(model.to(env.device, env.dtype))
         labels = torch.arange(splits.num_classes, device=env.device).repeat(self.images_per_class)
 
         def criterion(z: Tensor, w: Any, lam: dict[str, Tensor], batch: None) -> Tensor:
@@ -69,6 +71,10 @@ class DataDistillationTask(DataDistillationSettings, BilevelTask):
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """The model's logits."""
         return self.model(w, x)
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Sequential:
+        """Build the model."""
+        return classifier(shape, self.hidden, classes, torch.Generator())
 
     def figures(self) -> dict[str, Figure]:
         """Return ``images``: the learned ones, one row each of ``images_per_class``; none where the rows are no images."""

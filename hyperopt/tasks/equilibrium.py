@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.equilibrium_report import spectrum_figure
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.settings import EquilibriumSettings
 from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
@@ -67,12 +69,9 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         if not self.splits.num_classes:
             raise ValueError(f"task.dataset={self.splits.name} has numbers to predict, and this model classifies; change dataset")
         fitted = self.rows["outer"]
-        cell = (self.cell or ProjectedCell()).build(fitted.x.shape[1], self.state_size, env.generator)
-        classifier = linear_classifier(self.state_size, self.splits.num_classes, self.classifier_scale, env.generator)
-        self.model = EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
-        self.model.to(env.device, env.dtype)
+        self.model = self._build(fitted.x.shape[1], self.splits.num_classes, env.generator).to(env.device, env.dtype)
         if env.compile:
-            cell.compile_map()
+            self.model.cell.compile_map()
         self.forcing = None if self.tolerance == "fixed" else GradientTolerance()
         if self.forcing is not None and self.model.solver is not None and self.model.solver.rtol == 0:
             raise ValueError("task.tolerance=gradient needs a tolerance that can fall: give solver.rtol > 0")
@@ -85,6 +84,19 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
         unknown = [group for group, strength in self.l2.items() if strength and group not in self.model.groups()]
         if unknown:
             raise ValueError(f"task.l2.{unknown[0]}: the model's groups are {', '.join(self.model.groups())}; change task.l2")
+
+    def _build(self, features: int, classes: int, generator: torch.Generator | None) -> EquilibriumModel:
+        cell = (self.cell or ProjectedCell()).build(features, self.state_size, generator)
+        classifier = linear_classifier(self.state_size, classes, self.classifier_scale, generator)
+        return EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
+
+    def learned(self) -> Learned:
+        """Return the model, whose parameters are the hyperparameters."""
+        return Learned.on(self.splits, self.model.state_dict())
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> EquilibriumModel:
+        """Build the model."""
+        return self._build(math.prod(shape), classes, None)
 
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the groups of the cell (A, B, c) and ``classifier``."""

@@ -10,7 +10,8 @@ Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377; Kolter, Duvenau
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from hyperopt.solvers.picard import Picard
 from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.settings import ImplicitTaskSettings
 from hyperopt.tasks.solves import residual_figure
@@ -67,9 +69,8 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         """
         self.load(env, torch.device("cpu") if self.workers else None)
         self.evaluation_rows = self.eval_batch_size
-        methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
         with drawing(env.generator):
-            network = (self.network or TanhMLP()).build(self.splits.shape, self.splits.num_classes, methods)
+            network = self._build(self.splits.shape, self.splits.num_classes)
         self.model = network.to(env.device, env.dtype)
         self.layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DEQ)}
         if not self.layers:
@@ -94,6 +95,18 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
             device=env.device,
         )
         self.running = Running()
+
+    def _build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
+        return (self.network or TanhMLP()).build(shape, classes, methods)
+
+    def learned(self) -> Learned:
+        """Return the network, whose parameters are the hyperparameters."""
+        return Learned.on(self.splits, {f"network.{name}": value for name, value in self.model.state_dict().items()})
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
+        """Build the network behind a layer that makes rows into images."""
+        return nn.Sequential(OrderedDict(images=nn.Unflatten(1, shape), network=self._build(shape, classes)))
 
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the parameters by the part of the network that they are in; a shared one counts for its first part."""

@@ -13,12 +13,14 @@ G. Denevi et al., Learning-to-learn stochastic gradient descent with biased regu
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.gauss_newton import Composite
@@ -33,6 +35,29 @@ from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
 Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
 
 DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
+
+
+def outputs_of(classes: int) -> int:
+    """One output for each class; one alone for two classes and for numbers."""
+    return classes if classes > 2 else 1
+
+
+class LinearModel(nn.Module):
+    """``x w`` for dense rows and for sparse ones, without intercept.
+
+    Args:
+        features: of a row.
+        outputs: of a row.
+    """
+
+    def __init__(self, features: int, outputs: int) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs. shapes: (rows, features) to (rows, outputs)."""
+        return x @ self.weight
 
 
 class LinearTask(TunedTask):
@@ -57,7 +82,7 @@ class LinearTask(TunedTask):
     def build(self, env: Environment) -> Parts:
         """Start at zero weights."""
         splits = self.splits
-        outputs = splits.num_classes if splits.num_classes > 2 else 1
+        outputs = outputs_of(splits.num_classes)
         features = splits.train.x.shape[1]
         w = torch.zeros(features, outputs, dtype=env.dtype, device=env.device)
 
@@ -85,6 +110,14 @@ class LinearTask(TunedTask):
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """``x w``."""
         return x @ w
+
+    def state_of(self, w: Tensor) -> dict[str, Tensor]:
+        """The weights, named."""
+        return {"weight": w}
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> LinearModel:
+        """Build the model."""
+        return LinearModel(math.prod(shape), outputs_of(classes))
 
     def _spectra(self) -> tuple[Tensor, float]:
         """``X^T X / n`` of the training rows, and the largest eigenvalue of that of the fitted rows."""

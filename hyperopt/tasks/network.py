@@ -13,7 +13,8 @@ Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperpa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequentia
     return model
 
 
+def classifier(shape: Sequence[int], hidden: Sequence[int], classes: int, generator: torch.Generator) -> nn.Sequential:
+    """A perceptron from flattened inputs of this shape to logits, or to one number where there are no classes."""
+    return perceptron((math.prod(shape), *hidden, max(classes, 1)), generator)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Uniform in ``+- 1 / sqrt(fan in)``, weights and biases alike."""
@@ -73,8 +79,8 @@ class NetworkTask(TunedTask):
     def network(self, env: Environment) -> None:
         """Build the perceptron."""
         splits = self.splits
-        sizes = (splits.train.x.shape[1], *self.hidden, max(splits.num_classes, 1))
-        self.model = Functional(perceptron(sizes, env.generator).to(env.device, env.dtype))
+        model = classifier(splits.shape, self.hidden, splits.num_classes, env.generator)
+        self.model = Functional(model.to(env.device, env.dtype))
 
     def outer(self, w: Any, lam: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean loss on a batch."""
@@ -87,6 +93,10 @@ class NetworkTask(TunedTask):
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """The network's outputs."""
         return self.model(w, x)
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Sequential:
+        """Build the perceptron."""
+        return classifier(shape, self.hidden, classes, torch.Generator())
 
 
 class WeightDecayTask(WeightDecaySettings, NetworkTask):

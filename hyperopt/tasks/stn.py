@@ -15,16 +15,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from hyperopt import mesh
+from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.dropout import Dropout
 from hyperopt.stn.network import STN, convert
+from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
 from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.stn_figures import trajectory_figure
 from hyperopt.tasks.stn_settings import SelfTuningOptions, SelfTuningTaskSettings
 
@@ -103,16 +109,16 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
         """Build everything.
 
         Raises:
-            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it), or several ranks.
+            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it); on several ranks also a layer that
+                takes the statistics of a whole batch, or draws without regard to which rows it has.
         """
-        if mesh.ranks() > 1:
-            raise ValueError(f"task={self.name} draws its own perturbations and runs on one rank, not {mesh.ranks()}; start one")
         options = self.options
         with drawing(env.generator):
             self.parts = parts = self.build(env)
             space = HyperSpace(parts.declared, dtype=env.dtype, device=env.device, key="task")
             module = parts.module.to(env.device, env.dtype)
             self.model = convert(module, space, gate=options.gate, std=options.gate_std, skip=parts.skip)
+        check_layers(self.model.module)
         self.tuning = SelfTuning(
             self.model,
             self.train_loss,
@@ -124,6 +130,31 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             trainer=env.trainer,
             seed=int(torch.randint(2**31, (), generator=env.generator)),
         )
+
+    def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
+        """Return the network as it is before it is converted, and the hyperparameters, without data: what ``predictor`` needs."""
+        raise NotImplementedError(f"task={self.name} has no plain(), and cannot be exported; see SelfTuningTask.plain")
+
+    def learned(self) -> Learned:
+        """Return the plain network at the hyperparameters that were found, and these."""
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
+        return Learned(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return (1,)
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
+        """Build the plain network, its dropout at the rates that were found."""
+        module, declared = self.plain(shape, classes)
+        plain = convert(module, HyperSpace(declared), respond=False).collapse()
+        for place, each in module.named_modules():
+            if isinstance(each, Dropout):
+                rate = plain.get_submodule(place)
+                assert isinstance(rate, _DropoutNd)
+                rate.p = float(hyperparameters[each.name])
+        return plain
 
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the hyperparameters in R, one vector."""
@@ -168,6 +199,22 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             "weights": sum(parameter.numel() for parameter in self.model.base_parameters()),
             "response": sum(parameter.numel() for parameter in self.model.response_parameters()),
         }
+
+
+def check_layers(module: nn.Module) -> None:
+    """Refuse, on several ranks, a layer whose output for a row depends on which other rows this rank has.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, each in module.named_modules() if mesh.ranks() > 1 else ():
+        if isinstance(each, _BatchNorm):
+            what = "would take the statistics of its own rows; use GroupNorm or LayerNorm"
+        elif isinstance(each, _DropoutNd) and not isinstance(each, RowDropout):
+            what = "would drop by place, not by example; use hyperopt.stn.row_dropout.RowDropout"
+        else:
+            continue
+        raise ValueError(f"the network has {name} = {each}: on {mesh.ranks()} ranks each {what}, or one rank")
 
 
 def schedule_of(checkpoint: Path, space: HyperSpace) -> TunedSchedule:

@@ -8,19 +8,23 @@ Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 4.2.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Splits
 from hyperopt.stn.classifiers import Classifier
+from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
-from hyperopt.tasks.stn_problem import Batch, ImageProblem
+from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise
 from hyperopt.tasks.stn_settings import StnImagesSettings
 
 
@@ -44,11 +48,30 @@ class StnImagesTask(StnImagesSettings, SelfTuningTask):
             ValueError: no images, no validation rows, or a hyperparameter that nothing reads or that has no meaning.
         """
         self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
-        classifier = self.classifier or Classifier()
         sizes = (self.batch_size, self.val_batch_size)
-        self.problem = ImageProblem(self.splits, self.tuned, classifier.dropouts, *sizes, seed=env.seed)
-        module = classifier.build(self.splits.shape, self.splits.num_classes, self.tuned)
-        return StnParts(module, self.tuned, self.problem.train, self.problem.valid)
+        self.problem = ImageProblem(self.splits, self.tuned, self._classifier.dropouts, *sizes, seed=env.seed)
+        module, declared = self.plain(self.splits.shape, self.splits.num_classes)
+        return StnParts(module, declared, self.problem.train, self.problem.valid)
+
+    @property
+    def _classifier(self) -> Classifier:
+        return self.classifier or Classifier()
+
+    def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
+        """The classifier, of standardised images."""
+        return self._classifier.build(shape, classes, self.tuned), self.tuned
+
+    def learned(self) -> Learned:
+        """Return the plain network at the hyperparameters that were found, and these."""
+        found, pipeline = super().learned(), self.problem.pipeline
+        weights = {f"network.{name}": value for name, value in found.weights.items()}
+        standard = {"standardise.mean": pipeline.mean, "standardise.std": pipeline.std}
+        return Learned.on(self.splits, {**standard, **weights}, found.hyperparameters)
+
+    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
+        """Build the plain network, behind layers that make rows into images and standardise them."""
+        network = super().predictor(shape, classes, hyperparameters)
+        return nn.Sequential(OrderedDict(images=nn.Unflatten(1, shape), standardise=Standardise(shape[0]), network=network))
 
     def train_loss(self, model: STN, batch: Batch, draw: Draw) -> Tensor:
         """Cross-entropy on changed images, and the decay."""

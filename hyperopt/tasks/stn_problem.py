@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,6 +58,27 @@ class ImageBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned."""
         self.order.load_state_dict(state)
+
+
+class Standardise(nn.Module):
+    """``(x - mean) / std`` channel by channel, as ``Pipeline.plain``; its numbers are buffers, for a network that leaves its run.
+
+    Args:
+        channels: of the images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        """Change nothing, until the numbers are loaded."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardise. shape: (n, channels, height, width)."""
+        return (images - self.mean) / self.std
 
 
 class ImageProblem:

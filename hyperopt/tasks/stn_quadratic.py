@@ -8,12 +8,13 @@ The range appears in the data alone: a narrow one makes training easy and valida
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt.stn.declare import Bounded
+from hyperopt.stn.declare import Bounded, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment, Guard, StepRecord
@@ -76,11 +77,9 @@ class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
     frames: list[list[float]]
 
     def build(self, env: Environment) -> StnParts:
-        """Layers 1-w, three activated w-w, w-1."""
-        width, like = self.width, torch.zeros((), dtype=env.dtype, device=env.device)
-        layers: list[nn.Module] = [nn.Linear(1, width)]
-        for _ in range(3):
-            layers += [nn.Linear(width, width), ACTIVATION[self.activation]()]
+        """Build the network, and draw the batches from generators of their own."""
+        like = torch.zeros((), dtype=env.dtype, device=env.device)
+        network, declared = self.plain(self.shape, 0)
         self.frames = []
         self.grid = torch.linspace(-self.reach, self.reach, POINTS).to(like)[:, None]
 
@@ -88,8 +87,15 @@ class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
             seed = int(torch.randint(2**31, (), generator=env.generator))
             return Uniform(self.batch_size, torch.Generator().manual_seed(seed), like)
 
-        declared = {"x_range": self.x_range or Bounded(0.5, 0.01, 10.0, scale=0.5)}
-        return StnParts(nn.Sequential(*layers, nn.Linear(width, 1)), declared, batches(), batches())
+        return StnParts(network, declared, batches(), batches())
+
+    def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
+        """Layers 1-w, three activated w-w, w-1."""
+        width = self.width
+        layers: list[nn.Module] = [nn.Linear(shape[0], width)]
+        for _ in range(3):
+            layers += [nn.Linear(width, width), ACTIVATION[self.activation]()]
+        return nn.Sequential(*layers, nn.Linear(width, 1)), {"x_range": self.x_range or Bounded(0.5, 0.01, 10.0, scale=0.5)}
 
     def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
         """The squared error on inputs of each row's own range."""

@@ -9,13 +9,14 @@ network learns ``w*`` as an affine function of lam in the neighbourhood that the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyperopt.stn.declare import Positive
+from hyperopt.stn.declare import Positive, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.layer import HyperLayer
 from hyperopt.stn.network import STN
@@ -124,8 +125,16 @@ class StnRidgeTask(StnRidgeSettings, SelfTuningTask):
         # One row of the batch for each draw: the whole training set.
         train = self.ridge.x.expand(self.draws, -1, -1)
         valid = self.ridge.x_val.expand(self.draws, -1, -1)
-        module = nn.Linear(self.features, 1, bias=False)
-        return StnParts(module, {"decay": self.decay or Positive(0.1)}, Whole(train), Whole(valid))
+        return StnParts(*self.plain(self.shape, 0), Whole(train), Whole(valid))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return (self.features,)
+
+    def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
+        """A linear model without intercept."""
+        return nn.Linear(shape[0], 1, bias=False), {"decay": self.decay or Positive(0.1)}
 
     def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
         """The mean over the draws of ``L``."""

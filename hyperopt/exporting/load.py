@@ -1,0 +1,110 @@
+"""``load_exported``: an export becomes a model that predicts, with its hyperparameters and its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from hyperopt.config import Built, ConfigError, build
+from hyperopt.exporting.file import ExportError, read
+from hyperopt.repro import resolve_precision
+from hyperopt.schema import register
+from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.scores import classes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model as a run left it.
+
+    Attributes:
+        module: from rows to outputs, in eval mode. The number of parameters, devices and so on are as with any other module.
+        hyperparameters: by name, in their own units; where they are the model itself, its parameters.
+        card: task, dataset with its checksums, metrics, certificate, config and versions, as plain data.
+    """
+
+    module: nn.Module
+    hyperparameters: dict[str, Tensor]
+    card: dict[str, Any]
+
+    def prepare(self, raw: Any) -> Tensor:
+        """Return raw inputs as the model takes them: ``(raw / largest - mean) / std``, flattened. shape: (n, features).
+
+        Args:
+            raw: numbers as the dataset has them (pixels 0 to 255 of an image, 0 to 16 for digits). shape: (n, *shape)
+
+        Raises:
+            ExportError: inputs of another shape, or of a dataset whose rows are made in another way.
+        """
+        shape, scaling = tuple(self.card["input"]["shape"]), self.card["input"]["scaling"]
+        if scaling is None:
+            raise ExportError(
+                f"rows of {self.card['dataset']['name']} are not made by scaling; give module the dataset's own rows"
+            )
+        like = next(self.module.parameters())
+        x = torch.as_tensor(raw).to(like)
+        if x.shape[1:] != shape and x.shape[1:].numel() != torch.Size(shape).numel():
+            raise ExportError(f"inputs have shape {tuple(x.shape)}, but the model takes (n, {', '.join(map(str, shape))})")
+        largest, mean, std = (
+            x.new_tensor(scaling[name]).view(-1, *[1] * (len(shape) - 1)) for name in ("largest", "mean", "std")
+        )
+        return ((x.view(-1, *shape) / largest - mean) / std).flatten(1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Any:
+        """Return the class of each row, or the numbers where there are no classes. shape of x: (n, features)."""
+        out = self.module(x)
+        return classes(out) if self.card["classes"] else out
+
+
+def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
+    """Read what ``hyperopt-export`` wrote.
+
+    Nothing of the file is run, and nothing but this package's own classes is built, unless ``allow_targets`` says so.
+
+    Args:
+        path: ``model.pt`` or ``model.safetensors``.
+        allow_targets: packages of yours that hold the task, the cell or the network.
+
+    Raises:
+        ExportError: no such file, no export, or one of a config that this version cannot build.
+
+    Example:
+        model = hyperopt.load_exported("outputs/mine/export/model.pt")
+        print(model.predict(model.prepare(images)), model.card["metrics"])
+    """
+    path = Path(path)
+    tensors, card = read(path)
+    try:
+        built = built_from(OmegaConf.create(card["config"]), allow_targets)
+        found: dict[str, dict[str, Tensor]] = {"model": {}, "hyperparameters": {}}
+        for name, tensor in tensors.items():
+            kind, _, own = name.partition(".")
+            found[kind][own] = tensor
+        with drawing(torch.Generator().manual_seed(0)):  # initial values, all of which are replaced
+            shape = tuple(card["input"]["shape"])
+            module = built.task.predictor(shape, card["classes"], found["hyperparameters"])
+        module.to(resolve_precision(card["precision"])).load_state_dict(found["model"])
+    except (ConfigError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+        by = (card.get("versions") or {}).get("hyperopt-bilevel")
+        raise ExportError(f"{path}, written by version {by}, cannot be built here: {error}") from error
+    module.eval()
+    return Exported(module, found["hyperparameters"] or dict(module.named_parameters()), card)
+
+
+def built_from(cfg: Any, allow_targets: Sequence[str]) -> Built:
+    """Build what the resolved config of a run describes, on the CPU, whatever that run was started for.
+
+    Raises:
+        ConfigError: see ``build``; packages that the file itself allows do not count.
+    """
+    assert isinstance(cfg, DictConfig)
+    register()
+    here = {"ckpt_path": None, "mode": "train", "resume": "never", "device": "cpu", "compile": False}
+    return build(OmegaConf.merge(cfg, here, {"allow_targets": list(allow_targets)}))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,96 @@
+"""``export``: the files of a run's directory become one file, a card and, where it is asked for and works, a graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from hyperopt import checkpoint as checkpoints
+from hyperopt.config import ConfigError
+from hyperopt.data.errors import DataError
+from hyperopt.directory import CHECKPOINTS
+from hyperopt.exporting.card import card_of, page
+from hyperopt.exporting.file import ExportError, write
+from hyperopt.exporting.load import built_from, load_exported
+from hyperopt.exporting.program import write_program
+from hyperopt.files import WriteError, write_text, writing
+from hyperopt.repro import configure, preserved_global_state, resolve_precision, seed_everything
+from hyperopt.tasks.base import Environment
+
+REFUSALS = (ExportError, checkpoints.CheckpointError, ConfigError, DataError, WriteError, NotImplementedError)
+"""What ``export`` says in one line."""
+CARD = "MODEL_CARD.md"
+
+
+def export(
+    run: Path,
+    out: Path | None = None,
+    *,
+    checkpoint: str = "best",
+    form: str = "pt",
+    data: str | None = None,
+    program: bool = False,
+    steps: int | None = None,
+    allow_targets: Sequence[str] = (),
+) -> list[Path]:
+    """Write what a run has learned.
+
+    The task is built once more with its data and evaluated, so that the metrics of the card are those of what is written.
+
+    Args:
+        run: a run directory.
+        out: where to (None: ``run/export``); files there are replaced.
+        checkpoint: ``best`` or ``last``.
+        form: ``pt`` or ``safetensors``.
+        data: the dataset's directory, if it is not where the run found it.
+        program: write ``program.pt2`` too, see ``write_program``.
+        steps: of the solver in it.
+        allow_targets: packages of yours that the config names.
+
+    Returns:
+        The files.
+
+    Raises:
+        ExportError: no run, or something in the way that the message names.
+        CheckpointError: no such checkpoint, or an unsafe or damaged one.
+        NotImplementedError: the task has nothing that predicts.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ExportError(f"{run} holds no run: there is no {path}; name the directory of a run")
+    text = path.read_text(encoding="utf-8")
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    if data is not None:
+        if OmegaConf.select(cfg, "dataset.root") is None:
+            raise ExportError(f"--data={data}, but this run's dataset has no root; drop --data")
+        OmegaConf.update(cfg, "dataset.root", data)
+        OmegaConf.update(cfg, "task.dataset.root", data)
+    saved = checkpoints.load(run / CHECKPOINTS / f"{checkpoint}.pt")
+    with preserved_global_state():
+        device, dtype = torch.device("cpu"), resolve_precision(cfg.precision)
+        configure(device, dtype, None)
+        generator = seed_everything(cfg.seed)
+        built = built_from(cfg, allow_targets)
+        built.task.setup(Environment(device, dtype, cfg.seed, False, generator, built.trainer))
+        built.task.load_state_dict(saved["task"])
+        learned = built.task.learned()
+        facts = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        card = card_of(built.task, learned, text, cfg, facts, rows, saved["state"]["step"] - 1, checkpoint)
+    out = run / "export" if out is None else out
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    file = out / f"model.{form}"
+    tensors = {f"model.{name}": tensor for name, tensor in learned.weights.items()}
+    tensors |= {f"hyperparameters.{name}": tensor for name, tensor in learned.hyperparameters.items()}
+    write(file, tensors, card)
+    write_text(out / CARD, page(card, file.name))
+    written = [file, out / CARD]
+    if program:
+        written.append(write_program(load_exported(file, allow_targets=allow_targets), out / "program.pt2", steps))
+    return written
