@@ -17,27 +17,16 @@ import os
 import platform
 import subprocess
 import sys
-import sysconfig
-import venv
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
 
+from environments import Environment, interpreter  # noqa: E402
 from traps import TRAPS  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment: what is installed, and whether it sees the running interpreter's torch."""
-
-    name: str
-    packages: tuple[str, ...]
-    base: bool
-
 
 JAX = Environment("jax", ("jax", "jaxopt", "optimistix"), False)
 LIBRARIES: dict[str, Environment | None] = {
@@ -50,23 +39,6 @@ LIBRARIES: dict[str, Environment | None] = {
     "betty": Environment("betty", ("betty-ml",), True),
 }
 MARKS = {"pass": "pass", "fail": "**fail**", "not applicable": "-", "error": "error"}
-
-
-def interpreter(environment: Environment, folder: Path) -> Path:
-    """The environment's Python; makes the environment where there is none."""
-    place = folder / environment.name
-    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    done = place / "installed"
-    if not done.exists():
-        print(f"making {place}", file=sys.stderr)
-        venv.create(place, with_pip=True, clear=True)
-        if environment.base:
-            code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            site = subprocess.run([python, "-c", code], check=True, text=True, capture_output=True).stdout.strip()
-            (Path(site) / "zz_base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *environment.packages], check=True)
-        done.touch()
-    return python
 
 
 def measure(library: str, folder: Path, traps: list[int]) -> dict[str, Any]:

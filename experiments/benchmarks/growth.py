@@ -1,0 +1,105 @@
+"""Growth of one outer gradient's time and memory with rows, state size, iterations and contraction.
+
+    python experiments/benchmarks/growth.py
+
+From 5,000 rows of 784 features, state size 200, T = K = 20, ``||A|| = .9``, float32, one of the four is changed at a time;
+against the contraction the solves go to 1e-4, and the number of iterations is theirs. Memory is the most that tensors made during
+the gradient had at once. Exponents are least-squares slopes of log time over log size, over all points and over the upper half.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from facts import HERE, facts, store
+from torch.nn import functional
+
+import hyperopt
+from hyperopt.memory import Peak
+from hyperopt.nn.equilibrium import TanhAffine
+
+AXES: dict[str, list[float]] = {
+    "rows": [1000, 2000, 5000, 10_000, 20_000, 60_000],
+    "state": [50, 100, 200, 500, 1000, 2000],
+    "steps": [10, 20, 50, 100, 200, 500, 1000],
+    "contraction": [0.5, 0.8, 0.9, 0.95, 0.99, 0.999],
+}
+FEATURES = 784
+
+
+def measure(rows: int = 5000, state: int = 200, steps: int = 20, contraction: float = 0.9, rtol: float = 0.0) -> dict[str, Any]:
+    """Median CPU seconds of three gradients after one, and the peak of another."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(rows, FEATURES, generator=generator)
+    y = torch.randint(10, (rows,), generator=generator)
+    A = torch.randn(state, state, generator=generator)
+    A = torch.linalg.qr(A)[0] * contraction  # every singular value is the contraction factor
+    # Small inputs: tanh stays near its linear part, where it contracts by no more than A does.
+    params = [A, 1e-4 * torch.randn(state, FEATURES, generator=generator), 0.05 * torch.randn(10, state, generator=generator)]
+    A, B, W = (each.requires_grad_() for each in params)
+    limit = steps if rtol == 0 else 20_000
+    solver = hyperopt.Picard(rtol=rtol, max_steps=limit)
+    adjoint = hyperopt.Implicit(hyperopt.Neumann(rtol=rtol, max_steps=limit))
+    cell, w0 = TanhAffine(), torch.zeros(rows, state)
+
+    def gradient() -> hyperopt.Solution:
+        solution = hyperopt.fixed_point(cell, w0, (functional.linear(x, B), A), row_args=(0,), solver=solver, adjoint=adjoint)
+        torch.autograd.grad(functional.cross_entropy(functional.linear(solution.value, W), y), [A, B, W])
+        return solution
+
+    seconds = []
+    for _ in range(4):
+        start = time.process_time()
+        solution = gradient()
+        seconds.append(time.process_time() - start)
+    with Peak() as peak:
+        gradient()
+    assert solution.adjoint is not None
+    products = solution.forward.evaluations + solution.adjoint.vjps
+    return {"seconds": statistics.median(seconds[1:]), "bytes": peak.peak, "products": products}
+
+
+def slope(sizes: list[float], values: list[float]) -> float:
+    """Least-squares exponent."""
+    a, b = [math.log(each) for each in sizes], [math.log(each) for each in values]
+    mean = statistics.fmean(a)
+    return sum((p - mean) * q for p, q in zip(a, b, strict=True)) / sum((p - mean) ** 2 for p in a)
+
+
+def main() -> None:
+    """Measure, print and store."""
+    from matplotlib.figure import Figure
+
+    torch.set_num_threads(1)
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    lines = [
+        "| against | from | to | time ~ size^ | upper half | memory ~ size^ | least and most MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found: dict[str, Any] = {}
+    for (name, sizes), axes in zip(AXES.items(), figure.subplots(1, 4), strict=True):
+        cast = float if name == "contraction" else int
+        more = {"rtol": 1e-4} if name == "contraction" else {}
+        found[name] = [{"size": size, **measure(**{name: cast(size)}, **more)} for size in sizes]  # pyright: ignore[reportArgumentType]
+        at = [1 / (1 - size) for size in sizes] if name == "contraction" else sizes
+        seconds, memory = ([row[key] for row in found[name]] for key in ("seconds", "bytes"))
+        half = len(at) // 2
+        exponents = [slope(at, seconds), slope(at[half:], seconds[half:]), slope(at, memory)]
+        title = "1 / (1 - contraction)" if name == "contraction" else name
+        numbers = " | ".join(f"{each:.2f}" for each in exponents)
+        lines.append(f"| {title} | {at[0]:g} | {at[-1]:g} | {numbers} | {min(memory) / 1e6:.1f}, {max(memory) / 1e6:.1f} |")
+        print(lines[-1], flush=True)
+        axes.loglog(at, seconds, "o-", label="CPU seconds")
+        axes.loglog(at, [each / 1e9 for each in memory], "s--", label="peak GB")
+        axes.set_xlabel(title)
+        axes.legend(fontsize=7)
+    figure.savefig(HERE / "growth.png", dpi=110)
+    store("growth", {**facts(), "axes": found}, lines)
+
+
+if __name__ == "__main__":
+    main()
