@@ -29,6 +29,7 @@ from hyperopt.resolvers import register_resolvers
 from hyperopt.solvers import settings as solvers
 from hyperopt.stn import classifier_settings as classifiers
 from hyperopt.stn import settings as stn
+from hyperopt.tasks import quadratic_settings as quadratic
 from hyperopt.tasks import settings as tasks
 from hyperopt.tasks import stn_settings as stn_tasks
 
@@ -95,7 +96,7 @@ SCHEMA: dict[str, type] = {
     "task/bias_regularization": _targeted(
         tasks.BiasRegularizationSettings, "hyperopt.tasks.linear.BiasRegularizationTask", products=PRODUCTS
     ),
-    "task/quadratic": _targeted(tasks.QuadraticSettings, "hyperopt.tasks.quadratic.QuadraticTask", products=PRODUCTS),
+    "task/quadratic": _targeted(quadratic.QuadraticSettings, "hyperopt.tasks.quadratic.QuadraticTask", products=PRODUCTS),
     "task/data_distillation": _targeted(
         tasks.DataDistillationSettings, "hyperopt.tasks.distillation.DataDistillationTask", products=PRODUCTS
     ),

@@ -60,8 +60,7 @@ def line(name: str, method: str, cells: list[Row], budget: float) -> str:
 
 
 def draw(axis: plt.Axes, cells: list[Row], method: str, budget: float) -> None:
-    """One curve: the mean of what each seed had found, as a staircase; grey below it what each seed had."""
+    """One curve: the mean of what each seed had found, as a staircase."""
     costs = np.geomspace(10, budget, 60)
     values = np.array([[at(cell, cost, "val/loss") for cost in costs] for cell in cells])
     axis.step(costs, values.mean(0), where="post", label=method, color=COLOURS[method], lw=1.6)
-    axis.fill_between(costs, values.min(0), values.max(0), step="post", color=COLOURS[method], alpha=0.12, lw=0)

@@ -56,11 +56,15 @@ class _Share:
     def __init__(self, source: BatchSource) -> None:
         """Wrap it."""
         self.source = source
+        self.last = self.part = None
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
 
     def draw(self) -> Any:
-        """This rank's rows of the next batch."""
-        return optree.tree_map(_part, self.source.draw())
+        """This rank's rows of the next batch; all rows, always the same, are cut once."""
+        batch = self.source.draw()
+        if self.last is None or batch is not self.last:
+            self.last, self.part = batch, optree.tree_map(_part, batch)
+        return self.part
 
 
 def _shared(source: BatchSource) -> BatchSource:

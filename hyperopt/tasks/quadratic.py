@@ -23,7 +23,7 @@ from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
-from hyperopt.tasks.settings import QuadraticSettings
+from hyperopt.tasks.quadratic_settings import QuadraticSettings
 
 DRAWS = 20  # tries at a value function with a minimum
 DOUBLE = torch.float64
