@@ -32,6 +32,7 @@ from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import Schedule
 from hyperopt.policy import reset_warnings
 from hyperopt.report import progress, show, summarize, table, write_facts
+from hyperopt.reporting.read import overrides_of
 from hyperopt.repro import (
     configure,
     preserved_global_state,
@@ -203,7 +204,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
-                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row})
+                tracker.hparams_start(hparams(cfg, overrides_of(out)), {**state.best_metrics, **state.row})
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(checkpoint.LAST)
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,32 +36,44 @@ START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 """The position of a run that has written nothing yet."""
 
 
-def hparams(cfg: DictConfig) -> dict[str, float | str]:
+def hparams(cfg: DictConfig, overridden: Collection[str] = ()) -> dict[str, float | str]:
     """Return the row of TensorBoard's HParams tab: the whole config, with the same keys and types in every run of a sweep.
+
+    The tab shows the first columns alone until one asks for more: those come first whose keys were ``overridden``, with the
+    choices inside of a group, then those that every option of their group has, and last those that some have.
 
     Keys that only other choices of a group have (``solver.window`` under ``solver=picard``) are there too, as NaN where a number
     belongs and ``-`` elsewhere: TensorBoard takes the columns from the first run that it sees, and NaN passes its number filters.
     ``solver._target_`` becomes ``solver: Picard``.
     """
     row: dict[str, float | str] = {}
+    everywhere: dict[str, set[str]] = {}  # of each group the keys that all its options have
     for option, settings in SCHEMA.items():
         group = option.rpartition("/")[0].replace("/", ".")  # task/cell/projected describes task.cell
         if OmegaConf.select(cfg, group) is not None:
-            for key, _, number in leaves(OmegaConf.structured(settings), f"{group}."):
+            found = list(leaves(OmegaConf.structured(settings), f"{group}."))
+            everywhere[group] = everywhere.get(group, {key for key, *_ in found}) & {key for key, *_ in found}
+            for key, _, number in found:
                 if not OmegaConf.is_dict(OmegaConf.select(cfg, key)):
                     row.setdefault(key, math.nan if number else "-")
+    some = set(row) - set().union(*everywhere.values())
     for key, value, number in leaves(cfg):
         if value is None:
             row[key] = math.nan if number else "-"
         else:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
     named: dict[str, float | str] = {}
+    places: dict[str, tuple[int, str]] = {}
+    swept = [each.replace("/", ".") for each in overridden]
     for key, value in row.items():
         if key.partition(".")[0] in NOT_HPARAMS or key.rpartition(".")[2] in NOT_HPARAM_NAMES:
             continue
-        choice = key.endswith("._target_")
-        named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
-    return dict(sorted(named.items()))
+        choice, name = key.endswith("._target_"), key.removesuffix("._target_")
+        named[name] = str(value).rpartition(".")[2] if choice else value
+        asked = name in swept or (choice and any(name.startswith(f"{each}.") for each in swept))
+        place = (0 if asked else 2 if key in some else 1), name
+        places[name] = min(place, places.get(name, place))
+    return {name: named[name] for name in sorted(named, key=places.__getitem__)}
 
 
 def write_config(out: Path, cfg: DictConfig) -> str:

@@ -14,6 +14,7 @@ from rank_runs import CASES, COMMON, CONFIGS, run_all
 
 from hyperopt.run import run
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
 RUNS = Path(__file__).with_name("rank_runs.py")
 ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/adjoint", "hypergrad/error", "hypergrad/is_bound")
 """Costs are those of all ranks together; residuals are what is left at the tolerance."""

@@ -121,6 +121,21 @@ def test_hparams_keys_do_not_depend_on_the_choice(group: str) -> None:
     assert all(each == texts[0] for each in texts)
 
 
+def test_what_was_overridden_is_in_the_first_columns() -> None:
+    register()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
+        columns = [
+            list(
+                hparams(
+                    compose("train", overrides=[f"adjoint={each}", "task/cell=householder"]), ["adjoint", "task/cell", "seed"]
+                )
+            )
+            for each in ("gmres", "unrolled")
+        ]
+    assert columns[0][:4] == ["adjoint", "adjoint.linear_solver", "seed", "task.cell"] and columns[0] == columns[1]
+    assert columns[0].index("solver.rtol") < columns[0].index("solver.window")
+
+
 def test_hparams_of_the_real_configs_have_the_same_keys_and_types() -> None:
     register()
     changes = ["solver=anderson", "adjoint=anderson", "adjoint=unrolled", "optimizer=lbfgs", "optimizer=adam", "threads=2"]
