@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
@@ -36,44 +37,47 @@ START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 """The position of a run that has written nothing yet."""
 
 
-def hparams(cfg: DictConfig, overridden: Collection[str] = ()) -> dict[str, float | str]:
+def hparams(cfg: DictConfig) -> dict[str, float | str]:
     """Return the row of TensorBoard's HParams tab: the whole config, with the same keys and types in every run of a sweep.
-
-    The tab shows the first columns alone until one asks for more: those come first whose keys were ``overridden``, with the
-    choices inside of a group, then those that every option of their group has, and last those that some have.
 
     Keys that only other choices of a group have (``solver.window`` under ``solver=picard``) are there too, as NaN where a number
     belongs and ``-`` elsewhere: TensorBoard takes the columns from the first run that it sees, and NaN passes its number filters.
     ``solver._target_`` becomes ``solver: Picard``.
     """
     row: dict[str, float | str] = {}
-    everywhere: dict[str, set[str]] = {}  # of each group the keys that all its options have
     for option, settings in SCHEMA.items():
         group = option.rpartition("/")[0].replace("/", ".")  # task/cell/projected describes task.cell
         if OmegaConf.select(cfg, group) is not None:
-            found = list(leaves(OmegaConf.structured(settings), f"{group}."))
-            everywhere[group] = everywhere.get(group, {key for key, *_ in found}) & {key for key, *_ in found}
-            for key, _, number in found:
+            for key, _, number in leaves(OmegaConf.structured(settings), f"{group}."):
                 if not OmegaConf.is_dict(OmegaConf.select(cfg, key)):
                     row.setdefault(key, math.nan if number else "-")
-    some = set(row) - set().union(*everywhere.values())
     for key, value, number in leaves(cfg):
         if value is None:
             row[key] = math.nan if number else "-"
         else:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
     named: dict[str, float | str] = {}
-    places: dict[str, tuple[int, str]] = {}
-    swept = [each.replace("/", ".") for each in overridden]
     for key, value in row.items():
         if key.partition(".")[0] in NOT_HPARAMS or key.rpartition(".")[2] in NOT_HPARAM_NAMES:
             continue
-        choice, name = key.endswith("._target_"), key.removesuffix("._target_")
-        named[name] = str(value).rpartition(".")[2] if choice else value
-        asked = name in swept or (choice and any(name.startswith(f"{each}.") for each in swept))
-        place = (0 if asked else 2 if key in some else 1), name
-        places[name] = min(place, places.get(name, place))
-    return {name: named[name] for name in sorted(named, key=places.__getitem__)}
+        choice = key.endswith("._target_")
+        named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
+    return dict(sorted(named.items()))
+
+
+def swept(overridden: Iterable[str]) -> set[str]:
+    """Return the columns of the HParams tab that show what was ``overridden``: the keys, and the choices inside of a group.
+
+    The tab shows its first five columns alone until one asks for more: those that are said to differ, then by name.
+    """
+    keys = {each.replace("/", ".") for each in overridden}
+    found = set(keys)
+    for option, settings in SCHEMA.items():
+        group = option.rpartition("/")[0].replace("/", ".")
+        if group in keys:
+            inside = [key for key, *_ in leaves(OmegaConf.structured(settings), f"{group}.")]
+            found |= {key.removesuffix("._target_") for key in inside if key.endswith("._target_")}
+    return found
 
 
 def write_config(out: Path, cfg: DictConfig) -> str:
@@ -144,15 +148,21 @@ class Tracker:
             shown = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=image)
             self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 
-    def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str]) -> None:
+    def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str], differ: Collection[str] = ()) -> None:
         """Open this run's one row of the HParams tab, in the run's own event file (``add_hparams`` would open a sub-run).
 
         Args:
             row: the settings, see ``hparams``.
             metrics: names logged so far; those of evaluations become columns, which show the latest value of the scalar.
+            differ: settings that come first, see ``swept``.
         """
         columns = sorted(name for name in metrics if name.startswith(("outer/", "val/", "test/")) and name != "outer/step_loss")
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
+        for value in experiment.value:
+            content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            for info in content.experiment.hparam_infos:
+                info.differs = info.name in differ
+            value.metadata.plugin_data.content = content.SerializeToString()
         for summary in (experiment, start):
             self._events.add(summary)
 
