@@ -52,7 +52,7 @@ def main() -> None:
             print(f"| {case} | {cpu} | {wall} | {two['messages']:.0f} | {two['bytes'] / 1e6:.1f} | {share:.0%} |")
     for name in ("equilibrium", "trained"):
         found = fit(results, name)
-        print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()))
+        print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()) + "\n")
         print("| rows | " + " | ".join(f"{ranks} ranks" for ranks in RANKS) + " |\n|---" + "|---" * len(RANKS) + "|")
         for rows in (results["rows"], 60_000):
             times = [seconds(found, rows, ranks) for ranks in RANKS]
