@@ -32,6 +32,7 @@ from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import Schedule
 from hyperopt.policy import reset_warnings
 from hyperopt.report import progress, show, summarize, table, write_facts
+from hyperopt.reporting.read import overrides_of
 from hyperopt.repro import (
     configure,
     preserved_global_state,
@@ -43,7 +44,7 @@ from hyperopt.repro import (
 )
 from hyperopt.status import Status
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
-from hyperopt.track import START, Tracker, hparams, write_config
+from hyperopt.track import START, Tracker, hparams, swept, write_config
 from hyperopt.train_settings import TrainerSettings
 from hyperopt.workers import queue_signal
 
@@ -203,7 +204,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
-                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row})
+                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides_of(out)))
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(checkpoint.LAST)
 

@@ -10,12 +10,13 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
@@ -62,6 +63,21 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
         choice = key.endswith("._target_")
         named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
     return dict(sorted(named.items()))
+
+
+def swept(overridden: Iterable[str]) -> set[str]:
+    """Return the columns of the HParams tab that show what was ``overridden``: the keys, and the choices inside of a group.
+
+    The tab shows its first five columns alone until one asks for more: those that are said to differ, then by name.
+    """
+    keys = {each.replace("/", ".") for each in overridden}
+    found = set(keys)
+    for option, settings in SCHEMA.items():
+        group = option.rpartition("/")[0].replace("/", ".")
+        if group in keys:
+            inside = [key for key, *_ in leaves(OmegaConf.structured(settings), f"{group}.")]
+            found |= {key.removesuffix("._target_") for key in inside if key.endswith("._target_")}
+    return found
 
 
 def write_config(out: Path, cfg: DictConfig) -> str:
@@ -132,15 +148,21 @@ class Tracker:
             shown = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=image)
             self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 
-    def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str]) -> None:
+    def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str], differ: Collection[str] = ()) -> None:
         """Open this run's one row of the HParams tab, in the run's own event file (``add_hparams`` would open a sub-run).
 
         Args:
             row: the settings, see ``hparams``.
             metrics: names logged so far; those of evaluations become columns, which show the latest value of the scalar.
+            differ: settings that come first, see ``swept``.
         """
         columns = sorted(name for name in metrics if name.startswith(("outer/", "val/", "test/")) and name != "outer/step_loss")
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
+        for value in experiment.value:
+            content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            for info in content.experiment.hparam_infos:
+                info.differs = info.name in differ
+            value.metadata.plugin_data.content = content.SerializeToString()
         for summary in (experiment, start):
             self._events.add(summary)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from event_files import events, hparams_of
 from launcher import Launcher, snapshot
 from toy_task import rows
 
@@ -128,3 +129,18 @@ def test_no_job_changes_the_numbers_of_another_and_a_failure_hides_none(command:
     assert torch.equal(torch.get_rng_state(), random)
     assert command("hydra.run.dir=alone", "precision=float32", *small, "threads=1").status == 0
     assert rows(Path("mine/3")) == rows(Path("alone"))
+
+
+@pytest.mark.slow
+def test_the_hparams_of_a_dozen_runs_fill_every_column(command: Launcher) -> None:
+    swept = ["solver=picard,anderson,broyden,newton", "adjoint=neumann,anderson,gmres"]
+    assert command(*SWEEP, *swept, "debug=default", "device=cpu", "task.state_size=5", "threads=1").status == 0
+    runs = [Path("mine") / str(number) for number in range(12)]
+    found = [hparams_of(run) for run in runs]
+    columns, metrics, _ = found[0]
+    assert {"solver", "adjoint.linear_solver", "optimizer.lr", "seed"} <= set(columns)
+    assert {"val/loss", "val/accuracy", "test/accuracy"} <= set(metrics)
+    for run, (each, measured, values) in zip(runs, found, strict=True):
+        assert each == columns and measured == metrics and set(values) == set(columns)
+        assert set(metrics) <= set(events(run / "tb").Tags()["scalars"])
+    assert len({(values["solver"], values["adjoint.linear_solver"]) for _, _, values in found}) == 12

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from event_files import events, session_starts
+from event_files import PluginData, events, session_starts
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
 from toy_task import Killed, config, go, raise_at, rows, signal_at
 
 from hyperopt.experiment import flatten
 from hyperopt.files import write_json
 from hyperopt.schema import SCHEMA, register
-from hyperopt.track import START, Tracker, hparams
+from hyperopt.track import START, Tracker, hparams, swept
 
 
 def strict(text: str) -> Any:
@@ -119,6 +120,16 @@ def test_hparams_keys_do_not_depend_on_the_choice(group: str) -> None:
     assert len(found) > 1 and all(row.keys() == found[0].keys() for row in found)
     texts = [{key for key, value in row.items() if isinstance(value, str)} for row in found]
     assert all(each == texts[0] for each in texts)
+
+
+def test_what_was_overridden_comes_first(tmp_path: Path) -> None:
+    assert swept(["seed", "task/cell", "optimizer.lr"]) == {"seed", "task.cell", "optimizer.lr"}
+    assert swept(["adjoint"]) == {"adjoint", "adjoint.linear_solver"}
+    write_json(tmp_path / "job.json", {"number": 0, "overrides": ["seed=1", "optimizer.lr=0.5"]})
+    go(config("sgd", seed=1), tmp_path)
+    content = events(tmp_path / "tb").PluginTagToContent("hparams")[EXPERIMENT_TAG]
+    infos = PluginData.FromString(content).experiment.hparam_infos
+    assert {info.name for info in infos if info.differs} == {"seed", "optimizer.lr"} and len(infos) > 10
 
 
 def test_hparams_of_the_real_configs_have_the_same_keys_and_types() -> None:
