@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hyperopt import __version__, directory, sweep
 from hyperopt.config import ConfigError, register, validate
 from hyperopt.experiment import differences, experiment, experiment_of
-from hyperopt.launch import dismiss, follow, follows, lead
+from hyperopt.launch import dismiss, follow, follows, lead, leave
 from hyperopt.messages import explain
 from hyperopt.schema import config_path, config_root
 from hyperopt.workers import LAUNCHER, THREADS, prepare
@@ -60,6 +60,7 @@ def main() -> None:
     else:
         command_line()
         dismiss()
+    leave()
 
 
 def command_line() -> None:

@@ -20,7 +20,7 @@ MISTAKES = [
     ("solvr=anderson", ["solvr: there is no such group or key", "did you mean solver?", "optimizer"]),
     ("solver=andersen", ["solver has no option 'andersen'", "did you mean anderson?", "choices: anderson, broyden, "]),
     ("experiment=equilibrium_mnst", ["did you mean equilibrium_mnist", "equilibrium_mnist_projected"]),
-    ("dataset=cifar", ["dataset has no option 'cifar'", "digits, fashion_mnist, mnist"]),
+    ("dataset=cifar", ["dataset has no option 'cifar'", "digits, fashion_mnist, libsvm, mnist"]),
     ("optimizer.lrr=1", ["optimizer has no key 'lrr'", "did you mean lr?", "momentum, nesterov"]),
     ("optimizer.scheduler.kindd=step", ["optimizer.scheduler has no key 'kindd'", "did you mean kind?"]),
     ("adjoint.linear_solver.max_step=3", ["adjoint.linear_solver has no key 'max_step'", "did you mean max_steps?"]),
@@ -277,9 +277,9 @@ def test_a_task_from_ones_own_package(tmp_path: Path) -> None:
     for folder in (package, package / "configs", package / "configs" / "task"):
         (folder / "__init__.py").touch()
     (package / "tasks.py").write_text(TASK)
-    (package / "configs" / "task" / "quadratic.yaml").write_text("_target_: mine.tasks.Quadratic\ngoal: 3.0\n")
+    (package / "configs" / "task" / "parabola.yaml").write_text("_target_: mine.tasks.Quadratic\ngoal: 3.0\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(package.parent)])}
-    argv = ["task=quadratic", "task.goal=2", "hydra.searchpath=[pkg://mine.configs]", "optimizer=sgd", "debug=default"]
+    argv = ["task=parabola", "task.goal=2", "hydra.searchpath=[pkg://mine.configs]", "optimizer=sgd", "debug=default"]
 
     def command(*more: str) -> subprocess.CompletedProcess[str]:
         full = [sys.executable, "-m", "hyperopt.cli", "hydra.run.dir=out", *argv, *more]
