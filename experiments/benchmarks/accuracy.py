@@ -10,6 +10,7 @@ tolerances from warm starts, and cold fixed T = K. Process CPU seconds, one thre
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from facts import HERE, built, facts, store
+from facts import HERE, built, facts, load, store
 from torch import Tensor
 from torch.nn import functional
 from ways import floor
@@ -117,17 +118,22 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, print and store."""
-    rows: list[dict[str, Any]] = []
-    lines = ["| 100 outer steps | x floor | CPU seconds a step | largest error | mean error |", "|---|---|---|---|---|"]
+    """Measure, print and store; rows that are not asked for stay as they were."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name begins so")
+    options = parser.parse_args()
+    old = load(HERE / "results.json").get("accuracy", {"rows": []})["rows"]
+    rows: dict[str, dict[str, Any]] = {row["way"]: row for row in old}
     for name, overrides in (*DRIVEN, *WARM, *COLD):
-        row = {"way": name, "overrides": overrides, **follow(*overrides)}
-        rows.append(row)
+        if name.startswith(tuple(options.only)):
+            rows[name] = {"way": name, "overrides": overrides, **follow(*overrides), "load": facts()["load"]}
+            print(name, rows[name]["ratio"], max(rows[name]["errors"]), flush=True)
+    lines = ["| 100 outer steps | x floor | CPU seconds a step | largest error | mean error |", "|---|---|---|---|---|"]
+    for row in rows.values():
         worst, mean = max(row["errors"]), statistics.fmean(row["errors"])
-        lines.append(f"| {name} | {row['ratio']:.2f} | {row['seconds']:.3f} | {worst:.1e} | {mean:.1e} |")
-        print(lines[-1], flush=True)
-    draw(rows)
-    store("accuracy", {**facts(), "rows": rows}, lines)
+        lines.append(f"| {row['way']} | {row['ratio']:.2f} | {row['seconds']:.3f} | {worst:.1e} | {mean:.1e} |")
+    draw(list(rows.values()))
+    store("accuracy", {**facts(), "rows": list(rows.values())}, lines)
 
 
 if __name__ == "__main__":

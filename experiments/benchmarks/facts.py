@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-__all__ = ["HERE", "built", "facts", "store"]
+__all__ = ["HERE", "built", "facts", "load", "store"]
 sys.path.append(str(HERE.parent))
 
-from shared import built, save, write_table  # noqa: E402
+from shared import built, load, save, write_table  # noqa: E402
 
 
 def facts() -> dict[str, Any]:
