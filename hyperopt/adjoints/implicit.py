@@ -134,13 +134,10 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
     def _default_fallback(self) -> tuple[LinearSolver, ...]:
         """GMRES, then normal CG, to the tolerance and with at least the steps of the first solver."""
         first = self.linear_solver
-        steps = max(200, first.max_steps)
-        if first.fixed:
-            return GMRES(max_steps=steps, window=40), NormalCG(max_steps=steps)
-        return tuple(
-            kind(first.rtol, first.atol, steps, relative_to=first.relative_to, **more)
-            for kind, more in ((GMRES, {"window": 40}), (NormalCG, {}))
-        )
+        limits: dict[str, Any] = {"max_steps": max(200, first.max_steps)}
+        if not first.fixed:
+            limits |= {"rtol": first.rtol, "atol": first.atol, "relative_to": first.relative_to}
+        return GMRES(**limits, window=40), NormalCG(**limits)
 
     def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """As the linear solver has it."""
