@@ -48,6 +48,8 @@ METHODS: dict[str, tuple[list[str], int]] = {  # overrides of experiment=data_cl
 }
 CHECKED = ("V-PBGD", "SOBA")  # whose weights are also held against models that have not seen the image
 DIVISIONS = 3
+TEMPERATURE = 0.2  # what the log-odds of the checked weights are multiplied by
+SMOOTHING = 0.1  # of the labels, in the rows that say so
 Set = tuple[Tensor, Tensor, Tensor]
 
 
@@ -64,8 +66,8 @@ def searched(seed: int, hidden: list[int], name: str, steps: int | None = None) 
     return task, time.process_time() - start
 
 
-def fitted(sets: list[Set], hidden: list[int], seed: int) -> nn.Module:
-    """A model trained on images, labels and weights."""
+def fitted(sets: list[Set], hidden: list[int], seed: int, smoothing: float = 0.0) -> nn.Module:
+    """A model trained on images, labels and weights, and on labels that are smoothed by so much."""
     generator = torch.Generator().manual_seed(seed)
     x, y, weights = (torch.cat(part) for part in zip(*sets, strict=True))
     kept = weights > 0
@@ -75,7 +77,8 @@ def fitted(sets: list[Set], hidden: list[int], seed: int) -> nn.Module:
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(y), generator=generator).split(100):
             optimizer.zero_grad()
-            (weights[rows] * functional.cross_entropy(model(x[rows]), y[rows], reduction="none")).mean().backward()
+            losses = functional.cross_entropy(model(x[rows]), y[rows], reduction="none", label_smoothing=smoothing)
+            (weights[rows] * losses).mean().backward()
             optimizer.step()
     return model
 
@@ -87,9 +90,9 @@ def scored(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(functional.cross_entropy(z, y)), 100 * float((z.argmax(1) == y).double().mean())
 
 
-def row(sets: list[Set], test: Rows, hidden: list[int], seed: int) -> Row:
+def row(sets: list[Set], test: Rows, hidden: list[int], seed: int, smoothing: float = 0.0) -> Row:
     """One line of the table: the accuracy on the test rows, looked at once."""
-    return {"test": scored(fitted(sets, hidden, seed), test.x, test.y)[1]}
+    return {"test": scored(fitted(sets, hidden, seed, smoothing), test.x, test.y)[1]}
 
 
 def baselines(seed: int, hidden: list[int]) -> dict[str, Row]:
@@ -99,17 +102,26 @@ def baselines(seed: int, hidden: list[int]) -> dict[str, Row]:
     true = made_labels(task)
     ones = torch.ones(len(train))
     clean = (val.x, val.y, torch.ones(len(val)))
+    half = (train.x, train.y, (~task.corrupt).float())
     trust = probability(fitted([clean], hidden, seed), train)
     return {
         "clean only": row([clean], test, hidden, seed),
+        "clean only, smoothed": row([clean], test, hidden, seed, SMOOTHING),
         "all, uncleaned": row([clean, (train.x, train.y, ones)], test, hidden, seed),
-        "clean plus the truly clean half": row([clean, (train.x, train.y, (~task.corrupt).float())], test, hidden, seed),
+        "clean plus the truly clean half": row([clean, half], test, hidden, seed),
+        "clean plus the truly clean half, smoothed": row([clean, half], test, hidden, seed, SMOOTHING),
         "clean plus all, with the true labels": row([clean, (train.x, true, ones)], test, hidden, seed),
         "confidence": {
             **row([clean, (train.x, train.y, trust)], test, hidden, seed),
+            "tempered": row([clean, (train.x, train.y, tempered(trust))], test, hidden, seed)["test"],
             **percent(found_clean(trust, task.corrupt)),
         },
     }
+
+
+def tempered(weights: Tensor) -> Tensor:
+    """``sigmoid(T logit(w))``: weights in the same order, further from 0 and 1."""
+    return (TEMPERATURE * torch.logit(weights, 1e-6)).sigmoid()
 
 
 def percent(found: dict[str, float]) -> Row:
@@ -153,6 +165,10 @@ def method(seed: int, hidden: list[int], name: str, figure: bool) -> Row:
     if name in CHECKED:
         trust = weights * cross_fitted(weights, clean, train, hidden, seed)
         scores["checked"] = row([clean, (train.x, train.y, trust)], test, hidden, seed)["test"]
+        soft = tempered(trust)
+        scores["tempered"] = row([clean, (train.x, train.y, soft)], test, hidden, seed)["test"]
+        scores["tempered, smoothed"] = row([clean, (train.x, train.y, soft)], test, hidden, seed, SMOOTHING)["test"]
+        scores["checked, smoothed"] = row([clean, (train.x, train.y, trust)], test, hidden, seed, SMOOTHING)["test"]
         scores |= {f"checked {key}": value for key, value in percent(found_clean(trust, task.corrupt)).items()}
     if figure:
         draw(weights, task.corrupt, f"Weights found by {name}, hidden={hidden}, seed {seed}", hidden)

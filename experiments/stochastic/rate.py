@@ -150,13 +150,19 @@ RUNS: dict[str, dict[str, Any]] = {  # method, steps, outer step and its horizon
         "lr": STEP,
         "horizon": 100,
     },
-    "V-PBGD, penalty to 10, outer steps 1 / t": {
-        "method": lambda s: VPBGD(step_size=STEP, steps=3, start=1.0, end=10.0, ramp=300),
+    "V-PBGD, T = 1, penalty to 10, outer steps 1 / t": {
+        "method": lambda s: VPBGD(step_size=STEP, steps=1, start=1.0, end=10.0, ramp=300),
         "steps": 3000,
         "lr": STEP,
         "horizon": 100,
     },
-    "V-PBGD, penalty to 10, outer steps 1 / t, independent batches": {
+    "V-PBGD, T = 1, penalty to 10, outer steps 1 / t, independent batches": {
+        "method": lambda s: VPBGD(step_size=STEP, steps=1, start=1.0, end=10.0, ramp=300),
+        "steps": 3000,
+        "lr": STEP,
+        "horizon": 100,
+    },
+    "V-PBGD, T = 3, penalty to 10, outer steps 1 / t, independent batches": {
         "method": lambda s: VPBGD(step_size=STEP, steps=3, start=1.0, end=10.0, ramp=300),
         "steps": 3000,
         "lr": STEP,

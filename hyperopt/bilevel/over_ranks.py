@@ -58,6 +58,7 @@ class _Share:
         self.source = source
         self.last = self.part = None
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
+        self.shares = getattr(source, "shares", [1.0])
 
     def draw(self) -> Any:
         """This rank's rows of the next batch; all rows, always the same, are cut once."""

@@ -116,7 +116,8 @@ class F2SASettings(StochasticSettings):
 class VPBGDSettings(StochasticSettings):
     """The penalty of the inner problem grows linearly from ``start`` to ``end``, and stays there.
 
-    steps: of the copy of ``w`` that solves the inner problem, per outer step (T).
+    steps: of the copy of ``w`` that solves the inner problem, per outer step (T). With batches 1 is best: the copies then move on
+        the same ones.
     inner_step: of those steps (None: ``step_size``, which is that of the penalised copy).
     start: the first penalty, ``gamma``.
     end: the last; the bias of the hypergradient is ``O(1 / end)``.

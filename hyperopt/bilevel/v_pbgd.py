@@ -11,6 +11,11 @@ with the hyperparameters, both from the same point:
 First derivatives alone. The bias is ``O(1 / gamma)``. ``gamma`` grows linearly and then stays, and the step of ``y`` falls
 with it, as in the authors' program for data cleaning; the same factor for ``lam`` is left to the outer optimizer.
 
+The paper takes all rows for every gradient. Where there are batches, ``y`` moves on the last batch on which ``w`` moves, and the
+difference that ``gamma`` multiplies is taken on it before either does: noise that both copies have cancels there. On a batch of
+its own ``y`` would drift from ``w``, for good where batches go through the rows in epochs, since the one copy then sees the rows
+that the other has not seen; so would it with T above one, which is refused there.
+
 Reference: Shen & Chen, ICML 2023, arXiv 2302.05185, algorithm 1 (V-PBGD).
 """
 
@@ -34,28 +39,37 @@ class VPBGD(VPBGDSettings, Estimator):
     """V-PBGD; settings in ``VPBGDSettings``."""
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Move ``w``, return the hypergradient, and move ``y``; see ``Estimator``.
+        """Move ``w``, return the hypergradient before its last move, and move ``y``; see ``Estimator``.
 
         Raises:
+            ValueError: more than one step of ``w`` in batches of epochs.
             SolveError: a copy diverges; names the step to lower. The state is that of the step before.
         """
+        pieces = len(getattr(problem.inner_batches, "shares", [1.0]))
+        if self.steps > 1 and pieces > 1:
+            raise ValueError(
+                f"adjoint.steps={self.steps} in epochs of {pieces} batches: one copy of the weights sees batches that the other "
+                "does not, and the penalty multiplies what that leaves in the hypergradient; set adjoint.steps=1, or "
+                "task.batch_size=null for all rows"
+            )
         memory = state.memory.setdefault("VPBGD", {"steps": 0})
         growth, gamma = Growth("VPBGD", memory), self.penalty(memory["steps"])
         hyper, w = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
         y, size = second_copy(w, memory), 0.0
         step = self.step_size if self.inner_step is None else self.inner_step
         remedy = f"adjoint.{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
+        below, batch = [], None
         for _ in range(self.steps):
-            slopes, _ = first_order(problem.inner, w, hyper, problem.inner_batches.draw())
+            batch = problem.inner_batches.draw()
+            slopes, below = first_order(problem.inner, w, hyper, batch)
             size = tree_norm(slopes)
             growth.see("inner", size, remedy)
             w = moved(w, slopes, step)
         trained = growth.see("inner", size, remedy, steps=self.steps)
 
-        batch, validation = problem.inner_batches.draw(), problem.outer_batches.draw()
+        validation = problem.outer_batches.draw()
         outer, direct = first_order(problem.outer, y, hyper, validation)
         pulled, above = first_order(problem.inner, y, hyper, batch)
-        _, below = first_order(problem.inner, w, hyper, batch)
         grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
         scale = 1 / max(gamma, 1.0)
         both = [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)]
@@ -64,4 +78,4 @@ class VPBGD(VPBGDSettings, Estimator):
             loss = float(problem.outer(w.tree, hyper.tree, validation))
         commit(problem, state, w, lam, batch)
         memory.update(penalised=[leaf.detach() for leaf in moved(y, both, self.step_size).flat], steps=memory["steps"] + 1)
-        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, Cost(self.steps + 2, 1))
+        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, Cost(self.steps + 1, 1))

@@ -142,7 +142,7 @@ class Noisy:
 
     def __init__(self, batches: Minibatches, seed: int) -> None:
         """Stand before the first batch."""
-        self.batches, self.generator = batches, torch.Generator().manual_seed(seed)
+        self.batches, self.generator, self.shares = batches, torch.Generator().manual_seed(seed), batches.shares
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """The next batch."""
