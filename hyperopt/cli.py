@@ -1,56 +1,15 @@
 """The command line: ``hyperopt`` (or ``python -m hyperopt.cli``) composes a config, checks it, runs it and returns its metric.
 
-Nothing here imports torch before a job starts, so that ``--help``, ``--cfg job`` and tab completion answer at once.
+Nothing here imports torch before a job starts, nor Hydra before it is needed, so that help, ``--cfg job`` and tab completion
+answer at once.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from collections.abc import Iterator
-from itertools import chain
-from pathlib import Path
-from typing import Any
 
-import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
-
-from hyperopt import __version__, directory, sweep
-from hyperopt.config import ConfigError, register, validate
-from hyperopt.experiment import differences, experiment, experiment_of
-from hyperopt.launch import dismiss, follow, follows, lead, leave
-from hyperopt.messages import explain
-from hyperopt.schema import config_path, config_root
-from hyperopt.workers import LAUNCHER, THREADS, prepare
-
-register()
-# Hydra copies the whole store for every group that it looks at, though it also copies each node that it hands out: sharing the
-# store takes completing a bare `hyperopt` from 0.7 to 0.5 s.
-ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
-def job(cfg: DictConfig) -> float:
-    """Run one composed config in the directory that Hydra made for it, and return its metric for a sweeper."""
-    hydra_config = HydraConfig.get()
-    out = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        return sweep.run_job(cfg, hydra_config, out)
-    return lead(cfg, out)
-
-
-def help_text() -> str:
-    """Return the text of ``--help``, written in ``configs/hydra``; Hydra would first list every group twice, a second's work."""
-    text = config_root().joinpath("hydra", "default.yaml").read_text(encoding="utf-8")
-    return str(OmegaConf.create(text).help.template)
+from hyperopt import __version__
+from hyperopt.launch import dismiss, follow, follows, leave
 
 
 def main() -> None:
@@ -64,42 +23,26 @@ def main() -> None:
 
 
 def command_line() -> None:
-    """Run the command line; exit with status 1 after a refused launch or a failed job.
-
-    An error that the command line can mend is printed in a few lines, any other with its traceback; ``HYDRA_FULL_ERROR=1`` asks
-    for the traceback of all.
-    """
+    """Print the help or the version, or launch what is asked for."""
     if "--version" in sys.argv[1:]:
         print(f"hyperopt-bilevel {__version__}")
-        return
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    elif {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text())
-        return
-    before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
-    Preflight.launched = None
-    try:
-        job()
-        return
-    except Refusal as refusal:
-        error: BaseException = refusal.error
-    except Exception as raised:
-        error = raised
-    finally:
-        directory.release_all()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-    message = explain(error)
-    failed = Preflight.failures()
-    if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
-        traceback.print_exception(error)
-    if failed:
-        message = f"{len(failed)} of this sweep's jobs failed: {', '.join(map(str, failed))}"
-    if message is not None:
-        print(f"hyperopt: {message}", file=sys.stderr)
-    sys.exit(1)
+    else:
+        from hyperopt.command import launch
+
+        launch()
+
+
+def help_text() -> str:
+    """Return the text of ``--help``, written in ``configs/hydra``; Hydra would first list every group twice, a second's work."""
+    from omegaconf import OmegaConf
+
+    from hyperopt.resolvers import config_root, register_resolvers
+
+    register_resolvers(config_root())
+    text = config_root().joinpath("hydra", "default.yaml").read_text(encoding="utf-8")
+    return str(OmegaConf.create(text).help.template)
 
 
 def check() -> None:
@@ -109,159 +52,5 @@ def check() -> None:
     main()
 
 
-class Refusal(SystemExit):
-    """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but lets an exit through."""
-
-    def __init__(self, error: Exception) -> None:
-        """Keep the error for ``main``; the exit status is 1."""
-        super().__init__(1)
-        self.error = error
-
-
-class Preflight(Callback):
-    """Refuses bad values and used run directories before Hydra writes anything, and shows a sweep's failures as they happen.
-
-    Attributes:
-        launched: directory of the sweep that this process has launched, and how many jobs it has, if that is known.
-    """
-
-    launched: tuple[Path, int | None] | None = None  # Hydra builds the callback, so main can only read it from the class
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check a single run."""
-        self._check(config, "hydra.run.dir")
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check every job of a sweep before its first."""
-        self._check(config, "hydra.sweep.dir")
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Show at once that a job of a sweep failed; the others go on.
-
-        Hydra keeps what every job returns to the end of a sweep: without their configs, a third of a megabyte each.
-        """
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
-        job_return.cfg = job_return.hydra_cfg = None
-        if job_return.status != JobStatus.FAILED:
-            return
-        error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
-        number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
-        message = explain(error)
-        if message is None:
-            traceback.print_exception(error)
-        print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
-        print(f"hyperopt: see {config.hydra.runtime.output_dir}/{sweep.FAILED}", file=sys.stderr)
-
-    @classmethod
-    def failures(cls) -> list[int]:
-        """Numbers of the failed jobs of the sweep that this process has launched, whatever processes they ran in."""
-        return [] if cls.launched is None else sweep.failures(*cls.launched)
-
-    @staticmethod
-    def _check(config: DictConfig, key: str) -> None:
-        """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
-        where = Path(config.hydra.run.dir if key == "hydra.run.dir" else config.hydra.sweep.dir)
-        try:
-            jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
-            for each, out in jobs:
-                _check_launch(config, each)
-                _check_values(each)
-                _check_directory(each, where, out, key)
-                count += 1
-            directory.acquire(where, key)
-            _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
-            if key == "hydra.sweep.dir":
-                known = _listed(config)
-                prepare(config, count if known else sys.maxsize)
-                Preflight.launched = where, count if known else None
-        except Exception as error:
-            raise Refusal(error) from error
-
-
-def _listed(config: DictConfig) -> bool:
-    """Whether the sweeper is Hydra's own, which knows all its jobs beforehand."""
-    return config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
-
-
-def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
-    """Yield config and directory of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base."""
-    if not _listed(config):
-        yield config, where
-        return
-    swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}
-    overrides = OverridesParser.create().parse_overrides([*swept.values(), *config.hydra.overrides.task])
-    twice = [each.input_line for each in overrides[len(swept) :] if each.key_or_group in swept]
-    if twice:  # Hydra would run the same job once for each value of the file
-        key = str(twice[0]).partition("=")[0]
-        raise ConfigError(
-            f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
-        )
-    given = list(config.hydra.overrides.hydra)
-    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
-        each = hydra.compose(config.hydra.job.config_name, [*given, *job_overrides], return_hydra_config=True)
-        with open_dict(each):
-            each.hydra.job.num = each.hydra.job.id = number
-        yield each, where / str(each.hydra.sweep.subdir)
-
-
-def _check_launch(config: DictConfig, job: DictConfig) -> None:
-    """Refuse a job that chooses its own launcher or sweeper: Hydra has chosen both by then, and would say nothing."""
-    for group in ("launcher", "sweeper"):
-        if job.hydra[group] == config.hydra[group]:
-            continue
-        overrides, target = " ".join(job.hydra.overrides.task), job.hydra[group].get("_target_")
-        raise ConfigError(
-            f"job {job.hydra.job.num} ({overrides}) sets hydra.{group} ({target}), which has no effect within a sweep; "
-            f"set hydra/{group}=... on the command line, or choose one experiment and one sweep at a time"
-        )
-
-
-def _check_values(config: DictConfig) -> None:
-    """Refuse values that cannot work, a package that the command line does not allow, and a GPU that is not there."""
-    given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
-    if config.allow_targets and "allow_targets" not in given:
-        packages = list(config.allow_targets)
-        raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
-    validate(config)
-    if config.device.startswith("cuda"):
-        from hyperopt.repro import resolve_device
-
-        try:
-            resolve_device(config.device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
-def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> None:
-    """Refuse a directory that holds something, unless the job goes on from it; it is not touched.
-
-    Args:
-        config: of the job.
-        where: the directory that ``key`` sets, of the run or of the whole sweep.
-        out: that of the job: ``where`` itself, or one in it.
-        key: ``hydra.run.dir`` or ``hydra.sweep.dir``.
-    """
-    given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.hydra}
-    if config.resume == "auto" and key not in given:
-        raise ConfigError(f"resume=auto has no run to look for, since every launch has a new directory; set {key} to the run's")
-    if where.exists() and not where.is_dir():
-        raise ConfigError(f"{key}={str(where)!r} is not a directory; change {key}")
-    resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
-    if not resuming and directory.used(where):
-        raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
-    directory.check_directory(config, out)
-    flat = experiment(config)
-    if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
-        job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
-        raise ConfigError(
-            f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
-            f"directory"
-        )
-
-
 if __name__ == "__main__":
-    # Through its import name, so that the callback named in configs/hydra and this module are one.
-    from hyperopt.cli import main as imported_main
-
-    imported_main()
+    main()

@@ -155,7 +155,7 @@ def build(cfg: DictConfig) -> Built:
 
 
 def _check_import(key: str, target: str) -> None:
-    """Refuse a target that is not there, or that only passes through ``hyperopt`` (``hyperopt.cli.os.system``)."""
+    """Refuse a target that is not there, or that only passes through ``hyperopt`` (``hyperopt.command.os.system``)."""
     own = target.startswith("hyperopt.")
     try:
         found = get_object(target)

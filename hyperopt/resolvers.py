@@ -1,12 +1,29 @@
-"""Interpolations of our own, used in ``configs/hydra``."""
+"""Where the configs are, and the interpolations of our own that ``configs/hydra`` uses."""
 
 from __future__ import annotations
 
 import secrets
 from datetime import datetime
+from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from omegaconf import OmegaConf
+
+
+def config_root() -> Traversable:
+    """Return the directory of the configs: ``configs/`` of a checkout or an editable install, else the one inside the wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "configs"
+    if not (package / "configs").is_dir() and (checkout / "train.yaml").is_file():
+        return checkout
+    return resources.files("hyperopt.configs")
+
+
+def config_path() -> str:
+    """Return ``config_root()`` in the form that Hydra takes."""
+    root = config_root()
+    return str(root) if isinstance(root, Path) else "pkg://hyperopt.configs"
 
 
 def run_stamp() -> str:

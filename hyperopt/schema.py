@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -25,28 +22,13 @@ from hyperopt.bilevel import single_loop_settings as stochastic
 from hyperopt.data import settings as data
 from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
-from hyperopt.resolvers import register_resolvers
+from hyperopt.resolvers import config_root, register_resolvers
 from hyperopt.solvers import settings as solvers
 from hyperopt.stn import classifier_settings as classifiers
 from hyperopt.stn import settings as stn
 from hyperopt.tasks import quadratic_settings as quadratic
 from hyperopt.tasks import settings as tasks
 from hyperopt.tasks import stn_settings as stn_tasks
-
-
-def config_root() -> Traversable:
-    """Return the directory of the configs: ``configs/`` of a checkout or an editable install, else the one inside the wheel."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "configs"
-    if not (package / "configs").is_dir() and (checkout / "train.yaml").is_file():
-        return checkout
-    return resources.files("hyperopt.configs")
-
-
-def config_path() -> str:
-    """Return ``config_root()`` in the form that Hydra takes."""
-    root = config_root()
-    return str(root) if isinstance(root, Path) else "pkg://hyperopt.configs"
 
 
 def _targeted(settings: type, target: str, **nested: type) -> type:

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.config import ConfigError, build, validate
 from hyperopt.messages import near
-from hyperopt.schema import SCHEMA, SETTINGS, config_path, register
+from hyperopt.resolvers import config_path
+from hyperopt.schema import SCHEMA, SETTINGS, register
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))

@@ -64,6 +64,8 @@ LAYERS = [
     ("run",),
     ("launch",),
     ("sweep",),
+    ("preflight",),
+    ("command",),
     ("cli",),
 ]
 

@@ -15,8 +15,9 @@ from event_files import events, hparams_of
 from launcher import Launcher, snapshot
 from toy_task import rows
 
-from hyperopt import cli, sweep
+from hyperopt import sweep
 from hyperopt.files import write_json
+from hyperopt.preflight import Preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ["-m", "hydra.sweep.dir=mine"]
@@ -46,7 +47,7 @@ def test_resuming_runs_only_what_is_missing_or_failed(launch: Launcher, monkeypa
     launch(*SWEEP, "seed=1,13,2")
     metrics: list[Any] = []
     spy = lambda self, config, job_return, **_: metrics.append(job_return._return_value)  # noqa: E731
-    monkeypatch.setattr(cli.Preflight, "on_job_end", spy)
+    monkeypatch.setattr(Preflight, "on_job_end", spy)
     write_json(Path("mine/2/summary.json"), {"status": "running"})  # it was killed
     done = launch(*SWEEP, "seed=1,13,2,5", "resume=auto")
     assert [cfg.seed for cfg, _ in done.runs] == [13, 2, 5]

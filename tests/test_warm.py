@@ -21,8 +21,9 @@ from hyperopt.data.digits import Digits
 from hyperopt.linsolve.neumann import Neumann
 from hyperopt.linsolve.start import fitted_start
 from hyperopt.loop_state import MonitorError
+from hyperopt.resolvers import config_path
 from hyperopt.run import run
-from hyperopt.schema import config_path, register
+from hyperopt.schema import register
 from hyperopt.solvers.picard import Picard
 from hyperopt.tasks.equilibrium import EquilibriumTask
 from hyperopt.tasks.warm import WarmStore
