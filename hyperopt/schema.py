@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from hyperopt import settings as core
@@ -35,7 +35,7 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     """Return ``settings`` with a ``_target_``, and with the fields of ``nested`` typed by the classes given for them."""
     extra: list[tuple[str, Any, Any]] = [("_target_", str, target)]
     extra += [(name, kind, field(default_factory=kind)) for name, kind in nested.items()]
-    made = dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True)
+    made = dataclasses.make_dataclass(settings.__name__, extra, bases=(settings,), frozen=True, repr=False, eq=False)
     # Importable, so that what a launcher sends to other processes names the class. A copy would come back in place of the class
     # itself, with a copy of dataclasses.MISSING, which is then no longer that.
     made.__module__, made.__qualname__ = __name__, f"_{settings.__name__}_{len(globals())}"
@@ -200,15 +200,34 @@ class TrainConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
+class _Schema(ConfigNode):
+    """A node of Hydra's store that is made when it is first asked for: most launches compose few of them."""
+
+    def __init__(self, kind: type, **where: Any) -> None:
+        """Remember the class that the node is made of."""
+        self.kind = kind
+        super().__init__(node=None, package=None, provider="hyperopt", **where)  # pyright: ignore[reportArgumentType]
+        del self.node
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the node, and keep it."""
+        if name != "node":
+            raise AttributeError(name)
+        self.node = OmegaConf.structured(self.kind)
+        OmegaConf.set_readonly(self.node, None)  # a frozen dataclass makes a read-only node, which no override could change
+        return _writable(self.node)
+
+
 def register() -> None:
     """Put the schema and the resolvers where Hydra finds them; safe to call again."""
     register_resolvers(config_root())
     store = ConfigStore.instance()
-    for path, node in {**SCHEMA, "train": TrainConfig}.items():
+    for path, kind in {**SCHEMA, "train": TrainConfig}.items():
         group, _, name = f"schema/{path}".rpartition("/")
-        schema = OmegaConf.structured(node)
-        OmegaConf.set_readonly(schema, None)  # a frozen dataclass makes a read-only node, which no override could change
-        store.store(group=group, name=name, node=_writable(schema), provider="hyperopt")
+        folder = store.repo
+        for part in group.split("/"):
+            folder = folder.setdefault(part, {})
+        folder[f"{name}.yaml"] = _Schema(kind, name=f"{name}.yaml", group=group)
 
 
 def _writable(node: DictConfig) -> DictConfig:
