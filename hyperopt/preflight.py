@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from typing import Any
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from hyperopt import directory, sweep
 from hyperopt.config import ConfigError, validate
@@ -112,12 +115,62 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
         raise ConfigError(
             f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
         )
-    given = list(config.hydra.overrides.hydra)
+    composer = _Composer(config)
     for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
-        each = hydra.compose(config.hydra.job.config_name, [*given, *job_overrides], return_hydra_config=True)
+        each = composer.compose(list(job_overrides))
         with open_dict(each):
             each.hydra.job.num = each.hydra.job.id = number
         yield each, where / str(each.hydra.sweep.subdir)
+
+
+class _Composer:
+    """Composes the jobs of a sweep. Jobs that differ in values alone, not in what is composed, are copies of one of them.
+
+    Args:
+        config: of the sweep.
+    """
+
+    KEPT = 32  # configs to copy from, a third of a megabyte each
+
+    def __init__(self, config: DictConfig) -> None:
+        """Nothing is composed yet."""
+        self.config, self.parser = config, OverridesParser.create()
+        self.made: dict[tuple[str, ...], DictConfig] = {}
+        where: Any = OmegaConf.to_container(config.hydra.sweep)
+        self.copies = where["subdir"] == "${hydra.job.num}"  # which may else depend on how the job was composed
+
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """The config of the job with these overrides."""
+        parsed = self.parser.parse_overrides(overrides)
+        values = {each.key_or_group: each for each in parsed if self._is_value(each)}
+        kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
+        if self.copies and kind in self.made:
+            found = copy.deepcopy(self.made[kind])
+            try:
+                for key, each in values.items():
+                    OmegaConf.update(found, key, each.value())
+            except OmegaConfBaseException:
+                return self._whole(overrides)  # says it in Hydra's words
+            found.hydra.overrides.task = overrides
+            return found
+        if len(self.made) == self.KEPT:
+            self.made.clear()
+        found = self._whole(overrides)
+        self.made[kind] = copy.deepcopy(found)
+        return found
+
+    def _whole(self, overrides: list[str]) -> DictConfig:
+        """Composed from the files."""
+        given = list(self.config.hydra.overrides.hydra)
+        return hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether it sets one value of a config, and chooses no config."""
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
+            return False
+        here = OmegaConf.select(self.config, key)
+        return here is not None and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
 
 
 def _check_launch(config: DictConfig, job: DictConfig) -> None:

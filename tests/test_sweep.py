@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 from event_files import events, hparams_of
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 from launcher import Launcher, snapshot
+from omegaconf import OmegaConf
 from toy_task import rows
 
 from hyperopt import sweep
 from hyperopt.files import write_json
-from hyperopt.preflight import Preflight
+from hyperopt.preflight import Preflight, _Composer
+from hyperopt.resolvers import config_path
+from hyperopt.schema import register
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ["-m", "hydra.sweep.dir=mine"]
@@ -145,3 +150,31 @@ def test_the_hparams_of_a_dozen_runs_fill_every_column(command: Launcher) -> Non
         assert each == columns and measured == metrics and set(values) == set(columns)
         assert set(metrics) <= set(events(run / "tb").Tags()["scalars"])
     assert len({(values["solver"], values["adjoint.linear_solver"]) for _, _, values in found}) == 12
+
+
+MIXED = [
+    ["seed=0", "optimizer=sgd", "optimizer.lr=0.1"],
+    ["seed=1", "optimizer=sgd", "optimizer.lr=0.3"],
+    ["seed=1", "optimizer=adam", "optimizer.lr=0.3"],
+    ["seed=2", "optimizer=adam", "optimizer.lr=1e-3", "optimizer.betas=[0.5,0.6]"],
+    ["seed=3", "optimizer=adam", "optimizer.lr=1e-2", "optimizer.betas=[0.5,0.7]"],
+    ["seed=4", "optimizer=adam", "optimizer.lr=${optimizer.eps}", "optimizer.betas=[0.5,0.7]"],
+    ["seed=5", "+optimizer@stn.response=adam"],
+    ["seed=6", "experiment=l2_ridge"],
+    ["seed=7", "experiment=l2_ridge", "hydra.job.chdir=true"],
+    ["seed=8", "experiment=l2_ridge", "hydra.job.chdir=false"],
+]
+
+
+def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
+    register()
+    with initialize_config_dir(config_path(), version_base="1.3"):
+        composer = _Composer(compose("train", return_hydra_config=True))
+        for overrides in MIXED:
+            found, whole = composer.compose(overrides), compose("train", overrides, return_hydra_config=True)
+            for config in (found, whole):
+                config.hydra.job.override_dirname = ""
+            assert OmegaConf.to_container(found) == OmegaConf.to_container(whole)
+        assert len(composer.made) == len(MIXED) - 2  # the second and the sixth are copies
+        with pytest.raises(ConfigCompositionException, match="Error merging override seed=x"):
+            composer.compose(["seed=x", "optimizer=sgd", "optimizer.lr=0.1"])
