@@ -26,6 +26,9 @@ from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.messages import explain
 from hyperopt.workers import prepare
 
+# Hydra's own sweeper would compose all jobs once more before the first, which Preflight has just done.
+BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class Refusal(SystemExit):
     """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but lets an exit through."""

@@ -187,34 +187,41 @@ def draw(weights: Tensor, corrupt: Tensor, title: str, hidden: list[int]) -> Non
     plt.close(plot)
 
 
+NAMES = {  # of the lines, in their order; then the methods
+    "clean only": 'nothing ("clean only")',
+    "clean only, smoothed": "nothing, labels smoothed",
+    "all, uncleaned": "all 5,000 others, uncleaned",
+    "clean plus the truly clean half": "the truly clean half of them",
+    "clean plus the truly clean half, smoothed": "the truly clean half of them, labels smoothed",
+    "clean plus all, with the true labels": "all of them, with their true labels",
+    "confidence": "all of them, weighted by what the model of the first line thinks of their labels",
+}
+COLUMNS = {  # heading, key, digits
+    "weighted, %": ("weighted", 2),
+    "checked, %": ("checked", 2),
+    "tempered, %": ("tempered", 2),
+    "checked, smoothed, %": ("checked, smoothed", 2),
+    "F1, %": ("f1", 2),
+    "precision": ("precision", 2),
+    "recall": ("recall", 2),
+    "s": ("cpu_seconds", 1),
+}
+
+
 def table(rows: dict[str, dict[str, Row]]) -> list[str]:
     """Means over the seeds, and each seed."""
-    lines = [
-        "| trained on the 5,000 clean and | test, % | each seed | weighted, % | checked, % | F1, % | precision | recall | s |",
-        "|---" * 9 + "|",
-    ]
-    names = {"clean only": 'nothing ("clean only")', "all, uncleaned": "all 5,000 others, uncleaned"}
-    names |= {"clean plus the truly clean half": "the truly clean half of them"}
-    names |= {"confidence": "all of them, weighted by what the model of the first line thinks of their labels"}
-    names |= {"clean plus all, with the true labels": "all of them, with their true labels"}
-    for name in dict.fromkeys(key for found in rows.values() for key in found):
+    heading = f"| trained on the 5,000 clean and | test, % | each seed | {' | '.join(COLUMNS)} |"
+    lines = [heading, "|---" * (3 + len(COLUMNS)) + "|"]
+    known = list(dict.fromkeys(key for found in rows.values() for key in found))
+    for name in [*(name for name in NAMES if name in known), *(name for name in METHODS if name in known)]:
         each = [found[name] for found in rows.values() if name in found]
 
         def mean(key: str, digits: int = 2, each: list[Row] = each) -> str:
             return f"{statistics.fmean(row[key] for row in each):.{digits}f}" if key in each[0] else ""
 
-        shown = names.get(name, f"what {name} finds, {each[0].get('steps', 0):,} steps")
+        shown = NAMES.get(name, f"what {name} finds, {each[0].get('steps', 0):,} steps")
         seeds = ", ".join(f"{row['test']:.2f}" for row in each)
-        cells = [
-            mean("test"),
-            seeds,
-            mean("weighted"),
-            mean("checked"),
-            mean("f1"),
-            mean("precision"),
-            mean("recall"),
-            mean("cpu_seconds", 1),
-        ]
+        cells = [mean("test"), seeds, *(mean(key, digits) for key, digits in COLUMNS.values())]
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     return lines
 
