@@ -226,6 +226,8 @@ def main() -> None:
 def draw(runs: dict[str, Any]) -> None:
     """The figure."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # pyright: ignore[reportAttributeAccessIssue]
     for name in RUNS:
         at, mean = runs[name]["curve"]
         for axis, scale in zip(axes, ("log", "linear"), strict=True):
