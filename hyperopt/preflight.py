@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -26,8 +27,16 @@ from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.messages import explain
 from hyperopt.workers import prepare
 
-# Hydra's own sweeper would compose all jobs once more before the first, which Preflight has just done.
-BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # pyright: ignore[reportAttributeAccessIssue]
+_validate_batch = Sweeper.validate_batch_is_legal
+
+
+def _validate_other(self: Sweeper, batch: Any) -> None:
+    """Spare Hydra's own sweeper to compose all jobs once more before the first, which ``Preflight`` has just done."""
+    if type(self).__name__ != BasicSweeper.__name__:  # by name: Hydra loads its plugins' modules anew
+        _validate_batch(self, batch)
+
+
+Sweeper.validate_batch_is_legal = _validate_other
 
 
 class Refusal(SystemExit):
