@@ -60,7 +60,7 @@ RUNS = {
     "saba": (hyperopt.SABA(step_size=0.1, seed=3), None, {}),
     "stocbio": (hyperopt.StocBiO(step_size=0.3, steps=3, terms=4), None, {}),
     "f2sa": (hyperopt.F2SA(step_size=0.3, steps=3, growth=0.5), None, {}),
-    "v_pbgd": (hyperopt.VPBGD(step_size=0.3, steps=2, ramp=4), None, {}),
+    "v_pbgd": (hyperopt.VPBGD(step_size=0.3, steps=1, ramp=4), None, {}),
     "resampled": (Implicit(Neumann(rtol=0, max_steps=4), policy="ignore"), GD, {"resample": True}),
 }
 WHOLE = ("lbfgs", "tolerance", "cg", "anderson")  # of all rows: their products must be of one function
