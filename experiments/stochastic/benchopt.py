@@ -42,6 +42,16 @@ LOOKS = 16  # at the suboptimality in a run
 WHOLE = ("task.batch_size=null", "task.val_batch_size=null")
 DESCENT = ("inner=gradient_descent", "inner.max_steps=10")
 FALLING = ("optimizer.scheduler.kind=power", "optimizer.scheduler.decay=0.5")
+SOLVED = {  # methods that solve the inner problem in each outer step, on all rows
+    "implicit, CG": "cg",
+    "implicit, Neumann": "neumann",
+    "implicit, Nystrom": "nystrom adjoint.linear_solver.rho=1",
+    "finite difference": "finite_difference",
+    "T1-T2": "t1t2",
+    "one-step": "one_step",
+    "unrolled": "unrolled",
+}
+DESCENDING = ("T1-T2", "one-step", "unrolled")  # along the steps of gradient descent; the others take any inner solver
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "quadratic": {
         "SABA *": ("adjoint=saba",),
@@ -49,8 +59,10 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "F2SA *": ("adjoint=f2sa",),
         "SOBA": ("adjoint=soba", "adjoint.decay=0.5", "adjoint.horizon=100", *FALLING, "optimizer.scheduler.horizon=100"),
         "V-PBGD": ("adjoint=v_pbgd", "adjoint.ramp=500"),
-        "implicit, CG, all rows": ("adjoint=cg", "inner.step_size=0.5", *DESCENT, *WHOLE, "optimizer.lr=1"),
-        "unrolled, all rows": ("adjoint=unrolled", "inner.step_size=0.5", *DESCENT, *WHOLE, "optimizer.lr=1"),
+        **{
+            f"{name}, all rows": (*f"adjoint={adjoint}".split(), "inner.step_size=0.5", *DESCENT, *WHOLE, "optimizer.lr=1")
+            for name, adjoint in SOLVED.items()
+        },
     },
     "logistic": {
         "SABA *": ("adjoint=saba_ijcnn1",),
@@ -58,11 +70,18 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "SOBA *": ("adjoint=soba_ijcnn1", "optimizer.lr=3.125", *FALLING),
         "F2SA": ("adjoint=f2sa", "optimizer.lr=0.1"),
         "V-PBGD": ("adjoint=v_pbgd", "adjoint.ramp=500", "optimizer.lr=0.1"),
-        "implicit, CG, all rows": ("adjoint=cg", *WHOLE, "optimizer.lr=10"),
-        "unrolled, all rows": ("adjoint=unrolled", "inner=gradient_descent", "inner.max_steps=10", *WHOLE, "optimizer.lr=10"),
+        **{
+            f"{name}, all rows": (
+                *f"adjoint={adjoint}".split(),
+                *(DESCENT if name in DESCENDING else ()),
+                *WHOLE,
+                "optimizer.lr=10",
+            )
+            for name, adjoint in SOLVED.items()
+        },
     },
 }
-COLOURS = {method.rstrip(" *"): f"C{k}" for k, method in enumerate(METHODS["quadratic"])}
+COLOURS = {method.rstrip(" *"): plt.get_cmap("tab20")(k) for k, method in enumerate(METHODS["quadratic"])}
 
 
 def overrides(problem: str, method: str, seed: int, data: Path) -> tuple[str, ...]:
@@ -159,8 +178,8 @@ def report(results: Row) -> None:
             for j, (seed, cell) in enumerate(cells.items()):
                 seconds, rows, _, _ = np.array(cell["curve"]).T
                 for axis, x in zip(row, (seconds, rows / cell["rows"][0]), strict=True):
-                    shown = {"color": COLOURS[method.rstrip(" *")], "alpha": 0.35 if j else 0.9, "label": None if j else method}
-                    axis.plot(x[1:], gaps[seed][1:], lw=1.3, **shown)
+                    shown = {"color": COLOURS[method.rstrip(" *")], "lw": 0.6 if j else 1.8, "label": None if j else method}
+                    axis.plot(x[1:], gaps[seed][1:], **shown)
             tenth = [early(cell["curve"], gaps[seed], SECONDS[problem] / 10) for seed, cell in cells.items()]
             ends = [gap[-1] for gap in gaps.values()]
             steps = np.mean([cell["curve"][-1][2] for cell in cells.values()])
