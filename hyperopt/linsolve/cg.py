@@ -38,8 +38,8 @@ class CG(CGSettings, RestartedSolver):
         while rec.going:
             q = rec.freeze(run.product(p))
             curvature, size = dot(p, q), torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)
-            rec.break_down(curvature < -rec.eps * size, Status.indefinite)
-            rec.break_down(curvature <= rec.eps * size)
+            least = rec.eps * size
+            rec.break_down(curvature <= least, torch.where(curvature < -least, int(Status.indefinite), int(Status.breakdown)))
             if past is not None and rec.made & (rec.made - 1) == 0:
                 rec.break_down(asymmetric(past, (p, q), rec.eps))
             past = (p, q)

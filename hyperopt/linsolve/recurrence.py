@@ -46,10 +46,12 @@ class Recurrence:
         """``v`` in the live rows, zeros in the others, whatever they hold."""
         return freeze(v, self.live)
 
-    def break_down(self, rows: Tensor, cause: Status = Status.breakdown) -> None:
-        """End rows in which the method can do no more, before this step changes them, with the status ``cause``."""
-        self.cause = torch.where(self.live & rows, int(cause), self.cause)
-        self.broken = self.broken | (self.live & rows)
+    def break_down(self, rows: Tensor, cause: Tensor | None = None) -> None:
+        """End rows in which the method can do no more, before this step changes them, with the codes of ``Status`` ``cause``."""
+        ended = self.live & rows
+        if cause is not None:
+            self.cause = torch.where(ended, cause, self.cause)
+        self.broken = self.broken | ended
         self.live = self.live & ~rows
 
     def advance(self, d: Tensor, norm: Tensor) -> None:
