@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.restarted import Cycle, Run, freeze, unit
+from hyperopt.linsolve.restarted import Cycle, Run, unit
 from hyperopt.status import Status
 
 
@@ -17,12 +20,17 @@ class Recurrence:
     Attributes:
         r0: the residual at the start, scaled to norm 1; zeros in rows that are done, shape (rows, dim).
         live: rows that still move, shape (rows,).
+        alive: how many they are, as a number.
         eps: machine epsilon.
     """
 
+    live: Tensor
+    alive: int
+
     def __init__(self, run: Run) -> None:
         """Scale the residual."""
-        self.run, self.live = run, run.active
+        self.run = run
+        self._keep(run.active)
         self.r0 = unit(run.r, run.norm, run.active)
         self.target = run.target / run.norm
         self.eps = torch.finfo(run.b.dtype).eps
@@ -36,37 +44,51 @@ class Recurrence:
     @property
     def going(self) -> bool:
         """Whether there are steps left and rows to move."""
-        return self.made < self.run.left and bool(self.live.any())
+        return self.made < self.run.left and self.alive > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows move."""
+        return self.alive == len(self.live)
 
     def ratio(self, top: Tensor, bottom: Tensor) -> Tensor:
         """``top / bottom`` in the live rows, as a column; 0 in the others, which so stay where they are."""
-        return torch.where(self.live, top / bottom, 0.0)[:, None]
+        found = top / bottom
+        return (found if self.whole else torch.where(self.live, found, 0.0))[:, None]
 
     def freeze(self, v: Tensor) -> Tensor:
         """``v`` in the live rows, zeros in the others, whatever they hold."""
-        return freeze(v, self.live)
+        return v if self.whole else torch.where(self.live[:, None], v, 0.0)
 
-    def break_down(self, rows: Tensor, cause: Tensor | None = None) -> None:
-        """End rows in which the method can do no more, before this step changes them, with the codes of ``Status`` ``cause``."""
+    def break_down(self, rows: Tensor, cause: Callable[[], Tensor] | None = None) -> None:
+        """End rows in which the method can do no more, before this step changes them; ``cause()`` has codes of ``Status``."""
         ended = self.live & rows
+        if not bool(ended.any()):
+            return
         if cause is not None:
-            self.cause = torch.where(ended, cause, self.cause)
+            self.cause = torch.where(ended, cause(), self.cause)
         self.broken = self.broken | ended
-        self.live = self.live & ~rows
+        self._keep(self.live & ~rows)
 
     def advance(self, d: Tensor, norm: Tensor) -> None:
         """A step is done: ``d`` is the correction now, ``norm`` its residual's norm by the recurrence."""
         self.made += 1
         self.steps = self.steps + self.live
-        better = self.live & ((norm < self.best) | self.run.solver.fixed)
-        self.best = torch.where(better, norm, self.best)
-        self.kept = d if bool(better.all()) else torch.where(better[:, None], d, self.kept)
-        self.run.note(norm * self.run.norm)
-        self.live = self.live & (norm > self.target) & torch.isfinite(norm)
+        better = self.live if self.run.solver.fixed else self.live & (norm < self.best)
+        if self.whole if self.run.solver.fixed else bool(better.all()):
+            self.best, self.kept = norm, d
+        else:
+            self.best, self.kept = torch.where(better, norm, self.best), torch.where(better[:, None], d, self.kept)
+        if self.run.tracing:
+            self.run.note(norm * self.run.norm)
+        self._keep(self.live & (norm > self.target) & (norm < math.inf))
 
     def cycle(self) -> Cycle:
         """The result of the cycle."""
         return Cycle(torch.addcmul(self.run.x, self.run.norm[:, None], self.kept), self.steps, self.made, self.broken, self.cause)
+
+    def _keep(self, live: Tensor) -> None:
+        self.live, self.alive = live, int(live.sum())
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
