@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt.data import DataError
+from hyperopt.data import DataError, digits
 from hyperopt.data.digits import Digits
 from hyperopt.data.mnist import MNIST, FashionMNIST
 from hyperopt.data.settings import CIFAR10Settings, DigitsSettings, FashionMNISTSettings, MNISTSettings
@@ -222,13 +222,24 @@ def test_digits_have_the_asked_dtype_and_leave_the_default(dtype: torch.dtype) -
     assert splits.train.x.dtype == splits.test.x.dtype == dtype and torch.get_default_dtype() == before
 
 
-def test_other_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sklearn.datasets
+def test_digits_whose_file_is_elsewhere_come_by_scikit_learns_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = digits.bundled()
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    by_loader = digits.bundled()
+    for one, two in zip(usual, by_loader, strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape and bool((one == two).all())
 
-    bunch: Any = sklearn.datasets.load_digits()
-    bunch["target"] = bunch["target"].copy()
-    bunch["target"][5] = 0
-    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bunch)
+
+def test_digits_do_not_import_scikit_learn() -> None:
+    code = "import sys; from hyperopt.data.digits import bundled; bundled(); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, labels = digits.bundled()
+    labels = labels.copy()
+    labels[5] = 0
+    monkeypatch.setattr(digits, "bundled", lambda: (pixels, labels))
     with pytest.raises(DataError, match="scikit-learn: digits-labels: md5"):
         Digits().load()
 

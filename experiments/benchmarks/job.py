@@ -5,8 +5,8 @@
 Both train the same model from the same initial values on the same 5,000 images with SGD, and their losses are compared at every
 step. The notebook's loop is written from its description: A and ``B x`` are made anew at every iteration, T = 10 without a graph,
 and each of K = 20 Neumann terms has a graph of its own. Steps are taken in turn; process CPU seconds, one thread. A step costs
-the same along the run for the notebook and for fixed T and K, so that the ratio of a few steps is that of 500. The last row is the
-two products with the images, ``B x`` and the gradient in B, which every step has however it solves.
+the same along the run for the notebook and for fixed T and K, so that the ratio of a few steps is that of 500. The last row is
+the two products with the images, ``B x`` and the gradient in B, which every step has however it solves.
 """
 
 from __future__ import annotations
@@ -109,7 +109,14 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(seconds[base][1:], seconds[name][1:], strict=True))
         off = max(abs(a - b) for a, b in zip(losses[base], losses[name], strict=True))
         shown = "-" if math.isnan(off) else f"{off:.1e}"
-        rows.append({"way": name, "seconds": statistics.median(seconds[name][1:]), "ratio": ratio, "loss": [None if math.isnan(each) else each for each in losses[name]]})
+        rows.append(
+            {
+                "way": name,
+                "seconds": statistics.median(seconds[name][1:]),
+                "ratio": ratio,
+                "loss": [None if math.isnan(each) else each for each in losses[name]],
+            }
+        )
         lines.append(f"| {name} | {rows[-1]['seconds']:.3f} | {ratio:.1f} | {shown} |")
     store("job", {**facts(), "steps": options.steps, "rows": rows}, lines)
 

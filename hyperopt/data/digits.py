@@ -5,6 +5,8 @@ Reference: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +33,7 @@ class Digits(DigitsSettings):
         Raises:
             DataError: the installed scikit-learn bundles other data.
         """
-        from sklearn.datasets import load_digits  # here: a second to import, and only this dataset needs it
-
-        bunch: Any = load_digits()
-        pixels = np.asarray(bunch["images"], np.uint8)[:, None]
-        labels = np.asarray(bunch["target"], np.uint8)
+        pixels, labels = bundled()
         checksums = verify({"digits-images": pixels.tobytes(), "digits-labels": labels.tobytes()}, CHECKSUMS, "scikit-learn")
         return make_splits(
             self,
@@ -48,3 +46,20 @@ class Digits(DigitsSettings):
             dtype=dtype,
             device=device,
         )
+
+
+def bundled() -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels, shape (1797, 1, 8, 8), and the labels, from the file inside of scikit-learn.
+
+    The package itself takes more than a second to import: its own loader has the word where the file is not where it was.
+    """
+    spec = find_spec("sklearn")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for path in (Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders):
+        if path.is_file():
+            table = np.loadtxt(path, np.uint8, delimiter=",")
+            return np.ascontiguousarray(table[:, :-1]).reshape(-1, 1, 8, 8), table[:, -1].copy()
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    return np.asarray(bunch["images"], np.uint8)[:, None], np.asarray(bunch["target"], np.uint8)

@@ -27,7 +27,7 @@ def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
     """
     moved = matvec(v)
     image = v - moved
-    alpha = torch.linalg.vecdot(image, b) / torch.linalg.vecdot(image, image)
+    alpha = torch.linalg.vecdot(image, b) / torch.linalg.vector_norm(image, dim=1).square()
     usable = torch.isfinite(alpha)  # it is not where moved is not
     start = torch.addcmul(b, alpha[:, None], moved)
     return start if bool(usable.all()) else torch.where(usable[:, None], start, b)

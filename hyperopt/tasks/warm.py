@@ -77,8 +77,8 @@ class WarmStore:
         if not len(age):
             return WarmStart(metrics=metrics)
         metrics["warm/staleness_mean"], metrics["warm/staleness_max"] = float(age.double().mean()), float(age.max())
-        state, adjoint = (kept[rows].to(self.dtype, copy=True) for kept in (self._state, self._adjoint))
-        return WarmStart(state, adjoint / (count or len(seen)), metrics)
+        state = self._state[rows].to(self.dtype, copy=True)
+        return WarmStart(state, self._adjoint[rows].to(self.dtype) / (count or len(seen)), metrics)
 
     @torch.no_grad()
     def keep(
