@@ -123,12 +123,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name begins so")
     options = parser.parse_args()
     old = load(HERE / "results.json").get("accuracy", {"rows": []})["rows"]
-    rows: dict[str, dict[str, Any]] = {row["way"]: row for row in old}
+    kept, rows = {row["way"]: row for row in old}, {}
     for name, overrides in (*DRIVEN, *WARM, *COLD):
         if name.startswith(tuple(options.only)):
             rows[name] = {"way": name, "overrides": overrides, **follow(*overrides), "load": facts()["load"]}
             print(name, rows[name]["ratio"], max(rows[name]["errors"]), flush=True)
-    rows = {name: rows[name] for name, _ in (*DRIVEN, *WARM, *COLD) if name in rows}
+        elif name in kept:
+            rows[name] = kept[name]
     lines = ["| 100 outer steps | x floor | CPU seconds a step | largest error | mean error |", "|---|---|---|---|---|"]
     for row in rows.values():
         worst, mean = max(row["errors"]), statistics.fmean(row["errors"])

@@ -79,20 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(AXES), choices=AXES)
     options = parser.parse_args()
-
+    found: dict[str, Any] = load(HERE / "results.json").get("growth", {}).get("axes", {})
+    if missing := [name for name in AXES if name not in found and name not in options.only]:
+        parser.error(f"--only leaves out {', '.join(missing)}, which results.json does not have yet")
     torch.set_num_threads(1)
     figure = Figure(figsize=(11, 3), layout="constrained")
     lines = [
         "| against | from | to | time ~ size^ | upper half | memory ~ size^ | least and most MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    found: dict[str, Any] = load(HERE / "results.json").get("growth", {}).get("axes", {})
     for (name, sizes), axes in zip(AXES.items(), figure.subplots(1, 4), strict=True):
         cast = float if name == "contraction" else int
         more = {"rtol": 1e-3, "rows": 500} if name == "contraction" else {}
         if name in options.only:
             found[name] = [{"size": size, **measure(**{name: cast(size)}, **more)} for size in sizes]  # pyright: ignore[reportArgumentType]
-        assert name in found, f"{name} has not been measured yet: leave --only out"
         at = [1 / (1 - size) for size in sizes] if name == "contraction" else sizes
         seconds, memory = ([row[key] for row in found[name]] for key in ("seconds", "bytes"))
         half = len(at) // 2

@@ -24,9 +24,7 @@ from torch.nn import functional
 
 import hyperopt
 
-HIDDEN = {"784-10": 0, "784-300-10": 300}
-DECAY = {"784-10": 0.01, "784-300-10": 3.0}
-K = {"784-10": 50, "784-300-10": 20}
+PROBLEMS = {"784-10": (0, 0.01, 50), "784-300-10": (300, 3.0, 20)}  # hidden units, decay, K
 
 
 def ways(name: str) -> tuple[Callable[[], int], Callable[[], int]]:
@@ -34,11 +32,11 @@ def ways(name: str) -> tuple[Callable[[], int], Callable[[], int]]:
     generator = torch.Generator().manual_seed(0)
     x, xv = (torch.rand(1000, 784, generator=generator) for _ in range(2))
     y, yv = (torch.randint(10, (1000,), generator=generator) for _ in range(2))
-    hidden = HIDDEN[name]
+    hidden, decay, steps = PROBLEMS[name]
     sizes = {"W": (hidden, 784), "b": (hidden,), "V": (10, hidden or 784), "c": (10,)}
     sizes = {leaf: size for leaf, size in sizes.items() if size[0]}
     w = {leaf: 0.05 * torch.randn(size, generator=generator) for leaf, size in sizes.items()}
-    lam = {leaf: torch.full(size, DECAY[name]) for leaf, size in sizes.items()}
+    lam = {leaf: torch.full(size, decay) for leaf, size in sizes.items()}
 
     def logits(w: Any, x: Tensor) -> Tensor:
         h = torch.tanh(functional.linear(x, w["W"], w["b"])) if hidden else x
@@ -48,7 +46,7 @@ def ways(name: str) -> tuple[Callable[[], int], Callable[[], int]]:
         return functional.cross_entropy(logits(w, x), y) + sum((lam[leaf] * w[leaf].square()).sum() for leaf in sizes) / 2
 
     problem = hyperopt.BilevelProblem(inner, lambda w, lam, batch: functional.cross_entropy(logits(w, xv), yv))
-    adjoint = hyperopt.Implicit(hyperopt.CG(rtol=0, atol=0, max_steps=K[name]), policy="ignore")
+    adjoint = hyperopt.Implicit(hyperopt.CG(rtol=0, atol=0, max_steps=steps), policy="ignore")
 
     def ours() -> int:
         return hyperopt.hypergradient(problem, w, lam, adjoint=adjoint).cost.hessian_products
@@ -61,7 +59,7 @@ def ways(name: str) -> tuple[Callable[[], int], Callable[[], int]]:
         b = torch.autograd.grad(functional.cross_entropy(logits(leaves, xv), yv), flat)
         u, r = [torch.zeros_like(each) for each in b], list(b)
         p, rr = list(r), sum(float(each.square().sum()) for each in r)
-        for _ in range(K[name]):
+        for _ in range(steps):
             hp = torch.autograd.grad(gradient, flat, p, retain_graph=True)
             alpha = rr / sum(float((a * c).sum()) for a, c in zip(p, hp, strict=True))
             u = [a + alpha * c for a, c in zip(u, p, strict=True)]
@@ -69,7 +67,7 @@ def ways(name: str) -> tuple[Callable[[], int], Callable[[], int]]:
             old, rr = rr, sum(float(each.square().sum()) for each in r)
             p = [a + (rr / old) * c for a, c in zip(r, p, strict=True)]
         torch.autograd.grad(gradient, list(strengths.values()), u)
-        return K[name]
+        return steps
 
     return ours, by_hand
 
@@ -82,12 +80,12 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = ["| Hessian products a second | ours | by hand | ours / by hand |", "|---|---|---|---|"]
     found: dict[str, list[tuple[float, float]]] = {}
-    for name in HIDDEN:
+    for name, (_, _, steps) in PROBLEMS.items():
         rates: list[tuple[float, float]] = []
         both = ways(name)
         for _ in range(options.pairs + 1):
             pair = []
-            for way, due in zip(both, (K[name] + 1, K[name]), strict=True):
+            for way, due in zip(both, (steps + 1, steps), strict=True):
                 start = time.process_time()
                 products = way()
                 pair.append(products / (time.process_time() - start))
@@ -97,7 +95,7 @@ def main() -> None:
         found[name] = rates[1:]
         ours, hand = (statistics.median(each) for each in zip(*found[name], strict=True))
         ratio = statistics.median(a / b for a, b in found[name])
-        lines.append(f"| {name}, 1,000 rows, {K[name]} steps of conjugate gradients | {ours:.1f} | {hand:.1f} | {ratio:.2f} |")
+        lines.append(f"| {name}, 1,000 rows, {steps} steps of conjugate gradients | {ours:.1f} | {hand:.1f} | {ratio:.2f} |")
     store("products", {**facts(), "pairs": options.pairs, "rates": found}, lines)
 
 

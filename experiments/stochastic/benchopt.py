@@ -43,13 +43,13 @@ WHOLE = ("task.batch_size=null", "task.val_batch_size=null")
 DESCENT = ("inner=gradient_descent", "inner.max_steps=10")
 FALLING = ("optimizer.scheduler.kind=power", "optimizer.scheduler.decay=0.5")
 SOLVED = {  # methods that solve the inner problem in each outer step, on all rows
-    "implicit, CG": "cg",
-    "implicit, Neumann": "neumann",
-    "implicit, Nystrom": "nystrom adjoint.linear_solver.rho=1",
-    "finite difference": "finite_difference",
-    "T1-T2": "t1t2",
-    "one-step": "one_step",
-    "unrolled": "unrolled",
+    "implicit, CG": ("adjoint=cg",),
+    "implicit, Neumann": ("adjoint=neumann",),
+    "implicit, Nystrom": ("adjoint=nystrom", "adjoint.linear_solver.rho=1"),
+    "finite difference": ("adjoint=finite_difference",),
+    "T1-T2": ("adjoint=t1t2",),
+    "one-step": ("adjoint=one_step",),
+    "unrolled": ("adjoint=unrolled",),
 }
 DESCENDING = ("T1-T2", "one-step", "unrolled")  # along the steps of gradient descent; the others take any inner solver
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "SOBA": ("adjoint=soba", "adjoint.decay=0.5", "adjoint.horizon=100", *FALLING, "optimizer.scheduler.horizon=100"),
         "V-PBGD": ("adjoint=v_pbgd", "adjoint.ramp=500"),
         **{
-            f"{name}, all rows": (*f"adjoint={adjoint}".split(), "inner.step_size=0.5", *DESCENT, *WHOLE, "optimizer.lr=1")
+            f"{name}, all rows": (*adjoint, "inner.step_size=0.5", *DESCENT, *WHOLE, "optimizer.lr=1")
             for name, adjoint in SOLVED.items()
         },
     },
@@ -72,7 +72,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "V-PBGD": ("adjoint=v_pbgd", "adjoint.ramp=500", "optimizer.lr=0.1"),
         **{
             f"{name}, all rows": (
-                *f"adjoint={adjoint}".split(),
+                *adjoint,
                 *(DESCENT if name in DESCENDING else ()),
                 *WHOLE,
                 "optimizer.lr=10",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class CG(CGSettings, RestartedSolver):
             q = rec.freeze(run.product(p))
             curvature, size = dot(p, q), torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)
             least = rec.eps * size
-            rec.break_down(curvature <= least, partial(cause, curvature, least))
+            rec.break_down(curvature <= least, torch.where(curvature < -least, int(Status.indefinite), int(Status.breakdown)))
             if past is not None and rec.made & (rec.made - 1) == 0:
                 rec.break_down(asymmetric(past, (p, q), rec.eps))
             past = (p, q)
@@ -50,11 +49,6 @@ class CG(CGSettings, RestartedSolver):
             rec.advance(d, new.sqrt())
             p, rr = rec.freeze(torch.addcmul(r, rec.ratio(new, rr), p)), new
         return rec.cycle()
-
-
-def cause(curvature: Tensor, least: Tensor) -> Tensor:
-    """Codes of ``Status`` for rows in which ``curvature`` is below ``least``."""
-    return torch.where(curvature < -least, int(Status.indefinite), int(Status.breakdown))
 
 
 def asymmetric(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], eps: float) -> Tensor:

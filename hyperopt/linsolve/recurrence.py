@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hyperopt.linsolve.restarted import Cycle, Run, unit
+from hyperopt.linsolve.restarted import Cycle, Run, freeze, unit
 from hyperopt.status import Status
 
 
@@ -58,15 +57,15 @@ class Recurrence:
 
     def freeze(self, v: Tensor) -> Tensor:
         """``v`` in the live rows, zeros in the others, whatever they hold."""
-        return v if self.whole else torch.where(self.live[:, None], v, 0.0)
+        return v if self.whole else freeze(v, self.live)
 
-    def break_down(self, rows: Tensor, cause: Callable[[], Tensor] | None = None) -> None:
-        """End rows in which the method can do no more, before this step changes them; ``cause()`` has codes of ``Status``."""
+    def break_down(self, rows: Tensor, cause: Tensor | None = None) -> None:
+        """End rows in which the method can do no more, before this step changes them; ``cause`` has codes of ``Status``."""
         ended = self.live & rows
         if not bool(ended.any()):
             return
         if cause is not None:
-            self.cause = torch.where(ended, cause(), self.cause)
+            self.cause = torch.where(ended, cause, self.cause)
         self.broken = self.broken | ended
         self._keep(self.live & ~rows)
 
@@ -75,12 +74,11 @@ class Recurrence:
         self.made += 1
         self.steps = self.steps + self.live
         better = self.live if self.run.solver.fixed else self.live & (norm < self.best)
-        if self.whole if self.run.solver.fixed else bool(better.all()):
+        if bool(better.all()):
             self.best, self.kept = norm, d
         else:
             self.best, self.kept = torch.where(better, norm, self.best), torch.where(better[:, None], d, self.kept)
-        if self.run.tracing:
-            self.run.note(norm * self.run.norm)
+        self.run.note(norm * self.run.norm)
         self._keep(self.live & (norm > self.target) & (norm < math.inf))
 
     def cycle(self) -> Cycle:

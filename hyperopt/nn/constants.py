@@ -40,9 +40,9 @@ def mean_cross_entropy_constants(model: EquilibriumModel, x: Tensor) -> Constant
     rows = max(1, x.shape[0])
     top = float(spectral_norm_bound(model.classifier.weight))
     eps = state_error(solution.forward, q).double()
-    size, images = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in (solution.value, x))
+    size, features = (torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in (solution.value, x))
     size = size + eps
-    reach = (size.square() + images.square() + 1).sqrt()
+    reach = (size.square() + features.square() + 1).sqrt()
     return Constants(
         contraction=q,
         jacobian_lipschitz=CURVATURE * q * q,
