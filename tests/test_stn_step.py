@@ -356,3 +356,13 @@ def test_a_whole_number_is_moved_by_the_response() -> None:
     for _ in range(150):
         tuning.round(lambda: zeros, lambda: zeros)
     assert hyper.values()["holes"] in (3.0, 4.0)
+
+
+def test_perturbations_have_nothing_to_do_with_rows_of_a_usual_seed() -> None:
+    space = HyperSpace({"a": Bounded(0.5, 0.0, 1.0)}, dtype=DOUBLE)
+    stn = convert(nn.Linear(1, 1, dtype=DOUBLE), space)
+    tuning = SelfTuning(stn, lambda model, batch, draw: model(batch, draw).mean(), lambda model, batch, draw: model(batch).mean())
+    eps = space.noise(1000, tuning.generator)
+    for seed in range(10):
+        rows = torch.randn(1000, 1, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+        assert torch.corrcoef(torch.cat([rows, eps], 1).T)[0, 1].abs() < 0.15

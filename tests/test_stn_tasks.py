@@ -194,10 +194,12 @@ def test_a_run_leaves_its_trajectory(tmp_path: Path) -> None:
     assert {"stn/scale/x_range", "stn/entropy", "stn/train_loss", "stn/valid_loss", "stn/response_norm"} <= set(last)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [0.1, 0.5])
-def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, start: float) -> None:
-    run(composed("experiment=stn_quadratic", "seed=100", f"task.x_range.init={start}"), tmp_path)
+@pytest.mark.parametrize(
+    ("start", "rounds"), [(0.5, 60), *(pytest.param(start, 500, marks=pytest.mark.slow) for start in (0.1, 5.0, 9.0))]
+)
+def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, start: float, rounds: int) -> None:
+    length = [f"trainer.max_steps={rounds}", "task.frame_every=500"]
+    run(composed("experiment=stn_quadratic", "seed=100", f"task.x_range.init={start}", *length), tmp_path)
     close = [row for row in rows(tmp_path) if row["stn/warming"] == 0 and row["val/distance"] < 0.05]
     assert close and 1.7 < close[0]["hyper/x_range"] < 3.2
 

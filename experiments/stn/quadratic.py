@@ -33,12 +33,14 @@ NOTEBOOK = Plan(
     valid_steps=2,
     lr=0.01,
     values_lr=0.003,
+    values_gamma=None,
     update="sequential",
     gate="scalar",
     rounds=10_000,
     betas=(0.9, 0.999),
     clip=None,
 )
+SLOW = Plan(warmup=300, lr=0.005, values_lr=0.015, values_gamma=None)
 STARTS = (0.1, 0.5, 5.0, 9.0)
 PLANS: dict[str, Plan] = {
     **{f"default, from {start:g}": Plan(start=start) for start in STARTS},
@@ -52,8 +54,22 @@ PLANS: dict[str, Plan] = {
     "one scalar gate a layer": Plan(gate="scalar"),
     "value first, then scale": Plan(update="sequential"),
     "schedule of the notebook (5; 2 to 2; 0.003)": Plan(
-        warmup=5, train_steps=2, valid_steps=2, lr=0.01, values_lr=0.003, update="sequential", rounds=5000
+        warmup=5,
+        train_steps=2,
+        valid_steps=2,
+        lr=0.01,
+        values_lr=0.003,
+        values_gamma=None,
+        update="sequential",
+        rounds=5000,
     ),
+    "rate of the range a quarter less, from 9": Plan(values_lr=0.14, start=9.0),
+    "rate of the range a quarter more, from 9": Plan(values_lr=0.23, start=9.0),
+    "300 updates first, rate of the range 0.015 all along, from 9": replace(SLOW, start=9.0),
+    "the same and width 8, from 0.5": replace(SLOW, width=8),
+    "the same and width 8, from 9": replace(SLOW, width=8, start=9.0),
+    "not stopped, 1,000 rounds, from 0.5": Plan(stop=False),
+    "not stopped, 1,000 rounds, from 9": Plan(stop=False, start=9.0),
     "notebook": NOTEBOOK,
     "notebook, centred": replace(NOTEBOOK, mode="centred"),
 }
@@ -74,6 +90,7 @@ def row(found: Found) -> dict[str, Any]:
         "hits": found.hit,
         "ranges": found.at_hit,
         "last ranges": found.range,
+        "last": found.last,
     }
 
 
@@ -117,27 +134,27 @@ def by_command_line(runs: Path) -> dict[str, Any]:
 
 
 def trajectories() -> None:
-    """Range, scale and distance from several starts in one picture."""
+    """Range, scale, losses and distance from several starts in one picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
     trace: list[Any] = []
     each = 4
     starts = [start for start in STARTS for _ in range(each)]
-    study([seed % each for seed in range(len(starts))], Plan(rounds=370, stop=False), trace, starts)
-    for part in range(3):
+    study([seed % each for seed in range(len(starts))], Plan(rounds=300, stop=False), trace, starts)
+    titles = ("range", "scale, in R", "training loss", "validation loss", "largest error on [-2, 2]")
+    figure = Figure(figsize=(15, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(titles))
+    for part, title in enumerate(titles):
         curves = torch.tensor([step[part] for step in trace])
         for k in range(len(starts)):
             label = f"from {starts[k]:g}" if k % each == 0 else None
             axes[part].plot(curves[:, k], color=f"C{k // each}", linewidth=0.8, label=label)
-    axes[0].axhspan(1.7, 3.2, color="k", alpha=0.08, linewidth=0)
-    axes[2].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
-    for part, title in enumerate(("range", "scale, in R", "largest error on [-2, 2]")):
         axes[part].set_title(title, fontsize=10)
         axes[part].set_xlabel("round")
-        if part != 1:
+        if title != "scale, in R":
             axes[part].set_yscale("log")
+    axes[0].axhspan(1.7, 3.2, color="k", alpha=0.08, linewidth=0)
+    axes[-1].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
     axes[0].legend(fontsize=8)
     figure.savefig(HERE / "figures" / "quadratic_trajectories.png", dpi=110)
 

@@ -21,6 +21,7 @@ from hyperopt.train_settings import SchedulerSettings, TrainerSettings
 
 DOUBLE = torch.float64
 REACH, BATCH, CLOSE = 2.0, 100, 0.05
+BATCHES = 10**9
 
 
 class Stack(nn.Module):
@@ -81,13 +82,13 @@ class Plan:
 
     mode: str = "centred"
     activation: str = "silu"
-    width: int = 8
-    warmup: int = 300
+    width: int = 24
+    warmup: int = 20
     train_steps: int = 10
     valid_steps: int = 1
-    lr: float = 0.005
-    response_lr: float | None = None  # None: that of the weights
-    values_lr: float = 0.015
+    lr: float = 0.003
+    values_lr: float = 0.185
+    values_gamma: float | None = 0.955  # factor of the rate of the ranges after every round
     clip: float | None = 0.1  # of the gradient of each range
     betas: tuple[float, float] = (0.9, 0.99)  # of the optimizer of the ranges
     scales_lr: float = 0.003
@@ -98,7 +99,6 @@ class Plan:
     start: float = 0.5
     scale: float = 0.5
     rounds: int = 1000
-    cosine: bool = False  # of every optimizer
     low: float = 0.01
     high: float = 10.0
     frozen: bool = False  # the control: the range never moves
@@ -113,9 +113,9 @@ class Found:
         hit: the first round (those of the warm-up not counted) at whose end the largest error is below 0.05; None: never.
         at_hit: the range then.
         best: the least largest error.
-        last: the largest error at the end.
-        range: the range at the end.
-        scale: the scale at the end.
+        last: the largest error at the last round done.
+        range: the range then.
+        scale: the scale then.
     """
 
     hit: list[int | None] = field(default_factory=list)
@@ -132,7 +132,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
     Args:
         seeds: of the networks' initial values; the first one seeds data and perturbations as well.
         plan: how.
-        trace: gets ``(ranges, scales, distances)`` of every round.
+        trace: gets ``(ranges, scales, training losses, validation losses, distances)`` of every round, all at the range itself.
         starts: where the range of each network starts (None: all as the plan says).
     """
     networks = []
@@ -150,7 +150,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
     ranges = [stn.Bounded(start, plan.low, plan.high, scale=plan.scale) for start in starts or [plan.start] * len(seeds)]
     space = stn.HyperSpace({f"range{i}": each for i, each in enumerate(ranges)}, dtype=DOUBLE)
     model = stn.convert(nn.Sequential(*layers, stacks[4]), space, gate=plan.gate, std=plan.std)
-    generator = torch.Generator().manual_seed(seeds[0])
+    generator = torch.Generator().manual_seed(BATCHES + seeds[0])  # not that of the perturbations: they would go hand in hand
 
     def uniform() -> Tensor:
         return 2 * torch.rand(BATCH, len(seeds), generator=generator, dtype=DOUBLE) - 1
@@ -173,30 +173,34 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         for gradient in gradients["values"] if plan.clip is not None else ():
             gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
 
-    scheduler = SchedulerSettings("cosine") if plan.cosine else SchedulerSettings()
+    falling = SchedulerSettings() if plan.values_gamma is None else SchedulerSettings("exponential", gamma=plan.values_gamma)
     warm_rounds = -(-plan.warmup // plan.train_steps)
     tuning = stn.SelfTuning(
         model,
         train_loss,
         valid_loss,
         stn.SelfTuningSettings(plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update),
-        weights=Adam(lr=plan.lr, scheduler=scheduler),
-        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=scheduler),
-        scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr, scheduler=scheduler),
-        response=None if plan.response_lr is None else Adam(lr=plan.response_lr, scheduler=scheduler),
+        weights=Adam(lr=plan.lr),
+        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=falling),
+        scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr),
         trainer=TrainerSettings(max_steps=warm_rounds + plan.rounds),
         seed=seeds[0],
     )
+
+    def at_lam(x: Tensor) -> Tensor:
+        return model(x.mT[..., None], space.draw(1, perturb=False))[..., 0] - x.mT.square()
+
     grid = torch.linspace(-REACH, REACH, 100, dtype=DOUBLE)[:, None].expand(-1, len(seeds))
     found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds))
     for k in range(warm_rounds + plan.rounds):
         tuning.round(uniform, uniform, guard=guard)
         with torch.no_grad():
-            at_lam = space.draw(1, perturb=False)
-            distance = (model(grid.mT[..., None], at_lam)[..., 0] - grid.mT.square()).abs().amax(1).tolist()
-        values = list(space.values().values())
-        if trace is not None:
-            trace.append((values, list(space.scales().values()), distance))
+            errors = at_lam(grid)
+            distance = errors.abs().amax(1).tolist()
+            values = list(space.values().values())
+            if trace is not None:
+                train = at_lam(grid * torch.tensor(values, dtype=DOUBLE) / REACH).square().mean(1).tolist()
+                trace.append((values, list(space.scales().values()), train, errors.square().mean(1).tolist(), distance))
         for i, each in enumerate(distance):
             found.best[i] = min(found.best[i], each)
             if each < CLOSE and found.hit[i] is None and k >= warm_rounds:
