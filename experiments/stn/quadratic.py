@@ -23,7 +23,6 @@ from stacked import CLOSE, Found, Plan, study
 from tables import HERE, REPOSITORY, save, write_table
 
 SEEDS = list(range(20))
-QUIET = ["trainer.progress=false"]
 NOTEBOOK = Plan(
     mode="classic",
     activation="relu",
@@ -42,6 +41,7 @@ NOTEBOOK = Plan(
 )
 SLOW = Plan(warmup=300, lr=0.005, values_lr=0.015, values_gamma=None)
 STARTS = (0.1, 0.5, 5.0, 9.0)
+BY_COMMAND_LINE = {0.1: (120, 4), 0.5: (80, 20), 5.0: (250, 4), 9.0: (500, 4)}  # rounds and seeds
 PLANS: dict[str, Plan] = {
     **{f"default, from {start:g}": Plan(start=start) for start in STARTS},
     "control: the range fixed at 0.5": Plan(frozen=True),
@@ -110,15 +110,18 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def by_command_line(runs: Path) -> dict[str, Any]:
+def by_command_line(start: float, runs: Path) -> dict[str, Any]:
     """The default, seed by seed, as a user runs it."""
     hits, ranges = [], []
-    for seed in SEEDS:
-        out = runs / f"quadratic-{seed}"
+    rounds, seeds = BY_COMMAND_LINE[start]
+    for seed in range(seeds):
+        out = runs / f"quadratic-{start:g}-{seed}"
         if not (out / "summary.json").exists():
             overrides = [
                 "experiment=stn_quadratic",
+                f"task.x_range.init={start}",
                 f"seed={seed}",
+                f"trainer.max_steps={rounds}",
                 f"hydra.run.dir={out}",
                 "trainer.progress=false",
                 "threads=1",
@@ -126,10 +129,11 @@ def by_command_line(runs: Path) -> dict[str, Any]:
             command = [sys.executable, "-m", "hyperopt.cli", *overrides]
             subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        warm = sum(line["stn/warming"] for line in lines)
         close = [line for line in lines if line.get("val/distance", 1.0) < CLOSE and line["stn/warming"] == 0]
-        hits.append(close[0]["step"] + 1 if close else None)
+        hits.append(close[0]["step"] + 1 - int(warm) if close else None)
         ranges.append(close[0]["hyper/x_range"] if close else None)
-        print("command line, seed", seed, hits[-1], ranges[-1], flush=True)
+        print("command line, from", start, "seed", seed, hits[-1], ranges[-1], flush=True)
     return {"hits": hits, "ranges": ranges}
 
 
@@ -178,7 +182,8 @@ def main() -> None:
         print(name, {key: found[key] for key in ("reached", "median", "most", "range", "inside", "seconds")}, flush=True)
         write_table("quadratic", table(results))
     if args.cli:
-        save("results_quadratic.json", "by the command line", by_command_line(args.runs.resolve()))
+        for start in STARTS:
+            save("results_quadratic.json", f"command line, from {start:g}", by_command_line(start, args.runs.resolve()))
     if args.figures:
         trajectories()
 
