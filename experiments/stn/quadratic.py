@@ -23,25 +23,20 @@ from stacked import CLOSE, Found, Plan, study
 from tables import HERE, REPOSITORY, save, write_table
 
 SEEDS = list(range(20))
-NOTEBOOK = Plan(
+SCHEDULE = Plan(warmup=5, train_steps=2, valid_steps=2, lr=0.01, values_lr=0.003, values_gamma=None, update="sequential")
+NOTEBOOK = replace(
+    SCHEDULE,
     mode="classic",
     activation="relu",
     width=4,
-    warmup=5,
-    train_steps=2,
-    valid_steps=2,
-    lr=0.01,
-    values_lr=0.003,
-    values_gamma=None,
-    update="sequential",
     gate="scalar",
     rounds=10_000,
     betas=(0.9, 0.999),
     clip=None,
 )
 SLOW = Plan(warmup=300, lr=0.005, values_lr=0.015, values_gamma=None)
-STARTS = (0.1, 0.5, 5.0, 9.0)
-BY_COMMAND_LINE = {0.1: (120, 4), 0.5: (80, 20), 5.0: (250, 4), 9.0: (500, 4)}  # rounds and seeds
+BY_COMMAND_LINE = {0.1: (120, 4), 0.5: (80, 20), 5.0: (250, 4), 9.0: (500, 4)}  # rounds and seeds of each start
+STARTS = tuple(BY_COMMAND_LINE)
 PLANS: dict[str, Plan] = {
     **{f"default, from {start:g}": Plan(start=start) for start in STARTS},
     "control: the range fixed at 0.5": Plan(frozen=True),
@@ -53,16 +48,7 @@ PLANS: dict[str, Plan] = {
     "tanh": Plan(activation="tanh"),
     "one scalar gate a layer": Plan(gate="scalar"),
     "value first, then scale": Plan(update="sequential"),
-    "schedule of the notebook (5; 2 to 2; 0.003)": Plan(
-        warmup=5,
-        train_steps=2,
-        valid_steps=2,
-        lr=0.01,
-        values_lr=0.003,
-        values_gamma=None,
-        update="sequential",
-        rounds=5000,
-    ),
+    "schedule of the notebook (5; 2 to 2; 0.003)": replace(SCHEDULE, rounds=5000),
     "rate of the range a quarter less, from 9": Plan(values_lr=0.14, start=9.0),
     "rate of the range a quarter more, from 9": Plan(values_lr=0.23, start=9.0),
     "300 updates first, rate of the range 0.015 all along, from 9": replace(SLOW, start=9.0),
@@ -110,10 +96,9 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def by_command_line(start: float, runs: Path) -> dict[str, Any]:
+def by_command_line(start: float, rounds: int, seeds: int, runs: Path) -> dict[str, Any]:
     """The default, seed by seed, as a user runs it."""
     hits, ranges = [], []
-    rounds, seeds = BY_COMMAND_LINE[start]
     for seed in range(seeds):
         out = runs / f"quadratic-{start:g}-{seed}"
         if not (out / "summary.json").exists():
@@ -129,10 +114,10 @@ def by_command_line(start: float, runs: Path) -> dict[str, Any]:
             command = [sys.executable, "-m", "hyperopt.cli", *overrides]
             subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        warm = sum(line["stn/warming"] for line in lines)
-        close = [line for line in lines if line.get("val/distance", 1.0) < CLOSE and line["stn/warming"] == 0]
-        hits.append(close[0]["step"] + 1 - int(warm) if close else None)
-        ranges.append(close[0]["hyper/x_range"] if close else None)
+        after = [line for line in lines if line["stn/warming"] == 0]
+        hit = next((k for k, line in enumerate(after, 1) if line["val/distance"] < CLOSE), None)
+        hits.append(hit)
+        ranges.append(None if hit is None else after[hit - 1]["hyper/x_range"])
         print("command line, from", start, "seed", seed, hits[-1], ranges[-1], flush=True)
     return {"hits": hits, "ranges": ranges}
 
@@ -182,8 +167,9 @@ def main() -> None:
         print(name, {key: found[key] for key in ("reached", "median", "most", "range", "inside", "seconds")}, flush=True)
         write_table("quadratic", table(results))
     if args.cli:
-        for start in STARTS:
-            save("results_quadratic.json", f"command line, from {start:g}", by_command_line(start, args.runs.resolve()))
+        for start, (rounds, seeds) in BY_COMMAND_LINE.items():
+            found = by_command_line(start, rounds, seeds, args.runs.resolve())
+            save("results_quadratic.json", f"command line, from {start:g}", found)
     if args.figures:
         trajectories()
 

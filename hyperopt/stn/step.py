@@ -35,9 +35,9 @@ TrainLoss = Callable[[STN, Any, Draw], Tensor]
 """``train_loss(model, batch, draw)``: makes the data that ``draw.h`` asks for, calls ``model(x, draw)``, adds the regulariser."""
 ValidLoss = Callable[[STN, Any, Draw | None], Tensor]
 """``valid_loss(model, batch, draw)``: calls ``model(x)``; ``draw`` is None unless ``direct_grad``."""
+Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
 SEED = 190303088
 """Of the perturbations, by default: a number that nobody seeds data with."""
-Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
 
 
 @dataclass
