@@ -30,7 +30,7 @@ LAYERS = [
         "text",
         "lazy",
     ),
-    ("files", "experiment"),
+    ("files", "reading", "experiment"),
     ("reporting",),
     ("directory", "workers"),
     ("tree", "spaces"),

@@ -1,0 +1,186 @@
+"""How files that a run wrote are read: as plain data, within limits, with one-line errors that name the file.
+
+A run directory may come from someone else. So YAML is read without aliases (a few hundred bytes of them can stand for more data
+than any memory holds), without anchors and without tags; JSON without numbers that JSON does not have; both only up to a size and
+a depth that no honest file reaches. Nothing in a file is resolved, imported or called. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST = 4_000_000
+"""Bytes of a config, a summary, or one row of metrics; real ones have some thousands."""
+LARGEST_ROWS = 4_000_000_000
+"""Bytes of all rows of metrics; a million steps of sixty numbers have a quarter of it."""
+DEEPEST = 50
+"""Levels of nesting; real files have some ten."""
+
+
+class UnreadableError(ValueError):
+    """A file is not what it should be: too large, damaged, or with more than plain data in it. The message names the file."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: mappings, lists, strings, numbers, booleans and null."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse what plain data does not need, before anything is made of it."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise UnreadableError("has an anchor or an alias (& or *)")
+        if getattr(event, "tag", None) is not None:
+            raise UnreadableError(f"has a tag ({event.tag[:40]!r})")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise UnreadableError(f"is nested more than {DEEPEST} levels deep")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that occurs twice: which of its values counts would be left to the reader's taste."""
+        found = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            raise UnreadableError("has a key twice in one mapping")
+        return found
+
+
+# Numbers as YAML 1.2 and OmegaConf have them: 1e-05 is a number too. Dates stay text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*)?\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Return the mapping that a text of YAML holds, as plain data.
+
+    Args:
+        text: all of it.
+        where: what to call it in an error.
+
+    Raises:
+        UnreadableError: too long, no YAML, not a mapping with names as keys, or with aliases, anchors or tags.
+    """
+    if len(text) > LARGEST:
+        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST}")
+    try:
+        found = yaml.load(text, _Loader)
+    except UnreadableError as error:
+        raise UnreadableError(f"{where} {error}, which no file of a run has") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise UnreadableError(f"{where} is not YAML, or is damaged ({type(error).__name__})") from error
+    return _mapping(found, where)
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return the object that a text of JSON holds.
+
+    Raises:
+        UnreadableError: too long, no JSON, no object, or nested too deeply.
+    """
+    if len(text) > LARGEST:
+        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST}")
+    try:
+        found = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{where} is not JSON, or is damaged") from error
+    return _mapping(found, where)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _mapping(found: Any, where: str) -> dict[str, Any]:
+    """Refuse what is not a mapping with text as keys, at any level."""
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{where} holds no mapping of names to values")
+    stack: list[tuple[Any, int]] = [(found, 0)]
+    while stack:
+        node, depth = stack.pop()
+        if depth > DEEPEST:
+            raise UnreadableError(f"{where} is nested more than {DEEPEST} levels deep")
+        if isinstance(node, dict):
+            if odd := [key for key in node if not isinstance(key, str | int)]:
+                raise UnreadableError(f"{where} has the key {odd[0]!r}, which is no name")
+            stack += [(child, depth + 1) for child in node.values()]
+        elif isinstance(node, list):
+            stack += [(child, depth + 1) for child in node]
+    return found
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """Return the bytes of a regular file; a device, a pipe or a socket is not opened for reading.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableError: not a regular file, larger than ``largest``, or not readable.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    with os.fdopen(handle, "rb") as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise UnreadableError(f"{path} is not a regular file")
+        if facts.st_size > largest:
+            raise UnreadableError(f"{path} has {facts.st_size} bytes, more than {largest}")
+        return file.read(largest + 1)[:largest]
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """Return a text file as ``read_bytes`` does.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableError: see ``read_bytes``, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is not text") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; errors as ``read_text`` and ``parse_yaml``."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; errors as ``read_text`` and ``parse_json``."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one in each line; a last line without an end is still being written and left out.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableError: see ``read_text``; names the line that is no object.
+    """
+    whole, _, _ = read_text(path, LARGEST_ROWS).rpartition("\n")
+    for n, line in enumerate(whole.split("\n") if whole else (), 1):
+        yield parse_json(line, f"{path}, line {n},")
