@@ -9,44 +9,44 @@ from hyperopt.lazy import lazily
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "fixed_point": "hyperopt.primitive",
-    "diagnose": "hyperopt.diagnosis",
-    "Diagnosis": "hyperopt.diagnosis",
-    "Solution": "hyperopt.status",
-    "SolveStats": "hyperopt.status",
-    "Status": "hyperopt.status",
-    "SolveError": "hyperopt.policy",
-    "SolveWarning": "hyperopt.policy",
-    "Certificate": "hyperopt.certificate",
-    "Constants": "hyperopt.certificate",
-    "certify": "hyperopt.certificate",
-    "check_hypergradient": "hyperopt.check",
-    "compare_adjoints": "hyperopt.check",
-    "ClosureError": "hyperopt.closure",
-    "ImpureMapError": "hyperopt.purity",
-    "check_map": "hyperopt.purity",
+    "fixed_point": "hyperopt.core.fixed_point",
+    "diagnose": "hyperopt.core.diagnose",
+    "Diagnosis": "hyperopt.core.diagnose",
+    "Solution": "hyperopt.core.status",
+    "SolveStats": "hyperopt.core.status",
+    "Status": "hyperopt.core.status",
+    "SolveError": "hyperopt.core.policy",
+    "SolveWarning": "hyperopt.core.policy",
+    "Certificate": "hyperopt.core.certificate",
+    "Constants": "hyperopt.core.certificate",
+    "certify": "hyperopt.core.certificate",
+    "check_hypergradient": "hyperopt.core.verify",
+    "compare_adjoints": "hyperopt.core.verify",
+    "ClosureError": "hyperopt.core.captured",
+    "ImpureMapError": "hyperopt.core.purity",
+    "check_map": "hyperopt.core.purity",
     "over_ranks": "hyperopt.bilevel.over_ranks",
-    "mean_over_ranks": "hyperopt.mesh",
-    "InexactError": "hyperopt.adjoints.attach",
-    "Picard": "hyperopt.solvers.picard",
-    "Anderson": "hyperopt.solvers.anderson",
-    "Broyden": "hyperopt.solvers.broyden",
-    "Newton": "hyperopt.solvers.newton",
-    "NewtonKrylov": "hyperopt.solvers.newton_krylov",
-    "Chord": "hyperopt.solvers.chord",
-    "Neumann": "hyperopt.linsolve.neumann",
-    "LinearAnderson": "hyperopt.linsolve.anderson",
-    "GMRES": "hyperopt.linsolve.gmres",
-    "BiCGStab": "hyperopt.linsolve.bicgstab",
-    "CG": "hyperopt.linsolve.cg",
-    "NormalCG": "hyperopt.linsolve.normal_cg",
-    "Dense": "hyperopt.linsolve.dense",
-    "Implicit": "hyperopt.adjoints.implicit",
-    "Shine": "hyperopt.adjoints.shine",
-    "Unrolled": "hyperopt.adjoints.unrolled",
-    "OneStep": "hyperopt.adjoints.onestep",
-    "Phantom": "hyperopt.adjoints.phantom",
-    "Checkpointed": "hyperopt.adjoints.checkpointed",
+    "mean_over_ranks": "hyperopt.core.distributed",
+    "InexactError": "hyperopt.core.differentiate",
+    "Picard": "hyperopt.core.solvers.picard",
+    "Anderson": "hyperopt.core.solvers.anderson",
+    "Broyden": "hyperopt.core.solvers.broyden",
+    "Newton": "hyperopt.core.solvers.newton",
+    "NewtonKrylov": "hyperopt.core.solvers.newton_krylov",
+    "Chord": "hyperopt.core.solvers.chord",
+    "Neumann": "hyperopt.core.linear.neumann",
+    "LinearAnderson": "hyperopt.core.linear.anderson",
+    "GMRES": "hyperopt.core.linear.gmres",
+    "BiCGStab": "hyperopt.core.linear.bicgstab",
+    "CG": "hyperopt.core.linear.cg",
+    "NormalCG": "hyperopt.core.linear.normal_cg",
+    "Dense": "hyperopt.core.linear.dense",
+    "Implicit": "hyperopt.core.adjoints.implicit",
+    "Shine": "hyperopt.core.adjoints.shine",
+    "Unrolled": "hyperopt.core.adjoints.unrolled",
+    "OneStep": "hyperopt.core.adjoints.onestep",
+    "Phantom": "hyperopt.core.adjoints.phantom",
+    "Checkpointed": "hyperopt.core.adjoints.checkpointed",
     "BilevelProblem": "hyperopt.bilevel.problem",
     "Bilevel": "hyperopt.bilevel.hypergradient",
     "hypergradient": "hyperopt.bilevel.hypergradient",
@@ -71,7 +71,7 @@ _PUBLIC = {
     "StocBiO": "hyperopt.bilevel.stocbio",
     "F2SA": "hyperopt.bilevel.f2sa",
     "VPBGD": "hyperopt.bilevel.v_pbgd",
-    "Nystrom": "hyperopt.linsolve.nystrom",
+    "Nystrom": "hyperopt.core.linear.nystrom",
     "Hyperparameters": "hyperopt.spaces",
     "Space": "hyperopt.spaces",
     "Real": "hyperopt.spaces",
@@ -88,13 +88,6 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from hyperopt.adjoints.attach import InexactError as InexactError
-    from hyperopt.adjoints.checkpointed import Checkpointed as Checkpointed
-    from hyperopt.adjoints.implicit import Implicit as Implicit
-    from hyperopt.adjoints.onestep import OneStep as OneStep
-    from hyperopt.adjoints.phantom import Phantom as Phantom
-    from hyperopt.adjoints.shine import Shine as Shine
-    from hyperopt.adjoints.unrolled import Unrolled as Unrolled
     from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
@@ -119,36 +112,46 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.stocbio import StocBiO as StocBiO
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2
     from hyperopt.bilevel.v_pbgd import VPBGD as VPBGD
-    from hyperopt.certificate import Certificate as Certificate
-    from hyperopt.certificate import Constants as Constants
-    from hyperopt.certificate import certify as certify
-    from hyperopt.check import check_hypergradient as check_hypergradient
-    from hyperopt.check import compare_adjoints as compare_adjoints
-    from hyperopt.closure import ClosureError as ClosureError
-    from hyperopt.diagnosis import Diagnosis as Diagnosis
-    from hyperopt.diagnosis import diagnose as diagnose
+    from hyperopt.core.adjoints.checkpointed import Checkpointed as Checkpointed
+    from hyperopt.core.adjoints.implicit import Implicit as Implicit
+    from hyperopt.core.adjoints.onestep import OneStep as OneStep
+    from hyperopt.core.adjoints.phantom import Phantom as Phantom
+    from hyperopt.core.adjoints.shine import Shine as Shine
+    from hyperopt.core.adjoints.unrolled import Unrolled as Unrolled
+    from hyperopt.core.captured import ClosureError as ClosureError
+    from hyperopt.core.certificate import Certificate as Certificate
+    from hyperopt.core.certificate import Constants as Constants
+    from hyperopt.core.certificate import certify as certify
+    from hyperopt.core.diagnose import Diagnosis as Diagnosis
+    from hyperopt.core.diagnose import diagnose as diagnose
+    from hyperopt.core.differentiate import InexactError as InexactError
+    from hyperopt.core.distributed import mean_over_ranks as mean_over_ranks
+    from hyperopt.core.fixed_point import fixed_point as fixed_point
+    from hyperopt.core.linear.anderson import LinearAnderson as LinearAnderson
+    from hyperopt.core.linear.bicgstab import BiCGStab as BiCGStab
+    from hyperopt.core.linear.cg import CG as CG
+    from hyperopt.core.linear.dense import Dense as Dense
+    from hyperopt.core.linear.gmres import GMRES as GMRES
+    from hyperopt.core.linear.neumann import Neumann as Neumann
+    from hyperopt.core.linear.normal_cg import NormalCG as NormalCG
+    from hyperopt.core.linear.nystrom import Nystrom as Nystrom
+    from hyperopt.core.policy import SolveError as SolveError
+    from hyperopt.core.policy import SolveWarning as SolveWarning
+    from hyperopt.core.purity import ImpureMapError as ImpureMapError
+    from hyperopt.core.purity import check_map as check_map
+    from hyperopt.core.solvers.anderson import Anderson as Anderson
+    from hyperopt.core.solvers.broyden import Broyden as Broyden
+    from hyperopt.core.solvers.chord import Chord as Chord
+    from hyperopt.core.solvers.newton import Newton as Newton
+    from hyperopt.core.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
+    from hyperopt.core.solvers.picard import Picard as Picard
+    from hyperopt.core.status import Solution as Solution
+    from hyperopt.core.status import SolveStats as SolveStats
+    from hyperopt.core.status import Status as Status
+    from hyperopt.core.verify import check_hypergradient as check_hypergradient
+    from hyperopt.core.verify import compare_adjoints as compare_adjoints
     from hyperopt.exporting.load import load_exported as load_exported
-    from hyperopt.linsolve.anderson import LinearAnderson as LinearAnderson
-    from hyperopt.linsolve.bicgstab import BiCGStab as BiCGStab
-    from hyperopt.linsolve.cg import CG as CG
-    from hyperopt.linsolve.dense import Dense as Dense
-    from hyperopt.linsolve.gmres import GMRES as GMRES
-    from hyperopt.linsolve.neumann import Neumann as Neumann
-    from hyperopt.linsolve.normal_cg import NormalCG as NormalCG
-    from hyperopt.linsolve.nystrom import Nystrom as Nystrom
-    from hyperopt.mesh import mean_over_ranks as mean_over_ranks
     from hyperopt.nn.sparse import SparseRows as SparseRows
-    from hyperopt.policy import SolveError as SolveError
-    from hyperopt.policy import SolveWarning as SolveWarning
-    from hyperopt.primitive import fixed_point as fixed_point
-    from hyperopt.purity import ImpureMapError as ImpureMapError
-    from hyperopt.purity import check_map as check_map
-    from hyperopt.solvers.anderson import Anderson as Anderson
-    from hyperopt.solvers.broyden import Broyden as Broyden
-    from hyperopt.solvers.chord import Chord as Chord
-    from hyperopt.solvers.newton import Newton as Newton
-    from hyperopt.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
-    from hyperopt.solvers.picard import Picard as Picard
     from hyperopt.spaces import Bounded as Bounded
     from hyperopt.spaces import Hyperparameters as Hyperparameters
     from hyperopt.spaces import Positive as Positive
@@ -156,9 +159,6 @@ if TYPE_CHECKING:
     from hyperopt.spaces import Simplex as Simplex
     from hyperopt.spaces import Space as Space
     from hyperopt.spaces import SpectralBall as SpectralBall
-    from hyperopt.status import Solution as Solution
-    from hyperopt.status import SolveStats as SolveStats
-    from hyperopt.status import Status as Status
     from hyperopt.stn.network import convert as convert
     from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.space import HyperSpace as HyperSpace

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hydra.utils import get_object
 
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.check import check_hypergradient, compare_adjoints
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.verify import check_hypergradient, compare_adjoints
 from hyperopt.files import write_json
 from hyperopt.schema import LINEAR_SOLVERS, SCHEMA
 from hyperopt.tasks.base import HypergradientError, Task

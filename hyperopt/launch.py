@@ -39,20 +39,20 @@ def lead(cfg: DictConfig, out: Path) -> float:
     from hyperopt.run import run
 
     if ranks() > 1:
-        from hyperopt import mesh
+        from hyperopt.core import distributed
 
-        _connection.enter_context(mesh.connected())
-        mesh.from_first(OmegaConf.to_container(cfg, resolve=True))
+        _connection.enter_context(distributed.connected())
+        distributed.from_first(OmegaConf.to_container(cfg, resolve=True))
     return run(cfg, out)
 
 
 def dismiss() -> None:
     """Let the other ranks end: there are no more jobs."""
     if ranks() > 1:
-        from hyperopt import mesh
+        from hyperopt.core import distributed
 
-        with _connection, mesh.connected():
-            mesh.from_first(None)
+        with _connection, distributed.connected():
+            distributed.from_first(None)
 
 
 def leave() -> None:
@@ -69,13 +69,13 @@ def leave() -> None:
 
 def follow() -> None:
     """Run the jobs of rank 0 with it, in silence."""
-    from hyperopt import mesh
+    from hyperopt.core import distributed
     from hyperopt.run import run
 
     logging.disable(logging.WARNING)  # rank 0 says it
-    with warnings.catch_warnings(), mesh.connected():
+    with warnings.catch_warnings(), distributed.connected():
         warnings.simplefilter("ignore")
-        while (sent := mesh.from_first(None)) is not None:
+        while (sent := distributed.from_first(None)) is not None:
             cfg = DictConfig(sent)
             cfg.trainer.progress = False
             with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

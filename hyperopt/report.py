@@ -12,11 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hyperopt.core.text import aligned
 from hyperopt.files import write_json
 from hyperopt.loop_state import LoopState
 from hyperopt.repro import run_facts
 from hyperopt.tasks.base import Environment
-from hyperopt.text import aligned
 from hyperopt.train_settings import TrainerSettings
 
 TABLE = ("accuracy", "loss")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 DISTRIBUTIONS = ("hyperopt-bilevel", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "scikit-learn", "tensorboard")
@@ -42,7 +42,7 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}, but torch sees no CUDA device on this machine; set device=cpu or device=auto")
     device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
-    if device.index is None and mesh.ranks() > 1:  # each rank of a machine has a GPU of its own, as far as there are so many
+    if device.index is None and distributed.ranks() > 1:  # each rank has a GPU of its own, as far as there are so many
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
         torch.cuda.set_device(device)
     if device.index is not None and device.index >= count:

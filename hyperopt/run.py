@@ -21,16 +21,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hyperopt import checkpoint, mesh
+from hyperopt import checkpoint
 from hyperopt.checking import check
 from hyperopt.config import Built, build
+from hyperopt.core import distributed
+from hyperopt.core.policy import reset_warnings
+from hyperopt.core.status import Status
 from hyperopt.directory import CHECKPOINTS, JOB, check_directory, from_own_checkpoint, locked
 from hyperopt.experiment import experiment
 from hyperopt.files import WriteError, remove_leftovers, write_text
 from hyperopt.guard import HypergradientGuard
 from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import Schedule
-from hyperopt.policy import reset_warnings
 from hyperopt.report import progress, show, summarize, table, write_facts
 from hyperopt.reporting.read import overrides_of
 from hyperopt.repro import (
@@ -42,7 +44,6 @@ from hyperopt.repro import (
     seed_everything,
     set_rng_state,
 )
-from hyperopt.status import Status
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.track import START, Tracker, hparams, swept, write_config
 from hyperopt.train_settings import TrainerSettings
@@ -78,7 +79,7 @@ def run(cfg: DictConfig, out: Path) -> float:
         refused = False
         try:
             try:
-                found = mesh.from_first(find_checkpoint(cfg, out) if mesh.rank() == 0 else None)
+                found = distributed.from_first(find_checkpoint(cfg, out) if distributed.rank() == 0 else None)
             except checkpoint.CheckpointError:
                 refused = (out / "summary.json").exists()
                 raise
@@ -200,7 +201,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
 
             # 3. Stop? If so, and from time to time, write a checkpoint.
             k = state.step - 1
-            told = mesh.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have come to one rank only
+            told = distributed.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have come to one rank only
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory

@@ -14,16 +14,16 @@ from typing import Any
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from hyperopt import settings as core
 from hyperopt import space_settings as spaces
 from hyperopt import train_settings as train
 from hyperopt.bilevel import settings as bilevel
 from hyperopt.bilevel import single_loop_settings as stochastic
+from hyperopt.core.adjoints import settings as core
+from hyperopt.core.linear import settings as linear
+from hyperopt.core.solvers import settings as solvers
 from hyperopt.data import settings as data
-from hyperopt.linsolve import settings as linear
 from hyperopt.nn import settings as cells
 from hyperopt.resolvers import config_root, register_resolvers
-from hyperopt.solvers import settings as solvers
 from hyperopt.stn import classifier_settings as classifiers
 from hyperopt.stn import settings as stn
 from hyperopt.tasks import quadratic_settings as quadratic
@@ -43,16 +43,16 @@ def _targeted(settings: type, target: str, **nested: type) -> type:
     return made
 
 
-IMPLICIT = "hyperopt.adjoints.implicit.Implicit"
+IMPLICIT = "hyperopt.core.adjoints.implicit.Implicit"
 LINEAR_SOLVERS = {
-    "neumann": _targeted(linear.NeumannSettings, "hyperopt.linsolve.neumann.Neumann"),
-    "anderson": _targeted(linear.LinearAndersonSettings, "hyperopt.linsolve.anderson.LinearAnderson"),
-    "gmres": _targeted(linear.GMRESSettings, "hyperopt.linsolve.gmres.GMRES"),
-    "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.linsolve.bicgstab.BiCGStab"),
-    "cg": _targeted(linear.CGSettings, "hyperopt.linsolve.cg.CG"),
-    "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.linsolve.normal_cg.NormalCG"),
-    "nystrom": _targeted(linear.NystromSettings, "hyperopt.linsolve.nystrom.Nystrom"),
-    "dense": _targeted(linear.DenseSettings, "hyperopt.linsolve.dense.Dense"),
+    "neumann": _targeted(linear.NeumannSettings, "hyperopt.core.linear.neumann.Neumann"),
+    "anderson": _targeted(linear.LinearAndersonSettings, "hyperopt.core.linear.anderson.LinearAnderson"),
+    "gmres": _targeted(linear.GMRESSettings, "hyperopt.core.linear.gmres.GMRES"),
+    "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.core.linear.bicgstab.BiCGStab"),
+    "cg": _targeted(linear.CGSettings, "hyperopt.core.linear.cg.CG"),
+    "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.core.linear.normal_cg.NormalCG"),
+    "nystrom": _targeted(linear.NystromSettings, "hyperopt.core.linear.nystrom.Nystrom"),
+    "dense": _targeted(linear.DenseSettings, "hyperopt.core.linear.dense.Dense"),
 }
 """The linear solvers; each makes an option ``adjoint=<name>``, the implicit adjoint with it."""
 
@@ -108,22 +108,22 @@ SCHEMA: dict[str, type] = {
     "dataset/libsvm": _targeted(data.LibsvmSettings, "hyperopt.data.libsvm.Libsvm"),
     "dataset/newsgroups": _targeted(data.NewsgroupsSettings, "hyperopt.data.newsgroups.Newsgroups"),
     "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
-    "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.solvers.picard.Picard"),
-    "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.solvers.anderson.Anderson"),
-    "solver/broyden": _targeted(solvers.BroydenSettings, "hyperopt.solvers.broyden.Broyden"),
-    "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.solvers.newton.Newton"),
-    "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.solvers.chord.Chord"),
+    "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.core.solvers.picard.Picard"),
+    "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.core.solvers.anderson.Anderson"),
+    "solver/broyden": _targeted(solvers.BroydenSettings, "hyperopt.core.solvers.broyden.Broyden"),
+    "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.core.solvers.newton.Newton"),
+    "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.core.solvers.chord.Chord"),
     "solver/newton_krylov": _targeted(
-        solvers.NewtonKrylovSettings, "hyperopt.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["gmres"]
+        solvers.NewtonKrylovSettings, "hyperopt.core.solvers.newton_krylov.NewtonKrylov", linear_solver=LINEAR_SOLVERS["gmres"]
     ),
     **{
         f"adjoint/{name}": _targeted(core.ImplicitSettings, IMPLICIT, linear_solver=node) for name, node in LINEAR_SOLVERS.items()
     },
-    "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.adjoints.shine.Shine"),
-    "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.adjoints.unrolled.Unrolled"),
-    "adjoint/one_step": _targeted(core.OneStepSettings, "hyperopt.adjoints.onestep.OneStep"),
-    "adjoint/phantom": _targeted(core.PhantomSettings, "hyperopt.adjoints.phantom.Phantom"),
-    "adjoint/checkpointed": _targeted(core.CheckpointedSettings, "hyperopt.adjoints.checkpointed.Checkpointed"),
+    "adjoint/shine": _targeted(core.ShineSettings, "hyperopt.core.adjoints.shine.Shine"),
+    "adjoint/unrolled": _targeted(core.UnrolledSettings, "hyperopt.core.adjoints.unrolled.Unrolled"),
+    "adjoint/one_step": _targeted(core.OneStepSettings, "hyperopt.core.adjoints.onestep.OneStep"),
+    "adjoint/phantom": _targeted(core.PhantomSettings, "hyperopt.core.adjoints.phantom.Phantom"),
+    "adjoint/checkpointed": _targeted(core.CheckpointedSettings, "hyperopt.core.adjoints.checkpointed.Checkpointed"),
     "adjoint/t1t2": _targeted(bilevel.T1T2Settings, "hyperopt.bilevel.t1t2.T1T2"),
     "adjoint/finite_difference": _targeted(
         bilevel.FiniteDifferenceSettings, "hyperopt.bilevel.finite_difference.FiniteDifference"

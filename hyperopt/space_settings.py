@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.settings import check_below, check_choice, check_number
+from hyperopt.core.checks import check_below, check_choice, check_number
 
 WAYS = ("reparametrisation", "projection")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from hyperopt.settings import (
+from hyperopt.core.checks import (
     check_below_one,
     check_betas,
     check_choice,

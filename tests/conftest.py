@@ -39,7 +39,7 @@ def float64() -> Iterator[None]:
     """float64 by default, one seed, and each warning of a solve said anew."""
     import torch
 
-    from hyperopt.policy import reset_warnings
+    from hyperopt.core.policy import reset_warnings
 
     reset_warnings()
     torch.set_default_dtype(torch.float64)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import hyperopt
-from hyperopt.mesh import mean_over_ranks
+from hyperopt.core.distributed import mean_over_ranks
 
 CUTS = {1: (0, 11), 2: (0, 4, 11)}
 EXACT = hyperopt.Implicit(hyperopt.GMRES(1e-14))

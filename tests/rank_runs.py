@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 from hyperopt.data.synthetic import Synthetic
 from hyperopt.run import run
 from hyperopt.schema import register
@@ -71,7 +71,7 @@ def run_wrong(folder: Path) -> None:
         return splits
 
     def slowly(self: EquilibriumTask, *args: Any) -> Any:
-        time.sleep(0.3 * mesh.rank())
+        time.sleep(0.3 * distributed.rank())
         return step(self, *args)
 
     said = {}

@@ -30,8 +30,8 @@ from hyperopt import (
     TorchOptimizer,
     Unrolled,
 )
-from hyperopt.policy import reset_warnings
-from hyperopt.status import Status
+from hyperopt.core.policy import reset_warnings
+from hyperopt.core.status import Status
 
 W = torch.ones(3, dtype=DOUBLE)
 LAM = torch.tensor(0.5, dtype=DOUBLE)
@@ -165,7 +165,7 @@ def fresh_warnings():
     reset_warnings()
 
 
-@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")
+@pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")
 @pytest.mark.parametrize("solver", [Neumann(max_steps=500), Neumann(rtol=0, max_steps=60)], ids=["tolerance", "fixed"])
 def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_one(solver, caplog):
     ridge = Ridge()

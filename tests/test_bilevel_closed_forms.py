@@ -29,7 +29,7 @@ from hyperopt import (
     TorchOptimizer,
     Unrolled,
 )
-from hyperopt.status import Status
+from hyperopt.core.status import Status
 
 STEP = 0.3  # of gradient descent; the largest stable one is 0.94
 EXACT = {

@@ -26,7 +26,7 @@ from hyperopt import (
     TorchOptimizer,
     Unrolled,
 )
-from hyperopt.status import Status
+from hyperopt.core.status import Status
 
 TIGHT = hyperopt.InnerLBFGS(rtol=1e-12, max_steps=300)
 
@@ -327,7 +327,7 @@ def test_a_batch_of_its_own_for_each_product():
 
 
 def test_memory_and_time_of_a_product_do_not_depend_on_their_number():
-    from hyperopt.memory import peak_memory
+    from hyperopt.core.memory import peak_memory
 
     problem = Logistic(rows=400, features=20, classes=10)
     w = {name: torch.zeros_like(leaf) for name, leaf in problem.w0.items()}
@@ -342,7 +342,7 @@ def test_memory_and_time_of_a_product_do_not_depend_on_their_number():
 
 
 def test_memory_of_recomputed_training_grows_like_the_root_of_the_steps():
-    from hyperopt.memory import peak_memory
+    from hyperopt.core.memory import peak_memory
 
     problem = Logistic(rows=400, features=20, classes=10)
     w = {name: torch.zeros_like(leaf) for name, leaf in problem.w0.items()}

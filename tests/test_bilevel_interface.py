@@ -14,8 +14,8 @@ from hyperopt import CG, Estimate, Estimator, GradientDescent, Implicit, Minibat
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Cost, State
 from hyperopt.bilevel.problem import Leaves, outer_gradient
-from hyperopt.certificate import Certificate
-from hyperopt.tree import tree_norm
+from hyperopt.core.certificate import Certificate
+from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.adjoints.implicit import Implicit
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.t1t2 import T1T2
-from hyperopt.check import check_hypergradient
 from hyperopt.config import build
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.linear.cg import CG
+from hyperopt.core.verify import check_hypergradient
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
 from hyperopt.data.synthetic import Synthetic
-from hyperopt.linsolve.cg import CG
 from hyperopt.nn.sparse import SparseRows
 from hyperopt.run import run
 from hyperopt.schema import register

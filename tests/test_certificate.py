@@ -22,7 +22,7 @@ from hyperopt import (
     Solution,
     fixed_point,
 )
-from hyperopt.certificate import Constants, certify
+from hyperopt.core.certificate import Constants, certify
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.contractive import HouseholderContraction, ProjectedMatrix
 from hyperopt.nn.equilibrium import EquilibriumCell, EquilibriumModel, linear_classifier

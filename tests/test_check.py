@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperopt import Anderson, Implicit, Neumann, OneStep, Picard, Unrolled, check_hypergradient, compare_adjoints, fixed_point
-from hyperopt.memory import peak_memory
+from hyperopt.core.memory import peak_memory
 
 # torch's own first use of forward mode scripts its decompositions.
 pytestmark = [

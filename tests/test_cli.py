@@ -72,7 +72,7 @@ def test_a_run_gets_its_config_and_a_directory_of_its_own(launch: Launcher) -> N
     done = launch("seed=3", "solver=anderson")
     assert done.status == 0, done.err
     [(cfg, out)] = done.runs
-    assert cfg.seed == 3 and cfg.solver._target_ == "hyperopt.solvers.anderson.Anderson" and "hydra" not in cfg
+    assert cfg.seed == 3 and cfg.solver._target_ == "hyperopt.core.solvers.anderson.Anderson" and "hydra" not in cfg
     assert out.parent == Path("outputs/train").resolve() and out.is_dir()
     assert sorted(path.name for path in (out / ".hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
     assert (out / "hyperopt.log").is_file()

@@ -22,7 +22,7 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
-from hyperopt.policy import SolveError
+from hyperopt.core.policy import SolveError
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -29,7 +29,7 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
-from hyperopt.adjoints.base import Adjoint
+from hyperopt.core.adjoints.base import Adjoint
 
 # torch's own first use of forward mode scripts its decompositions, and its compiler looks at .grad of a non-leaf.
 pytestmark = [

@@ -22,12 +22,12 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
-from hyperopt.adjoints.base import Problem
+from hyperopt.core.adjoints.base import Problem
+from hyperopt.core.solvers.forward import default_fallback
+from hyperopt.core.solvers.iterate import iterate
+from hyperopt.core.solvers.point import Cost, Point
+from hyperopt.core.tree import layout_of
 from hyperopt.nn.equilibrium import TanhAffine
-from hyperopt.solvers.forward import default_fallback
-from hyperopt.solvers.iterate import iterate
-from hyperopt.solvers.point import Cost, Point
-from hyperopt.tree import layout_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 

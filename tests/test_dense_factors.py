@@ -8,10 +8,10 @@ from core_reference import close
 from torch.autograd import gradcheck, gradgradcheck
 
 from hyperopt import Chord, Dense, Implicit, Neumann, Newton, Picard, Unrolled, fixed_point
+from hyperopt.core.policy import reset_warnings
+from hyperopt.core.solvers.dense import FactoredSolve, factor, finite_rows, solve
+from hyperopt.core.solvers.point import Cost, Point
 from hyperopt.nn.equilibrium import TanhAffine
-from hyperopt.policy import reset_warnings
-from hyperopt.solvers.dense import FactoredSolve, factor, finite_rows, solve
-from hyperopt.solvers.point import Cost, Point
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ OVERRIDES = [
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")
+@pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")
 def test_one_epoch_of_5000_images(tmp_path: Path, real_root: Any) -> None:
     root = real_root("cifar-10-batches-py", "cifar-10-batches-bin")
     register()

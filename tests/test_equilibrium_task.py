@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.adjoints.shine import Shine
-from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.adjoints.shine import Shine
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.broyden import Broyden
+from hyperopt.core.solvers.chord import Chord
+from hyperopt.core.solvers.newton import Newton
+from hyperopt.core.solvers.newton_krylov import NewtonKrylov
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Status
 from hyperopt.data.digits import Digits
-from hyperopt.linsolve.neumann import Neumann
 from hyperopt.nn.cells import HouseholderCell, ProjectedCell
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.equilibrium import EquilibriumCell
-from hyperopt.solvers.anderson import Anderson
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.broyden import Broyden
-from hyperopt.solvers.chord import Chord
-from hyperopt.solvers.newton import Newton
-from hyperopt.solvers.newton_krylov import NewtonKrylov
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import Status
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.equilibrium import EquilibriumTask
 

@@ -94,7 +94,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # a line search may try points that are hard to solve at
+@pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option(option: str, tmp_path: Path) -> None:
     task = OWNER.get(option.partition("=")[0], option if option in SMALL else "task=equilibrium")
@@ -127,7 +127,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 }
 
 
-@pytest.mark.filterwarnings("ignore::hyperopt.policy.SolveWarning")  # five steps of training leave much to every solver
+@pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
 @pytest.mark.parametrize("option", [f"{group}={name}" for group, names in BILEVEL.items() for name in names])
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
     base = ["experiment=l2_logistic", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=20"]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from hyperopt import Anderson, Checkpointed, Implicit, LinearAnderson, Picard, SolveError, Unrolled, fixed_point
-from hyperopt.frozen import FrozenMap
+from hyperopt.core.replay import FrozenMap
 from hyperopt.nn import DEQ
 
 CPU = torch.device("cpu")

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.linear.dense import Dense
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.solvers.newton import Newton
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Status
 from hyperopt.data.augment import Augment
 from hyperopt.data.digits import Digits
-from hyperopt.linsolve.dense import Dense
-from hyperopt.linsolve.neumann import Neumann
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import DEQResNet, Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.tanh_layer import TanhFixedPoint
-from hyperopt.solvers.anderson import Anderson
-from hyperopt.solvers.newton import Newton
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import Status
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.implicit import ImplicitTask
 

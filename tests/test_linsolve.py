@@ -7,7 +7,7 @@ import torch
 from core_reference import close
 
 from hyperopt import CG, GMRES, BiCGStab, Dense, LinearAnderson, Neumann, NormalCG, Nystrom, Status
-from hyperopt.linsolve.fallback import solve_chain
+from hyperopt.core.linear.fallback import solve_chain
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.linsolve.neumann import Neumann
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Status
 from hyperopt.nn.cells import HouseholderCell, ProjectedCell
 from hyperopt.nn.contractive import ContractiveMatrix, HouseholderContraction, ProjectedMatrix
 from hyperopt.nn.equilibrium import Cell, EquilibriumCell, EquilibriumModel, TanhAffine, linear_classifier
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import Status
 
 F64 = torch.float64
 FEATURES, STATE, CLASSES, ROWS = 5, 4, 3, 6

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import hyperopt
 from hyperopt import CG, Checkpointed, GradientDescent, Implicit, Minibatches, SparseRows, Unrolled
-from hyperopt.memory import peak_memory
+from hyperopt.core.memory import peak_memory
 
 
 def matrix(rows=12, features=7, seed=0):

@@ -26,9 +26,9 @@ from toy_task import (
 
 from hyperopt import checkpoint
 from hyperopt.checkpoint import CheckpointError
+from hyperopt.core.status import Status
 from hyperopt.directory import RunDirectoryError
 from hyperopt.loop_state import MonitorError
-from hyperopt.status import Status
 from hyperopt.tasks.base import HypergradientError
 
 

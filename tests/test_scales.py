@@ -17,7 +17,7 @@ from hyperopt import (
     certify,
     fixed_point,
 )
-from hyperopt.certificate import Constants
+from hyperopt.core.certificate import Constants
 
 pytestmark = pytest.mark.usefixtures("float64")
 SIZES = {"large": 1e4, "small": 1e-4}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
+from hyperopt.core.policy import reset_warnings
 from hyperopt.optim import LBFGS, SGD, Adam
-from hyperopt.policy import reset_warnings
 from hyperopt.stn import (
     STN,
     Bounded,

@@ -13,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hyperopt import checkpoint, mesh, stn
+from hyperopt import checkpoint, stn
 from hyperopt.checkpoint import CheckpointError
 from hyperopt.config import build, validate
+from hyperopt.core import distributed
 from hyperopt.experiment import experiment
 from hyperopt.optim import SGD, Adam
 from hyperopt.run import run
@@ -225,6 +226,6 @@ def test_layers_that_would_differ_on_several_ranks_are_refused(
 ) -> None:
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), layer, RowDropout("rate", 0))
     check_layers(network)
-    monkeypatch.setattr(mesh, "ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
     with pytest.raises(ValueError, match=rf"has 1 = .*{message}"):
         check_layers(network)

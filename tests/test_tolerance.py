@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_equilibrium_task import no_guard, sgd, task
 
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.linsolve.neumann import Neumann
-from hyperopt.solvers.anderson import Anderson
-from hyperopt.solvers.iterate import rounding_floor
-from hyperopt.solvers.picard import Picard
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.solvers.iterate import rounding_floor
+from hyperopt.core.solvers.picard import Picard
 from hyperopt.tasks.base import StepRecord
 from hyperopt.tasks.equilibrium import EquilibriumTask
 from hyperopt.tasks.tolerance import GradientTolerance

@@ -33,8 +33,8 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
-from hyperopt.policy import reset_warnings
-from hyperopt.solvers.iterate import iterate
+from hyperopt.core.policy import reset_warnings
+from hyperopt.core.solvers.iterate import iterate
 
 pytestmark = pytest.mark.usefixtures("float64")
 

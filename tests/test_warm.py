@@ -15,16 +15,16 @@ from hydra import compose, initialize_config_dir
 from test_equilibrium_task import matrix, no_guard, sgd, task
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import Implicit
-from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.linear.start import fitted_start
+from hyperopt.core.solvers.picard import Picard
 from hyperopt.data.digits import Digits
-from hyperopt.linsolve.neumann import Neumann
-from hyperopt.linsolve.start import fitted_start
 from hyperopt.loop_state import MonitorError
 from hyperopt.resolvers import config_path
 from hyperopt.run import run
 from hyperopt.schema import register
-from hyperopt.solvers.picard import Picard
 from hyperopt.tasks.equilibrium import EquilibriumTask
 from hyperopt.tasks.warm import WarmStore
 

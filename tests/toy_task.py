@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.config import Built
+from hyperopt.core.status import Status
 from hyperopt.optim import LBFGS, SGD, Adam, AdamW, Momentum, OuterOptimizer
 from hyperopt.run import run
-from hyperopt.status import Status
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
 from hyperopt.train_settings import TrainerSettings
 

@@ -21,7 +21,7 @@ from facts import HERE, facts, load, store
 from torch.nn import functional
 
 import hyperopt
-from hyperopt.memory import Peak
+from hyperopt.core.memory import Peak
 from hyperopt.nn.equilibrium import TanhAffine
 
 AXES: dict[str, list[float]] = {

@@ -14,7 +14,7 @@ import time
 
 from common import HERE, Row, built, save, write_table
 
-from hyperopt.memory import peak_memory
+from hyperopt.core.memory import peak_memory
 
 WAYS = {
     "implicit, 10 steps of CG": ["adjoint=cg", "adjoint.linear_solver.rtol=0", "adjoint.linear_solver.max_steps=10"],

@@ -43,9 +43,9 @@ from hyperopt import (
     Picard,
     fixed_point,
 )
-from hyperopt.certificate import certify
-from hyperopt.linsolve.base import LinearSolver
-from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.core.certificate import certify
+from hyperopt.core.linear.base import LinearSolver
+from hyperopt.core.solvers.base import FixedPointSolver
 
 HERE = Path(__file__).resolve().parent
 FACTOR = 100.0  # what an estimate is held to

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperopt import GMRES, Broyden, Implicit, LinearAnderson, Neumann, OneStep, Phantom, Shine, Solution, compare_adjoints
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.solvers.base import FixedPointSolver
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
 
 SOLVER = Broyden(1e-3, max_steps=40, memory=40)
 EXACT = Implicit(GMRES(1e-5, max_steps=120, window=60), policy="ignore")

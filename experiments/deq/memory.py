@@ -17,8 +17,8 @@ from results import HERE, write
 from torch.nn import functional
 
 from hyperopt import Checkpointed, Implicit, LinearAnderson, OneStep, Picard, Unrolled
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.memory import peak_memory
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.memory import peak_memory
 
 IMAGES, COUNTS = 8, (2, 5, 10, 20, 40)
 

@@ -42,8 +42,8 @@ def work(name: str, rows: int, rank: int, world: int, store: str) -> dict[str, f
     import torch.distributed as dist
     from hydra import compose, initialize_config_dir
 
-    from hyperopt import mesh
     from hyperopt.config import build
+    from hyperopt.core import distributed
     from hyperopt.schema import register
     from hyperopt.tasks.base import Environment
 
@@ -61,7 +61,7 @@ def work(name: str, rows: int, rank: int, world: int, store: str) -> dict[str, f
         sent["bytes"] += tensor.nbytes
         return done
 
-    mesh.dist.all_reduce = counted
+    distributed.dist.all_reduce = counted
     register()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         cfg = compose("train", overrides=[*PROBLEMS[name], *COMMON, f"dataset.train={rows}"])

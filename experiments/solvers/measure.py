@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from hyperopt import Anderson, Broyden, Chord, Newton, NewtonKrylov, Picard
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.iterate import Iterate, iterate
-from hyperopt.solvers.point import Point
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.iterate import Iterate, iterate
+from hyperopt.core.solvers.point import Point
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-8

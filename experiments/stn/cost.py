@@ -25,7 +25,7 @@ from images import STUDIES
 from tables import write_table
 from torch import Tensor
 
-from hyperopt.memory import peak_memory
+from hyperopt.core.memory import peak_memory
 from hyperopt.stn import HyperSpace, convert
 
 HERE = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""The certificate of a trained problem's hypergradient: that of ``hyperopt.certificate``, on the gradient-step map.
+"""The certificate of a trained problem's hypergradient: that of ``hyperopt.core.certificate``, on the gradient-step map.
 
     eps   = |grad L(w)| / mu                                               distance of w from the minimum
     delta = (|b - H u| + eps (hessian_lipschitz |u| + outer_lipschitz)) / mu        distance of u from the exact one
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hyperopt.bilevel.problem import InnerConstants
 from hyperopt.bilevel.step_map import StepMap
-from hyperopt.certificate import Certificate, Constants, certify
-from hyperopt.solvers.iterate import relative
-from hyperopt.status import AdjointBox, Solution, SolveStats, Status
+from hyperopt.core.certificate import Certificate, Constants, certify
+from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 
 
 def certificate(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.tree import Layout, layout_of, leaves_of
+from hyperopt.core.tree import Layout, layout_of, leaves_of
 
 
 class Curvature(ABC):

@@ -8,9 +8,9 @@ from typing import Any
 import optree
 import torch
 
-from hyperopt.certificate import Certificate
-from hyperopt.status import SolveStats, Status
-from hyperopt.tree import tree_norm
+from hyperopt.core.certificate import Certificate
+from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.tree import tree_norm
 
 
 @dataclass

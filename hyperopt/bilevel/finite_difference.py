@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hyperopt.adjoints.onestep import OneStep
 from hyperopt.bilevel.settings import FiniteDifferenceSettings
+from hyperopt.core.adjoints.onestep import OneStep
 
 
 @dataclass(frozen=True)

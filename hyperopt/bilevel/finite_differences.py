@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, dependent, unaffected
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.tree import tree_norm
+from hyperopt.core.tree import tree_norm
 
 
 class FiniteDifferences(Curvature):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt import mesh
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, rows_of
+from hyperopt.core import distributed
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,16 @@ class Composite:
 
     def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The inner loss."""
-        return mesh.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch)) if self.ranks else self._own(w, lam, batch)
+        if not self.ranks:
+            return self._own(w, lam, batch)
+        return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
 
     def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
         return self.criterion(self.model(w, lam, batch), w, lam, batch)
 
     def whole(self, product: Tensor, batch: Any) -> Tensor:
         """A product with the matrix of all rows, from that with the matrix of these."""
-        return mesh.average(product, rows_of(batch)) if self.ranks else product
+        return distributed.average(product, rows_of(batch)) if self.ranks else product
 
 
 class GaussNewton(Curvature):

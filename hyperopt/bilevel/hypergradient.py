@@ -10,11 +10,6 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.adjoints.checkpointed import Checkpointed
-from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint
-from hyperopt.adjoints.shine import Shine
-from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.estimator import Estimator
@@ -26,10 +21,15 @@ from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.unrolled import UnrolledEstimator
-from hyperopt.linsolve.cg import CG
-from hyperopt.primitive import fixed_point
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.status import Solution
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.checkpointed import Checkpointed
+from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.core.adjoints.shine import Shine
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.linear.cg import CG
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.status import Solution
 
 
 def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
@@ -149,7 +149,7 @@ class Bilevel:
         return self.estimator.estimate(self.problem, lam, self.state)
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """The outer loss at the fixed point of the gradient-step map, and that fixed point: see ``hyperopt.check.Objective``.
+        """The outer loss at the fixed point of the gradient-step map, and that point: see ``hyperopt.core.verify.Objective``.
 
         The primitive alone is at work here, on the next batch of each loss, from the present weights, at the step ``1 / L`` by
         power iteration. No state changes.

@@ -21,7 +21,6 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.bilevel.certificate import certificate
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.estimate import Cost, Estimate, State
@@ -34,10 +33,11 @@ from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
-from hyperopt.linsolve.cg import CG
-from hyperopt.policy import note_once
-from hyperopt.status import AdjointBox, Status
-from hyperopt.tree import tree_norm
+from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
+from hyperopt.core.linear.cg import CG
+from hyperopt.core.policy import note_once
+from hyperopt.core.status import AdjointBox, Status
+from hyperopt.core.tree import tree_norm
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import optree
 import torch
 
-from hyperopt import mesh
 from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Loss, SameBatch, rows_of
+from hyperopt.core import distributed
 from hyperopt.nn.sparse import SparseRows
 
 
@@ -32,7 +32,7 @@ def over_ranks(problem: BilevelProblem) -> BilevelProblem:
         ... )
         >>> problem = hyperopt.over_ranks(problem)  # under torchrun, after init_process_group
     """
-    if mesh.ranks() == 1:
+    if distributed.ranks() == 1:
         return problem
     return dataclasses.replace(
         problem,
@@ -47,7 +47,7 @@ def _mean(loss: Loss) -> Loss:
     """The mean of a loss over the ranks."""
     if isinstance(loss, Composite):
         return dataclasses.replace(loss, ranks=True)
-    return lambda w, lam, batch: mesh.mean_over_ranks(loss, w, lam, batch, rows=rows_of(batch))
+    return lambda w, lam, batch: distributed.mean_over_ranks(loss, w, lam, batch, rows=rows_of(batch))
 
 
 class _Share:
@@ -75,5 +75,5 @@ def _shared(source: BatchSource) -> BatchSource:
 
 def _part(leaf: Any) -> Any:
     """This rank's rows of a leaf."""
-    mine = mesh.share_of(leaf.shape[0])
+    mine = distributed.share_of(leaf.shape[0])
     return leaf.take(torch.arange(mine.start, mine.stop)) if isinstance(leaf, SparseRows) else leaf[mine]

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.settings import check_number
+from hyperopt.core.checks import check_number
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""

@@ -1,11 +1,19 @@
-"""Settings of trained inner problems: frozen, validated, and free of torch; see ``hyperopt.settings``."""
+"""Settings of trained inner problems: frozen, validated, and free of torch; see ``hyperopt.core.checks``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import IterativeSettings, check_betas, check_choice, check_count, check_flag, check_number, check_optional
+from hyperopt.core.checks import (
+    IterativeSettings,
+    check_betas,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_optional,
+)
 
 CURVATURES = ("hessian", "gauss_newton", "finite_differences")
 

@@ -26,7 +26,7 @@ from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.single_loop_settings import SOBASettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
-from hyperopt.tree import layout_of, leaves_of
+from hyperopt.core.tree import layout_of, leaves_of
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Settings of the stochastic methods for trained inner problems: frozen, validated, free of torch; see ``hyperopt.settings``."""
+"""Settings of the stochastic methods for trained inner problems: frozen, checked, free of torch; see ``hyperopt.core.checks``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.settings import check_count, check_number, check_optional
+from hyperopt.core.checks import check_count, check_number, check_optional
 
 
 @dataclass(frozen=True)

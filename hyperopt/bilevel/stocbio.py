@@ -23,7 +23,7 @@ from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.single_loop_settings import StocBiOSettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
-from hyperopt.tree import layout_of, tree_norm
+from hyperopt.core.tree import layout_of, tree_norm
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, Loss
-from hyperopt.certificate import Certificate
-from hyperopt.policy import SolveError
-from hyperopt.status import SolveStats, Status
+from hyperopt.core.certificate import Certificate
+from hyperopt.core.policy import SolveError
+from hyperopt.core.status import SolveStats, Status
 
 RISE = 1e3  # a residual this many times the first one is no convergence any more
 NONE = Certificate(math.nan, False, math.nan)  # nothing is solved to a tolerance, so nothing is known about the error

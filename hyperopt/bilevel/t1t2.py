@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.implicit import ImplicitAdjoint, LinearSystem
-from hyperopt.adjoints.onestep import truncated
 from hyperopt.bilevel.settings import T1T2Settings
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.core.adjoints.onestep import truncated
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.adjoints.checkpointed import Checkpointed
-from hyperopt.adjoints.unrolled import Unrolled
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.reverse import Passed, reverse
-from hyperopt.certificate import Certificate
-from hyperopt.policy import SolveError
-from hyperopt.primitive import fixed_point
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import SolveStats
+from hyperopt.core.adjoints.checkpointed import Checkpointed
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.certificate import Certificate
+from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.policy import SolveError
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import SolveStats
 
 
 @dataclass(frozen=True)

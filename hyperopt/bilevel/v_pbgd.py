@@ -31,7 +31,7 @@ from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.single_loop_settings import VPBGDSettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, moved, second_copy
-from hyperopt.tree import tree_norm
+from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from hyperopt.adjoints.implicit import Implicit
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.solvers.picard import Picard
 from hyperopt.exporting.file import ExportError
 from hyperopt.exporting.load import Exported
 from hyperopt.files import writing
-from hyperopt.linsolve.neumann import Neumann
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.equilibrium import EquilibriumModel
-from hyperopt.solvers.picard import Picard
 
 
 def write_program(exported: Exported, path: Path, steps: int | None = None) -> Path:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from hyperopt.certificate import Constants, state_error
+from hyperopt.core.certificate import Constants, state_error
 from hyperopt.nn.contractive import ProjectedMatrix, spectral_norm_bound
 from hyperopt.nn.equilibrium import EquilibriumCell, EquilibriumModel, TanhAffine
 

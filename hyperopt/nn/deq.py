@@ -3,7 +3,7 @@
     net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), DEQ(ResNetCell(48, 64)), nn.AvgPool2d(8), ...)
 
 The cell is any module ``f(z, x)``; z is any tree of tensors. The layer owns it: dropout masks and batch statistics stand still
-during a solve and in every replay of it (``hyperopt.frozen``), and are updated once a forward.
+during a solve and in every replay of it (``hyperopt.core.replay``), and are updated once a forward.
 
 Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
 """
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.frozen import FrozenMap
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.checks import POLICIES
+from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.replay import FrozenMap
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.status import Solution
+from hyperopt.core.tree import ROWS, layout_of
 from hyperopt.nn.state import zero_state
-from hyperopt.primitive import fixed_point
-from hyperopt.settings import POLICIES
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.status import Solution
-from hyperopt.tree import ROWS, layout_of
 
 
 class Observer(Protocol):

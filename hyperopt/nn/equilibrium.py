@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.solvers.point import differentiable
+from hyperopt.core.status import Solution
 from hyperopt.nn.contractive import ContractiveMatrix
 from hyperopt.nn.state import zero_state
-from hyperopt.primitive import fixed_point
-from hyperopt.solvers.point import differentiable
-from hyperopt.status import Solution
 
 
 class TanhAffine(nn.Module):

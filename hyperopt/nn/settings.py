@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.settings import check_choice, check_count, check_flag, check_number, check_open_unit, check_optional
+from hyperopt.core.checks import check_choice, check_count, check_flag, check_number, check_open_unit, check_optional
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hyperopt.adjoints.attach import pull_state
-from hyperopt.frozen import FrozenMap
+from hyperopt.core.differentiate import pull_state
+from hyperopt.core.replay import FrozenMap
+from hyperopt.core.status import Solution
 from hyperopt.nn.deq import DEQ
-from hyperopt.status import Solution
 
 
 class Stabilise:

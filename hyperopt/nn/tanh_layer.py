@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hyperopt.adjoints.base import Adjoint
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.equilibrium import Cell, TanhAffine, draw
 from hyperopt.nn.weight_norms import normalise
-from hyperopt.solvers.base import FixedPointSolver
 
 
 class TanhCell(Cell):

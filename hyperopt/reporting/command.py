@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from hyperopt.core.text import aligned
 from hyperopt.files import WriteError, write_bytes, write_text
 from hyperopt.reporting import charts
 from hyperopt.reporting.groups import Group, group, shown, spread
 from hyperopt.reporting.page import figure, listing, page, section, table
 from hyperopt.reporting.read import ReportError, Run, find
-from hyperopt.text import aligned
 
 ALSO = ("val/accuracy", "test/loss", "test/accuracy")
 """Shown beside the metric that is compared, where they were measured."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.settings import check_choice, check_count
+from hyperopt.core.checks import check_choice, check_count
 
 DENSE_DROPOUT = ("after", "before")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hyperopt.policy import note_once
+from hyperopt.core.policy import note_once
 from hyperopt.stn.settings import SelfTuningSettings
 from hyperopt.stn.space import HyperSpace
 

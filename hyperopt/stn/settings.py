@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.settings import check_below, check_choice, check_count, check_flag, check_number
+from hyperopt.core.checks import check_below, check_choice, check_count, check_flag, check_number
 
 MODES = ("classic", "centred", "delta", "delta_linear")
 GATES = ("unit", "scalar")

@@ -22,7 +22,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.guards import Watch
@@ -281,14 +281,14 @@ class SelfTuning:
         """One gradient of the training loss in ``parameters``, and one step of each optimizer."""
         seen: set[str] | None = set() if self.updates == 0 else None
         draw = draw if seen is None else draw.watched(seen)
-        mine = mesh.share_of(draw.rows)
+        mine = distributed.share_of(draw.rows)
         batch, draw = own(batch, mine), draw.part(mine)
 
         def mean() -> Tensor:
             with self.model.at(draw):
                 return self.train_loss(self.model, batch, draw)
 
-        loss = mesh.mean_over_ranks(mean, rows=draw.rows)
+        loss = distributed.mean_over_ranks(mean, rows=draw.rows)
         if seen is not None:
             self._check_used(seen)
         for each in optimizers.values():
@@ -306,7 +306,7 @@ class SelfTuning:
 
         The draw is made inside of the mean over the ranks: its rows are another rank's neither in value nor in derivative.
         """
-        direct, mine = self.settings.direct_grad, mesh.share_of(self.rows(batch))
+        direct, mine = self.settings.direct_grad, distributed.share_of(self.rows(batch))
         batch = own(batch, mine)
 
         def mean() -> Tensor:
@@ -314,7 +314,7 @@ class SelfTuning:
             with self.model.at(draw if direct else draw.without_h()):
                 return self.valid_loss(self.model, batch, draw if direct else None)
 
-        return mesh.mean_over_ranks(mean, rows=mine.stop - mine.start)
+        return distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
 
     @torch.no_grad()
     def _look(self, batch: Any) -> Tensor:
@@ -364,7 +364,7 @@ class SelfTuning:
 
 def own(batch: Any, rows: slice) -> Any:
     """Some rows of a batch: of its tensors, and of the keys of its examples."""
-    whole = mesh.ranks() == 1
+    whole = distributed.ranks() == 1
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
 
 

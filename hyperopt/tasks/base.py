@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt import mesh
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.status import Solution, Status
+from hyperopt.core import distributed
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.status import Solution, Status
 from hyperopt.tasks.learned import Learned
 from hyperopt.train_settings import TrainerSettings
 
@@ -75,9 +75,9 @@ class StepRecord:
 
     def over_ranks(self) -> StepRecord:
         """The record of all ranks together: costs summed, means by rows, of everything else the worst, which is the largest."""
-        if mesh.ranks() == 1:
+        if distributed.ranks() == 1:
             return self
-        records: list[StepRecord] = mesh.from_all(self)
+        records: list[StepRecord] = distributed.from_all(self)
         weights = torch.tensor([float(record.rows) for record in records], dtype=torch.float64)
         metrics = {}
         for name in self.metrics:

@@ -20,18 +20,18 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hyperopt.adjoints.base import Adjoint
 from hyperopt.bilevel.hypergradient import Bilevel
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.over_ranks import over_ranks
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.status import Solution, Status
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.solvers.anderson import Anderson
-from hyperopt.solvers.base import FixedPointSolver
 from hyperopt.spaces import Hyperparameters
-from hyperopt.status import Solution, Status
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
 from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.scores import scores

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hyperopt import mesh
-from hyperopt.adjoints.base import Adjoint
+from hyperopt.core import distributed
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.status import Solution
 from hyperopt.data.splits import scaled_by
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.settings import CoupledSettings
@@ -102,7 +102,7 @@ class CoupledTask(CoupledSettings, SolvingTask):
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
-        mine = mesh.share_of(self.rows)
+        mine = distributed.share_of(self.rows)
         inputs, (x, y) = self.inputs["outer"][mine], self.targets["outer"]
         record = self.update(
             optimizer,

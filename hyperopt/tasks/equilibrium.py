@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyperopt import mesh
-from hyperopt.adjoints.base import Adjoint
+from hyperopt.core import distributed
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Solution
+from hyperopt.core.tree import tree_norm
 from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.equilibrium_report import spectrum_figure
 from hyperopt.tasks.learned import Learned
@@ -36,7 +37,6 @@ from hyperopt.tasks.solves import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.tolerance import GradientTolerance
 from hyperopt.tasks.warm import WarmStart, WarmStore
-from hyperopt.tree import tree_norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, step = self.batches.take(), self.steps
-        places = mesh.own(batch.index, len(self.rows["outer"]))
+        places = distributed.own(batch.index, len(self.rows["outer"]))
         fitted = self.rows["outer"].take(places)
         start = WarmStart() if self.warm is None else self.warm.start(places, step, batch.rows)
         if self.forcing is not None:

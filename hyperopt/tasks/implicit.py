@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperopt import mesh
-from hyperopt.adjoints.base import Adjoint
-from hyperopt.adjoints.unrolled import Unrolled
+from hyperopt.core import distributed
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.purity import random_states, set_random_states
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Solution
 from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
-from hyperopt.purity import random_states, set_random_states
-from hyperopt.solvers.base import FixedPointSolver
-from hyperopt.solvers.picard import Picard
-from hyperopt.status import Solution
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.drawing import drawing
 from hyperopt.tasks.learned import Learned
@@ -76,11 +76,11 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         if not self.layers:
             what = f"task.network={self.network!r} built {type(network).__name__} without an implicit layer (hyperopt.nn.DEQ)"
             raise ValueError(f"{what}, so there is nothing to solve; change task.network")
-        for name, module in self.model.named_modules() if mesh.ranks() > 1 else ():
+        for name, module in self.model.named_modules() if distributed.ranks() > 1 else ():
             if isinstance(module, _BatchNorm):
                 raise ValueError(
-                    f"task.network has {name} = {module}: on {mesh.ranks()} ranks each would take the statistics of its own "
-                    f"rows; use GroupNorm or LayerNorm, or one rank"
+                    f"task.network has {name} = {module}: on {distributed.ranks()} ranks each would take the statistics of its "
+                    f"own rows; use GroupNorm or LayerNorm, or one rank"
                 )
         if env.compile:
             for layer in self.layers.values():
@@ -126,7 +126,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, images, labels = self.loader.take()
-        mine = mesh.share_of(len(labels))
+        mine = distributed.share_of(len(labels))
         images, labels = images[mine], labels[mine]
         found: list[dict[str, float]] = []
         random = random_states(images.device)

@@ -1,11 +1,11 @@
-"""Settings of the simulated quadratic: frozen, validated, free of torch; see ``hyperopt.settings``."""
+"""Settings of the simulated quadratic: frozen, validated, free of torch; see ``hyperopt.core.checks``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.settings import check_count, check_number, check_optional_count
+from hyperopt.core.checks import check_count, check_number, check_optional_count
 from hyperopt.tasks.settings import BilevelTaskSettings
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 from hyperopt.data.splits import Rows
 
 ROWS = 10_000  # at a time: bounds the memory of an evaluation, and changes no number
@@ -25,13 +25,13 @@ def scores(rows: Mapping[str, Rows], outputs: Callable[[Tensor], Tensor], at_a_t
     """
     found = {}
     for name, whole in rows.items():
-        shared = mesh.ranks() > 1 and whole.x.layout == torch.strided
-        each = whole.take(mesh.share_of(len(whole))) if shared else whole
+        shared = distributed.ranks() > 1 and whole.x.layout == torch.strided
+        each = whole.take(distributed.share_of(len(whole))) if shared else whole
         parts = each.x.split(at_a_time) if each.x.layout == torch.strided else [each.x]
         out = torch.cat([outputs(x) for x in parts])
-        found[f"{name}/loss"] = mesh.average(loss_of(out, each.y), len(each)).item()
+        found[f"{name}/loss"] = distributed.average(loss_of(out, each.y), len(each)).item()
         if not each.y.is_floating_point():
-            found[f"{name}/accuracy"] = mesh.average((classes(out) == each.y).double().mean(), len(each)).item()
+            found[f"{name}/accuracy"] = distributed.average((classes(out) == each.y).double().mean(), len(each)).item()
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperopt.bilevel.settings import ProductSettings
-from hyperopt.settings import (
+from hyperopt.core.checks import (
     POLICIES,
     check_choice,
     check_count,

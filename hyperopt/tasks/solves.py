@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hyperopt.status import Solution, SolveStats, Status
+from hyperopt.core.status import Solution, SolveStats, Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

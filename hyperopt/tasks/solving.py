@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hyperopt import mesh
-from hyperopt.certificate import Constants, certify
-from hyperopt.status import Solution
+from hyperopt.core import distributed
+from hyperopt.core.certificate import Constants, certify
+from hyperopt.core.status import Solution
+from hyperopt.core.tree import tree_norm
 from hyperopt.tasks.base import Guard, StepRecord, Task
 from hyperopt.tasks.solves import solve_metrics
-from hyperopt.tree import tree_norm
 
 
 class SolvingTask(Task):
@@ -54,7 +54,7 @@ class SolvingTask(Task):
 
         def closure() -> float:
             optimizer.zero_grad()
-            value = mesh.mean_over_ranks(loss, rows=rows)
+            value = distributed.mean_over_ranks(loss, rows=rows)
             value.backward()
             measured = {} if records else measure()
             guard(self.gradients())
@@ -78,6 +78,6 @@ class SolvingTask(Task):
         solutions = self.solutions()
         if self.steps % every or not solutions or solutions[0].adjoint is None:
             return {}
-        known = constants() if mesh.ranks() == 1 else None
+        known = constants() if distributed.ranks() == 1 else None
         found = certify(solutions[0], tree_norm(self.gradients()), known)
         return {"hypergrad/error_estimate": found.error, "hypergrad/is_bound": float(found.is_bound)}

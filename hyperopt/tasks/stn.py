@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
@@ -207,14 +207,14 @@ def check_layers(module: nn.Module) -> None:
     Raises:
         ValueError: names it.
     """
-    for name, each in module.named_modules() if mesh.ranks() > 1 else ():
+    for name, each in module.named_modules() if distributed.ranks() > 1 else ():
         if isinstance(each, _BatchNorm):
             what = "would take the statistics of its own rows; use GroupNorm or LayerNorm"
         elif isinstance(each, _DropoutNd) and not isinstance(each, RowDropout):
             what = "would drop by place, not by example; use hyperopt.stn.row_dropout.RowDropout"
         else:
             continue
-        raise ValueError(f"the network has {name} = {each}: on {mesh.ranks()} ranks each {what}, or one rank")
+        raise ValueError(f"the network has {name} = {each}: on {distributed.ranks()} ranks each {what}, or one rank")
 
 
 def schedule_of(checkpoint: Path, space: HyperSpace) -> TunedSchedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.settings import check_choice, check_count, check_number, check_optional_count
+from hyperopt.core.checks import check_choice, check_count, check_number, check_optional_count
 from hyperopt.stn.settings import GATES, SelfTuningSettings
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt import mesh
+from hyperopt.core import distributed
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class WarmStore:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that is kept, by whatever rank: each keeps its own rows, and nothing of others."""
-        if mesh.ranks() == 1:
+        if distributed.ranks() == 1:
             return self._tensors()
         return {
-            "state": mesh.sum_over_ranks(self._state),
-            "adjoint": mesh.sum_over_ranks(self._adjoint),
-            "seen": mesh.sum_over_ranks(self._seen + 1) - 1,
+            "state": distributed.sum_over_ranks(self._state),
+            "adjoint": distributed.sum_over_ranks(self._adjoint),
+            "seen": distributed.sum_over_ranks(self._seen + 1) - 1,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned, in place: this rank's rows of it."""
-        mine = mesh.share_of(len(self._seen))
+        mine = distributed.share_of(len(self._seen))
         for (name, tensor), nothing in zip(self._tensors().items(), (0, 0, -1), strict=True):
             tensor.fill_(nothing)
             tensor[mine] = state[name][mine].to(tensor.device)

@@ -16,9 +16,9 @@ from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
-from hyperopt.policy import SolveError
-from hyperopt.status import SolveStats, Status
-from hyperopt.tree import tree_norm
+from hyperopt.core.policy import SolveError
+from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.tree import tree_norm
 
 RISE = 1e3  # a gradient this many times the first one is no training any more
 PROBE = 16  # steps between two looks at the gradient's norm where no tolerance asks for one

@@ -18,9 +18,9 @@ from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.inner.base import InnerSolver, Watch, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import LBFGSSettings
-from hyperopt.policy import SolveError
-from hyperopt.status import SolveStats, Status
-from hyperopt.tree import tree_norm
+from hyperopt.core.policy import SolveError
+from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.tree import tree_norm
 
 SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
 

@@ -1,0 +1,1 @@
+"""Fixed points and their derivatives: usable without the rest of the project, which it does not import."""

@@ -1,0 +1,42 @@
+"""Unrolled differentiation in the memory of a few steps: segments of the solve are taken again in backward.
+
+    forward:   the state is kept after every ``segment`` steps, the graph of none
+    backward:  from the last segment to the first, its steps are taken once more with a graph, and backpropagated
+
+The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward, T in backward. In segments of sqrt(T)
+steps the memory is that of 2 sqrt(T) of them. The last point of a line search that ends at a boundary is evaluated
+again. Not under ``torch.func``, which forbids what the recomputation rests on: use ``Unrolled`` there.
+
+References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hyperopt.core.adjoints.base import Adjoint, Problem
+from hyperopt.core.adjoints.settings import CheckpointedSettings
+from hyperopt.core.adjoints.unrolled import unroll
+from hyperopt.core.policy import report
+from hyperopt.core.solvers.forward import solve_forward
+from hyperopt.core.status import Solution
+
+
+@dataclass(frozen=True)
+class Checkpointed(CheckpointedSettings, Adjoint):
+    """Checkpointed backpropagation through the solver; settings in ``CheckpointedSettings``."""
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve, keeping the state at the segments' ends."""
+        solver = problem.solver
+        if torch.is_grad_enabled():
+            segment = self.segment or math.isqrt(solver.max_steps - 1) + 1  # the root, rounded up
+            run = unroll(problem, problem.start, solver.max_steps, stop=not solver.fixed, segment=segment)
+        else:
+            phi = problem.bind(problem.args)
+            run = solve_forward(problem, phi, phi)
+        report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+        return Solution(problem.layout.tree(run.value), run.stats, problem.layout)

@@ -1,0 +1,377 @@
+"""Implicit differentiation: solve ``(I - J^T) v = g`` at the solution, then one closing vjp.
+
+    w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
+
+The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
+on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.core.adjoints.parts``).
+Memory does not grow with the number of iterations, forward or backward.
+References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.core.adjoints.base import Adjoint, Problem
+from hyperopt.core.adjoints.parts import graph_part
+from hyperopt.core.adjoints.settings import ImplicitSettings
+from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
+from hyperopt.core.differentiate import GraphLinearization, Linearization, System, attach
+from hyperopt.core.linear.base import LinearSolver, MatVec
+from hyperopt.core.linear.fallback import solve_chain
+from hyperopt.core.linear.gmres import GMRES
+from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.linear.normal_cg import NormalCG
+from hyperopt.core.policy import report, report_floor
+from hyperopt.core.solvers.forward import solve_forward
+from hyperopt.core.solvers.iterate import Iterate, rounding_floor
+from hyperopt.core.status import AdjointBox, Solution, SolveStats
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """``(I - M) v = b``, as an adjoint is asked to solve it.
+
+    Attributes:
+        matvec: products with M, which is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
+        b: shape (rows, dim).
+        start: where to start; None: at the method's own.
+        what: which system.
+        box: takes the solution.
+        forward: the forward solve, where there was one at this very point.
+        trace: measure the residual at every iteration.
+    """
+
+    matvec: MatVec
+    b: Tensor
+    start: Tensor | None
+    what: str
+    box: AdjointBox
+    forward: Iterate | None = None
+    trace: bool = False
+
+    def keep(self, v: Tensor, stats: SolveStats) -> None:
+        """Leave a solution and its statistics where they are read."""
+        self.box.stats, self.box.v = stats, v.detach()
+
+
+class ImplicitAdjoint(Adjoint):
+    """An adjoint by the implicit function theorem; how it finds ``v`` is up to the method.
+
+    Attributes:
+        exact: whether it may be differentiated again.
+        remedy: what to change where it may not.
+        iterates: whether its value, or its convergence, depends on how the map is scaled; see ``LinearSolver.iterates``.
+    """
+
+    exact: bool
+    iterates = True
+    remedy = "give adjoint.linear_solver.rtol > 0, or set adjoint.allow_inexact=true"
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve, keeping the graph of the last evaluation."""
+        box = AdjointBox()
+        if functorch_level():
+            system, inputs = FixedPoint.discover(self, problem, box)
+            value = attach(system, problem.start, *inputs)
+            assert system.stats is not None
+            return Solution(problem.layout.tree(value), system.stats, problem.layout, box)
+        system = FixedPoint(self, problem, box)
+        matrix = system.prepare()
+        stats = system.stats
+        assert stats is not None
+        if system.inputs:
+            matrix = attach(system, problem.start, *system.inputs)
+        return Solution(problem.layout.tree(matrix), stats, problem.layout, box)
+
+    @abstractmethod
+    def solve(self, system: LinearSystem) -> Tensor:
+        """Solve the system, and ``keep`` the solution with its statistics."""
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """Return where to start, given the solution ``near`` of a system near by, and the products with M spent on that."""
+        return near, 0
+
+
+@dataclass(frozen=True)
+class Implicit(ImplicitSettings, ImplicitAdjoint):
+    """The implicit adjoint with any linear solver; settings in ``ImplicitSettings``."""
+
+    linear_solver: LinearSolver = field(default_factory=Neumann)
+    fallback: Sequence[LinearSolver] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        super().__post_init__()
+        for solver in (self.linear_solver, *self.fallback):
+            if not isinstance(solver, LinearSolver):
+                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether every linear solver works to a tolerance, or ``allow_inexact`` was given."""
+        return self.allow_inexact or not any(solver.fixed for solver in self.chain)
+
+    @property
+    def iterates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any of the linear solvers does."""
+        return any(solver.iterates for solver in self.chain)
+
+    @property
+    def chain(self) -> tuple[LinearSolver, ...]:
+        """The linear solvers in the order in which they are tried."""
+        if self.policy != "fallback":
+            return (self.linear_solver,)
+        return (self.linear_solver, *(self.fallback or self._default_fallback()))
+
+    def _default_fallback(self) -> tuple[LinearSolver, ...]:
+        """GMRES, then normal CG, to the tolerance and with at least the steps of the first solver."""
+        first = self.linear_solver
+        limits: dict[str, Any] = {"max_steps": max(200, first.max_steps)}
+        if not first.fixed:
+            limits |= {"rtol": first.rtol, "atol": first.atol, "relative_to": first.relative_to}
+        return GMRES(**limits, window=40), NormalCG(**limits)
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """As the linear solver has it."""
+        with torch.no_grad():
+            return self.linear_solver.warm(matvec, b, near)
+
+    def solve(self, system: LinearSystem) -> Tensor:
+        """Solve with the linear solver, under the policy and with its fallbacks."""
+        dtype = system.b.dtype
+        report_floor(self.linear_solver, rounding_floor(dtype), dtype, self.policy, system.what)
+        with torch.no_grad():
+            found = solve_chain(self.chain, system.matvec, system.b, system.start, system.what, trace=system.trace)
+        system.keep(found.value, found.stats)
+        report(found.stats, "warn" if self.policy == "fallback" else self.policy, system.what)
+        return found.value
+
+
+class PullbackLinearization(Linearization):
+    """By the map's own closed-form ``pullback``; its arguments that are no differentiable tensors are left out."""
+
+    def __init__(self, pullback: Any, places: Sequence[int], count: int) -> None:
+        """Keep the pullback of a map of ``count`` arguments, of which those at ``places`` are differentiated."""
+        self.pullback, self.places, self.count = pullback, places, count
+        self.plus = getattr(pullback, "state_plus", None)
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``J^T v``."""
+        return self.pullback.state(v)
+
+    def matrix(self) -> Tensor | None:
+        """``J^T`` of each row, shape (rows, dim, dim), if the map has its Jacobian in closed form."""
+        closed = getattr(self.pullback, "jacobian", None)
+        return None if closed is None else closed().mT
+
+    def _pull(self, v: Tensor) -> Tensor:
+        return self.pullback.state(v)
+
+    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_arg phi)^T v``."""
+        wanted = dict(zip(self.places, needs, strict=True))
+        found = self.pullback.args(v, tuple(wanted.get(i, False) for i in range(self.count)))
+        return [found[i] for i in self.places]
+
+
+class FixedPoint(System):
+    """The user's fixed point as a system: the map with all that it depends on, ``args`` and closures, made inputs."""
+
+    derived = False
+
+    def __init__(self, adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> None:
+        """Nothing is solved yet."""
+        self.adjoint, self.problem, self.box = adjoint, problem, box
+        self.exact, self.remedy = adjoint.exact, adjoint.remedy
+        self.stats: SolveStats | None = None
+        self.run: Iterate | None = None  # the forward solve
+        self.inputs: list[Tensor] = []
+        self.value: Tensor | None = None
+        self.at: Linearization | None = None
+        self.out: Tensor | None = None  # phi at the point of linearization, to check that a replay gives the same
+        self.point: Tensor | None = None
+        self.fixed_leaves: set[int] = set()  # parameters that came in through a custom Function
+
+    def linear(self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The adjoint's linear solve."""
+        near, spent = self.problem.adjoint_start, 0
+        if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
+            start, spent = self.adjoint.warm(matvec, b, near)
+        setups, evaluations = (getattr(matvec, name, 0) for name in ("setups", "evaluations"))
+        value = self.adjoint.solve(LinearSystem(matvec, b, start, what, self.box, self.run, self.problem.trace))
+        stats = self.box.stats
+        if stats is not None:
+            stats.vjps += spent
+            if what == "tangent":  # there the operator is J itself
+                stats.vjps, stats.jvps = stats.jvps, stats.vjps
+            stats.vjps += getattr(matvec, "setups", 0) - setups
+            stats.evaluations += getattr(matvec, "evaluations", 0) - evaluations
+            stats.vjps += what == "adjoint"  # the closing one
+        return value
+
+    # ---- eager: solve first, then attach
+
+    def prepare(self) -> Tensor:
+        """Solve without a graph but for the last evaluation, which finds the inputs; returns the value."""
+        problem = self.problem
+        wanted = torch.is_grad_enabled()
+        pullback = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
+        args = [a.detach() if isinstance(a, Tensor) else a for a in problem.args] if pullback else problem.args
+
+        phi = problem.bind(tuple(args))
+
+        def last(w: Tensor) -> Tensor:
+            if not wanted:
+                return phi(w)
+            return self._last_closed_form(w, tuple(args), pullback) if pullback else self._last_graph(w)
+
+        with torch.no_grad():
+            run = solve_forward(problem, phi, last)
+        self.stats, self.value, self.run = run.stats, run.value, run
+        report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+        return run.value
+
+    def _last_closed_form(self, w: Tensor, args: tuple[Any, ...], pullback: Callable[..., Any]) -> Tensor:
+        fw = self.problem.call(w, args)
+        places = [i for i, a in enumerate(self.problem.args) if isinstance(a, Tensor) and a.requires_grad]
+        self.inputs = [self.problem.args[i] for i in places]
+        if places:
+            self.at = PullbackLinearization(pullback(w, fw, *args), places, len(args))
+        if self.at is not None and self.problem.droppable:
+            self.at.restrict = lambda index: PullbackLinearization(
+                pullback(w[index], fw[index], *self.problem.part(index).args), places, len(args)
+            )
+        self.point, self.out = w, fw
+        return fw
+
+    def _last_graph(self, w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            swap = Swap(discover=True)
+            leaf = leaf_of(w)
+            args = swap_tree(swap, self.problem.args)
+            with swap:
+                out = self.problem.call(leaf, args)
+            outside = swap.outside
+            leaves = [swap.inside(x) for x in outside]
+            self.fixed_leaves = set()
+            if out.requires_grad:
+                foreign = foreign_leaves(out, [leaf, *leaves], swap.start)
+                outside, leaves = [*outside, *foreign], [*leaves, *foreign]
+                self.fixed_leaves = {id(x) for x in foreign}
+        self.inputs = outside
+        self.at = GraphLinearization(out, leaf, leaves)
+        self.point, self.out = w, out.detach()
+        if self.problem.droppable:
+            self.at.restrict = graph_part(self.problem, w, self.out)
+        return self.out
+
+    # ---- under torch.func: find the inputs first, solve inside the Function
+
+    @staticmethod
+    def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
+        """One call of the map, under the running transform, that finds what it depends on."""
+        system = FixedPoint(adjoint, problem, box)
+        swap = Swap(discover=True)
+        swap.own(problem.start)
+        args = swap_tree(swap, problem.args)
+        with swap:
+            system_out = problem.call(problem.start, args)
+        del system_out
+        system.inputs = swap.outside
+        return system, system.inputs
+
+    # ---- System
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """The map at other values of its inputs; refuses if it is no longer the map that was solved."""
+        if self.fixed_leaves:
+            raise ClosureError(
+                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, where it "
+                "cannot be replaced: pass it through args="
+            )
+        known = list(zip(self.inputs, inputs, strict=True))
+        swap = Swap(known, discover=False)
+        swap.own(z)
+        args = swap_tree(swap, self.problem.args)
+        with swap:
+            out = self.problem.call(z, args)
+        if len(swap.used) < len(known):
+            raise ClosureError(
+                "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "
+                "swapped by functional_call): pass such tensors through args="
+            )
+        self._check_same(z, out)
+        return out
+
+    def _check_same(self, z: Tensor, out: Tensor) -> None:
+        """A replay at the solution must give what the solve gave."""
+        if self.out is None or functorch_level() or self.value is None or z.shape != self.value.shape:
+            return
+        if not torch.equal(z.detach(), self.value):
+            return
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(self.out)
+            moved = torch.linalg.vector_norm(self.value - self.point) if self.point is not None else 0.0
+            change = torch.linalg.vector_norm(out.detach() - self.out)
+            if bool(change > 100 * moved + 1e-3 * size):
+                raise ClosureError(
+                    f"the map gives another result now than when it was solved (relative change {float(change / size):.1e}): it "
+                    "depends on something that changed since, or is random; pass it through args="
+                )
+
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """The prepared value, or a solve at ``inputs``."""
+        if self.value is not None:
+            return self.value
+        given = [x.detach() for x in inputs]
+
+        def phi(w: Tensor) -> Tensor:
+            return self.map(w.view_as(start), *given).reshape(-1, start.shape[-1])
+
+        run = solve_forward(self.problem, phi, phi, start.reshape(-1, start.shape[-1]))
+        self.stats, self.run = run.stats, run
+        report(run.stats, "warn" if self.problem.policy == "fallback" else self.problem.policy, "inner")
+        return run.value.view_as(start)
+
+    def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
+        """The graph of the last evaluation, if this is its solution."""
+        return self.at if self.at is not None else super().linearize(z, inputs)
+
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
+        """A batch of these fixed points."""
+        return VmappedFixedPoint(self, dims, randomness)
+
+
+class VmappedFixedPoint(FixedPoint):
+    """A batch of fixed points: the map under ``vmap``, more rows."""
+
+    def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...], randomness: str) -> None:
+        """Batch the inputs whose entry in ``dims`` is 0."""
+        super().__init__(parent.adjoint, parent.problem, parent.box)
+        self.parent, self.dims, self.randomness = parent, dims, randomness
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """``vmap`` of the parent's map."""
+        return torch.vmap(self.parent.map, in_dims=(0, *self.dims), randomness=self.randomness)(z, *inputs)
+
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """Solve all; the parent shows the statistics."""
+        value = super().solve(start, *inputs)
+        parent: FixedPoint | None = self.parent
+        while parent is not None:
+            parent.stats = self.stats
+            parent = parent.parent if isinstance(parent, VmappedFixedPoint) else None
+        return value
+
+
+def swap_tree(swap: Swap, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``args`` with their tensors swapped, in any tree."""
+    return tuple(optree.tree_map(swap.swap, arg) if arg is not None else None for arg in args)

@@ -1,0 +1,47 @@
+"""One-step differentiation: the derivative of the last application of the map, its state held fixed.
+
+    v = g      in place of      v = J^T v + g
+
+Also called Jacobian-free backpropagation. Costs the closing vjp alone. It leaves out all terms but the first of the Neumann
+series, so its error is of the size of ``q / (1 - q)`` times the gradient for a map that contracts by q: right for a fast solver's
+own map (Newton, q near 0), a descent direction for small q, and wrong near q = 1.
+
+References: Fung et al., AAAI 2022, arXiv 2103.12803; Bolte, Pauwels & Vaiter, NeurIPS 2023, arXiv 2305.13768.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.core.adjoints.settings import OneStepSettings
+from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.status import SolveStats, Status
+
+
+@dataclass(frozen=True)
+class OneStep(OneStepSettings, ImplicitAdjoint):
+    """The one-step adjoint; it has no settings."""
+
+    exact = False
+    remedy = "OneStep never is; use an exact adjoint (adjoint=neumann, adjoint=gmres)"
+
+    def solve(self, system: LinearSystem) -> Tensor:
+        """``v = b``."""
+        b = system.b
+        system.keep(b, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "OneStep"))
+        return b
+
+
+def truncated(b: Tensor, residual: Tensor, products: int, method: str) -> SolveStats:
+    """Statistics of an adjoint iteration from ``v = 0`` that stops early.
+
+    The residual is the last that was measured, at the iterate before the value: the one from ``v = 0`` is known to be ``b``.
+    """
+    scale = torch.linalg.vector_norm(b, dim=1)
+    last = relative(residual, scale)
+    status = torch.where(torch.isfinite(last), int(Status.fixed_steps), int(Status.nonfinite))
+    return SolveStats(status, torch.full_like(status, products + 1), last, scale, vjps=products, method=method)

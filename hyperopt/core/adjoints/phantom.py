@@ -1,0 +1,41 @@
+"""Phantom gradient: a few damped steps of the adjoint iteration.
+
+    v_1 = damping g,     v_{t+1} = (1 - damping) v_t + damping (J^T v_t + g),     t = 1 .. steps - 1
+
+This is the Neumann form, whose memory does not grow with ``steps``; at a fixed point it equals unrolling that many damped steps
+of the map. The damping makes the series converge where the plain one does not (a real spectrum below -1). Costs ``steps`` vjps,
+the closing one included.
+
+Reference: Geng et al., NeurIPS 2021, arXiv 2111.05177, section 3 (unrolling-based and Neumann-series-based phantom gradients).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.core.adjoints.onestep import truncated
+from hyperopt.core.adjoints.settings import PhantomSettings
+
+
+@dataclass(frozen=True)
+class Phantom(PhantomSettings, ImplicitAdjoint):
+    """The phantom gradient; settings in ``PhantomSettings``."""
+
+    exact = False
+    remedy = "Phantom never is; use an exact adjoint (adjoint=neumann, adjoint=gmres)"
+
+    def solve(self, system: LinearSystem) -> Tensor:
+        """The damped steps."""
+        b = system.b
+        with torch.no_grad():
+            v, residual = self.damping * b, b
+            for _ in range(self.steps - 1):
+                image = system.matvec(v) + b
+                residual, v = image - v, torch.lerp(v, image, self.damping)
+        norm = torch.linalg.vector_norm(residual, dim=1)
+        system.keep(v, truncated(b, norm, self.steps - 1, "Phantom"))
+        return v

@@ -1,0 +1,88 @@
+"""SHINE: the inverse that the forward quasi-Newton solve has built, shared with the adjoint system.
+
+    v = H^T g,      H = the solver's estimate of (I - J)^{-1}           in the place of (I - J^T) v = g
+    where |v| > ratio |g|:  v = g                                       the one-step direction, row by row
+    then, if asked for, steps of a linear solver from that v
+
+Costs one vjp, which measures the residual, and those of the refinement, beside the closing one. It is not exact: how good H is in
+the direction of g is not known beforehand, so look at the residual; a second derivative is refused. Without a refinement its
+error does not go to 0 with the forward tolerance, since a quasi-Newton method need not learn the whole inverse.
+
+Reference: Ramzi, Mannel, Bai, Starck, Ciuciu & Moreau, ICLR 2022, arXiv 2106.00553, algorithm 1 and section 2.3 (the fallback, at
+a ratio of 1.3: right where the Jacobian is small, but for a contraction of .9 the exact |v| may be 10 |g|).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.adjoints.base import Problem
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.core.adjoints.settings import ShineSettings
+from hyperopt.core.differentiate import InexactError
+from hyperopt.core.linear.base import LinearSolver
+from hyperopt.core.policy import report
+from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.status import Solution, SolveStats, Status
+
+
+@dataclass(frozen=True)
+class Shine(ShineSettings, ImplicitAdjoint):
+    """The shared inverse estimate; settings in ``ShineSettings``.
+
+    Its statistics: ``iterations`` is 0 in the rows that fell back to ``v = g``; a warm start ``v0`` is not used.
+    """
+
+    linear_solver: LinearSolver | None = None
+
+    exact = False
+    remedy = "SHINE never is; use another adjoint (adjoint=neumann)"
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        super().__post_init__()
+        if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
+            raise TypeError(f"Shine: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve, keeping the solver's inverse estimate and the graph of the last evaluation.
+
+        Raises:
+            ValueError: the solver keeps no inverse estimate.
+        """
+        if not problem.solver.keeps_inverse:
+            raise ValueError(
+                f"Shine: {problem.solver.name} keeps no inverse estimate that the adjoint could share; use solver=broyden or "
+                "solver=chord, or another adjoint (adjoint=neumann)"
+            )
+        return super().run(replace(problem, keep_state=True))
+
+    def solve(self, system: LinearSystem) -> Tensor:
+        """Apply the shared inverse, then refine.
+
+        Raises:
+            InexactError: there is none here: the solve fell back to a method without, or the transform hides it.
+        """
+        forward, b = system.forward, system.b
+        if forward is None or not forward.solver.keeps_inverse:
+            why = "torch.vmap of a torch.func gradient has none" if forward is None else f"it fell back to {forward.solver.name}"
+            raise InexactError(f"Shine: the forward solve left no inverse estimate here ({why}); use adjoint=neumann")
+        with torch.no_grad():
+            shared = forward.solver.inverse(forward.state, b, transpose=system.what == "adjoint")
+            size = torch.linalg.vector_norm(b, dim=1)
+            kept = torch.linalg.vector_norm(shared, dim=1) <= self.ratio * size
+            v = torch.where(kept[:, None], shared, b)
+            if self.linear_solver is not None:
+                found = self.linear_solver.solve(system.matvec, b, v, trace=system.trace)
+                v, stats = found.value, found.stats
+                stats.method = f"Shine + {stats.method}"
+            else:
+                residual = relative(torch.linalg.vector_norm(v - system.matvec(v) - b, dim=1), size)
+                status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
+                stats = SolveStats(status, kept.long(), residual, size, vjps=1, method="Shine")
+        system.keep(v, stats)
+        report(stats, self.policy, system.what)
+        return v

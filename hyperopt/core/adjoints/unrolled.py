@@ -1,0 +1,181 @@
+"""Unrolled differentiation: backpropagate through the solver's own steps.
+
+Exact for the iterate that it returns, not for the fixed point: after T steps of a map of contraction q its hypergradient is off
+by O(T q^T) (Grazzi et al., arXiv 2006.16218, theorem 2.1). Memory grows with the steps that are kept. ``last=k`` keeps the last
+k only (truncated backpropagation, Shaban et al., AISTATS 2019, arXiv 1810.10667).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hyperopt.core.adjoints.base import Adjoint, Problem
+from hyperopt.core.adjoints.settings import UnrolledSettings
+from hyperopt.core.policy import report
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.forward import solve_forward
+from hyperopt.core.solvers.iterate import Iterate, following, iterate, relative, rounding_floor
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.solvers.point import Cost, Point
+from hyperopt.core.status import Solution, SolveStats, Status
+
+
+@dataclass(frozen=True)
+class Unrolled(UnrolledSettings, Adjoint):
+    """Backpropagation through the solver; settings in ``UnrolledSettings``."""
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve with the graph of all steps, or of the last ones after a solve without."""
+        phi = problem.bind(problem.args)
+        if not torch.is_grad_enabled():
+            stepped = solve_forward(problem, phi, phi)
+        elif self.last is None:
+            stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
+        else:
+            stepped = self._truncated(problem, self.last)
+        report(stepped.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+        return Solution(problem.layout.tree(stepped.value), stepped.stats, problem.layout)
+
+    def _truncated(self, problem: Problem, last: int) -> Iterate:
+        """A solve without a graph, then ``last`` steps with one."""
+        solver, phi = problem.solver, problem.bind(problem.args)
+        if solver.fixed:
+            before = max(0, solver.max_steps - last)
+            if not before:
+                return unroll(problem, problem.start, solver.max_steps, stop=False)
+            with torch.no_grad():
+                run = iterate(replace(solver, max_steps=before), phi, problem.start)
+            stepped = unroll(problem, run.value, last, stop=False)
+            stepped.stats.iterations = stepped.stats.iterations + before
+        else:
+            with torch.no_grad():
+                run = solve_forward(problem, phi, phi)
+            # Plain steps, whatever the solver: at its solution an acceleration's history is rounding noise, and so is the
+            # derivative of its least squares problem (Anderson, k = 150: 1e31 times the gradient).
+            plain = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
+            stepped = unroll(replace(problem, solver=plain), run.value, last, stop=False)
+            stepped.stats.row_status = torch.maximum(stepped.stats.row_status, run.stats.row_status)
+            stepped.stats.iterations = stepped.stats.iterations + run.stats.evaluations
+        for cost in ("evaluations", "vjps", "jvps"):
+            setattr(stepped.stats, cost, getattr(stepped.stats, cost) + getattr(run.stats, cost))
+        return stepped
+
+
+def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: int | None = None) -> Iterate:
+    """``count`` steps with a graph; with ``stop``, rows stop moving after the step at which their residual met the tolerance.
+
+    That step is still taken: without it a row that starts at its solution would have no graph, and a zero hypergradient. With
+    ``segment`` the graph is kept of no step but the first of every ``segment``; backward takes the others again.
+    """
+    solver, phi, cost = problem.solver, problem.bind(problem.args), Cost()
+    if not solver.differentiable:
+        raise ValueError(
+            f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
+            "from its solution, or use another solver (solver=newton) or adjoint (adjoint=neumann)"
+        )
+    watch = Watch(solver, start, stop)
+
+    def advance(w: Tensor, state: Any, steps: range) -> tuple[Tensor, Any]:
+        at = None
+        for k in steps:
+            at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
+            moving = watch.before(k, at)
+            at.active = None if bool(moving.all()) else moving
+            stepped, state = solver.step(state, at)
+            moving = watch.after(k, at)
+            w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, w)
+            if watch.last == k:
+                break
+        return w, state
+
+    w, state = start, solver.init(start)
+    size = segment or count
+    for first in range(0, count, size):
+        steps = range(first, min(first + size, count))
+        if segment is None:
+            w, state = advance(w, state, steps)
+        else:
+            w, state = checkpoint(advance, w, state, steps, use_reentrant=False, preserve_rng_state=False)
+        if watch.last is not None:
+            break
+    return Iterate(w, watch.stats(cost), solver)
+
+
+class Watch:
+    """The rows that move at each step, and their residuals; a step that is taken again finds what was seen the first time.
+
+    Attributes:
+        last: the step after which no row moves any more; None before.
+    """
+
+    def __init__(self, solver: FixedPointSolver, start: Tensor, stop: bool) -> None:
+        """Nothing seen yet."""
+        self.solver, self.stop = solver, stop
+        self.active = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
+        self.broken = torch.zeros_like(self.active)
+        self.iterations = torch.zeros(start.shape[0], dtype=torch.long, device=start.device)
+        self.residual = self.size = start.new_zeros(start.shape[0])
+        self.trace: list[Tensor] = []
+        self.norms: list[float] = []
+        self.moving: list[Tensor] = []  # at the start of each step
+        self.moved: list[Tensor] = []  # at its end, without the rows that broke down
+        self.floor = rounding_floor(start.dtype)
+        self.last: int | None = None
+
+    @torch.no_grad()
+    def before(self, k: int, at: Point) -> Tensor:
+        """Rows that take step ``k``, shape (rows,), measured at its point."""
+        if k < len(self.moving):
+            return self.moving[k]
+        self.moving.append(self.active)
+        difference = torch.linalg.vector_norm(at.fw - at.w, dim=1)
+        self.size = torch.linalg.vector_norm(at.fw, dim=1)
+        self.residual = torch.where(self.active, relative(difference, self.size), self.residual)
+        self.iterations = torch.where(self.active, k + 1, self.iterations)
+        self.trace.append(self.residual.max() if self.residual.numel() else self.residual.new_zeros(()))
+        self.norms.append(float(torch.linalg.vector_norm(difference)))
+        if self.stop:
+            limit = torch.maximum(self.solver.atol + self.solver.rtol * self.size, self.floor * self.size)
+            self.active = self.active & ~(difference <= limit)
+        return self.moving[k]
+
+    @torch.no_grad()
+    def after(self, k: int, at: Point) -> Tensor:
+        """Rows that step ``k`` has moved, shape (rows,)."""
+        if k < len(self.moved):
+            return self.moved[k]
+        moving = self.moving[k]
+        if at.broken is not None:
+            self.broken = self.broken | (at.broken & moving)
+            self.active, moving = self.active & ~self.broken, moving & ~self.broken
+        self.moved.append(moving)
+        if not bool(self.active.any()):
+            self.last = k
+        return moving
+
+    def stats(self, cost: Cost) -> SolveStats:
+        """Statistics of the steps."""
+        status = torch.full_like(self.iterations, int(Status.max_steps if self.stop else Status.converged))
+        status = torch.where(self.active, status, int(Status.converged))
+        status = torch.full_like(status, int(Status.fixed_steps)) if self.solver.fixed else status
+        status = torch.where(self.broken, int(Status.breakdown), status)
+        status = torch.where(torch.isfinite(self.residual), status, int(Status.nonfinite))
+        taken, first, last = len(self.norms), self.norms[0], self.norms[-1]
+        return SolveStats(
+            status,
+            self.iterations,
+            self.residual,
+            self.size,
+            evaluations=cost.evaluations,
+            vjps=cost.vjps,
+            jvps=cost.jvps,
+            contraction=(last / first) ** (1 / (taken - 1)) if taken > 1 and first > 0 else math.nan,
+            trace=torch.stack(self.trace),
+            method=f"Unrolled {self.solver.name}",
+        )

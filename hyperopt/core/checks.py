@@ -1,0 +1,109 @@
+"""Checks of settings' values, and what every iterative method has; free of torch.
+
+Names shared by all iterative methods:
+    rtol: relative tolerance on the true residual, row by row; 0 with ``atol=0`` means "exactly ``max_steps``".
+    atol: absolute tolerance on the true residual; a row stops at ``residual <= atol + rtol * scale``.
+    max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K): a vjp each, unless a method says
+        otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+POLICIES = ("raise", "warn", "fallback", "ignore")
+
+
+def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse a field of ``owner`` that is not a finite number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
+    value: Any = getattr(owner, name)
+    if isinstance(value, str) and "${" in value:  # an interpolation that Hydra has yet to resolve
+        return
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+        bracket = "(" if open_low else "["
+        end = "inf)" if high == math.inf else f"{high}]"
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in {bracket}{low}, {end}; change {name}")
+
+
+def check_count(owner: Any, name: str, low: int = 1) -> None:
+    """Refuse a field of ``owner`` that is not a whole number of at least ``low``."""
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
+
+
+def check_optional(owner: Any, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Like ``check_number``, for a field that may be None."""
+    if getattr(owner, name) is not None:
+        check_number(owner, name, low, high, open_low=open_low)
+
+
+def check_optional_count(owner: Any, name: str, low: int = 1) -> None:
+    """Like ``check_count``, for a field that may be None."""
+    if getattr(owner, name) is not None:
+        check_count(owner, name, low)
+
+
+def check_below(owner: Any, low: str, high: str) -> None:
+    """Refuse a field ``low`` of ``owner`` that is not below its field ``high``."""
+    least, most = getattr(owner, low), getattr(owner, high)
+    if isinstance(least, int | float) and isinstance(most, int | float) and not least < most:
+        raise ValueError(f"{type(owner).__name__}: {low}={least} is not below {high}={most}; change {low} or {high}")
+
+
+def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None:
+    """Refuse a field of ``owner`` that is none of ``choices``."""
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}; change {name}")
+
+
+def check_flag(owner: Any, name: str) -> None:
+    """Refuse a field of ``owner`` that is not true or false."""
+    if not isinstance(getattr(owner, name), bool):
+        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
+
+
+def check_open_unit(owner: Any, name: str) -> None:
+    """Refuse a field of ``owner`` that is not in (0, 1)."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in (0, 1); change {name}")
+
+
+def check_below_one(owner: Any, name: str, value: float) -> None:
+    """Refuse a coefficient of ``owner`` outside [0, 1), the range of every exponential average."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
+
+
+def check_betas(owner: Any) -> None:
+    """Refuse ``betas`` that are not the two coefficients of Adam; a list (a composed config) becomes a tuple."""
+    object.__setattr__(owner, "betas", tuple(owner.betas))
+    if len(owner.betas) != 2:
+        raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not a pair of numbers; change betas")
+    for beta in owner.betas:
+        check_below_one(owner, "betas", beta)
+
+
+@dataclass(frozen=True)
+class IterativeSettings:
+    """What every iterative method has: tolerances and a budget."""
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "rtol", 0.0)
+        check_number(self, "atol", 0.0)
+        check_count(self, "max_steps")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether exactly ``max_steps`` steps are asked for."""
+        return self.rtol == 0 and self.atol == 0

@@ -1,0 +1,366 @@
+"""The implicit function theorem as one ``autograd.Function``, closed under differentiation.
+
+    z = m(z, x)        dz = (I - d_z m)^{-1} d_x m dx
+
+- backward: ``v = J^T v + g`` is itself a fixed point, in ``v``, with inputs ``(g, z, x)``; then ``x_bar = (d_x m)^T v``.
+- jvp: ``s = J s + d_x m dx`` likewise, in ``s``, with inputs ``(d_x m dx, z, x)``.
+
+Both are again ``System``s, attached by the same Function, so derivatives of every order, forward, reverse and mixed, are right
+by recursion, and ``vmap`` is one rule. A first-order backward does not recurse: it works on one graph of the map at the
+solution, built beforehand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.overrides import handle_torch_function, has_torch_function
+
+from hyperopt.core.captured import functorch_level
+from hyperopt.core.linear.base import MatVec
+
+SolveLinear = Callable[[MatVec, Tensor, Tensor | None, str], Tensor]
+
+
+class InexactError(RuntimeError):
+    """A second derivative through an adjoint that is not exact was asked for."""
+
+
+class Linearization(ABC):
+    """Products with the Jacobians of a map at one point; itself the operator ``J^T`` of the adjoint system.
+
+    Attributes:
+        setups: vjps made beside those asked for.
+        evaluations: calls of the map, made for parts.
+        restrict: ``restrict(index)`` is the linearization of some rows, or None; None where rows cannot be taken apart.
+    """
+
+    setups = 0
+    evaluations = 0
+    restrict: Callable[[Tensor], Linearization | None] | None = None
+    _pulled: tuple[Tensor, Tensor] | None = None  # a point v and the graph of J^T v
+
+    @abstractmethod
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``J^T v``, shape (rows, dim)."""
+
+    @abstractmethod
+    def _pull(self, v: Tensor) -> Tensor:
+        """``J^T v`` with a graph back to ``v``."""
+
+    def rmatvec(self, s: Tensor, /) -> Tensor:
+        """``J s``: the vjp of ``v -> J^T v``, which is linear; built once on the graph at hand, without a call of the map."""
+        if self._pulled is None:
+            with torch.enable_grad():
+                v = torch.zeros_like(s).requires_grad_()
+                self._pulled = v, self._pull(v)
+            self.setups += 1
+        v, pulled = self._pulled
+        if not pulled.requires_grad:
+            return torch.zeros_like(s)
+        (product,) = torch.autograd.grad(pulled, v, s.view_as(pulled), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(s) if product is None else product.view_as(s)
+
+    def part(self, index: Tensor) -> Linearization | None:
+        """The operator of the rows in ``index``, shape (k,); None where it cannot be had."""
+        found = None if self.restrict is None else self.restrict(index)
+        if found is None:
+            self.restrict = None
+            return None
+        self.evaluations += found.evaluations
+        return found
+
+    @abstractmethod
+    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_x m)^T v`` for each input that needs it."""
+
+
+class GraphLinearization(Linearization):
+    """By autograd, on one graph ``out = m(state, *leaves)`` that ends in detached leaves."""
+
+    def __init__(self, out: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Keep the graph and its leaves."""
+        self.out, self.leaf, self.leaves = out, state, leaves
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``J^T v``."""
+        return self._product(v, create_graph=False)
+
+    def _pull(self, v: Tensor) -> Tensor:
+        return self._product(v, create_graph=True)
+
+    def _product(self, v: Tensor, *, create_graph: bool) -> Tensor:
+        if not self.out.requires_grad:
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(
+            self.out, self.leaf, v.view_as(self.out), retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return torch.zeros_like(v) if product is None else product.view_as(v)
+
+    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_x m)^T v``."""
+        wanted = [leaf for leaf, need in zip(self.leaves, needs, strict=True) if need]
+        if not wanted or not self.out.requires_grad:
+            return [None] * len(needs)
+        found = iter(torch.autograd.grad(self.out, wanted, v.view_as(self.out), retain_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+class System(ABC):
+    """A fixed point ``z = map(z, *inputs)``; ``z`` has shape (..., dim), every leading index a row of its own.
+
+    Attributes:
+        linear: solves ``(I - M) v = b`` in the way, and with the policy, of the adjoint; called (matvec, b, start, what).
+        exact: whether ``linear`` solves to a tolerance.
+        remedy: what to change for one that does.
+        states: how many of the leading inputs have the shape of the state.
+        derived: whether this system came from differentiating another.
+    """
+
+    linear: SolveLinear
+    exact: bool
+    remedy: str
+    states = 0
+    derived = True
+
+    @abstractmethod
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """The map, differentiable in everything."""
+
+    @abstractmethod
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """Solve on plain tensors, without a graph."""
+
+    @abstractmethod
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
+        """This system for a batch (leading dimension 0) of states and of those inputs whose entry in ``dims`` is 0.
+
+        ``randomness`` is what ``torch.vmap`` was told of random numbers.
+        """
+
+    def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
+        """The map's Jacobians at plain tensors."""
+        with torch.enable_grad():
+            leaf, leaves = z.detach().requires_grad_(), [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+            return GraphLinearization(self.map(leaf, *leaves), leaf, leaves)
+
+
+class Transposed:
+    """The operator ``J`` of the tangent system, from that of the adjoint system."""
+
+    def __init__(self, lin: Linearization) -> None:
+        """Swap the two products."""
+        self.lin = lin
+
+    def __call__(self, s: Tensor, /) -> Tensor:
+        """``J s``."""
+        return self.lin.rmatvec(s)
+
+    def rmatvec(self, v: Tensor, /) -> Tensor:
+        """``J^T v``."""
+        return self.lin(v)
+
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.lin.setups
+
+
+class Flat:
+    """An operator on (rows, dim) matrices, from one on tensors of another shape (..., dim)."""
+
+    def __init__(self, operator: Linearization | Transposed, shape: torch.Size) -> None:
+        """Keep the shape."""
+        self.operator, self.shape = operator, shape
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """The product."""
+        return self.operator(v.view(self.shape)).reshape(v.shape)
+
+    def rmatvec(self, v: Tensor, /) -> Tensor:
+        """The product with the transpose."""
+        return self.operator.rmatvec(v.view(self.shape)).reshape(v.shape)
+
+    @property
+    def setups(self) -> int:
+        """Products made beside those asked for."""
+        return self.operator.setups
+
+
+def flat(operator: Linearization | Transposed, like: Tensor) -> MatVec:
+    """``operator``, which works on the shape of ``like``, on (rows, dim) matrices."""
+    return operator if like.dim() == 2 else Flat(operator, like.shape)
+
+
+class AdjointSystem(System):
+    """``v = J(z, x)^T v + g`` with inputs ``(g, z, *x)``."""
+
+    what = "adjoint"
+
+    def __init__(self, parent: System) -> None:
+        """Solve in the way of the parent."""
+        self.parent, self.linear, self.exact, self.remedy = parent, parent.linear, parent.exact, parent.remedy
+        self.states = parent.states + 2
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """``J^T v + g``."""
+        g, at, *rest = inputs
+        return pull_state(self.parent.map, at, rest, z) + g
+
+    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
+        """Solve the linear system."""
+        b, at, *rest = inputs
+        operator = self.operator(self.parent.linearize(at, [x.detach() for x in rest]))
+        dim = b.shape[-1]
+        return self.linear(flat(operator, b), b.reshape(-1, dim), start.reshape(-1, dim), self.what).view_as(b)
+
+    def operator(self, lin: Linearization) -> Linearization | Transposed:
+        """The operator of the linear system."""
+        return lin
+
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
+        """The adjoint of the batched parent."""
+        return AdjointSystem(self.parent.vmapped(dims[2:], randomness))
+
+
+class TangentSystem(AdjointSystem):
+    """``s = J(z, x) s + u`` with inputs ``(u, z, *x)``."""
+
+    what = "tangent"
+
+    def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """``J s + u``."""
+        u, at, *rest = inputs
+        return push(lambda y: self.parent.map(y, *rest), [at], [z]) + u
+
+    def operator(self, lin: Linearization) -> Linearization | Transposed:
+        """``J``."""
+        return Transposed(lin)
+
+    def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
+        """The tangent system of the batched parent."""
+        return TangentSystem(self.parent.vmapped(dims[2:], randomness))
+
+
+def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor) -> Tensor:
+    """``(d_z fn(z, *inputs))^T v``, differentiable in all."""
+    if functorch_level():
+        return torch.func.vjp(lambda y: fn(y, *inputs), z)[1](v)[0]
+    with torch.enable_grad():
+        alias = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        out = fn(alias, *inputs)
+        if not out.requires_grad:
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
+    return torch.zeros_like(v) if product is None else product
+
+
+def pull_inputs(
+    fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """``(d_x fn(z, *x))^T v`` for each input that needs it, differentiable in all."""
+    if functorch_level():
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+
+        def at(*some: Tensor) -> Tensor:
+            given = iter(some)
+            return fn(z, *(next(given) if need else x for x, need in zip(inputs, needs, strict=True)))
+
+        found = iter(torch.func.vjp(at, *wanted)[1](v)) if wanted else iter(())
+        return [next(found) if need else None for need in needs]
+    with torch.enable_grad():
+        # Aliases make the derivatives partial: one input may have been computed from another, and z depends on all.
+        aliases = [x.view_as(x) if need else x for x, need in zip(inputs, needs, strict=True)]
+        out = fn(z, *aliases)
+        wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+        if not wanted or not out.requires_grad:
+            return [None] * len(needs)
+        found = iter(torch.autograd.grad(out, wanted, v, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas, differentiable in all."""
+    out, pull, *_ = torch.func.vjp(fn, *primals)
+    return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
+
+
+class Attach(torch.autograd.Function):
+    """``apply(system, start, *inputs)``: the solution, differentiable in the inputs."""
+
+    @staticmethod
+    def forward(system: System, start: Tensor, *inputs: Tensor) -> Tensor:
+        """Solve."""
+        with torch.no_grad():
+            value = system.solve(start, *inputs)
+            # A view: the value may be an input as it is (a start that is solved, a budget of one step), which autograd refuses,
+            # and the system keeps the value, which would make a cycle with the output's own graph.
+            return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the solution and the inputs."""
+        ctx.system = inputs[0]
+        ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve the adjoint system, then one closing vjp."""
+        value, *inputs = ctx.saved_tensors
+        system: System = ctx.system
+        needs = ctx.needs_input_grad[2:]
+        transformed = functorch_level() > 0
+        if torch.is_grad_enabled() or transformed:
+            if not system.exact and (system.derived or not transformed):
+                raise InexactError(
+                    f"this adjoint is not solved to a tolerance, so its derivative is not the second derivative: {system.remedy}"
+                )
+            v = attach(AdjointSystem(system), g.detach(), g, value, *inputs)
+            return None, None, *pull_inputs(system.map, value, inputs, v, needs)
+        lin = system.linearize(value, inputs)
+        dim = g.shape[-1]
+        v = system.linear(flat(lin, g), g.reshape(-1, dim), None, "adjoint").view_as(g)
+        return None, None, *lin.inputs(v, needs)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Solve the tangent system."""
+        value, *inputs = (unpack_dual(x).primal for x in ctx.saved_tensors)
+        system: System = ctx.system
+        if not system.exact and system.derived:
+            raise InexactError(f"this adjoint is not solved to a tolerance, so its derivative is refused: {system.remedy}")
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+
+        def at(*some: Tensor) -> Tensor:
+            given = dict(zip(moving, some, strict=True))
+            return system.map(value, *(given.get(i, x) for i, x in enumerate(inputs)))
+
+        # PyTorch turns forward mode off around this method, which would lose the outer tangents of a nested jvp.
+        with _set_fwd_grad_enabled(functorch_level() > 0):
+            u = push(at, [inputs[i] for i in moving], [tangents[i] for i in moving])
+            return attach(TangentSystem(system), u.detach(), u, value, *inputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, system: System, start: Tensor, *inputs: Tensor) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A batch of solves is one solve of more rows."""
+
+        def leading(x: Tensor, dim: int | None) -> Tensor:
+            return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        # An input of the state's shape always gets the batch's dimension, since the system solves for all rows at once.
+        dims = tuple(None if dim is None and i >= system.states else 0 for i, dim in enumerate(in_dims[2:]))
+        moved = [x if now is None else leading(x, dim) for x, dim, now in zip(inputs, in_dims[2:], dims, strict=True)]
+        return attach(system.vmapped(dims, info.randomness), leading(start, in_dims[1]), *moved), 0
+
+
+def attach(system: System, start: Tensor, *inputs: Tensor) -> Tensor:
+    """``Attach.apply`` in the open: a function that ``TorchFunctionMode``s see, so that a solve inside a map is followed."""
+    if has_torch_function((start, *inputs)):
+        return handle_torch_function(attach, (start, *inputs), system, start, *inputs)
+    return Attach.apply(system, start, *inputs)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,118 @@
+"""``fixed_point``: the one primitive. How you solve and how you differentiate are separate arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hyperopt.core.adjoints.base import Adjoint, Problem
+from hyperopt.core.adjoints.compiled import fixed_trips, outside, traceable
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.checks import POLICIES
+from hyperopt.core.policy import report_floor
+from hyperopt.core.purity import random_states, refuse_changing_modules, refuse_random
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.iterate import rounding_floor
+from hyperopt.core.solvers.picard import Picard
+from hyperopt.core.status import Solution
+from hyperopt.core.tree import layout_of
+
+SOLVER, ADJOINT = Picard(), Implicit()  # the defaults, made once: torch.compile cannot build them inside a graph
+
+
+def fixed_point(
+    phi: Callable[..., Any],
+    w0: Any,
+    args: tuple[Any, ...] = (),
+    *,
+    rows: str = "auto",
+    row_args: Sequence[int] = (),
+    solver: FixedPointSolver | None = None,
+    adjoint: Adjoint | None = None,
+    policy: str = "warn",
+    fallback: Sequence[FixedPointSolver] = (),
+    scales: Any = None,
+    v0: Any = None,
+    trace: bool = False,
+) -> Solution:
+    r"""Solve ``w = phi(w, *args)``, differentiably.
+
+    The value is differentiable in the tensors of ``args`` and in all that ``phi`` closes over. With the implicit adjoint,
+
+    .. math:: dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.
+
+    Args:
+        phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
+            be deterministic and must not change the state in place.
+        w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too) that do not
+            require grad.
+        args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
+            derivative; closures work otherwise.
+        rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
+            one row; ``"auto"``: batch if all leaves have two dimensions or more and share the first.
+        row_args: places in ``args`` of tensors with one leading row for each row of the state. If ``phi`` takes all that
+            belongs to a row this way, rows that have converged are dropped from the batch, forward and backward (where ``phi`` is
+            then called once more, on the rows that are left, and those calls are counted in ``solution.adjoint.evaluations``).
+        solver: how to solve (default ``Picard()``).
+        adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
+        policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
+        fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
+        scales: the typical size of each variable, positive numbers in the structure of ``w0``. Norms, tolerances and all that an
+            accelerated method weighs are then those of ``w / scales``, forward and backward, so that a variable a thousand times
+            smaller than another is solved to the same relative accuracy (default: 1 for all, one Euclidean norm a row).
+        v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
+            ``solution.v`` of a nearby problem. A gradient may change its size by orders of magnitude where it hardly changes its
+            direction, so Neumann and Anderson first fit a factor to each row, by one more vjp.
+        trace: measure the residual at every iteration, forward and backward.
+
+    Returns:
+        ``Solution``: ``value``; ``forward`` and, after a backward, ``adjoint`` with status, iterations, residuals and costs.
+
+    Raises:
+        TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure, shape or dtype, or its input.
+        SolveError: a solve failed under ``policy="raise"``.
+        ClosureError: the map uses a tensor in a way that would lose its derivative.
+        ImpureMapError: the map is random, or updates running statistics.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Bai et al., NeurIPS 2019, arXiv 1909.01377.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a = torch.tensor(0.5, requires_grad=True)
+        >>> sol = hyperopt.fixed_point(lambda w: torch.cos(a * w), torch.zeros(()))
+        >>> sol.value.backward()
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"fixed_point: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
+    if not isinstance(args, tuple):
+        raise TypeError(f"fixed_point: args is a {type(args).__name__}; give a tuple, args=(x,) for one argument")
+    solver = SOLVER if solver is None else solver
+    adjoint = ADJOINT if adjoint is None else adjoint
+    if not isinstance(solver, FixedPointSolver):
+        raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    layout = layout_of(w0, rows, scales)
+    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
+        raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
+    for i in row_args:
+        if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
+            raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
+    start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
+    adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
+    problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace)
+    if torch.compiler.is_compiling():  # the checks below cannot be traced
+        if traceable(adjoint, problem):
+            return fixed_trips(adjoint, problem)
+        methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
+        return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace)
+    report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
+    refuse_changing_modules(phi, args)
+    before = random_states(start.device)
+    solution = adjoint.run(problem)
+    refuse_random(before, phi, args, start.device)
+    return solution

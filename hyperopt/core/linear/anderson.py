@@ -1,0 +1,32 @@
+"""Anderson acceleration of ``v <- M v + b``; on a linear system this is GMRES with a sliding window.
+
+Converges where Neumann does not: the spectral radius of ``M`` may be 1 or above as long as ``I - M`` is regular and the window
+spans enough of its spectrum. Reference: Walker & Ni, SIAM J. Numer. Anal. 49, 2011, theorem 2.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
+from hyperopt.core.linear.settings import LinearAndersonSettings
+from hyperopt.core.linear.start import fitted_start
+from hyperopt.core.solvers.anderson import Anderson
+
+
+@dataclass(frozen=True)
+class LinearAnderson(LinearAndersonSettings, LinearSolver):
+    """Anderson acceleration of the adjoint iteration; settings in ``LinearAndersonSettings``."""
+
+    iterates = True
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """One step from the best multiple of ``near``."""
+        return fitted_start(matvec, b, near), 1
+
+    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Accelerate ``v <- M v + b``."""
+        anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge, self.restart)
+        return solve_by_iteration(anderson, self, matvec, b, x0, trace)

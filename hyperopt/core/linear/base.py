@@ -1,0 +1,109 @@
+"""``LinearSolver``: solves ``(I - M) v = b`` row by row, given products with ``M``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.linear.settings import LinearSettings
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.iterate import iterate
+from hyperopt.core.status import SolveStats, Status
+
+
+class MatVec(Protocol):
+    """``matvec(v) = M v``.
+
+    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``complement(v) = (I - M) v``, where it
+    can do better than subtract, ``rmatvec(v) = M^T v``, which some methods need, ``matrix()``: M itself of every row, shape
+    (rows, dim, dim), or None, and ``part(index)``: the operator of the rows in ``index``, or None, by which rows that are solved
+    cost no further product.
+    """
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """``M v``, shape (rows, dim)."""
+        ...
+
+
+@dataclass
+class LinearSolution:
+    """``value`` (rows, dim) and the statistics of the solve.
+
+    ``stats.vjps`` counts the products with ``M`` and ``stats.jvps`` those with its transpose: what they are for ``M = J^T``.
+    """
+
+    value: Tensor
+    stats: SolveStats
+
+
+def part_of(matvec: MatVec, index: Tensor) -> MatVec | None:
+    """The operator of the rows in ``index``, if it can be had."""
+    part = getattr(matvec, "part", None)
+    return None if part is None else part(index)
+
+
+class LinearSolver(LinearSettings, ABC):
+    """A method for ``(I - M) v = b``; for the adjoint system ``M = J^T`` and ``b = g``.
+
+    A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
+    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``. With ``relative_to="batch"`` the root mean square of
+    ``||b||`` over the rows stands in the place of a smaller ``||b||``.
+
+    Attributes:
+        iterates: whether it iterates ``v <- M v + b``, so that its convergence depends on how ``M`` is scaled: whether
+            ``M = I - s A`` converges depends on ``s``, where a Krylov method does the same for every ``s``.
+    """
+
+    iterates: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The method's name in statistics and messages."""
+        return type(self).__name__
+
+    def sizes(self, b: Tensor) -> Tensor:
+        """Return what the residual of each row is relative to, shape (rows,)."""
+        norm = torch.linalg.vector_norm(b, dim=1)
+        if self.relative_to == "row" or self.fixed or not len(norm):
+            return norm
+        return torch.maximum(norm, norm.square().mean().sqrt())
+
+    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+        """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
+        return near, 0
+
+    @abstractmethod
+    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""
+
+
+def solve_by_iteration(
+    solver: FixedPointSolver, method: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
+) -> LinearSolution:
+    """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
+
+    def affine(operator: MatVec, b: Tensor) -> Callable[[Tensor], Tensor]:
+        plus = getattr(operator, "plus", None) or (lambda v, b: operator(v) + b)  # not in place: the product may be v itself
+        return lambda v: plus(v, b)
+
+    def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
+        operator = part_of(matvec, index)
+        return None if operator is None else affine(operator, b[index])
+
+    start = b if x0 is None else x0
+    run = iterate(solver, affine(matvec, b), start, some=some, scale=method.sizes(b), trace=trace)
+    run.stats.method = method.name
+    run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
+    if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
+        worse_than_none(run.stats)
+    return LinearSolution(run.value, run.stats)
+
+
+def worse_than_none(stats: SolveStats) -> None:
+    """Let rows that end with more residual than ``v = 0`` would leave be ``diverged``."""
+    stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)

@@ -1,0 +1,80 @@
+"""A chain of linear solvers: each takes over the rows in which those before it failed, and never makes a row worse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, part_of
+from hyperopt.core.policy import note_fallback
+from hyperopt.core.solvers.iterate import DROP
+from hyperopt.core.status import SolveStats, Status
+
+
+def solve_chain(
+    chain: Sequence[LinearSolver], matvec: MatVec, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
+) -> LinearSolution:
+    """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row is left that failed.
+
+    A solver is given 0 for the right-hand side of every row that is solved, which costs it no step there, and starts from the
+    best value so far. Every switch is logged under the name ``what``.
+
+    Returns:
+        The best value of each row with its status, and the costs of all solvers together. ``stats.method`` is the last solver
+        that gave a row its value, ``stats.fallbacks`` names the others that were tried.
+    """
+    best = chain[0].solve(matvec, b, start, trace=trace)
+    tried = [chain[0].name]
+    for solver in chain[1:]:
+        failed = best.stats.row_status > Status.fixed_steps
+        if not bool(failed.any()):
+            break
+        note_fallback(best.stats, solver.name, what)
+        tried.append(solver.name)
+        usable = (best.stats.residual < 1)[:, None] & torch.isfinite(best.value)
+        rest = torch.where(failed[:, None], b, 0.0)
+        near = torch.where(failed[:, None], torch.where(usable, best.value, b), 0.0)
+        best = _merge(best, _solve_some(solver, matvec, rest, near, failed, trace), failed)
+    best.stats.fallbacks = tuple(name for name in tried if name != best.stats.method)
+    return best
+
+
+def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
+    """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
+    index = rows.nonzero().squeeze(1)
+    operator = part_of(matvec, index) if len(index) <= DROP * len(rows) else None
+    if operator is None:
+        return solver.solve(matvec, b, start, trace=trace)
+    found = solver.solve(operator, b[index], start[index], trace=trace)
+
+    def spread(part: Tensor, rest: Tensor) -> Tensor:
+        return rest.index_copy(0, index, part)
+
+    stats = found.stats
+    none = b.new_zeros(len(rows))
+    zeros = torch.zeros_like(rows, dtype=torch.long)
+    stats.row_status, stats.iterations = spread(stats.row_status, zeros), spread(stats.iterations, zeros)
+    stats.residual, stats.scale = spread(stats.residual, none), spread(stats.scale, none)
+    return LinearSolution(spread(found.value, torch.zeros_like(b)), stats)
+
+
+def _merge(old: LinearSolution, new: LinearSolution, failed: Tensor) -> LinearSolution:
+    """Row by row the better of two solutions; only the rows in ``failed`` may change."""
+    a, b = old.stats, new.stats
+    solved, lower = b.row_status <= Status.fixed_steps, b.residual < a.residual
+    better = failed & (solved | lower | (torch.isnan(a.residual) & ~torch.isnan(b.residual)))
+    changed = bool(better.any())
+    stats = SolveStats(
+        torch.where(better, b.row_status, a.row_status),
+        a.iterations + torch.where(failed, b.iterations, 0),
+        torch.where(better, b.residual, a.residual),
+        a.scale,
+        vjps=a.vjps + b.vjps,
+        jvps=a.jvps + b.jvps,
+        contraction=a.contraction,  # a property of the map, which the first method, with all rows, has seen best
+        trace=b.trace if changed else a.trace,
+        method=b.method if changed else a.method,
+    )
+    return LinearSolution(torch.where(better[:, None], new.value, old.value), stats)

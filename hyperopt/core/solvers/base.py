@@ -1,0 +1,52 @@
+"""``FixedPointSolver``: one step of a method; the driver in ``iterate.py`` owns stopping, freezing and statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hyperopt.core.checks import IterativeSettings
+from hyperopt.core.solvers.point import Point
+
+
+class FixedPointSolver(IterativeSettings, ABC):
+    """A method for ``w = phi(w)`` on a ``(rows, dim)`` matrix whose rows are independent.
+
+    A method is a frozen dataclass of settings with a few pure functions. Nothing in ``step`` may change a tensor in place or mix
+    rows: iterates are kept by reference, unrolling differentiates through ``step``, and one bad row must not spoil another.
+
+    Attributes:
+        linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
+            made from the last iterate, since there it would not be free.
+        rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
+        differentiable: whether ``step`` can be differentiated through.
+        keeps_inverse: whether the state holds an estimate of ``(I - J)^{-1}``, see ``inverse``.
+    """
+
+    linearizes: ClassVar[bool] = False
+    rise: ClassVar[float] = 1e3
+    differentiable: ClassVar[bool] = True
+    keeps_inverse: ClassVar[bool] = False
+
+    def init(self, w: Tensor) -> Any:
+        """State before the first step; ``w`` has shape (rows, dim)."""
+        return None
+
+    @abstractmethod
+    def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
+        """The next iterate, shape (rows, dim), from the map at the current one, and the new state."""
+
+    def select(self, state: Any, index: Tensor) -> Any:
+        """The state of the rows in ``index`` (shape (k,)), when converged rows are dropped."""
+        return state
+
+    def inverse(self, state: Any, v: Tensor, *, transpose: bool) -> Tensor:
+        """The estimate of ``(I - J)^{-1} v`` or, with ``transpose``, ``(I - J^T)^{-1} v``, shape (rows, dim)."""
+        raise NotImplementedError(f"{self.name} keeps no inverse")
+
+    @property
+    def name(self) -> str:
+        """The method's name in statistics and messages."""
+        return type(self).__name__

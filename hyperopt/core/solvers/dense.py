@@ -1,0 +1,136 @@
+"""Dense systems ``(I - J) x = r``, one a row: what Newton and chord share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.solvers.point import Point
+from hyperopt.core.solvers.settings import DenseSettings
+
+
+def check_size(settings: DenseSettings, w: Tensor) -> None:
+    """Refuse a state whose Jacobians would not fit.
+
+    Raises:
+        ValueError: they take more than ``settings.max_gib``.
+    """
+    rows, dim = w.shape
+    size = rows * dim * dim * w.element_size() / 2**30
+    if size > settings.max_gib:
+        raise ValueError(
+            f"{type(settings).__name__}: dense Jacobians of {rows} rows of {dim} entries take {size:.3g} GiB, more than "
+            f"max_gib={settings.max_gib}; use NewtonKrylov (solver=newton_krylov), which makes none, or raise max_gib"
+        )
+
+
+class Factors(NamedTuple):
+    """LU factors of a system ``S = I - J``, one a row.
+
+    Attributes:
+        system: S, where its derivative is wanted, else None. shape: (rows, dim, dim)
+        lu: shape (rows, dim, dim).
+        pivots: shape (rows, dim).
+    """
+
+    system: Tensor | None
+    lu: Tensor
+    pivots: Tensor
+
+
+def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
+    """LU factors of ``I - J`` at a point, and the rows in which it is singular, shape (k,).
+
+    Those rows get the factors of the identity, so that nothing infinite enters a derivative either.
+
+    Args:
+        at: where.
+        rows: the rows to factor, shape (k,); None: all.
+    """
+    J = at.jacobian()
+    J = J if rows is None else J[rows]
+    eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
+    system = (eye - J.mT).mT  # column by column in memory, as LAPACK takes it: a strided copy costs as much as the factors
+    finite = finite_rows(system.detach())
+    system = system if bool(finite.all()) else torch.where(finite[:, None, None], system, eye)
+    with torch.no_grad():
+        lu, pivots, _ = torch.linalg.lu_factor_ex(system)
+        # An exactly singular matrix seldom has a pivot of exactly 0 after rounding: what counts is its size beside the largest.
+        size = lu.diagonal(dim1=1, dim2=2).abs()
+        singular = ~(size.amin(dim=1) > torch.finfo(J.dtype).eps * size.amax(dim=1))
+        bad = bool(singular.any())
+    if bad:
+        system = torch.where(singular[:, None, None], eye, system)
+        with torch.no_grad():
+            lu, pivots, _ = torch.linalg.lu_factor_ex(system)
+    return Factors(system if torch.is_grad_enabled() else None, lu, pivots), singular | ~finite
+
+
+def finite_rows(systems: Tensor) -> Tensor:
+    """Rows whose matrix is finite, shape (rows,): one sum a row tells, and where one overflows, every entry."""
+    finite = torch.isfinite(systems.sum(dim=(1, 2)))
+    return finite if bool(finite.all()) else torch.isfinite(systems).all(dim=2).all(dim=1)
+
+
+def solve(factors: Factors, r: Tensor, *, transpose: bool = False) -> Tensor:
+    """``(I - J)^{-1} r`` or ``(I - J^T)^{-1} r``, shape (rows, dim)."""
+    if factors.system is None:
+        return torch.linalg.lu_solve(factors.lu, factors.pivots, r[:, :, None], adjoint=transpose)[:, :, 0]
+    return FactoredSolve.apply(factors.system, factors.lu, factors.pivots, r, transpose)
+
+
+class FactoredSolve(torch.autograd.Function):
+    """``x = S^{-1} r``, or with S^T, by given factors of S, differentiable in S and r to every order.
+
+        r_bar = S^{-T} x_bar,       S_bar = -r_bar x^T
+
+    The derivative is one more solve with the same factors. Autograd's derivative of the factorisation itself costs over ten
+    times the factorisation.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(system: Tensor, lu: Tensor, pivots: Tensor, r: Tensor, transpose: bool) -> Tensor:
+        """Solve."""
+        return torch.linalg.lu_solve(lu, pivots, r[..., None], adjoint=transpose)[..., 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the factors and the solution."""
+        *tensors, _, ctx.transpose = inputs
+        ctx.save_for_backward(*tensors, output)
+        ctx.save_for_forward(*tensors, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One solve with the transpose, and an outer product."""
+        system, lu, pivots, x = ctx.saved_tensors
+        r = FactoredSolve.apply(system, lu, pivots, g, not ctx.transpose)
+        left, right = (x, r) if ctx.transpose else (r, x)
+        outer = (right[..., :, None] * -left[..., None, :]).mT if ctx.needs_input_grad[0] else None  # in the layout of S
+        return outer, None, None, r, None
+
+    @staticmethod
+    def jvp(ctx: Any, system_t: Any, _: Any, __: Any, r_t: Any, ___: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One solve more: ``S dx = dr - dS x``."""
+        system, lu, pivots, x = ctx.saved_tensors
+        moved = torch.zeros_like(x) if r_t is None else r_t
+        if system_t is not None:
+            change = system_t.mT if ctx.transpose else system_t
+            moved = moved - (change @ x[..., None])[..., 0]
+        return FactoredSolve.apply(system, lu, pivots, moved, ctx.transpose)
+
+
+def replace_rows(rows: Tensor, new: Factors, old: Factors) -> Factors:
+    """The factors of ``new`` in the rows of a mask, shape (rows,), those of ``old`` elsewhere."""
+    wide = rows[:, None, None]
+    system = None if new.system is None or old.system is None else torch.where(wide, new.system, old.system)
+    return Factors(system, torch.where(wide, new.lu, old.lu), torch.where(rows[:, None], new.pivots, old.pivots))
+
+
+def select(factors: Factors, index: Tensor) -> Factors:
+    """The factors of some rows."""
+    return Factors(*(None if x is None else x[index] for x in factors))  # pyright: ignore[reportArgumentType]

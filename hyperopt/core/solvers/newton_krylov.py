@@ -1,0 +1,93 @@
+"""Newton-Krylov: Newton's step by a linear solver on Jacobian-vector products; no matrix is ever made.
+
+    solve (I - J) d = r to ||r - (I - J) d|| <= eta ||r||,        r = phi(w) - w;        w <- w + d
+
+    eta_k = min(forcing, 0.9 (||r_k|| / ||r_{k-1}||)^2)           loose far from the solution, tight near it
+
+Each row has an ``eta`` of its own: its system is scaled by ``1 / (eta ||r||)``, and one absolute tolerance of 1 serves all. A
+step costs one evaluation, one vjp to prepare, and a jvp for each product.
+
+References: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 6; Eisenstat & Walker, SIAM J. Sci.
+Comput. 17, 1996, choice 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.linear.base import LinearSolver
+from hyperopt.core.linear.gmres import GMRES
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.iterate import rounding_floor
+from hyperopt.core.solvers.line_search import backtrack, remember
+from hyperopt.core.solvers.point import Point
+from hyperopt.core.solvers.settings import NewtonKrylovSettings
+
+_inner: Callable[[], LinearSolver] = lambda: GMRES(window=30, max_steps=60)  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How the last step went.
+
+    Attributes:
+        norm: residual norm before it, shape (rows,); infinite before the first.
+        eta: relative tolerance of its linear system, shape (rows,).
+        history: residual norms for the line search, see ``hyperopt.core.solvers.line_search``.
+    """
+
+    norm: Tensor
+    eta: Tensor
+    history: Tensor
+
+
+@dataclass(frozen=True)
+class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
+    """Matrix-free Newton; settings in ``NewtonKrylovSettings``."""
+
+    linear_solver: LinearSolver = field(default_factory=_inner)
+
+    linearizes: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        super().__post_init__()
+        if not isinstance(self.linear_solver, LinearSolver):
+            raise TypeError(f"NewtonKrylov: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+
+    def init(self, w: Tensor) -> Progress:
+        """No steps yet."""
+        unknown = w.new_full((w.shape[0],), torch.inf)
+        return Progress(unknown, torch.full_like(unknown, self.forcing), w.new_empty((w.shape[0], 0)))
+
+    def select(self, state: Progress, index: Tensor) -> Progress:
+        """That of some rows."""
+        return Progress(state.norm[index], state.eta[index], state.history[index])
+
+    def step(self, state: Progress, at: Point) -> tuple[Tensor, Progress]:
+        """Solve for the step, and take it."""
+        residual = at.fw - at.w
+        norm = torch.linalg.vector_norm(residual, dim=1)
+        eta = (0.9 * (norm / state.norm) ** 2).clamp(max=self.forcing)
+        kept = 0.9 * state.eta**2  # a lucky step must not tighten the next one all at once
+        eta = torch.where(kept > 0.1, torch.maximum(eta, kept), eta).clamp(min=rounding_floor(norm.dtype))
+        moving = torch.isfinite(norm) & (norm > 0)
+        moving = moving if at.active is None else moving & at.active
+        scale = torch.where(moving, eta * norm, torch.ones_like(norm))[:, None]
+        b = torch.where(moving[:, None], residual / scale, torch.zeros_like(residual))
+        found = replace(self.linear_solver, rtol=0.0, atol=1.0).solve(at.jvp, b)
+        direction = found.value * scale
+        # Singular, or beyond the linear solver: a residual of 1 is that of no step at all, and of a step as long as this rounding
+        # leaves no residual to see. NaN counts as broken.
+        length = torch.linalg.vector_norm(direction, dim=1)
+        broken = moving & ~((found.stats.residual < 1) & (rounding_floor(norm.dtype) * length < norm))
+        direction = torch.where(broken[:, None], torch.zeros_like(direction), direction)
+        at.broken = broken
+        state = Progress(norm, eta, remember(state.history, at))
+        return (backtrack(at, direction, state.history) if self.line_search else at.w + direction), state

@@ -1,0 +1,151 @@
+"""How a solve ended: ``Status``, whose members carry the message that says what to change, and ``SolveStats``."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.tree import Layout
+
+
+class Status(enum.IntEnum):
+    """How a row, or a whole solve, ended. Ordered: the worst row names the solve."""
+
+    converged = 0
+    fixed_steps = 1
+    max_steps = 2
+    stagnated = 3
+    coupled_rows = 4
+    breakdown = 5
+    indefinite = 6
+    diverged = 7
+    nonfinite = 8
+
+    @property
+    def failed(self) -> bool:
+        """Whether the result must not be used without a second look."""
+        return self > Status.fixed_steps
+
+    @property
+    def message(self) -> str:
+        """What happened and what to change."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.converged: "the residual met its tolerance",
+    Status.fixed_steps: "exactly max_steps steps were taken, as asked for by rtol=0, atol=0",
+    Status.max_steps: "the tolerance was not met within max_steps; raise max_steps, loosen rtol or choose another method",
+    Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or use precision=float64",
+    Status.coupled_rows: "the residual of a finished row rose again: rows depend on each other; use rows='joint'",
+    Status.breakdown: "the method broke down (a division by zero or a singular system); choose another method",
+    Status.indefinite: (
+        "a direction of negative curvature was met: I - J is not positive definite (an inner loss that is not convex here?); use "
+        "gmres or normal_cg, curvature=gauss_newton, or add a quadratic penalty to the inner loss"
+    ),
+    Status.diverged: "the residual grew: the map does not contract here; use anderson, damp it, or bound its Jacobian's norm",
+    Status.nonfinite: "a NaN or infinity was met; check the inputs, lower the step size or the scale of the parameters",
+}
+
+
+@dataclass
+class SolveStats:
+    """What one solve did and cost. Tensors stay on their device until they are read.
+
+    Attributes:
+        row_status: codes of ``Status``, shape (rows,).
+        iterations: steps each row took before it stopped, shape (rows,).
+        residual: the last measured true residual of each row, relative to ``scale``, shape (rows,).
+        scale: ``||phi(w)||`` of each row, or ``||g||`` for a linear solve, shape (rows,).
+        evaluations: calls of the map (forward) made in this solve, over whole batches.
+        vjps: vector-Jacobian products made in this solve.
+        jvps: Jacobian-vector products made in this solve.
+        contraction: estimate of the contraction factor from the decay of the residual (NaN where it cannot be told).
+        trace: largest relative residual over the rows after each evaluation, shape (steps,); empty where not measured.
+        method: name of the method that gave the result; ``fallbacks`` names those that failed before it.
+    """
+
+    row_status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    scale: Tensor
+    evaluations: int = 0
+    vjps: int = 0
+    jvps: int = 0
+    contraction: float | Tensor = float("nan")
+    trace: Tensor = field(default_factory=lambda: torch.empty(0))
+    method: str = ""
+    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """The worst status over the rows (converged for a solve of no rows)."""
+        return Status(int(self.row_status.max())) if self.row_status.numel() else Status.converged
+
+    def worst_residual(self) -> float:
+        """The largest residual over the rows (NaN if any is)."""
+        return float(self.residual.max()) if self.residual.numel() else 0.0
+
+    def describe(self) -> str:
+        """One line: method, iterations, residual, how many rows ended how."""
+        rows = self.row_status.numel()
+        bad = int((self.row_status > Status.fixed_steps).sum())
+        steps = int(self.iterations.max()) if self.iterations.numel() else 0
+        return (
+            f"{self.method} stopped after {steps} iterations at residual {self.worst_residual():.1e} "
+            f"({bad} of {rows} rows failed): {self.status.message}"
+        )
+
+
+@dataclass
+class AdjointBox:
+    """Holds the latest backward solve, with no link from the solution to the graph.
+
+    Attributes:
+        stats: its statistics.
+        v: the adjoint variable, detached, shape (rows, dim).
+    """
+
+    stats: SolveStats | None = None
+    v: Tensor | None = None
+
+
+@dataclass
+class Solution:
+    """A solved fixed point.
+
+    Attributes:
+        value: the state, in the structure of ``w0``; differentiable in ``args`` and in all that the map closes over.
+        forward: statistics of the forward solve.
+        layout: how the state lies in a matrix.
+        box: the latest backward solve.
+    """
+
+    value: Any
+    forward: SolveStats
+    layout: Layout
+    box: AdjointBox = field(default_factory=AdjointBox, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Number of independent rows."""
+        return self.layout.rows
+
+    @property
+    def v(self) -> Any:
+        """The adjoint variable of the latest backward solve, in the structure of ``value``; None before the first."""
+        return None if self.box.v is None else self.layout.tree(self.box.v, dual=True)
+
+    @property
+    def status(self) -> Status:
+        """Worst status of the forward solve."""
+        return self.forward.status
+
+    @property
+    def adjoint(self) -> SolveStats | None:
+        """Statistics of the latest backward solve; None before the first."""
+        return self.box.stats
