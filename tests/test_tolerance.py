@@ -11,8 +11,8 @@ from test_equilibrium_task import no_guard, sgd, task
 
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.solvers.anderson import Anderson
-from hyperopt.core.solvers.iterate import rounding_floor
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.tasks.base import StepRecord
 from hyperopt.tasks.equilibrium import EquilibriumTask

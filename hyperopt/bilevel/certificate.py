@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperopt.bilevel.problem import InnerConstants
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.certificate import Certificate, Constants, certify
-from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.loop import relative
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 
 

@@ -13,10 +13,10 @@ from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.compiled import fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.checks import POLICIES
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.policy import report_floor
 from hyperopt.core.purity import random_states, refuse_changing_modules, refuse_random
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.iterate import rounding_floor
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import layout_of

@@ -22,10 +22,10 @@ from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.linear.dense import Dense
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.memory import peak_memory
 from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.iterate import rounding_floor
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.text import aligned

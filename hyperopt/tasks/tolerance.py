@@ -17,8 +17,8 @@ import math
 
 import torch
 
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.iterate import rounding_floor
 
 
 class GradientTolerance:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.linear.neumann import Neumann
-from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.loop import relative
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 

@@ -29,9 +29,10 @@ from hyperopt.core.linear.fallback import solve_chain
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.linear.neumann import Neumann
 from hyperopt.core.linear.normal_cg import NormalCG
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.policy import report, report_floor
 from hyperopt.core.solvers.forward import solve_forward
-from hyperopt.core.solvers.iterate import Iterate, rounding_floor
+from hyperopt.core.solvers.iterate import Iterate
 from hyperopt.core.status import AdjointBox, Solution, SolveStats
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.settings import OneStepSettings
-from hyperopt.core.solvers.iterate import relative
+from hyperopt.core.loop import relative
 from hyperopt.core.status import SolveStats, Status
 
 

@@ -24,8 +24,8 @@ from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.settings import ShineSettings
 from hyperopt.core.differentiate import InexactError
 from hyperopt.core.linear.base import LinearSolver
+from hyperopt.core.loop import relative
 from hyperopt.core.policy import report
-from hyperopt.core.solvers.iterate import relative
 from hyperopt.core.status import Solution, SolveStats, Status
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, part_of
+from hyperopt.core.loop import DROP
 from hyperopt.core.policy import note_fallback
-from hyperopt.core.solvers.iterate import DROP
 from hyperopt.core.status import SolveStats, Status
 
 

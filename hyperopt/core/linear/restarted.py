@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec
-from hyperopt.core.solvers.iterate import FLOOR, relative
+from hyperopt.core.loop import FLOOR, relative
 from hyperopt.core.status import SolveStats, Status
 
 IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row

@@ -53,7 +53,7 @@ class Anderson(AndersonSettings, FixedPointSolver):
         w, fw = at.w, at.fw
         if self.restart and len(state.residuals) == self.window:
             state = self.init(w)
-        residual = fw - w
+        residual = at.residual
         mixed = fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)
         keep = self.window - 1
         old = state.residuals[len(state.residuals) - keep :] if len(state.residuals) > keep else state.residuals

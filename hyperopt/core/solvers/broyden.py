@@ -77,7 +77,7 @@ class Broyden(BroydenSettings, FixedPointSolver):
 
     def step(self, state: Estimate, at: Point) -> tuple[Tensor, Estimate]:
         """Update the estimate by the last step, and take the next."""
-        residual = at.fw - at.w
+        residual = at.residual
         history = remember(at.w.new_empty((at.w.shape[0], 0)) if state.history is None else state.history, at)
         if state.w is not None and state.residual is not None:
             state = self._update(state, at.w - state.w, state.residual - residual)

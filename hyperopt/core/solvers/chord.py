@@ -54,7 +54,7 @@ class Chord(ChordSettings, FixedPointSolver):
 
     def step(self, state: Kept, at: Point) -> tuple[Tensor, Kept]:
         """One step, after new factors for the rows that need them."""
-        residual = at.fw - at.w
+        residual = at.residual
         norm = torch.linalg.vector_norm(residual, dim=1).detach()
         factors = state.factors
         stale = ~(norm <= self.refresh * state.residual)

@@ -24,7 +24,7 @@ MEMORY = 5  # residuals that are remembered
 
 def remember(history: Tensor, at: Point) -> Tensor:
     """Residual norms of the last steps with that of this one, shape (rows, at most 5); without any, ``history`` is (rows, 0)."""
-    norm = torch.linalg.vector_norm(at.fw - at.w, dim=1).detach()
+    norm = torch.linalg.vector_norm(at.residual, dim=1).detach()
     return torch.cat([history[:, -(MEMORY - 1) :], norm[:, None]], dim=1)
 
 
@@ -45,7 +45,7 @@ def backtrack(at: Point, direction: Tensor, history: Tensor) -> Tensor:
     idle = idle if at.broken is None else idle | at.broken
     for left in range(HALVINGS, -1, -1):
         trial = at.probe(torch.addcmul(at.w, t[:, None], direction))
-        norm = torch.linalg.vector_norm(trial.fw - trial.w, dim=1).detach()
+        norm = torch.linalg.vector_norm(trial.residual, dim=1).detach()
         content = idle | (norm <= most - DECREASE * t * start)
         if left == 0 or bool(content.all()):
             break

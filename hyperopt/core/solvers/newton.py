@@ -42,7 +42,7 @@ class Newton(NewtonSettings, FixedPointSolver):
 
     def step(self, state: Tensor, at: Point) -> tuple[Tensor, Tensor]:
         """One Newton step, of the rows that still move."""
-        residual = at.fw - at.w
+        residual = at.residual
         rows = None if at.active is None else at.active.nonzero().squeeze(1)
         factors, broken = factor(at, rows)
         part = residual if rows is None else residual[rows]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.gmres import GMRES
+from hyperopt.core.loop import rounding_floor
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.iterate import rounding_floor
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
 from hyperopt.core.solvers.settings import NewtonKrylovSettings
@@ -72,7 +72,7 @@ class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
 
     def step(self, state: Progress, at: Point) -> tuple[Tensor, Progress]:
         """Solve for the step, and take it."""
-        residual = at.fw - at.w
+        residual = at.residual
         norm = torch.linalg.vector_norm(residual, dim=1)
         eta = (0.9 * (norm / state.norm) ** 2).clamp(max=self.forcing)
         kept = 0.9 * state.eta**2  # a lucky step must not tighten the next one all at once

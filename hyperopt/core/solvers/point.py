@@ -64,12 +64,13 @@ class Point:
         trial: the latest point that was probed; if the step leads there, it is the next iterate's and is not evaluated again.
     """
 
-    __slots__ = ("_graph", "_linear", "_phi", "active", "broken", "cost", "fw", "trial", "w")
+    __slots__ = ("_graph", "_linear", "_phi", "_residual", "active", "broken", "cost", "fw", "trial", "w")
 
     def __init__(self, phi: Map, w: Tensor, cost: Cost, fw: Tensor | None = None, *, graph: bool = False) -> None:
         """Evaluate, unless ``fw`` is given."""
         self._phi, self.cost, self._graph = phi, cost, graph
         self._linear: _Linear | None = None
+        self._residual: Tensor | None = None
         self.w = w
         self.active: Tensor | None = None
         self.broken: Tensor | None = None
@@ -81,6 +82,13 @@ class Point:
         else:
             cost.evaluations += 1
             self.fw = phi(w)
+
+    @property
+    def residual(self) -> Tensor:
+        """``phi(w) - w``, shape (rows, dim); computed once."""
+        if self._residual is None:
+            self._residual = self.fw - self.w
+        return self._residual
 
     def probe(self, w: Tensor) -> Point:
         """The map at another state, shape (rows, dim)."""
