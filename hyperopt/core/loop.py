@@ -16,8 +16,9 @@ between them can be compiled. A look is two short reductions over the block's no
 What it guarantees:
 - A residual that is reported is that of the value that is returned, measured or, for a recurrence, confirmed by a measurement.
 - A solve evaluates at most one time in twenty, and at least one evaluation, more than one that looks at every iteration.
-- Rows that meet their limit do not move after the look that saw it, and cost nothing where the problem can be taken apart. If
-  such a row is above its limit again at the end, the rows depend on each other: ``coupled_rows``.
+- When a quarter of the rows have met their limits, they are held where they are, or dropped where the problem can be taken
+  apart, and then cost nothing. If such a row is above its limit again at the end, the rows depend on each other:
+  ``coupled_rows``. A plain iteration that cannot be taken apart moves all rows on, which only makes them better.
 - The history is that since the last look: memory does not grow with the number of iterations.
 """
 
@@ -58,6 +59,8 @@ class Process(ABC):
         attentive: whether an iteration costs so much more than a look that every one is looked at.
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
         recurs: whether ``measure`` gives norms by a recurrence, which ``confirm`` then measures.
+        holds: whether rows that have met their limits are kept where they are, while others move on.
+        divisible: whether ``select`` may be asked for.
         closes: whether one more evaluation, of the value, ends the run.
         steps_at_the_end: whether a step before that evaluation is free.
         clear: a ratio of residual and limit below which rounding hides how fast the residual falls.
@@ -67,6 +70,8 @@ class Process(ABC):
     attentive = False
     faults: Tensor | None = None
     recurs = False
+    holds = True
+    divisible = False
     closes = False
     steps_at_the_end = True
     clear = 0.0
@@ -108,13 +113,13 @@ class Process(ABC):
         """Measure the residual norms of the value, where ``measure`` does not, and go on from there."""
         raise NotImplementedError
 
-    def reconsider(self, status: Tensor, residual: Tensor, first: Tensor) -> Tensor:
+    def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
         """The codes of ``Status`` in the light of what only the method knows, after the run; all rows are in the batch.
 
         Args:
             status: as the loop has it.
             residual: residual norm of the value.
-            first: residual norm at the start.
+            settled: whether every row has met its limit or could do no more.
         """
         return status
 
@@ -129,7 +134,7 @@ class Outcome:
         residual: residual norm of the value.
         limits: what it had to be.
         made: iterations that were made in all.
-        contraction: factor by which the largest residual fell in an iteration, over the last few; NaN where it cannot be told.
+        contraction: factor by which the residual fell in an iteration, over the last few; NaN where it cannot be told.
         trace: the largest of residual over limit in every iteration.
         parted: whether rows were dropped from the batch.
     """
@@ -139,7 +144,7 @@ class Outcome:
     residual: Tensor
     limits: Tensor
     made: int
-    contraction: float
+    contraction: float | Tensor
     trace: list[float]
     parted: bool
 
@@ -150,27 +155,29 @@ def run(process: Process, max_steps: int) -> Outcome:
 
 
 class _Run:
-    """What the looks of one run have found; vectors are of all rows, also when some are not in the batch any more."""
+    """What the looks of one run have found; a vector is of all rows unless it is said to be of the batch."""
 
     def __init__(self, process: Process, max_steps: int) -> None:
         value = process.value
         self.process, self.max_steps, (self.rows, dim) = process, max_steps, value.shape
-        self.history: list[Tensor] = []  # norms of the batch since the last look
-        self.longest = min(LONGEST, max(SHORT, dim))
+        self.longest = min(LONGEST, max(SHORT, dim // 2))
         self.made = 0  # iterations measured
-        self.worst: list[float] = []
+        self.seen = 0  # of them, those before the last look
         self.next_look = 0
-        self.index: Tensor | None = None  # the rows in the batch, where others were dropped
-        self.active: Tensor | None = None  # rows that are not settled; None: all
+        self.worst: list[float] = []  # the largest ratio of residual and limit in every iteration that was looked at
+        self.lines: list[Tensor] = []  # norms of the batch that are not counted yet
+        self.above: Tensor | None = None  # how many times each row was above its limit, in the lines that are counted
+        self.limit = self.now = value.new_empty(0)  # of the batch, at the last look
+        self.first: Tensor | None = None
+        # What was found of single rows, before all were done.
         self.status = torch.full((self.rows,), int(Status.max_steps), device=value.device)
-        self.iterations = torch.zeros_like(self.status)
-        self.residual = self.limit = self.first = value.new_empty(0)  # set at the first look
-        self.decay: list[tuple[int, float]] = []  # iteration and largest residual norm of the looks
-        self.best: tuple[float, Tensor, Tensor] | None = None  # of the look with the least worst residual: it, value, norms
+        self.moving: Tensor | None = None  # rows of the batch that are not settled; None: all
+        self.index: Tensor | None = None  # the rows in the batch, where others were dropped; their last residuals and limits:
+        self.dropped: tuple[Tensor, Tensor] | None = None
+        self.early: Tensor | None = None  # rows that had met their limits before the others
+        self.best: tuple[float, Tensor, Tensor] | None = None  # the least worst ratio of a look; of the batch: value, norms
         self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least since
-        self.ended = self.residual  # as seen at the last look, before rows go back to their best
-        self.early: Tensor | None = None  # rows that were settled before the last look
-        self.parted = False
+        self.decay: list[tuple[int, Tensor]] = []  # iterations and norms of the looks, of one batch
 
     def run(self) -> Outcome:
         """See the function of this name."""
@@ -179,19 +186,14 @@ class _Run:
         while self.made < budget and not settled:
             if self.made:
                 process.step()
-            settled = self._iterate()
-            if process.closes and (settled or self.made >= budget):
+            self.lines.append(process.measure())
+            self.made += 1
+            last, block = self.made == budget, self.made - self.seen
+            if self.made > self.next_look or block >= self.longest or last or process.attentive:
+                settled = self._look(last)
+            if process.closes and (settled or last):
                 settled = self._close(settled)
         return self._verdict(settled)
-
-    def _iterate(self) -> bool:
-        """Measure, and look where it is time; returns whether every row is settled."""
-        k, self.made = self.made, self.made + 1
-        self.history.append(self.process.measure())
-        last = self.made >= self.max_steps - self.process.closes
-        if k < self.next_look and len(self.history) < self.longest and not last and not self.process.attentive:
-            return False
-        return self._look(k, last)
 
     def _here(self, vector: Tensor) -> Tensor:
         """The entries of the batch in a vector of all rows."""
@@ -201,94 +203,117 @@ class _Run:
         """A vector of all rows with the entries of the batch in their places."""
         return batch if self.index is None else vector.index_copy(0, self.index, batch)
 
-    def _look(self, k: int, last: bool) -> bool:
-        """Read how far the rows are, settle those that are done; returns whether all are."""
-        process, history, limits = self.process, self.history, self.process.limits()
-        worst, least, largest, faults = self._read(torch.stack(history), limits)
+    # ---- looks
+
+    def _look(self, last: bool) -> bool:
+        """Read how far the rows are, and settle those that are done; returns whether all are."""
+        process, block, limits = self.process, self.lines[self.seen - self.made :], self.process.limits()
+        worst, met, faults = self._read(block, limits)
         if process.recurs and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
-            history[-1] = process.confirm()
-            (worst[-1],), least, largest, faults = self._read(history[-1][None], limits)
-        now = worst[-1]
-        if not self.worst:
-            self.first = self.limit = self.residual = history[0]
+            self.lines[-1] = process.confirm()
+            (worst[-1],), met, faults = self._read(self.lines[-1:], limits)
+        self.now, self.limit, ratio = self.lines[-1], limits, worst[-1]
+        if self.first is None:
+            self.first = block[0]
         self.worst += worst
-        grown = self.best is not None and now > process.rise * self.best[0]
-        done = now <= 1 and not faults
-        if done or grown or faults or not math.isfinite(now) or (least <= 1 and self.rows > 1):
-            done = self._settle(k, limits, plain=done)
-        else:
-            self.residual, self.limit = self._put(history[-1], self.residual), self._put(limits, self.limit)
+        lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
+        done = ratio <= 1 and not faults
+        if lost or (met >= (1 - DROP) * len(self.now) and not done):
+            done = self._settle(lost)
+        elif done:
+            self.early = None if self.moving is None and self.index is None else self.status == int(Status.converged)
+            here = self._here(self.status)
+            ended = torch.zeros_like(here) if self.moving is None else here.masked_fill(self.moving, int(Status.converged))
+            self.status = self._put(ended, self.status)
         if not done:
-            if self.best is None or now <= self.best[0]:
-                self.best = now, process.value, self._here(self.residual)
-            self._note_idle(k)
-        self.ended = self.residual
-        if now > process.clear:
-            self.decay.append((k, largest))
-        self.history, self.next_look = [], k + self._ahead(k)
+            if self.best is None or ratio <= self.best[0]:
+                self.best = ratio, process.value, self.now
+            self._note_idle()
+        if ratio > process.clear:
+            self.decay.append((self.made, self.now))
+        if len(self.lines) > self.longest:
+            self._count()
+        self.seen, self.next_look = self.made, self.made - 1 + self._ahead()
         return done
 
-    def _read(self, lines: Tensor, limits: Tensor) -> tuple[list[float], float, float, bool]:
+    def _read(self, block: list[Tensor], limits: Tensor) -> tuple[list[float], float, bool]:
         """The one read of a look.
 
         Returns:
-            The largest ratio of residual and limit in every line; the least in the last; its largest residual; any fault.
+            The largest ratio of residual and limit in every line; how many rows of the last line have met their limits (0 where
+            it does not matter); whether there is any fault.
         """
-        ratio, last, faults = lines / limits, lines[-1:], self.process.faults
-        if self.active is not None:
-            active = self._here(self.active)
-            ratio, last = torch.where(active, ratio, 0.0), torch.where(active, last, 0.0)
-        parts = [ratio[:, 0], last[0]] if self.rows == 1 else [ratio.amax(dim=1), last.amax(dim=1), ratio[-1:].amin(dim=1)]
-        if faults is not None:
-            parts.append(faults.amax(dim=0, keepdim=True).to(ratio.dtype))
-        found, count = torch.cat(parts).tolist(), len(lines)
-        least = found[count + 1] if self.rows > 1 else found[count - 1]
-        return found[:count], least, found[count], faults is not None and found[-1] > 0
+        ratio, process = torch.stack(block) / limits, self.process
+        if self.moving is not None:
+            ratio = torch.where(self.moving, ratio, 0.0)
+        parts = [ratio[:, 0] if len(limits) == 1 else ratio.amax(dim=1)]
+        counts = len(limits) > 1 and (process.holds or process.divisible)
+        if counts:
+            parts.append((ratio[-1] <= 1).sum(dim=0, keepdim=True).to(ratio.dtype))
+        if process.faults is not None:
+            parts.append(process.faults.amax(dim=0, keepdim=True).to(ratio.dtype))
+        found = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
+        return found[: len(block)], found[len(block)] if counts else 0.0, process.faults is not None and found[-1] > 0
 
-    def _settle(self, k: int, limits: Tensor, *, plain: bool) -> bool:
-        """Say of each row how it ended, if it did; ``plain``: all that move have met their limits.
+    def _ahead(self) -> int:
+        """Iterations to the next look, from the decay of the worst residual."""
+        seen = self.worst[-min(len(self.worst), 6) :]
+        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:
+            return 1 + self.made // LATE
+        left = math.log(seen[-1]) / (math.log(seen[0]) - math.log(seen[-1])) * (len(seen) - 1)
+        return max(1, min(int(AHEAD * left), self.made + 1))
 
-        Returns:
-            Whether all rows are settled.
-        """
-        process, now = self.process, self.history[-1]
-        inside = torch.stack(self.history) <= limits
-        at = k + 2 - len(self.history) + inside.to(torch.uint8).argmax(dim=0)
-        self.early = None if self.active is None else ~self.active
-        active = torch.ones_like(inside[-1]) if self.active is None else self._here(self.active)
-        met = inside[-1] & active
-        status, iterations = self._here(self.status), torch.where(met, at, k + 1)
-        status = torch.where(met, int(Status.converged), status)
-        ended = met
-        residual = now
-        if not plain:
+    def _count(self) -> None:
+        """Count how many times each row of the batch was above its limit, and let go of the lines."""
+        above = (torch.stack(self.lines) > self.limit).sum(dim=0)
+        if self.above is None and self.index is None:
+            self.above = above
+        else:
+            before = torch.zeros_like(self.status) if self.above is None else self.above
+            self.above = self._put(self._here(before) + above, before)
+        self.lines = []
+
+    def _note_idle(self) -> None:
+        """Keep the norms before the last fifth of the budget and the least since: do they still fall?"""
+        if self.mark is not None:
+            self.mark = self.mark[0], self._put(torch.minimum(self._here(self.mark[1]), self.now), self.mark[1])
+        elif self.made >= self.max_steps - max(10, self.max_steps // 5) and self.index is None:
+            self.mark = self.now, torch.full_like(self.now, math.inf)
+
+    # ---- rows that are done before the others
+
+    def _settle(self, lost: bool) -> bool:
+        """Settle the rows that have met their limits and, if some are ``lost``, those; returns whether none is left."""
+        process, now = self.process, self.now
+        moving = torch.ones_like(now, dtype=torch.bool) if self.moving is None else self.moving
+        ended = moving & (now <= self.limit)
+        status = self._here(self.status).masked_fill(ended, int(Status.converged))
+        if lost:
             finite = torch.isfinite(now)
-            lost = active & ~finite
-            status = torch.where(lost, int(Status.nonfinite), status)
-            if self.best is not None:
-                best = self.best[2]
-                grown = active & finite & ~met & (now > process.rise * best) & (now > self._here(self.first))
-                status, lost = torch.where(grown, int(Status.diverged), status), lost | grown
+            bad = moving & ~finite
+            status = status.masked_fill(bad, int(Status.nonfinite))
             if process.faults is not None:
-                fault = active & ~met & (process.faults > 0)
-                status, lost = torch.where(fault & finite, process.faults, status), lost | fault
+                faulty = moving & finite & ~ended & (process.faults > 0)
+                status, bad = torch.where(faulty, process.faults, status), bad | faulty
             if self.best is not None:
-                back = lost & ~(now <= best)
-                process.replace(back, self.best[1])
-                residual = torch.where(back & finite, best, now)
-            ended = met | lost
-        self.iterations = self._put(torch.where(active, iterations, self._here(self.iterations)), self.iterations)
-        self.residual = self._put(torch.where(active, residual, self._here(self.residual)), self.residual)
-        self.limit = self._put(torch.where(active, limits, self._here(self.limit)), self.limit)
-        self.status = self._put(torch.where(active, status, self._here(self.status)), self.status)
-        left = active & ~ended
-        self.active = self._put(left, self.active if self.active is not None else torch.ones_like(self.status, dtype=torch.bool))
-        if plain:
-            return True
-        count = int(left.sum())
-        if count and not self._drop(left, count):
-            process.hold(left)
+                _, value, least = self.best
+                grown = moving & finite & ~ended & ~bad & (now > process.rise * least) & (now > self._here(self._first))
+                status, bad = status.masked_fill(grown, int(Status.diverged)), bad | grown
+                back = bad & ~(now <= least)
+                process.replace(back, value)
+                self.now = torch.where(back & finite, least, now)
+            ended = ended | bad
+        self.status = self._put(status, self.status)
+        self.moving = moving & ~ended
+        count = int(self.moving.sum())
+        if count and not self._drop(self.moving, count):
+            process.hold(self.moving)
         return count == 0
+
+    @property
+    def _first(self) -> Tensor:
+        assert self.first is not None
+        return self.first
 
     def _drop(self, left: Tensor, count: int) -> bool:
         """Take the rows that are settled out of the batch, where that is worth it and the problem can be taken apart."""
@@ -297,100 +322,118 @@ class _Run:
         inside = left.nonzero().squeeze(1)
         if not self.process.select(inside):
             return False
-        self.index, self.parted, self.best = (inside if self.index is None else self.index[inside]), True, None
+        self._count()
+        self._leave()
+        self.index = inside if self.index is None else self.index[inside]
+        self.now, self.limit = self.now[inside], self.limit[inside]
+        self.moving, self.best, self.decay = None, None, []
         return True
 
-    def _ahead(self, k: int) -> int:
-        """Iterations from ``k`` to the next look, from the decay of the worst residual."""
-        seen = self.worst[-min(len(self.worst), 6) :]
-        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:
-            return 1 + k // LATE
-        left = math.log(seen[-1]) / (math.log(seen[0]) - math.log(seen[-1])) * (len(seen) - 1)
-        return max(1, min(int(AHEAD * left), k + 2))
+    def _leave(self) -> None:
+        """Note the residuals and limits of the batch, of which rows are about to be dropped."""
+        residual, limit = self.dropped or (torch.empty_like(self._first), torch.empty_like(self._first))
+        self.dropped = self._put(self.now, residual), self._put(self.limit, limit)
+
+    def _join(self) -> None:
+        """Have all rows in the batch again."""
+        if self.index is None:
+            return
+        self._count()
+        self._leave()
+        assert self.dropped is not None
+        self.process.whole()
+        self.index, self.best, self.decay = None, None, []
+        self.now, self.limit = self.dropped
+        self.moving = self.status == int(Status.max_steps)
 
     # ---- the end
 
-    def _note_idle(self, k: int) -> None:
-        """Keep the least norms before the last fifth of the budget and since, which tell a row that no longer gets better."""
-        if self.mark is not None:
-            self.mark = self.mark[0], torch.minimum(self.mark[1], self.residual)
-        elif k >= self.max_steps - 1 - max(10, self.max_steps // 5):
-            self.mark = self.residual, torch.full_like(self.residual, math.inf)
-
     def _close(self, settled: bool) -> bool:
         """One more evaluation of all rows, of the value; returns whether every row is settled."""
-        process = self.process
+        process, parted = self.process, self.index is not None
         if not settled:
             self._back_to_best()
-        if self.index is not None:
-            process.whole()
-            self.index = self.best = None
-        elif settled and process.steps_at_the_end:
+        self._join()
+        if settled and process.steps_at_the_end and not parted:
             process.step()
+        if self.lines:
+            self._count()
+        line, limits = process.measure(closing=True), process.limits()
         self.made += 1
-        line = process.measure(closing=True)
-        limits = process.limits()
-        if not self.worst:
-            self.first = self.residual = self.limit = self.ended = line
-        done = self.status == int(Status.converged)
-        seen = done if self.active is None else done | self.active  # the others have ended badly, and stay what they are
-        seen = seen if settled else torch.ones_like(done) if self.active is None else seen
-        good = seen & (line <= limits)
-        risen = done & ~good
-        worst, lost = torch.stack([torch.where(seen, line / limits, 0.0).amax(), risen.any().to(line.dtype)]).tolist()
-        self.worst.append(worst)
-        self.iterations = torch.where(seen & ~done, self.made, self.iterations)
-        self.residual, self.limit = torch.where(seen, line, self.residual), torch.where(seen, limits, self.limit)
-        self.status = torch.where(good, int(Status.converged), self.status)
-        self.status = torch.where(seen & ~torch.isfinite(line), int(Status.nonfinite), self.status)
-        if not lost or worst != worst:
-            return True
-        if self.early is not None:
-            coupled = risen & self.early & ~(line <= COUPLED * limits)
-            self.status = torch.where(coupled, int(Status.coupled_rows), self.status)
-            if bool(coupled.any()):
+        self.seen = self.made
+        if self.first is None:
+            self.first = self.now = line
+        if settled and self.moving is None:
+            worst = float((line / limits).amax(dim=0))
+            if worst <= 1:  # the usual case, which needs no more
+                self.worst.append(worst)
+                self.now, self.limit = line, limits
                 return True
-        self.status = torch.where(risen, int(Status.max_steps), self.status)
-        if self.made >= self.max_steps:
+        done = self.status == int(Status.converged)
+        counts = done if self.moving is None else done | self.moving  # the others have ended badly, and stay what they are
+        counts = counts if settled or self.moving is not None else torch.ones_like(done)
+        ratio = torch.where(counts, line / limits, 0.0)
+        self.worst.append(float(ratio.amax()))
+        self.now, self.limit = torch.where(counts, line, self.now), limits
+        if self.worst[-1] <= 1:
+            self.status = self.status.masked_fill(counts, int(Status.converged))
             return True
-        self.active, self.early, self.best, self.next_look = risen, None, None, self.made
-        process.hold(risen)
+        good = counts & (ratio <= 1)
+        risen = done & ~good
+        self.status = self.status.masked_fill(good, int(Status.converged))
+        self.status = self.status.masked_fill(counts & ~torch.isfinite(line), int(Status.nonfinite))
+        if self.early is not None:
+            self.status = self.status.masked_fill(risen & self.early & (ratio > COUPLED), int(Status.coupled_rows))
+        self.status = self.status.masked_fill(risen & (self.status == int(Status.converged)), int(Status.max_steps))
+        again = self.status == int(Status.max_steps)
+        if not settled or self.made >= self.max_steps or bool((self.status == int(Status.coupled_rows)).any() | ~again.any()):
+            return not bool(again.any())
+        # Rows that had met their limits and are above them again, one step later: they go on.
+        self.moving, self.early, self.best, self.next_look = again, None, None, self.made
+        process.hold(again)
         return False
 
     def _back_to_best(self) -> None:
         """Put the rows that are not settled back on the best iterate seen, where that was better than the last."""
+        self.ended = self._put(self.now, self.dropped[0]) if self.dropped is not None else self.now
         if self.best is None:
             return
-        now = self._here(self.residual)
-        stale = now > self.best[2]
-        stale = stale if self.active is None else stale & self._here(self.active)
-        self.process.replace(stale, self.best[1])
-        self.residual = self._put(torch.where(stale, self.best[2], now), self.residual)
+        _, value, least = self.best
+        stale = self.now > least
+        stale = stale if self.moving is None else stale & self.moving
+        self.process.replace(stale, value)
+        self.now = torch.where(stale, least, self.now)
+
+    ended: Tensor | None = None  # the norms before rows went back to their best
 
     def _verdict(self, settled: bool) -> Outcome:
         """What is left to say of the rows that are not settled."""
-        process, status = self.process, self.status
+        process, parted = self.process, self.dropped is not None
         if not settled and not process.closes:
             self._back_to_best()
-        if self.index is not None:
-            process.whole()
-        if not settled or process.closes:
+        self._join()
+        if self.lines:
+            self._count()
+        assert self.above is not None or process.closes
+        above = torch.zeros_like(self.status) if self.above is None else self.above
+        status = self.status
+        if not settled:
             left = status == int(Status.max_steps)
-            self.iterations = torch.where(left, self.made, self.iterations)
             if self.mark is not None:
                 idle = torch.isfinite(self.mark[1]) & ~(self.mark[1] < self.mark[0])
-                status = torch.where(left & idle, int(Status.stagnated), status)
-            status = torch.where(left & (self.ended > self.first), int(Status.diverged), status)
-        status = process.reconsider(status, self.residual, self.first)
-        return Outcome(
-            status, self.iterations, self.residual, self.limit, self.made, self._contraction(), self.worst, self.parted
-        )
+                status = status.masked_fill(left & idle, int(Status.stagnated))
+            ended = self.now if self.ended is None else self.ended
+            status = status.masked_fill(left & (ended > self._first), int(Status.diverged))
+        status = process.reconsider(status, self.now, settled)
+        iterations = (above + 1).clamp(max=self.made)
+        return Outcome(status, iterations, self.now, self.limit, self.made, self._contraction(), self.worst, parted)
 
-    def _contraction(self) -> float:
-        """Factor by which the largest residual fell in an iteration, over the last five or so."""
-        seen = [(k, norm) for k, norm in self.decay if 0 < norm < math.inf]
-        if len(seen) < 2:
+    def _contraction(self) -> Tensor | float:
+        """Factor by which the residual of all rows fell in an iteration, over the last five or so."""
+        if len(self.decay) < 2:
             return math.nan
-        end, now = seen[-1]
-        begin, before = next(((k, norm) for k, norm in reversed(seen) if k <= end - 5), seen[0])
-        return (now / before) ** (1 / (end - begin))
+        end, now = self.decay[-1]
+        begin, before = next(((k, norms) for k, norms in reversed(self.decay) if k <= end - 5), self.decay[0])
+        if self.moving is not None:
+            now, before = (torch.where(torch.isfinite(now) & torch.isfinite(before), x, 0.0) for x in (now, before))
+        return (torch.linalg.vector_norm(now) / torch.linalg.vector_norm(before)) ** (1 / (end - begin))

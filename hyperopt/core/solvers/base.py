@@ -21,12 +21,15 @@ class FixedPointSolver(IterativeSettings, ABC):
         linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
             made from the last iterate, since there it would not be free.
         rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
+        holds: whether rows that are solved must not move on while others do: an acceleration's next step from a solution may be
+            worse, that of a plain iteration is not.
         differentiable: whether ``step`` can be differentiated through.
         keeps_inverse: whether the state holds an estimate of ``(I - J)^{-1}``, see ``inverse``.
     """
 
     linearizes: ClassVar[bool] = False
     rise: ClassVar[float] = 1e3
+    holds: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
     keeps_inverse: ClassVar[bool] = False
 

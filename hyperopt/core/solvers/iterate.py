@@ -103,7 +103,7 @@ class FixedPointProcess(Process):
         self.solver, self.phi, self.last, self.some = solver, phi, last, some
         self.given = None if scale is None else positive(scale)
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
-        self.rise, self.attentive = solver.rise, solver.linearizes
+        self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
         self.floor = rounding_floor(w0.dtype)
         self.rtol = max(solver.rtol, self.floor)
         self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
@@ -191,7 +191,7 @@ class FixedPointProcess(Process):
         rows = index if self.rows is None else self.rows[index]
         part = self.some(rows)
         if part is None:
-            self.some = None
+            self.some, self.divisible = None, False
             return False
         if self.home is None:
             self.home = self.w.clone()
@@ -214,19 +214,19 @@ class FixedPointProcess(Process):
         self.part, self.rows, self.home, self.moving, self.faults, self.at = self.phi, None, None, None, None, None
         self.state = self.solver.init(self.w)
 
-    def reconsider(self, status: Tensor, residual: Tensor, first: Tensor) -> Tensor:
-        """Rows at the rounding floor of a large state are solved; rows whose state has run away are not."""
-        if self.bounds is None or self.at is None or self.at.w.shape[0] != len(status):
+    def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
+        """Rows whose state has run away are not solved; rows at the rounding floor of a large state are."""
+        if self.bounds is None or self.size.shape != status.shape:
             return status
-        _, _, grown, began = self.bounds
-        size = torch.linalg.vector_norm(self.at.fw, dim=1)
-        large, rounding = size > grown, self.floor * size
-        lost = large & (rounding > began)
-        status = torch.where(lost & (status == int(Status.converged)), int(Status.diverged), status)
+        _, _, grown, first = self.bounds
+        large, rounding = self.size > grown, self.floor * self.size
+        lost = large & (rounding > first)
+        status = status.masked_fill(lost, int(Status.diverged))
+        if settled:
+            return status
         left = (status == int(Status.max_steps)) | (status == int(Status.stagnated))
-        status = torch.where(left & ~lost & (residual <= rounding), int(Status.converged), status)
-        left = (status == int(Status.max_steps)) | (status == int(Status.stagnated))
-        return torch.where(left & large & (residual > FALLEN * began), int(Status.diverged), status)
+        status = status.masked_fill(left & (residual <= rounding), int(Status.converged))
+        return status.masked_fill(left & (residual > rounding) & large & (residual > FALLEN * first), int(Status.diverged))
 
     def stats(self, outcome: Outcome) -> SolveStats:
         """Statistics of a run."""
@@ -247,7 +247,7 @@ class FixedPointProcess(Process):
 
 
 def positive(scale: Tensor) -> Tensor:
-    """``scale``, raised where it is 0 to a number so small that nothing else is meant by it, since residuals are divided by it."""
+    """``scale``, raised where it is 0 to a number too small to mean anything else, since residuals are divided by it."""
     info = torch.finfo(scale.dtype)
     return scale.clamp(min=info.tiny / info.eps)
 

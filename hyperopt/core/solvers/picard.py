@@ -10,7 +10,7 @@ Stopped on the residual ``||phi(w) - w||``, never on the damped step, which is s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from hyperopt.core.solvers.settings import PicardSettings
 @dataclass(frozen=True)
 class Picard(PicardSettings, FixedPointSolver):
     """Damped Picard iteration; settings in ``PicardSettings``."""
+
+    holds: ClassVar[bool] = False
 
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
         """One damped step."""
