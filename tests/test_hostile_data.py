@@ -92,6 +92,14 @@ def tar_bomb() -> bytes:
     return found
 
 
+def zlib_bomb(blocks: int = 30) -> bytes:
+    """A zlib stream of ten million zeros a block."""
+    engine = zlib.compressobj(wbits=-15)
+    block = engine.compress(bytes(ZEROS)) + engine.flush(zlib.Z_FULL_FLUSH)
+    checksum = (blocks * ZEROS % 65521) << 16 | 1
+    return b"\x78\x9c" + blocks * block + b"\x03\x00" + checksum.to_bytes(4, "big")
+
+
 def no_network(patch: pytest.MonkeyPatch) -> None:
     """Make every download fail at once."""
 
@@ -238,12 +246,12 @@ def a_cache_that_runs_code_and_whose_checksum_is_right(place: Place, patch: pyte
 
 @row(CACHE, "expected 38ff3ad4", ROOT)
 def a_cache_that_unpacks_to_much(place: Place, patch: pytest.MonkeyPatch) -> Newsgroups:
-    return newsgroups(place, zlib.compress(bytes(30 * ZEROS)))
+    return newsgroups(place, zlib_bomb())
 
 
 @row(CACHE, "60000000")
 def a_cache_that_unpacks_to_much_and_whose_checksum_is_right(place: Place, patch: pytest.MonkeyPatch) -> Newsgroups:
-    data = zlib.compress(bytes(30 * ZEROS))
+    data = zlib_bomb()
     patch.setattr(Newsgroups, "cache_checksums", {CACHE: md5(data)}, raising=False)
     return newsgroups(place, data)
 
@@ -291,12 +299,12 @@ def text_of_three_gigabytes(place: Place, patch: pytest.MonkeyPatch) -> Libsvm:
     return made
 
 
-@row("ijcnn1.gz", "bytes", FILE)
+@row("ijcnn1.gz", "the longest of 20000007 bytes", FILE)
 def a_line_without_end(place: Place, patch: pytest.MonkeyPatch) -> Libsvm:
     return libsvm(place, gzip.compress(b"1 1:1 1" + b" 1" * 10_000_000), "ijcnn1.gz")
 
 
-@row("ijcnn1.gz", "lines", FILE)
+@row("ijcnn1.gz", "11000000 lines", FILE)
 def lines_without_end(place: Place, patch: pytest.MonkeyPatch) -> Libsvm:
     return libsvm(place, 11 * gzip.compress(b"1\n" * 1_000_000), "ijcnn1.gz")
 

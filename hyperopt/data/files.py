@@ -158,7 +158,8 @@ def _read_either(folder: Path, name: str, expected: str, largest: int) -> bytes 
             log.warning("%s; read %s in its place", faults[0], path)
         return data
     if faults:
-        raise DataError(f"{'; '.join(faults)}; damaged, or not the known file: move it away, or change dataset.root")
+        do = "move it away (what is missing is downloaded), or change dataset.root"
+        raise DataError(f"{'; '.join(faults)}; it is damaged or not the known file: {do}")
     return None
 
 

@@ -92,8 +92,8 @@ class Libsvm(LibsvmSettings):
         for path, text in texts.items():
             lines, longest = text.count(b"\n"), max(map(len, io.BytesIO(text)), default=0)
             if lines > MOST_LINES or longest > LONGEST_LINE:
-                allowed = f"more than {MOST_LINES} of {LONGEST_LINE}"
-                raise DataError(f"{path} has {lines} lines of up to {longest} bytes, {allowed}; {CHANGE}")
+                most = f"at most {MOST_LINES} lines of {LONGEST_LINE} bytes are read"
+                raise DataError(f"{path} has {lines} lines, the longest of {longest} bytes; {most}; {CHANGE}")
         try:
             x, y, xv, yv = load_svmlight_files([io.BytesIO(text) for text in texts.values()])
         except (ValueError, OverflowError) as error:
@@ -103,7 +103,8 @@ class Libsvm(LibsvmSettings):
             if not np.isfinite(matrix.data).all() or not np.isfinite(labels).all():
                 raise DataError(f"{path} has values or labels that are not finite; {CHANGE}")
             if matrix.shape[0] * matrix.shape[1] > MOST_VALUES:
-                raise DataError(f"{path} has {matrix.shape[0]} rows of {matrix.shape[1]} features, too many; {CHANGE}")
+                size = f"{matrix.shape[0]} rows of {matrix.shape[1]} features, more than {MOST_VALUES} values"
+                raise DataError(f"{path} has {size}; {CHANGE}")
         return [(x.tocsr(), np.asarray(y)), (xv.tocsr(), np.asarray(yv))]
 
     def _rows(self, key: str, asked: int | None, there: int, path: Path) -> np.ndarray:
