@@ -142,13 +142,14 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         raise
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode):  # before fdopen, which raises an error of its own for a directory
+        os.close(handle)
+        raise UnreadableError(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise UnreadableError(f"{path} is not a regular file")
         if facts.st_size > largest:
             raise UnreadableError(f"{path} has {facts.st_size} bytes, more than {largest}")
-        return file.read(largest + 1)[:largest]
+        return file.read(facts.st_size)  # no more: room is taken for all that is asked for
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

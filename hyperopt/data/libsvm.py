@@ -1,7 +1,9 @@
 """Datasets in the LIBSVM format: two files, one trained on and one to validate (and test) with, such as ijcnn1 and ijcnn1.t.
 
 A line is ``label index:value index:value ...`` with indices from 1. The files are those of the LIBSVM data collection, packed
-(``.bz2``, ``.gz``) or not, under ``dataset.root``; nothing is fetched. Labels become 0, 1, ... in their order.
+(``.bz2``, ``.gz``) or not, under ``dataset.root``; nothing is fetched. Labels become 0, 1, ... in their order. Any file of this
+format will do, so there is no checksum to know it by: it is text, and the bounds below are what keeps a wrong one from taking all
+memory or hours.
 
 Reference: C.-C. Chang and C.-J. Lin, LIBSVM: a library for support vector machines, ACM TIST 2, 2011; ijcnn1 is of D. Prokhorov,
 IJCNN 2001 neural network competition.
@@ -9,18 +11,23 @@ IJCNN 2001 neural network competition.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hyperopt.data.errors import DataError
-from hyperopt.data.files import md5
+from hyperopt.data.errors import DataError, one_line
+from hyperopt.data.files import md5, read_file, unpack
 from hyperopt.data.settings import LibsvmSettings
 from hyperopt.data.splits import Rows, Splits
 
 PACKED = ("", ".bz2", ".gz")
+LARGEST, LONGEST_LINE = 500_000_000, 10_000_000  # bytes of an unpacked file, and of a line
+MOST_LINES, MOST_CLASSES = 10_000_000, 10_000
+MOST_VALUES = 1_000_000_000  # of the dense matrix that a file becomes
+CHANGE = "change dataset.root or dataset.file"
 
 
 class Libsvm(LibsvmSettings):
@@ -34,13 +41,17 @@ class Libsvm(LibsvmSettings):
             device: where the rows go.
 
         Raises:
-            DataError: a file is not there, cannot be read, or has too few rows, or labels that the other does not have.
+            DataError: a file is not there, cannot be read or is too large, or has too few rows, values that are not finite, or
+                labels that the other does not have.
         """
-        files = {"train": self._find(self.file), "val": self._find(f"{self.file}.t")}
-        (x, y), (xv, yv) = self._read(files)
+        found = [self._find(self.file), self._find(f"{self.file}.t")]
+        files = dict(zip(("train", "val"), (path for path, *_ in found), strict=True))
+        (x, y), (xv, yv) = self._read({path: text for path, text, _ in found})
         labels = np.unique(y)
-        if not np.isin(yv, labels).all():
-            raise DataError(f"{files['val']} has labels {np.unique(yv)}, {files['train']} only {labels}; are they a pair?")
+        if len(labels) > MOST_CLASSES:
+            raise DataError(f"{files['train']} has {len(labels)} different labels, more than {MOST_CLASSES}; {CHANGE}")
+        if len(others := np.setdiff1d(yv, labels)):
+            raise DataError(f"{files['val']} has labels {others[:3]} that {files['train']} has not; are they a pair? {CHANGE}")
         kept = len(yv) - self.test
         parts = {
             "train": (x, y, self._rows("train", self.train, len(y), files["train"])),
@@ -54,28 +65,46 @@ class Libsvm(LibsvmSettings):
             classes = torch.from_numpy(np.searchsorted(labels, targets[at]).astype(np.int64)).to(device)
             return Rows(features, classes, torch.from_numpy(at.astype(np.int64)).to(device))
 
-        checksums = {path.name: md5(path.read_bytes()) for path in files.values()}
+        checksums = {path.name: checksum for path, _, checksum in found}
         return Splits(split("train"), split("val"), split("test"), len(labels), (x.shape[1],), "libsvm", checksums)
 
-    def _find(self, name: str) -> Path:
-        """The file of a name under the root, packed or not."""
+    def _find(self, name: str) -> tuple[Path, bytes, str]:
+        """The file of a name under the root, packed or not: its path, its text and the md5 of its bytes as they are."""
         root = Path(self.root).expanduser()
-        for suffix in PACKED:
-            if (root / f"{name}{suffix}").is_file():
-                return root / f"{name}{suffix}"
+        for packing in PACKED:
+            path = root / f"{name}{packing}"
+            try:
+                data = read_file(path, LARGEST)
+                return path, unpack(data, packing, LARGEST, str(path)), md5(data)
+            except FileNotFoundError:
+                continue
+            except DataError as error:
+                raise DataError(f"{error}; {CHANGE}") from error
         raise DataError(
             f"there is no {root / name} (nor {name}.bz2 or {name}.gz): put {self.file} and {self.file}.t of the LIBSVM data "
             "collection there, or change dataset.root or dataset.file"
         )
 
-    def _read(self, files: dict[str, Path]) -> list[tuple[Any, np.ndarray]]:
+    def _read(self, texts: dict[Path, bytes]) -> list[tuple[Any, np.ndarray]]:
         """Both files, with as many features."""
         from sklearn.datasets import load_svmlight_files  # here: a second to import, and only this dataset needs it
 
+        for path, text in texts.items():
+            lines, longest = text.count(b"\n"), max(map(len, io.BytesIO(text)), default=0)
+            if lines > MOST_LINES or longest > LONGEST_LINE:
+                most = f"at most {MOST_LINES} lines of {LONGEST_LINE} bytes are read"
+                raise DataError(f"{path} has {lines} lines, the longest of {longest} bytes; {most}; {CHANGE}")
         try:
-            x, y, xv, yv = load_svmlight_files([str(path) for path in files.values()])
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{' or '.join(map(str, files.values()))} is not in the LIBSVM format: {error}") from error
+            x, y, xv, yv = load_svmlight_files([io.BytesIO(text) for text in texts.values()])
+        except (ValueError, OverflowError) as error:
+            names = " or ".join(map(str, texts))
+            raise DataError(f"{names} is not in the LIBSVM format: {one_line(error)}; {CHANGE}") from error
+        for path, matrix, labels in zip(texts, (x, xv), (y, yv), strict=True):
+            if not np.isfinite(matrix.data).all() or not np.isfinite(labels).all():
+                raise DataError(f"{path} has values or labels that are not finite; {CHANGE}")
+            if matrix.shape[0] * matrix.shape[1] > MOST_VALUES:
+                size = f"{matrix.shape[0]} rows of {matrix.shape[1]} features, more than {MOST_VALUES} values"
+                raise DataError(f"{path} has {size}; {CHANGE}")
         return [(x.tocsr(), np.asarray(y)), (xv.tocsr(), np.asarray(yv))]
 
     def _rows(self, key: str, asked: int | None, there: int, path: Path) -> np.ndarray:

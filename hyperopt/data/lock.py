@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def one_process(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if need be, and removed again if it is empty at the end.
 
     The lock is the kernel's (``flock``): it goes with its process, so one that was killed never leaves it behind. It saves work
-    and is no condition of correctness, since files are written whole or not at all: where a file system has none, go on without.
+    and is no condition of correctness, since files are written whole or not at all: where a file system has none, or something
+    else than a file bears the lock's name (a link, say, which is not followed), go on without.
 
     Raises:
         DataError: the folder cannot be made or written into, or another process holds the lock for ``WAIT_SECONDS``.
@@ -55,6 +58,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            if os.path.lexists(lock.lock_file) and not stat.S_ISREG(os.lstat(lock.lock_file).st_mode):
+                raise OSError(f"{lock.lock_file} is not a regular file")
             lock.acquire(timeout=seconds)
             return
         except Timeout:

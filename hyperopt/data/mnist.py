@@ -32,6 +32,7 @@ FASHION_MNIST_CHECKSUMS = {
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
+LARGEST = 16 + 60_000 * 28 * 28  # bytes of the training images with their header
 
 
 def load_idx(
@@ -63,7 +64,7 @@ def load_idx(
         DataError: a damaged file, or no source that has the dataset.
     """
     paths = [Path(settings.root).expanduser() / folder / "raw", *map(Path, packaged)]
-    folders = [Folder(path, checksums) for path in paths]
+    folders = [Folder(path, checksums, LARGEST) for path in paths]
     files = obtain(folder, folders, sources, download=settings.download, hint=advice(f"{folder}/raw", more=more)).files
 
     def read(part: str) -> Images:

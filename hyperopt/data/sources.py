@@ -1,4 +1,4 @@
-"""Where a dataset's files come from: folders first, then each source in turn, every one checked by md5.
+"""Where a dataset's files come from: folders first, then each source in turn, every one checked by its size and checksum.
 
 A ``Folder`` is a directory that may hold the dataset already, in one form (the Python or the binary version of CIFAR-10, say).
 A ``Source`` hands over the unpacked bytes of the files of the first folder, whatever it had to do to get them. ``obtain`` decides
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from hyperopt.data.errors import DataError
-from hyperopt.data.files import read_folder, verify, why_unwritable, write_folder
+from hyperopt.data.errors import DataError, one_line
+from hyperopt.data.files import LARGEST, read_folder, verify, why_unwritable, write_folder
 from hyperopt.data.lock import one_process
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,13 @@ class Folder:
 
     Attributes:
         path: the directory; need not exist.
-        checksums: md5 of the unpacked bytes by file name, of every file that makes the form complete.
+        checksums: md5 or sha256 of the unpacked bytes by file name, of every file that makes the form complete.
+        largest: bytes that none of these files has more of, unpacked.
     """
 
     path: Path
     checksums: Mapping[str, str]
+    largest: int = LARGEST
 
 
 class Found(NamedTuple):
@@ -111,7 +113,7 @@ def _look(folders: Sequence[Folder]) -> tuple[Found | None, list[str]]:
     lacks, damage = [], []
     for folder in folders:
         try:
-            files = read_folder(folder.path, folder.checksums)
+            files = read_folder(folder.path, folder.checksums, folder.largest)
         except DataError as error:
             damage.append(error)
             continue
@@ -134,17 +136,11 @@ def _ask(name: str, keep: Folder, sources: Sequence[Source], tried: list[str]) -
             fetched = source.fetch()
             verify(fetched, keep.checksums, "what came")
         except Exception as error:  # a source may fail in any way; each is a reason for the list
-            tried.append(f"{source.name}: {_reason(error)}")
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            tried.append(f"{source.name}: {kind}{one_line(error)}")
             continue
         files = {file: fetched[file] for file in keep.checksums}
-        there = read_folder(keep.path, keep.checksums)
+        there = read_folder(keep.path, keep.checksums, keep.largest)
         write_folder(keep.path, {file: data for file, data in files.items() if file not in there})
         return Found(keep, files)
     return None
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's kind and text on one line, cut where a tool was talkative."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 500 else f"{text[:240]} ... {text[-240:]}"
-    return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"
