@@ -190,7 +190,8 @@ def test_relative_to_the_batch_bounds_the_residual_of_all_rows_and_spares_the_sm
     close(residual, by_batch.stats.residual * by_batch.stats.scale, atol=1e-14)
     if name != "dense":
         assert by_batch.stats.iterations[3] < by_row.stats.iterations[3]
-        assert torch.equal(by_batch.value[norm > mean], by_row.value[norm > mean])
+        # A series goes on for as long as the slowest row needs, which is not the same for both.
+        close(by_batch.value[norm > mean], by_row.value[norm > mean], rtol=10 * rtol if name == "neumann" else 0)
 
 
 def test_a_batch_of_zeros_and_a_fixed_number_of_steps_have_no_batch_scale():

@@ -177,7 +177,8 @@ class _Run:
         self.early: Tensor | None = None  # rows that had met their limits before the others
         self.best: tuple[float, Tensor, Tensor] | None = None  # the least worst ratio of a look; of the batch: value, norms
         self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least since
-        self.decay: list[tuple[int, Tensor]] = []  # iterations and norms of the looks, of one batch
+        self.decay: list[tuple[int, Tensor]] = []  # iterations and norms of the looks, of one batch; and of the one before:
+        self.older: list[tuple[int, Tensor]] = []
 
     def run(self) -> Outcome:
         """See the function of this name."""
@@ -212,7 +213,8 @@ class _Run:
         if process.recurs and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
             self.lines[-1] = process.confirm()
             (worst[-1],), met, faults = self._read(self.lines[-1:], limits)
-        self.now, self.limit, ratio = self.lines[-1], limits, worst[-1]
+        self.now = norms = self.lines[-1]
+        self.limit, ratio = limits, worst[-1]
         if self.first is None:
             self.first = block[0]
         self.worst += worst
@@ -230,7 +232,10 @@ class _Run:
                 self.best = ratio, process.value, self.now
             self._note_idle()
         if ratio > process.clear:
-            self.decay.append((self.made, self.now))
+            if not self.decay:
+                self.decay.append((self.seen + 1, block[0]))
+            if self.decay[-1][0] < self.made and len(norms) == len(self.decay[-1][1]):
+                self.decay.append((self.made, norms))
         if len(self.lines) > self.longest:
             self._count()
         self.seen, self.next_look = self.made, self.made - 1 + self._ahead()
@@ -265,6 +270,8 @@ class _Run:
 
     def _count(self) -> None:
         """Count how many times each row of the batch was above its limit, and let go of the lines."""
+        if not self.lines:
+            return
         above = (torch.stack(self.lines) > self.limit).sum(dim=0)
         if self.above is None and self.index is None:
             self.above = above
@@ -326,7 +333,9 @@ class _Run:
         self._leave()
         self.index = inside if self.index is None else self.index[inside]
         self.now, self.limit = self.now[inside], self.limit[inside]
-        self.moving, self.best, self.decay = None, None, []
+        self.moving, self.best = None, None
+        if len(self.decay) > 1:
+            self.older, self.decay = self.decay, []
         return True
 
     def _leave(self) -> None:
@@ -342,7 +351,7 @@ class _Run:
         self._leave()
         assert self.dropped is not None
         self.process.whole()
-        self.index, self.best, self.decay = None, None, []
+        self.index, self.best = None, None
         self.now, self.limit = self.dropped
         self.moving = self.status == int(Status.max_steps)
 
@@ -356,8 +365,7 @@ class _Run:
         self._join()
         if settled and process.steps_at_the_end and not parted:
             process.step()
-        if self.lines:
-            self._count()
+        self._count()
         line, limits = process.measure(closing=True), process.limits()
         self.made += 1
         self.seen = self.made
@@ -395,9 +403,9 @@ class _Run:
 
     def _back_to_best(self) -> None:
         """Put the rows that are not settled back on the best iterate seen, where that was better than the last."""
-        self.ended = self._put(self.now, self.dropped[0]) if self.dropped is not None else self.now
         if self.best is None:
             return
+        self.ended = self._put(self.now, self.dropped[0]) if self.dropped is not None else self.now
         _, value, least = self.best
         stale = self.now > least
         stale = stale if self.moving is None else stale & self.moving
@@ -412,12 +420,13 @@ class _Run:
         if not settled and not process.closes:
             self._back_to_best()
         self._join()
-        if self.lines:
-            self._count()
+        self._count()
         assert self.above is not None or process.closes
         above = torch.zeros_like(self.status) if self.above is None else self.above
         status = self.status
         if not settled:
+            left = status == int(Status.max_steps)
+            status = status.masked_fill(left & (self.now <= self.limit), int(Status.converged))
             left = status == int(Status.max_steps)
             if self.mark is not None:
                 idle = torch.isfinite(self.mark[1]) & ~(self.mark[1] < self.mark[0])
@@ -430,10 +439,11 @@ class _Run:
 
     def _contraction(self) -> Tensor | float:
         """Factor by which the residual of all rows fell in an iteration, over the last five or so."""
-        if len(self.decay) < 2:
+        seen = self.decay if len(self.decay) > 1 else self.older
+        if len(seen) < 2:
             return math.nan
-        end, now = self.decay[-1]
-        begin, before = next(((k, norms) for k, norms in reversed(self.decay) if k <= end - 5), self.decay[0])
+        end, now = seen[-1]
+        begin, before = next(((k, norms) for k, norms in reversed(seen) if k <= end - 5), seen[0])
         if self.moving is not None:
             now, before = (torch.where(torch.isfinite(now) & torch.isfinite(before), x, 0.0) for x in (now, before))
         return (torch.linalg.vector_norm(now) / torch.linalg.vector_norm(before)) ** (1 / (end - begin))
