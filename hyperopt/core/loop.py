@@ -37,6 +37,7 @@ FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map 
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
 AHEAD = 0.7  # of the predicted way to the end: how far the next look is
+NEAR = 3.0  # the end is taken to be where it is predicted if it is no more iterations away than this
 LATE = 20  # where no end can be predicted, looks are one time in this many iterations apart
 SHORT, LONGEST = 4, 64  # iterations of a block, which is smaller than a state where a row has more entries than SHORT
 
@@ -164,6 +165,7 @@ class _Run:
         self.made = 0  # iterations measured
         self.seen = 0  # of them, those before the last look
         self.next_look = 0
+        self.expected = -1  # the iteration at which the slowest row may meet its limit; -1: not soon
         self.worst: list[float] = []  # the largest ratio of residual and limit in every iteration that was looked at
         self.lines: list[Tensor] = []  # norms of the batch that are not counted yet
         self.above: Tensor | None = None  # how many times each row was above its limit, in the lines that are counted
@@ -187,12 +189,13 @@ class _Run:
         while self.made < budget and not settled:
             if self.made:
                 process.step()
-            self.lines.append(process.measure())
+            closing = self.made == self.expected and process.closes and self.moving is None and self.index is None
+            self.lines.append(process.measure(closing=closing))
             self.made += 1
             last, block = self.made == budget, self.made - self.seen
             if self.made > self.next_look or block >= self.longest or last or process.attentive:
                 settled = self._look(last)
-            if process.closes and (settled or last):
+            if process.closes and (settled or last) and not (settled and closing):
                 settled = self._close(settled)
         return self._verdict(settled)
 
@@ -221,7 +224,7 @@ class _Run:
         lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
         done = ratio <= 1 and not faults
         if lost or (met >= (1 - DROP) * len(self.now) and not done):
-            done = self._settle(lost)
+            done = self._settle(lost, met)
         elif done:
             self.early = None if self.moving is None and self.index is None else self.status == int(Status.converged)
             here = self._here(self.status)
@@ -238,7 +241,8 @@ class _Run:
                 self.decay.append((self.made, norms))
         if len(self.lines) > self.longest:
             self._count()
-        self.seen, self.next_look = self.made, self.made - 1 + self._ahead()
+        self.seen = self.made
+        self._plan()
         return done
 
     def _read(self, block: list[Tensor], limits: Tensor) -> tuple[list[float], float, bool]:
@@ -260,13 +264,17 @@ class _Run:
         found = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
         return found[: len(block)], found[len(block)] if counts else 0.0, process.faults is not None and found[-1] > 0
 
-    def _ahead(self) -> int:
-        """Iterations to the next look, from the decay of the worst residual."""
-        seen = self.worst[-min(len(self.worst), 6) :]
+    def _plan(self) -> None:
+        """Say when to look next, from the decay of the worst residual, and when the slowest row may meet its limit."""
+        seen, self.expected = self.worst[-min(len(self.worst), 6) :], -1
         if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:
-            return 1 + self.made // LATE
+            self.next_look = self.made + self.made // LATE
+            return
         left = math.log(seen[-1]) / (math.log(seen[0]) - math.log(seen[-1])) * (len(seen) - 1)
-        return max(1, min(int(AHEAD * left), self.made + 1))
+        if left <= NEAR:
+            self.expected = self.next_look = self.made - 1 + max(1, math.ceil(left))
+        else:
+            self.next_look = self.made - 1 + min(int(AHEAD * left), self.made + 1)
 
     def _count(self) -> None:
         """Count how many times each row of the batch was above its limit, and let go of the lines."""
@@ -289,8 +297,8 @@ class _Run:
 
     # ---- rows that are done before the others
 
-    def _settle(self, lost: bool) -> bool:
-        """Settle the rows that have met their limits and, if some are ``lost``, those; returns whether none is left."""
+    def _settle(self, lost: bool, met: float) -> bool:
+        """Settle the rows that have met their limits, ``met`` in number, and those that are ``lost``; returns whether all are."""
         process, now = self.process, self.now
         moving = torch.ones_like(now, dtype=torch.bool) if self.moving is None else self.moving
         ended = moving & (now <= self.limit)
@@ -312,7 +320,7 @@ class _Run:
             ended = ended | bad
         self.status = self._put(status, self.status)
         self.moving = moving & ~ended
-        count = int(self.moving.sum())
+        count = int(self.moving.sum()) if lost else len(now) - int(met)
         if count and not self._drop(self.moving, count):
             process.hold(self.moving)
         return count == 0

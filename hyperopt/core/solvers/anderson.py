@@ -1,10 +1,10 @@
 """Anderson acceleration, row by row (Anderson 1965; Walker & Ni, SIAM J. Numer. Anal. 49, 2011, algorithm AA).
 
-    r_k = phi(w_k) - w_k
-    theta = argmin || r_k + sum_i theta_i (r_i - r_k) ||          over the last ``window`` steps
-    w_{k+1} = mix(k) + sum_i theta_i (mix(i) - mix(k)),           mix(i) = w_i + damping r_i
+    r_k = phi(w_k) - w_k,    m_k = w_k + damping r_k
+    theta = argmin || r_k - sum_i theta_i (r_i - r_{i-1}) ||          over the last ``window`` steps
+    w_{k+1} = m_k - sum_i theta_i (m_i - m_{i-1})
 
-The least squares problem is solved from the Gram matrix of the residuals, of which one row is new at each step. Its ridge is
+The least squares problem is solved from the Gram matrix of the differences, of which one row is new at each step. Its ridge is
 relative to the trace, so that scaling the map leaves the iterates alone; libraries with an absolute ridge need 63, 41 or 20
 steps for one map at scales 1e-3, 1 and 1e3. The small systems are solved in float64.
 """
@@ -19,21 +19,24 @@ from torch import Tensor
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
 from hyperopt.core.solvers.settings import AndersonSettings
+from hyperopt.core.solvers.window import Window
 
 
 @dataclass(frozen=True)
 class History:
-    """Up to ``window`` past steps, oldest first.
+    """The past steps.
 
     Attributes:
-        mixed: ``w_i + damping r_i`` of each step, each (rows, dim).
-        residuals: ``r_i`` of each step, each (rows, dim).
-        gram: ``<r_i, r_j>``, float64, shape (rows, steps, steps).
+        mixed: the differences ``m_i - m_{i-1}``.
+        residuals: the differences ``r_i - r_{i-1}``.
+        gram: inner products of the latter, float64, shape (rows, filled, filled), slot by slot.
+        last: ``m`` and ``r`` of the last step, each (rows, dim); None before the first.
     """
 
-    mixed: tuple[Tensor, ...]
-    residuals: tuple[Tensor, ...]
+    mixed: Window
+    residuals: Window
     gram: Tensor
+    last: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,46 +45,44 @@ class Anderson(AndersonSettings, FixedPointSolver):
 
     def init(self, w: Tensor) -> History:
         """No history."""
-        return History((), (), w.new_zeros((w.shape[0], 0, 0), dtype=torch.float64))
+        size = max(1, self.window - 1)
+        return History(Window(size), Window(size), w.new_zeros((w.shape[0], 0, 0), dtype=torch.float64))
 
     def select(self, state: History, index: Tensor) -> History:
         """History of some rows."""
-        return History(tuple(x[index] for x in state.mixed), tuple(x[index] for x in state.residuals), state.gram[index])
+        last = None if state.last is None else (state.last[0][index], state.last[1][index])
+        return History(state.mixed.select(index), state.residuals.select(index), state.gram[index], last)
 
     def step(self, state: History, at: Point) -> tuple[Tensor, History]:
         """One accelerated step."""
-        w, fw = at.w, at.fw
-        if self.restart and len(state.residuals) == self.window:
-            state = self.init(w)
         residual = at.residual
-        mixed = fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)
-        keep = self.window - 1
-        old = state.residuals[len(state.residuals) - keep :] if len(state.residuals) > keep else state.residuals
-        old_mixed = state.mixed[len(state.mixed) - keep :] if len(state.mixed) > keep else state.mixed
-        m = len(old)
-        row = torch.stack([torch.linalg.vecdot(r, residual) for r in (*old, residual)], dim=1).double()  # (rows, m + 1)
-        drop = state.gram.shape[1] - m
-        top = torch.cat([state.gram[:, drop:, drop:], row[:, :m, None]], dim=2)
-        gram = torch.cat([top, row[:, None, :]], dim=1)  # (rows, m + 1, m + 1)
-        history = History((*old_mixed, mixed), (*old, residual), gram)
-        if m == 0:
-            return mixed, history
-        theta = self._mixing(gram, torch.finfo(w.dtype).eps).to(w.dtype)  # (rows, m)
-        out = mixed * (1 - theta.sum(dim=1, keepdim=True))
-        for i, past in enumerate(old_mixed):
-            out = torch.addcmul(out, theta[:, i : i + 1], past)
-        return out, history
+        mixed = at.fw if self.damping == 1.0 else torch.lerp(at.w, at.fw, self.damping)
+        last = mixed, residual
+        if self.restart and state.residuals.count == self.window - 1:
+            state = self.init(mixed)
+        if state.last is None or self.window == 1:
+            return mixed, History(state.mixed, state.residuals, state.gram, last)
+        slot, change = state.residuals.slot, residual - state.last[1]
+        residuals, mixes = state.residuals.add(change), state.mixed.add(mixed - state.last[0])
+        gram = _with_row(state.gram, slot, residuals.dot(change).double())
+        theta = self._mixing(gram, residuals.dot(residual).double(), torch.finfo(mixed.dtype).eps).to(mixed.dtype)
+        return mixes.combine(mixed, theta, -1.0), History(mixes, residuals, gram, last)
 
-    def _mixing(self, gram: Tensor, eps: float) -> Tensor:
-        """Coefficients ``theta`` of each row, shape (rows, m), from the Gram matrix, shape (rows, m + 1, m + 1)."""
-        m = gram.shape[1] - 1
-        cross, own = gram[:, :m, m], gram[:, m, m]
-        normal = gram[:, :m, :m] - cross[:, :, None] - cross[:, None, :] + own[:, None, None]
-        trace = normal.diagonal(dim1=1, dim2=2).sum(dim=1)
-        ridge = max(self.ridge, eps * eps) * trace / m
-        # A row whose residuals are all the same has nothing to mix: unit diagonal, right-hand side 0.
-        ridge = torch.where(trace > 0, ridge, torch.ones_like(ridge))
-        system = normal + ridge[:, None, None] * torch.eye(m, dtype=gram.dtype, device=gram.device)
-        theta, info = torch.linalg.solve_ex(system, own[:, None] - cross)
-        good = (info == 0)[:, None] & torch.isfinite(theta)
-        return torch.where(good.all(dim=1, keepdim=True), theta, torch.zeros_like(theta))
+    def _mixing(self, gram: Tensor, right: Tensor, eps: float) -> Tensor:
+        """Coefficients ``theta`` of each row, shape (rows, m); 0 where the residuals do not differ."""
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        ridge = diagonal.sum(dim=1, keepdim=True) * (max(self.ridge, eps * eps) / gram.shape[1])
+        theta, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge.expand_as(diagonal)), right)
+        return torch.nan_to_num(theta, 0.0, 0.0, 0.0)
+
+
+def _with_row(gram: Tensor, slot: int, row: Tensor) -> Tensor:
+    """The Gram matrix with new inner products in one slot, shape (rows, m, m); ``row`` has shape (rows, m)."""
+    m = row.shape[1]
+    if gram.shape[1] < m:  # one slot more
+        gram = torch.cat([torch.cat([gram, row[:, None, : m - 1]], dim=1), row[:, :, None]], dim=2)
+        return gram
+    gram = gram.clone()
+    gram[:, slot] = row
+    gram[:, :, slot] = row
+    return gram

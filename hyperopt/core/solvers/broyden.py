@@ -20,7 +20,6 @@ References: Broyden, Math. Comp. 19, 1965; Gay, SIAM J. Numer. Anal. 16, 1979 (2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +30,7 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
 from hyperopt.core.solvers.settings import BroydenSettings
+from hyperopt.core.solvers.window import Window
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,21 @@ class Estimate:
     """``H = I + sum_i left_i right_i^T``, and where it was last used.
 
     Attributes:
-        left: ``a_i`` of each term, oldest first, each (rows, dim).
+        left: ``a_i`` of each term.
         right: ``b_i`` of each term.
-        w: the iterate before, shape (rows, dim); None before the first step.
-        residual: ``phi(w) - w`` there.
-        history: residual norms for the line search, see ``hyperopt.core.solvers.line_search``; None before the first step.
+        last: the iterate before and ``phi(w) - w`` there, each (rows, dim); None before the first step.
+        history: residual norms for the line search, see ``hyperopt.core.solvers.line_search``; None without one.
     """
 
-    left: tuple[Tensor, ...] = ()
-    right: tuple[Tensor, ...] = ()
-    w: Tensor | None = None
-    residual: Tensor | None = None
+    left: Window
+    right: Window
+    last: tuple[Tensor, Tensor] | None = None
     history: Tensor | None = None
 
     def times(self, x: Tensor, *, transpose: bool = False) -> Tensor:
         """``H x`` or ``H^T x``, shape (rows, dim)."""
-        out = x
-        for a, b in zip(self.right, self.left, strict=True) if transpose else zip(self.left, self.right, strict=True):
-            out = torch.addcmul(out, torch.linalg.vecdot(b, x)[:, None], a)
-        return out
+        a, b = (self.right, self.left) if transpose else (self.left, self.right)
+        return a.combine(x, b.dot(x)) if a.filled else x
 
 
 @dataclass(frozen=True)
@@ -68,22 +64,27 @@ class Broyden(BroydenSettings, FixedPointSolver):
 
     def init(self, w: Tensor) -> Estimate:
         """``H = I``: the first step is a plain one."""
-        return Estimate()
+        # While gradients are recorded all terms are kept, since autograd keeps them anyway.
+        size = self.max_steps if torch.is_grad_enabled() else self.memory
+        history = w.new_empty((w.shape[0], 0)) if self.line_search else None
+        return Estimate(Window(size), Window(size), None, history)
 
     def select(self, state: Estimate, index: Tensor) -> Estimate:
         """The estimates of some rows."""
-        left, right = (tuple(x[index] for x in side) for side in (state.left, state.right))
-        return Estimate(left, right, *(x if x is None else x[index] for x in (state.w, state.residual, state.history)))
+        last = None if state.last is None else (state.last[0][index], state.last[1][index])
+        history = None if state.history is None else state.history[index]
+        return Estimate(state.left.select(index), state.right.select(index), last, history)
 
     def step(self, state: Estimate, at: Point) -> tuple[Tensor, Estimate]:
         """Update the estimate by the last step, and take the next."""
-        residual = at.residual
-        history = remember(at.w.new_empty((at.w.shape[0], 0)) if state.history is None else state.history, at)
-        if state.w is not None and state.residual is not None:
-            state = self._update(state, at.w - state.w, state.residual - residual)
+        residual, history = at.residual, state.history
+        if state.last is not None:
+            state = self._update(state, at.w - state.last[0], state.last[1] - residual)
         direction = state.times(residual)
-        out = backtrack(at, direction, history) if self.line_search else at.w + direction
-        return out, Estimate(state.left, state.right, at.w, residual, history)
+        if history is not None:
+            history = remember(history, at)
+        out = at.w + direction if history is None else backtrack(at, direction, history)
+        return out, Estimate(state.left, state.right, (at.w, residual), history)
 
     def inverse(self, state: Estimate, v: Tensor, *, transpose: bool) -> Tensor:
         """``H v`` or ``H^T v``."""
@@ -91,30 +92,29 @@ class Broyden(BroydenSettings, FixedPointSolver):
 
     def _update(self, state: Estimate, s: Tensor, y: Tensor) -> Estimate:
         """The estimate that meets ``H y = s``; a row that did not move, or whose denominator vanishes, keeps its own."""
-        terms = state.left, state.right
-        if len(state.left) >= self.memory and not torch.is_grad_enabled():
-            terms = _reduced(*terms, self.memory // 2)
-            state = Estimate(*terms)
+        if state.left.count == state.left.size:
+            state = _reduced(state, self.memory // 2)
         product, left_s = state.times(y), state.times(s, transpose=True)
-        denominator = torch.linalg.vecdot(s, product)
-        size = torch.linalg.vector_norm(s, dim=1) * torch.linalg.vector_norm(product, dim=1)
-        # Written so that NaN counts as unusable. The square root: below it, rounding has taken half the digits of the update.
-        usable = denominator.detach().abs() > torch.finfo(s.dtype).eps ** 0.5 * size.detach()
-        usable = usable & torch.isfinite(left_s.detach()).all(dim=1)
-        safe = torch.where(usable, denominator, torch.ones_like(denominator))[:, None]
-        left = torch.where(usable[:, None], (s - product) / safe, torch.zeros_like(s))
-        right = torch.where(usable[:, None], left_s, torch.zeros_like(s))
-        return Estimate((*terms[0], left), (*terms[1], right))
+        denominator = torch.bmm(s[:, None, :], product[:, :, None])[:, 0]
+        with torch.no_grad():
+            # Written so that NaN counts as unusable. The square root: below it, rounding has taken half the digits of the update.
+            size = torch.linalg.vector_norm(s, dim=1, keepdim=True) * torch.linalg.vector_norm(product, dim=1, keepdim=True)
+            usable = denominator.abs() > torch.finfo(s.dtype).eps ** 0.5 * size
+            usable = usable & (torch.linalg.vector_norm(left_s, dim=1, keepdim=True) < torch.inf)
+        safe = torch.where(usable, denominator, 1.0)
+        left = torch.where(usable, (s - product) / safe, 0.0)
+        return Estimate(state.left.add(left), state.right.add(torch.where(usable, left_s, 0.0)))
 
 
-def _reduced(left: Sequence[Tensor], right: Sequence[Tensor], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _reduced(state: Estimate, rank: int) -> Estimate:
     """The best approximation of ``sum_i left_i right_i^T`` by ``rank`` terms, row by row."""
+    size = state.left.size
     if rank == 0:
-        return (), ()
-    (q, r), (p, t) = (torch.linalg.qr(torch.stack(list(side), dim=2)) for side in (left, right))
-    core = r @ t.transpose(1, 2)  # (rows, m, m); an overflow in one row must not stop the decomposition of the others
+        return Estimate(Window(size), Window(size))
+    (q, r), (p, t) = (torch.linalg.qr(side.matrix.mT) for side in (state.left, state.right))
+    core = r @ t.mT  # (rows, m, m); an overflow in one row must not stop the decomposition of the others
     core = torch.where(torch.isfinite(core).all(dim=2).all(dim=1)[:, None, None], core, torch.zeros_like(core))
     u, sizes, v = torch.linalg.svd(core)
     rank = min(rank, sizes.shape[1])
-    scaled, turned = q @ (u * sizes[:, None, :])[:, :, :rank], p @ v.transpose(1, 2)[:, :, :rank]
-    return tuple(scaled.unbind(dim=2)), tuple(turned.unbind(dim=2))
+    sides = q @ (u * sizes[:, None, :])[:, :, :rank], p @ v.mT[:, :, :rank]
+    return Estimate(Window.of(sides[0].mT, size), Window.of(sides[1].mT, size))
