@@ -98,6 +98,12 @@ def parts(value: Any, key: str, group: str, *, several: bool = False) -> Iterato
         raise ConfigError(f"{key}={_short(value)} names no {group}: it has no _target_; change {key}")
 
 
+def all_parts(values: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield every part of a whole config of plain values; see ``parts``."""
+    held = places(TrainConfig)
+    return itertools.chain.from_iterable(parts(value, str(name), held.get(name, "")) for name, value in values.items())
+
+
 def _registered(target: Any) -> bool:
     return isinstance(target, str) and target in SETTINGS
 
@@ -118,8 +124,10 @@ def check_parts(found: Iterable[Part], allowed: Collection[str]) -> None:
         ConfigError: names the key, the value seen and what to change.
     """
     # Outermost first: task holds the solver and the rest by interpolation, and solver.rtol is the key that a user set.
-    for part in sorted(found, key=lambda part: part.key.count(".")):
+    found = sorted(found, key=lambda part: part.key.count("."))
+    for part in found:
         _check_target(part, allowed)
+    for part in found:
         if _registered(part.target):
             _check_values(part.key, SETTINGS[part.target], part.values)
 
@@ -152,11 +160,7 @@ def validate(cfg: DictConfig) -> None:
     for name in (item.name for item in dataclasses.fields(Built)):
         if values[name] is None:
             raise ConfigError(f"{name}=None: a run has one; choose an option of the group {name}")
-    held = places(TrainConfig)
-    check_parts(
-        itertools.chain.from_iterable(parts(value, name, held.get(name, "")) for name, value in values.items()),
-        tuple(cfg.allow_targets),
-    )
+    check_parts(all_parts(values), tuple(cfg.allow_targets))
 
 
 def _check_values(key: str, settings: type, values: dict[str, Any]) -> None:
@@ -225,18 +229,21 @@ def build(cfg: DictConfig) -> Built:
     return Built(**_instantiate(OmegaConf.masked_copy(whole, names), tuple(cfg.allow_targets)))
 
 
-def build_task(values: Mapping[str, Any], allowed: Collection[str]) -> Task:
-    """Check and build a ``task`` node alone.
+def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[str]) -> Task:
+    """Check all parts of a config and build its task alone.
 
     Args:
-        values: plain, see ``plain_config``.
+        cfg: see ``plain_config``.
+        unneeded: settings of the task that are left None.
         allowed: see ``check_parts``.
 
     Raises:
         ConfigError: see ``build``.
     """
-    check_parts(parts(dict(values), "task", "task"), allowed)
-    return _instantiate(OmegaConf.create({"task": dict(values)}), allowed)["task"]
+    values: Any = OmegaConf.to_container(cfg)
+    check_parts(all_parts(values), allowed)
+    task = {name: None if name in unneeded else value for name, value in values["task"].items()}
+    return _instantiate(OmegaConf.create({"task": task}), allowed)["task"]
 
 
 def _instantiate(cfg: DictConfig, allowed: Collection[str]) -> dict[str, Any]:

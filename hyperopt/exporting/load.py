@@ -17,7 +17,6 @@ from hyperopt.exporting.file import ExportError, read
 from hyperopt.reading import UnreadableError, parse_yaml
 from hyperopt.repro import resolve_precision
 from hyperopt.schema import register
-from hyperopt.tasks.base import Task
 from hyperopt.tasks.drawing import drawing
 from hyperopt.tasks.scores import classes
 from hyperopt.text import one_line
@@ -70,8 +69,8 @@ class Exported:
 def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
     """Read what ``hyperopt-export`` wrote.
 
-    Nothing of the file is run. Of its config only the task is read, and only what the model needs of that is built: registered
-    settings of this package, with plain values, unless ``allow_targets`` allows more. Nothing in the file can allow anything.
+    Nothing of the file is run. Its config may name registered settings of this package, with plain values. Only ``allow_targets``
+    allows more, and nothing in the file can. Of all that, only what the model needs is built.
 
     Args:
         path: ``model.pt`` or ``model.safetensors``.
@@ -87,7 +86,8 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
     path = Path(path)
     tensors, card = read(path)
     try:
-        task = _model_of(card["config"], allow_targets)
+        config = plain_config(parse_yaml(card["config"], "its config"), "its config")
+        task = build_task(config, NOT_OF_THE_MODEL, allow_targets)
         found: dict[str, dict[str, Tensor]] = {"model": {}, "hyperparameters": {}}
         for name, tensor in tensors.items():
             kind, _, own = name.partition(".")
@@ -105,12 +105,6 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
 
 NOT_OF_THE_MODEL = ("dataset", "augment", "inner", "stn")
 """Settings of tasks that a prediction does not need: they are not built."""
-
-
-def _model_of(text: str, allow_targets: Sequence[str]) -> Task:
-    """Build the task of a run's config, without its dataset and what it is trained by."""
-    values: Any = OmegaConf.to_container(plain_config(parse_yaml(text, "its config"), "its config").task)
-    return build_task({name: None if name in NOT_OF_THE_MODEL else value for name, value in values.items()}, allow_targets)
 
 
 def explained(error: Exception) -> str:
