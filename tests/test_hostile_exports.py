@@ -272,6 +272,16 @@ def test_a_run_does_not_decide_to_download(
         assert_refused(place, lambda: exported([str(folder), "--download"], monkeypatch, capfd))
 
 
+def test_a_link_in_the_place_of_the_export(
+    honest: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = place.work / "run"
+    shutil.copytree(honest["equilibrium"], folder, ignore=shutil.ignore_patterns("export"))
+    (place.root / "model.pt").write_bytes(b"the user's own model")
+    (folder / "export").symlink_to(place.root)
+    assert_refused(place, lambda: exported([str(folder)], monkeypatch, capfd), words=["is a link to"])
+
+
 def card_with(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """Change a value of a card."""
     return lambda card: put(card, key, value)

@@ -98,7 +98,10 @@ def export(
         raise
     except Exception as error:  # a run that is not what this program wrote makes errors of every kind
         raise ExportError(f"{run} cannot be built here: {explained(error)}") from error
-    out = run / "export" if out is None else out
+    if out is None:
+        out = run / "export"
+        if out.is_symlink():  # made by whoever made the run, who shall not choose which files are replaced
+            raise ExportError(f"{out} is a link to {out.readlink()}; remove it, or name a directory by --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     file = out / f"model.{form}"
