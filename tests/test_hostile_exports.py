@@ -165,7 +165,7 @@ def test_a_config_in_an_export(row: str, honest: dict[str, Path], place: Place) 
     card["config"] = yaml.safe_dump(named(row, honest["equilibrium"], place))
     path = place.work / "model.pt"
     torch.save({"tensors": tensors, "card": json.dumps(card)}, path)
-    assert_refused(place, lambda: load(path), words=[NAMED[row].words], seconds=5)
+    assert_refused(place, lambda: load(path), words=[NAMED[row].words])
 
 
 def exported(argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
@@ -187,7 +187,7 @@ def test_a_config_of_a_run(
     folder = place.work / "run"
     shutil.copytree(honest["equilibrium"], folder, ignore=shutil.ignore_patterns("export"))
     (folder / "config.yaml").write_text(yaml.safe_dump(named(row, honest["equilibrium"], place)))
-    assert_refused(place, lambda: exported([str(folder)], monkeypatch, capfd), words=[NAMED[row].words], seconds=5)
+    assert_refused(place, lambda: exported([str(folder)], monkeypatch, capfd), words=[NAMED[row].words])
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -249,7 +249,7 @@ def test_a_file_of_a_run(
     shutil.copytree(honest["equilibrium"], folder, ignore=shutil.ignore_patterns("export"))
     change(folder)
     monkeypatch.chdir(place.root)
-    assert_refused(place, lambda: exported([str(folder)], monkeypatch, capfd), words=[words], seconds=5)
+    assert_refused(place, lambda: exported([str(folder)], monkeypatch, capfd), words=[words])
 
 
 def test_a_run_does_not_decide_to_download(
@@ -318,7 +318,7 @@ def test_a_card(row: str, honest: dict[str, Path], place: Place, monkeypatch: py
     path = place.work / "model.pt"
     torch.save({"tensors": tensors, "card": json.dumps(card)}, path)
     monkeypatch.chdir(place.root)
-    assert_refused(place, lambda: load(path), words=[words], seconds=5)
+    assert_refused(place, lambda: load(path), words=[words])
 
 
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
@@ -331,7 +331,7 @@ def test_a_card_that_is_no_json(text: str, form: str, honest: dict[str, Path], p
     else:
         library = pytest.importorskip("safetensors.torch", reason="pip install 'hyperopt-bilevel[export]'")
         library.save_file(tensors, path, metadata={"hyperopt": text})
-    assert_refused(place, lambda: load(path), words=["model."], seconds=5)
+    assert_refused(place, lambda: load(path), words=["model."])
 
 
 SIZES: dict[str, tuple[str, str, Any]] = {
@@ -480,7 +480,7 @@ def test_a_file(row: str, honest: dict[str, Path], place: Place, monkeypatch: py
     write(path, torch.load(honest["equilibrium"] / "export" / "model.pt", weights_only=True))
     monkeypatch.chdir(place.root)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_refused(place, lambda: load(path), words=[words], seconds=5)
+    assert_refused(place, lambda: load(path), words=[words])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
