@@ -19,6 +19,9 @@ import yaml
 
 LARGEST = 4_000_000
 """Bytes of a config, a summary, or one row of metrics; real ones have some thousands."""
+LARGEST_YAML = 1_000_000
+MOST = 20_000
+"""Characters and values of one YAML file, which is slow to parse; real ones have some thousands and some hundreds."""
 LARGEST_ROWS = 4_000_000_000
 """Bytes of all rows of metrics; a million steps of sixty numbers have a quarter of it."""
 DEEPEST = 50
@@ -33,6 +36,7 @@ class _Loader(yaml.SafeLoader):
     """Plain YAML: mappings, lists, strings, numbers, booleans and null."""
 
     depth = 0
+    nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse what plain data does not need, before anything is made of it."""
@@ -41,6 +45,9 @@ class _Loader(yaml.SafeLoader):
             raise UnreadableError("has an anchor or an alias (& or *)")
         if getattr(event, "tag", None) is not None:
             raise UnreadableError(f"has a tag ({event.tag[:40]!r})")
+        self.nodes += 1
+        if self.nodes > MOST:
+            raise UnreadableError(f"has more than {MOST} values")
         self.depth += 1
         if self.depth > DEEPEST:
             raise UnreadableError(f"is nested more than {DEEPEST} levels deep")
@@ -81,8 +88,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     Raises:
         UnreadableError: too long, no YAML, not a mapping with names as keys, or with aliases, anchors or tags.
     """
-    if len(text) > LARGEST:
-        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST}")
+    if len(text) > LARGEST_YAML:
+        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST_YAML}")
     try:
         found = yaml.load(text, _Loader)
     except UnreadableError as error:

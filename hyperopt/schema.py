@@ -65,11 +65,8 @@ SPACES = {
 }
 """The spaces of hyperparameters; those of numbers are options of ``task/space``, for the settings of a task that are spaces."""
 
-PRODUCTS = _targeted(
-    bilevel.ProductSettings,
-    "hyperopt.bilevel.settings.ProductSettings",
-    power=_targeted(bilevel.PowerSettings, "hyperopt.bilevel.settings.PowerSettings"),
-)
+POWER = _targeted(bilevel.PowerSettings, "hyperopt.bilevel.settings.PowerSettings")
+PRODUCTS = _targeted(bilevel.ProductSettings, "hyperopt.bilevel.settings.ProductSettings", power=POWER)
 
 SCHEMA: dict[str, type] = {
     "task/equilibrium": _targeted(tasks.EquilibriumSettings, "hyperopt.tasks.equilibrium.EquilibriumTask"),
@@ -150,8 +147,60 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
-SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *LINEAR_SOLVERS.values(), *SPACES.values(), PRODUCTS)}
+_NESTED = (*LINEAR_SOLVERS.values(), *SPACES.values(), PRODUCTS, POWER)
+SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *_NESTED)}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""
+
+
+def _groups() -> dict[str, frozenset[str]]:
+    """The targets of each group: what may be named where a part of this kind belongs."""
+    found: dict[str, set[str]] = {
+        "linear_solver": {node._target_ for node in LINEAR_SOLVERS.values()},
+        "task/space": {node._target_ for node in SPACES.values()},
+        "products": {PRODUCTS._target_},
+        "products/power": {POWER._target_},
+    }
+    for path, node in SCHEMA.items():
+        found.setdefault(path.rpartition("/")[0], set()).add(node._target_)
+    return {group: frozenset(targets) for group, targets in found.items()}
+
+
+GROUPS = _groups()
+"""The one list of what a config may name, by the kind of place: a node's ``_target_`` is one of its place's group, or refused."""
+
+SEVERAL = ("fallback", "tuned")
+"""Fields that hold a list or a mapping of parts; every other place holds one part, or none."""
+
+_SOLVED = {"solver": "solver", "adjoint": "adjoint", "fallback": "solver"}
+_TRAINED = {"inner": "inner", "adjoint": "adjoint", "products": "products", "dataset": "dataset"}
+
+_PLACES: dict[type, dict[str, str]] = {
+    tasks.SupervisedSettings: {**_SOLVED, "dataset": "dataset"},
+    tasks.EquilibriumSettings: {"cell": "task/cell"},
+    tasks.ImplicitTaskSettings: {"network": "task/network", "augment": "task/augment"},
+    tasks.CoupledSettings: _SOLVED,
+    tasks.BilevelTaskSettings: _TRAINED,
+    tasks.L2Settings: {"l2": "task/space"},
+    tasks.BiasRegularizationSettings: {"centre": "task/space"},
+    tasks.DataDistillationSettings: {"images": "task/space"},
+    tasks.WeightDecaySettings: {"decay": "task/space"},
+    tasks.CleaningSettings: {"weights": "task/space"},
+    quadratic.QuadraticSettings: {"lam": "task/space"},
+    stn_tasks.SelfTuningTaskSettings: {"stn": "stn"},
+    stn_tasks.StnQuadraticSettings: {"x_range": "task/tuned"},
+    stn_tasks.StnRidgeSettings: {"decay": "task/tuned"},
+    stn_tasks.StnImagesSettings: {"classifier": "task/classifier", "tuned": "task/tuned", "dataset": "dataset"},
+    stn_tasks.SelfTuningOptions: {"weights": "optimizer", "scales": "optimizer", "response": "optimizer"},
+    core.ImplicitSettings: {"linear_solver": "linear_solver", "fallback": "linear_solver"},
+    core.ShineSettings: {"linear_solver": "linear_solver"},
+    solvers.NewtonKrylovSettings: {"linear_solver": "linear_solver"},
+    bilevel.ProductSettings: {"power": "products/power"},
+}
+
+
+def places(settings: type) -> dict[str, str]:
+    """Return which fields of a settings class hold parts, each with the group of ``GROUPS`` that these are of."""
+    return {name: group for kind in reversed(settings.__mro__) for name, group in _PLACES.get(kind, {}).items()}
 
 
 @dataclass(frozen=True)
@@ -198,6 +247,9 @@ class TrainConfig:
     optimizer: Any = MISSING
     trainer: Any = MISSING
     paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+_PLACES[TrainConfig] = {name: name for name in ("task", "dataset", "solver", "adjoint", "inner", "stn", "optimizer", "trainer")}
 
 
 class _Schema(ConfigNode):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
 from hyperopt import __version__
+from hyperopt.core.text import one_line
+from hyperopt.exporting.file import LONGEST
 from hyperopt.tasks.base import Task
 from hyperopt.tasks.learned import Learned
 
 CERTIFICATE = ("hypergrad/error_estimate", "hypergrad/is_bound", "hypergrad/norm")
 PAGE = """# {name}
 
-What `hyperopt-export` took from a run of the task `{task}`, `checkpoints/{checkpoint}.pt`, after {steps} outer steps.
+What `hyperopt-export` took from a run of the task {task}, `checkpoints/{checkpoint}.pt`, after {steps} outer steps.
 
 ```python
 import hyperopt
@@ -51,9 +54,7 @@ Measured at the export: `outer/*` on the fitted rows, `val/*` on those selected 
 
 ## Config
 
-```yaml
 {config}
-```
 """
 
 
@@ -120,7 +121,10 @@ def page(card: Mapping[str, Any], file: str) -> str:
         "print(model.predict(x))",
     ]
     return PAGE.format(
-        **{name: card[name] for name in ("name", "task", "checkpoint", "config")},
+        name=plain_or_code(card["name"]),
+        task=code(card["task"]),
+        checkpoint=card["checkpoint"],
+        config=block("yaml", card["config"]),
         steps=card["step"] + 1,
         file=file,
         use="\n".join(prepared if scaling else ["print(model.predict(x))  # x: rows as the dataset makes them"]),
@@ -141,4 +145,27 @@ def page(card: Mapping[str, Any], file: str) -> str:
 
 def listed(facts: Mapping[str, Any]) -> str:
     """Return facts as a list, each value as code, so that no text of a config is taken for markup."""
-    return "\n".join(f"- {name}: `{value}`" for name, value in facts.items()) or "none"
+    return "\n".join(f"- {plain_or_code(name)}: {code(value)}" for name, value in facts.items()) or "none"
+
+
+def plain_or_code(text: str) -> str:
+    """Return a name as it is, or as code where markup could be made of it."""
+    return text if re.fullmatch(r"[\w./ -]+", text) else code(text)
+
+
+def code(value: object) -> str:
+    """Return a value as code, in one line, between more backticks than it has in a row itself."""
+    text = one_line(value, LONGEST)
+    marks = "`" * (_backticks(text) + 1)
+    return f"{marks} {text} {marks}" if "`" in text or not text else f"{marks}{text}{marks}"
+
+
+def block(language: str, text: str) -> str:
+    """Return lines as a block of code that nothing in them ends."""
+    marks = "`" * max(3, _backticks(text) + 1)
+    return f"{marks}{language}\n{text}\n{marks}"
+
+
+def _backticks(text: str) -> int:
+    """Return the length of the longest row of backticks in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)

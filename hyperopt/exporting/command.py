@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from hyperopt.core.text import one_line
+
 
 def main() -> None:
     """Run the command line; exit with status 1, and one line, where there is nothing that could be exported."""
@@ -19,6 +21,9 @@ def main() -> None:
     parser.add_argument("--format", choices=("pt", "safetensors"), default="pt", help="of the file (default: pt)")
     parser.add_argument("--out", type=Path, help="directory to write to (default: RUN/export)")
     parser.add_argument("--data", metavar="DIR", help="where the dataset lies now (default: where the run found it)")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the dataset if it is not there (default: no, whatever the run did)"
+    )
     parser.add_argument("--program", action="store_true", help="write program.pt2 too, a graph by torch.export")
     parser.add_argument("--steps", type=int, help="solve by exactly so many Picard steps in program.pt2 (equilibrium models)")
     parser.add_argument(
@@ -35,12 +40,13 @@ def main() -> None:
             checkpoint=given.checkpoint,
             form=given.format,
             data=given.data,
+            download=given.download,
             program=given.program or given.steps is not None,
             steps=given.steps,
             allow_targets=given.allow_targets,
         )
     except REFUSALS as error:
-        print(f"hyperopt-export: {error}", file=sys.stderr)
+        print(f"hyperopt-export: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     for path in written:
         print(path)

@@ -1,31 +1,63 @@
 """The file of an export: tensors by name, and one JSON text, the card. No code runs when it is read.
 
-``model.pt`` is written by ``torch.save`` and read with ``weights_only=True``; ``model.safetensors`` by the library of that name,
-the card in its metadata. Both hold ``model.<name>``, the state of the predictor, and ``hyperparameters.<name>``.
+``model.pt`` is written by ``torch.save``; ``model.safetensors`` by the library of that name, the card in its metadata. Both hold
+``model.<name>``, the state of the predictor, ``hyperparameters.<name>``, and a checksum of all that and the card.
+
+``model.pt`` is not unpickled by torch: even under ``weights_only=True`` a few bytes may ask for as much memory as they like. What
+an honest file holds needs few codes of pickle and few names, and any other is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
+import os
 import pickle
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from hyperopt.core.text import one_line
 from hyperopt.files import plain, write_bytes
+from hyperopt.reading import LARGEST, parse_json
 
 FORMAT = 1
 KEY = "hyperopt"
 MISSING = "format safetensors needs the package safetensors: pip install 'hyperopt-bilevel[export]', or use --format pt"
 
 
+CHECKSUM = "sha256"
+AGAIN = "name the model.pt or model.safetensors that hyperopt-export wrote, or write it again"
+UNSAFE = f"it holds objects other than tensors and plain containers, and was not loaded, since that could run code: {{}}; {AGAIN}"
+LONGEST = 10_000
+"""Characters of a text in a card, but for the config."""
+CARD: dict[str, type] = {
+    **dict.fromkeys(("name", "task", "checkpoint", "precision", "config"), str),
+    **dict.fromkeys(("step", "classes"), int),
+    **dict.fromkeys(("input", "dataset", "hyperparameters", "metrics", "certificate", "versions"), dict),
+}
+"""What every card has."""
+TYPES = {
+    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Double", "Float", "Half", "BFloat16", "Bool")},
+    **{"LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8},
+    **{"ByteStorage": torch.uint8, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128},
+}
+"""The types that tensors may have, by torch's names for them in a pickle."""
+
+
 class ExportError(ValueError):
-    """There is nothing to export, or a file is no export; the message says what to change."""
+    """There is nothing to export, or a file is no export; the message, always one line, says what to change."""
+
+    def __init__(self, message: object) -> None:
+        """Make the message one line: parts of it may come from a file."""
+        super().__init__(one_line(message))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
@@ -43,58 +75,191 @@ def write(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
     # Copies: two names of one tensor, or a part of a larger one, would be refused by one format and kept whole by the other.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **plain(card)})
+    check_card(card)
+    if len(text) > LARGEST:
+        raise ExportError(f"the card would have {len(text)} characters, more than {LARGEST}; the run's config is too long")
+    found = checksum(own, text)
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import save
         except ImportError as error:
             raise ExportError(MISSING) from error
-        data = save(own, metadata={KEY: text})
+        data = save(own, metadata={KEY: text, CHECKSUM: found})
     else:
         buffer = io.BytesIO()
-        torch.save({"card": text, "tensors": own}, buffer)
+        torch.save({"card": text, "tensors": own, CHECKSUM: found}, buffer)
         data = buffer.getvalue()
     write_bytes(path, data)
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return one checksum of a card and all tensors, with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_card(card: Mapping[str, Any]) -> None:
+    """Refuse a card without what every card has, or with text that is no plain text.
+
+    Raises:
+        ExportError: names the key.
+    """
+    for name, kind in CARD.items():
+        if not isinstance(card.get(name), kind) or isinstance(card[name], bool):
+            raise ExportError(f"the card's {name} is {card.get(name)!r:.60}, and no {kind.__name__}")
+    shape, scaling = card["input"].get("shape"), card["input"].get("scaling")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise ExportError(f"the card's input.shape is {shape!r:.60}, and no list of whole numbers above 0")
+    names = ("largest", "mean", "std")
+    if scaling is not None and not (isinstance(scaling, dict) and all(_numbers(scaling.get(name)) for name in names)):
+        raise ExportError(f"the card's input.scaling is {scaling!r:.60}, and no lists of numbers under {', '.join(names)}")
+    stack: list[tuple[str, Any]] = [("card", {name: value for name, value in card.items() if name != "config"})]
+    while stack:
+        key, value = stack.pop()
+        texts = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+        for text in texts:
+            if isinstance(text, str) and (len(text) > LONGEST or not text.isprintable()):
+                raise ExportError(f"{key} has {text!r:.60}, which is no line of at most {LONGEST} characters")
+        if isinstance(value, dict | list | tuple):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            stack += [(f"{key}.{name}", child) for name, child in pairs]
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int | float) and math.isfinite(n) for n in value) and bool(value)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, on the CPU, and the card.
 
     Raises:
-        ExportError: no such file, or one that is no export.
+        ExportError: no such file, or one that is no export, is damaged, or holds more than tensors and a card.
     """
     if not path.is_file():
         raise ExportError(f"there is no file {path}; name the model.pt or model.safetensors that hyperopt-export wrote")
     try:
-        tensors, text = _from_zip(path) if zipfile.is_zipfile(path) else _from_safetensors(path)
-        card = json.loads(text)
-        version = card["format"]
-    except ExportError:
-        raise
+        with path.open("rb") as file:
+            tensors, text, expected = _from_zip(file) if zipfile.is_zipfile(file) else _from_safetensors(path)
+        if expected is not None and expected != checksum(tensors, text):  # exports of older versions have none
+            raise ExportError(f"it is damaged: its checksum is not the one in it; {AGAIN}")
+        card = parse_json(text, "its card")
+        if card.get("format") != FORMAT:
+            raise ExportError(f"it has format {card.get('format')!r:.60}, but this version reads {FORMAT}; {AGAIN}")
+        check_card(card)
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file makes errors of every kind
-        raise ExportError(
-            f"{path} is no export, or a damaged one ({type(error).__name__}); write it again by hyperopt-export"
-        ) from error
-    if version != FORMAT:
-        raise ExportError(f"{path} has format {version!r}, but this version reads {FORMAT}; write it again by hyperopt-export")
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise ExportError(f"{path}: this is no export, or a damaged one ({reason}); {AGAIN}") from error
     return tensors, card
 
 
-def _from_zip(path: Path) -> tuple[dict[str, Tensor], str]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ExportError(
-            f"{path} holds objects other than tensors and plain containers, and was not loaded, since that could run code"
-        ) from error
-    return content["tensors"], content["card"]
+Content = tuple[dict[str, Tensor], str, str | None]
+"""Tensors, the text of the card, and the checksum."""
 
 
-def _from_safetensors(path: Path) -> tuple[dict[str, Tensor], str]:
+def _from_zip(file: BinaryIO) -> Content:
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = {each.filename for each in members}
+        # torch stores members as they are, so that they need no more memory than the file has bytes.
+        plain = all(each.compress_type == zipfile.ZIP_STORED and each.compress_size == each.file_size for each in members)
+        if not plain or len(names) != len(members) or sum(each.file_size for each in members) > size:
+            raise ExportError(f"it is packed, and may grow without a limit when it is unpacked; {AGAIN}")
+        folder = members[0].filename.partition("/")[0]
+        order = archive.read(f"{folder}/byteorder").decode()
+        if order != sys.byteorder:
+            raise ExportError(f"it was written on a machine of byte order {order!r:.20}, and this one's is {sys.byteorder}")
+        # Every read of a member checks its length and its CRC.
+        pickled = io.BytesIO(archive.read(f"{folder}/data.pkl"))
+        content = _Plain(pickled, lambda key: archive.read(f"{folder}/data/{key}")).load()
+    tensors, text, expected = content["tensors"], content["card"], content.get(CHECKSUM)
+    if not isinstance(text, str) or not all(isinstance(name, str) and type(each) is Tensor for name, each in tensors.items()):
+        raise ExportError(f"it holds something other than tensors by name and a card; {AGAIN}")
+    return tensors, text, expected
+
+
+class _Codes(dict[int, Any]):
+    """What to do for each code of a pickle."""
+
+    def __missing__(self, code: int) -> Any:
+        """Refuse a code that an export does not have."""
+        raise ExportError(UNSAFE.format(f"code {code} of pickle"))
+
+
+class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table as long as a file says
+    """Reads texts, numbers, tuples, mappings and tensors, each with the whole of a storage of its own.
+
+    Args:
+        file: the pickle.
+        storage: returns the bytes of a storage by its key.
+    """
+
+    dispatch = _Codes(
+        {
+            code[0]: pickle._Unpickler.dispatch[code[0]]
+            for code in (
+                *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.NEWFALSE),
+                *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+                *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE),
+                *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+                *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+            )
+        }
+    )
+
+    def __init__(self, file: BinaryIO, storage: Callable[[str], bytes]) -> None:
+        """Nothing is read yet."""
+        super().__init__(file)
+        self.storage = storage
+        self.taken: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for one of the names that torch writes."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return _hooks
+        if module == "torch" and name in TYPES:
+            return TYPES[name]
+        raise ExportError(UNSAFE.format(f"{module}.{name}"))
+
+    def persistent_load(self, pid: Any) -> list[Any]:
+        """Return type, number and bytes of a storage, once."""
+        _, kind, key, _, count = pid
+        if key in self.taken:
+            raise ExportError(f"two of its tensors share the storage {key!r:.20}; {AGAIN}")
+        self.taken.add(key)
+        return [kind, count, bytearray(self.storage(key))]
+
+
+def _hooks() -> None:
+    """What a tensor's hooks are, which it has none of."""
+
+
+def _tensor(storage: list[Any], offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
+    """Return the tensor that a storage holds, which it then holds no more."""
+    data, count, kind = storage.pop(), storage.pop(), storage.pop()
+    if offset != 0 or math.prod(shape) != count or kind.itemsize * count != len(data):
+        raise ExportError(f"a tensor of shape {shape!r:.60} has a storage of {len(data)} bytes; {AGAIN}")
+    tensor = (torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)).reshape(shape)
+    if tensor.stride() != tuple(stride):
+        raise ExportError(f"a tensor of shape {shape!r:.60} has the strides {stride!r:.60}; {AGAIN}")
+    return tensor
+
+
+def _from_safetensors(path: Path) -> Content:
     if path.suffix != ".safetensors":  # a bare pickle would do as it likes; nothing of it is read
-        raise ExportError(f"{path} is no export; name the model.pt or model.safetensors that hyperopt-export wrote")
+        raise ExportError(f"this is no export; {AGAIN}")
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise ExportError(MISSING) from error
+    # The library checks that the tensors are as long as the file.
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()[KEY]
+        facts = file.metadata()
+        return {name: file.get_tensor(name) for name in file.keys()}, facts[KEY], facts.get(CHECKSUM)

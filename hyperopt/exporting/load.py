@@ -11,8 +11,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from hyperopt.config import Built, ConfigError, build
+from hyperopt.config import Built, ConfigError, build, build_task, plain_config
+from hyperopt.core.text import one_line
+from hyperopt.exporting.bounded import Bounded
 from hyperopt.exporting.file import ExportError, read
+from hyperopt.reading import UnreadableError, parse_yaml
 from hyperopt.repro import resolve_precision
 from hyperopt.schema import register
 from hyperopt.tasks.drawing import drawing
@@ -66,7 +69,8 @@ class Exported:
 def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
     """Read what ``hyperopt-export`` wrote.
 
-    Nothing of the file is run, and nothing but this package's own classes is built, unless ``allow_targets`` says so.
+    Nothing of the file is run. Its config may name registered settings of this package, with plain values. Only ``allow_targets``
+    allows more, and nothing in the file can. Of all that, only what the model needs is built.
 
     Args:
         path: ``model.pt`` or ``model.safetensors``.
@@ -82,29 +86,49 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
     path = Path(path)
     tensors, card = read(path)
     try:
-        built = built_from(OmegaConf.create(card["config"]), allow_targets)
+        config = plain_config(parse_yaml(card["config"], "its config"), "its config")
+        task = build_task(config, NOT_OF_THE_MODEL, allow_targets)
         found: dict[str, dict[str, Tensor]] = {"model": {}, "hyperparameters": {}}
         for name, tensor in tensors.items():
             kind, _, own = name.partition(".")
             found[kind][own] = tensor
-        with drawing(torch.Generator().manual_seed(0)):  # initial values, all of which are replaced
-            shape = tuple(card["input"]["shape"])
-            module = built.task.predictor(shape, card["classes"], found["hyperparameters"])
-        module.to(resolve_precision(card["precision"])).load_state_dict(found["model"])
-    except (ConfigError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
-        by = (card.get("versions") or {}).get("hyperopt-bilevel")
-        raise ExportError(f"{path}, written by version {by}, cannot be built here: {error}") from error
+        dtype, shape = resolve_precision(card["precision"]), tuple(card["input"]["shape"])
+        with drawing(torch.Generator().manual_seed(0)), Bounded(tensors.values()):  # initial values, all of which are replaced
+            module = task.predictor(shape, card["classes"], found["hyperparameters"])
+        module.to(dtype).load_state_dict(found["model"])
+    except Exception as error:  # a config that is not what a run wrote makes errors of every kind
+        by = card["versions"].get("hyperopt-bilevel")
+        raise ExportError(f"{path}, written by version {by}, cannot be built here: {explained(error)}") from error
     module.eval()
     return Exported(module, found["hyperparameters"] or dict(module.named_parameters()), card)
 
 
-def built_from(cfg: Any, allow_targets: Sequence[str]) -> Built:
+NOT_OF_THE_MODEL = ("dataset", "augment", "inner", "stn")
+"""Settings of tasks that a prediction does not need: they are not built."""
+
+
+def explained(error: Exception) -> str:
+    """Return what an error of a config says, in one line; its kind too, unless it is made to be read."""
+    text = one_line(error, 400)
+    return text if isinstance(error, ConfigError | ExportError | UnreadableError) else f"{type(error).__name__}: {text}"
+
+
+def built_from(cfg: Any, allow_targets: Sequence[str], *, download: bool = False) -> Built:
     """Build what the resolved config of a run describes, on the CPU, whatever that run was started for.
 
+    Args:
+        cfg: of a run, which may come from elsewhere.
+        allow_targets: packages that it may name; those that the file itself allows do not count.
+        download: whether a dataset that is not there may be fetched; what the file says does not count.
+
     Raises:
-        ConfigError: see ``build``; packages that the file itself allows do not count.
+        ConfigError: see ``build``.
     """
-    assert isinstance(cfg, DictConfig)
     register()
-    here = {"ckpt_path": None, "mode": "train", "resume": "never", "device": "cpu", "compile": False}
-    return build(OmegaConf.merge(cfg, here, {"allow_targets": list(allow_targets)}))  # pyright: ignore[reportArgumentType]
+    here = {"ckpt_path": None, "mode": "train", "resume": "never", "device": "cpu", "compile": False, "threads": None}
+    whole = OmegaConf.merge(cfg, here, {"allow_targets": list(allow_targets)})
+    for key, value in {"dataset.download": download, "task.dataset.download": download, "task.workers": 0}.items():
+        if OmegaConf.select(whole, key) is not None:
+            OmegaConf.update(whole, key, value)
+    assert isinstance(whole, DictConfig)
+    return build(whole)

@@ -6,6 +6,7 @@ steps.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from hyperopt.core.linear.neumann import Neumann
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.exporting.file import ExportError
 from hyperopt.exporting.load import Exported
-from hyperopt.files import writing
+from hyperopt.files import write_bytes
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.equilibrium import EquilibriumModel
 
@@ -47,8 +48,9 @@ def write_program(exported: Exported, path: Path, steps: int | None = None) -> P
     # Not strict: the checks of a solve cannot be traced, and a run through them once is enough.
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=False)
-    with writing(path):
-        torch.export.save(program, path)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_bytes(path, buffer.getvalue())
     return path
 
 
