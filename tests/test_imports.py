@@ -16,7 +16,8 @@ LAYERS = [
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.purity"),
     ("core.distributed",),
-    ("core.replay", "core.loop"),
+    ("core.replay", "core.process"),
+    ("core.loop",),
     ("core.solvers",),
     ("core.linear",),
     ("core.solvers.newton_krylov", "core.solvers.forward"),  # a linear system in every step, and the fallback to it

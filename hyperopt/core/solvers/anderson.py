@@ -71,7 +71,8 @@ class Anderson(AndersonSettings, FixedPointSolver):
     def _mixing(self, gram: Tensor, right: Tensor, eps: float) -> Tensor:
         """Coefficients ``theta`` of each row, shape (rows, m); 0 where the residuals do not differ."""
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        ridge = diagonal.sum(dim=1, keepdim=True) * (max(self.ridge, eps * eps) / gram.shape[1])
+        trace = diagonal.sum(dim=1, keepdim=True)
+        ridge = trace * (max(self.ridge, eps * eps) / gram.shape[1]) + (trace == 0)  # 1 where there is nothing to mix
         theta, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge.expand_as(diagonal)), right)
         return torch.nan_to_num(theta, 0.0, 0.0, 0.0)
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.core.loop import Outcome, Process, relative, rounding_floor, run
+from hyperopt.core.loop import relative, rounding_floor, run
+from hyperopt.core.process import Outcome, Process
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Cost, Map, Point
 from hyperopt.core.status import SolveStats, Status
