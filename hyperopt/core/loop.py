@@ -35,10 +35,11 @@ from hyperopt.core.status import Status
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
-AHEAD = 0.7  # of the predicted way to the end: how far the next look is
-NEAR = 3.0  # the end is taken to be where it is predicted if it is no more iterations away than this
+AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
+NEAR = 3.0  # a steady method's end is taken to be where it is predicted, if it is no more iterations away than this
 LATE = 20  # where no end can be predicted, looks are one time in this many iterations apart
-SHORT, LONGEST = 4, 64  # iterations of a block, which is smaller than a state where a row has more entries than SHORT
+SHORT, LONGEST = 2, 64  # iterations of a block: its history has to be smaller than a state where there are
+MANY = 10_000  # rows
 
 
 def rounding_floor(dtype: torch.dtype) -> float:
@@ -62,7 +63,7 @@ class _Run:
     def __init__(self, process: Process, max_steps: int) -> None:
         value = process.value
         self.process, self.max_steps, (self.rows, dim) = process, max_steps, value.shape
-        self.longest = min(LONGEST, max(SHORT, dim // 2))
+        self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(SHORT, dim // 4))
         self.made = 0  # iterations measured
         self.seen = 0  # of them, those before the last look
         self.next_look = 0
@@ -90,12 +91,12 @@ class _Run:
         while self.made < budget and not settled:
             if self.made:
                 process.step()
-            closing = self.made == self.expected and process.closes and self.moving is None and self.index is None
+            closing = self.made == self.expected and process.closes and self.index is None
             self.lines.append(process.measure(closing=closing))
             self.made += 1
             last, block = self.made == budget, self.made - self.seen
             if self.made > self.next_look or block >= self.longest or last or process.attentive:
-                settled = self._look(last)
+                settled = self._look(last, closing)
             if process.closes and (settled or last) and not (settled and closing):
                 settled = self._close(settled)
         return self._verdict(settled)
@@ -110,7 +111,7 @@ class _Run:
 
     # ---- looks
 
-    def _look(self, last: bool) -> bool:
+    def _look(self, last: bool, closing: bool) -> bool:
         """Read how far the rows are, and settle those that are done; returns whether all are."""
         process, block, limits = self.process, self.lines[self.seen - self.made :], self.process.limits()
         worst, met, faults = self._read(block, limits)
@@ -131,6 +132,8 @@ class _Run:
             here = self._here(self.status)
             ended = torch.zeros_like(here) if self.moving is None else here.masked_fill(self.moving, int(Status.converged))
             self.status = self._put(ended, self.status)
+            if closing and self.early is not None:
+                self.status = self._coupled(self.now / limits)
         if not done:
             if self.best is None or ratio <= self.best[0]:
                 self.best = ratio, process.value, self.now
@@ -139,8 +142,8 @@ class _Run:
             if not self.decay:
                 self.decay.append((self.seen + 1, block[0]))
             if self.decay[-1][0] < self.made and len(norms) == len(self.decay[-1][1]):
-                self.decay.append((self.made, norms))
-        if len(self.lines) > self.longest:
+                self.decay = [*self.decay[-2:], (self.made, norms)]
+        if len(self.lines) >= self.longest:
             self._count()
         self.seen = self.made
         self._plan()
@@ -153,7 +156,7 @@ class _Run:
             The largest ratio of residual and limit in every line; how many rows of the last line have met their limits (0 where
             it does not matter); whether there is any fault.
         """
-        ratio, process = torch.stack(block) / limits, self.process
+        ratio, process = torch.stack(block).div_(limits), self.process
         if self.moving is not None:
             ratio = torch.where(self.moving, ratio, 0.0)
         parts = [ratio[:, 0] if len(limits) == 1 else ratio.amax(dim=1)]
@@ -168,18 +171,26 @@ class _Run:
     def _plan(self) -> None:
         """Say when to look next, from the decay of the worst residual, and when the slowest row may meet its limit."""
         seen, self.expected = self.worst[-min(len(self.worst), 6) :], -1
-        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:
-            self.next_look = self.made + self.made // LATE
+        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:  # nothing is known of the end
+            self.next_look = self.made + (self.made // LATE if self.process.steady else 2)
             return
-        left = math.log(seen[-1]) / (math.log(seen[0]) - math.log(seen[-1])) * (len(seen) - 1)
-        if left <= NEAR:
-            self.expected = self.next_look = self.made - 1 + max(1, math.ceil(left))
+        # Of two rates, over some iterations and over the last, the faster: an acceleration may speed up at any time.
+        rate = math.log(seen[0] / seen[-1]) / (len(seen) - 1)
+        if len(self.worst) > 1 and seen[-1] < seen[-2] < math.inf:
+            rate = max(rate, math.log(seen[-2] / seen[-1]))
+        left = math.log(seen[-1]) / rate
+        if self.process.steady:
+            ahead = max(1, math.ceil(left)) if left <= NEAR else max(1, min(int(AHEAD * left), 2 * self.made))
         else:
-            self.next_look = self.made - 1 + min(int(AHEAD * left), self.made + 1)
+            ahead = 2 if left <= 4 * NEAR and self.made > 6 else 3  # it may come nearer by leaps
+        self.next_look = self.made - 1 + ahead
+        if left <= NEAR:
+            self.expected = self.next_look
 
     def _count(self) -> None:
         """Count how many times each row of the batch was above its limit, and let go of the lines."""
-        if not self.lines:
+        if not self.lines or self.rows == 1:  # what one row did is known here
+            self.lines = []
             return
         above = (torch.stack(self.lines) > self.limit).sum(dim=0)
         if self.above is None and self.index is None:
@@ -233,7 +244,7 @@ class _Run:
 
     def _drop(self, left: Tensor, count: int) -> bool:
         """Take the rows that are settled out of the batch, where that is worth it and the problem can be taken apart."""
-        if count > DROP * len(left):
+        if not self.process.divisible or count > DROP * len(left):
             return False
         inside = left.nonzero().squeeze(1)
         if not self.process.select(inside):
@@ -300,7 +311,7 @@ class _Run:
         self.status = self.status.masked_fill(good, int(Status.converged))
         self.status = self.status.masked_fill(counts & ~torch.isfinite(line), int(Status.nonfinite))
         if self.early is not None:
-            self.status = self.status.masked_fill(risen & self.early & (ratio > COUPLED), int(Status.coupled_rows))
+            self.status = self._coupled(ratio)
         self.status = self.status.masked_fill(risen & (self.status == int(Status.converged)), int(Status.max_steps))
         again = self.status == int(Status.max_steps)
         if not settled or self.made >= self.max_steps or bool((self.status == int(Status.coupled_rows)).any() | ~again.any()):
@@ -309,6 +320,11 @@ class _Run:
         self.moving, self.early, self.best, self.next_look = again, None, None, self.made
         process.hold(again)
         return False
+
+    def _coupled(self, ratio: Tensor) -> Tensor:
+        """The codes of ``Status``, where rows that had met their limits early are seen to be above them again."""
+        assert self.early is not None
+        return self.status.masked_fill(self.early & (ratio > COUPLED), int(Status.coupled_rows))
 
     def _back_to_best(self) -> None:
         """Put the rows that are not settled back on the best iterate seen, where that was better than the last."""
@@ -330,8 +346,6 @@ class _Run:
             self._back_to_best()
         self._join()
         self._count()
-        assert self.above is not None or process.closes
-        above = torch.zeros_like(self.status) if self.above is None else self.above
         status = self.status
         if not settled:
             left = status == int(Status.max_steps)
@@ -343,7 +357,11 @@ class _Run:
             ended = self.now if self.ended is None else self.ended
             status = status.masked_fill(left & (ended > self._first), int(Status.diverged))
         status = process.reconsider(status, self.now, settled)
-        iterations = (above + 1).clamp(max=self.made)
+        if self.rows == 1:
+            iterations = torch.full_like(status, min(sum(not x <= 1 for x in self.worst) + 1, self.made))
+        else:
+            above = torch.zeros_like(status) if self.above is None else self.above
+            iterations = (above + 1).clamp(max=self.made)
         return Outcome(status, iterations, self.now, self.limit, self.made, self._contraction(), self.worst, parted)
 
     def _contraction(self) -> Tensor | float:

@@ -16,6 +16,7 @@ class Process(ABC):
         attentive: whether an iteration costs so much more than a look that every one is looked at.
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
         recurs: whether ``measure`` gives norms by a recurrence, which ``confirm`` then measures.
+        steady: whether the residual falls at a rate that hardly rises, so that the end can be predicted.
         holds: whether rows that have met their limits are kept where they are, while others move on.
         divisible: whether ``select`` may be asked for.
         closes: whether one more evaluation, of the value, ends the run.
@@ -27,6 +28,7 @@ class Process(ABC):
     attentive = False
     faults: Tensor | None = None
     recurs = False
+    steady = False
     holds = True
     divisible = False
     closes = False

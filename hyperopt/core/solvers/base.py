@@ -21,6 +21,7 @@ class FixedPointSolver(IterativeSettings, ABC):
         linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
             made from the last iterate, since there it would not be free.
         rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
+        takes_residual: whether a step asks its point for ``residual``, which is then kept.
         holds: whether rows that are solved must not move on while others do: an acceleration's next step from a solution may be
             worse, that of a plain iteration is not.
         differentiable: whether ``step`` can be differentiated through.
@@ -29,6 +30,7 @@ class FixedPointSolver(IterativeSettings, ABC):
 
     linearizes: ClassVar[bool] = False
     rise: ClassVar[float] = 1e3
+    takes_residual: ClassVar[bool] = True
     holds: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
     keeps_inverse: ClassVar[bool] = False

@@ -105,6 +105,7 @@ class FixedPointProcess(Process):
         self.given = None if scale is None else positive(scale)
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
         self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
+        self.steady = not solver.holds
         self.floor = rounding_floor(w0.dtype)
         self.rtol = max(solver.rtol, self.floor)
         self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
@@ -125,7 +126,7 @@ class FixedPointProcess(Process):
 
     def measure(self, *, closing: bool = False) -> Tensor:
         """Evaluate the map at the iterate, unless the step that led there did."""
-        at = following(self.at, self.w)
+        at, self.at = following(self.at, self.w), None  # what the last step has used makes room
         if closing:
             assert self.last is not None
             self.cost.evaluations += 1
@@ -134,7 +135,8 @@ class FixedPointProcess(Process):
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
         at.active = self.moving
         self.at = at
-        norm = torch.linalg.vector_norm(at.residual, dim=1)
+        residual = at.residual if self.solver.takes_residual else at.fw - at.w
+        norm = torch.linalg.vector_norm(residual, dim=1)
         if self.bounds is None and self.given is None:
             self.bounds = self._bounds(at, norm)
         return norm
@@ -142,7 +144,8 @@ class FixedPointProcess(Process):
     def _bounds(self, at: Point, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Least and largest scale of each row, the size from which on a state counts as grown, and the first residual."""
         ref = torch.maximum(torch.linalg.vector_norm(at.w, dim=1), torch.linalg.vector_norm(at.fw, dim=1))
-        ref = torch.where(ref > 0, ref, ref.amax())  # a row that starts at 0 has no size of its own
+        if len(ref) > 1:
+            ref = torch.where(ref > 0, ref, ref.amax())  # a row that starts at 0 has no size of its own
         grown = GROWN * ref
         most = torch.maximum(grown, (FALLEN / self.rtol) * residual)
         return positive(torch.finfo(ref.dtype).eps * ref), most, grown, residual
@@ -231,18 +234,17 @@ class FixedPointProcess(Process):
 
     def stats(self, outcome: Outcome) -> SolveStats:
         """Statistics of a run."""
-        scale = outcome.limits if not self.solver.atol else outcome.limits - self.solver.atol
-        scale = scale / self.rtol
+        scale = (outcome.limits - self.solver.atol if self.solver.atol else outcome.limits) / self.rtol
         return SolveStats(
             outcome.status,
             outcome.iterations,
-            relative(outcome.residual, scale),
+            outcome.residual / scale,
             scale,
             evaluations=self.cost.evaluations,
             vjps=self.cost.vjps,
             jvps=self.cost.jvps,
             contraction=outcome.contraction,
-            trace=torch.tensor(outcome.trace, dtype=outcome.residual.dtype) * self.rtol,
+            trace=torch.tensor([ratio * self.rtol for ratio in outcome.trace], dtype=outcome.residual.dtype),
             method=self.solver.name,
         )
 

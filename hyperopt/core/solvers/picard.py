@@ -24,6 +24,7 @@ from hyperopt.core.solvers.settings import PicardSettings
 class Picard(PicardSettings, FixedPointSolver):
     """Damped Picard iteration; settings in ``PicardSettings``."""
 
+    takes_residual: ClassVar[bool] = False
     holds: ClassVar[bool] = False
 
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
