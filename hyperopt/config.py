@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hyperopt.messages import near
 from hyperopt.schema import SCHEMA, SETTINGS, TrainConfig, register
+from hyperopt.text import why_no_component
 
 if TYPE_CHECKING:
     from hyperopt.optim import OuterOptimizer
@@ -112,6 +114,8 @@ def _check_values(key: str, settings: type, node: DictConfig) -> None:
 
 def _check_top(cfg: DictConfig) -> None:
     """Refuse top-level values out of range."""
+    if (why := why_no_component(cfg.name)) is not None:
+        raise ConfigError(f"name={cfg.name!r:.120} {why}; change name")
     for key, choices in (("mode", MODES), ("resume", RESUME), ("precision", PRECISIONS)):
         if cfg[key] not in choices:
             raise ConfigError(f"{key}={cfg[key]!r} is none of {', '.join(choices)}; change {key}")
@@ -121,6 +125,8 @@ def _check_top(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={cfg.seed} is not in [0, {2**32 - 1}]; change seed")
     if cfg.threads is not None and cfg.threads < 1:
         raise ConfigError(f"threads={cfg.threads} must be at least 1, or null for torch's choice; change threads")
+    if cfg.threads is not None and cfg.threads > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"threads={cfg.threads} is more than the {cores} cores of this machine; change threads")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path!r} is not a file; change ckpt_path")
     if cfg.mode == "evaluate" and cfg.ckpt_path is None:

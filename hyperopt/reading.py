@@ -18,7 +18,9 @@ from typing import Any
 import yaml
 
 LARGEST = 4_000_000
-"""Bytes of a config, a summary, or one row of metrics; real ones have some thousands."""
+"""Bytes of a summary, or of one row of metrics; real ones have some thousands."""
+LARGEST_YAML = 300_000
+"""Characters of a config; real ones have some thousands, and to read this many takes a second."""
 LARGEST_ROWS = 4_000_000_000
 """Bytes of all rows of metrics; a million steps of sixty numbers have a quarter of it."""
 DEEPEST = 50
@@ -81,8 +83,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     Raises:
         UnreadableError: too long, no YAML, not a mapping with names as keys, or with aliases, anchors or tags.
     """
-    if len(text) > LARGEST:
-        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST}")
+    if len(text) > LARGEST_YAML:
+        raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST_YAML}")
     try:
         found = yaml.load(text, _Loader)
     except UnreadableError as error:

@@ -5,6 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Return ``text`` with what would steer a terminal or break a line shown as an escape: ``\x1b``, ``\n``, ``\u202e``.
+
+    Args:
+        text: from a file, say.
+        keep: characters to leave as they are.
+    """
+    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
+
+
+def why_no_component(name: str) -> str | None:
+    """Return why ``name`` is not one plain component of a path, or None."""
+    if not name.strip() or name in (".", ".."):
+        return "names no directory"
+    if "/" in name or "\\" in name:
+        return "has a separator of paths in it"
+    if not name.isprintable():
+        return "has a character in it that cannot be printed"
+    return "has more than 100 bytes" if len(name.encode()) > 100 else None
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return a table: cells in columns of equal width, two spaces apart, nothing trailing."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
