@@ -111,6 +111,8 @@ def check_position(position: Any) -> None:
     def count(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
+    if not isinstance(position, dict):
+        raise ValueError(f"position is {position!r:.40}")
     events, wall, marks = position.get("events"), position.get("wall"), position.get("marks", [])
     if not count(position.get("rows")):
         raise ValueError(f"position.rows is {position.get('rows')!r:.40}")
