@@ -12,22 +12,7 @@ from hyperopt.reading import read_yaml
 from hyperopt.text import printable
 
 # What may change from a run to its continuation: where it runs, how long, and what it shows. All else makes another experiment.
-FREE_KEYS = (
-    *(
-        "accept_lost_rows",
-        "allow_targets",
-        "ckpt_path",
-        "compile",
-        "device",
-        "hydra",
-        "mode",
-        "name",
-        "paths",
-        "resume",
-        "threads",
-    ),
-    "trainer",
-)
+FREE_KEYS = tuple("accept_lost_rows allow_targets ckpt_path compile device hydra mode name paths resume threads trainer".split())
 FREE_NAMES = ("root", "dir", "download")
 # What says which data and which model it is: all that an evaluation depends on.
 DATA_AND_MODEL = ("seed", "dataset", "task")

@@ -272,14 +272,10 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
     resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
     if not resuming and directory.used(where):
         raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
-    if (
-        resuming
-        and directory.used(where)
-        and where.resolve() == Path.cwd()
-        and not any((where / each).exists() for each in MARKS)
-    ):
+    here = where.resolve() == Path.cwd() and not any((where / each).exists() for each in MARKS)
+    if resuming and here and directory.used(where):
         raise ConfigError(f"{key}={str(where)!r} is the working directory, which holds files and no run; change {key}")
-    for folder in out.relative_to(where).parents:
+    for folder in list(out.relative_to(where).parents)[:-1]:  # between the sweep's directory and the job's
         directory.check_own(where / folder, ())
     subdir = config.hydra.output_subdir
     directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})

@@ -274,7 +274,11 @@ def change(name: str, **values: Any) -> Callable[[Place], None]:
 
 def text_of(name: str, text: str) -> Callable[[Place], None]:
     """Replace a file."""
-    return lambda place: (place.work / name).write_text(text) and None
+
+    def spoil(place: Place) -> None:
+        (place.work / name).write_text(text)
+
+    return spoil
 
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\nall is well"
@@ -290,11 +294,9 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "seconds that are text": change("summary.json", seconds="long", steps=[]),
     "numbers without end": change("summary.json", metrics={"val/loss": 10**400}, best={"metrics": {"val/loss": 10**400}}),
     "an index that is none": change("sweep.json", jobs=[1, None, {"directory": 5}]),
-    "numbers without end in the rows": lambda place: (
-        (place.work / "metrics.jsonl").write_text(
-            '{"step": 0, "val/loss": 1}\n{"step": 1, "val/loss": 1' + "0" * 400 + "}\n" + '{"step": 2, "val/loss": 1e999}\n'
-        )
-        and None
+    "numbers without end in the rows": text_of(
+        "metrics.jsonl",
+        '{"step": 0, "val/loss": 1}\n{"step": 1, "val/loss": 1' + "0" * 400 + '}\n{"step": 2, "val/loss": 1e999}\n',
     ),
 }
 
