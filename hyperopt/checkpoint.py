@@ -6,18 +6,24 @@ file; the ``last.pt`` before it stays as ``last.prev.pt`` in case the disk damag
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from hyperopt.core.text import printable
 from hyperopt.experiment import differences
-from hyperopt.files import fsync_directory, write_bytes, writing
+from hyperopt.files import fsync_directory, make_directory, write_bytes, writing
+from hyperopt.loop_state import LoopState
+from hyperopt.rows import check_position
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +33,10 @@ LAST, PREVIOUS, BEST = "last.pt", "last.prev.pt", "best.pt"
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, unsafe or of another experiment; the message names the file and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written. Another one may stand in for it, which must not happen for one that is unsafe."""
 
 
 def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
@@ -44,7 +54,7 @@ def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_bytes(path, buffer.getbuffer(), keep=path.with_name(PREVIOUS) if keep_previous else None)
         fsync_directory(path.parent)
 
@@ -53,63 +63,127 @@ def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU, with ``weights_only=True``.
 
     Raises:
-        CheckpointError: no such file, not a whole one, one that holds more than plain data, or of another format.
+        DamagedError: not as it was written: cut short, a flipped bit, or no checkpoint at all.
+        CheckpointError: no such file, one that holds more than plain data, or of another format.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; change ckpt_path, or set resume=never to start anew")
-    if damaged(path):
-        raise CheckpointError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one")
-    if not zipfile.is_zipfile(path):  # a bare pickle, which is never ours; nothing of it is read
-        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"the checkpoint {path} holds objects other than tensors and plain containers, and was not loaded, since that could "
-            f"run code; set ckpt_path to one written by this program"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint ({error}); change ckpt_path") from error
+        with open(path, "rb") as file:
+            content = _read(path, file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and torch have a dozen kinds for damage
+        raise DamagedError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"the checkpoint {path} has format {found!r}, but this version reads {FORMAT}; change ckpt_path")
+        raise CheckpointError(
+            f"the checkpoint {path} has format {found!r:.40}, but this version reads {FORMAT}; change ckpt_path"
+        )
     return content
 
 
-def damaged(path: Path) -> bool:
-    """Whether the file is empty, cut short or has a wrong checksum inside (a file of another kind altogether is not)."""
-    with open(path, "rb") as file:
-        head = file.read(2)
+UNLIMITED = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
+"""A class that torch admits, though a few bytes can ask for any amount of memory with it."""
+
+
+def _read(path: Path, file: IO[bytes]) -> Any:
+    """Return what a file holds, once its checksums are found right and it asks for no more memory than it has bytes."""
+    head = file.read(2)
+    if head[:1] == b"\x80":  # a bare pickle, which is never ours; nothing of it is read
+        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
     if head not in (b"", b"P", b"PK"):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except zipfile.BadZipFile:
-        return True
+        raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set ckpt_path to another one")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in members):
+            raise ValueError("packed")
+        if sum(each.file_size for each in members) > os.fstat(file.fileno()).st_size or archive.testzip() is not None:
+            raise ValueError("sizes or checksums are wrong")
+        pickles = [archive.read(each) for each in members if each.filename.endswith("data.pkl")]
+    unsafe: BaseException | None = None
+    if not any(map(UNLIMITED.search, pickles)):
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unsafe = error
+    raise CheckpointError(
+        f"the checkpoint {path} holds objects other than tensors and plain containers, and was not loaded, since that could run "
+        f"code; set ckpt_path to one written by this program"
+    ) from unsafe
 
 
-def load_last(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+def load_last(directory: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """Return path and content of the newest whole checkpoint of a run, or None where it has none yet.
 
-    A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning; one that is unsafe or
-    of another format is an error.
+    A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning. One that is unsafe or
+    of another format is an error: no disk makes it so, and whoever put it there should be noticed.
 
     Args:
         directory: the run's ``checkpoints/``.
+        quiet: leave the warning out.
 
     Raises:
         CheckpointError: see ``load``; also when both files are damaged.
     """
     last, previous = directory / LAST, directory / PREVIOUS
-    if last.exists() and (not damaged(last) or not previous.exists()):
-        return last, load(last)
+    what = "is missing"
+    if last.exists():
+        try:
+            return last, load(last)
+        except DamagedError:
+            if not previous.exists():
+                raise
+            what = "is truncated or damaged"
     if not previous.exists():
         return None
     content = load(previous)
-    what = "is truncated or damaged" if last.exists() else "is missing"
-    log.warning("the checkpoint %s %s; going on from the one before it, after %s steps", last, what, content["state"]["step"])
+    with fitting(previous):
+        step = int(content["state"]["step"])
+    if not quiet:
+        log.warning(
+            "the checkpoint %s %s; going on from the one before it, after %d steps: step %d is repeated, and those after it",
+            last,
+            what,
+            step,
+            step,
+        )
     return previous, content
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in the block, which uses what the checkpoint at ``path`` holds, into a ``CheckpointError``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        why = printable(f"{type(error).__name__}: {error}")[:300]
+        raise CheckpointError(
+            f"the checkpoint {path} holds what does not fit this run ({why}); set ckpt_path to another one"
+        ) from error
+
+
+def check_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of the right format that no run has written, before anything of it is used.
+
+    Raises:
+        CheckpointError: names what is wrong.
+    """
+    kinds = {**dict.fromkeys(("task", "optimizer", "schedule", "rng", "config"), dict), "generator": torch.Tensor}
+    with fitting(path):
+        LoopState.of(content.get("state"))
+        check_position(content.get("position"))
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"{name} is {content.get(name)!r:.40}")
+        if not all(isinstance(key, str) for key in content["config"]):
+            raise ValueError("config has keys that are no names")
+        name, keys, place, *_ = content["rng"]["numpy"]
+        if name != "MT19937" or keys.shape != (624,) or not 0 <= place <= 624:  # numpy takes any place, and reads there
+            raise ValueError("rng.numpy is no state of numpy's generator")
 
 
 def promote(directory: Path, path: Path, content: Mapping[str, Any]) -> None:

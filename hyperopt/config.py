@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from hyperopt.core.text import why_no_component
 from hyperopt.messages import near
 from hyperopt.schema import GROUPS, SCHEMA, SETTINGS, SEVERAL, TrainConfig, places, register
 
@@ -39,6 +41,13 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 HYDRA = re.compile(r"_[a-z]+_")
 """Keys that Hydra's ``instantiate`` would read: ``_target_``, which is checked, and others, which no node needs."""
 ANY = "any"
+_NOW = {
+    "hyperopt.solvers.": "hyperopt.core.solvers.",
+    "hyperopt.linsolve.": "hyperopt.core.linear.",
+    "hyperopt.adjoints.": "hyperopt.core.adjoints.",
+}
+MOVED = re.compile("^(" + "|".join(map(re.escape, _NOW)) + ")")
+"""Where classes lay when older files named them."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,8 @@ def _check_values(key: str, settings: type, values: dict[str, Any]) -> None:
 
 def _check_top(cfg: DictConfig) -> None:
     """Refuse top-level values out of range."""
+    if (why := why_no_component(cfg.name)) is not None:
+        raise ConfigError(f"name={cfg.name!r:.120} {why}; change name")
     for key, choices in (("mode", MODES), ("resume", RESUME), ("precision", PRECISIONS)):
         if cfg[key] not in choices:
             raise ConfigError(f"{key}={cfg[key]!r} is none of {', '.join(choices)}; change {key}")
@@ -191,6 +202,8 @@ def _check_top(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={cfg.seed} is not in [0, {2**32 - 1}]; change seed")
     if cfg.threads is not None and cfg.threads < 1:
         raise ConfigError(f"threads={cfg.threads} must be at least 1, or null for torch's choice; change threads")
+    if cfg.threads is not None and cfg.threads > (cores := os.cpu_count() or 1):
+        raise ConfigError(f"threads={cfg.threads} is more than the {cores} cores of this machine; change threads")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path!r} is not a file; change ckpt_path")
     if cfg.mode == "evaluate" and cfg.ckpt_path is None:
@@ -268,7 +281,7 @@ def _check_import(key: str, target: str, allowed: Collection[str]) -> None:
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
-    """Return what was read from a file as a config, in which nothing is left to resolve.
+    """Return what was read from a file as a config, in which nothing is left to resolve, and every part has its present name.
 
     Args:
         values: as ``hyperopt.reading`` returns them.
@@ -277,7 +290,8 @@ def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
     Raises:
         ConfigError: an interpolation, a resolver, or a value that is marked as missing.
     """
-    stack: list[tuple[str, Any]] = [("", dict(values))]
+    values = copy.deepcopy(dict(values))
+    stack: list[tuple[str, Any]] = [("", values)]
     while stack:
         key, value = stack.pop()
         if isinstance(value, str) and ("${" in value or value == "???"):
@@ -285,4 +299,6 @@ def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
         if isinstance(value, dict | list):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(f"{key}.{name}", child) for name, child in pairs]
-    return OmegaConf.create(dict(values))
+        if isinstance(value, dict) and isinstance(value.get("_target_"), str):
+            value["_target_"] = MOVED.sub(lambda found: _NOW[found[0]], value["_target_"])
+    return OmegaConf.create(values)

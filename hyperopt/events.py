@@ -8,6 +8,7 @@ files ended, and a resumed run can cut them there: no event is ever in them twic
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from hyperopt.files import AppendFile, writing
+from hyperopt.files import AppendFile, make_directory, open_own, writing
 
 PREFIX = "events.out.tfevents."
 
@@ -37,17 +38,21 @@ class EventFiles:
 
     def __init__(self, directory: Path, keep: Mapping[str, int], wall: float = 0.0, purge_step: int | None = None) -> None:
         """Cut the files back and open a new one."""
+        make_directory(directory)
         with writing(directory):
-            directory.mkdir(exist_ok=True)
             self._kept: dict[str, int] = {}
             for path in directory.glob(f"{PREFIX}*"):
                 if path.name in keep:
-                    self._kept[path.name] = min(keep[path.name], path.stat().st_size)
-                    os.truncate(path, self._kept[path.name])
+                    handle = open_own(path, os.O_WRONLY)
+                    try:
+                        self._kept[path.name] = min(keep[path.name], os.fstat(handle).st_size)
+                        os.ftruncate(handle, self._kept[path.name])
+                    finally:
+                        os.close(handle)
                 else:
                     path.unlink()
         self._offset = max(time.time(), wall) - time.monotonic()
-        stamps = [int(name.removeprefix(PREFIX).partition(".")[0]) for name in self._kept]
+        stamps = [int(found[1]) for name in self._kept if (found := re.match(rf"{re.escape(PREFIX)}(\d{{1,12}})\.", name))]
         stamp = max(int(time.time()), *(stamp + 1 for stamp in stamps), 0)
         self._file = AppendFile(directory / f"{PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0")
         self._records = RecordWriter(self._file)

@@ -8,11 +8,15 @@ from typing import Any
 
 from omegaconf import DictConfig, FloatNode, IntegerNode, OmegaConf
 
+from hyperopt.core.text import printable
+from hyperopt.reading import read_yaml
+
 # What may change from a run to its continuation: where it runs, how long, and what it shows. All else makes another experiment.
-FREE_KEYS = ("allow_targets", "ckpt_path", "compile", "device", "hydra", "mode", "name", "paths", "resume", "threads", "trainer")
+FREE_KEYS = tuple("accept_lost_rows allow_targets ckpt_path compile device hydra mode name paths resume threads trainer".split())
 FREE_NAMES = ("root", "dir", "download")
 # What says which data and which model it is: all that an evaluation depends on.
 DATA_AND_MODEL = ("seed", "dataset", "task")
+MOST = 20  # differences that are named
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -40,9 +44,25 @@ def flatten(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value, _ in leaves(cfg)}
 
 
+def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, value)`` of plain data; a list is a value.
+
+    Nothing is resolved: a file that was tampered with reads no environment.
+    """
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from plain_leaves(value, f"{prefix}{name}.")
+        elif value != "???":
+            yield f"{prefix}{name}", value
+
+
 def experiment(cfg: DictConfig) -> dict[str, Any]:
     """Return the flat config as a checkpoint keeps it, to tell one experiment from another."""
-    config = flatten(cfg)
+    return _with_lengths(flatten(cfg))
+
+
+def _with_lengths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a flat config with the length of each cosine schedule filled in."""
     for key in [key for key, value in config.items() if key.endswith("scheduler.kind") and value == "cosine"]:
         length = f"{key.removesuffix('kind')}t_max"
         if config.get(length) is None:
@@ -57,12 +77,14 @@ def experiment_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] 
         directory: a run directory.
         config: the flat config to compare it with. ``config.yaml`` is resolved, so ``task.solver.rtol`` repeats ``solver.rtol``
             there; such copies are left out.
+
+    Raises:
+        UnreadableError: the file is there, and is no config.
     """
-    path = directory / "config.yaml"
-    if not path.is_file():
+    try:
+        found = _with_lengths(dict(plain_leaves(read_yaml(directory / "config.yaml"))))
+    except FileNotFoundError:
         return None
-    loaded = OmegaConf.load(path)
-    found = experiment(loaded) if isinstance(loaded, DictConfig) else {}
     return {key: found[key] for key in found if key in config or not any(key.endswith(f".{own}") for own in config)}
 
 
@@ -82,4 +104,5 @@ def differences(saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate
         return parts[0] not in FREE_KEYS and parts[-1] not in FREE_NAMES
 
     differ = [key for key in sorted({*saved, *config}) if counts(key) and saved.get(key) != config.get(key)]
-    return "; ".join(f"{key} is {saved.get(key)!r} there and {config.get(key)!r} here" for key in differ)
+    said = [f"{printable(key)} is {saved.get(key)!r:.80} there and {config.get(key)!r:.80} here" for key in differ[:MOST]]
+    return "; ".join([*said, *([f"and {len(differ) - MOST} more"] if len(differ) > MOST else [])])

@@ -1,7 +1,8 @@
 """How files are written: small ones as a whole or not at all, growing ones by whole records, and what a failure says.
 
-Every failure to write is a ``WriteError`` that names the file and what to do; what was written before it stays as it was. Free of
-torch.
+Every failure to write is a ``WriteError`` that names the file and what to do; what was written before it stays as it was. A run
+directory may come from someone else, so nothing is written through a link, into a pipe or a device, or into a file that has a
+second name elsewhere. Free of torch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import errno
 import json
 import math
 import os
+import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from hyperopt.core.text import printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -34,8 +39,69 @@ class WriteError(OSError):
         else:
             advice = "mend this, or move the run and set hydra.run.dir to its new place"
         what = os.strerror(number) if number is not None else "an error without a number"
-        super().__init__(f"cannot write {path}: {what}; {advice}, then continue with resume=auto")
+        super().__init__(f"cannot write {printable(str(path))}: {what}; {advice}, then continue with resume=auto")
         self.errno = number
+
+
+class ForeignFileError(WriteError):
+    """A file in a run directory leads out of it, or is no file: nothing is written to it."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Say what the thing at ``path`` is."""
+        OSError.__init__(self, foreign(path, what))
+        self.errno = errno.ELOOP
+
+
+def foreign(path: Path, what: str) -> str:
+    """Return the message about a thing in a run directory that nothing is written to."""
+    return f"{printable(str(path))} is {what}, and was left untouched; remove it, or set hydra.run.dir to another directory"
+
+
+def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
+    """Return what is wrong with a file of a run, or None.
+
+    Args:
+        facts: of the thing itself, by ``lstat`` or ``fstat``.
+        in_place: its bytes are going to be changed, where another name of it would show that too; other files are replaced.
+    """
+    if stat.S_ISLNK(facts.st_mode):
+        return "a link"
+    if not stat.S_ISREG(facts.st_mode):
+        return "not a regular file"
+    return "a hard link, and another file would change with it" if in_place and facts.st_nlink > 1 else None
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a run to change it, and return the handle; the one way to do so.
+
+    Args:
+        path: the file. The directory that it lies in may be reached through links.
+        flags: of ``os.open``.
+
+    Raises:
+        ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
+        OSError: it cannot be opened.
+    """
+    with contextlib.suppress(FileNotFoundError):  # to open a device or to close a second name of a lock has effects of its own
+        if (what := why_foreign(os.lstat(path))) is not None:
+            raise ForeignFileError(path, what)
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if (what := why_foreign(os.fstat(handle))) is not None:
+        os.close(handle)
+        raise ForeignFileError(path, what)
+    return handle
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of a run where it is missing.
+
+    Raises:
+        WriteError: it cannot be made, or is a link.
+    """
+    with writing(path):
+        if path.is_symlink():
+            raise ForeignFileError(path, "a link")
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -79,7 +145,9 @@ def write_bytes(path: Path, data: bytes | memoryview, keep: Path | None = None) 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)  # of a killed process with this number, or a link, which goes itself
+            handle = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 write_whole(handle, data)
                 os.fsync(handle)
@@ -127,17 +195,22 @@ class AppendFile:
     Args:
         path: the file; it is made where it is missing.
         size: bytes of it to keep; what follows is cut off.
+        checksum: of the bytes kept.
 
     Attributes:
         path: the file.
         size: bytes written so far.
+        checksum: CRC-32 of them.
+
+    Raises:
+        WriteError: it cannot be opened, or is no file of its own; see ``open_own``.
     """
 
-    def __init__(self, path: Path, size: int = 0) -> None:
+    def __init__(self, path: Path, size: int = 0, checksum: int = 0) -> None:
         """Open the file and cut it."""
-        self.path = path
+        self.path, self.checksum = path, checksum
         with writing(path):
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._handle = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             self.size = min(size, os.fstat(self._handle).st_size)
             os.ftruncate(self._handle, self.size)
 
@@ -156,6 +229,7 @@ class AppendFile:
                 os.ftruncate(self._handle, self.size)
                 raise
         self.size += len(record)
+        self.checksum = zlib.crc32(record, self.checksum)
 
     def sync(self) -> None:
         """Bring all of it to the disk."""

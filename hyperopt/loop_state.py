@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.train_settings import TrainerSettings
@@ -29,6 +30,7 @@ class LoopState:
         seconds: training time so far, over all sessions.
         row: metrics of the last step done.
         evaluated: whether that row holds an evaluation.
+        lost_rows: ``[first, last]`` step of rows that were lost from the run's ``metrics.jsonl``.
     """
 
     step: int = 0
@@ -42,6 +44,47 @@ class LoopState:
     seconds: float = 0.0
     row: dict[str, float] = field(default_factory=dict)
     evaluated: bool = False
+    lost_rows: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: Any) -> LoopState:
+        """Return the state that a checkpoint holds.
+
+        Raises:
+            ValueError: it is none; says which value is wrong.
+        """
+
+        def is_number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        def is_count(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+        def is_row(value: Any) -> bool:
+            return isinstance(value, dict) and all(isinstance(name, str) and is_number(value[name]) for name in value)
+
+        checks = {
+            **dict.fromkeys(("step", "bad"), is_count),
+            **dict.fromkeys(("evaluations", "vjps", "jvps", "seconds"), lambda value: is_number(value) and value >= 0),
+            "best": lambda value: value is None or is_number(value),
+            "best_step": lambda value: value is None or is_count(value),
+            "best_metrics": is_row,
+            "row": lambda value: is_row(value) and "outer/step_loss" in value,
+            "evaluated": lambda value: isinstance(value, bool),
+            "lost_rows": lambda value: (
+                isinstance(value, list)
+                and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in value)
+            ),
+        }
+        if not isinstance(saved, dict) or not saved.keys() <= checks.keys():
+            raise ValueError("state is not that of a run")
+        found = cls(**saved)
+        for item in fields(cls):
+            if not checks[item.name](getattr(found, item.name)):
+                raise ValueError(f"state.{item.name} is {getattr(found, item.name)!r:.40}")
+        if found.step < 1:
+            raise ValueError("state.step is 0, before the first checkpoint")
+        return found
 
     def note(self, metrics: Mapping[str, float], trainer: TrainerSettings) -> bool:
         """Add the evaluation of the last step to its row, and keep it if it is the best; one that is not finite never is.

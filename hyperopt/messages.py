@@ -10,6 +10,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from hyperopt.core.text import printable
+
 HIDDEN = ("hydra", "schema")
 
 
@@ -25,8 +27,14 @@ def explain(error: BaseException) -> str | None:
     """Return a message for an error that a user can mend from the command line; None for any other, which needs its traceback.
 
     Args:
-        error: what composing, checking or running a job raised.
+        error: what composing, checking or running a job raised. What it quotes may come from a file, and is made printable.
     """
+    message = _message(error)
+    return None if message is None else printable(message, keep="\n")
+
+
+def _message(error: BaseException) -> str | None:
+    """Return the message as it is."""
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hyperopt import directory, sweep
 from hyperopt.config import ConfigError, validate
+from hyperopt.core.text import why_no_component
 from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.messages import explain
 from hyperopt.workers import prepare
@@ -37,6 +39,10 @@ def _validate_other(self: Sweeper, batch: Any) -> None:
 
 
 Sweeper.validate_batch_is_legal = _validate_other
+
+
+MARKS = (*directory.RUN_FILES, "config.yaml", ".hydra", "multirun.yaml", sweep.INDEX)
+"""What a run or a sweep leaves in its directory."""
 
 
 class Refusal(SystemExit):
@@ -91,18 +97,21 @@ class Preflight(Callback):
     @staticmethod
     def _check(config: DictConfig, key: str) -> None:
         """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
-        where = Path(config.hydra.run.dir if key == "hydra.run.dir" else config.hydra.sweep.dir)
         try:
+            _check_places(config, key)
+            where, known = Path(OmegaConf.select(config, key)), key == "hydra.run.dir" or _listed(config)
+            if key == "hydra.sweep.dir":
+                _check_sweep(where, known)
             jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
             for each, out in jobs:
                 _check_launch(config, each)
+                _check_places(each, key, str(each.hydra.sweep.subdir) if out != where else None)
                 _check_values(each)
                 _check_directory(each, where, out, key)
                 count += 1
             directory.acquire(where, key)
             _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
             if key == "hydra.sweep.dir":
-                known = _listed(config)
                 prepare(config, count if known else sys.maxsize)
                 Preflight.launched = where, count if known else None
         except Exception as error:
@@ -185,6 +194,39 @@ class _Composer:
         return here is not None and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
 
 
+def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:
+    """Refuse names by which Hydra would write into the working directory, or outside of the directory of the run or the sweep.
+
+    Args:
+        config: of the job.
+        key: the key of that directory.
+        subdir: of the job in it (None: of a single run, or not known yet).
+    """
+    if not str(OmegaConf.select(config, key) or "").strip():
+        raise ConfigError(f"{key} is empty, which is the working directory; set {key} to a directory")
+    names = {"hydra.job.name": str(config.hydra.job.name)}
+    if config.hydra.output_subdir is not None:
+        names["hydra.output_subdir"] = str(config.hydra.output_subdir)
+    for name, value in names.items():
+        if (why := why_no_component(value)) is not None:
+            raise ConfigError(f"{name}={value!r:.120} {why}; change {name}")
+    if subdir is not None and (not subdir.strip() or Path(subdir).is_absolute() or {"..", "."} & set(subdir.split("/"))):
+        raise ConfigError(f"hydra.sweep.subdir={subdir!r:.120} is no directory within {key}; change hydra.sweep.subdir")
+
+
+def _check_sweep(where: Path, known: bool) -> None:
+    """Refuse a sweep's directory in which something leads elsewhere.
+
+    Args:
+        where: the directory.
+        known: whether each job's own directory will be looked at; else all that are there are looked at now.
+    """
+    directory.check_own(where, ())
+    for found, folders, _ in os.walk(where) if not known else ():
+        folders[:] = [each for each in folders if each not in (*directory.FOLDERS, ".submitit")]
+        directory.check_own(Path(found))
+
+
 def _check_launch(config: DictConfig, job: DictConfig) -> None:
     """Refuse a job that chooses its own launcher or sweeper: Hydra has chosen both by then, and would say nothing."""
     for group in ("launcher", "sweeper"):
@@ -230,7 +272,13 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
     resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
     if not resuming and directory.used(where):
         raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
-    directory.check_directory(config, out)
+    here = where.resolve() == Path.cwd() and not any((where / each).exists() for each in MARKS)
+    if resuming and here and directory.used(where):
+        raise ConfigError(f"{key}={str(where)!r} is the working directory, which holds files and no run; change {key}")
+    for folder in list(out.relative_to(where).parents)[:-1]:  # between the sweep's directory and the job's
+        directory.check_own(where / folder, ())
+    subdir = config.hydra.output_subdir
+    directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})
     flat = experiment(config)
     if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
         job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
@@ -238,3 +286,8 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
             f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
             f"directory"
         )
+    done = out != where and config.resume == "auto" and sweep.finished(config, out) is not None
+    if resuming and not done and any((out / each).exists() for each in directory.RUN_FILES):
+        from hyperopt.resume import find_checkpoint
+
+        find_checkpoint(config, out, quiet=True)

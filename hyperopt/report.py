@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from hyperopt.core.text import aligned
 from hyperopt.files import write_json
 from hyperopt.loop_state import LoopState
+from hyperopt.reading import UnreadableError, read_json
 from hyperopt.repro import run_facts
 from hyperopt.tasks.base import Environment
 from hyperopt.train_settings import TrainerSettings
@@ -76,15 +76,16 @@ def write_facts(out: Path, env: Environment, task: dict[str, Any], resumed_from:
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
     if resumed_from is not None and path.is_file():
         try:
-            first = json.loads(path.read_text())
-        except ValueError:  # a disk damaged it: no reason not to go on
+            first = read_json(path)
+        except UnreadableError:  # a disk damaged it: no reason not to go on
             first = {}
-        facts = {**first, "resumed": [*first.get("resumed", []), {"after_steps": resumed_from, **facts}]}
+        before = first.get("resumed", [])
+        facts = {**first, "resumed": [*(before if isinstance(before, list) else []), {"after_steps": resumed_from, **facts}]}
     write_json(path, facts)
 
 
 def summarize(out: Path, status: str, state: LoopState, reason: str | None = None) -> None:
-    """Write ``summary.json``.
+    """Write ``summary.json``; its ``lost_rows`` are pairs of a first and a last step, and there only where rows were lost.
 
     Args:
         out: the run directory.
@@ -93,7 +94,12 @@ def summarize(out: Path, status: str, state: LoopState, reason: str | None = Non
         reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
     """
     best = {"step": state.best_step, "metrics": state.best_metrics} if state.best_metrics else None
-    write_json(
-        out / "summary.json",
-        {"status": status, "reason": reason, "steps": state.step, "seconds": state.seconds, "metrics": state.row, "best": best},
-    )
+    content = {
+        "status": status,
+        "reason": reason,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "metrics": state.row,
+        "best": best,
+    }
+    write_json(out / "summary.json", content | ({"lost_rows": state.lost_rows} if state.lost_rows else {}))

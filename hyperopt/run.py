@@ -8,13 +8,14 @@ one never stopped, ``time/*`` aside, whatever made it stop.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from hyperopt.config import Built, build
 from hyperopt.core import distributed
 from hyperopt.core.policy import reset_warnings
 from hyperopt.core.status import Status
-from hyperopt.directory import CHECKPOINTS, JOB, check_directory, from_own_checkpoint, locked
+from hyperopt.directory import CHECKPOINTS, FAILED, JOB, RUN_FILES, check_directory, locked
 from hyperopt.experiment import experiment
 from hyperopt.files import WriteError, remove_leftovers, write_text
 from hyperopt.guard import HypergradientGuard
 from hyperopt.loop_state import LoopState, monitored
 from hyperopt.optim import Schedule
+from hyperopt.reading import UnreadableError
 from hyperopt.report import progress, show, summarize, table, write_facts
 from hyperopt.reporting.read import overrides_of
 from hyperopt.repro import (
@@ -44,6 +46,7 @@ from hyperopt.repro import (
     seed_everything,
     set_rng_state,
 )
+from hyperopt.resume import Found, find_checkpoint, is_own
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.track import START, Tracker, hparams, swept, write_config
 from hyperopt.train_settings import TrainerSettings
@@ -64,10 +67,11 @@ def run(cfg: DictConfig, out: Path) -> float:
         of the hypergradient under ``mode=check``.
 
     Raises:
-        RunDirectoryError: ``out`` holds a run and nothing says to resume it, or another process is writing there; it is left
-            untouched.
-        CheckpointError: no such checkpoint, a damaged or unsafe one, or one of another experiment; a run that ``out`` holds is
-            left untouched.
+        RunDirectoryError: ``out`` holds a run and nothing says to resume it, something in it leads elsewhere, or another process
+            is writing there; it is left untouched.
+        CheckpointError: no such checkpoint, a damaged or unsafe one, one of another experiment or that does not fit, or rows that
+            it knows of are lost; a run that ``out`` holds is left untouched.
+        UnreadableError: a file of the run that ``out`` holds cannot be read; it is left untouched.
         WriteError: a file could not be written; all that was written before is whole, and ``resume=auto`` goes on from it.
         SystemExit: SIGINT, SIGTERM or the queue's signal came: code 128 + its number, after the checkpoint was written.
         Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
@@ -76,16 +80,14 @@ def run(cfg: DictConfig, out: Path) -> float:
     state = LoopState()
     with locked(out), preserved_global_state():
         check_directory(cfg, out)  # once more: another run may have come and gone meanwhile
-        refused = False
+        held = any((out / name).exists() for name in RUN_FILES)
+        # A run that is there already is changed once its checkpoint was put back, and nothing about it can be refused any more.
+        begin = functools.partial(begin_writing, cfg, out) if held else lambda: None
         try:
-            try:
-                found = distributed.from_first(find_checkpoint(cfg, out) if distributed.rank() == 0 else None)
-            except checkpoint.CheckpointError:
-                refused = (out / "summary.json").exists()
-                raise
-            (out / "FAILED").unlink(missing_ok=True)
-            remove_leftovers(out, out / CHECKPOINTS, out / "figures")
-            write_config(out, cfg)
+            found = distributed.from_first(find_checkpoint(cfg, out) if distributed.rank() == 0 else None)
+            overrides = overrides_of(out)
+            if not held:
+                begin_writing(cfg, out)
             reset_warnings()  # a sweep's jobs share a process: each has its own first warning
             device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)
             configure(device, dtype, cfg.threads)
@@ -93,24 +95,47 @@ def run(cfg: DictConfig, out: Path) -> float:
             built = build(cfg)
             env = Environment(device, dtype, cfg.seed, cfg.compile, generator, built.trainer)
             if cfg.mode == "evaluate":
-                return evaluate(built, out, env, found)
+                return evaluate(built, out, env, found, begin)
             if cfg.mode == "check":
-                return check_task(built, out, env, found)
-            return train(built, cfg, out, env, state, found)
+                return check_task(built, out, env, found, begin)
+            return train(built, cfg, out, env, state, found, overrides, begin)
         except Exception as error:
-            if not refused:
+            if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
-                    write_text(out / "FAILED", traceback.format_exc())
+                    write_text(out / FAILED, traceback.format_exc())
                     summarize(out, "failed", state, reason=f"{type(error).__name__}: {error}")
             raise
 
 
-Found = tuple[Path, dict[str, Any]]
-"""A checkpoint: where it lies, and what it holds."""
+def begin_writing(cfg: DictConfig, out: Path) -> None:
+    """Take away what a try before has left, and write ``config.yaml``."""
+    (out / FAILED).unlink(missing_ok=True)
+    remove_leftovers(out, out / CHECKPOINTS, out / "figures")
+    write_config(out, cfg)
 
 
-def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: LoopState, resumed: Found | None) -> float:
-    """Run the outer loop; see ``run``. ``state`` is filled in place, so that a failure can be summarized."""
+def train(
+    built: Built,
+    cfg: DictConfig,
+    out: Path,
+    env: Environment,
+    state: LoopState,
+    resumed: Found | None,
+    overrides: Iterable[str],
+    begin: Callable[[], None],
+) -> float:
+    """Run the outer loop; see ``run``. ``state`` is filled in place, so that a failure can be summarized.
+
+    Args:
+        built: what the config describes.
+        cfg: the config.
+        out: the run directory.
+        env: what the task is set up with.
+        state: a new one.
+        resumed: the checkpoint to go on from.
+        overrides: keys that the command line has set, shown first in TensorBoard.
+        begin: is called before the first change to ``out``.
+    """
     task, trainer = built.task, built.trainer
     config = experiment(cfg)
     task.setup(env)
@@ -120,14 +145,19 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
     position = START  # where the row of the last step begins, or will begin, in the files
     if resumed is not None:
         path, saved = resumed
-        vars(state).update(saved["state"])
-        task.load_state_dict(saved["task"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        env.generator.set_state(saved["generator"])
-        set_rng_state(saved["rng"])
-        own = path.resolve().parent == (out / CHECKPOINTS).resolve() and (out / "metrics.jsonl").exists()
+        with checkpoint.fitting(path):
+            vars(state).update(saved["state"])
+            task.load_state_dict(saved["task"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            env.generator.set_state(saved["generator"])
+            set_rng_state(saved["rng"])
+    begin()
+    if resumed is not None:
+        path, saved = resumed
+        own = is_own(path, out)
         position = saved["position"] if own else START  # a run that goes on from elsewhere has no rows here
+        state.lost_rows = list(state.lost_rows) if own else []
         if not own or path.name != checkpoint.LAST:
             checkpoint.promote(out / CHECKPOINTS, path, {**saved, "position": position})
 
@@ -147,16 +177,17 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
         checkpoint.save(out / CHECKPOINTS / name, content, keep_previous=name == checkpoint.LAST)
 
     write_facts(out, env, task.describe(), None if resumed is None else state.step)
-    summarize(out, "running", state)
     started = time.perf_counter() - state.seconds
     warned: set[tuple[str, Status | None]] = set()
     tracker = Tracker(out) if resumed is None else Tracker(out, position, state.step - 1)
+    state.lost_rows += tracker.lost
     with (
         contextlib.closing(tracker),
         rescued(out, tracker, state, save),
         stop_signals() as signals,
         progress(trainer, state) as bar,
     ):
+        summarize(out, "running", state)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
             tracker.config((out / "config.yaml").read_text(), max(state.step - 1, 0))
         again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
@@ -205,7 +236,7 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
-                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides_of(out)))
+                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides))
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(checkpoint.LAST)
 
@@ -235,14 +266,16 @@ def train(built: Built, cfg: DictConfig, out: Path, env: Environment, state: Loo
     return math.nan if state.best is None else state.best
 
 
-def evaluate(built: Built, out: Path, env: Environment, found: Found | None) -> float:
-    """Evaluate the checkpoint ``found``: print the table and write ``summary.json``; see ``run``."""
+def evaluate(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+    """Evaluate the checkpoint ``found``: print the table and write ``summary.json``; see ``run`` and ``train``."""
     if found is None:
         raise checkpoint.CheckpointError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
     path, saved = found
     started = time.perf_counter()
     built.task.setup(env)
-    built.task.load_state_dict(saved["task"])
+    with checkpoint.fitting(path):
+        built.task.load_state_dict(saved["task"])
+    begin()
     metrics = built.task.evaluate()
     state = LoopState(step=saved["state"]["step"], row=metrics, seconds=time.perf_counter() - started)
     value = monitored(metrics, built.trainer)
@@ -252,36 +285,20 @@ def evaluate(built: Built, out: Path, env: Environment, found: Found | None) -> 
     return value
 
 
-def check_task(built: Built, out: Path, env: Environment, found: Found | None) -> float:
-    """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``run``."""
+def check_task(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+    """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
     started = time.perf_counter()
     built.task.setup(env)
     if found is not None:
-        built.task.load_state_dict(found[1]["task"])
+        with checkpoint.fitting(found[0]):
+            built.task.load_state_dict(found[1]["task"])
+    begin()
     write_facts(out, env, built.task.describe(), None)
     value = check(built.task, out)
     step = 0 if found is None else found[1]["state"]["step"]
     state = LoopState(step=step, row={"hypergrad/error": value}, seconds=time.perf_counter() - started)
     summarize(out, "checked", state, reason=None if found is None else str(found[0]))
     return value
-
-
-def find_checkpoint(cfg: DictConfig, out: Path) -> Found | None:
-    """Return the checkpoint that the job goes on from or evaluates, if any: that of the run in ``out`` comes first.
-
-    Raises:
-        CheckpointError: it is missing, damaged or unsafe, or of another experiment.
-    """
-    found = None
-    if cfg.resume == "auto" and cfg.mode == "train" and not from_own_checkpoint(cfg, out):
-        found = checkpoint.load_last(out / CHECKPOINTS)
-    if found is None and cfg.ckpt_path is not None:
-        path = Path(cfg.ckpt_path)
-        last = path.name == checkpoint.LAST and path.is_file()
-        found = checkpoint.load_last(path.parent) if last else (path, checkpoint.load(path))
-    if found is not None:
-        checkpoint.check_same_experiment(found[0], found[1]["config"], experiment(cfg), evaluate=cfg.mode != "train")
-    return found
 
 
 def check_record(

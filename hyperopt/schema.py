@@ -216,7 +216,7 @@ class PathsConfig:
 class TrainConfig:
     """The top level of ``configs/train.yaml``.
 
-    name: the experiment's name, the first directory under ``paths.output``.
+    name: the experiment's name, the first directory under ``paths.output``: one plain component of a path.
     seed: seeds initialisation, splits and data order, 0 to 2**32 - 1.
     device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     precision: ``float32`` or ``float64``.
@@ -224,7 +224,8 @@ class TrainConfig:
     mode: ``train``, ``evaluate`` a checkpoint without training, or ``check`` the hypergradient.
     ckpt_path: the checkpoint to continue from or to evaluate.
     resume: ``auto`` continues the run in ``hydra.run.dir`` if there is one.
-    threads: CPU threads of one operation (None: torch's choice).
+    accept_lost_rows: whether a run goes on though rows are missing from its ``metrics.jsonl``, or were changed.
+    threads: CPU threads of one operation, at most as many as there are cores (None: torch's choice).
     allow_targets: top-level packages beside ``hyperopt`` that a ``_target_`` may name; counts on the command line only.
     """
 
@@ -236,6 +237,7 @@ class TrainConfig:
     mode: str = "train"
     ckpt_path: str | None = None
     resume: str = "never"
+    accept_lost_rows: bool = False
     threads: int | None = None
     allow_targets: list[str] = field(default_factory=list)
     task: Any = MISSING

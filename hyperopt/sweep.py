@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import math
 import os
@@ -19,18 +18,20 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hyperopt.directory import JOB, RunDirectoryError
+from hyperopt.directory import FAILED, JOB, RunDirectoryError, status_of
 from hyperopt.experiment import experiment, experiment_of
-from hyperopt.files import write_json, write_text
+from hyperopt.files import open_own, write_json, write_text, writing
 from hyperopt.launch import lead
+from hyperopt.reading import UnreadableError, read_json
+from hyperopt.reporting.read import overrides_in, summary_in
 from hyperopt.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 
 log = logging.getLogger(__name__)
 
-INDEX, FAILED = "sweep.json", "FAILED"
+INDEX = "sweep.json"
 INDEX_LOCK = ".sweep.lock"
 # Of a job that is done, these may differ: they change neither its numbers nor its length.
-INDIFFERENT = ("allow_targets", "compile", "device", "name", "paths", "resume", "threads")
+INDIFFERENT = ("accept_lost_rows", "allow_targets", "compile", "device", "name", "paths", "resume", "threads")
 
 
 def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
@@ -92,10 +93,17 @@ def failures(sweep: Path, jobs: int | None) -> list[int]:
 def read(path: Path) -> dict[str, Any]:
     """Return a JSON object; an empty one where the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except (FileNotFoundError, UnreadableError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """Return ``summary.json`` of a job; an empty one where it is missing or damaged."""
+    try:
+        return summary_in(out)
+    except (FileNotFoundError, UnreadableError):
+        return {}
 
 
 def finished(cfg: DictConfig, out: Path) -> float | None:
@@ -103,7 +111,7 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
 
     A job whose length or monitor changed since (``trainer.*``) is not done: it goes on from its last checkpoint.
     """
-    summary = read(out / "summary.json")
+    summary = read_summary(out)
     if summary.get("status") != {"train": "completed", "evaluate": "evaluated", "check": "checked"}[cfg.mode]:
         return None
     config = experiment(cfg)
@@ -116,21 +124,21 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
         return None
     metrics = summary.get("metrics") if cfg.mode != "train" else (summary.get("best") or {}).get("metrics")
     value = (metrics or {}).get("hypergrad/error" if cfg.mode == "check" else cfg.trainer.monitor)
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value
 
 
 def index(sweep: Path) -> dict[str, Any]:
     """Return the index of the sweep in ``sweep``: its jobs in order of their numbers, and how many ended how."""
     jobs = []
     for path in sweep.rglob(JOB):
-        job, summary = read(path), read(path.with_name("summary.json"))
-        failed = path.with_name(FAILED).exists()
+        job, summary = read(path), read_summary(path.parent)
+        number = job.get("number")
         jobs.append(
             {
-                "number": job.get("number"),
+                "number": number if isinstance(number, int) else None,
                 "directory": str(path.parent.relative_to(sweep)),
-                "overrides": job.get("overrides", []),
-                "status": "failed" if failed else summary.get("status", "started"),
+                "overrides": overrides_in(job),
+                "status": status_of(path.parent, summary),
                 **{key: summary.get(key) for key in ("reason", "steps", "seconds", "metrics", "best")},
             }
         )
@@ -140,7 +148,8 @@ def index(sweep: Path) -> dict[str, Any]:
 
 def write_index(sweep: Path) -> None:
     """Write ``sweep.json``, one process at a time, so that an older view never replaces a newer one."""
-    handle = os.open(sweep / INDEX_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    with writing(sweep / INDEX_LOCK):
+        handle = open_own(sweep / INDEX_LOCK, os.O_RDWR | os.O_CREAT)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.lockf(handle, fcntl.LOCK_EX)

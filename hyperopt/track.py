@@ -20,9 +20,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyr
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
+from hyperopt.core.text import printable
 from hyperopt.events import EventFiles
 from hyperopt.experiment import leaves
-from hyperopt.files import AppendFile, plain, write_bytes, write_text, writing
+from hyperopt.files import AppendFile, make_directory, plain, write_bytes, write_text
+from hyperopt.rows import METRICS, Mark, add_mark, check_rows
 from hyperopt.schema import SCHEMA
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Of no interest to a comparison of runs: where things lie and how the job was started.
-NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "mode", "allow_targets")
+NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "accept_lost_rows", "mode", "allow_targets")
 NOT_HPARAM_NAMES = ("root", "dir", "download")
 START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 """The position of a run that has written nothing yet."""
@@ -95,23 +97,33 @@ class Tracker:
         position: where a checkpoint says that the files ended before the row of its step (``Tracker.position``); all from there
             on is cut away. None: a new run, of which nothing may be left from a try that was killed before its first checkpoint.
         step: that step (None: a new run).
+
+    Attributes:
+        lost: ``[first, last]`` step of rows before it that are missing or changed; the others are kept.
     """
 
     def __init__(self, out: Path, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
         """Open the files."""
         self.out = out
         found = START if position is None else position
-        path, size = out / "metrics.jsonl", found["rows"]
-        if path.exists() and path.stat().st_size < size:
-            log.warning("%s is shorter than when its checkpoint was written: rows are lost", path)
-            size = path.read_bytes().rfind(b"\n") + 1
-        self._metrics = AppendFile(path, size)
+        path, self._next = out / METRICS, step or 0
+        rows = check_rows(path, found, self._next)
+        self._marks, self.lost = list(rows.marks), rows.lost
+        if rows.lost:
+            log.warning("%s has lost its rows of %s; going on without them", path, rows.said)
+            write_bytes(path, rows.content(path))
+        size, checksum, _ = self._marks[-1]
+        self._metrics = AppendFile(path, size, checksum)
         self._events = EventFiles(out / "tb", found["events"], found["wall"], purge_step=step)
+        if short := sorted(name for name, kept in found["events"].items() if self._events.sizes.get(name, 0) < kept):
+            log.warning("%s: events are lost, which TensorBoard will not show: %s", out / "tb", printable(", ".join(short)))
 
     @property
     def position(self) -> dict[str, Any]:
         """Where the files end now: plain values for a checkpoint."""
-        return {"rows": self._metrics.size, "events": self._events.sizes, "wall": self._events.wall}
+        end: Mark = [self._metrics.size, self._metrics.checksum, self._next]
+        marks = [*(mark for mark in self._marks if mark[0] < end[0]), end]
+        return {"rows": end[0], "events": self._events.sizes, "wall": self._events.wall, "marks": marks}
 
     def sync(self) -> None:
         """Bring everything to the disk, so that a checkpoint written next never refers to rows that a power cut took."""
@@ -121,6 +133,8 @@ class Tracker:
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Write the numbers of outer step ``step``: one line, and one event with a scalar each."""
         self._metrics.write(json.dumps({"step": step, **plain(row)}).encode() + b"\n")
+        self._next = step + 1
+        add_mark(self._marks, self._metrics.size, self._metrics.checksum, self._next)
         self._events.add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in row.items()]), step)
 
     def config(self, text: str, step: int) -> None:
@@ -132,8 +146,7 @@ class Tracker:
         from matplotlib import pyplot  # half a second, which only a run with figures needs
 
         directory = self.out / "figures"
-        with writing(directory):
-            directory.mkdir(exist_ok=True)
+        make_directory(directory)
         for name, figure in figures.items():
             if isinstance(figure, bytes):
                 image, kind = figure, "gif"

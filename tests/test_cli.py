@@ -27,7 +27,7 @@ MISTAKES = [
     ("adjoint.linear_solver.max_step=3", ["adjoint.linear_solver has no key 'max_step'", "did you mean max_steps?"]),
     ("trainer.max_steps=abc", ["trainer.max_steps=abc", "could not be converted to Integer"]),
     ("compile=maybe", ["compile=maybe", "not a valid bool"]),
-    ("+foo=1", ["foo: there is no such group or key", "choices: adjoint"]),
+    ("+foo=1", ["foo: there is no such group or key", "choices: accept_lost_rows, adjoint"]),
     ("paths.dta=x", ["did you mean data?"]),
     ("hydra.rn.dir=x", ["hydra has no key 'rn'", "did you mean run?"]),
     ("solver", ["cannot read 'solver'", "write key=value"]),

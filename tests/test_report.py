@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from hyperopt import directory
 from hyperopt.reporting.charts import band, error_point, heights
 from hyperopt.reporting.command import main, report
 from hyperopt.reporting.groups import group, spread
@@ -87,8 +88,9 @@ def test_only_runs_that_ended_count_and_others_are_shown(tmp_path: Path) -> None
     make(tmp_path / "b", 1, [5.0], status="running")
     (make(tmp_path / "c", 2, [9.0]) / "FAILED").write_text("Traceback")
     [only] = group(find([tmp_path])[0])
-    assert only.values("val/loss") == [1.0] and only.statuses == "1 completed, 1 failed, 1 running"
-    assert "1 completed, 1 failed, 1 running" in report([tmp_path], tmp_path / "out")
+    assert only.values("val/loss") == [1.0] and only.statuses == "1 completed, 1 failed, 1 killed"
+    with directory.locked(tmp_path / "b"):
+        assert "1 completed, 1 failed, 1 running" in report([tmp_path], tmp_path / "out")
 
 
 def test_one_value_has_no_deviation_and_none_has_nothing() -> None:

@@ -5,6 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Return ``text`` with what would steer a terminal or break a line shown as an escape: ``\x1b``, ``\n``, ``\u202e``.
+
+    Args:
+        text: from a file, say.
+        keep: characters to leave as they are.
+    """
+    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
+
+
+def why_no_component(name: str) -> str | None:
+    """Return why ``name`` is not one plain component of a path, or None."""
+    if not name.strip() or name in (".", ".."):
+        return "names no directory"
+    if "/" in name or "\\" in name:
+        return "has a separator of paths in it"
+    if not name.isprintable():
+        return "has a character in it that cannot be printed"
+    return "has more than 100 bytes" if len(name.encode()) > 100 else None
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return a table: cells in columns of equal width, two spaces apart, nothing trailing."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -12,6 +33,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def one_line(text: object, longest: int = 600) -> str:
-    """Return text from elsewhere as one line without escape sequences, cut at a length, so that a terminal shows it as it is."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
-    return line if len(line) <= longest else f"{line[:longest]}..."
+    """Return text from elsewhere as one line without escape sequences; of a very long one the beginning and the end."""
+    line = printable(" ".join(str(text).split()))
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"

@@ -19,7 +19,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hyperopt.data.errors import DataError, one_line
+from hyperopt.core.text import one_line
+from hyperopt.data.errors import DataError
 from hyperopt.reading import UnreadableError, read_bytes
 
 log = logging.getLogger(__name__)

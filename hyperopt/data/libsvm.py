@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperopt.data.errors import DataError, one_line
+from hyperopt.core.text import one_line
+from hyperopt.data.errors import DataError
 from hyperopt.data.files import md5, read_file, unpack
 from hyperopt.data.settings import LibsvmSettings
 from hyperopt.data.splits import Rows, Splits

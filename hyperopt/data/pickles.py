@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hyperopt.data.errors import DataError, one_line
+from hyperopt.core.text import one_line
+from hyperopt.data.errors import DataError
 
 
 class _Dtype:

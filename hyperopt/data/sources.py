@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from hyperopt.data.errors import DataError, one_line
+from hyperopt.core.text import one_line
+from hyperopt.data.errors import DataError
 from hyperopt.data.files import LARGEST, read_folder, verify, why_unwritable, write_folder
 from hyperopt.data.lock import one_process
 

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hyperopt.core.text import aligned
+from hyperopt.core.text import aligned, printable
 from hyperopt.files import WriteError, write_bytes, write_text
 from hyperopt.reporting import charts
 from hyperopt.reporting.groups import Group, group, shown, spread
 from hyperopt.reporting.page import figure, listing, page, section, table
-from hyperopt.reporting.read import ReportError, Run, find
+from hyperopt.reporting.read import ReportError, Run, find, number
 
 ALSO = ("val/accuracy", "test/loss", "test/accuracy")
 """Shown beside the metric that is compared, where they were measured."""
@@ -35,9 +35,11 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     out = given.out or (given.directories[0] if len(given.directories) == 1 else Path()) / "report"
     try:
+        if given.out is None and out.is_symlink():
+            raise ReportError(f"{out} is a link, and was left untouched; remove it, or set --out to a directory")
         print(report(given.directories, out, given.metric))
     except (ReportError, WriteError) as error:
-        print(f"hyperopt-report: {error}", file=sys.stderr)
+        print(f"hyperopt-report: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -57,6 +59,7 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
         WriteError: a file could not be written.
     """
     runs, left_out = find(directories)
+    left_out = [printable(each) for each in left_out]
     groups = group(runs)
     metric, mode = what_to_compare(runs, metric)
     head, rows, best = statistics_of(groups, metric, mode)
@@ -84,9 +87,9 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     if left_out:
         sections.append(listing("Left out", "These could not be read.", left_out))
     sections.append(listing("Runs", "How each ended.", [ended(run) for run in runs]))
-    statuses = ", ".join(f"{count} {status}" for status, count in sorted(Counter(run.status for run in runs).items()))
+    statuses = ", ".join(f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in runs).items()))
     facts = {"directories": ", ".join(map(str, directories)), "runs": f"{len(runs)} in {len(groups)} groups ({statuses})"}
-    title = "Report: " + (", ".join(dict.fromkeys(str(run.config.get("name", run.path.name)) for run in runs)))
+    title = "Report: " + (", ".join(dict.fromkeys(printable(str(run.config.get("name", run.path.name))) for run in runs)))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,7 +117,7 @@ def what_to_compare(runs: Sequence[Run], metric: str | None) -> tuple[str, str]:
     }
     if metric not in measured:
         there = ", ".join(sorted(name for name in measured if name.endswith(("loss", "accuracy")))) or "nothing"
-        raise ReportError(f"no run measured {metric!r}; they have {there}; set --metric to one of them")
+        raise ReportError(f"no run measured {metric!r:.100}; they have {there:.500}; set --metric to one of them")
     return metric, modes.get(metric) or ("max" if "accuracy" in metric else "min")
 
 
@@ -122,13 +125,13 @@ def statistics_of(groups: Sequence[Group], metric: str, mode: str) -> tuple[list
     """Return the table as text: its head, a row a group, and which of them has the best mean (None: none has one)."""
     also = [name for name in ALSO if name != metric and any(each.values(name) for each in groups)]
     keys = list(groups[0].settings)
-    head = [*(keys or ["group"]), "runs", f"{metric} mean", "sd", "best", *also, "seconds"]
+    head = [*([printable(key) for key in keys] or ["group"]), "runs", f"{printable(metric)} mean", "sd", "best", *also, "seconds"]
     means, rows = [], []
     for each in groups:
         found = spread(each.values(metric), min if mode == "min" else max)
         means.append(found.mean)
         others = [spread(each.values(name), max).mean for name in also]
-        seconds = spread([float(run.summary.get("seconds") or math.nan) for run in each.runs], max).mean
+        seconds = spread([number(run.summary.get("seconds")) for run in each.runs], max).mean
         numbers = [found.mean, found.deviation, found.best, *others]
         settings = [shown(each.settings[key]) for key in keys] or [each.label]
         rows.append([*settings, each.statuses, *(cell(value, ".5g") for value in numbers), cell(seconds, ".1f")])
@@ -147,4 +150,4 @@ def ended(run: Run) -> str:
     """Return how a run ended, in one line."""
     overrides = " ".join(f"{key}={value}" for key, value in run.overrides.items())
     reason = f" by {run.summary['reason']}" if run.summary.get("reason") else ""
-    return f"{run.path}: {run.status}{reason}" + (f" ({overrides})" if overrides else "")
+    return printable(f"{run.path}: {run.status}{reason}" + (f" ({overrides})" if overrides else ""))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+from hyperopt.core.text import printable
 from hyperopt.reporting.read import Run
 
 ENDED = ("completed", "evaluated")
 """Runs that count in a mean; the others are counted beside it."""
 # Of no effect on a run's numbers. Unlike for a sweep's resume the seed is one of them: that is what makes a group.
-INDIFFERENT = ("allow_targets", "ckpt_path", "device", "mode", "name", "paths", "resume", "seed", "threads")
+INDIFFERENT = ("accept_lost_rows", "allow_targets", "ckpt_path", "device", "mode", "name", "paths", "resume", "seed", "threads")
 UNSET = "-"
 
 
@@ -34,12 +35,14 @@ class Group:
     @property
     def label(self) -> str:
         """Its settings in one line."""
-        return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items()) or "all runs"
+        return ", ".join(f"{printable(key)}={shown(value)}" for key, value in self.settings.items()) or "all runs"
 
     @property
     def statuses(self) -> str:
         """How many runs ended how."""
-        return ", ".join(f"{count} {status}" for status, count in sorted(Counter(run.status for run in self.runs).items()))
+        return ", ".join(
+            f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in self.runs).items())
+        )
 
     def values(self, metric: str) -> list[float]:
         """``metric`` at the best evaluation of each run that ended well and measured a finite one."""
@@ -67,14 +70,14 @@ def spread(values: Sequence[float], better: Callable[[Sequence[float]], float]) 
 
 def shown(value: Any) -> str:
     """Return a setting as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Return the groups, in the order of their first runs."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        members.setdefault(json.dumps(relevant(run), sort_keys=True, default=str), []).append(run)
+        members.setdefault(repr(sorted(relevant(run).items(), key=itemgetter(0))), []).append(run)
     groups = list(members.values())
     settings = by_overrides(groups) or by_config(groups)
     return [Group(each, found) for each, found in zip(settings, groups, strict=True)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hyperopt.directory import status_of
+from hyperopt.experiment import plain_leaves
+from hyperopt.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text, read_yaml
 
 MARKS = ("summary.json", "job.json", "metrics.jsonl")
 """A directory with one of these holds a run."""
@@ -17,10 +19,6 @@ MARKS = ("summary.json", "job.json", "metrics.jsonl")
 
 class ReportError(ValueError):
     """There is nothing to report on, or no way to write it; the message says what to change."""
-
-
-class Broken(ValueError):
-    """A file of a run cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it ended: ``completed``, ``failed``, ``interrupted``, ``running``, ..."""
-        return "failed" if (self.path / "FAILED").exists() else str(self.summary.get("status", "started"))
+        """How it ended: ``completed``, ``failed``, ``interrupted``, ...; else ``running`` or, if no process does, ``killed``."""
+        return status_of(self.path, self.summary)
 
     def best(self, metric: str) -> float:
         """``metric`` at the best evaluation of the run, or as it was evaluated; NaN where it was not measured."""
@@ -54,7 +52,10 @@ class Run:
 
 def number(value: Any) -> float:
     """Return ``value`` as a float; NaN for what is none, such as the null that JSON keeps for a number that is not finite."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -85,7 +86,9 @@ def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
     for path in paths.values():
         try:
             runs.append(read(path))
-        except Broken as error:
+        except FileNotFoundError as error:
+            left_out.append(f"{error.filename}: {error.strerror}")
+        except UnreadableError as error:
             left_out.append(str(error))
     if not runs:
         raise ReportError("none of the runs can be read: " + "; ".join(left_out))
@@ -101,8 +104,8 @@ def missing_jobs(directory: Path) -> Iterator[str]:
     """Yield the jobs that an index of a sweep lists though their directories are gone, and each index that cannot be read."""
     for index in sorted(directory.rglob("sweep.json")):
         try:
-            jobs = [(str(job["directory"]), job.get("overrides", [])) for job in json_object(index)["jobs"]]
-        except Broken as error:
+            jobs = [(str(job["directory"]), overrides_in(job)) for job in read_json(index)["jobs"]]
+        except (FileNotFoundError, UnreadableError) as error:
             yield str(error)
         except (KeyError, TypeError, AttributeError):
             yield f"{index} is no index of a sweep"
@@ -110,7 +113,7 @@ def missing_jobs(directory: Path) -> Iterator[str]:
             yield from (
                 f"{index.parent / name} ({overrides}) is missing"
                 for name, overrides in jobs
-                if not (index.parent / name).is_dir()
+                if not os.path.isdir(index.parent / name)  # of any name: it may be none
             )
 
 
@@ -118,76 +121,53 @@ def read(path: Path) -> Run:
     """Read one run.
 
     Raises:
-        Broken: a file that every run has is missing, or cannot be read.
+        FileNotFoundError: a file that every run has is missing.
+        UnreadableError: a file is not what it should be.
     """
-    return Run(
-        path,
-        config_of(path / "config.yaml"),
-        overrides_of(path),
-        rows_of(path / "metrics.jsonl"),
-        json_object(path / "summary.json"),
-    )
+    return Run(path, config_of(path / "config.yaml"), overrides_of(path), rows_of(path / "metrics.jsonl"), summary_in(path))
 
 
-def text(path: Path) -> str:
-    """Return a text file; ``Broken`` where it is missing or none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Broken(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Broken(f"{path} is not text") from error
+def summary_in(path: Path) -> dict[str, Any]:
+    """Return ``summary.json`` of the run in ``path``: its status and reason as text, its metrics as numbers.
 
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableError: it is none.
+    """
+    found = read_json(path / "summary.json")
+    best, metrics = found.get("best"), found.get("metrics")
+    measured = best.get("metrics") if isinstance(best, dict) else None
+    if not all(isinstance(each, dict | None) for each in (best, metrics, measured)):
+        raise UnreadableError(f"{path / 'summary.json'} is no summary of a run")
 
-def json_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object."""
-    try:
-        found = json.loads(text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Broken):
-            raise
-        raise Broken(f"{path} is not JSON") from error
-    if not isinstance(found, dict):
-        raise Broken(f"{path} holds no JSON object")
-    return found
+    def finite(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None if values is None else {name: each if math.isfinite(number(each)) else None for name, each in values.items()}
+
+    text = {name: str(found[name])[:500] for name in ("status", "reason") if found.get(name) is not None}
+    best = None if best is None else {**best, "metrics": finite(measured)}
+    numbers = finite({name: found.get(name) for name in ("steps", "seconds")})
+    return {**found, **text, **(numbers or {}), "metrics": finite(metrics), "best": best}
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:
     """Return the rows of ``metrics.jsonl``; none of a run without the file, and not a last line that is still being written."""
-    if not path.exists():
-        return []
-    whole, _, _ = text(path).rpartition("\n")
     rows = []
-    for n, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({str(key): number(value) for key, value in row.items()})
-            int(rows[-1]["step"])
-        except (ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise Broken(f"{path}, line {n}, is no row of metrics") from error
+    try:
+        for n, row in enumerate(read_json_lines(path), 1):
+            rows.append({key: number(value) for key, value in row.items()})
+            if not math.isfinite(rows[-1].get("step", math.nan)):
+                raise UnreadableError(f"{path}, line {n}, is no row of metrics")
+    except FileNotFoundError:
+        return []
     return rows
 
 
 def config_of(path: Path) -> dict[str, Any]:
     """Return the flat config of a run. Interpolations are not resolved: a file that was tampered with reads no environment."""
-    content = text(path)
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(content), resolve=False)
-    except Exception as error:  # the loader has a dozen kinds of its own
-        raise Broken(f"{path} is not a config") from error
-    if not isinstance(tree, dict) or not tree:
-        raise Broken(f"{path} is not a config")
-    flat = dict(leaves(tree))
+    flat = dict(plain_leaves(read_yaml(path)))
+    if not flat:
+        raise UnreadableError(f"{path} is not a config")
     return {key: value for key, value in flat.items() if not copied(key, flat)}
-
-
-def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted key, value)``; a list is a value."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def copied(key: str, flat: Mapping[str, Any]) -> bool:
@@ -198,15 +178,24 @@ def copied(key: str, flat: Mapping[str, Any]) -> bool:
 
 
 def overrides_of(path: Path) -> dict[str, str]:
-    """Return the overrides that made a run, from ``job.json`` or else from what Hydra keeps; none where neither is there."""
+    """Return the overrides that made a run, from ``job.json`` or else from what Hydra keeps; none where neither is there.
+
+    Raises:
+        UnreadableError: ``job.json`` is damaged. Of a run without it the config tells it apart.
+    """
     try:
-        if (path / "job.json").exists():
-            given = json_object(path / "job.json").get("overrides", [])
-        else:
-            given = OmegaConf.to_container(OmegaConf.load(path / ".hydra" / "overrides.yaml"), resolve=False)
-    except Broken:
-        raise
-    except Exception:  # no such file, or a damaged one: the config tells the runs apart
-        given = []
-    parts = [str(each).lstrip("+").partition("=") for each in given] if isinstance(given, list) else []
+        given = overrides_in(read_json(path / "job.json"))
+    except FileNotFoundError:
+        try:
+            text = read_text(path / ".hydra" / "overrides.yaml")
+            given = overrides_in(parse_yaml(f"overrides:\n{text}", str(path)))
+        except (FileNotFoundError, UnreadableError):
+            given = []
+    parts = [each.lstrip("+").partition("=") for each in given]
     return {key: value for key, _, value in parts}
+
+
+def overrides_in(job: Any) -> list[str]:
+    """Return the overrides that a job's ``job.json`` or its line in the index of a sweep holds."""
+    given = job.get("overrides")
+    return [str(each) for each in given] if isinstance(given, list) else []

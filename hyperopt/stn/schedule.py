@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperopt.files import write_text
 from hyperopt.optim import Adam, OuterOptimizer
+from hyperopt.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
 from hyperopt.stn.space import HyperSpace
@@ -59,10 +60,28 @@ class TunedSchedule:
 
     @classmethod
     def load(cls, path: Path) -> TunedSchedule:
-        """Read what ``save`` wrote."""
-        found: Mapping[str, Any] = json.loads(path.read_text())
-        rows = {name: tuple(map(tuple, found[name])) for name in ("raw", "values")}
-        return cls(tuple(found["names"]), tuple(found["steps"]), **rows)
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UnreadableError: it is no schedule.
+        """
+        found = read_json(path)
+        try:
+            names, steps = tuple(found["names"]), tuple(found["steps"])
+            raw, values = (tuple(tuple(map(float, row)) for row in found[name]) for name in ("raw", "values"))
+            texts = all(isinstance(name, str) for name in names)
+            counts = all(isinstance(count, int) and 0 <= count < 2**31 for count in steps)
+            if (
+                not texts
+                or not counts
+                or {len(row) for row in (*raw, *values)} - {len(names)}
+                or not len(steps) == len(raw) == len(values)
+            ):
+                raise ValueError("of other lengths")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UnreadableError(f"{path} is no schedule of hyperparameters") from error
+        return cls(names, steps, raw, values)
 
 
 def replay(

@@ -1,0 +1,129 @@
+"""The rows of ``metrics.jsonl``: what a checkpoint knows of them, and which of them a damaged file has lost. Free of torch.
+
+A checkpoint keeps marks ``[bytes, checksum of the bytes before, step of the row that follows]``. The bytes between two marks are
+checked without those before them, since a CRC-32 can go on from any value, so that damage loses no more than what lies between
+two marks: one row of a short run, and a thirtieth of a long one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+FINEST = 32
+"""Between two marks lie at most one row, or this part of all bytes; there are at most twice as many marks."""
+Mark = list[int]
+
+
+def add_mark(marks: list[Mark], size: int, checksum: int, step: int) -> None:
+    """Note where the row of ``step`` is going to begin, unless the mark before is near; of too many marks every second goes."""
+    if size - marks[-1][0] > size // FINEST:
+        marks.append([size, checksum, step])
+        if len(marks) > 2 * FINEST:
+            del marks[1::2]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is left of the rows that a checkpoint knows.
+
+    Attributes:
+        pieces: ``(first byte, bytes)`` of each part of the file that is as it was written.
+        marks: of these parts, one after the other.
+        lost: ``[first, last]`` step of the rows that are missing or changed.
+    """
+
+    pieces: list[tuple[int, int]]
+    marks: list[Mark]
+    lost: list[list[int]]
+
+    @property
+    def said(self) -> str:
+        """The steps of the lost rows in words."""
+        return spans(self.lost)
+
+    def content(self, path: Path) -> bytes:
+        """Return the parts of the file at ``path`` that are as they were written."""
+        found = []
+        if self.pieces:
+            with open(path, "rb") as file:
+                for start, size in self.pieces:
+                    file.seek(start)
+                    found.append(file.read(size))
+        return b"".join(found)
+
+
+def spans(steps: Sequence[Sequence[int]]) -> str:
+    """Return ``step 3, steps 7 to 9``."""
+    return ", ".join(f"step {first}" if first == last else f"steps {first} to {last}" for first, last in steps)
+
+
+def check_rows(path: Path, position: Mapping[str, Any], step: int) -> Rows:
+    """Compare the file of rows with what a checkpoint knows of it; what follows is of no concern.
+
+    Args:
+        path: the file; it may be missing.
+        position: of the checkpoint (``Tracker.position``).
+        step: the step of its last row, which comes next in the file.
+    """
+    size = position["rows"]
+    if not size:
+        return Rows([], [[0, 0, step]], [])
+    data = path.read_bytes()[:size] if path.exists() else b""  # a size that is no such thing must not be asked for
+    whole = zlib.crc32(data) if len(data) == size else None
+    marks = position.get("marks") or [[0, 0, 0], [size, whole, step]]  # of an older version: the length is all that it knows
+    if whole is not None and marks[-1][1] == whole:
+        return Rows([(0, size)], marks, [])
+    pieces, kept, lost, at, checksum = [], [[0, 0, marks[0][2]]], [], 0, 0
+    for (start, before, first), (end, after, until) in itertools.pairwise(marks):
+        length = end - start
+        for place in (at, start):  # the bytes before are gone, or changed
+            part = data[place : place + length]
+            if len(part) == length and zlib.crc32(part, before) == after:
+                pieces.append((place, length))
+                at, checksum = place + length, zlib.crc32(part, checksum)
+                kept.append([kept[-1][0] + length, checksum, until])
+                break
+        else:
+            kept[-1][2] = until
+            lost.append([first, until - 1])
+    joined: list[list[int]] = []
+    for first, last in lost:
+        if joined and joined[-1][1] == first - 1:
+            joined[-1][1] = last
+        else:
+            joined.append([first, last])
+    return Rows(pieces, kept, joined)
+
+
+def check_position(position: Any) -> None:
+    """Refuse a position that no run has written.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+    if not isinstance(position, dict):
+        raise ValueError(f"position is {position!r:.40}")
+    events, wall, marks = position.get("events"), position.get("wall"), position.get("marks", [])
+    if not count(position.get("rows")):
+        raise ValueError(f"position.rows is {position.get('rows')!r:.40}")
+    if not isinstance(events, dict) or not all(isinstance(name, str) and count(size) for name, size in events.items()):
+        raise ValueError(f"position.events is {events!r:.40}")
+    if not isinstance(wall, int | float) or not 0 <= wall < 2**40:
+        raise ValueError(f"position.wall is {wall!r:.40}")
+    if not isinstance(marks, list) or not all(
+        isinstance(mark, list) and len(mark) == 3 and all(map(count, mark)) for mark in marks
+    ):
+        raise ValueError(f"position.marks is {marks!r:.40}")
+    sizes, steps = [mark[0] for mark in marks], [mark[2] for mark in marks]
+    if marks and (sizes[0] != 0 or sizes[-1] != position["rows"] or sizes != sorted(set(sizes)) or steps != sorted(steps)):
+        raise ValueError("position.marks are out of order")
