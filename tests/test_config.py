@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from hyperopt.config import ConfigError, build, validate
+from hyperopt.config import ConfigError, build, plain_config, validate
 from hyperopt.messages import near
 from hyperopt.resolvers import config_path
 from hyperopt.schema import GROUPS, SCHEMA, SETTINGS, places, register
@@ -229,3 +229,11 @@ def test_near_misses() -> None:
 def test_settings_keep_their_class_in_other_processes() -> None:
     # A launcher sends the schema to its workers; a class that is copied on the way comes back as another one.
     assert all(pickle.loads(pickle.dumps(node)) is node for node in SCHEMA.values())
+
+
+def test_a_file_written_before_classes_moved_names_them_still() -> None:
+    old = {"solver": {"_target_": "hyperopt.solvers.picard.Picard"}, "parts": [{"_target_": "hyperopt.linsolve.gmres.GMRES"}]}
+    cfg = plain_config(old, "config.yaml")
+    assert cfg.solver._target_ == "hyperopt.core.solvers.picard.Picard"
+    assert cfg.parts[0]._target_ == "hyperopt.core.linear.gmres.GMRES"
+    assert old["solver"]["_target_"] == "hyperopt.solvers.picard.Picard"

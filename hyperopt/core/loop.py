@@ -138,7 +138,7 @@ class _Run:
             if self.best is None or ratio <= self.best[0]:
                 self.best = ratio, process.value, self.now
             self._note_idle()
-        if ratio > process.clear:
+        if ratio > process.clear or (len(self.worst) > len(worst) and self.worst[-1 - len(worst)] > process.clear):
             if not self.decay:
                 self.decay.append((self.seen + 1, block[0]))
             if self.decay[-1][0] < self.made and len(norms) == len(self.decay[-1][1]):
