@@ -15,6 +15,7 @@ LAYERS = [
     ("core.tree",),
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.purity"),
+    ("core.jacobian",),
     ("core.distributed",),
     ("core.replay",),
     ("core.solvers",),

@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt.core.captured import functorch_level
+from hyperopt.core.operator import ClosedForm
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.point import differentiable
+from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import Layout
 
@@ -47,6 +49,11 @@ class Problem:
     trace: bool = False
     keep_state: bool = False
 
+    @cached_property
+    def pullback(self) -> Callable[..., Any] | None:
+        """The map's own ``pullback(w, fw, *args)``, the one optional attribute of a map, where its state is a matrix."""
+        return getattr(self.phi, "pullback", None) if self.layout.trivial else None
+
     def bind(self, args: tuple[Any, ...]) -> Bound:
         """The map on a matrix with its arguments given."""
         return Bound(self, args)
@@ -73,29 +80,36 @@ class Problem:
         return self.layout.matrix(out, w.shape[0])
 
 
-class Bound:
-    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on.
-
-    Attributes:
-        pullback: ``pullback(w, fw)``: the map's own vector-Jacobian products, where it has a ``pullback`` and takes the state as
-            the matrix that it is; else None. See ``hyperopt.nn.equilibrium.TanhAffine``.
-    """
+class Bound(ClosedMap):
+    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on."""
 
     def __init__(self, problem: Problem, args: tuple[Any, ...]) -> None:
         """Bind the arguments."""
         self.problem, self.args = problem, args
-        own = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
-        self.pullback = None if own is None else self._bound(own)
-
-    def _bound(self, own: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
-        def pullback(w: Tensor, fw: Tensor) -> Any:
-            return own(w, fw, *self.args)
-
-        return differentiable(pullback) if getattr(own, "differentiable", False) else pullback
 
     def __call__(self, w: Tensor) -> Tensor:
         """``phi(w, *args)``."""
         return self.problem.call(w, self.args)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the map has a ``pullback`` and takes the state as the matrix that it is."""
+        return self.problem.pullback is not None
+
+    def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
+        """What the map's ``pullback`` returns.
+
+        Raises:
+            TypeError: it is no ``ClosedForm``.
+        """
+        assert self.problem.pullback is not None
+        found = self.problem.pullback(w, fw, *self.args)
+        if not isinstance(found, ClosedForm):
+            raise TypeError(
+                f"the map's pullback(w, fw, *args) returned a {type(found).__name__}; return a subclass of "
+                "hyperopt.core.operator.ClosedForm"
+            )
+        return found
 
 
 class Adjoint(ABC):
