@@ -298,12 +298,7 @@ def test_transforms(name, closure):
     torch.testing.assert_close(got, TRANSFORMS[name](plain)(m, b), rtol=RTOL, atol=1e-11)
 
 
-# vectorize=True runs the backward under torch's legacy batching, which refuses the branch on a converged row: it raises, never
-# returns a wrong number; torch.func.jacrev is the way that works.
-LEGACY = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="no legacy batching rule for bool(tensor)")
-
-
-@pytest.mark.parametrize("vectorize", [False, pytest.param(True, marks=LEGACY)])
+@pytest.mark.parametrize("vectorize", [False, True])
 def test_functional_jacobian(vectorize):
     m, b = weights()
     got = jacobian(lambda m: solve(cell, torch.zeros(3, 2), m, b), m, vectorize=vectorize)

@@ -11,6 +11,7 @@ A custom ``autograd.Function`` is not seen by such a mode. A walk over the finis
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _get_sequence_nr  # pyright: ignore[reportMissingImports]
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
@@ -29,7 +32,18 @@ def functorch_level() -> int:
     return 0 if top is None else top.level()
 
 
+def transformed() -> bool:
+    """Whether derivatives are on their way that ``no_grad`` does not stop: those of ``torch.func``, or of dual numbers."""
+    return functorch_level() > 0 or forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is a dual number."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 _births = itertools.count(1)
+SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class ClosureError(RuntimeError):
@@ -53,20 +67,26 @@ class Swap(TorchFunctionMode):
         self.used: set[int] = set()
         self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
         self.start, self.born = _get_sequence_nr(), next(_births)
-        self.level = functorch_level()
+        self.level, self.transformed = functorch_level(), transformed()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func`` with every tensor from outside swapped."""
         out = func(*self.swap(args), **{key: self.swap(value) for key, value in (kwargs or {}).items()})
-        if self.level:
+        if self.transformed:
             self.own(out)
+        else:
+            made = args[0] if func is SET_REQUIRES_GRAD else out
+            if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:  # what has a graph is known by its place in it
+                self.own(made)
         return out
 
     def own(self, value: Any) -> None:
-        """Note tensors as made by the map itself: under a transform their level does not tell them from others."""
+        """Note tensors as made by the map itself: under a transform nothing in them tells them from others."""
         for leaf in optree.tree_leaves(value):
-            if isinstance(leaf, Tensor):
+            while isinstance(leaf, Tensor):
                 self.made[id(leaf)] = leaf
+                # What a transform inside of the map has made comes out of it without its wrapper.
+                leaf = functorch.get_unwrapped(leaf) if functorch.maybe_get_level(leaf) > self.level else None
 
     def swap(self, value: Any) -> Any:
         """``value``, a tensor or a nest of lists, tuples and dicts, with the tensors from outside replaced."""
@@ -83,6 +103,9 @@ class Swap(TorchFunctionMode):
         if entry is not None:
             self.used.add(id(tensor))
             return entry[1]
+        # A compiled map has no such wrappers, and its compiler traces this very line.
+        if not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) > self.level:
+            return self._swap_wrapped(tensor)
         if not self._outside(tensor):
             return tensor
         if not self.discover:
@@ -94,10 +117,39 @@ class Swap(TorchFunctionMode):
         self.enter(tensor, inside)
         return inside
 
+    def _swap_wrapped(self, tensor: Tensor) -> Tensor:
+        """A tensor that a transform inside of the map has wrapped, moved by what its content changes when it is swapped.
+
+        In place of a wrapper of another tensor, which that transform would not know: ``x + (inside - outside)`` has the values
+        of ``inside``, the derivatives of ``x`` for that transform, and those of ``inside`` for what lies around the map.
+        """
+        with torch._C.DisableTorchFunction():
+            moved = self._moved(tensor)
+            return tensor if moved is None else tensor + moved
+
+    def _moved(self, tensor: Tensor) -> Tensor | None:
+        level = functorch.maybe_get_level(tensor)
+        if level <= self.level:
+            with contextlib.ExitStack() as outer:
+                while functorch_level() > self.level:
+                    outer.enter_context(temporarily_pop_interpreter_stack())
+                inside = self._swap_tensor(tensor)
+                return None if inside is tensor else inside - tensor
+        moved = self._moved(functorch.get_unwrapped(tensor))
+        if moved is None:
+            return None
+        if functorch.is_batchedtensor(tensor):
+            return functorch._add_batch_dim(moved, functorch.maybe_get_bdim(tensor), level)
+        return functorch._wrap_for_grad(moved, level)
+
     def replacement(self, tensor: Tensor) -> Tensor:
         """What takes the place of a tensor from outside that was not known."""
-        with torch._C.DisableTorchFunction():
-            return tensor if self.level else leaf_of(tensor)
+        with torch._C.DisableTorchFunction(), contextlib.ExitStack() as outer:
+            if self.transformed:
+                return tensor
+            while functorch_level():  # a transform inside of the map, which lets no leaves be made
+                outer.enter_context(temporarily_pop_interpreter_stack())
+            return leaf_of(tensor)
 
     def enter(self, outside: Tensor, inside: Tensor) -> None:
         """Know a tensor from outside by its replacement, which is in use."""
@@ -111,9 +163,11 @@ class Swap(TorchFunctionMode):
             return self._before(tensor)
 
     def _before(self, tensor: Tensor) -> bool:
-        if self.level and functorch.maybe_get_level(tensor) > 0:
-            return id(tensor) not in self.made and functorch.maybe_get_level(tensor) <= self.level
-        if id(tensor) in self.made or not tensor.requires_grad or getattr(tensor, "_hyperopt_born", 0) > self.born:
+        if id(tensor) in self.made:
+            return False
+        if self.transformed and (functorch.maybe_get_level(tensor) > 0 or has_tangent(tensor)):
+            return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.start
+        if not tensor.requires_grad or getattr(tensor, "_hyperopt_born", 0) > self.born:
             return False
         if tensor.grad_fn is None:  # a leaf, or a view made under no_grad, which says that it requires grad and leads nowhere
             return tensor._base is None or not tensor._base.requires_grad

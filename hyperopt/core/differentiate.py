@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # pyright: ignore[reportMissingImports]
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.overrides import handle_torch_function, has_torch_function
 
-from hyperopt.core.captured import functorch_level
+from hyperopt.core import legacy
+from hyperopt.core.captured import functorch_level, transformed
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.operator import Linearization, LinearOperator, Reshaped
 
@@ -129,12 +131,18 @@ def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v
     if functorch_level():
         return torch.func.vjp(lambda y: fn(y, *inputs), z)[1](v)[0]
     with torch.enable_grad():
-        alias = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        alias = alias_of(z)
         out = fn(alias, *inputs)
         if not out.requires_grad:
             return torch.zeros_like(v)
         (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
     return torch.zeros_like(v) if product is None else product
+
+
+def alias_of(x: Tensor) -> Tensor:
+    """A tensor that is ``x``, with its derivatives, and that a partial derivative can be taken in."""
+    alias = x.view_as(x)
+    return alias if alias.requires_grad else alias.requires_grad_()
 
 
 def pull_inputs(
@@ -152,7 +160,7 @@ def pull_inputs(
         return [next(found) if need else None for need in needs]
     with torch.enable_grad():
         # Aliases make the derivatives partial: one input may have been computed from another, and z depends on all.
-        aliases = [x.view_as(x) if need else x for x, need in zip(inputs, needs, strict=True)]
+        aliases = [alias_of(x) if need else x for x, need in zip(inputs, needs, strict=True)]
         out = fn(z, *aliases)
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
         if not wanted or not out.requires_grad:
@@ -189,12 +197,14 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Solve the adjoint system, then one closing vjp."""
-        value, *inputs = ctx.saved_tensors
+        if legacy.batched(g):
+            return legacy.each(lambda g: Attach.backward(ctx, g), g)
+        # A vjp of torch.func may be called when its transform has ended.
+        value, *inputs = (unwrap_if_dead(x) for x in ctx.saved_tensors)
         system: System = ctx.system
         needs = ctx.needs_input_grad[2:]
-        transformed = functorch_level() > 0
-        if torch.is_grad_enabled() or transformed:
-            if not system.exact and (system.derived or not transformed):
+        if torch.is_grad_enabled() or transformed():
+            if not system.exact and (system.derived or not transformed()):
                 raise InexactError(
                     f"this adjoint is not solved to a tolerance, so its derivative is not the second derivative: {system.remedy}"
                 )
@@ -206,6 +216,8 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Solve the tangent system."""
+        if any(legacy.batched(t) for t in tangents if t is not None):
+            return legacy.each(lambda *some: Attach.jvp(ctx, None, None, *some), *tangents)
         value, *inputs = (unpack_dual(x).primal for x in ctx.saved_tensors)
         system: System = ctx.system
         if not system.exact and system.derived:

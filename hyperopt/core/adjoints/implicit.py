@@ -22,7 +22,7 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Bound, Problem
 from hyperopt.core.adjoints.parts import graph_part
 from hyperopt.core.adjoints.settings import ImplicitSettings
-from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
+from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
 from hyperopt.core.differentiate import System, attach
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.base import LinearSolver
@@ -80,7 +80,7 @@ class ImplicitAdjoint(Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the graph of the last evaluation."""
         box = AdjointBox()
-        if functorch_level():
+        if transformed():
             system, inputs = FixedPoint.discover(self, problem, box)
             value = attach(system, problem.start, *inputs)
             assert system.stats is not None
@@ -250,7 +250,7 @@ class FixedPoint(System):
             self.at.part = graph_part(self.problem, w, self.out)
         return self.out
 
-    # ---- under torch.func: find the inputs first, solve inside the Function
+    # ---- under torch.func and with dual numbers: find the inputs first, solve inside the Function
 
     @staticmethod
     def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
@@ -290,7 +290,7 @@ class FixedPoint(System):
 
     def _check_same(self, z: Tensor, out: Tensor) -> None:
         """A replay at the solution must give what the solve gave."""
-        if self.out is None or functorch_level() or self.value is None or z.shape != self.value.shape:
+        if self.out is None or transformed() or self.value is None or z.shape != self.value.shape:
             return
         if not torch.equal(z.detach(), self.value):
             return

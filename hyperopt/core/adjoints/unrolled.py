@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import UnrolledSettings
+from hyperopt.core.captured import transformed
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.forward import solve_forward
@@ -33,7 +34,7 @@ class Unrolled(UnrolledSettings, Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve with the graph of all steps, or of the last ones after a solve without."""
         phi = problem.bind(problem.args)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or transformed()):
             stepped = solve_forward(problem, phi, phi)
         elif self.last is None:
             stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
