@@ -5,15 +5,18 @@ it, for a detached leaf. The graph so built ends in those leaves, so that one vj
 also where one closed-over tensor was computed from another (``A`` and ``2 * A``). The same swap, with other replacements, calls
 the map at other values of what it closes over: higher derivatives and ``torch.func`` need that.
 
-A custom ``autograd.Function`` is not seen by such a mode. A walk over the finished graph finds what came in through one: a leaf
-(a parameter) is taken as it is; anything else is refused, since its derivative would be silently lost.
+A custom ``autograd.Function`` is not seen by such a mode, nor is what a transform of ``torch.func`` is called on. What a Python
+function closes over is therefore swapped in its closure too. For the rest a walk over the finished graph finds what came in
+unseen: a leaf (a parameter) is taken as it is; anything else is refused, since its derivative would be silently lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, FunctionType
 from typing import Any
 
 import optree
@@ -39,11 +42,23 @@ def transformed() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether the tensor is a dual number."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    with below(0):
+        return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+@contextlib.contextmanager
+def below(level: int) -> Iterator[None]:
+    """Leave the transforms of ``torch.func`` that run above ``level``, for a while."""
+    with contextlib.ExitStack() as left:
+        while functorch_level() > level:
+            left.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 _births = itertools.count(1)
-SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # pyright: ignore[reportFunctionMemberAccess]
+SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ClosureError(RuntimeError):
@@ -65,6 +80,7 @@ class Swap(TorchFunctionMode):
         self.discover = discover
         self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}
         self.used: set[int] = set()
+        self.rebound: set[int] = set()  # the functions that were looked at
         self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
         self.start, self.born = _get_sequence_nr(), next(_births)
         self.level, self.transformed = functorch_level(), transformed()
@@ -89,14 +105,49 @@ class Swap(TorchFunctionMode):
                 leaf = functorch.get_unwrapped(leaf) if functorch.maybe_get_level(leaf) > self.level else None
 
     def swap(self, value: Any) -> Any:
-        """``value``, a tensor or a nest of lists, tuples and dicts, with the tensors from outside replaced."""
+        """``value``, a tensor or a nest of lists, tuples and dicts, with the tensors from outside replaced; else as it is."""
         if isinstance(value, Tensor):
             return self._swap_tensor(value)
         if type(value) in (list, tuple):
-            return type(value)(self.swap(item) for item in value)
+            items = [self.swap(item) for item in value]
+            return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
         if type(value) is dict:
-            return {key: self.swap(item) for key, item in value.items()}
+            found = {key: self.swap(item) for key, item in value.items()}
+            return found if any(found[key] is not item for key, item in value.items()) else value
         return value
+
+    def rebind(self, function: Any) -> Any:
+        """A Python function with the tensors that it closes over swapped; anything else as it is.
+
+        The mode does not see a closed-over tensor that a transform of ``torch.func`` inside of the map is called on.
+        """
+        if isinstance(function, functools.partial):
+            args, keywords = self.swap(function.args), self.swap(function.keywords)
+            return functools.partial(self.rebind(function.func), *args, **keywords)
+        if not isinstance(function, FunctionType) or not (function.__closure__ or function.__defaults__):
+            return function
+        before = tuple(function.__closure__ or ())
+        cells = tuple(self._rebind_cell(cell) for cell in before)
+        defaults = self.swap(function.__defaults__)
+        if all(a is b for a, b in zip(cells, before, strict=True)) and defaults is function.__defaults__:
+            return function
+        found = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+        found.__kwdefaults__ = function.__kwdefaults__
+        return found
+
+    def _rebind_cell(self, cell: CellType) -> CellType:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # a variable that is not assigned yet
+            return cell
+        if isinstance(content, FunctionType):  # a function of its own may be in its closure
+            if id(content) in self.rebound:
+                return cell
+            self.rebound.add(id(content))
+            found = self.rebind(content)
+        else:
+            found = self.swap(content)
+        return cell if found is content else CellType(found)
 
     def _swap_tensor(self, tensor: Tensor) -> Tensor:
         entry = self.table.get(id(tensor))
@@ -105,7 +156,12 @@ class Swap(TorchFunctionMode):
             return entry[1]
         # A compiled map has no such wrappers, and its compiler traces this very line.
         if not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) > self.level:
-            return self._swap_wrapped(tensor)
+            if self.transformed and self._outside(self._content(tensor)):
+                raise ClosureError(
+                    f"the map gives a tensor of shape {tuple(tensor.shape)} from outside to a transform of torch.func, where its "
+                    "derivative cannot be followed: pass it through args="
+                )
+            return tensor  # made by a transform inside of the map
         if not self._outside(tensor):
             return tensor
         if not self.discover:
@@ -117,38 +173,11 @@ class Swap(TorchFunctionMode):
         self.enter(tensor, inside)
         return inside
 
-    def _swap_wrapped(self, tensor: Tensor) -> Tensor:
-        """A tensor that a transform inside of the map has wrapped, moved by what its content changes when it is swapped.
-
-        In place of a wrapper of another tensor, which that transform would not know: ``x + (inside - outside)`` has the values
-        of ``inside``, the derivatives of ``x`` for that transform, and those of ``inside`` for what lies around the map.
-        """
-        with torch._C.DisableTorchFunction():
-            moved = self._moved(tensor)
-            return tensor if moved is None else tensor + moved
-
-    def _moved(self, tensor: Tensor) -> Tensor | None:
-        level = functorch.maybe_get_level(tensor)
-        if level <= self.level:
-            with contextlib.ExitStack() as outer:
-                while functorch_level() > self.level:
-                    outer.enter_context(temporarily_pop_interpreter_stack())
-                inside = self._swap_tensor(tensor)
-                return None if inside is tensor else inside - tensor
-        moved = self._moved(functorch.get_unwrapped(tensor))
-        if moved is None:
-            return None
-        if functorch.is_batchedtensor(tensor):
-            return functorch._add_batch_dim(moved, functorch.maybe_get_bdim(tensor), level)
-        return functorch._wrap_for_grad(moved, level)
-
     def replacement(self, tensor: Tensor) -> Tensor:
         """What takes the place of a tensor from outside that was not known."""
-        with torch._C.DisableTorchFunction(), contextlib.ExitStack() as outer:
-            if self.transformed:
-                return tensor
-            while functorch_level():  # a transform inside of the map, which lets no leaves be made
-                outer.enter_context(temporarily_pop_interpreter_stack())
+        if self.transformed:
+            return tensor
+        with torch._C.DisableTorchFunction(), below(0):  # a transform inside of the map lets no leaves be made
             return leaf_of(tensor)
 
     def enter(self, outside: Tensor, inside: Tensor) -> None:
@@ -156,6 +185,12 @@ class Swap(TorchFunctionMode):
         self.table[id(outside)] = (outside, inside)
         self.made[id(inside)] = inside
         self.used.add(id(outside))
+
+    def _content(self, tensor: Tensor) -> Tensor:
+        """What the transforms inside of the map have wrapped."""
+        while functorch.maybe_get_level(tensor) > self.level:
+            tensor = functorch.get_unwrapped(tensor)
+        return tensor
 
     def _outside(self, tensor: Tensor) -> bool:
         """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the map was called."""
@@ -211,8 +246,8 @@ def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iter
             continue
         if node._sequence_nr() < start:
             raise ClosureError(
-                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function, where its "
-                "derivative cannot be followed: pass it through args="
+                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function, or a transform "
+                "of torch.func, where its derivative cannot be followed: pass it through args="
             )
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

@@ -171,8 +171,22 @@ def pull_inputs(
 
 def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas, differentiable in all."""
-    out, pull, *_ = torch.func.vjp(fn, *primals)
-    return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
+    if functorch_level():
+        out, pull, *_ = torch.func.vjp(fn, *primals)
+        return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
+    with torch.enable_grad():
+        aliases = [alias_of(x) for x in primals]
+        out = fn(*aliases)
+        v = torch.zeros_like(out).requires_grad_()
+        if out.requires_grad:
+            pulled = torch.autograd.grad(out, aliases, v, create_graph=True, allow_unused=True)
+            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
+            if moving:
+                products, given = zip(*moving, strict=True)
+                (pushed,) = torch.autograd.grad(products, v, given, create_graph=True, allow_unused=True)
+                if pushed is not None:
+                    return pushed
+        return torch.zeros_like(out)
 
 
 class Attach(torch.autograd.Function):

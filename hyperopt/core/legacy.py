@@ -21,12 +21,12 @@ def batched(tensor: Tensor) -> bool:
 
 def each(function: Callable[..., Any], *batches: Any) -> Any:
     """``function`` of each member of ``batches``, tensors or None, and the results, tensors or None, as batches again."""
-    # The running level is told by no function of its own.
-    torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_increment_nesting()  # the running level is told by no function of its own
     level = torch._C._vmapmode_decrement_nesting()
-    size = next(torch._remove_batch_dim(x, level, 1, 0).shape[0] for x in batches if x is not None and batched(x))
-    members = [None if x is None else torch._remove_batch_dim(x, level, size, 0) for x in batches]
+    remove, add = torch._C._VariableFunctions._remove_batch_dim, torch._C._VariableFunctions._add_batch_dim  # pyright: ignore
+    size = next(remove(x, level, 1, 0).shape[0] for x in batches if x is not None and batched(x))
+    members = [None if x is None else remove(x, level, size, 0) for x in batches]
     found = [function(*(None if x is None else x[i] for x in members)) for i in range(size)]
     if isinstance(found[0], Tensor):
-        return torch._add_batch_dim(torch.stack(found), 0, level)
-    return tuple(None if one[0] is None else torch._add_batch_dim(torch.stack(one), 0, level) for one in zip(*found, strict=True))
+        return add(torch.stack(found), 0, level)
+    return tuple(None if one[0] is None else add(torch.stack(one), 0, level) for one in zip(*found, strict=True))

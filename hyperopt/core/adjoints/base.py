@@ -68,11 +68,11 @@ class Problem:
         rows = frozenset(self.row_args)
         return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
 
-    def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """The map on a matrix (any number of rows)."""
+    def call(self, w: Tensor, args: tuple[Any, ...], phi: Callable[..., Any] | None = None) -> Tensor:
+        """The map, or another in its place, on a matrix (any number of rows)."""
         blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0
         version = None if blind else w._version
-        out = self.phi(self.layout.tree(w), *args)
+        out = (phi or self.phi)(self.layout.tree(w), *args)
         if version is not None and w._version != version:
             raise ValueError("the map changed the state that it was given, in place; return a new tensor")
         if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:

@@ -235,7 +235,7 @@ class FixedPoint(System):
             leaf = leaf_of(w)
             args = swap_tree(swap, self.problem.args)
             with swap:
-                out = self.problem.call(leaf, args)
+                out = self.problem.call(leaf, args, swap.rebind(self.problem.phi))
             outside = swap.outside
             leaves = [swap.inside(x) for x in outside]
             self.fixed_leaves = set()
@@ -260,8 +260,7 @@ class FixedPoint(System):
         swap.own(problem.start)
         args = swap_tree(swap, problem.args)
         with swap:
-            system_out = problem.call(problem.start, args)
-        del system_out
+            problem.call(problem.start, args, swap.rebind(problem.phi))
         system.inputs = swap.outside
         return system, system.inputs
 
@@ -271,15 +270,15 @@ class FixedPoint(System):
         """The map at other values of its inputs; refuses if it is no longer the map that was solved."""
         if self.fixed_leaves:
             raise ClosureError(
-                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, where it "
-                "cannot be replaced: pass it through args="
+                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, or a "
+                "transform of torch.func, where it cannot be replaced: pass it through args="
             )
         known = list(zip(self.inputs, inputs, strict=True))
         swap = Swap(known, discover=False)
         swap.own(z)
         args = swap_tree(swap, self.problem.args)
         with swap:
-            out = self.problem.call(z, args)
+            out = self.problem.call(z, args, swap.rebind(self.problem.phi))
         if len(swap.used) < len(known):
             raise ClosureError(
                 "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "
