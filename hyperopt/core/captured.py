@@ -26,6 +26,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch._C._autograd import _get_sequence_nr  # pyright: ignore[reportMissingImports]
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.overrides import TorchFunctionMode
 
 
@@ -46,6 +47,20 @@ def has_tangent(tensor: Tensor) -> bool:
         return False
     with below(0):
         return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def seen(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that transforms of ``torch.func`` have wrapped, those of all members of a batch, to be read."""
+    while functorch.maybe_get_level(tensor) > 0:
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+@contextlib.contextmanager
+def underived() -> Iterator[None]:
+    """No derivatives, backward or forward."""
+    with torch.no_grad(), _set_fwd_grad_enabled(False):
+        yield
 
 
 @contextlib.contextmanager
@@ -246,7 +261,7 @@ def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iter
             continue
         if node._sequence_nr() < start:
             raise ClosureError(
-                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function, or a transform "
+                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function or a transform "
                 "of torch.func, where its derivative cannot be followed: pass it through args="
             )
         for parent, _ in node.next_functions:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Problem:
         adjoint_start: where a linear solver starts, up to a factor for each row, (rows, dim); None: at its right-hand side.
         trace: measure the residual at every iteration.
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
+        has_aux: whether the map returns ``(state, aux)``.
+        aux: the aux of the latest evaluation, detached.
     """
 
     phi: Callable[..., Any]
@@ -48,6 +51,8 @@ class Problem:
     adjoint_start: Tensor | None = None
     trace: bool = False
     keep_state: bool = False
+    has_aux: bool = False
+    aux: list[Any] = field(default_factory=list)
 
     @cached_property
     def pullback(self) -> Callable[..., Any] | None:
@@ -61,7 +66,7 @@ class Problem:
     @property
     def droppable(self) -> bool:
         """Whether a part of the rows may be evaluated without the others."""
-        return bool(self.row_args) and not self.layout.joint and not self.keep_state
+        return bool(self.row_args) and not (self.layout.joint or self.keep_state or self.has_aux)
 
     def part(self, index: Tensor) -> Bound:
         """The map of the rows in ``index``, its arguments detached where they are cut."""
@@ -70,14 +75,35 @@ class Problem:
 
     def call(self, w: Tensor, args: tuple[Any, ...], phi: Callable[..., Any] | None = None) -> Tensor:
         """The map, or another in its place, on a matrix (any number of rows)."""
-        blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0
-        version = None if blind else w._version
+        given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
+        before = [x._version for x in given]
         out = (phi or self.phi)(self.layout.tree(w), *args)
-        if version is not None and w._version != version:
-            raise ValueError("the map changed the state that it was given, in place; return a new tensor")
+        if before != [x._version for x in given]:
+            what = "the state" if w._version != before[0] else "an argument"
+            raise ValueError(
+                f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)"
+            )
+        if self.has_aux:
+            out = self._without_aux(out)
         if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
             return out
         return self.layout.matrix(out, w.shape[0])
+
+    @staticmethod
+    def _versioned(w: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
+        """The tensors given to the map that tell of changes in place; those of inference mode do not."""
+        return [x for x in (w, *args) if isinstance(x, Tensor) and not x.is_inference()]
+
+    def _without_aux(self, out: Any) -> Any:
+        """The state of ``(state, aux)``; the aux is kept, detached.
+
+        Raises:
+            TypeError: the map returned something else.
+        """
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"has_aux=True, but the map returned a {type(out).__name__}; return (state, aux)")
+        self.aux[:] = [optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out[1], none_is_leaf=True)]
+        return out[0]
 
 
 class Bound(ClosedMap):
