@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
-from hyperopt.core.adjoints.compiled import fixed_trips, outside, traceable
+from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.policy import report_floor
@@ -114,6 +114,8 @@ def fixed_point(
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace, has_aux=has_aux)
+    if torch.compiler.is_exporting():
+        return exported(problem)
     if torch.compiler.is_compiling():  # the checks below cannot be traced
         if traceable(adjoint, problem):
             return fixed_trips(adjoint, problem)

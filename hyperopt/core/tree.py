@@ -150,7 +150,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
     )
     dtype = torch.float32
     for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype.to_real())
+        dtype = torch.promote_types(dtype, leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype)
     units: tuple[float, ...] = ()
     if scales is not None:
         units, given = tuple(optree.tree_leaves(scales)), optree.tree_structure(scales)
