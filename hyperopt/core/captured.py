@@ -131,6 +131,14 @@ class Swap(TorchFunctionMode):
             return found if any(found[key] is not item for key, item in value.items()) else value
         return value
 
+    def call(self, function: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Any:
+        """``function(state, *args)`` with everything from outside swapped; the state is its own."""
+        self.own(state)
+        args = tuple(arg if arg is None else optree.tree_map(self.swap, arg, none_is_leaf=True) for arg in args)
+        function = self.rebind(function)
+        with self:
+            return function(state, *args)
+
     def rebind(self, function: Any) -> Any:
         """A Python function with the tensors that it closes over swapped; anything else as it is.
 

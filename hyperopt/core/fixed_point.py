@@ -137,7 +137,7 @@ def refuse_untraceable() -> None:
     Raises:
         RuntimeError: names the tracer.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise RuntimeError(
             "fixed_point: torch.jit.trace would record the number of steps of this one solve; use torch.export with fixed trips "
             "(rtol=0, atol=0), or trace without the solve"

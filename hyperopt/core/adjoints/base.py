@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.captured import functorch_level
+from hyperopt.core.captured import Swap, functorch_level
 from hyperopt.core.operator import ClosedForm
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap
@@ -73,11 +73,15 @@ class Problem:
         rows = frozenset(self.row_args)
         return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
 
-    def call(self, w: Tensor, args: tuple[Any, ...], phi: Callable[..., Any] | None = None) -> Tensor:
-        """The map, or another in its place, on a matrix (any number of rows)."""
+    def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
+        """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
+        state = self.layout.tree(w)
         given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
         before = [x._version for x in given]
-        out = (phi or self.phi)(self.layout.tree(w), *args)
+        if swap is None:
+            out = self.phi(state, *args)
+        else:  # nothing but the map itself runs under the mode, which makes each operation slower
+            out = swap.call(self.phi, state, args)
         if before != [x._version for x in given]:
             what = "the state" if w._version != before[0] else "an argument"
             raise ValueError(

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -233,9 +232,7 @@ class FixedPoint(System):
         with torch.enable_grad():
             swap = Swap(discover=True)
             leaf = leaf_of(w)
-            args = swap_tree(swap, self.problem.args)
-            with swap:
-                out = self.problem.call(leaf, args, swap.rebind(self.problem.phi))
+            out = self.problem.call(leaf, self.problem.args, swap)
             outside = swap.outside
             leaves = [swap.inside(x) for x in outside]
             self.fixed_leaves = set()
@@ -257,10 +254,7 @@ class FixedPoint(System):
         """One call of the map, under the running transform, that finds what it depends on."""
         system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
-        swap.own(problem.start)
-        args = swap_tree(swap, problem.args)
-        with swap:
-            problem.call(problem.start, args, swap.rebind(problem.phi))
+        problem.call(problem.start, problem.args, swap)
         system.inputs = swap.outside
         return system, system.inputs
 
@@ -275,10 +269,7 @@ class FixedPoint(System):
             )
         known = list(zip(self.inputs, inputs, strict=True))
         swap = Swap(known, discover=False)
-        swap.own(z)
-        args = swap_tree(swap, self.problem.args)
-        with swap:
-            out = self.problem.call(z, args, swap.rebind(self.problem.phi))
+        out = self.problem.call(z, self.problem.args, swap)
         if len(swap.used) < len(known):
             raise ClosureError(
                 "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "
@@ -346,8 +337,3 @@ class VmappedFixedPoint(FixedPoint):
             parent.stats = self.stats
             parent = parent.parent if isinstance(parent, VmappedFixedPoint) else None
         return value
-
-
-def swap_tree(swap: Swap, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``args`` with their tensors swapped, in any tree."""
-    return tuple(optree.tree_map(swap.swap, arg) if arg is not None else None for arg in args)
