@@ -287,7 +287,7 @@ def test_products(curvature):
     mixed = torch.func.jacrev(lambda at: torch.func.grad(lambda v: loss(tree(v), at, None))(flat))(lam)
     for seed in range(3):
         v = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-        torch.testing.assert_close(made.product(v[None])[0], want @ v, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(made.matvec(v[None])[0], want @ v, rtol=tolerance, atol=tolerance)
         for name, found in zip(sorted(lam), made.mixed(v[None]), strict=True):
             torch.testing.assert_close(found, v @ mixed[name], rtol=tolerance, atol=tolerance)
     if curvature == "gauss_newton":

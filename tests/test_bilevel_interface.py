@@ -32,7 +32,7 @@ class SingleLoop(Estimator):
         u = state.memory.setdefault("u", torch.zeros_like(b))
         mixed = [torch.zeros_like(leaf) if m is None else m for leaf, m in zip(hyper.flat, curvature.mixed(u), strict=True)]
         grad = hyper.like([-m if g is None else g - m for g, m in zip(g_lam, mixed, strict=True)])
-        moved = u - self.step * (curvature.product(u) - b)
+        moved = u - self.step * (curvature.matvec(u) - b)
         with torch.no_grad():
             for leaf, slope in zip(w.flat, curvature.parts(curvature.gradient), strict=True):
                 leaf.sub_(slope, alpha=self.step)

@@ -1,5 +1,7 @@
 """Derivatives of higher order and under ``torch.func``, against autograd through plain loops and dense Newton steps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from core_reference import Counted, close, newton, square, unrolled
@@ -298,12 +300,7 @@ def test_transforms(name, closure):
     torch.testing.assert_close(got, TRANSFORMS[name](plain)(m, b), rtol=RTOL, atol=1e-11)
 
 
-# vectorize=True runs the backward under torch's legacy batching, which refuses the branch on a converged row: it raises, never
-# returns a wrong number; torch.func.jacrev is the way that works.
-LEGACY = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="no legacy batching rule for bool(tensor)")
-
-
-@pytest.mark.parametrize("vectorize", [False, pytest.param(True, marks=LEGACY)])
+@pytest.mark.parametrize("vectorize", [False, True])
 def test_functional_jacobian(vectorize):
     m, b = weights()
     got = jacobian(lambda m: solve(cell, torch.zeros(3, 2), m, b), m, vectorize=vectorize)
@@ -349,20 +346,31 @@ class Double(torch.autograd.Function):
         return 2 * g
 
 
-def test_a_custom_function_of_a_parameter_is_right_once_and_refuses_twice():
+def test_a_custom_function_of_what_a_function_closes_over_is_right_twice():
     a = torch.tensor(0.3, requires_grad=True)
-    w = solve(lambda w: torch.cos(Double.apply(a) * w), torch.zeros(()))
+    twice = 1.0 * a
+    w = solve(lambda w: torch.cos(Double.apply(twice) * w), torch.zeros(()))
+    want = newton(lambda w: torch.cos(2 * a * w), torch.zeros(()), graph_steps=2)
+    for _ in range(2):
+        (w,), (want,) = (torch.autograd.grad(x, a, create_graph=True) for x in (w, want))
+        close(w, want, rtol=RTOL)
+
+
+def test_a_custom_function_of_a_hidden_parameter_is_right_once_and_refuses_twice():
+    a = torch.tensor(0.3, requires_grad=True)
+    hidden = SimpleNamespace(a=a)
+    w = solve(lambda w: torch.cos(Double.apply(hidden.a) * w), torch.zeros(()))
     want = newton(lambda w: torch.cos(2 * a * w), torch.zeros(()))
     close(torch.autograd.grad(w, a, retain_graph=True)[0], torch.autograd.grad(want, a)[0])
     with pytest.raises(ClosureError, match="args="):
         torch.autograd.grad(w, a, create_graph=True)
 
 
-def test_a_custom_function_of_a_computed_tensor_is_refused():
+def test_a_custom_function_of_a_hidden_computed_tensor_is_refused():
     a = torch.tensor(0.3, requires_grad=True)
-    twice = 2 * a
+    hidden = SimpleNamespace(twice=2 * a)
     with pytest.raises(ClosureError, match="custom autograd"):
-        solve(lambda w: torch.cos(Double.apply(twice) * w), torch.zeros(()))
+        solve(lambda w: torch.cos(Double.apply(hidden.twice) * w), torch.zeros(()))
 
 
 def test_a_loop_variable_is_right_once_and_never_wrong_twice():

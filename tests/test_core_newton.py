@@ -23,11 +23,12 @@ from hyperopt import (
     fixed_point,
 )
 from hyperopt.core.adjoints.base import Problem
+from hyperopt.core.operator import ClosedForm
 from hyperopt.core.solvers.forward import default_fallback
 from hyperopt.core.solvers.iterate import iterate
-from hyperopt.core.solvers.point import Cost, Point
+from hyperopt.core.solvers.point import ClosedMap, Cost, Point
 from hyperopt.core.tree import layout_of
-from hyperopt.nn.equilibrium import TanhAffine
+from hyperopt.nn.equilibrium import TanhAffine, TanhAffinePullback
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -190,10 +191,13 @@ class Notebook(torch.nn.Module):
         return torch.tanh(z @ W.T + x)
 
     def pullback(self, z, fz, x, W):
-        pull = TanhAffine().pullback(z, fz, x, W.T)
-        by_affine = pull.args
-        pull.args = lambda v, needs: (by_affine(v, needs)[0], by_affine(v, needs)[1].T)  # pyright: ignore
-        return pull
+        return Turned(z, fz, W.T)
+
+
+class Turned(TanhAffinePullback):
+    def arguments(self, v, needs):
+        of_x, of_a = super().arguments(v, needs)
+        return of_x, None if of_a is None else of_a.T
 
 
 @pytest.mark.parametrize("solver", [Newton(1e-12), Chord(1e-12), NewtonKrylov(1e-12)])
@@ -221,9 +225,18 @@ def test_a_point_gives_right_products_in_every_way():
     start = torch.zeros(3, 6)
     problem = Problem(TanhAffine(), args, (0,), layout_of(start, "batch"), start, Picard())
 
-    class Half:  # a pullback without J v and J
-        def __init__(self):
-            self.pullback = lambda w, fw: type("P", (), {"state": lambda _, v: (v * slope) @ m.T})()
+    class Least(ClosedForm):  # without J v and J
+        def _rmatvec(self, v):
+            return (v * slope) @ m.T
+
+        def arguments(self, v, needs):
+            return ()
+
+    class Half(ClosedMap):
+        has_closed_form = True
+
+        def closed_form(self, w, fw):
+            return Least()
 
         def __call__(self, w):
             return torch.tanh(w @ m + b)

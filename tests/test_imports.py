@@ -15,6 +15,7 @@ LAYERS = [
     ("core.tree",),
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.purity"),
+    ("core.jacobian", "core.legacy"),
     ("core.distributed",),
     ("core.replay", "core.process"),
     ("core.loop",),

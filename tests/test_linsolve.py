@@ -8,6 +8,7 @@ from core_reference import close
 
 from hyperopt import CG, GMRES, BiCGStab, Dense, LinearAnderson, Neumann, NormalCG, Nystrom, Status
 from hyperopt.core.linear.fallback import solve_chain
+from hyperopt.core.operator import LinearOperator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -15,20 +16,18 @@ KRYLOV = {"gmres": GMRES, "bicgstab": BiCGStab, "cg": CG, "normal_cg": NormalCG}
 CYCLIC = {**KRYLOV, "dense": Dense}
 
 
-class Operator:
-    """``v -> v M^T`` on rows, or one matrix a row, with its products counted."""
+class Operator(LinearOperator):
+    """``v -> v M^T`` on rows, or one matrix a row."""
 
     def __init__(self, m, transpose=True):
-        self.m, self.vjps, self.jvps = m, 0, 0
-        if transpose:
-            self.rmatvec = self._rmatvec
+        self.m, self.transposable = m, transpose
 
     def __call__(self, v):
-        self.vjps += 1
         return (self.m @ v[:, :, None])[:, :, 0]
 
+    _matvec = __call__
+
     def _rmatvec(self, v):
-        self.jvps += 1
         return (self.m.mT @ v[:, :, None])[:, :, 0]
 
     def solution(self, b):
@@ -81,7 +80,7 @@ def test_finite_termination():
         op = Operator(matrix)
         found = solver.solve(op, b)
         assert found.stats.status == Status.converged and bool((found.stats.iterations <= n).all())
-        assert op.vjps <= n + 1
+        assert op.matvecs <= n + 1
     # Two distinct eigenvalues: two steps, whatever the size.
     two = Operator(torch.diag(torch.tensor([0.5] * 6 + [-0.7] * 6)))
     for solver in (GMRES(1e-12), CG(1e-12), BiCGStab(1e-12), NormalCG(1e-12)):
@@ -92,9 +91,9 @@ def test_finite_termination():
 def test_counts_are_the_products_made_and_the_residual_is_the_true_one(name):
     op, b = Operator(symmetric(9)), torch.randn(4, 9)
     for rtol in (1e-2, 1e-6, 1e-12):
-        op.vjps = op.jvps = 0
+        op.matvecs = op.rmatvecs = 0
         found = CYCLIC[name](rtol=rtol).solve(op, b, trace=True)
-        assert (found.stats.vjps, found.stats.jvps) == (op.vjps, op.jvps)
+        assert (found.stats.vjps, found.stats.jvps) == (op.matvecs, op.rmatvecs)
         close(found.stats.residual, true_residual(op, found.value, b), rtol=1e-6, atol=1e-15)
         assert bool((found.stats.residual <= rtol).all())
         if name != "dense":
@@ -133,9 +132,9 @@ def test_a_warm_start(name):
     op, b = Operator(symmetric(9)), torch.randn(3, 9)
     exact = op.solution(b)
     solver = CYCLIC[name](rtol=1e-9)
-    op.vjps = 0
+    op.matvecs = 0
     done = solver.solve(op, b, exact)
-    assert op.vjps == 1 and torch.equal(done.value, exact) and int(done.stats.iterations.max()) == 0
+    assert op.matvecs == 1 and torch.equal(done.value, exact) and int(done.stats.iterations.max()) == 0
     close(solver.solve(op, b, exact + 1e-3 * torch.randn(3, 9)).value, exact, rtol=1e-7, atol=1e-7)
     cold = solver.solve(op, b)
     useless = torch.stack([exact[0], torch.full((9,), math.nan), torch.full((9,), 1e30)])
@@ -308,7 +307,7 @@ def test_nystrom():
     drawn = torch.randperm(6, generator=torch.Generator().manual_seed(4))[:3]
     sketch = a[:, :, drawn] @ torch.linalg.inv(a[:, drawn][:, :, drawn]) @ a[:, drawn]
     found = Nystrom(rank=3, rho=0.1, seed=4).solve(op, b)
-    assert found.stats.vjps == op.vjps == 3 + 1
+    assert found.stats.vjps == op.matvecs == 3 + 1
     close(found.value, torch.linalg.solve(sketch + 0.1 * torch.eye(6), b[:, :, None])[:, :, 0], rtol=1e-7)
     close(found.stats.residual, true_residual(op, found.value, b))
     assert torch.equal(found.stats.row_status == Status.diverged, found.stats.residual > 1)
@@ -331,10 +330,10 @@ def test_a_fallback_takes_over_the_failed_rows_alone_and_makes_none_worse(caplog
     chain = (Neumann(1e-10, max_steps=30), GMRES(1e-10))
     first = chain[0].solve(op, b)
     assert first.stats.row_status.tolist() == [Status.converged, Status.max_steps, Status.diverged, Status.converged]
-    op.vjps = 0
+    op.matvecs = 0
     found = solve_chain(chain, op, b, None, "adjoint")
     assert found.stats.status == Status.converged and (found.stats.method, found.stats.fallbacks) == ("GMRES", ("Neumann",))
-    assert torch.equal(found.value[[0, 3]], first.value[[0, 3]]) and found.stats.vjps == op.vjps
+    assert torch.equal(found.value[[0, 3]], first.value[[0, 3]]) and found.stats.vjps == op.matvecs
     assert torch.equal(found.stats.iterations[[0, 3]], first.stats.iterations[[0, 3]])
     close(found.value, op.solution(b), rtol=1e-8)
     close(found.stats.scale, torch.linalg.vector_norm(b, dim=1))

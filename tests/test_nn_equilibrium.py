@@ -70,8 +70,8 @@ def test_the_pullback_is_autograds(rows: int, n: int, seed: int, wanted: tuple[b
     phi = TanhAffine()
     expected = torch.autograd.grad(phi(*leaves), leaves, v)
     pullback = phi.pullback(w, phi(w, u, a), u, a)
-    torch.testing.assert_close(pullback.state(v), expected[0], rtol=1e-12, atol=1e-13)
-    for asked, found, right in zip(wanted, pullback.args(v, wanted), expected[1:], strict=True):
+    torch.testing.assert_close(pullback.rmatvec(v), expected[0], rtol=1e-12, atol=1e-13)
+    for asked, found, right in zip(wanted, pullback.arguments(v, wanted), expected[1:], strict=True):
         assert (found is not None) == asked
         if found is not None:
             torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-13)

@@ -33,6 +33,7 @@ from hyperopt import (
     Unrolled,
     fixed_point,
 )
+from hyperopt.core.operator import FunctionOperator
 from hyperopt.core.policy import reset_warnings
 from hyperopt.core.solvers.iterate import iterate
 
@@ -153,25 +154,18 @@ LINEAR_SOLVERS = [
 ]
 
 
-class Scaled:
+def scaled(q):
     """``M = q I``, its own transpose."""
-
-    def __init__(self, q):
-        self.q = q
-
-    def __call__(self, v):
-        return self.q * v
-
-    rmatvec = __call__
+    return FunctionOperator(lambda v: q * v, symmetric=True)
 
 
 @pytest.mark.parametrize("linear_solver", LINEAR_SOLVERS, ids=str)
 def test_03_linear_solvers_on_closed_forms(linear_solver):
     two = torch.tensor([[2.0]])
-    close(linear_solver.solve(Scaled(0.5), two).value, torch.tensor([[4.0]]))  # 1 / (1 - 1/2): the sign of the series
-    close(linear_solver.solve(Scaled(-0.5), torch.tensor([[3.0]])).value, torch.tensor([[2.0]]))
-    close(linear_solver.solve(Scaled(0), two).value, two)
-    zero = linear_solver.solve(Scaled(0.5), torch.zeros(2, 3))
+    close(linear_solver.solve(scaled(0.5), two).value, torch.tensor([[4.0]]))  # 1 / (1 - 1/2): the sign of the series
+    close(linear_solver.solve(scaled(-0.5), torch.tensor([[3.0]])).value, torch.tensor([[2.0]]))
+    close(linear_solver.solve(scaled(0), two).value, two)
+    zero = linear_solver.solve(scaled(0.5), torch.zeros(2, 3))
     assert torch.equal(zero.value, torch.zeros(2, 3)) and not zero.stats.status.failed
     assert torch.equal(zero.stats.residual, torch.zeros(2))
 

@@ -15,6 +15,7 @@ from protocol import Answer, Wish, main
 from torch_library import TorchLibrary
 
 import hyperopt
+from hyperopt.core.operator import FunctionOperator
 
 
 class Ours(TorchLibrary):
@@ -51,7 +52,7 @@ class Ours(TorchLibrary):
                 matrix = torch.tensor(a, dtype=torch.float64)
                 m = torch.eye(len(a), dtype=torch.float64) - matrix
                 method = getattr(hyperopt, name)(rtol=1e-12, max_steps=500)
-                found = method.solve(Operator(m), torch.tensor([b], dtype=torch.float64))
+                found = method.solve(rows_times(m), torch.tensor([b], dtype=torch.float64))
                 return Answer(found.value, lambda: found.stats.status.message if found.stats.status.failed else "")
 
             return solve
@@ -80,20 +81,9 @@ class Ours(TorchLibrary):
         return max(float((g - e).norm() / e.norm()) for rank in found for g, e in zip(rank, expected, strict=True))
 
 
-class Operator:
+def rows_times(m: torch.Tensor) -> FunctionOperator:
     """``v -> M v`` on rows, with its transpose."""
-
-    def __init__(self, m: torch.Tensor) -> None:
-        """Keep the matrix."""
-        self.m = m
-
-    def __call__(self, v: torch.Tensor) -> torch.Tensor:
-        """``M v``."""
-        return v @ self.m.T
-
-    def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
-        """``M^T v``."""
-        return v @ self.m
+    return FunctionOperator(lambda v: v @ m.T, lambda v: v @ m)
 
 
 def said(sol: Any) -> str:

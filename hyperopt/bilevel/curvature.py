@@ -1,14 +1,14 @@
 """Products with the second derivatives of the inner loss at one point: what an implicit hypergradient is made of.
 
-    product(v) = (d_w grad_w L) v        a Hessian product, or one with a positive semidefinite matrix in its place
-    mixed(v)   = (d_lam grad_w L)^T v    the mixed product, one a hypergradient
+    matvec(v) = (d_w grad_w L) v         a Hessian product, or one with a positive semidefinite matrix in its place
+    mixed(v) = (d_lam grad_w L)^T v    the mixed product, one a hypergradient
 
 Each is one backward through one graph of the gradient that is kept: nothing is evaluated anew, no parameter is copied.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
 
-class Curvature(ABC):
-    """Second derivatives of the inner loss at ``(w, lam)``.
+class Curvature(LinearOperator):
+    """Second derivatives of the inner loss at ``(w, lam)``: the operator H on (1, dim) matrices.
 
     Attributes:
         w, lam: the point.
@@ -28,14 +29,13 @@ class Curvature(ABC):
         gradient: ``grad_w L``, shape (1, dim).
         missing: places of the leaves of ``w`` on which the inner loss does not depend.
         gradients: inner gradients that were taken.
-        products: Hessian products that were made.
         mixed_products: mixed products that were made.
     """
 
+    symmetric = True
     gradient: Tensor
     missing: list[int]
     gradients: int
-    products: int
     mixed_products: int
 
     def __init__(self, w: Leaves, lam: Leaves) -> None:
@@ -43,11 +43,7 @@ class Curvature(ABC):
         self.w, self.lam = w, lam
         self.layout: Layout = layout_of(w.tree, "joint")
         self.missing = []
-        self.gradients = self.products = self.mixed_products = 0
-
-    @abstractmethod
-    def product(self, v: Tensor) -> Tensor:
-        """``H v``, shape (1, dim)."""
+        self.gradients = self.mixed_products = 0
 
     @abstractmethod
     def mixed(self, v: Tensor) -> list[Tensor | None]:
@@ -82,9 +78,8 @@ class Hessian(Curvature):
         kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._at, self._grads = [i for i, _ in kept], [g for _, g in kept]
 
-    def product(self, v: Tensor) -> Tensor:
+    def _matvec(self, v: Tensor) -> Tensor:
         """``H v``."""
-        self.products += 1
         return self.matrix(self._pull(self.w.flat, v))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:

@@ -39,9 +39,8 @@ class FiniteDifferences(Curvature):
         self.gradient = self.matrix(grads)
         self.missing = [i for i, g in enumerate(grads) if g is None]
 
-    def product(self, v: Tensor) -> Tensor:
+    def _matvec(self, v: Tensor) -> Tensor:
         """``H v``."""
-        self.products += 1
         return self.matrix(self._difference(v, w=True))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:

@@ -75,9 +75,8 @@ class GaussNewton(Curvature):
             self._cotangent = torch.zeros_like(self._out).requires_grad_()
             self._pulled = self._model_pull(self._cotangent, create_graph=True)
 
-    def product(self, v: Tensor) -> Tensor:
+    def _matvec(self, v: Tensor) -> Tensor:
         """``G v``: a product with the model's Jacobian, one with the criterion's Hessian, one with the Jacobian's transpose."""
-        self.products += 1
         parts = self.parts(v)
         used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
         (pushed,) = torch.autograd.grad([p for p, _ in used], self._cotangent, [part for _, part in used], retain_graph=True)

@@ -72,7 +72,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         u = operator.step * self.adjoint.solve(LinearSystem(operator, b, start, "adjoint", box))
         stats = box.stats
         assert stats is not None
-        stats.vjps = curvature.products - stats.jvps  # those of a warm start, and of the power iteration, among them
+        stats.vjps = curvature.matvecs - stats.jvps  # those of a warm start, and of the power iteration, among them
         note = self._note(stats.status, operator)
         if stats.status >= Status.breakdown and not self._accepts(stats.status):
             u = torch.full_like(u, math.nan)  # what is there is no solution, and a number made of it would be a wrong one
@@ -85,7 +85,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
             log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))
         grad = hyper.like(found)
         gradients = curvature.gradients + (trained.evaluations if trained else 0)
-        cost = Cost(gradients, 1, curvature.products, curvature.mixed_products, stats.jvps)
+        cost = Cost(gradients, 1, curvature.matvecs, curvature.mixed_products, stats.jvps)
         known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, self.adjoint.iterates)
         return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, note)
 

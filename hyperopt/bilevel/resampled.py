@@ -24,11 +24,10 @@ class Resampled(Curvature):
         super().__init__(first.w, first.lam)
         self.gradient, self.missing, self.gradients = first.gradient, first.missing, first.gradients
 
-    def product(self, v: Tensor) -> Tensor:
+    def _matvec(self, v: Tensor) -> Tensor:
         """``H v`` on the next batch."""
         now = self._make()
-        self.products += 1
-        image = now.product(v)
+        image = now.matvec(v)
         self.gradients += now.gradients
         return image
 

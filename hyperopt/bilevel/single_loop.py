@@ -69,9 +69,9 @@ class At:
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
         curvature = Hessian(self.problem, self.w, self.lam, batch)
-        product, mixed = curvature.product(self.u), curvature.mixed(self.u)
+        product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
         self.cost.inner_gradients += curvature.gradients
-        self.cost.hessian_products += curvature.products
+        self.cost.hessian_products += curvature.matvecs
         self.cost.mixed_products += curvature.mixed_products
         return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
 

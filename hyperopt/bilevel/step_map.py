@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature
 from hyperopt.bilevel.settings import PowerSettings
+from hyperopt.core.operator import Complement, FunctionOperator
 
 
-class StepMap:
-    """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices, as every linear solver takes it.
+class StepMap(Complement):
+    """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices.
 
     Attributes:
         largest: the largest ``|H v| / |v|`` of all products made, which no eigenvalue's modulus of H can be all below; NaN before
@@ -27,21 +28,10 @@ class StepMap:
         """Keep the products and the step."""
         self.curvature, self.step = curvature, step
         self.largest = torch.full_like(curvature.gradient[0, 0], torch.nan)
-
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """``M v``."""
-        return torch.add(v, self._product(v), alpha=-self.step)
-
-    def rmatvec(self, v: Tensor, /) -> Tensor:
-        """``M^T v = M v``."""
-        return self(v)
-
-    def complement(self, v: Tensor, /) -> Tensor:
-        """``(I - M) v``, without the cancellation of ``v - M v`` where the curvature is small."""
-        return self.step * self._product(v)
+        super().__init__(FunctionOperator(self._product, symmetric=True), step)
 
     def _product(self, v: Tensor) -> Tensor:
-        image = self.curvature.product(v)
+        image = self.curvature.matvec(v)
         self.largest = torch.fmax(self.largest, torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
         return image
 
@@ -64,7 +54,7 @@ def largest_curvature(
     v = v / torch.linalg.vector_norm(v)
     before = 0.0
     for _ in range(settings.max_steps):
-        image = curvature.product(v)
+        image = curvature.matvec(v)
         size = float(torch.linalg.vector_norm(image))
         if not size > 0 or size == float("inf"):
             return size, v

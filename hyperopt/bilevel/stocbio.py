@@ -54,14 +54,14 @@ class StocBiO(StocBiOSettings, Estimator):
         b = layout.matrix(w.like(in_w))
         term = total = b
         for _ in range(self.terms):
-            term = term - eta * curvature.product(term)
+            term = term - eta * curvature.matvec(term)
             total = total + term
         remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
         solved = growth.see("adjoint", float(term.norm()), remedy, scale=float(b.norm()), steps=self.terms)
         mixed = curvature.mixed(eta * total)
         grad = [_difference(g, m, leaf) for g, m, leaf in zip(in_lam, mixed, hyper.flat, strict=True)]
         commit(problem, state, w, lam, batch)
-        cost = Cost(self.steps + curvature.gradients, 1, curvature.products, curvature.mixed_products)
+        cost = Cost(self.steps + curvature.gradients, 1, curvature.matvecs, curvature.mixed_products)
         unused = tuple(n for n, g, m in zip(hyper.names, in_lam, mixed, strict=True) if g is None and m is None)
         return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.settings import T1T2Settings
+from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.onestep import truncated
 
@@ -34,9 +35,9 @@ class T1T2(T1T2Settings, ImplicitAdjoint):
         Raises:
             TypeError: the map is no gradient step.
         """
-        b, step = system.b, getattr(system.matvec, "step", None)
-        if step is None:
+        if not isinstance(system.operator, StepMap):
             raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; use adjoint=one_step")
-        v = b / step
+        b = system.b
+        v = b / system.operator.step
         system.keep(v, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"))
         return v

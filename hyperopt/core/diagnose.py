@@ -22,9 +22,10 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.differentiate import GraphLinearization, Linearization
+from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.linear.restarted import unit
+from hyperopt.core.operator import LinearOperator
 from hyperopt.core.status import Solution, Status
 from hyperopt.core.tree import layout_of
 
@@ -108,24 +109,23 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
     point = layout.matrix(optree.tree_map(lambda x: x.detach(), value)).requires_grad_()
     with torch.enable_grad():
         out = layout.matrix(phi(layout.tree(point), *args))
-    lin = GraphLinearization(out, point, [])
+    J = Jacobian(out, point)
     count, dim = point.shape
     if not point.numel():
         zero = point.detach().new_zeros(count)
         return Diagnosis(zero, zero, zero, True, 0, 0)
-    counted = _Counted(lin)
     generator = torch.Generator().manual_seed(0)  # its own: a diagnosis must not move the caller's random numbers
     start = torch.randn(count, dim, generator=generator, dtype=torch.float64).to(point)
     m = min(steps, dim)
     with torch.no_grad():
-        radius = spectral_radius(counted.pull, start.detach(), m)
-        norm = singular_values(counted.push, counted.pull, start.detach(), m)[:, 0]
-        both = singular_values(lambda v: v - counted.push(v), lambda v: v - counted.pull(v), start.detach(), m)
-        least = both[:, -1] if m == dim else torch.minimum(both[:, -1], _least_singular_value(counted, start.detach()))
+        radius = spectral_radius(J.rmatvec, start.detach(), m)
+        norm = singular_values(J.matvec, J.rmatvec, start.detach(), m)[:, 0]
+        both = singular_values(lambda v: v - J.matvec(v), lambda v: v - J.rmatvec(v), start.detach(), m)
+        least = both[:, -1] if m == dim else torch.minimum(both[:, -1], _least_singular_value(J, start.detach()))
         tiny = torch.finfo(point.dtype).eps * dim * both[:, 0]
         condition = torch.where(least > tiny, both[:, 0] / least, torch.inf)
         condition = torch.where(torch.isnan(least), torch.nan, condition)
-    return Diagnosis(radius, norm, condition, m == dim, counted.vjps + lin.setups, counted.jvps)
+    return Diagnosis(radius, norm, condition, m == dim, J.rmatvecs, J.matvecs)
 
 
 def spectral_radius(product: Product, start: Tensor, steps: int) -> Tensor:
@@ -194,7 +194,7 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
     return torch.where(bad[:, None], torch.nan, values.to(start.dtype))
 
 
-def _least_singular_value(counted: _Counted, start: Tensor) -> Tensor:
+def _least_singular_value(J: LinearOperator, start: Tensor) -> Tensor:
     """Smallest singular value of ``I - J`` by inverse iteration: ``x <- (I - J)^{-1} (I - J^T)^{-1} x``, shape (rows,)."""
     solver = GMRES(rtol=1e-4, max_steps=400, window=60)
     x = start
@@ -202,29 +202,12 @@ def _least_singular_value(counted: _Counted, start: Tensor) -> Tensor:
     solved = torch.ones_like(growth, dtype=torch.bool)
     for _ in range(INVERSE_STEPS):
         x = unit(x, torch.linalg.vector_norm(x, dim=1), solved)
-        y = solver.solve(counted.pull, x)
+        y = solver.solve(J.T, x)
         growth = torch.linalg.vector_norm(y.value, dim=1)
-        x = solver.solve(counted.push, y.value)
+        x = solver.solve(J, y.value)
         solved = solved & (y.stats.row_status == int(Status.converged)) & (x.stats.row_status == int(Status.converged))
         x = x.value
     return torch.where(solved, 1 / growth, 0.0)
-
-
-class _Counted:
-    """The products with ``J^T`` and ``J``, counted."""
-
-    def __init__(self, lin: Linearization) -> None:
-        self.lin, self.vjps, self.jvps = lin, 0, 0
-
-    def pull(self, v: Tensor) -> Tensor:
-        """``J^T v``."""
-        self.vjps += 1
-        return self.lin(v)
-
-    def push(self, v: Tensor) -> Tensor:
-        """``J v``."""
-        self.jvps += 1
-        return self.lin.rmatvec(v)
 
 
 def _orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

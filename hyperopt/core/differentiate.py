@@ -18,104 +18,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # pyright: ignore[reportMissingImports]
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 from torch.overrides import handle_torch_function, has_torch_function
 
-from hyperopt.core.captured import functorch_level
-from hyperopt.core.linear.base import MatVec
+from hyperopt.core import legacy
+from hyperopt.core.captured import functorch_level, transformed
+from hyperopt.core.jacobian import Jacobian
+from hyperopt.core.operator import Linearization, LinearOperator, Reshaped
 
-SolveLinear = Callable[[MatVec, Tensor, Tensor | None, str], Tensor]
+SolveLinear = Callable[[LinearOperator, Tensor, Tensor | None, str], Tensor]
 
 
 class InexactError(RuntimeError):
     """A second derivative through an adjoint that is not exact was asked for."""
 
 
-class Linearization(ABC):
-    """Products with the Jacobians of a map at one point; itself the operator ``J^T`` of the adjoint system.
-
-    Attributes:
-        setups: vjps made beside those asked for.
-        evaluations: calls of the map, made for parts.
-        restrict: ``restrict(index)`` is the linearization of some rows, or None; None where rows cannot be taken apart.
-    """
-
-    setups = 0
-    evaluations = 0
-    restrict: Callable[[Tensor], Linearization | None] | None = None
-    _pulled: tuple[Tensor, Tensor] | None = None  # a point v and the graph of J^T v
-
-    @abstractmethod
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """``J^T v``, shape (rows, dim)."""
-
-    @abstractmethod
-    def _pull(self, v: Tensor) -> Tensor:
-        """``J^T v`` with a graph back to ``v``."""
-
-    def rmatvec(self, s: Tensor, /) -> Tensor:
-        """``J s``: the vjp of ``v -> J^T v``, which is linear; built once on the graph at hand, without a call of the map."""
-        if self._pulled is None:
-            with torch.enable_grad():
-                v = torch.zeros_like(s).requires_grad_()
-                self._pulled = v, self._pull(v)
-            self.setups += 1
-        v, pulled = self._pulled
-        if not pulled.requires_grad:
-            return torch.zeros_like(s)
-        (product,) = torch.autograd.grad(pulled, v, s.view_as(pulled), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(s) if product is None else product.view_as(s)
-
-    def part(self, index: Tensor) -> Linearization | None:
-        """The operator of the rows in ``index``, shape (k,); None where it cannot be had."""
-        found = None if self.restrict is None else self.restrict(index)
-        if found is None:
-            self.restrict = None
-            return None
-        self.evaluations += found.evaluations
-        return found
-
-    @abstractmethod
-    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x m)^T v`` for each input that needs it."""
-
-
-class GraphLinearization(Linearization):
-    """By autograd, on one graph ``out = m(state, *leaves)`` that ends in detached leaves."""
-
-    def __init__(self, out: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> None:
-        """Keep the graph and its leaves."""
-        self.out, self.leaf, self.leaves = out, state, leaves
-
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """``J^T v``."""
-        return self._product(v, create_graph=False)
-
-    def _pull(self, v: Tensor) -> Tensor:
-        return self._product(v, create_graph=True)
-
-    def _product(self, v: Tensor, *, create_graph: bool) -> Tensor:
-        if not self.out.requires_grad:
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(
-            self.out, self.leaf, v.view_as(self.out), retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-        return torch.zeros_like(v) if product is None else product.view_as(v)
-
-    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x m)^T v``."""
-        wanted = [leaf for leaf, need in zip(self.leaves, needs, strict=True) if need]
-        if not wanted or not self.out.requires_grad:
-            return [None] * len(needs)
-        found = iter(torch.autograd.grad(self.out, wanted, v.view_as(self.out), retain_graph=True, allow_unused=True))
-        return [next(found) if need else None for need in needs]
-
-
 class System(ABC):
     """A fixed point ``z = map(z, *inputs)``; ``z`` has shape (..., dim), every leading index a row of its own.
 
     Attributes:
-        linear: solves ``(I - M) v = b`` in the way, and with the policy, of the adjoint; called (matvec, b, start, what).
+        linear: solves ``(I - J^T) v = b`` for ``what="adjoint"``, ``(I - J) s = b`` for ``"tangent"``, in the way, and with the
+            policy, of the adjoint; called ``(J, b, start, what)`` with matrices of shape (rows, dim).
         exact: whether ``linear`` solves to a tolerance.
         remedy: what to change for one that does.
         states: how many of the leading inputs have the shape of the state.
@@ -147,54 +71,19 @@ class System(ABC):
         """The map's Jacobians at plain tensors."""
         with torch.enable_grad():
             leaf, leaves = z.detach().requires_grad_(), [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-            return GraphLinearization(self.map(leaf, *leaves), leaf, leaves)
+            return Jacobian(self.map(leaf, *leaves), leaf, leaves)
 
+    def close(self, lin: Linearization, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_x m)^T v`` for each input that needs it."""
+        return lin.arguments(v, needs)
 
-class Transposed:
-    """The operator ``J`` of the tangent system, from that of the adjoint system."""
-
-    def __init__(self, lin: Linearization) -> None:
-        """Swap the two products."""
-        self.lin = lin
-
-    def __call__(self, s: Tensor, /) -> Tensor:
-        """``J s``."""
-        return self.lin.rmatvec(s)
-
-    def rmatvec(self, v: Tensor, /) -> Tensor:
-        """``J^T v``."""
-        return self.lin(v)
-
-    @property
-    def setups(self) -> int:
-        """Products made beside those asked for."""
-        return self.lin.setups
-
-
-class Flat:
-    """An operator on (rows, dim) matrices, from one on tensors of another shape (..., dim)."""
-
-    def __init__(self, operator: Linearization | Transposed, shape: torch.Size) -> None:
-        """Keep the shape."""
-        self.operator, self.shape = operator, shape
-
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """The product."""
-        return self.operator(v.view(self.shape)).reshape(v.shape)
-
-    def rmatvec(self, v: Tensor, /) -> Tensor:
-        """The product with the transpose."""
-        return self.operator.rmatvec(v.view(self.shape)).reshape(v.shape)
-
-    @property
-    def setups(self) -> int:
-        """Products made beside those asked for."""
-        return self.operator.setups
-
-
-def flat(operator: Linearization | Transposed, like: Tensor) -> MatVec:
-    """``operator``, which works on the shape of ``like``, on (rows, dim) matrices."""
-    return operator if like.dim() == 2 else Flat(operator, like.shape)
+    def solve_linear(self, lin: LinearOperator, b: Tensor, start: Tensor | None, what: str) -> Tensor:
+        """``linear``, for tensors of any shape (..., dim)."""
+        if b.dim() == 2:
+            return self.linear(lin, b, start, what)
+        dim = b.shape[-1]
+        start = None if start is None else start.reshape(-1, dim)
+        return self.linear(Reshaped(lin, b.shape), b.reshape(-1, dim), start, what).view_as(b)
 
 
 class AdjointSystem(System):
@@ -215,13 +104,7 @@ class AdjointSystem(System):
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
         """Solve the linear system."""
         b, at, *rest = inputs
-        operator = self.operator(self.parent.linearize(at, [x.detach() for x in rest]))
-        dim = b.shape[-1]
-        return self.linear(flat(operator, b), b.reshape(-1, dim), start.reshape(-1, dim), self.what).view_as(b)
-
-    def operator(self, lin: Linearization) -> Linearization | Transposed:
-        """The operator of the linear system."""
-        return lin
+        return self.solve_linear(self.parent.linearize(at, [x.detach() for x in rest]), b, start, self.what)
 
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
         """The adjoint of the batched parent."""
@@ -238,10 +121,6 @@ class TangentSystem(AdjointSystem):
         u, at, *rest = inputs
         return push(lambda y: self.parent.map(y, *rest), [at], [z]) + u
 
-    def operator(self, lin: Linearization) -> Linearization | Transposed:
-        """``J``."""
-        return Transposed(lin)
-
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
         """The tangent system of the batched parent."""
         return TangentSystem(self.parent.vmapped(dims[2:], randomness))
@@ -252,12 +131,18 @@ def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v
     if functorch_level():
         return torch.func.vjp(lambda y: fn(y, *inputs), z)[1](v)[0]
     with torch.enable_grad():
-        alias = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        alias = alias_of(z)
         out = fn(alias, *inputs)
         if not out.requires_grad:
             return torch.zeros_like(v)
         (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
     return torch.zeros_like(v) if product is None else product
+
+
+def alias_of(x: Tensor) -> Tensor:
+    """A tensor that is ``x``, with its derivatives, and that a partial derivative can be taken in."""
+    alias = x.view_as(x)
+    return alias if alias.requires_grad else alias.requires_grad_()
 
 
 def pull_inputs(
@@ -275,7 +160,7 @@ def pull_inputs(
         return [next(found) if need else None for need in needs]
     with torch.enable_grad():
         # Aliases make the derivatives partial: one input may have been computed from another, and z depends on all.
-        aliases = [x.view_as(x) if need else x for x, need in zip(inputs, needs, strict=True)]
+        aliases = [alias_of(x) if need else x for x, need in zip(inputs, needs, strict=True)]
         out = fn(z, *aliases)
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
         if not wanted or not out.requires_grad:
@@ -286,8 +171,22 @@ def pull_inputs(
 
 def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas, differentiable in all."""
-    out, pull, *_ = torch.func.vjp(fn, *primals)
-    return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
+    if functorch_level():
+        out, pull, *_ = torch.func.vjp(fn, *primals)
+        return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
+    with torch.enable_grad():
+        aliases = [alias_of(x) for x in primals]
+        out = fn(*aliases)
+        v = torch.zeros_like(out).requires_grad_()
+        if out.requires_grad:
+            pulled = torch.autograd.grad(out, aliases, v, create_graph=True, allow_unused=True)
+            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
+            if moving:
+                products, given = zip(*moving, strict=True)
+                (pushed,) = torch.autograd.grad(products, v, given, create_graph=True, allow_unused=True)
+                if pushed is not None:
+                    return pushed
+        return torch.zeros_like(out)
 
 
 class Attach(torch.autograd.Function):
@@ -312,25 +211,27 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Solve the adjoint system, then one closing vjp."""
-        value, *inputs = ctx.saved_tensors
+        if legacy.batched(g):
+            return legacy.each(lambda g: Attach.backward(ctx, g), g)
+        # A vjp of torch.func may be called when its transform has ended.
+        value, *inputs = (unwrap_if_dead(x) for x in ctx.saved_tensors)
         system: System = ctx.system
         needs = ctx.needs_input_grad[2:]
-        transformed = functorch_level() > 0
-        if torch.is_grad_enabled() or transformed:
-            if not system.exact and (system.derived or not transformed):
+        if torch.is_grad_enabled() or transformed():
+            if not system.exact and (system.derived or not transformed()):
                 raise InexactError(
                     f"this adjoint is not solved to a tolerance, so its derivative is not the second derivative: {system.remedy}"
                 )
             v = attach(AdjointSystem(system), g.detach(), g, value, *inputs)
             return None, None, *pull_inputs(system.map, value, inputs, v, needs)
         lin = system.linearize(value, inputs)
-        dim = g.shape[-1]
-        v = system.linear(flat(lin, g), g.reshape(-1, dim), None, "adjoint").view_as(g)
-        return None, None, *lin.inputs(v, needs)
+        return None, None, *system.close(lin, system.solve_linear(lin, g, None, "adjoint"), needs)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Solve the tangent system."""
+        if any(legacy.batched(t) for t in tangents if t is not None):
+            return legacy.each(lambda *some: Attach.jvp(ctx, None, None, *some), *tangents)
         value, *inputs = (unpack_dual(x).primal for x in ctx.saved_tensors)
         system: System = ctx.system
         if not system.exact and system.derived:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
-from hyperopt.core.adjoints.compiled import fixed_trips, outside, traceable
+from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.loop import rounding_floor
@@ -38,6 +38,7 @@ def fixed_point(
     scales: Any = None,
     v0: Any = None,
     trace: bool = False,
+    has_aux: bool = False,
 ) -> Solution:
     r"""Solve ``w = phi(w, *args)``, differentiably.
 
@@ -68,6 +69,9 @@ def fixed_point(
             ``solution.v`` of a nearby problem. A gradient may change its size by orders of magnitude where it hardly changes its
             direction, so Neumann and Anderson first fit a factor to each row, by one more vjp.
         trace: measure the residual at every iteration, forward and backward.
+        has_aux: whether ``phi`` returns ``(state, aux)``. ``solution.aux`` is then the aux of its last evaluation, at the
+            solution but for the tolerance, detached: it carries no derivative, and no rows are dropped. Call ``phi`` once more at
+            ``solution.value`` for an aux with one.
 
     Returns:
         ``Solution``: ``value``; ``forward`` and, after a backward, ``adjoint`` with status, iterations, residuals and costs.
@@ -96,7 +100,12 @@ def fixed_point(
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    refuse_untraceable()
     layout = layout_of(w0, rows, scales)
+    if layout.device.type == "meta":
+        raise ValueError(
+            "fixed_point: w0 is on the meta device, where there are no numbers to solve for; move it to the CPU or a GPU"
+        )
     if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
         raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
     for i in row_args:
@@ -104,15 +113,32 @@ def fixed_point(
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
     start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
-    problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace)
+    problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace, has_aux=has_aux)
+    if torch.compiler.is_exporting():
+        return exported(problem)
     if torch.compiler.is_compiling():  # the checks below cannot be traced
         if traceable(adjoint, problem):
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
-        return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace)
+        return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace, has_aux=has_aux)
     report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     before = random_states(start.device)
     solution = adjoint.run(problem)
+    if has_aux:
+        solution.aux = problem.aux[0]
     refuse_random(before, phi, args, start.device)
     return solution
+
+
+def refuse_untraceable() -> None:
+    """Refuse tracers that record operations, and would record the steps of one solve for the solve itself.
+
+    Raises:
+        RuntimeError: names the tracer.
+    """
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise RuntimeError(
+            "fixed_point: torch.jit.trace would record the number of steps of this one solve; use torch.export with fixed trips "
+            "(rtol=0, atol=0), or trace without the solve"
+        )

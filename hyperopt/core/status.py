@@ -123,12 +123,14 @@ class Solution:
         forward: statistics of the forward solve.
         layout: how the state lies in a matrix.
         box: the latest backward solve.
+        aux: what the map returned beside the state under ``has_aux=True``, at its last evaluation of all rows, detached.
     """
 
     value: Any
     forward: SolveStats
     layout: Layout
     box: AdjointBox = field(default_factory=AdjointBox, repr=False)
+    aux: Any = None
 
     @property
     def rows(self) -> int:

@@ -33,7 +33,7 @@ class Layout:
         dtypes: dtype of each leaf, restored for the map.
         rows: number of rows; ``rows="joint"`` gives 1.
         widths: columns of each leaf; their sum is ``dim``.
-        dtype: dtype of the matrix: the leaves' promoted one, never below float32.
+        dtype: dtype of the matrix: the leaves' promoted one, never below float32; a complex number is a pair of real ones.
         joint: whether all leaves make one row.
         device: where all leaves live.
         scales: the unit of each leaf in the matrix; empty: 1 for all.
@@ -77,7 +77,7 @@ class Layout:
                     f"the map changed the shape of leaf {i} of the state: got {tuple(leaf.shape)}, expected {tuple(expected)}; "
                     f"make w0 and phi(w0) the same shape"
                 )
-            if not leaf.is_floating_point():
+            if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise TypeError(f"the map returned {leaf.dtype} for leaf {i} of the state; a state must be floating point")
             if leaf.dtype != self.dtypes[i] and not torch.is_autocast_enabled(leaf.device.type):
                 raise TypeError(
@@ -88,7 +88,7 @@ class Layout:
                 raise ValueError(
                     f"the map moved leaf {i} of the state to {leaf.device}, w0 is on {self.device}; move w0 or what the map uses"
                 )
-            flat.append(leaf.reshape(count, width))
+            flat.append((torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(count, width))
         if self.scales:
             flat = [x.to(self.dtype) * (scale if dual else 1 / scale) for x, scale in zip(flat, self.scales, strict=True)]
         out = flat[0] if len(flat) == 1 else torch.cat([x.to(self.dtype) for x in flat], dim=1)
@@ -104,7 +104,10 @@ class Layout:
         leaves = []
         for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
             full = shape if self.joint else (matrix.shape[0], *shape[1:])
-            leaves.append(part.reshape(full).to(dtype))
+            if dtype.is_complex:
+                leaves.append(torch.view_as_complex(part.reshape(*full, 2).contiguous()).to(dtype))
+            else:
+                leaves.append(part.reshape(full).to(dtype))
         return optree.tree_unflatten(self.spec, leaves)
 
 
@@ -112,7 +115,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
     """Work out how ``w0`` lies in a matrix.
 
     Args:
-        w0: tree of floating-point tensors.
+        w0: tree of floating-point or complex tensors.
         scales: the unit of each leaf, in the structure of ``w0`` (None: 1 for all).
         rows: ``"batch"``: leaves share a leading dimension of independent rows; ``"joint"``: all is one row; ``"auto"``: batch
             when all leaves have at least two dimensions and share the first, else joint.
@@ -130,7 +133,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"leaf {i} of w0 is a {type(leaf).__name__}; every leaf must be a tensor")
-        if not leaf.is_floating_point():
+        if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(f"leaf {i} of w0 has dtype {leaf.dtype}; a state must be floating point: use w0.float()")
         if leaf.device != leaves[0].device:
             raise ValueError(f"w0 mixes devices {leaves[0].device} and {leaf.device}; move all leaves to one device")
@@ -141,10 +144,13 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
         got = [tuple(s) for s in shapes]
         raise ValueError(f"rows='batch' needs leaves that share their first dimension, got shapes {got}; use rows='joint'")
     count = shapes[0][0] if batch else 1
-    widths = tuple(torch.Size(s[1:] if batch else s).numel() for s in shapes)
+    widths = tuple(
+        torch.Size(s[1:] if batch else s).numel() * (2 if leaf.is_complex() else 1)
+        for s, leaf in zip(shapes, leaves, strict=True)
+    )
     dtype = torch.float32
     for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
+        dtype = torch.promote_types(dtype, leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype)
     units: tuple[float, ...] = ()
     if scales is not None:
         units, given = tuple(optree.tree_leaves(scales)), optree.tree_structure(scales)

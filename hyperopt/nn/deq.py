@@ -105,7 +105,6 @@ class DEQ(nn.Module):
         self.solution: Solution | None = None
         self.observer: Observer | None = None
 
-    @torch.compiler.disable(reason="a DEQ solves eagerly; compile its cell (compile_map)")
     def forward(self, x: Any, z0: Any = None, v0: Any = None, trace: bool = False) -> Any:
         """Return the fixed point, in the structure of the initial state.
 
@@ -115,6 +114,27 @@ class DEQ(nn.Module):
             v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient); a ``solution.v``.
             trace: keep the residual after every iteration.
         """
+        if torch.compiler.is_exporting():
+            return self._exported(x, z0)
+        return self._solve(x, z0, v0, trace)
+
+    def _exported(self, x: Any, z0: Any) -> Any:
+        """The fixed trips that ``torch.export`` records.
+
+        Raises:
+            RuntimeError: a module of the cell draws random numbers or updates statistics.
+        """
+        for name, module in self.cell.named_modules():
+            if module.training and isinstance(module, _DropoutNd | _BatchNorm):
+                raise RuntimeError(f"DEQ: torch.export would record cell.{name} = {module} in training mode; call .eval() first")
+        phi, terms, _ = self._map(x)
+        z0 = _detached(self.start(x) if z0 is None else z0)
+        return fixed_point(phi, z0, args=terms, rows=self._rows(), solver=self.solver, adjoint=self.adjoint).value
+
+    @torch.compiler.disable(reason="a DEQ solves eagerly; compile its cell (compile_map)")
+    def _solve(self, x: Any, z0: Any, v0: Any, trace: bool) -> Any:
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in optree.tree_leaves(x)):
+            raise ValueError("DEQ: x is on the meta device, which has no numbers to solve for; move it to another device")
         z0 = _detached(self.start(x) if z0 is None else z0)
         phi, terms, row_args = self._map(x)
         layout = layout_of(z0, self._rows())

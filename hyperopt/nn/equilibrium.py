@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.core.fixed_point import fixed_point
-from hyperopt.core.solvers.point import differentiable
+from hyperopt.core.operator import ClosedForm
 from hyperopt.core.status import Solution
 from hyperopt.nn.contractive import ContractiveMatrix
 from hyperopt.nn.state import zero_state
@@ -30,16 +30,13 @@ class TanhAffine(nn.Module):
         """Return ``tanh(w A + u)``. shapes: w (rows, n), u (rows, n), A (n, n)."""
         return torch.addmm(u, w, A).tanh_()
 
-    @differentiable
     def pullback(self, w: Tensor, fw: Tensor, u: Tensor, A: Tensor) -> TanhAffinePullback:
         """Return the vector-Jacobian products of phi at ``w``, given ``fw = phi(w, u, A)``."""
         return TanhAffinePullback(w, fw, A)
 
 
-class TanhAffinePullback:
+class TanhAffinePullback(ClosedForm):
     """``v -> (v s) A^T`` for the state, ``v -> v s`` for u, ``v -> w^T (v s)`` for A, with ``s = 1 - tanh^2``.
-
-    Newton's methods also take ``J v`` and ``J`` itself.
 
     Args:
         w: where. shape: (rows, n)
@@ -47,28 +44,29 @@ class TanhAffinePullback:
         A: shape: (n, n)
     """
 
+    differentiable = True
+
     def __init__(self, w: Tensor, fw: Tensor, A: Tensor) -> None:
         """Compute s once."""
         self.w, self.A = w, A
         self.slope = torch.addcmul(fw.new_ones(()), fw, fw, value=-1)
 
-    def state(self, v: Tensor) -> Tensor:
-        """Return ``J^T v`` row by row: one elementwise pass and one matrix product."""
+    def _rmatvec(self, v: Tensor) -> Tensor:
+        """One elementwise pass and one matrix product."""
         return (v * self.slope) @ self.A.T
 
-    def state_plus(self, v: Tensor, g: Tensor) -> Tensor:
-        """Return ``J^T v + g``, in the same one product."""
-        return torch.addmm(g, v * self.slope, self.A.T)
+    def _rmatvec_add(self, v: Tensor, b: Tensor) -> Tensor:
+        """In the same one product."""
+        return torch.addmm(b, v * self.slope, self.A.T)
 
-    def tangent(self, v: Tensor) -> Tensor:
-        """Return ``J v`` row by row."""
+    def _matvec(self, v: Tensor) -> Tensor:
         return (v @ self.A) * self.slope
 
-    def jacobian(self) -> Tensor:
+    def closed_form(self) -> Tensor:
         """Return J of each row, ``J[i, j, k] = s[i, j] A[k, j]``. shape: (rows, n, n)."""
         return (self.slope[:, None, :] * self.A).mT  # column by column in memory, for LAPACK
 
-    def args(self, v: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+    def arguments(self, v: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
         """Return the products for ``(u, A)``, None where ``needs`` is false."""
         pulled = v * self.slope
         return pulled if needs[0] else None, self.w.T @ pulled if needs[1] else None

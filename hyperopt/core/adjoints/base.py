@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.captured import functorch_level
+from hyperopt.core.captured import Swap, functorch_level
+from hyperopt.core.operator import ClosedForm
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.point import differentiable
+from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import Layout
 
@@ -33,6 +36,8 @@ class Problem:
         adjoint_start: where a linear solver starts, up to a factor for each row, (rows, dim); None: at its right-hand side.
         trace: measure the residual at every iteration.
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
+        has_aux: whether the map returns ``(state, aux)``.
+        aux: the aux of the latest evaluation, detached.
     """
 
     phi: Callable[..., Any]
@@ -46,6 +51,13 @@ class Problem:
     adjoint_start: Tensor | None = None
     trace: bool = False
     keep_state: bool = False
+    has_aux: bool = False
+    aux: list[Any] = field(default_factory=list)
+
+    @cached_property
+    def pullback(self) -> Callable[..., Any] | None:
+        """The map's own ``pullback(w, fw, *args)``, the one optional attribute of a map, where its state is a matrix."""
+        return getattr(self.phi, "pullback", None) if self.layout.trivial else None
 
     def bind(self, args: tuple[Any, ...]) -> Bound:
         """The map on a matrix with its arguments given."""
@@ -54,48 +66,80 @@ class Problem:
     @property
     def droppable(self) -> bool:
         """Whether a part of the rows may be evaluated without the others."""
-        return bool(self.row_args) and not self.layout.joint and not self.keep_state
+        return bool(self.row_args) and not (self.layout.joint or self.keep_state or self.has_aux)
 
     def part(self, index: Tensor) -> Bound:
         """The map of the rows in ``index``, its arguments detached where they are cut."""
         rows = frozenset(self.row_args)
         return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
 
-    def call(self, w: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """The map on a matrix (any number of rows)."""
-        blind = torch.compiler.is_compiling() or w.is_inference() or functorch_level() > 0
-        version = None if blind else w._version
-        out = self.phi(self.layout.tree(w), *args)
-        if version is not None and w._version != version:
-            raise ValueError("the map changed the state that it was given, in place; return a new tensor")
+    def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
+        """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
+        state = self.layout.tree(w)
+        given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
+        before = [x._version for x in given]
+        if swap is None:
+            out = self.phi(state, *args)
+        else:  # nothing but the map itself runs under the mode, which makes each operation slower
+            out = swap.call(self.phi, state, args)
+        if before != [x._version for x in given]:
+            what = "the state" if w._version != before[0] else "an argument"
+            raise ValueError(
+                f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)"
+            )
+        if self.has_aux:
+            out = self._without_aux(out)
         if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
             return out
         return self.layout.matrix(out, w.shape[0])
 
+    @staticmethod
+    def _versioned(w: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
+        """The tensors given to the map that tell of changes in place; those of inference mode do not."""
+        return [x for x in (w, *args) if isinstance(x, Tensor) and not x.is_inference()]
 
-class Bound:
-    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on.
+    def _without_aux(self, out: Any) -> Any:
+        """The state of ``(state, aux)``; the aux is kept, detached.
 
-    Attributes:
-        pullback: ``pullback(w, fw)``: the map's own vector-Jacobian products, where it has a ``pullback`` and takes the state as
-            the matrix that it is; else None. See ``hyperopt.nn.equilibrium.TanhAffine``.
-    """
+        Raises:
+            TypeError: the map returned something else.
+        """
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"has_aux=True, but the map returned a {type(out).__name__}; return (state, aux)")
+        self.aux[:] = [optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out[1], none_is_leaf=True)]
+        return out[0]
+
+
+class Bound(ClosedMap):
+    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on."""
 
     def __init__(self, problem: Problem, args: tuple[Any, ...]) -> None:
         """Bind the arguments."""
         self.problem, self.args = problem, args
-        own = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
-        self.pullback = None if own is None else self._bound(own)
-
-    def _bound(self, own: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
-        def pullback(w: Tensor, fw: Tensor) -> Any:
-            return own(w, fw, *self.args)
-
-        return differentiable(pullback) if getattr(own, "differentiable", False) else pullback
 
     def __call__(self, w: Tensor) -> Tensor:
         """``phi(w, *args)``."""
         return self.problem.call(w, self.args)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the map has a ``pullback`` and takes the state as the matrix that it is."""
+        return self.problem.pullback is not None
+
+    def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
+        """What the map's ``pullback`` returns.
+
+        Raises:
+            TypeError: it is no ``ClosedForm``.
+        """
+        assert self.problem.pullback is not None
+        found = self.problem.pullback(w, fw, *self.args)
+        if not isinstance(found, ClosedForm):
+            raise TypeError(
+                f"the map's pullback(w, fw, *args) returned a {type(found).__name__}; return a subclass of "
+                "hyperopt.core.operator.ClosedForm"
+            )
+        return found
 
 
 class Adjoint(ABC):

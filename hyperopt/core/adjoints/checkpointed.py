@@ -5,7 +5,7 @@
 
 The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward, T in backward. In segments of sqrt(T)
 steps the memory is that of 2 sqrt(T) of them. The last point of a line search that ends at a boundary is evaluated
-again. Not under ``torch.func``, which forbids what the recomputation rests on: use ``Unrolled`` there.
+again. Under ``torch.func``, which forbids what the recomputation rests on, it is ``Unrolled``.
 
 References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
 """
@@ -20,6 +20,7 @@ import torch
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import CheckpointedSettings
 from hyperopt.core.adjoints.unrolled import unroll
+from hyperopt.core.captured import transformed
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.forward import solve_forward
 from hyperopt.core.status import Solution
@@ -32,7 +33,7 @@ class Checkpointed(CheckpointedSettings, Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the state at the segments' ends."""
         solver = problem.solver
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             segment = self.segment or math.isqrt(solver.max_steps - 1) + 1  # the root, rounded up
             run = unroll(problem, problem.start, solver.max_steps, stop=not solver.fixed, segment=segment)
         else:

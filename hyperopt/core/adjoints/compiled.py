@@ -56,6 +56,29 @@ def fixed_trips(adjoint: Adjoint, problem: Problem) -> Solution:
     places = tuple(i for i, arg in enumerate(problem.args) if isinstance(arg, Tensor))
     tensors = [problem.args[i] for i in places]
     value, before = FixedTrips.apply(problem, places, adjoint.linear_solver.max_steps, problem.start, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
+    return solution(problem, value, before)
+
+
+def exported(problem: Problem) -> Solution:
+    """The solve for ``torch.export``: its steps as they are; a derivative of the exported program is that of the steps.
+
+    Raises:
+        RuntimeError: the number of steps is not fixed.
+    """
+    solver = problem.solver
+    if not (isinstance(solver, Picard) and solver.fixed):
+        raise RuntimeError(
+            f"fixed_point: torch.export records a fixed number of steps, but solver={solver!r} stops at a tolerance; give "
+            "solver=Picard(rtol=0, atol=0, max_steps=...)"
+        )
+    before = after = problem.start
+    for _ in range(solver.max_steps):
+        before, after = after, solver.mix(after, problem.call(after, problem.args))
+    return solution(problem, after, before)
+
+
+def solution(problem: Problem, value: Tensor, before: Tensor) -> Solution:
+    """The value after all steps with its statistics, ``before`` the last one."""
     difference, size = torch.linalg.vector_norm(value.detach() - before, dim=1), torch.linalg.vector_norm(value.detach(), dim=1)
     residual = relative(difference, size)
     status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))

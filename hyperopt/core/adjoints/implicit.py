@@ -11,25 +11,26 @@ References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.adjoints.base import Adjoint, Problem
+from hyperopt.core.adjoints.base import Adjoint, Bound, Problem
 from hyperopt.core.adjoints.parts import graph_part
 from hyperopt.core.adjoints.settings import ImplicitSettings
-from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, functorch_level, leaf_of
-from hyperopt.core.differentiate import GraphLinearization, Linearization, System, attach
-from hyperopt.core.linear.base import LinearSolver, MatVec
+from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
+from hyperopt.core.differentiate import System, attach
+from hyperopt.core.jacobian import Jacobian
+from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.fallback import solve_chain
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.linear.neumann import Neumann
 from hyperopt.core.linear.normal_cg import NormalCG
 from hyperopt.core.loop import rounding_floor
+from hyperopt.core.operator import Linearization, LinearOperator
 from hyperopt.core.policy import report, report_floor
 from hyperopt.core.solvers.forward import solve_forward
 from hyperopt.core.solvers.iterate import Iterate
@@ -41,7 +42,7 @@ class LinearSystem:
     """``(I - M) v = b``, as an adjoint is asked to solve it.
 
     Attributes:
-        matvec: products with M, which is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
+        operator: M, which is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
         b: shape (rows, dim).
         start: where to start; None: at the method's own.
         what: which system.
@@ -50,7 +51,7 @@ class LinearSystem:
         trace: measure the residual at every iteration.
     """
 
-    matvec: MatVec
+    operator: LinearOperator
     b: Tensor
     start: Tensor | None
     what: str
@@ -79,7 +80,7 @@ class ImplicitAdjoint(Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the graph of the last evaluation."""
         box = AdjointBox()
-        if functorch_level():
+        if transformed():
             system, inputs = FixedPoint.discover(self, problem, box)
             value = attach(system, problem.start, *inputs)
             assert system.stats is not None
@@ -96,7 +97,7 @@ class ImplicitAdjoint(Adjoint):
     def solve(self, system: LinearSystem) -> Tensor:
         """Solve the system, and ``keep`` the solution with its statistics."""
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return where to start, given the solution ``near`` of a system near by, and the products with M spent on that."""
         return near, 0
 
@@ -140,47 +141,20 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
             limits |= {"rtol": first.rtol, "atol": first.atol, "relative_to": first.relative_to}
         return GMRES(**limits, window=40), NormalCG(**limits)
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """As the linear solver has it."""
         with torch.no_grad():
-            return self.linear_solver.warm(matvec, b, near)
+            return self.linear_solver.warm(operator, b, near)
 
     def solve(self, system: LinearSystem) -> Tensor:
         """Solve with the linear solver, under the policy and with its fallbacks."""
         dtype = system.b.dtype
         report_floor(self.linear_solver, rounding_floor(dtype), dtype, self.policy, system.what)
         with torch.no_grad():
-            found = solve_chain(self.chain, system.matvec, system.b, system.start, system.what, trace=system.trace)
+            found = solve_chain(self.chain, system.operator, system.b, system.start, system.what, trace=system.trace)
         system.keep(found.value, found.stats)
         report(found.stats, "warn" if self.policy == "fallback" else self.policy, system.what)
         return found.value
-
-
-class PullbackLinearization(Linearization):
-    """By the map's own closed-form ``pullback``; its arguments that are no differentiable tensors are left out."""
-
-    def __init__(self, pullback: Any, places: Sequence[int], count: int) -> None:
-        """Keep the pullback of a map of ``count`` arguments, of which those at ``places`` are differentiated."""
-        self.pullback, self.places, self.count = pullback, places, count
-        self.plus = getattr(pullback, "state_plus", None)
-
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """``J^T v``."""
-        return self.pullback.state(v)
-
-    def matrix(self) -> Tensor | None:
-        """``J^T`` of each row, shape (rows, dim, dim), if the map has its Jacobian in closed form."""
-        closed = getattr(self.pullback, "jacobian", None)
-        return None if closed is None else closed().mT
-
-    def _pull(self, v: Tensor) -> Tensor:
-        return self.pullback.state(v)
-
-    def inputs(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_arg phi)^T v``."""
-        wanted = dict(zip(self.places, needs, strict=True))
-        found = self.pullback.args(v, tuple(wanted.get(i, False) for i in range(self.count)))
-        return [found[i] for i in self.places]
 
 
 class FixedPoint(System):
@@ -197,26 +171,32 @@ class FixedPoint(System):
         self.inputs: list[Tensor] = []
         self.value: Tensor | None = None
         self.at: Linearization | None = None
+        self.places: list[int] | None = None  # those of the inputs in ``args``, with a closed form
         self.out: Tensor | None = None  # phi at the point of linearization, to check that a replay gives the same
         self.point: Tensor | None = None
         self.fixed_leaves: set[int] = set()  # parameters that came in through a custom Function
 
-    def linear(self, matvec: MatVec, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The adjoint's linear solve."""
-        near, spent = self.problem.adjoint_start, 0
+    def linear(self, lin: LinearOperator, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The adjoint's linear solve; all that it makes of products, and the closing one, is counted in its statistics."""
+        before = lin.rmatvecs, lin.matvecs, lin.evaluations
+        operator = lin.T if what == "adjoint" else lin
+        near = self.problem.adjoint_start
         if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
-            start, spent = self.adjoint.warm(matvec, b, near)
-        setups, evaluations = (getattr(matvec, name, 0) for name in ("setups", "evaluations"))
-        value = self.adjoint.solve(LinearSystem(matvec, b, start, what, self.box, self.run, self.problem.trace))
+            start = self.adjoint.warm(operator, b, near)[0]
+        value = self.adjoint.solve(LinearSystem(operator, b, start, what, self.box, self.run, self.problem.trace))
         stats = self.box.stats
         if stats is not None:
-            stats.vjps += spent
-            if what == "tangent":  # there the operator is J itself
-                stats.vjps, stats.jvps = stats.jvps, stats.vjps
-            stats.vjps += getattr(matvec, "setups", 0) - setups
-            stats.evaluations += getattr(matvec, "evaluations", 0) - evaluations
-            stats.vjps += what == "adjoint"  # the closing one
+            after = lin.rmatvecs + (what == "adjoint"), lin.matvecs, lin.evaluations
+            stats.vjps, stats.jvps, stats.evaluations = (now - then for now, then in zip(after, before, strict=True))
         return value
+
+    def close(self, lin: Linearization, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_x phi)^T v``; a closed form has them for all arguments, of which the inputs are some."""
+        if self.places is None:
+            return lin.arguments(v, needs)
+        wanted = dict(zip(self.places, needs, strict=True))
+        found = lin.arguments(v, tuple(wanted.get(i, False) for i in range(len(self.problem.args))))
+        return [found[i] for i in self.places]
 
     # ---- eager: solve first, then attach
 
@@ -224,15 +204,13 @@ class FixedPoint(System):
         """Solve without a graph but for the last evaluation, which finds the inputs; returns the value."""
         problem = self.problem
         wanted = torch.is_grad_enabled()
-        pullback = getattr(problem.phi, "pullback", None) if problem.layout.trivial else None
-        args = [a.detach() if isinstance(a, Tensor) else a for a in problem.args] if pullback else problem.args
-
-        phi = problem.bind(tuple(args))
+        closed = problem.pullback is not None
+        phi = problem.bind(tuple(a.detach() if closed and isinstance(a, Tensor) else a for a in problem.args))
 
         def last(w: Tensor) -> Tensor:
             if not wanted:
                 return phi(w)
-            return self._last_closed_form(w, tuple(args), pullback) if pullback else self._last_graph(w)
+            return self._last_closed_form(w, phi) if closed else self._last_graph(w)
 
         with torch.no_grad():
             run = solve_forward(problem, phi, last)
@@ -240,16 +218,14 @@ class FixedPoint(System):
         report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
         return run.value
 
-    def _last_closed_form(self, w: Tensor, args: tuple[Any, ...], pullback: Callable[..., Any]) -> Tensor:
-        fw = self.problem.call(w, args)
-        places = [i for i, a in enumerate(self.problem.args) if isinstance(a, Tensor) and a.requires_grad]
-        self.inputs = [self.problem.args[i] for i in places]
-        if places:
-            self.at = PullbackLinearization(pullback(w, fw, *args), places, len(args))
-        if self.at is not None and self.problem.droppable:
-            self.at.restrict = lambda index: PullbackLinearization(
-                pullback(w[index], fw[index], *self.problem.part(index).args), places, len(args)
-            )
+    def _last_closed_form(self, w: Tensor, phi: Bound) -> Tensor:
+        problem, fw = self.problem, phi(w)
+        self.places = [i for i, a in enumerate(problem.args) if isinstance(a, Tensor) and a.requires_grad]
+        self.inputs = [problem.args[i] for i in self.places]
+        if self.places:
+            self.at = phi.closed_form(w, fw)
+            if problem.droppable:
+                self.at.part = lambda index: problem.part(index).closed_form(w[index], fw[index])
         self.point, self.out = w, fw
         return fw
 
@@ -257,9 +233,7 @@ class FixedPoint(System):
         with torch.enable_grad():
             swap = Swap(discover=True)
             leaf = leaf_of(w)
-            args = swap_tree(swap, self.problem.args)
-            with swap:
-                out = self.problem.call(leaf, args)
+            out = self.problem.call(leaf, self.problem.args, swap)
             outside = swap.outside
             leaves = [swap.inside(x) for x in outside]
             self.fixed_leaves = set()
@@ -268,24 +242,20 @@ class FixedPoint(System):
                 outside, leaves = [*outside, *foreign], [*leaves, *foreign]
                 self.fixed_leaves = {id(x) for x in foreign}
         self.inputs = outside
-        self.at = GraphLinearization(out, leaf, leaves)
+        self.at = Jacobian(out, leaf, leaves)
         self.point, self.out = w, out.detach()
         if self.problem.droppable:
-            self.at.restrict = graph_part(self.problem, w, self.out)
+            self.at.part = graph_part(self.problem, w, self.out)
         return self.out
 
-    # ---- under torch.func: find the inputs first, solve inside the Function
+    # ---- under torch.func and with dual numbers: find the inputs first, solve inside the Function
 
     @staticmethod
     def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
         """One call of the map, under the running transform, that finds what it depends on."""
         system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
-        swap.own(problem.start)
-        args = swap_tree(swap, problem.args)
-        with swap:
-            system_out = problem.call(problem.start, args)
-        del system_out
+        problem.call(problem.start, problem.args, swap)
         system.inputs = swap.outside
         return system, system.inputs
 
@@ -295,15 +265,12 @@ class FixedPoint(System):
         """The map at other values of its inputs; refuses if it is no longer the map that was solved."""
         if self.fixed_leaves:
             raise ClosureError(
-                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, where it "
-                "cannot be replaced: pass it through args="
+                "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, or a "
+                "transform of torch.func, where it cannot be replaced: pass it through args="
             )
         known = list(zip(self.inputs, inputs, strict=True))
         swap = Swap(known, discover=False)
-        swap.own(z)
-        args = swap_tree(swap, self.problem.args)
-        with swap:
-            out = self.problem.call(z, args)
+        out = self.problem.call(z, self.problem.args, swap)
         if len(swap.used) < len(known):
             raise ClosureError(
                 "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "
@@ -314,7 +281,7 @@ class FixedPoint(System):
 
     def _check_same(self, z: Tensor, out: Tensor) -> None:
         """A replay at the solution must give what the solve gave."""
-        if self.out is None or functorch_level() or self.value is None or z.shape != self.value.shape:
+        if self.out is None or transformed() or self.value is None or z.shape != self.value.shape:
             return
         if not torch.equal(z.detach(), self.value):
             return
@@ -371,8 +338,3 @@ class VmappedFixedPoint(FixedPoint):
             parent.stats = self.stats
             parent = parent.parent if isinstance(parent, VmappedFixedPoint) else None
         return value
-
-
-def swap_tree(swap: Swap, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``args`` with their tensors swapped, in any tree."""
-    return tuple(optree.tree_map(swap.swap, arg) if arg is not None else None for arg in args)

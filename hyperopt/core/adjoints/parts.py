@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.adjoints.base import Problem
-from hyperopt.core.differentiate import GraphLinearization, Linearization
+from hyperopt.core.jacobian import Jacobian
 
 
-def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor], Linearization | None]:
+def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor], Jacobian | None]:
     """Return ``part(index)``: a new graph of some rows at ``point``, None where the map no longer gives ``out`` there."""
 
-    def part(index: Tensor) -> Linearization | None:
+    def part(index: Tensor) -> Jacobian | None:
         with torch.enable_grad():
             leaf = point[index].detach().requires_grad_()
             graph = problem.part(index)(leaf)
@@ -29,7 +29,7 @@ def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor
         change, size = torch.linalg.vector_norm(graph.detach() - want), torch.linalg.vector_norm(want)
         if not bool(change <= math.sqrt(torch.finfo(want.dtype).eps) * size):
             return None
-        found = GraphLinearization(graph, leaf, [])
+        found = Jacobian(graph, leaf)
         found.evaluations = 1
         return found
 

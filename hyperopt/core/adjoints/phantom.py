@@ -34,7 +34,7 @@ class Phantom(PhantomSettings, ImplicitAdjoint):
         with torch.no_grad():
             v, residual = self.damping * b, b
             for _ in range(self.steps - 1):
-                image = system.matvec(v) + b
+                image = system.operator.matvec_add(v, b)
                 residual, v = image - v, torch.lerp(v, image, self.damping)
         norm = torch.linalg.vector_norm(residual, dim=1)
         system.keep(v, truncated(b, norm, self.steps - 1, "Phantom"))

@@ -76,11 +76,11 @@ class Shine(ShineSettings, ImplicitAdjoint):
             kept = torch.linalg.vector_norm(shared, dim=1) <= self.ratio * size
             v = torch.where(kept[:, None], shared, b)
             if self.linear_solver is not None:
-                found = self.linear_solver.solve(system.matvec, b, v, trace=system.trace)
+                found = self.linear_solver.solve(system.operator, b, v, trace=system.trace)
                 v, stats = found.value, found.stats
                 stats.method = f"Shine + {stats.method}"
             else:
-                residual = relative(torch.linalg.vector_norm(v - system.matvec(v) - b, dim=1), size)
+                residual = relative(torch.linalg.vector_norm(v - system.operator.matvec(v) - b, dim=1), size)
                 status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
                 stats = SolveStats(status, kept.long(), residual, size, vjps=1, method="Shine")
         system.keep(v, stats)

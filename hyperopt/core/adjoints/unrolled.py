@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import UnrolledSettings
+from hyperopt.core.captured import functorch_level, seen, transformed, underived
 from hyperopt.core.loop import relative, rounding_floor
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.base import FixedPointSolver
@@ -33,13 +34,17 @@ class Unrolled(UnrolledSettings, Adjoint):
 
     def run(self, problem: Problem) -> Solution:
         """Solve with the graph of all steps, or of the last ones after a solve without."""
-        phi = problem.bind(problem.args)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or transformed()):
+            phi = problem.bind(problem.args)
             stepped = solve_forward(problem, phi, phi)
-        elif self.last is None:
-            stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
         else:
-            stepped = self._truncated(problem, self.last)
+            with torch.enable_grad():  # a tangent goes through the steps under no_grad too
+                if self.last is None:
+                    stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
+                else:
+                    stepped = self._truncated(problem, self.last)
+            if not torch.is_grad_enabled():
+                stepped.value = stepped.value.clone()  # which keeps a tangent
         report(stepped.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
         return Solution(problem.layout.tree(stepped.value), stepped.stats, problem.layout)
 
@@ -50,13 +55,21 @@ class Unrolled(UnrolledSettings, Adjoint):
             before = max(0, solver.max_steps - last)
             if not before:
                 return unroll(problem, problem.start, solver.max_steps, stop=False)
-            with torch.no_grad():
-                run = iterate(replace(solver, max_steps=before), phi, problem.start)
+            with underived():
+                head = replace(problem, solver=replace(solver, max_steps=before))
+                run = (
+                    unroll(head, problem.start, before, stop=False)
+                    if functorch_level()
+                    else iterate(head.solver, phi, head.start)
+                )
             stepped = unroll(problem, run.value, last, stop=False)
             stepped.stats.iterations = stepped.stats.iterations + before
         else:
-            with torch.no_grad():
-                run = solve_forward(problem, phi, phi)
+            with underived():
+                if functorch_level():
+                    run = unroll(problem, problem.start, solver.max_steps, stop=True)
+                else:
+                    run = solve_forward(problem, phi, phi)
             # Plain steps, whatever the solver: at its solution an acceleration's history is rounding noise, and so is the
             # derivative of its least squares problem (Anderson, k = 150: 1e31 times the gradient).
             plain = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
@@ -87,10 +100,10 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
         for k in steps:
             at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
             moving = watch.before(k, at)
-            at.active = None if bool(moving.all()) else moving
+            at.active = None if bool(seen(moving).all()) else moving
             stepped, state = solver.step(state, at)
             moving = watch.after(k, at)
-            w = stepped if bool(moving.all()) else torch.where(moving[:, None], stepped, w)
+            w = stepped if bool(seen(moving).all()) else torch.where(moving[:, None], stepped, w)
             if watch.last == k:
                 break
         return w, state
@@ -99,7 +112,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     size = segment or count
     for first in range(0, count, size):
         steps = range(first, min(first + size, count))
-        if segment is None:
+        if segment is None or functorch_level():  # whose transforms allow no second evaluation
             w, state = advance(w, state, steps)
         else:
             w, state = checkpoint(advance, w, state, steps, use_reentrant=False, preserve_rng_state=False)
@@ -139,8 +152,9 @@ class Watch:
         self.size = torch.linalg.vector_norm(at.fw, dim=1)
         self.residual = torch.where(self.active, relative(difference, self.size), self.residual)
         self.iterations = torch.where(self.active, k + 1, self.iterations)
-        self.trace.append(self.residual.max() if self.residual.numel() else self.residual.new_zeros(()))
-        self.norms.append(float(torch.linalg.vector_norm(difference)))
+        residual = seen(self.residual)
+        self.trace.append(residual.max() if residual.numel() else residual.new_zeros(()))
+        self.norms.append(float(torch.linalg.vector_norm(seen(difference))))
         if self.stop:
             limit = torch.maximum(self.solver.atol + self.solver.rtol * self.size, self.floor * self.size)
             self.active = self.active & ~(difference <= limit)
@@ -156,7 +170,7 @@ class Watch:
             self.broken = self.broken | (at.broken & moving)
             self.active, moving = self.active & ~self.broken, moving & ~self.broken
         self.moved.append(moving)
-        if not bool(self.active.any()):
+        if not bool(seen(self.active).any()):
             self.last = k
         return moving
 
@@ -169,10 +183,10 @@ class Watch:
         status = torch.where(torch.isfinite(self.residual), status, int(Status.nonfinite))
         taken, first, last = len(self.norms), self.norms[0], self.norms[-1]
         return SolveStats(
-            status,
-            self.iterations,
-            self.residual,
-            self.size,
+            seen(status).flatten(),
+            seen(self.iterations).flatten(),
+            seen(self.residual).flatten(),
+            seen(self.size).flatten(),
             evaluations=cost.evaluations,
             vjps=cost.vjps,
             jvps=cost.jvps,

@@ -5,29 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperopt.core.linear.settings import LinearSettings
+from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.iterate import iterate
 from hyperopt.core.status import SolveStats, Status
 
-
-class MatVec(Protocol):
-    """``matvec(v) = M v``.
-
-    An operator may also offer ``plus(v, b) = M v + b``, where it can do better than add, ``complement(v) = (I - M) v``, where it
-    can do better than subtract, ``rmatvec(v) = M^T v``, which some methods need, ``matrix()``: M itself of every row, shape
-    (rows, dim, dim), or None, and ``part(index)``: the operator of the rows in ``index``, or None, by which rows that are solved
-    cost no further product.
-    """
-
-    def __call__(self, v: Tensor, /) -> Tensor:
-        """``M v``, shape (rows, dim)."""
-        ...
+MatVec = LinearOperator | Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -39,12 +28,6 @@ class LinearSolution:
 
     value: Tensor
     stats: SolveStats
-
-
-def part_of(matvec: MatVec, index: Tensor) -> MatVec | None:
-    """The operator of the rows in ``index``, if it can be had."""
-    part = getattr(matvec, "part", None)
-    return None if part is None else part(index)
 
 
 class LinearSolver(LinearSettings, ABC):
@@ -79,24 +62,24 @@ class LinearSolver(LinearSettings, ABC):
 
     @abstractmethod
     def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
-        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""
+        """Solve ``(I - M) v = b``; M is an operator or a function ``v -> M v``, ``x0=None`` the method's own start."""
 
 
 def solve_by_iteration(
     solver: FixedPointSolver, method: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
     """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
+    whole = as_operator(matvec)
 
-    def affine(operator: MatVec, b: Tensor) -> Callable[[Tensor], Tensor]:
-        plus = getattr(operator, "plus", None) or (lambda v, b: operator(v) + b)  # not in place: the product may be v itself
-        return lambda v: plus(v, b)
+    def affine(operator: LinearOperator, b: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda v: operator.matvec_add(v, b)
 
     def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
-        operator = part_of(matvec, index)
+        operator = whole.select(index)
         return None if operator is None else affine(operator, b[index])
 
     start = b if x0 is None else x0
-    run = iterate(solver, affine(matvec, b), start, some=some, scale=method.sizes(b), trace=trace)
+    run = iterate(solver, affine(whole, b), start, some=some, scale=method.sizes(b), trace=trace)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent

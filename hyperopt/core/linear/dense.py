@@ -56,8 +56,7 @@ class Dense(DenseSettings, RestartedSolver):
 
 def dense(run: Run, dim: int) -> Tensor:
     """``I - M`` of every row, shape (rows, dim, dim): from the operator's own matrix, if it has one, else by ``dim`` products."""
-    offered = getattr(run.matvec, "matrix", None)
-    matrix = None if offered is None else offered()
+    matrix = run.operator.closed_form()
     if matrix is not None:
         return (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
     return run.columns(range(dim))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, part_of
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec
 from hyperopt.core.loop import DROP
+from hyperopt.core.operator import as_operator
 from hyperopt.core.policy import note_fallback
 from hyperopt.core.status import SolveStats, Status
 
@@ -44,7 +45,7 @@ def solve_chain(
 def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
     """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
     index = rows.nonzero().squeeze(1)
-    operator = part_of(matvec, index) if len(index) <= DROP * len(rows) else None
+    operator = as_operator(matvec).select(index) if len(index) <= DROP * len(rows) else None
     if operator is None:
         return solver.solve(matvec, b, start, trace=trace)
     found = solver.solve(operator, b[index], start[index], trace=trace)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec
 from hyperopt.core.loop import FLOOR, relative
+from hyperopt.core.operator import as_operator
 from hyperopt.core.status import SolveStats, Status
 
 IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row
@@ -66,7 +67,7 @@ class Run:
 
     def __init__(self, solver: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool) -> None:
         """Measure the start."""
-        self.solver, self.matvec, self.b = solver, matvec, b
+        self.solver, self.operator, self.b = solver, as_operator(matvec), b
         self.vjps = self.jvps = 0
         self.tracing = trace
         self.kept: Any = None
@@ -89,8 +90,7 @@ class Run:
     def product(self, v: Tensor) -> Tensor:
         """``(I - M) v``."""
         self.vjps += 1
-        complement = getattr(self.matvec, "complement", None)
-        return v - self.matvec(v) if complement is None else complement(v)
+        return self.operator.complement(v)
 
     def columns(self, places: Iterable[int]) -> Tensor:
         """The columns of ``I - M`` at ``places``, one product each, shape (rows, dim, places)."""
@@ -103,14 +103,13 @@ class Run:
 
     def transposed(self, v: Tensor) -> Tensor:
         """``(I - M)^T v``."""
-        rmatvec = getattr(self.matvec, "rmatvec", None)
-        if rmatvec is None:
+        if not self.operator.transposable:
             raise TypeError(
-                f"{self.solver.name} needs products with the transpose, which this operator does not offer: give it an "
-                "rmatvec(v), or choose another linear solver"
+                f"{self.solver.name} needs products with the transpose, which this operator does not offer: give a "
+                "FunctionOperator with rmatvec, or choose another linear solver"
             )
         self.jvps += 1
-        return v - rmatvec(v)
+        return v - self.operator.rmatvec(v)
 
     def residual(self, x: Tensor) -> Tensor:
         """``b - (I - M) x``, in one product."""

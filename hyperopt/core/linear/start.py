@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import MatVec
+from hyperopt.core.operator import as_operator
 
 
 def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
         b: right-hand side. shape: (rows, dim)
         v: solution of a system near by. shape: (rows, dim)
     """
-    moved = matvec(v)
+    moved = as_operator(matvec).matvec(v)
     image = v - moved
     alpha = torch.linalg.vecdot(image, b) / torch.linalg.vector_norm(image, dim=1).square()
     usable = torch.isfinite(alpha)  # it is not where moved is not

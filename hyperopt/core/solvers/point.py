@@ -6,34 +6,39 @@ for is counted, in evaluations, vjps and jvps over the whole batch:
     at.vjp(v) = J^T v        at.jvp(v) = J v        at.jacobian() = J, one a row        at.probe(x): the map at another state
 
 J is that of ``phi`` at ``w``, row by row. Where it comes from:
-- a map that offers its products in closed form (``pullback``) gives them, at no evaluation; when unrolling, only if it says
-  that they can be differentiated through (``differentiable``);
+- a ``ClosedMap`` that has it in closed form gives it, at no evaluation; when unrolling, only if its formulas can be
+  differentiated through (``ClosedForm.differentiable``);
 - else from a graph of ``phi`` at ``w``: built by the evaluation itself if the solver says ``linearizes``, else by one more;
 - with gradients on (unrolling), all of it is differentiable in everything; under ``torch.func`` by its own vjp.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hyperopt.core.captured import functorch_level
+from hyperopt.core.jacobian import evaluate
+from hyperopt.core.operator import ClosedForm, LinearOperator
 
 Map = Callable[[Tensor], Tensor]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def differentiable(pullback: F) -> F:
-    """Say of a map's ``pullback`` that its products are torch operations on ``w``, ``fw`` and the arguments, none in place.
+class ClosedMap(ABC):
+    """A map on (rows, dim) matrices that may know its Jacobian in closed form."""
 
-    Unrolled Newton then takes the Jacobian from it too, in place of ``dim`` vjps with a graph each.
-    """
-    pullback.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
-    return pullback
+    has_closed_form: bool
+
+    @abstractmethod
+    def __call__(self, w: Tensor, /) -> Tensor:
+        """``phi(w)``."""
+
+    @abstractmethod
+    def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
+        """Its Jacobian at ``w``, where ``fw = phi(w)``; only asked for if ``has_closed_form``."""
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Point:
     """The map at one iterate, for the rows in the batch.
 
     Args:
-        phi: the map on (rows, dim) matrices; it may have ``pullback(w, fw)``, see ``hyperopt.core.adjoints.base.Bound``.
+        phi: the map on (rows, dim) matrices.
         w: the iterate, shape (rows, dim).
         cost: what the solve has spent, which this adds to.
         fw: ``phi(w)``, if the caller has evaluated it (and then counts it).
@@ -69,7 +74,7 @@ class Point:
     def __init__(self, phi: Map, w: Tensor, cost: Cost, fw: Tensor | None = None, *, graph: bool = False) -> None:
         """Evaluate, unless ``fw`` is given."""
         self._phi, self.cost, self._graph = phi, cost, graph
-        self._linear: _Linear | None = None
+        self._linear: LinearOperator | None = None
         self._residual: Tensor | None = None
         self.w = w
         self.active: Tensor | None = None
@@ -77,11 +82,12 @@ class Point:
         self.trial: Point | None = None
         if fw is not None:
             self.fw = fw
-        elif graph and self._closed() is None:
-            self.fw = self._linearize().out
         else:
             cost.evaluations += 1
-            self.fw = phi(w)
+            if graph and not (isinstance(phi, ClosedMap) and phi.has_closed_form):
+                self.fw, self._linear = evaluate(phi, w)
+            else:
+                self.fw = phi(w)
 
     @property
     def residual(self) -> Tensor:
@@ -97,138 +103,34 @@ class Point:
 
     def vjp(self, v: Tensor) -> Tensor:
         """``J^T v``, shape (rows, dim)."""
-        self.cost.vjps += 1
-        return self._linearize().pull(v)
+        return self._counted(lambda J: J.rmatvec(v))
 
     def jvp(self, v: Tensor) -> Tensor:
         """``J v``, shape (rows, dim); by a graph it is the vjp of a vjp, which is one more the first time."""
-        linear = self._linearize()
-        self.cost.vjps += linear.prepare_push()
-        self.cost.jvps += 1
-        return linear.push(v)
+        return self._counted(lambda J: J.matvec(v))
 
     def jacobian(self) -> Tensor:
         """``J[i, j, k] = d phi(w)[i, j] / d w[i, k]``, shape (rows, dim, dim): ``dim`` vjps, or none in closed form."""
-        linear = self._linearize()
-        closed = linear.jacobian()
-        if closed is not None:
-            return closed
         rows, dim = self.w.shape
-        self.cost.vjps += dim
-        units = torch.eye(dim, dtype=self.w.dtype, device=self.w.device)
-        return torch.stack([linear.pull(unit.expand(rows, dim)) for unit in units], dim=1)
+        return self._counted(lambda J: J.T.dense(rows, dim, self.w).mT)
 
-    def _closed(self) -> Any:
-        """The map's own ``pullback``; when unrolling, which differentiates through the products, only one that allows it."""
-        own = getattr(self._phi, "pullback", None)
-        return own if not torch.is_grad_enabled() or getattr(own, "differentiable", False) else None
-
-    def _linearize(self) -> _Linear:
+    def _counted(self, made: Callable[[LinearOperator], Tensor]) -> Tensor:
+        """What is made of J; the products that a closed form has not known already are counted."""
         if self._linear is None:
-            pullback = self._closed()
-            if pullback is not None:
-                self._linear = _Closed(pullback(self.w, self.fw))
-            else:
-                self.cost.evaluations += 1
-                self._linear = (_Functional if functorch_level() else _Graph)(self._phi, self.w)
-        return self._linear
+            self._linear = self._closed()
+        if self._linear is None:
+            self.cost.evaluations += 1
+            _, self._linear = evaluate(self._phi, self.w)
+        J = self._linear
+        vjps, jvps = J.rmatvecs, J.matvecs
+        found = made(J)
+        self.cost.vjps += J.rmatvecs - vjps
+        self.cost.jvps += J.matvecs - jvps
+        return found
 
-
-class _Linear(Protocol):
-    """Products with J at one point. ``prepare_push`` says how many vjps the next ``push`` needs beforehand."""
-
-    out: Tensor
-
-    def pull(self, v: Tensor) -> Tensor: ...
-
-    def prepare_push(self) -> int: ...
-
-    def push(self, v: Tensor) -> Tensor: ...
-
-    def jacobian(self) -> Tensor | None: ...
-
-
-class _Graph:
-    """By autograd; with gradients on, from an alias of the state, so that the products are differentiable in it."""
-
-    def __init__(self, phi: Map, w: Tensor) -> None:
-        self.differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            self.leaf = w.view_as(w) if self.differentiable and w.requires_grad else w.detach().requires_grad_()
-            self.graph = phi(self.leaf)
-        self.out = self.graph if self.differentiable else self.graph.detach()
-        self.back: tuple[Tensor, Tensor] | None = None  # a cotangent, and J^T of it as a function of it
-
-    def pull(self, v: Tensor) -> Tensor:
-        return self._grad(self.graph, self.leaf, v, self.differentiable)
-
-    def prepare_push(self) -> int:
-        if self.back is not None:
-            return 0
-        with torch.enable_grad():
-            v = torch.zeros_like(self.out).requires_grad_()
-            self.back = v, self._grad(self.graph, self.leaf, v, True)
-        return 1
-
-    def push(self, v: Tensor) -> Tensor:
-        assert self.back is not None
-        cotangent, product = self.back
-        return self._grad(product, cotangent, v, self.differentiable)
-
-    def jacobian(self) -> None:
-        return None
-
-    @staticmethod
-    def _grad(out: Tensor, leaf: Tensor, v: Tensor, create_graph: bool) -> Tensor:
-        if not out.requires_grad:
-            return torch.zeros_like(v)
-        (found,) = torch.autograd.grad(out, leaf, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
-        return torch.zeros_like(v) if found is None else found
-
-
-class _Functional:
-    """By ``torch.func``, inside one of its transforms, where autograd's own ``grad`` is not allowed."""
-
-    def __init__(self, phi: Map, w: Tensor) -> None:
-        self.out, self.pullback, *_ = torch.func.vjp(phi, w)
-        self.pushforward: Any = None
-
-    def pull(self, v: Tensor) -> Tensor:
-        return self.pullback(v)[0]
-
-    def prepare_push(self) -> int:
-        if self.pushforward is not None:
-            return 0
-        self.pushforward = torch.func.vjp(self.pull, torch.zeros_like(self.out))[1]
-        return 1
-
-    def push(self, v: Tensor) -> Tensor:
-        return self.pushforward(v)[0]
-
-    def jacobian(self) -> None:
-        return None
-
-
-class _Closed:
-    """By the map's own formulas: ``state(v) = J^T v``, and where it has them ``tangent(v) = J v`` and ``jacobian() = J``."""
-
-    out: Tensor
-
-    def __init__(self, pullback: Any) -> None:
-        self.pullback = pullback
-        self.tangent = getattr(pullback, "tangent", None)
-
-    def pull(self, v: Tensor) -> Tensor:
-        return self.pullback.state(v)
-
-    def prepare_push(self) -> int:
-        return 0
-
-    def push(self, v: Tensor) -> Tensor:
-        if self.tangent is not None:
-            return self.tangent(v)
-        return torch.func.vjp(self.pullback.state, torch.zeros_like(v))[1](v)[0]  # state is linear: any point will do
-
-    def jacobian(self) -> Tensor | None:
-        closed = getattr(self.pullback, "jacobian", None)
-        return None if closed is None else closed()
+    def _closed(self) -> ClosedForm | None:
+        """The map's own formulas; when unrolling, which differentiates through the products, only those that allow it."""
+        if not (isinstance(self._phi, ClosedMap) and self._phi.has_closed_form):
+            return None
+        found = self._phi.closed_form(self.w, self.fw)
+        return found if found.differentiable or not torch.is_grad_enabled() else None

@@ -1,0 +1,102 @@
+"""``Jacobian``: products with the derivatives of a map at one point, by autograd, on a graph that is built once.
+
+    matvec(s) = J s        rmatvec(v) = J^T v        arguments(v) = (d_x m)^T v,        J = d_z m(z, *x)
+
+Newton's steps, the adjoint and the diagnosis take it; so do unrolled steps, whose products have graphs of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.captured import functorch_level
+from hyperopt.core.operator import Linearization, LinearOperator
+
+
+class Jacobian(Linearization):
+    """The Jacobian of a map at a point, by autograd; ``J s`` is the vjp of ``v -> J^T v``, for which the map is not called.
+
+    Args:
+        graph: ``m(z, *x)`` with its graph.
+        state: z in that graph, of the same number of entries.
+        inputs: the x in that graph.
+        differentiable: whether the products are to have a graph too.
+    """
+
+    def __init__(
+        self,
+        graph: Tensor,
+        state: Tensor,
+        inputs: Sequence[Tensor] = (),
+        *,
+        differentiable: bool = False,
+    ) -> None:
+        """Keep the graph."""
+        self.graph, self.state, self.inputs, self.differentiable = graph, state, inputs, differentiable
+        self._pulled: tuple[Tensor, Tensor] | None = None  # a cotangent v, and J^T v with a graph back to it
+
+    def _rmatvec(self, v: Tensor) -> Tensor:
+        return self._pull(v, self.differentiable)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        if self._pulled is None:
+            self._count(rmatvecs=1)
+            with torch.enable_grad():
+                cotangent = torch.zeros_like(v).requires_grad_()
+                self._pulled = cotangent, self._pull(cotangent, True)
+        cotangent, pulled = self._pulled
+        return _vjp(pulled, cotangent, v, self.differentiable)
+
+    def _pull(self, v: Tensor, create_graph: bool) -> Tensor:
+        return _vjp(self.graph, self.state, v, create_graph)
+
+    def arguments(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """``(d_x m)^T v`` for each input that needs it."""
+        wanted = [x for x, need in zip(self.inputs, needs, strict=True) if need]
+        if not wanted or not self.graph.requires_grad:
+            return [None] * len(needs)
+        found = iter(torch.autograd.grad(self.graph, wanted, v.view_as(self.graph), retain_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+def _vjp(graph: Tensor, at: Tensor, v: Tensor, create_graph: bool) -> Tensor:
+    """``(d graph / d at)^T v``, in the shape of ``v``."""
+    if not graph.requires_grad:
+        return torch.zeros_like(v)
+    (found,) = torch.autograd.grad(graph, at, v.view_as(graph), retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(v) if found is None else found.view_as(v)
+
+
+class _Transformed(LinearOperator):
+    """The same inside a transform of ``torch.func``, where autograd's own ``grad`` is not allowed."""
+
+    def __init__(self, pull: Callable[[Tensor], tuple[Tensor]]) -> None:
+        self.pull = pull
+        self.push: Callable[[Tensor], tuple[Tensor]] | None = None
+
+    def _rmatvec(self, v: Tensor) -> Tensor:
+        return self.pull(v)[0]
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        if self.push is None:
+            self._count(rmatvecs=1)
+            self.push = torch.func.vjp(self._rmatvec, torch.zeros_like(v))[1]
+        return self.push(v)[0]
+
+
+def evaluate(phi: Callable[[Tensor], Tensor], w: Tensor) -> tuple[Tensor, LinearOperator]:
+    """``phi(w)`` and the Jacobian there, from one evaluation.
+
+    With gradients on, both are differentiable in everything, ``w`` included; else the value is detached.
+    """
+    if functorch_level():
+        out, pull, *_ = torch.func.vjp(phi, w)
+        return out, _Transformed(pull)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        state = w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_()
+        graph = phi(state)
+    return graph if differentiable else graph.detach(), Jacobian(graph, state, differentiable=differentiable)
