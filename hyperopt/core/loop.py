@@ -57,7 +57,7 @@ class Process(ABC):
         rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
         attentive: whether an iteration costs so much more than a look that every one is looked at.
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
-        recurs: whether ``measure`` gives norms by a recurrence, which ``confirm`` then measures.
+        recurs: whether ``measure`` gives norms by a recurrence: no row is settled before ``confirm`` has measured them.
         closes: whether one more evaluation, of the value, ends the run.
         steps_at_the_end: whether a step before that evaluation is free.
         clear: a ratio of residual and limit below which rounding hides how fast the residual falls.
@@ -105,7 +105,7 @@ class Process(ABC):
         raise NotImplementedError
 
     def confirm(self) -> Tensor:
-        """Measure the residual norms of the value, where ``measure`` does not, and go on from there."""
+        """Measure the residual norms of the value, where ``measure`` does not, and go on from the better of it and the last."""
         raise NotImplementedError
 
     def reconsider(self, status: Tensor, residual: Tensor, first: Tensor) -> Tensor:
@@ -157,20 +157,18 @@ class _Run:
         self.process, self.max_steps, (self.rows, dim) = process, max_steps, value.shape
         self.history: list[Tensor] = []  # norms of the batch since the last look
         self.longest = min(LONGEST, max(SHORT, dim))
-        self.made = 0  # iterations measured
+        self.made, self.next_look, self.parted = 0, 0, False  # iterations measured; the next to look at; see Outcome
         self.worst: list[float] = []
-        self.next_look = 0
         self.index: Tensor | None = None  # the rows in the batch, where others were dropped
         self.active: Tensor | None = None  # rows that are not settled; None: all
         self.status = torch.full((self.rows,), int(Status.max_steps), device=value.device)
-        self.iterations = torch.zeros_like(self.status)
+        self.iterations = self.met = torch.zeros_like(self.status)  # met: as a recurrence says that is yet to be confirmed
         self.residual = self.limit = self.first = value.new_empty(0)  # set at the first look
         self.decay: list[tuple[int, float]] = []  # iteration and largest residual norm of the looks
         self.best: tuple[float, Tensor, Tensor] | None = None  # of the look with the least worst residual: it, value, norms
         self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least since
         self.ended = self.residual  # as seen at the last look, before rows go back to their best
         self.early: Tensor | None = None  # rows that were settled before the last look
-        self.parted = False
 
     def run(self) -> Outcome:
         """See the function of this name."""
@@ -205,21 +203,27 @@ class _Run:
         """Read how far the rows are, settle those that are done; returns whether all are."""
         process, history, limits = self.process, self.history, self.process.limits()
         worst, least, largest, faults = self._read(torch.stack(history), limits)
-        if process.recurs and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
-            history[-1] = process.confirm()
+        sure = not process.recurs or not self.worst  # the start was measured
+        if not sure and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
+            history[-1], limits, sure = process.confirm(), process.limits(), True
             (worst[-1],), least, largest, faults = self._read(history[-1][None], limits)
         now = worst[-1]
         if not self.worst:
             self.first = self.limit = self.residual = history[0]
         self.worst += worst
         grown = self.best is not None and now > process.rise * self.best[0]
-        done = now <= 1 and not faults
-        if done or grown or faults or not math.isfinite(now) or (least <= 1 and self.rows > 1):
+        done = sure and now <= 1 and not faults
+        if sure and (done or grown or faults or not math.isfinite(now) or (least <= 1 and self.rows > 1)):
             done = self._settle(k, limits, plain=done)
         else:
+            if least <= 1 and not sure:
+                at, inside = self._first_inside(k, limits)
+                self.met = torch.where(inside & (self.met == 0), at, self.met)
             self.residual, self.limit = self._put(history[-1], self.residual), self._put(limits, self.limit)
         if not done:
-            if self.best is None or now <= self.best[0]:
+            if process.recurs:  # it undoes a cycle that has made a row worse by itself
+                self.met = torch.zeros_like(self.met) if sure else self.met
+            elif self.best is None or now <= self.best[0]:
                 self.best = now, process.value, self._here(self.residual)
             self._note_idle(k)
         self.ended = self.residual
@@ -252,15 +256,14 @@ class _Run:
             Whether all rows are settled.
         """
         process, now = self.process, self.history[-1]
-        inside = torch.stack(self.history) <= limits
-        at = k + 2 - len(self.history) + inside.to(torch.uint8).argmax(dim=0)
+        at, inside = self._first_inside(k, limits)
+        at = torch.where(self.met > 0, self.met, at) if process.recurs else at
         self.early = None if self.active is None else ~self.active
-        active = torch.ones_like(inside[-1]) if self.active is None else self._here(self.active)
-        met = inside[-1] & active
+        active = torch.ones_like(inside) if self.active is None else self._here(self.active)
+        met = inside & active
         status, iterations = self._here(self.status), torch.where(met, at, k + 1)
         status = torch.where(met, int(Status.converged), status)
-        ended = met
-        residual = now
+        ended, residual = met, now
         if not plain:
             finite = torch.isfinite(now)
             lost = active & ~finite
@@ -290,12 +293,15 @@ class _Run:
             process.hold(left)
         return count == 0
 
+    def _first_inside(self, k: int, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """The first iteration since the last look at which each row met its limit, and whether it meets it now."""
+        inside = torch.stack(self.history) <= limits
+        return k + 2 - len(self.history) + inside.to(torch.uint8).argmax(dim=0), inside[-1]
+
     def _drop(self, left: Tensor, count: int) -> bool:
         """Take the rows that are settled out of the batch, where that is worth it and the problem can be taken apart."""
-        if count > DROP * len(left):
-            return False
-        inside = left.nonzero().squeeze(1)
-        if not self.process.select(inside):
+        inside = left.nonzero().squeeze(1) if count <= DROP * len(left) else None
+        if inside is None or not self.process.select(inside):
             return False
         self.index, self.parted, self.best = (inside if self.index is None else self.index[inside]), True, None
         return True
@@ -303,12 +309,10 @@ class _Run:
     def _ahead(self, k: int) -> int:
         """Iterations from ``k`` to the next look, from the decay of the worst residual."""
         seen = self.worst[-min(len(self.worst), 6) :]
-        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:
+        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf or math.log(seen[-1]) == math.log(seen[0]):
             return 1 + k // LATE
         left = math.log(seen[-1]) / (math.log(seen[0]) - math.log(seen[-1])) * (len(seen) - 1)
         return max(1, min(int(AHEAD * left), k + 2))
-
-    # ---- the end
 
     def _note_idle(self, k: int) -> None:
         """Keep the least norms before the last fifth of the budget and since, which tell a row that no longer gets better."""
