@@ -154,7 +154,7 @@ def test_rows_are_on_their_own(name):
     assert torch.equal(together.value[3], torch.zeros(6)) and int(together.stats.iterations[3]) == 0
     for i in range(4):
         alone = solver.solve(Operator(matrices[i : i + 1]), b[i : i + 1])
-        close(together.value[i], alone.value[0])
+        close(together.value[i], alone.value[0], rtol=1e-8, atol=1e-9)  # a row moves on until it is looked at
         assert int(together.stats.iterations[i]) == int(alone.stats.iterations[0])
 
 
@@ -190,7 +190,8 @@ def test_relative_to_the_batch_bounds_the_residual_of_all_rows_and_spares_the_sm
     close(residual, by_batch.stats.residual * by_batch.stats.scale, atol=1e-14)
     if name != "dense":
         assert by_batch.stats.iterations[3] < by_row.stats.iterations[3]
-        assert torch.equal(by_batch.value[norm > mean], by_row.value[norm > mean])
+        large = norm > mean  # their tolerance is the same, and 1 / |A| is at most 10
+        close(by_batch.value[large], by_row.value[large], rtol=0, atol=20 * rtol * float(norm.max()))
 
 
 def test_a_batch_of_zeros_and_a_fixed_number_of_steps_have_no_batch_scale():
@@ -247,7 +248,7 @@ FAILURES = {
     "gmres, singular": (GMRES(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "normal_cg, singular": (NormalCG(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "dense, singular": (Dense(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
-    "cg, negative curvature": (CG(), lambda: diagonal(3.0, 0.5, 0.2), ONES, Status.indefinite),
+    "cg, negative curvature": (CG(), lambda: diagonal(3.0, 0.5, 0.2), ONES, Status.negative_curvature),
     "cg, asymmetric": (CG(), lambda: 0.5 * torch.eye(3) + 0.2 * cyclic(3), FIRST, Status.breakdown),
     "cg, skew": (CG(), skew, ONES, Status.breakdown),
     "bicgstab, skew": (BiCGStab(), skew, ONES, Status.breakdown),
@@ -278,6 +279,42 @@ def test_a_nearly_singular_system_is_never_called_solved_when_it_is_not(name):
     found = CYCLIC[name](rtol=1e-10).solve(op, b)
     residual = true_residual(op, found.value, b)
     assert bool((residual > 1e-6).all()) and bool((found.stats.row_status > Status.fixed_steps).all())
+
+
+@pytest.mark.parametrize("name", [*CYCLIC, "neumann", "anderson", "nystrom"])
+def test_a_singular_system_without_a_solution_is_never_called_solved(name):
+    q = orthogonal(6)
+    a = q @ torch.diag(torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])) @ q.T
+    op, b = Operator(torch.eye(6) - a), torch.randn(4, 6)
+    b[3] = 3 * q[:, 5] + 1e-3 * q[:, 0]  # nearly all of it outside of the range
+    kind = {**CYCLIC, "neumann": Neumann, "anderson": LinearAnderson, "nystrom": Nystrom}[name]
+    for settings in ({"rtol": 1e-6}, {"rtol": 1e-6, "max_steps": 1000}):
+        found = kind(**settings).solve(op, b)
+        assert bool(torch.isfinite(found.value).all()) and bool((found.stats.row_status > Status.fixed_steps).all())
+        rounding = 1e-15 * float((found.value.norm(dim=1) / b.norm(dim=1)).max())
+        close(found.stats.residual, true_residual(op, found.value, b), rtol=1e-6, atol=rounding)
+        least = (b @ q[:, 5]).abs() / b.norm(dim=1)  # of all vectors
+        assert bool((found.stats.residual >= (1 - 1e-9) * least - rounding).all())
+
+
+def test_conjugate_gradients_return_the_iterate_before_negative_curvature():
+    """With a positive direction first: the step along it is kept, the next is not taken; the other rows are solved."""
+    q = orthogonal(5)
+    a = torch.stack([q @ torch.diag(torch.tensor([2.0, 1.5, 1.0, 0.7, low])) @ q.T for low in (-0.5, 0.3)])
+    op = Operator(torch.eye(5) - a)
+    b = (q @ torch.tensor([1.0, 1.0, 1.0, 1.0, 0.3])).expand(2, 5)
+    found = CG(1e-12).solve(op, b)
+    assert found.stats.row_status.tolist() == [Status.negative_curvature, Status.converged]
+    r = p = b[0]
+    x = torch.zeros(5)
+    while float(p @ a[0] @ p) > 0:
+        alpha = (r @ r) / (p @ a[0] @ p)
+        x, after = x + alpha * p, r - alpha * a[0] @ p
+        r, p = after, after + (after @ after) / (r @ r) * p
+    assert 0 < float(r.norm()) < float(b[0].norm())
+    close(found.value[0], x, rtol=1e-8)
+    close(found.value[1], torch.linalg.solve(a[1], b[1]), rtol=1e-8)
+    assert Status.indefinite is Status.negative_curvature and "minres" in Status.negative_curvature.message
 
 
 def test_bicgstab_starts_anew_after_a_breakdown():

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.differentiate import GraphLinearization, Linearization
+from hyperopt.core.linear.base import unit
 from hyperopt.core.linear.gmres import GMRES
-from hyperopt.core.linear.restarted import unit
 from hyperopt.core.status import Solution, Status
 from hyperopt.core.tree import layout_of
 

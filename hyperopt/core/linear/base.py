@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.settings import LinearSettings
+from hyperopt.core.operator import LinearOperator
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.iterate import iterate
 from hyperopt.core.status import SolveStats, Status
@@ -30,6 +31,9 @@ class MatVec(Protocol):
         ...
 
 
+Products = LinearOperator | MatVec
+
+
 @dataclass
 class LinearSolution:
     """``value`` (rows, dim) and the statistics of the solve.
@@ -41,10 +45,40 @@ class LinearSolution:
     stats: SolveStats
 
 
-def part_of(matvec: MatVec, index: Tensor) -> MatVec | None:
-    """The operator of the rows in ``index``, if it can be had."""
-    part = getattr(matvec, "part", None)
-    return None if part is None else part(index)
+class _Given(LinearOperator):
+    """A callable with the optional methods of ``MatVec`` as an operator."""
+
+    def __init__(self, given: MatVec) -> None:
+        self.given = given
+        self.transposable = hasattr(given, "rmatvec")
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.given(v)
+
+    def _rmatvec(self, v: Tensor) -> Tensor:
+        return self.given.rmatvec(v)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _complement(self, v: Tensor) -> Tensor:
+        own = getattr(self.given, "complement", None)
+        return v - self.given(v) if own is None else own(v)
+
+    def _matvec_add(self, v: Tensor, b: Tensor) -> Tensor:
+        own = getattr(self.given, "plus", None)
+        return self.given(v) + b if own is None else own(v, b)  # not in place: the product may be v itself
+
+    def closed_form(self) -> Tensor | None:
+        own = getattr(self.given, "matrix", None)
+        return None if own is None else own()
+
+    def select(self, index: Tensor) -> LinearOperator | None:
+        own = getattr(self.given, "part", None)
+        part = None if own is None else own(index)
+        return None if part is None else _Given(part)
+
+
+def linear_operator(given: LinearOperator | MatVec) -> LinearOperator:
+    """``given`` as an operator."""
+    return given if isinstance(given, LinearOperator) else _Given(given)
 
 
 class LinearSolver(LinearSettings, ABC):
@@ -66,37 +100,42 @@ class LinearSolver(LinearSettings, ABC):
         """The method's name in statistics and messages."""
         return type(self).__name__
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row's residual is relative to its own right-hand side."""
+        return self.relative_to == "row" or self.fixed
+
     def sizes(self, b: Tensor) -> Tensor:
         """Return what the residual of each row is relative to, shape (rows,)."""
         norm = torch.linalg.vector_norm(b, dim=1)
-        if self.relative_to == "row" or self.fixed or not len(norm):
+        if self.by_row or not len(norm):
             return norm
         return torch.maximum(norm, norm.square().mean().sqrt())
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
         return near, 0
 
     @abstractmethod
-    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""
 
 
 def solve_by_iteration(
-    solver: FixedPointSolver, method: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
+    solver: FixedPointSolver, method: LinearSolver, matvec: Products, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
     """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
 
-    def affine(operator: MatVec, b: Tensor) -> Callable[[Tensor], Tensor]:
-        plus = getattr(operator, "plus", None) or (lambda v, b: operator(v) + b)  # not in place: the product may be v itself
-        return lambda v: plus(v, b)
+    def affine(operator: LinearOperator, b: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda v: operator.matvec_add(v, b)
 
     def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
-        operator = part_of(matvec, index)
-        return None if operator is None else affine(operator, b[index])
+        part = operator.select(index)
+        return None if part is None else affine(part, b[index])
 
+    operator = linear_operator(matvec)
     start = b if x0 is None else x0
-    run = iterate(solver, affine(matvec, b), start, some=some, scale=method.sizes(b), trace=trace)
+    run = iterate(solver, affine(operator, b), start, some=some, scale=method.sizes(b), trace=trace)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
@@ -107,3 +146,8 @@ def solve_by_iteration(
 def worse_than_none(stats: SolveStats) -> None:
     """Let rows that end with more residual than ``v = 0`` would leave be ``diverged``."""
     stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)
+
+
+def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
+    """``w / length`` in the live rows, zeros in the others, whatever they hold."""
+    return torch.where(live[:, None], w / length[:, None], 0.0)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, part_of
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, linear_operator
 from hyperopt.core.loop import DROP
 from hyperopt.core.policy import note_fallback
 from hyperopt.core.status import SolveStats, Status
 
 
 def solve_chain(
-    chain: Sequence[LinearSolver], matvec: MatVec, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
+    chain: Sequence[LinearSolver], matvec: Products, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
 ) -> LinearSolution:
     """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row is left that failed.
 
@@ -41,10 +41,10 @@ def solve_chain(
     return best
 
 
-def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
+def _solve_some(solver: LinearSolver, matvec: Products, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
     """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
     index = rows.nonzero().squeeze(1)
-    operator = part_of(matvec, index) if len(index) <= DROP * len(rows) else None
+    operator = linear_operator(matvec).select(index) if len(index) <= DROP * len(rows) else None
     if operator is None:
         return solver.solve(matvec, b, start, trace=trace)
     found = solver.solve(operator, b[index], start[index], trace=trace)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import MatVec
+from hyperopt.core.linear.base import Products, linear_operator
 
 
-def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
+def fitted_start(matvec: Products, b: Tensor, v: Tensor) -> Tensor:
     """Return the start ``x0`` above for ``(I - M) x = b``, row by row, at the cost of one product with ``M``.
 
     A row of zeros, or one that is not finite, starts at ``b``, as if it had no old solution.
@@ -25,7 +25,7 @@ def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
         b: right-hand side. shape: (rows, dim)
         v: solution of a system near by. shape: (rows, dim)
     """
-    moved = matvec(v)
+    moved = linear_operator(matvec).matvec(v)
     image = v - moved
     alpha = torch.linalg.vecdot(image, b) / torch.linalg.vector_norm(image, dim=1).square()
     usable = torch.isfinite(alpha)  # it is not where moved is not
