@@ -313,7 +313,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def _rounds(a: Tensor) -> bool:
     """Whether products of matrices are rounded to less than the dtype here."""
     kind = a.device.type
-    return torch.is_autocast_enabled(kind) or (kind == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+    return torch.is_autocast_enabled(kind) or (kind == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32))
 
 
 def length(a: Tensor) -> Tensor:
