@@ -261,7 +261,8 @@ class Recurrence(Process):
             self.x, self.r = torch.where(going, self.x, self.base), torch.where(going, self.r, r)
             self.rr = torch.where(going, self.rr, rr)
             new = self.method.init(self)
-            self.state = tuple(torch.where(going, old, fresh) for old, fresh in zip(self.state, new, strict=True))
+            each = [going.view(-1, *(1,) * (old.dim() - 1)) for old in self.state]
+            self.state = tuple(map(torch.where, each, self.state, new))
         else:
             self.x, self.r, self.rr = self.base.clone(), r, rr
             self.state = self.method.init(self)
