@@ -6,12 +6,12 @@ import pytest
 import torch
 from core_reference import close
 
-from hyperopt import CG, GMRES, BiCGStab, Dense, LinearAnderson, Neumann, NormalCG, Nystrom, Status
+from hyperopt import CG, GMRES, MINRES, BiCGStab, Dense, LinearAnderson, Neumann, NormalCG, Nystrom, Status
 from hyperopt.core.linear.fallback import solve_chain
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-KRYLOV = {"gmres": GMRES, "bicgstab": BiCGStab, "cg": CG, "normal_cg": NormalCG}
+KRYLOV = {"gmres": GMRES, "bicgstab": BiCGStab, "cg": CG, "minres": MINRES, "normal_cg": NormalCG}
 CYCLIC = {**KRYLOV, "dense": Dense}
 
 
@@ -66,7 +66,7 @@ def test_relative_agreement_up_to_a_condition_of_1e4(name, condition):
     n = 10
     left, right = orthogonal(n), orthogonal(n)
     values = torch.logspace(0, -math.log10(condition), n)
-    a = right @ torch.diag(values) @ right.T if name == "cg" else left @ torch.diag(values) @ right.T
+    a = right @ torch.diag(values) @ right.T if name in ("cg", "minres") else left @ torch.diag(values) @ right.T
     op, b = Operator(torch.eye(n) - a), torch.randn(4, n)
     found = CYCLIC[name](rtol=1e-14, max_steps=3000).solve(op, b)
     assert found.stats.status == Status.converged
@@ -84,7 +84,7 @@ def test_finite_termination():
         assert op.vjps <= n + 1
     # Two distinct eigenvalues: two steps, whatever the size.
     two = Operator(torch.diag(torch.tensor([0.5] * 6 + [-0.7] * 6)))
-    for solver in (GMRES(1e-12), CG(1e-12), BiCGStab(1e-12), NormalCG(1e-12)):
+    for solver in (GMRES(1e-12), CG(1e-12), MINRES(1e-12), BiCGStab(1e-12), NormalCG(1e-12)):
         assert bool((solver.solve(two, b).stats.iterations == 2).all())
 
 
@@ -101,7 +101,7 @@ def test_counts_are_the_products_made_and_the_residual_is_the_true_one(name):
             assert len(found.stats.trace) == int(found.stats.iterations.max())
 
 
-PRODUCTS = {"gmres": (1, 0), "bicgstab": (2, 0), "cg": (1, 0), "normal_cg": (1, 1)}
+PRODUCTS = {"gmres": (1, 0), "bicgstab": (2, 0), "cg": (1, 0), "minres": (1, 0), "normal_cg": (1, 1)}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -113,7 +113,7 @@ def test_a_fixed_number_of_steps(name, steps):
     vjps, jvps = PRODUCTS[name]
     assert (found.stats.vjps, found.stats.jvps) == (vjps * steps + 1, jvps * steps)
     # The same as a run to a tolerance that is stopped there, where the last value is the best.
-    if name in ("gmres", "normal_cg"):
+    if name in ("gmres", "minres", "normal_cg"):
         close(found.value, KRYLOV[name](1e-15, max_steps=steps).solve(op, b).value)
 
 
@@ -126,6 +126,26 @@ def test_gmres_takes_the_least_residual_of_the_krylov_space():
             space = torch.stack([torch.linalg.matrix_power(a, k) @ b[i] for k in range(steps)], dim=1)
             best = torch.linalg.lstsq(a @ space, b[i][:, None]).solution
             close(found.value[i], (space @ best)[:, 0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_minres_takes_the_least_residual_of_the_krylov_space_of_an_indefinite_map(steps):
+    m = torch.stack([symmetric(7, -1.5, 3.1) for _ in range(3)])
+    op, b = Operator(m), torch.randn(3, 7)
+    a = torch.eye(7) - m
+    found = MINRES(0, 0, steps).solve(op, b)
+    for i in range(3):
+        space = torch.stack([torch.linalg.matrix_power(a[i], k) @ b[i] for k in range(steps)], dim=1)
+        best = torch.linalg.lstsq(a[i] @ space, b[i][:, None]).solution
+        close(found.value[i], (space @ best)[:, 0], rtol=1e-8, atol=1e-10)
+
+
+def test_minres_solves_where_conjugate_gradients_meet_negative_curvature():
+    op, b = Operator(torch.stack([symmetric(30, -2, high) for high in (1.7, 3.1, 50.0)])), torch.randn(3, 30)
+    assert CG(1e-10).solve(op, b).stats.status == Status.negative_curvature
+    found = MINRES(1e-10, max_steps=200).solve(op, b)
+    assert found.stats.status == Status.converged
+    close(found.value, op.solution(b), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", CYCLIC)
@@ -246,6 +266,8 @@ ONES, FIRST = (lambda n: torch.ones(1, n)), (lambda n: torch.eye(n)[:1])
 FAILURES = {
     **{f"{name}, I - M = 0": (CYCLIC[name](), lambda: torch.eye(3), ONES, Status.breakdown) for name in CYCLIC},
     "gmres, singular": (GMRES(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
+    "minres, singular": (MINRES(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
+    "minres, asymmetric": (MINRES(), lambda: 0.5 * torch.eye(6) + 0.2 * cyclic(6), FIRST, Status.max_steps),
     "normal_cg, singular": (NormalCG(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "dense, singular": (Dense(), lambda: diagonal(1.0, 0.5, 0.2), ONES, Status.breakdown),
     "cg, negative curvature": (CG(), lambda: diagonal(3.0, 0.5, 0.2), ONES, Status.negative_curvature),
