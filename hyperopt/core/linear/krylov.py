@@ -288,7 +288,10 @@ class Recurrence(Process):
 
     def _solution(self, status: Tensor, iterations: Tensor, rr: Tensor) -> LinearSolution:
         """The value and its statistics; a row without finite products has its right-hand side for a value: 0 would hide it."""
-        value = torch.where((status == int(Status.nonfinite))[:, None], self.b, self.value * self.unit)
+        value = self.value
+        del self.r, self.x, self.base, self.state, self.measured, self.kept  # memory
+        value = value * self.unit
+        value = torch.where((status == int(Status.nonfinite))[:, None], self.b, value)
         trace = self.b.new_empty(0)
         if self.trace:
             first = len(self.trace) - (self.method.max_steps if self.method.fixed else len(self.trace) - 1)
