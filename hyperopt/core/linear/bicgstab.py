@@ -56,9 +56,9 @@ class BiCGStab(BiCGStabSettings, KrylovSolver):
         run.x = state[3]
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
-        """Rows whose residual has grown beyond what rounding leaves of the best, or become NaN."""
-        return ~(run.rr * run.eps**2 < state[4] + run.tiny)
+        """Rows whose residual has grown beyond what rounding leaves of the best; NaN shows by itself."""
+        return run.rr * run.eps**2 > state[4]
 
     def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
         """A cycle that ended in them and brought nothing."""
-        return (idle & stuck) * int(Status.breakdown)
+        return (idle & (stuck | run.rr.isnan())) * int(Status.breakdown)
