@@ -225,6 +225,26 @@ def test_a_batch_of_zeros_and_a_fixed_number_of_steps_have_no_batch_scale():
 
 
 @pytest.mark.parametrize("name", CYCLIC)
+def test_autocast_lowers_the_products_and_not_the_method(name):
+    m, b = symmetric(9).float(), torch.randn(3, 9).float()
+    seen = []
+
+    class Rounded(Operator):
+        def __call__(self, v):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(v.double()).to(v.dtype)  # of which autocast lowers nothing
+
+        def _rmatvec(self, v):
+            return super()._rmatvec(v.double()).to(v.dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CYCLIC[name](rtol=1e-5).solve(Rounded(m.double()), b)
+    assert all(seen) and found.stats.status == Status.converged
+    want = CYCLIC[name](rtol=1e-5).solve(Operator(m), b)
+    assert int(found.stats.iterations.max()) <= int(want.stats.iterations.max()) + 1
+
+
+@pytest.mark.parametrize("name", CYCLIC)
 def test_no_rows(name):
     found = CYCLIC[name]().solve(Operator(symmetric(3)), torch.zeros(0, 3))
     assert found.value.shape == (0, 3) and found.stats.status == Status.converged

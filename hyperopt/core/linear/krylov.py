@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +73,12 @@ class KrylovSolver(LinearSolver):
             zeros = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
             empty = b.new_zeros(b.shape[0])
             return LinearSolution(b, SolveStats(zeros + Status.converged, zeros, empty, empty, method=self.name))
-        return Recurrence(self, linear_operator(matvec), b, x0, trace).solve()
+        kind = b.device.type
+        if not torch.is_autocast_enabled(kind):
+            return Recurrence(self, linear_operator(matvec), b, x0, trace).solve()
+        products = torch.autocast(kind, torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):  # for the method, but not for the products
+            return Recurrence(self, linear_operator(matvec), b, x0, trace, products).solve()
 
 
 class Recurrence(Process):
@@ -93,8 +99,11 @@ class Recurrence(Process):
     recurs = True
     rise = math.inf
 
-    def __init__(self, method: KrylovSolver, operator: LinearOperator, b: Tensor, x0: Tensor | None, trace: bool) -> None:
-        """Measure the start."""
+    def __init__(
+        self, method: KrylovSolver, operator: LinearOperator, b: Tensor, x0: Tensor | None, trace: bool, products: Any = None
+    ) -> None:
+        """Measure the start; ``products``: a context for the products."""
+        self.within = products or nullcontext()
         self.method, self.operator, self.b = method, operator, b
         info = torch.finfo(b.dtype)
         self.eps, self.tiny, self.zero = info.eps, b.new_full((), info.tiny), b.new_zeros(())
@@ -130,7 +139,8 @@ class Recurrence(Process):
 
     def product(self, v: Tensor) -> Tensor:
         """``A v``."""
-        return self.operator.complement(v)
+        with self.within:
+            return self.operator.complement(v)
 
     def transposed(self, v: Tensor) -> Tensor:
         """``A^T v``."""
@@ -139,7 +149,8 @@ class Recurrence(Process):
                 f"{self.method.name} needs products with the transpose, which this operator does not offer: give it an "
                 "rmatvec(v), or choose another linear solver"
             )
-        return v - self.operator.rmatvec(v)
+        with self.within:
+            return v - self.operator.rmatvec(v)
 
     def columns(self, places: list[int]) -> Tensor:
         """The columns of ``A`` at ``places``, one product each, shape (rows, dim, places)."""
@@ -316,8 +327,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _rounds(a: Tensor) -> bool:
     """Whether products of matrices are rounded to less than the dtype here."""
-    kind = a.device.type
-    return torch.is_autocast_enabled(kind) or (kind == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32))
+    return a.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def length(a: Tensor) -> Tensor:
