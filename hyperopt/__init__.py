@@ -39,6 +39,7 @@ _PUBLIC = {
     "GMRES": "hyperopt.core.linear.gmres",
     "BiCGStab": "hyperopt.core.linear.bicgstab",
     "CG": "hyperopt.core.linear.cg",
+    "MINRES": "hyperopt.core.linear.minres",
     "NormalCG": "hyperopt.core.linear.normal_cg",
     "Dense": "hyperopt.core.linear.dense",
     "Implicit": "hyperopt.core.adjoints.implicit",
@@ -132,6 +133,7 @@ if TYPE_CHECKING:
     from hyperopt.core.linear.cg import CG as CG
     from hyperopt.core.linear.dense import Dense as Dense
     from hyperopt.core.linear.gmres import GMRES as GMRES
+    from hyperopt.core.linear.minres import MINRES as MINRES
     from hyperopt.core.linear.neumann import Neumann as Neumann
     from hyperopt.core.linear.normal_cg import NormalCG as NormalCG
     from hyperopt.core.linear.nystrom import Nystrom as Nystrom

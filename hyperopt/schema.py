@@ -50,6 +50,7 @@ LINEAR_SOLVERS = {
     "gmres": _targeted(linear.GMRESSettings, "hyperopt.core.linear.gmres.GMRES"),
     "bicgstab": _targeted(linear.BiCGStabSettings, "hyperopt.core.linear.bicgstab.BiCGStab"),
     "cg": _targeted(linear.CGSettings, "hyperopt.core.linear.cg.CG"),
+    "minres": _targeted(linear.MINRESSettings, "hyperopt.core.linear.minres.MINRES"),
     "normal_cg": _targeted(linear.NormalCGSettings, "hyperopt.core.linear.normal_cg.NormalCG"),
     "nystrom": _targeted(linear.NystromSettings, "hyperopt.core.linear.nystrom.Nystrom"),
     "dense": _targeted(linear.DenseSettings, "hyperopt.core.linear.dense.Dense"),

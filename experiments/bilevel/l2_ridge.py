@@ -19,9 +19,9 @@ from torch import Tensor
 import hyperopt
 from hyperopt import GMRES, Dense, Implicit, LinearAnderson, Neumann, NormalCG, Nystrom
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.bicgstab import BiCGStab
 from hyperopt.core.linear.cg import CG
-from hyperopt.core.linear.restarted import LinearSolver
 from hyperopt.tasks.linear import L2Task
 from hyperopt.tasks.scores import loss_of
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.gmres import GMRES
-from hyperopt.core.linear.restarted import unit
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.status import Solution, Status
 from hyperopt.core.tree import layout_of
@@ -223,3 +222,8 @@ def _orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Tensor]
 
 def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
+
+
+def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
+    """``w / length`` in the live rows, zeros in the others, whatever they hold."""
+    return torch.where(live[:, None], w / length[:, None], 0.0)

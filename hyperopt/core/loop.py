@@ -114,18 +114,19 @@ class _Run:
     def _look(self, last: bool, closing: bool) -> bool:
         """Read how far the rows are, and settle those that are done; returns whether all are."""
         process, block, limits = self.process, self.lines[self.seen - self.made :], self.process.limits()
-        worst, met, faults = self._read(block, limits)
-        if process.recurs and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
-            self.lines[-1] = process.confirm()
-            (worst[-1],), met, faults = self._read(self.lines[-1:], limits)
+        sure = not process.recurs or self.first is None  # the start was measured
+        worst, met, faults = self._read(block, limits, count=sure)
+        if not sure and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
+            self.lines[-1], limits, sure = process.confirm(), process.limits(), True
+            (worst[-1],), met, faults = self._read(self.lines[-1:], limits, count=True)
         self.now = norms = self.lines[-1]
         self.limit, ratio = limits, worst[-1]
         if self.first is None:
             self.first = block[0]
         self.worst += worst
         lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
-        done = ratio <= 1 and not faults
-        if lost or (met >= (1 - DROP) * len(self.now) and not done):
+        lost, done = lost and sure, ratio <= 1 and not faults and sure
+        if lost or (met >= (1 if process.recurs else (1 - DROP) * len(self.now)) and not done):
             done = self._settle(lost, met)
         elif done:
             self.early = None if self.moving is None and self.index is None else self.status == int(Status.converged)
@@ -135,7 +136,7 @@ class _Run:
             if closing and self.early is not None:
                 self.status = self._coupled(self.now / limits)
         if not done:
-            if self.best is None or ratio <= self.best[0]:
+            if not process.recurs and (self.best is None or ratio <= self.best[0]):
                 self.best = ratio, process.value, self.now
             self._note_idle()
         if ratio > process.clear or (len(self.worst) > len(worst) and self.worst[-1 - len(worst)] > process.clear):
@@ -149,8 +150,13 @@ class _Run:
         self._plan()
         return done
 
-    def _read(self, block: list[Tensor], limits: Tensor) -> tuple[list[float], float, bool]:
+    def _read(self, block: list[Tensor], limits: Tensor, *, count: bool) -> tuple[list[float], float, bool]:
         """The one read of a look.
+
+        Args:
+            block: norms of the batch.
+            limits: of the batch.
+            count: whether rows may be settled now.
 
         Returns:
             The largest ratio of residual and limit in every line; how many rows of the last line have met their limits (0 where
@@ -160,7 +166,7 @@ class _Run:
         if self.moving is not None:
             ratio = torch.where(self.moving, ratio, 0.0)
         parts = [ratio[:, 0] if len(limits) == 1 else ratio.amax(dim=1)]
-        counts = len(limits) > 1 and (process.holds or process.divisible)
+        counts = count and len(limits) > 1 and (process.holds or process.divisible)
         if counts:
             parts.append((ratio[-1] <= 1).sum(dim=0, keepdim=True).to(ratio.dtype))
         if process.faults is not None:
@@ -175,10 +181,10 @@ class _Run:
             self.next_look = self.made + (self.made // LATE if self.process.steady else 2)
             return
         # Of two rates, over some iterations and over the last, the faster: an acceleration may speed up at any time.
-        rate = math.log(seen[0] / seen[-1]) / (len(seen) - 1)
-        if len(self.worst) > 1 and seen[-1] < seen[-2] < math.inf:
-            rate = max(rate, math.log(seen[-2] / seen[-1]))
-        left = math.log(seen[-1]) / rate
+        rate = (math.log(seen[0]) - math.log(seen[-1])) / (len(seen) - 1)
+        if seen[-1] < seen[-2] < math.inf:
+            rate = max(rate, math.log(seen[-2]) - math.log(seen[-1]))
+        left = min(math.log(seen[-1]) / rate, self.max_steps) if rate > 0 else self.max_steps
         if self.process.steady:
             ahead = max(1, math.ceil(left)) if left <= NEAR else max(1, min(int(AHEAD * left), 2 * self.made))
         else:

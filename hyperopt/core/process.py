@@ -15,7 +15,7 @@ class Process(ABC):
         rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
         attentive: whether an iteration costs so much more than a look that every one is looked at.
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
-        recurs: whether ``measure`` gives norms by a recurrence, which ``confirm`` then measures.
+        recurs: whether ``measure`` gives norms by a recurrence: no row is settled before ``confirm`` has measured them.
         steady: whether the residual falls at a rate that hardly rises, so that the end can be predicted.
         holds: whether rows that have met their limits are kept where they are, while others move on.
         divisible: whether ``select`` may be asked for.

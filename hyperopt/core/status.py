@@ -21,7 +21,8 @@ class Status(enum.IntEnum):
     stagnated = 3
     coupled_rows = 4
     breakdown = 5
-    indefinite = 6
+    negative_curvature = 6
+    indefinite = 6  # the old name
     diverged = 7
     nonfinite = 8
 
@@ -43,9 +44,9 @@ _MESSAGES = {
     Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or use precision=float64",
     Status.coupled_rows: "the residual of a finished row rose again: rows depend on each other; use rows='joint'",
     Status.breakdown: "the method broke down (a division by zero or a singular system); choose another method",
-    Status.indefinite: (
+    Status.negative_curvature: (
         "a direction of negative curvature was met: I - J is not positive definite (an inner loss that is not convex here?); use "
-        "gmres or normal_cg, curvature=gauss_newton, or add a quadratic penalty to the inner loss"
+        "adjoint=minres, curvature=gauss_newton, or add a quadratic penalty to the inner loss"
     ),
     Status.diverged: "the residual grew: the map does not contract here; use anderson, damp it, or bound its Jacobian's norm",
     Status.nonfinite: "a NaN or infinity was met; check the inputs, lower the step size or the scale of the parameters",

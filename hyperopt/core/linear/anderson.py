@@ -6,14 +6,17 @@ spans enough of its spectrum. Reference: Walker & Ni, SIAM J. Numer. Anal. 49, 2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, solve_by_iteration
 from hyperopt.core.linear.settings import LinearAndersonSettings
 from hyperopt.core.linear.start import fitted_start
 from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.status import Status
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,17 @@ class LinearAnderson(LinearAndersonSettings, LinearSolver):
 
     iterates = True
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """One step from the best multiple of ``near``."""
         return fitted_start(matvec, b, near), 1
 
-    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Accelerate ``v <- M v + b``."""
         anderson = Anderson(self.rtol, self.atol, self.max_steps, self.window, self.damping, self.ridge, self.restart)
-        return solve_by_iteration(anderson, self, matvec, b, x0, trace)
+        found = solve_by_iteration(anderson, self, matvec, b, x0, trace)
+        if not self.fixed:  # of a value that has run away, no residual tells that it solves anything
+            eps = torch.finfo(b.dtype).eps
+            rounding = eps * torch.linalg.vector_norm(found.value, dim=1)
+            lost = rounding > max(self.rtol, math.sqrt(eps)) * found.stats.scale + self.atol
+            found.stats.row_status = torch.where(lost, int(Status.diverged), found.stats.row_status)
+        return found

@@ -16,7 +16,8 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.iterate import iterate
 from hyperopt.core.status import SolveStats, Status
 
-MatVec = LinearOperator | Callable[[Tensor], Tensor]
+Products = LinearOperator | Callable[[Tensor], Tensor]
+"""``M`` of a system: an operator, or a function ``v -> M v``."""
 
 
 @dataclass
@@ -49,37 +50,42 @@ class LinearSolver(LinearSettings, ABC):
         """The method's name in statistics and messages."""
         return type(self).__name__
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row's residual is relative to its own right-hand side."""
+        return self.relative_to == "row" or self.fixed
+
     def sizes(self, b: Tensor) -> Tensor:
         """Return what the residual of each row is relative to, shape (rows,)."""
         norm = torch.linalg.vector_norm(b, dim=1)
-        if self.relative_to == "row" or self.fixed or not len(norm):
+        if self.by_row or not len(norm):
             return norm
         return torch.maximum(norm, norm.square().mean().sqrt())
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
         return near, 0
 
     @abstractmethod
-    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
-        """Solve ``(I - M) v = b``; M is an operator or a function ``v -> M v``, ``x0=None`` the method's own start."""
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Solve ``(I - M) v = b`` with ``matvec(v) = M v``, all of shape (rows, dim); ``x0=None``: the method's own start."""
 
 
 def solve_by_iteration(
-    solver: FixedPointSolver, method: LinearSolver, matvec: MatVec, b: Tensor, x0: Tensor | None, trace: bool
+    solver: FixedPointSolver, method: LinearSolver, matvec: Products, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
     """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
-    whole = as_operator(matvec)
 
     def affine(operator: LinearOperator, b: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda v: operator.matvec_add(v, b)
 
     def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
-        operator = whole.select(index)
-        return None if operator is None else affine(operator, b[index])
+        part = operator.select(index)
+        return None if part is None else affine(part, b[index])
 
+    operator = as_operator(matvec)
     start = b if x0 is None else x0
-    run = iterate(solver, affine(whole, b), start, some=some, scale=method.sizes(b), trace=trace)
+    run = iterate(solver, affine(operator, b), start, some=some, scale=method.sizes(b), trace=trace)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent

@@ -5,7 +5,8 @@
     x += alpha p + omega s;    p = r' + beta (p - omega A p),   beta = (<r_0, r'> / <r_0, r>) (alpha / omega)
 
 For systems where GMRES would need more vectors than fit. Its residual is erratic: the best value of a cycle is kept. A row in
-which a denominator vanishes starts anew from its best value, and is a ``breakdown`` only if the cycle brought nothing.
+which a denominator vanishes runs away or becomes NaN; it starts anew from the best value, and is a ``breakdown`` only if the
+cycle brought nothing.
 
 Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
 """
@@ -15,37 +16,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hyperopt.core.linear.recurrence import Recurrence, dot
-from hyperopt.core.linear.restarted import IDLE, Cycle, RestartedSolver, Run
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, dot
 from hyperopt.core.linear.settings import BiCGStabSettings
+from hyperopt.core.status import Status
+
+State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # r_0, p, <r_0, r>, the best x and the square of its residual
 
 
 @dataclass(frozen=True)
-class BiCGStab(BiCGStabSettings, RestartedSolver):
+class BiCGStab(BiCGStabSettings, KrylovSolver):
     """Stabilized biconjugate gradients; settings in ``BiCGStabSettings``."""
 
-    def cycle(self, run: Run) -> Cycle:
-        """Until the recurrence meets the target or breaks down in all rows."""
-        rec = Recurrence(run)
-        d, r = torch.zeros_like(rec.r0), rec.r0
-        p, rho = r, dot(rec.r0, r)
-        while rec.going:
-            q = rec.freeze(run.product(p))
-            sigma = dot(rec.r0, q)
-            rec.break_down(sigma.abs() <= rec.eps * torch.linalg.vector_norm(q, dim=1))
-            alpha = rec.ratio(rho, sigma)
-            s = torch.addcmul(r, alpha, q, value=-1)
-            t = rec.freeze(run.product(rec.freeze(s)))
-            tt, ts, ss = dot(t, t), dot(t, s), dot(s, s)
-            omega = torch.where(rec.live & (tt > 0), ts / tt, 0.0)[:, None]
-            d = torch.addcmul(torch.addcmul(d, alpha, p), omega, s)
-            r = torch.addcmul(s, omega, t, value=-1)
-            norm, new = torch.linalg.vector_norm(r, dim=1), dot(rec.r0, r)
-            rec.advance(d, norm)
-            rec.break_down((ts.abs() <= rec.eps * (tt * ss).sqrt()) | (new.abs() <= rec.eps * norm))
-            beta = rec.ratio(new * alpha[:, 0], rho * omega[:, 0])
-            p, rho = rec.freeze(torch.addcmul(r, beta, torch.addcmul(p, omega, q, value=-1))), new
-        cycle = rec.cycle()
-        cycle.broken = rec.broken & (rec.best > IDLE)
-        return cycle
+    def init(self, run: Recurrence) -> State:
+        """The first direction is the residual."""
+        return run.r.clone(), run.r.clone(), run.rr, run.x.clone(), run.rr
+
+    def step(self, run: Recurrence, state: State) -> State:
+        """One step of two products."""
+        r0, p, rho, best, least = state
+        q = run.product(p)
+        sigma = dot(r0, q)
+        alpha = rho / (sigma + run.tiny)
+        s = run.r.addcmul_(q, alpha, value=-1)
+        t = run.product(s)
+        omega = dot(t, s) / run.square(t)
+        run.x.addcmul_(p, alpha).addcmul_(s, omega)
+        run.r.addcmul_(t, omega, value=-1)
+        run.rr = dot(run.r, run.r)
+        better = run.rr < least
+        best, least = torch.where(better, run.x, best), torch.where(better, run.rr, least)
+        new = dot(r0, run.r)
+        p = torch.addcmul(run.r, new / torch.addcmul(run.tiny, sigma, omega), torch.addcmul(p, q, omega, value=-1))
+        return r0, p, new, best, least
+
+    def finish(self, run: Recurrence, state: State) -> None:
+        """The best value of the cycle."""
+        run.x = state[3]
+
+    def stuck(self, run: Recurrence, state: State) -> Tensor:
+        """Rows whose residual has grown beyond what rounding leaves of the best; NaN shows by itself."""
+        return run.rr * run.eps**2 > state[4]
+
+    def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
+        """A cycle that ended in them and brought nothing."""
+        return (idle & (stuck | run.rr.isnan())) * int(Status.breakdown)

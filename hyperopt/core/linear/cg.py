@@ -1,12 +1,16 @@
 """Conjugate gradients, row by row, for symmetric maps.
 
-    p = r
-    repeat:  alpha = <r, r> / <p, A p>;   x += alpha p;   r' = r - alpha A p;   p = r' + (<r', r'> / <r, r>) p;   r = r'
+    p = r / <r, r>
+    repeat:  c = <p, A p>;   x += p / c;   r -= A p / c;   p += r / <r, r>
+
+This is the usual recurrence with its directions divided by ``<r, r>``: then no ratio of two steps is needed, and the curvature
+along ``p`` is ``c <r, r>`` before the step.
 
 For ``A = I - M`` with ``M`` symmetric and its eigenvalues below 1: a gradient step on a convex loss, ``M = I - step * Hessian``.
-There it needs the fewest products of all methods. What it is not made for ends a row, never with a wrong number: a direction of
-negative curvature (status ``indefinite``), and an ``A`` that is not symmetric (``breakdown``), which is told at steps 2, 3, 5, 9,
-... by ``<p, A q> = <q, A p>`` of two directions at hand. A preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
+There it needs the fewest products of all methods. What it is not made for ends a row at the iterate before, never with a wrong
+number: a direction of negative curvature (status ``negative_curvature``), and an ``A`` that is not symmetric (``breakdown``),
+which is told at steps 4, 16, 64, ... by ``<p, A x> = <x, A p>``, where ``A x`` is the right-hand side less the residual. A
+preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
 
 Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
 """
@@ -19,40 +23,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.recurrence import Recurrence, dot
-from hyperopt.core.linear.restarted import Cycle, RestartedSolver, Run
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, dot, length
 from hyperopt.core.linear.settings import CGSettings
 from hyperopt.core.status import Status
 
+State = tuple[Tensor, Tensor, Tensor]  # p, <r, r>, and the least curvature of the cycle
+
 
 @dataclass(frozen=True)
-class CG(CGSettings, RestartedSolver):
+class CG(CGSettings, KrylovSolver):
     """Conjugate gradients; settings in ``CGSettings``."""
 
-    def cycle(self, run: Run) -> Cycle:
-        """Until the recurrence meets the target."""
-        rec = Recurrence(run)
-        d, r = torch.zeros_like(rec.r0), rec.r0
-        p, rr = r, dot(r, r)
-        past: tuple[Tensor, Tensor] | None = None
-        while rec.going:
-            q = rec.freeze(run.product(p))
-            curvature, size = dot(p, q), torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)
-            least = rec.eps * size
-            rec.break_down(curvature <= least, torch.where(curvature < -least, int(Status.indefinite), int(Status.breakdown)))
-            if past is not None and rec.made & (rec.made - 1) == 0:
-                rec.break_down(asymmetric(past, (p, q), rec.eps))
-            past = (p, q)
-            alpha = rec.ratio(rr, curvature)
-            d, r = torch.addcmul(d, alpha, p), torch.addcmul(r, alpha, q, value=-1)
-            new = dot(r, r)
-            rec.advance(d, new.sqrt())
-            p, rr = rec.freeze(torch.addcmul(r, rec.ratio(new, rr), p)), new
-        return rec.cycle()
+    def init(self, run: Recurrence) -> State:
+        """The first direction is the residual."""
+        rr = run.rr + run.tiny
+        return run.r / rr, rr, torch.full_like(rr, math.inf)
+
+    def step(self, run: Recurrence, state: State) -> State:
+        """One step; rows whose curvature is not positive do not move any more."""
+        p, rr, least = state
+        q = run.product(p)
+        c = dot(p, q)
+        if run.kept is None:  # what rounding leaves of a curvature that is 0
+            run.kept = torch.add(run.tiny, length(q) / (length(p) + run.tiny), alpha=run.eps)
+        least = torch.minimum(least, c * rr)
+        c.masked_fill_(least <= run.kept, math.inf)
+        run.x.addcdiv_(p, c)
+        run.r.addcdiv_(q, c, value=-1)
+        if run.taken in (4, 16, 64, 256, 1024):
+            least = least.masked_fill_(_asymmetric(run, p, q), 0.0)
+        run.rr = run.square(run.r)
+        return p.addcdiv_(run.r, run.rr), run.rr, least
+
+    def stuck(self, run: Recurrence, state: State) -> Tensor:
+        """Rows in which a curvature was not positive."""
+        return state[2] <= run.kept
+
+    def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
+        """Negative curvature, or none."""
+        return stuck * int(Status.breakdown) + (state[2] < -run.kept)  # which is the next code
 
 
-def asymmetric(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Rows in which ``<p, A q>`` and ``<q, A p>`` differ by more than rounding, given two pairs ``(p, A p)``."""
-    (p, ap), (q, aq) = one, two
-    sizes = [torch.linalg.vector_norm(x, dim=1) for x in (p, aq, q, ap)]
-    return (dot(p, aq) - dot(q, ap)).abs() > math.sqrt(eps) * torch.maximum(sizes[0] * sizes[1], sizes[2] * sizes[3])
+def _asymmetric(run: Recurrence, p: Tensor, q: Tensor) -> Tensor:
+    """Rows in which ``<p, A x>`` and ``<x, A p>`` differ by more than rounding."""
+    image = torch.addcdiv(run.r, run.b, run.unit, value=-1)  # -A x
+    off = torch.addcmul(p * image, q, run.x).sum(dim=1, keepdim=True).abs_()
+    return off > math.sqrt(run.eps) * torch.maximum(length(p) * length(image), length(q) * length(run.x))

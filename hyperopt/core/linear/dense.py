@@ -8,22 +8,47 @@ Reference: Higham, Accuracy and Stability of Numerical Algorithms, SIAM 2002, ch
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.restarted import Cycle, RestartedSolver, Run
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.settings import DenseSettings
 from hyperopt.core.solvers.dense import finite_rows
 
 
+class Refinement(KrylovSolver):
+    """``x <- x + B r`` with an approximate inverse ``B``: every step is a cycle, after which the residual is measured."""
+
+    apart = False
+
+    @abstractmethod
+    def correction(self, run: Recurrence) -> Tensor:
+        """``B r``, shape (rows, dim)."""
+
+    def init(self, run: Recurrence) -> tuple[()]:
+        """No state."""
+        return ()
+
+    def step(self, run: Recurrence, state: tuple[()]) -> tuple[()]:
+        """Add the correction; what is left has to be measured."""
+        run.x += self.correction(run)
+        run.rr = torch.zeros_like(run.rr)
+        return ()
+
+    def spent(self, run: Recurrence, state: tuple[()]) -> bool:
+        """After every step."""
+        return True
+
+
 @dataclass(frozen=True)
-class Dense(DenseSettings, RestartedSolver):
+class Dense(DenseSettings, Refinement):
     """Dense LU; settings in ``DenseSettings``."""
 
-    def cycle(self, run: Run) -> Cycle:
-        """One solve with the factors: the first, or a refinement.
+    def correction(self, run: Recurrence) -> Tensor:
+        """A solve with the factors; 0 in singular rows.
 
         Raises:
             ValueError: the matrices would have more than ``max_entries`` numbers.
@@ -31,10 +56,14 @@ class Dense(DenseSettings, RestartedSolver):
         if run.kept is None:
             run.kept = self._factors(run)
         lu, pivots, singular = run.kept
-        d = torch.linalg.lu_solve(lu, pivots, run.r[:, :, None].to(lu.dtype))[:, :, 0].to(run.b.dtype)
-        return Cycle(run.x + torch.where(singular[:, None], 0.0, d), torch.ones_like(run.iterations), 1, singular)
+        found = torch.linalg.lu_solve(lu, pivots, run.r[:, :, None].to(lu.dtype))[:, :, 0].to(run.b.dtype)
+        return found.masked_fill_(singular, 0.0)
 
-    def _factors(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    def stuck(self, run: Recurrence, state: tuple[()]) -> Tensor:
+        """Singular rows."""
+        return run.kept[2]
+
+    def _factors(self, run: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
         """LU factors and pivots of every row's matrix, and which rows are singular to rounding."""
         rows, dim = run.b.shape
         if rows * dim * dim > self.max_entries:
@@ -42,21 +71,14 @@ class Dense(DenseSettings, RestartedSolver):
                 f"Dense: {rows} rows of {dim} unknowns make matrices of {rows * dim * dim} numbers, above "
                 f"max_entries={self.max_entries}; use gmres (GMRES), or raise adjoint.linear_solver.max_entries"
             )
-        matrix = dense(run, dim)
-        clean = finite_rows(matrix)
-        if not bool(clean.all()):
-            matrix = torch.where(clean[:, None, None], matrix, torch.eye(dim, dtype=matrix.dtype, device=matrix.device))
+        matrix = run.operator.closed_form()
+        if matrix is None:
+            matrix = run.columns(list(range(dim)))
+        else:
+            matrix = (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
+        eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(finite_rows(matrix)[:, None, None], matrix, eye)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         diagonal = lu.diagonal(dim1=1, dim2=2).abs()
         singular = diagonal.amin(dim=1) <= dim * torch.finfo(run.b.dtype).eps * diagonal.amax(dim=1)
-        if bool(singular.any()):
-            lu = torch.where(singular[:, None, None], torch.eye(dim, dtype=lu.dtype, device=lu.device), lu)
-        return lu, pivots, singular
-
-
-def dense(run: Run, dim: int) -> Tensor:
-    """``I - M`` of every row, shape (rows, dim, dim): from the operator's own matrix, if it has one, else by ``dim`` products."""
-    matrix = run.operator.closed_form()
-    if matrix is not None:
-        return (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
-    return run.columns(range(dim))
+        return torch.where(singular[:, None, None], eye, lu), pivots, singular[:, None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
 from hyperopt.core.loop import DROP
 from hyperopt.core.operator import as_operator
 from hyperopt.core.policy import note_fallback
@@ -15,7 +15,7 @@ from hyperopt.core.status import SolveStats, Status
 
 
 def solve_chain(
-    chain: Sequence[LinearSolver], matvec: MatVec, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
+    chain: Sequence[LinearSolver], matvec: Products, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
 ) -> LinearSolution:
     """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row is left that failed.
 
@@ -42,7 +42,7 @@ def solve_chain(
     return best
 
 
-def _solve_some(solver: LinearSolver, matvec: MatVec, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
+def _solve_some(solver: LinearSolver, matvec: Products, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
     """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
     index = rows.nonzero().squeeze(1)
     operator = as_operator(matvec).select(index) if len(index) <= DROP * len(rows) else None

@@ -1,86 +1,110 @@
 """GMRES with restart: the least residual over the Krylov space, row by row.
 
     v_1 = r / |r|
-    for j = 1 .. window:                             A V_j = V_{j+1} H_j        (Arnoldi, modified Gram-Schmidt)
-        w = A v_j;  h_ij = <v_i, w>, w <- w - h_ij v_i  for i = 1 .. j;  v_{j+1} = w / |w|
-    x <- x + V y,    y = argmin || |r| e_1 - H y ||  (Givens rotations, in float64)
+    for j = 1 .. window:                             A V_j = V_{j+1} H_j        (Arnoldi, classical Gram-Schmidt, twice)
+        w = A v_j;  h = V_j^T w;  w <- w - V_j h;  the same again;  v_{j+1} = w / |w|
+        |r_j| = |r_0| / |u|,    u_1 = 1,  u_{j+1} = -<u, h> / |w|               (u^T H_j = 0)
+    x <- x + V y,    y = argmin || |r| e_1 - H y ||  (QR, in float64)
 
-Modified Gram-Schmidt is enough: what orthogonality it loses, it loses only as the residual converges (Paige, Rozloznik & Strakos,
-SIAM J. Matrix Anal. Appl. 28, 2006). Its passes cost ``2 j`` vectors of memory traffic at step j.
+The residual's norm comes from the left null vector ``u`` of ``H``: the residual is the part of ``|r| e_1`` along ``u``. A row
+whose space is exhausted goes on as zeros.
 
-Reference: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986, algorithm 4.
+Reference: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986; Giraud, Langou, Rozloznik & van den Eshof, Numer. Math. 101, 2005
+(two passes of Gram-Schmidt are enough).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.restarted import Cycle, RestartedSolver, Run, freeze, unit
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, length
 from hyperopt.core.linear.settings import GMRESSettings
 
 COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
 
 
+@dataclass
+class Arnoldi:
+    """The space of a cycle.
+
+    Attributes:
+        V: its basis, shape (rows, window + 1, dim).
+        H: the products in that basis, column by column, shape (rows, window, window + 1).
+        u: the left null vector of what is there of ``H``, shape (rows, window + 1); ``uu``: its square, shape (rows, 1).
+        norm: of the residual at the start, shape (rows, 1).
+        collapsed: rows in which the last vector lay in the space, shape (rows, 1).
+        j: vectors multiplied so far.
+    """
+
+    V: Tensor
+    H: Tensor
+    u: Tensor
+    uu: Tensor
+    norm: Tensor
+    collapsed: Tensor
+    j: int = 0
+
+
 @dataclass(frozen=True)
-class GMRES(GMRESSettings, RestartedSolver):
+class GMRES(GMRESSettings, KrylovSolver):
     """Restarted GMRES; settings in ``GMRESSettings``."""
 
-    def cycle(self, run: Run) -> Cycle:
-        """One Arnoldi process of at most ``window`` vectors; a finished row goes on as zeros."""
-        rows, dim = run.b.shape
-        most = min(self.window, run.left, dim)
-        target, live = run.target.double(), run.active
-        tiny = COLLAPSED * torch.finfo(run.b.dtype).eps
-        basis = [unit(run.r, run.norm, live)]
-        R = torch.eye(most, dtype=torch.float64, device=run.b.device).repeat(rows, 1, 1)
-        rhs = torch.zeros(rows, most, dtype=torch.float64, device=run.b.device)
-        rest = run.norm.double()  # the last entry of the rotated right-hand side: the residual, but for its sign
-        turns: list[tuple[Tensor, Tensor]] = []
-        steps, broken = torch.zeros_like(run.iterations), torch.zeros_like(live)
-        made = 0
-        for j in range(most):
-            w = freeze(run.product(basis[j]), live)
-            made += 1
-            steps = steps + live
-            size = torch.linalg.vector_norm(w, dim=1)
-            w, column = orthogonalize(w, basis)
-            length = torch.linalg.vector_norm(w, dim=1)
-            collapsed = length <= tiny * size
-            h = [*column, torch.where(collapsed, 0.0, length).double()]
-            for i, (c, s) in enumerate(turns):
-                h[i], h[i + 1] = c * h[i] + s * h[i + 1], c * h[i + 1] - s * h[i]
-            pivot = torch.hypot(h[j], h[j + 1])
-            singular = collapsed & (pivot <= tiny * size)
-            used = live & ~singular
-            c, s = torch.where(used, h[j] / pivot, 1.0), torch.where(used, h[j + 1] / pivot, 0.0)
-            turns.append((c, s))
-            for i in range(j):
-                R[:, i, j] = torch.where(used, h[i], 0.0)
-            R[:, j, j] = torch.where(used, pivot, 1.0)
-            rhs[:, j] = torch.where(used, c * rest, 0.0)
-            rest = torch.where(used, -s * rest, rest)
-            met = rest.abs() <= target
-            broken = broken | (live & collapsed & ~met)
-            live = live & ~met & ~collapsed & torch.isfinite(rest)
-            run.note(rest.abs())
-            if not bool(live.any()) or j + 1 == most:
-                break
-            basis.append(unit(w, length, live))
-        y = torch.linalg.solve_triangular(R[:, :made, :made], rhs[:, :made, None], upper=True)[:, :, 0].to(run.b.dtype)
-        x = run.x
-        for i, v in enumerate(basis):
-            x = torch.addcmul(x, y[:, i : i + 1], v)
-        return Cycle(x, steps, made, broken)
+    apart = False
 
+    def init(self, run: Recurrence) -> Arnoldi:
+        """The first vector is the residual's direction."""
+        rows, dim = run.r.shape
+        most = min(self.window, run.left + 1, dim)
+        old: Arnoldi | None = run.kept
+        V = run.r.new_zeros(rows, most + 1, dim) if old is None else old.V
+        norm = (run.rr + run.tiny).sqrt()
+        V[:, 0] = run.r / norm
+        H, u = V.new_zeros(rows, most, most + 1), V.new_zeros(rows, most + 1)
+        u[:, 0] = 1.0
+        run.kept = Arnoldi(V, H, u, torch.ones_like(norm), norm, torch.zeros_like(norm, dtype=torch.bool))
+        return run.kept
 
-def orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``w`` (rows, dim) less its parts along ``basis``, and those parts in float64 (modified Gram-Schmidt, in place)."""
-    parts = []
-    for v in basis:
-        part = torch.linalg.vecdot(v, w)
-        w = w.addcmul_(part[:, None], v, value=-1)
-        parts.append(part.double())
-    return w, parts
+    def step(self, run: Recurrence, state: Arnoldi) -> Arnoldi:
+        """One vector more."""
+        V, j = state.V[:, : state.j + 1], state.j
+        w = run.product(V[:, j])[:, :, None]
+        size = length(w[:, :, 0])
+        h = torch.bmm(V, w)
+        w = torch.baddbmm(w, V.mT, h, alpha=-1)
+        again = torch.bmm(V, w)
+        w = torch.baddbmm(w, V.mT, again, alpha=-1)[:, :, 0]
+        h = h + again
+        rest = length(w)
+        last = torch.bmm(state.u[:, None, : j + 1], h)[:, 0] / (rest + run.tiny)
+        state.collapsed = rest <= COLLAPSED * run.eps * size
+        state.H[:, j, : j + 1] = h[:, :, 0]
+        state.H[:, j, j + 1] = rest[:, 0]
+        state.V[:, j + 1] = w / rest.masked_fill_(state.collapsed, math.inf)
+        state.u[:, j + 1] = -last[:, 0]
+        state.uu = torch.addcmul(state.uu, last, last)
+        run.rr = (state.norm / state.uu) * state.norm
+        state.j = j + 1
+        return state
+
+    def spent(self, run: Recurrence, state: Arnoldi) -> bool:
+        """Whether the window is full."""
+        return state.j == state.H.shape[1]
+
+    def finish(self, run: Recurrence, state: Arnoldi) -> None:
+        """Solve the small least squares problem; a column of zeros has no part in it."""
+        m = state.j
+        Q, R = torch.linalg.qr(state.H[:, :m, : m + 1].mT.double())
+        pivot = R.diagonal(dim1=1, dim2=2)
+        none = pivot.abs() <= COLLAPSED * run.eps * torch.linalg.vector_norm(state.H[:, :m, : m + 1], dim=2)
+        pivot.masked_fill_(none, 1.0)
+        first = (Q[:, 0] * state.norm).masked_fill_(none, 0.0)
+        y = torch.linalg.solve_triangular(R, first[:, :, None], upper=True)
+        run.x = torch.baddbmm(run.x[:, None], y.mT.to(run.x.dtype), state.V[:, :m])[:, 0]
+
+    def stuck(self, run: Recurrence, state: Arnoldi) -> Tensor:
+        """Rows whose space is exhausted above the limit: ``A`` is singular."""
+        return state.collapsed & (run.rr > run.limit)

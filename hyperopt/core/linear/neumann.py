@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, MatVec, solve_by_iteration
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, solve_by_iteration
 from hyperopt.core.linear.settings import NeumannSettings
 from hyperopt.core.linear.start import fitted_start
 from hyperopt.core.solvers.picard import Picard
@@ -24,11 +24,11 @@ class Neumann(NeumannSettings, LinearSolver):
 
     iterates = True
 
-    def warm(self, matvec: MatVec, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """One step from the best multiple of ``near``."""
         return fitted_start(matvec, b, near), 1
 
-    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Sum the series."""
         picard = Picard(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         return solve_by_iteration(picard, self, matvec, b, x0, trace)

@@ -15,37 +15,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hyperopt.core.linear.recurrence import Recurrence, dot
-from hyperopt.core.linear.restarted import Cycle, RestartedSolver, Run
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.settings import NormalCGSettings
 
 SINGULAR = 16.0  # times eps |A| |r|: what rounding leaves of an A^T r that is 0
 
+State = tuple[Tensor, Tensor]  # the direction p, and <s, s> of the step before; the first step has no direction
+
 
 @dataclass(frozen=True)
-class NormalCG(NormalCGSettings, RestartedSolver):
+class NormalCG(NormalCGSettings, KrylovSolver):
     """Conjugate gradients on the normal equations; settings in ``NormalCGSettings``."""
 
-    def cycle(self, run: Run) -> Cycle:
-        """Until the recurrence meets the target."""
-        rec = Recurrence(run)
-        d, r = torch.zeros_like(rec.r0), rec.r0
-        s = rec.freeze(run.transposed(r))
-        p, gamma = s, dot(s, s)
-        norm = torch.ones_like(gamma)
-        stretch = torch.zeros_like(gamma)  # least known bound of |A|^2
-        while rec.going:
-            q = rec.freeze(run.product(p))
-            qq = dot(q, q)
-            stretch = torch.maximum(stretch, torch.where(rec.live & (gamma > 0), qq / dot(p, p), 0.0))
-            rec.break_down(gamma <= (SINGULAR * rec.eps * norm) ** 2 * stretch)
-            alpha = rec.ratio(gamma, qq)
-            d, r = torch.addcmul(d, alpha, p), torch.addcmul(r, alpha, q, value=-1)
-            norm = torch.linalg.vector_norm(r, dim=1)
-            rec.advance(d, norm)
-            if rec.going:
-                s = rec.freeze(run.transposed(rec.freeze(r)))
-                new = dot(s, s)
-                p, gamma = rec.freeze(torch.addcmul(s, rec.ratio(new, gamma), p)), new
-        return rec.cycle()
+    def init(self, run: Recurrence) -> State:
+        """No direction yet: the first step has to bring it."""
+        return torch.zeros_like(run.r), torch.full_like(run.rr, torch.inf)
+
+    def step(self, run: Recurrence, state: State) -> State:
+        """One step: a product with the transpose, and one with ``A``."""
+        p, before = state
+        s = run.transposed(run.r)
+        gamma, now = run.square(s), run.rr
+        p = torch.addcmul(s, gamma / before, p)
+        q = run.product(p)
+        stretch = run.square(q)
+        if run.kept is None:  # |A|^2, from below
+            run.kept = [torch.maximum(gamma / (now + run.tiny), stretch / run.square(p)), None]
+        run.kept[1] = gamma, now
+        alpha = gamma / stretch
+        run.x.addcmul_(p, alpha)
+        run.r.addcmul_(q, alpha, value=-1)
+        run.rr = run.square(run.r)
+        return p, gamma
+
+    def stuck(self, run: Recurrence, state: State) -> Tensor:
+        """Rows in which ``A^T r`` has vanished and ``r`` has not: the system has no solution."""
+        largest, (gamma, rr) = run.kept
+        return (gamma <= run.tiny + (SINGULAR * run.eps) ** 2 * largest * rr) & (run.rr > run.limit)

@@ -19,32 +19,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, MatVec, worse_than_none
-from hyperopt.core.linear.restarted import Cycle, RestartedSolver, Run
+from hyperopt.core.linear.base import LinearSolution, Products, worse_than_none
+from hyperopt.core.linear.dense import Refinement
+from hyperopt.core.linear.krylov import Recurrence
 from hyperopt.core.linear.settings import NystromSettings
 
 
 @dataclass(frozen=True)
-class Nystrom(NystromSettings, RestartedSolver):
+class Nystrom(NystromSettings, Refinement):
     """The Nystrom approximation; settings in ``NystromSettings``."""
 
-    def solve(self, matvec: MatVec, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Apply the sketch's inverse; a row left with more residual than 0 would have is ``diverged``: never silently wrong."""
         found = super().solve(matvec, b, x0, trace=trace)
         worse_than_none(found.stats)
         return found
 
-    def cycle(self, run: Run) -> Cycle:
-        """One application of the sketch's inverse."""
+    def correction(self, run: Recurrence) -> Tensor:
+        """The sketch's inverse times the residual."""
         if run.kept is None:
             run.kept = self._sketch(run)
         columns, inverse = run.kept
         # shapes: columns (rows, dim, rank), inverse (rows, rank, rank)
         part = columns @ (inverse @ (columns.mT @ run.r[:, :, None]))
-        x = run.x + (run.r - part[:, :, 0]) / self.rho
-        return Cycle(x, torch.ones_like(run.iterations), 1, torch.zeros_like(run.active))
+        return (run.r - part[:, :, 0]) / self.rho
 
-    def _sketch(self, run: Run) -> tuple[Tensor, Tensor]:
+    def _sketch(self, run: Recurrence) -> tuple[Tensor, Tensor]:
         """The columns ``C`` and the pseudo-inverse of ``rho W + C^T C``."""
         dim = run.b.shape[1]
         drawn = torch.randperm(dim, generator=torch.Generator().manual_seed(self.seed))[: self.rank]

@@ -69,6 +69,13 @@ class CGSettings(LinearSettings):
 
 
 @dataclass(frozen=True)
+class MINRESSettings(LinearSettings):
+    """Minimal residuals, for maps with a symmetric Jacobian of any eigenvalues but 1; one vjp a step."""
+
+    rtol: float = 1e-6
+
+
+@dataclass(frozen=True)
 class NormalCGSettings(LinearSettings):
     """Conjugate gradients on the normal equations, for any regular ``I - J``; one vjp and one jvp a step."""
 

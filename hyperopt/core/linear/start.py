@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.base import MatVec
+from hyperopt.core.linear.base import Products
 from hyperopt.core.operator import as_operator
 
 
-def fitted_start(matvec: MatVec, b: Tensor, v: Tensor) -> Tensor:
+def fitted_start(matvec: Products, b: Tensor, v: Tensor) -> Tensor:
     """Return the start ``x0`` above for ``(I - M) x = b``, row by row, at the cost of one product with ``M``.
 
     A row of zeros, or one that is not finite, starts at ``b``, as if it had no old solution.

@@ -1,0 +1,336 @@
+"""A linear method at work: the loop's process for ``A x = b`` with ``A = I - M``, in cycles from measured residuals.
+
+    r = b - A x                          measured, one product for all rows
+    the method's steps from (x, r)       until its recurrence says that every row is done or can do no more
+    r = b - A x                          measured again; rows that are not done start anew from here
+
+A method is ``init`` and ``step`` on ``run.x``, ``run.r`` and ``run.rr``; it may hold more vectors in its own state. All of it is
+in a unit of the size of ``b``, so that squares neither overflow nor underflow and a loss scaled by any factor takes the same
+steps. One rule makes rows independent: a row whose ``r`` is 0 stays where it is. So rows without a right-hand side, rows that are
+done and rows that have ended badly need no mask: their ``r`` is set to 0.
+
+What it guarantees:
+- The residual that is reported was measured at the value that is returned. A recurrence only says when to measure.
+- A row that the measurement has settled does not move after. A cycle that made a row worse is undone for that row, and ends it.
+- A row whose right-hand side is 0 has the solution 0. Where ``x0`` is worse than 0, or not finite, its row starts at 0.
+- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and nothing is read.
+- Tolerances are raised to the rounding floor of the dtype, which no residual can pass.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
+from hyperopt.core.loop import FLOOR, relative, run
+from hyperopt.core.operator import LinearOperator, as_operator
+from hyperopt.core.process import Outcome, Process
+from hyperopt.core.status import SolveStats, Status
+
+IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row
+
+
+class KrylovSolver(LinearSolver):
+    """A linear solver by recurrences: ``init`` and ``step``. They must mix no rows.
+
+    Attributes:
+        apart: whether some rows may start anew while others go on. Then the state is a tuple of tensors of the rows.
+    """
+
+    apart: ClassVar[bool] = True
+
+    @abstractmethod
+    def init(self, run: Recurrence) -> Any:
+        """The state at the start of a cycle, from ``run.x`` and its residual ``run.r``, whose square is ``run.rr``."""
+
+    @abstractmethod
+    def step(self, run: Recurrence, state: Any) -> Any:
+        """One step: change ``run.x`` and ``run.r`` in place and set ``run.rr``; returns the next state."""
+
+    def finish(self, run: Recurrence, state: Any) -> None:
+        """Bring ``run.x`` up to date, where ``step`` does not."""
+
+    def spent(self, run: Recurrence, state: Any) -> bool:
+        """Whether the cycle must end here for all rows, so that the loop looks."""
+        return False
+
+    def stuck(self, run: Recurrence, state: Any) -> Tensor | None:
+        """Rows in which the method can do no more, shape (rows, 1); None: none are known."""
+        return None
+
+    def causes(self, run: Recurrence, state: Any, stuck: Tensor, idle: Tensor) -> Tensor:
+        """Codes of ``Status`` of such rows, 0 elsewhere, shape (rows, 1); ``idle``: where the cycle has brought nothing."""
+        return stuck * int(Status.breakdown)
+
+    def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
+        """Solve to the tolerance, or by exactly ``max_steps`` steps; starts at 0 by default."""
+        if not b.numel():
+            zeros = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
+            empty = b.new_zeros(b.shape[0])
+            return LinearSolution(b, SolveStats(zeros + Status.converged, zeros, empty, empty, method=self.name))
+        kind = b.device.type
+        if not torch.is_autocast_enabled(kind):
+            return Recurrence(self, as_operator(matvec), b, x0, trace).solve()
+        products = torch.autocast(kind, torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):  # for the method, but not for the products
+            return Recurrence(self, as_operator(matvec), b, x0, trace, products).solve()
+
+
+class Recurrence(Process):
+    """A Krylov method on a system; scalars of the rows have shape (rows, 1).
+
+    Attributes:
+        x: the present value in units of ``b``, shape (rows, dim).
+        r: its residual by the recurrence, shape (rows, dim).
+        rr: its square; squares are what is compared, so that no root is taken.
+        limit: what that has to be.
+        unit: a power of 2 of the size of ``b``, so that scaling is exact; ``size``: what residuals are relative to, in this unit.
+        taken: steps of this cycle.
+        left: steps left in all.
+        kept: what a method keeps from one cycle to the next.
+        eps: machine epsilon; ``tiny``: a number, as a tensor, so small that nothing else is meant by it; ``zero``: 0.
+    """
+
+    recurs = True
+    rise = math.inf
+
+    def __init__(
+        self, method: KrylovSolver, operator: LinearOperator, b: Tensor, x0: Tensor | None, trace: bool, products: Any = None
+    ) -> None:
+        """Measure the start; ``products``: a context for the products."""
+        self.within = products or nullcontext()
+        self.method, self.operator, self.b = method, operator, b
+        info = torch.finfo(b.dtype)
+        self.eps, self.tiny, self.zero = info.eps, b.new_full((), info.tiny), b.new_zeros(())
+        self.products = operator.matvecs, operator.rmatvecs
+        self.scale = method.sizes(b)
+        self.unit = torch.ldexp(torch.ones_like(self.scale), torch.frexp(self.scale).exponent)[:, None]
+        self.size = self.scale[:, None] / self.unit
+        norm = self.size if method.by_row else length(b) / self.unit
+        self.rr = norm * norm
+        self.base = self.zero.expand_as(b)  # x as it was measured last, or the best before
+        self.r = b / self.unit
+        bound = max(method.rtol, FLOOR * self.eps) * self.size
+        if method.atol:
+            bound += method.atol / self.unit
+        self.limit = self.square(bound)
+        if x0 is not None:
+            x = x0 / self.unit
+            r, rr = self._residual(x)
+            better = rr < self.rr
+            self.base, self.r = torch.where(better, x, self.base), torch.where(better, r, self.r)
+            self.rr = torch.where(better, rr, self.rr)
+            self.limit = self._limit(self.square(FLOOR * self.eps * self.base))
+        self.x, self.known = self.base, self.rr  # known: the square measured at base
+        self.state: Any = None
+        self.kept: Any = None
+        self.taken, self.left = 0, method.max_steps
+        self.measured: tuple[Tensor, Tensor, Tensor] | None = None  # residual, its square, and rows that go on
+        self.codes: Tensor | None = None
+        self.moving: Tensor | None = None
+        self.trace: list[Tensor] | None = [] if trace else None
+
+    # ---- for the methods
+
+    def product(self, v: Tensor) -> Tensor:
+        """``A v``."""
+        with self.within:
+            return self.operator.complement(v)
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """``A^T v``."""
+        if not self.operator.transposable:
+            raise TypeError(
+                f"{self.method.name} needs products with the transpose, which this operator does not offer: give it an "
+                "rmatvec(v), or choose another linear solver"
+            )
+        with self.within:
+            return v - self.operator.rmatvec(v)
+
+    def columns(self, places: list[int]) -> Tensor:
+        """The columns of ``A`` at ``places``, one product each, shape (rows, dim, places)."""
+        found = []
+        for i in places:
+            direction = torch.zeros_like(self.b)
+            direction[:, i] = 1.0
+            found.append(self.product(direction))
+        return torch.stack(found, dim=2)
+
+    def square(self, a: Tensor) -> Tensor:
+        """``|a|^2`` of each row, never 0, so that it may be divided by, shape (rows, 1)."""
+        if a.shape[1] == 1 or _rounds(a):
+            return torch.addcmul(self.tiny, *2 * (a if a.shape[1] == 1 else length(a),))
+        return torch.baddbmm(self.tiny, a[:, None], a[:, :, None])[:, :, 0]
+
+    # ---- Process
+
+    @property
+    def value(self) -> Tensor:
+        """The value measured last, or the one before where that was better."""
+        if self.measured is None or self.method.fixed:
+            return self.x
+        return torch.where(self.measured[1] < self.known, self.x, self.base)
+
+    @property
+    def attentive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the cycle is at its end."""
+        return self.state is not None and (self.taken == self.b.shape[1] or self.method.spent(self, self.state))
+
+    @property
+    def faults(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where there is reason to measure, before a measurement; codes of ``Status`` after one."""
+        if self.measured is not None:
+            return self.codes
+        if self.state is None:
+            return None
+        if self.method.spent(self, self.state):
+            return torch.ones_like(self.rr[:, 0])
+        found = self.method.stuck(self, self.state)
+        found = None if found is None else found[:, 0]
+        return found if found is None or self.moving is None else found & self.moving
+
+    def measure(self, *, closing: bool = False) -> Tensor:
+        """The square by the recurrence."""
+        if self.trace is not None:
+            self.trace.append((self.rr.sqrt() / self.size).nan_to_num(0.0).amax())
+        if self.moving is None:
+            return self.rr[:, 0]
+        return torch.where(self.moving, self.rr[:, 0], self.known[:, 0])  # a row that is settled has no recurrence any more
+
+    def limits(self) -> Tensor:
+        """The square of ``rtol |b| + atol``, at least that of the rounding floor."""
+        return self.limit[:, 0]
+
+    def _limit(self, rounding: Tensor) -> Tensor:
+        """The limit, at least the square of the rounding floor of ``x``.
+
+        The floor is at most ``sqrt(eps) |b|``: a system so near to singular that rounding leaves more is not solved.
+        """
+        if self.method.rtol >= math.sqrt(self.eps):
+            return self.limit
+        return torch.maximum(self.limit, torch.minimum(rounding, self.eps * self.size * self.size))
+
+    def step(self) -> None:
+        """One step of the method, after a start where that is due."""
+        if self.state is None or self.measured is not None:
+            self._start()
+        self.taken, self.left = self.taken + 1, self.left - 1
+        self.state = self.method.step(self, self.state)
+
+    def hold(self, moving: Tensor) -> None:
+        """The other rows are settled."""
+        self.moving, self.codes = moving, None
+
+    def replace(self, rows: Tensor, by: Tensor) -> None:
+        """Not needed: a cycle that made a row worse is undone here."""
+        raise NotImplementedError
+
+    def confirm(self) -> Tensor:
+        """Measure; a row that the cycle has made worse keeps what it had, and one that gained nothing ends."""
+        if self.state is None:
+            return self.known[:, 0]
+        going = self.rr > self.limit
+        stuck = self.method.stuck(self, self.state)
+        going = going if stuck is None else going > stuck  # and not
+        self.method.finish(self, self.state)
+        r, rr = self._residual(self.x)
+        rounding = self.square(FLOOR * self.eps * self.x)
+        rr = torch.where(rounding > self.known, self.known, rr)  # of x so large, no residual tells that it is better
+        self.measured, self.limit = (r, rr, going), self._limit(rounding)
+        idle = rr > IDLE**2 * self.known
+        codes = (idle > going) * int(Status.stagnated)
+        if stuck is not None:
+            codes = torch.maximum(codes, self.method.causes(self, self.state, stuck, idle))
+        codes = codes[:, 0]
+        self.codes = codes if self.moving is None else codes * self.moving
+        return torch.addcmul(torch.minimum(rr, self.known), rr, self.zero)[:, 0]  # inf becomes NaN
+
+    # ---- inside
+
+    def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``b - A x`` and its square, in one product."""
+        r = torch.addcdiv(self.product(x), self.b, self.unit, value=-1).neg_()
+        return r, dot(r, r)
+
+    def _start(self) -> None:
+        """Begin a cycle in all rows, or in those that do not go on."""
+        going, r, rr = None, self.r, self.rr
+        if self.measured is not None:
+            r, rr, going = self.measured
+            self.base = torch.where((rr < self.known) | self.method.fixed, self.x, self.base)
+            self.known = torch.minimum(rr, self.known)
+        if self.moving is not None:
+            moving = self.moving[:, None]
+            r, rr = torch.where(moving, r, self.zero), torch.where(moving, rr, self.zero)
+            going = going if going is None else going & moving
+        if self.method.apart and going is not None:
+            self.x, self.r = torch.where(going, self.x, self.base), torch.where(going, self.r, r)
+            self.rr = torch.where(going, self.rr, rr)
+            new = self.method.init(self)
+            each = [going.view(-1, *(1,) * (old.dim() - 1)) for old in self.state]
+            self.state = tuple(map(torch.where, each, self.state, new))
+        else:
+            self.x, self.r, self.rr = self.base.clone(), r, rr
+            self.state = self.method.init(self)
+        self.measured, self.codes, self.taken = None, None, 0
+
+    def solve(self) -> LinearSolution:
+        """See ``KrylovSolver.solve``."""
+        steps = self.method.max_steps
+        if self.method.fixed:
+            for _ in range(steps):
+                if self.state is not None and self.measured is None and self.method.spent(self, self.state):
+                    self.confirm()
+                self.step()
+                self.measure()
+            self.confirm()
+            assert self.measured is not None and self.codes is not None
+            rr = self.measured[1][:, 0]
+            ended = torch.where(rr > self.limits(), self.codes, 0).clamp(min=int(Status.fixed_steps))
+            status = torch.where(torch.isfinite(rr), ended, int(Status.nonfinite))
+            return self._solution(status, torch.full_like(status, steps), rr)
+        outcome: Outcome = run(self, steps + 1)
+        return self._solution(outcome.status, outcome.iterations - 1, outcome.residual)
+
+    def _solution(self, status: Tensor, iterations: Tensor, rr: Tensor) -> LinearSolution:
+        """The value and its statistics; a row without finite products has its right-hand side for a value: 0 would hide it."""
+        value = self.value
+        del self.r, self.x, self.base, self.state, self.measured, self.kept  # memory
+        value = value * self.unit
+        value = torch.where((status == int(Status.nonfinite))[:, None], self.b, value)
+        trace = self.b.new_empty(0)
+        if self.trace:
+            first = len(self.trace) - (self.method.max_steps if self.method.fixed else len(self.trace) - 1)
+            trace = torch.stack(self.trace)[first : first + int(iterations.max())]
+        stats = SolveStats(
+            status,
+            iterations,
+            relative(rr.sqrt(), self.size[:, 0]),
+            self.scale,
+            vjps=self.operator.matvecs - self.products[0],
+            jvps=self.operator.rmatvecs - self.products[1],
+            trace=trace,
+            method=self.method.name,
+        )
+        return LinearSolution(value, stats)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row, shape (rows, 1); one kernel, where it is not rounded to less than the dtype."""
+    return (a * b).sum(dim=1, keepdim=True) if _rounds(a) else torch.bmm(a[:, None], b[:, :, None])[:, :, 0]
+
+
+def _rounds(a: Tensor) -> bool:
+    """Whether products of matrices are rounded to less than the dtype here."""
+    return a.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def length(a: Tensor) -> Tensor:
+    """Norm of each row, shape (rows, 1)."""
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True)
