@@ -5,6 +5,7 @@ import torch
 from counting import Counter, per_iteration
 
 from hyperopt import CG, GMRES, MINRES, BiCGStab, NormalCG
+from hyperopt.core.operator import FunctionOperator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -14,23 +15,17 @@ BUDGETS = {CG: (24, 0.5), MINRES: (30, 0.5), BiCGStab: (41, 0.7), GMRES: (37, 0.
 FIXED = {CG: 14, MINRES: 18, BiCGStab: 28, GMRES: 28, NormalCG: 18}
 
 
-class Product:
+def product(dim):
     """``v -> v M`` with ``M`` symmetric, in three kernels."""
-
-    def __init__(self, dim):
-        q = torch.linalg.qr(torch.randn(dim, dim))[0]
-        self.m = (q * torch.linspace(-0.3, 0.8, dim)) @ q.T
-
-    def __call__(self, v):
-        return (v @ self.m) * 1.0 + 0.0
-
-    rmatvec = __call__
+    q = torch.linalg.qr(torch.randn(dim, dim))[0]
+    m = (q * torch.linspace(-0.3, 0.8, dim)) @ q.T
+    return FunctionOperator(lambda v: (v @ m) * 1.0 + 0.0, symmetric=True)
 
 
 @pytest.mark.parametrize("rows", [32, 1000])
 @pytest.mark.parametrize("kind", BUDGETS, ids=lambda kind: kind.__name__)
 def test_kernels_and_reads_of_a_solve_to_a_tolerance(kind, rows):
-    op, b = Product(20), torch.randn(rows, 20)
+    op, b = product(20), torch.randn(rows, 20)
     with torch.no_grad():
         kernels, reads, names = per_iteration(lambda: kind(rtol=1e-6).solve(op, b).stats)
     most_kernels, most_reads = BUDGETS[kind]
@@ -39,7 +34,7 @@ def test_kernels_and_reads_of_a_solve_to_a_tolerance(kind, rows):
 
 @pytest.mark.parametrize("kind", FIXED, ids=lambda kind: kind.__name__)
 def test_a_fixed_number_of_steps_reads_nothing(kind):
-    op, b = Product(20), torch.randn(32, 20)
+    op, b = product(20), torch.randn(32, 20)
     found = []
     for steps in (5, 15):
         with torch.no_grad(), Counter() as count:

@@ -233,6 +233,8 @@ def test_autocast_lowers_the_products_and_not_the_method(name):
             seen.append(torch.is_autocast_enabled("cpu"))
             return super().__call__(v.double()).to(v.dtype)  # of which autocast lowers nothing
 
+        _matvec = __call__
+
         def _rmatvec(self, v):
             return super()._rmatvec(v.double()).to(v.dtype)
 

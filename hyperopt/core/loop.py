@@ -210,7 +210,7 @@ class _Run:
         """Keep the norms before the last fifth of the budget and the least since: do they still fall?"""
         if self.mark is not None:
             self.mark = self.mark[0], self._put(torch.minimum(self._here(self.mark[1]), self.now), self.mark[1])
-        elif self.made >= self.max_steps - max(10, self.max_steps // 5) and self.index is None:
+        elif self.index is None and 0 < self.max_steps - max(10, self.max_steps // 5) <= self.made:
             self.mark = self.now, torch.full_like(self.now, math.inf)
 
     # ---- rows that are done before the others

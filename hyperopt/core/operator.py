@@ -104,6 +104,11 @@ class LinearOperator(ABC):
             return known
         return self.matmat(torch.eye(dim, dtype=like.dtype, device=like.device).expand(rows, dim, dim))
 
+    @property
+    def divisible(self) -> bool:
+        """Whether ``select`` may give an operator."""
+        return False
+
     def select(self, index: Tensor) -> LinearOperator | None:
         """The operator of the rows in ``index``, shape (k,); None where rows cannot be taken apart."""
         return None
@@ -135,6 +140,10 @@ class _Transposed(LinearOperator):
     def closed_form(self) -> Tensor | None:
         known = self.of.closed_form()
         return None if known is None else known.mT
+
+    @property
+    def divisible(self) -> bool:
+        return self.of.divisible
 
     def select(self, index: Tensor) -> LinearOperator | None:
         found = self.of.select(index)
@@ -230,6 +239,11 @@ class Linearization(LinearOperator):
     @abstractmethod
     def arguments(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
         """``(d_x m)^T v`` for each x; None is enough where ``needs`` is false."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether some rows may be had without the others."""
+        return self.part is not None
 
     def select(self, index: Tensor) -> LinearOperator | None:
         """The Jacobian of the rows in ``index``; what it costs is counted here too."""

@@ -80,12 +80,13 @@ def solve_by_iteration(
         return lambda v: operator.matvec_add(v, b)
 
     def some(index: Tensor) -> Callable[[Tensor], Tensor] | None:
-        part = operator.select(index)
-        return None if part is None else affine(part, b[index])
+        found = operator.select(index)
+        return None if found is None else affine(found, b[index])
 
     operator = as_operator(matvec)
     start = b if x0 is None else x0
-    run = iterate(solver, affine(operator, b), start, some=some, scale=method.sizes(b), trace=trace)
+    part = some if operator.divisible else None
+    run = iterate(solver, affine(operator, b), start, some=part, scale=method.sizes(b), trace=trace)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
