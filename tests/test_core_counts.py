@@ -101,8 +101,9 @@ def test_memory_of_a_solve_does_not_grow_with_its_rows_or_steps():
     A.requires_grad_()
     u = torch.randn(rows, dim, dtype=torch.float32)
     state = u.numel() * u.element_size()
+    start = torch.zeros_like(u)
     with peak_memory("cpu") as forward:
-        sol = fixed_point(lambda w, A: torch.tanh(w @ A + u), torch.zeros_like(u), (A,), solver=Picard(1e-5, max_steps=500))
+        sol = fixed_point(lambda w, A: torch.tanh(w @ A + u), start, (A,), solver=Picard(1e-5, max_steps=500))
     assert sol.forward.iterations.max() > 20
     assert forward.peak <= 6 * state, forward.peak / state
     loss = sol.value.square().mean()

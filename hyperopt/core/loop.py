@@ -169,10 +169,11 @@ class _Run:
         counts = count and len(limits) > 1 and (process.holds or process.divisible)
         if counts:
             parts.append((ratio[-1] <= 1).sum(dim=0, keepdim=True).to(ratio.dtype))
-        if process.faults is not None:
-            parts.append(process.faults.amax(dim=0, keepdim=True).to(ratio.dtype))
+        faults = process.faults
+        if faults is not None:
+            parts.append(faults.amax(dim=0, keepdim=True).to(ratio.dtype))
         found = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
-        return found[: len(block)], found[len(block)] if counts else 0.0, process.faults is not None and found[-1] > 0
+        return found[: len(block)], found[len(block)] if counts else 0.0, faults is not None and found[-1] > 0
 
     def _plan(self) -> None:
         """Say when to look next, from the decay of the worst residual, and when the slowest row may meet its limit."""

@@ -72,7 +72,9 @@ class Anderson(AndersonSettings, FixedPointSolver):
         """Coefficients ``theta`` of each row, shape (rows, m); 0 where the residuals do not differ."""
         diagonal = gram.diagonal(dim1=1, dim2=2)
         trace = diagonal.sum(dim=1, keepdim=True)
-        ridge = trace * (max(self.ridge, eps * eps) / gram.shape[1]) + (trace == 0)  # 1 where there is nothing to mix
+        ridge = trace * (max(self.ridge, eps * eps) / gram.shape[1])
+        if torch.is_grad_enabled():  # a singular system has no derivative: 1 where there is nothing to mix
+            ridge = ridge + (trace == 0)
         theta, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge.expand_as(diagonal)), right)
         return torch.nan_to_num(theta, 0.0, 0.0, 0.0)
 
