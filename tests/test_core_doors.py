@@ -10,7 +10,19 @@ from core_reference import close, unrolled
 from torch import func
 from torch.autograd import functional, grad, gradcheck, gradgradcheck
 
-from hyperopt import GMRES, Anderson, Checkpointed, ClosureError, Implicit, Neumann, Newton, Picard, Unrolled, fixed_point
+from hyperopt import (
+    GMRES,
+    Anderson,
+    Checkpointed,
+    Chord,
+    ClosureError,
+    Implicit,
+    Neumann,
+    Newton,
+    Picard,
+    Unrolled,
+    fixed_point,
+)
 from hyperopt.nn import DEQ
 
 # torch's own first use of forward mode scripts its decompositions; legacy batching warns of what it runs one by one.
@@ -55,6 +67,10 @@ METHODS: dict[str, Any] = {
     "picard, unrolled": {"solver": PICARD, "adjoint": Unrolled()},
     "picard, last steps": {"solver": PICARD, "adjoint": Unrolled(last=120)},
     "picard, checkpointed": {"solver": PICARD, "adjoint": Checkpointed()},
+    "newton, unrolled": {"solver": Newton(1e-13), "adjoint": Unrolled()},
+    "newton, checkpointed": {"solver": Newton(1e-13), "adjoint": Checkpointed()},
+    "newton with a line search, unrolled": {"solver": Newton(1e-13, line_search=True), "adjoint": Unrolled()},
+    "chord, unrolled": {"solver": Chord(1e-13, refresh=1e-3), "adjoint": Unrolled()},
 }
 
 

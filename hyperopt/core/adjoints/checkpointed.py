@@ -5,7 +5,7 @@
 
 The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward, T in backward. In segments of sqrt(T)
 steps the memory is that of 2 sqrt(T) of them. The last point of a line search that ends at a boundary is evaluated
-again. Under ``torch.func``, which forbids what the recomputation rests on, it is ``Unrolled``.
+again. Under ``torch.func`` and for dual numbers, which forbid what the recomputation rests on, it is ``Unrolled``.
 
 References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
 """
@@ -15,14 +15,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import CheckpointedSettings
-from hyperopt.core.adjoints.unrolled import unroll
-from hyperopt.core.captured import transformed
-from hyperopt.core.policy import report
-from hyperopt.core.solvers.forward import solve_forward
+from hyperopt.core.adjoints.unrolled import solve_by_steps, unroll
 from hyperopt.core.status import Solution
 
 
@@ -33,11 +28,7 @@ class Checkpointed(CheckpointedSettings, Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the state at the segments' ends."""
         solver = problem.solver
-        if torch.is_grad_enabled() or transformed():
-            segment = self.segment or math.isqrt(solver.max_steps - 1) + 1  # the root, rounded up
-            run = unroll(problem, problem.start, solver.max_steps, stop=not solver.fixed, segment=segment)
-        else:
-            phi = problem.bind(problem.args)
-            run = solve_forward(problem, phi, phi)
-        report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
-        return Solution(problem.layout.tree(run.value), run.stats, problem.layout)
+        segment = self.segment or math.isqrt(solver.max_steps - 1) + 1  # the root, rounded up
+        return solve_by_steps(
+            problem, lambda: unroll(problem, problem.start, solver.max_steps, stop=not solver.fixed, segment=segment)
+        )

@@ -8,6 +8,7 @@ k only (truncated backpropagation, Shaban et al., AISTATS 2019, arXiv 1810.10667
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,19 +35,12 @@ class Unrolled(UnrolledSettings, Adjoint):
 
     def run(self, problem: Problem) -> Solution:
         """Solve with the graph of all steps, or of the last ones after a solve without."""
-        if not (torch.is_grad_enabled() or transformed()):
-            phi = problem.bind(problem.args)
-            stepped = solve_forward(problem, phi, phi)
-        else:
-            with torch.enable_grad():  # a tangent goes through the steps under no_grad too
-                if self.last is None:
-                    stepped = unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
-                else:
-                    stepped = self._truncated(problem, self.last)
-            if not torch.is_grad_enabled():
-                stepped.value = stepped.value.clone()  # which keeps a tangent
-        report(stepped.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
-        return Solution(problem.layout.tree(stepped.value), stepped.stats, problem.layout)
+        last = self.last
+        if last is not None:
+            return solve_by_steps(problem, lambda: self._truncated(problem, last))
+        return solve_by_steps(
+            problem, lambda: unroll(problem, problem.start, problem.solver.max_steps, stop=not problem.solver.fixed)
+        )
 
     def _truncated(self, problem: Problem, last: int) -> Iterate:
         """A solve without a graph, then ``last`` steps with one."""
@@ -81,6 +75,20 @@ class Unrolled(UnrolledSettings, Adjoint):
         return stepped
 
 
+def solve_by_steps(problem: Problem, steps: Callable[[], Iterate]) -> Solution:
+    """The solution by ``steps``, which are taken with a graph, or by a plain solve where no derivative is wanted."""
+    if torch.is_grad_enabled() or transformed():
+        with torch.enable_grad():  # a tangent goes through the steps under no_grad too
+            run = steps()
+        if not torch.is_grad_enabled():
+            run.value = run.value.clone()  # which keeps a tangent
+    else:
+        phi = problem.bind(problem.args)
+        run = solve_forward(problem, phi, phi)
+    report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+    return Solution(problem.layout.tree(run.value), run.stats, problem.layout)
+
+
 def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: int | None = None) -> Iterate:
     """``count`` steps with a graph; with ``stop``, rows stop moving after the step at which their residual met the tolerance.
 
@@ -112,7 +120,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     size = segment or count
     for first in range(0, count, size):
         steps = range(first, min(first + size, count))
-        if segment is None or functorch_level():  # whose transforms allow no second evaluation
+        if segment is None or transformed():  # which allows no second evaluation
             w, state = advance(w, state, steps)
         else:
             w, state = checkpoint(advance, w, state, steps, use_reentrant=False, preserve_rng_state=False)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import seen
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.dense import Factors, check_size, factor, replace_rows, select, solve
 from hyperopt.core.solvers.point import Point
@@ -61,7 +62,7 @@ class Chord(ChordSettings, FixedPointSolver):
         stale = stale if at.active is None else stale & at.active
         if factors is None:
             factors, at.broken = factor(at)
-        elif bool(stale.any()):
+        elif bool(seen(stale).any()):
             new, broken = factor(at)
             at.broken = broken & stale
             factors = replace_rows(stale, new, factors)

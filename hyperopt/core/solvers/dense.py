@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyperopt.core import legacy
+from hyperopt.core.captured import seen
 from hyperopt.core.solvers.point import Point
 from hyperopt.core.solvers.settings import DenseSettings
 
@@ -54,13 +56,13 @@ def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
     eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
     system = (eye - J.mT).mT  # column by column in memory, as LAPACK takes it: a strided copy costs as much as the factors
     finite = finite_rows(system.detach())
-    system = system if bool(finite.all()) else torch.where(finite[:, None, None], system, eye)
+    system = system if bool(seen(finite).all()) else torch.where(finite[:, None, None], system, eye)
     with torch.no_grad():
         lu, pivots, _ = torch.linalg.lu_factor_ex(system)
         # An exactly singular matrix seldom has a pivot of exactly 0 after rounding: what counts is its size beside the largest.
         size = lu.diagonal(dim1=1, dim2=2).abs()
         singular = ~(size.amin(dim=1) > torch.finfo(J.dtype).eps * size.amax(dim=1))
-        bad = bool(singular.any())
+        bad = bool(seen(singular).any())
     if bad:
         system = torch.where(singular[:, None, None], eye, system)
         with torch.no_grad():
@@ -71,7 +73,7 @@ def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
 def finite_rows(systems: Tensor) -> Tensor:
     """Rows whose matrix is finite, shape (rows,): one sum a row tells, and where one overflows, every entry."""
     finite = torch.isfinite(systems.sum(dim=(1, 2)))
-    return finite if bool(finite.all()) else torch.isfinite(systems).all(dim=2).all(dim=1)
+    return finite if bool(seen(finite).all()) else torch.isfinite(systems).all(dim=2).all(dim=1)
 
 
 def solve(factors: Factors, r: Tensor, *, transpose: bool = False) -> Tensor:
@@ -107,21 +109,31 @@ class FactoredSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One solve with the transpose, and an outer product."""
-        system, lu, pivots, x = ctx.saved_tensors
-        r = FactoredSolve.apply(system, lu, pivots, g, not ctx.transpose)
-        left, right = (x, r) if ctx.transpose else (r, x)
-        outer = (right[..., :, None] * -left[..., None, :]).mT if ctx.needs_input_grad[0] else None  # in the layout of S
+        system, lu, pivots, x = ctx.saved_tensors  # read once: a checkpoint gives them only once
+
+        def pulled(g: Tensor) -> tuple[Tensor | None, Tensor]:
+            r = FactoredSolve.apply(system, lu, pivots, g, not ctx.transpose)
+            left, right = (x, r) if ctx.transpose else (r, x)
+            outer = (right[..., :, None] * -left[..., None, :]).mT if ctx.needs_input_grad[0] else None  # in the layout of S
+            return outer, r
+
+        outer, r = legacy.each(pulled, g) if legacy.batched(g) else pulled(g)
         return outer, None, None, r, None
 
     @staticmethod
     def jvp(ctx: Any, system_t: Any, _: Any, __: Any, r_t: Any, ___: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One solve more: ``S dx = dr - dS x``."""
         system, lu, pivots, x = ctx.saved_tensors
-        moved = torch.zeros_like(x) if r_t is None else r_t
-        if system_t is not None:
-            change = system_t.mT if ctx.transpose else system_t
-            moved = moved - (change @ x[..., None])[..., 0]
-        return FactoredSolve.apply(system, lu, pivots, moved, ctx.transpose)
+
+        def pushed(system_t: Tensor | None, r_t: Tensor | None) -> Tensor:
+            moved = torch.zeros_like(x) if r_t is None else r_t
+            if system_t is not None:
+                change = system_t.mT if ctx.transpose else system_t
+                moved = moved - (change @ x[..., None])[..., 0]
+            return FactoredSolve.apply(system, lu, pivots, moved, ctx.transpose)
+
+        batched = any(legacy.batched(t) for t in (system_t, r_t) if t is not None)
+        return legacy.each(pushed, system_t, r_t) if batched else pushed(system_t, r_t)
 
 
 def replace_rows(rows: Tensor, new: Factors, old: Factors) -> Factors:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import seen
 from hyperopt.core.solvers.point import Point
 
 DECREASE = 1e-4  # the least fall of the residual that a step must bring, times its length
@@ -47,7 +48,7 @@ def backtrack(at: Point, direction: Tensor, history: Tensor) -> Tensor:
         trial = at.probe(torch.addcmul(at.w, t[:, None], direction))
         norm = torch.linalg.vector_norm(trial.residual, dim=1).detach()
         content = idle | (norm <= most - DECREASE * t * start)
-        if left == 0 or bool(content.all()):
+        if left == 0 or bool(seen(content).all()):
             break
         t = torch.where(content, t, t / 2)
     return trial.w

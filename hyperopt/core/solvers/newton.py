@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import transformed
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.dense import check_size, factor, solve
 from hyperopt.core.solvers.line_search import backtrack, remember
@@ -43,7 +44,8 @@ class Newton(NewtonSettings, FixedPointSolver):
     def step(self, state: Tensor, at: Point) -> tuple[Tensor, Tensor]:
         """One Newton step, of the rows that still move."""
         residual = at.residual
-        rows = None if at.active is None else at.active.nonzero().squeeze(1)
+        # Under a transform all rows take the step: which of them move may differ from member to member of a batch.
+        rows = None if at.active is None or transformed() else at.active.nonzero().squeeze(1)
         factors, broken = factor(at, rows)
         part = residual if rows is None else residual[rows]
         direction = solve(factors, torch.where(broken[:, None], torch.zeros_like(part), part))
