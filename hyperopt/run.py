@@ -26,7 +26,7 @@ from hyperopt import checkpoint
 from hyperopt.checking import check
 from hyperopt.config import Built, build
 from hyperopt.core import distributed
-from hyperopt.core.policy import reset_warnings
+from hyperopt.core.policy import repeated, reset_warnings
 from hyperopt.core.status import Status
 from hyperopt.directory import CHECKPOINTS, FAILED, JOB, RUN_FILES, check_directory, locked
 from hyperopt.experiment import experiment
@@ -178,7 +178,6 @@ def train(
 
     write_facts(out, env, task.describe(), None if resumed is None else state.step)
     started = time.perf_counter() - state.seconds
-    warned: set[tuple[str, Status | None]] = set()
     tracker = Tracker(out) if resumed is None else Tracker(out, position, state.step - 1)
     state.lost_rows += tracker.lost
     with (
@@ -201,7 +200,7 @@ def train(
                 before = time.perf_counter()
                 record = task.step(optimizer, guard)
                 step_seconds = time.perf_counter() - before
-                check_record(k, record, guard, trainer, warned)
+                check_record(k, record, guard, trainer)
                 schedule.after_step()
                 state.step = k + 1
                 state.evaluated = False
@@ -227,7 +226,7 @@ def train(
                     schedule.after_evaluation(state.row[trainer.monitor])
                     if best:
                         save(checkpoint.BEST)
-                    check_monitor(k, state.row[trainer.monitor], trainer, warned)
+                    check_monitor(k, state.row[trainer.monitor], trainer)
                 state.seconds = time.perf_counter() - started
 
             # 3. Stop? If so, and from time to time, write a checkpoint.
@@ -301,10 +300,8 @@ def check_task(built: Built, out: Path, env: Environment, found: Found | None, b
     return value
 
 
-def check_record(
-    k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings, warned: set[tuple[str, Status | None]]
-) -> None:
-    """Stop on a loss or a solve that cannot be used; warn, once a run and kind, of one that should be looked at.
+def check_record(k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings) -> None:
+    """Stop on a loss or a solve that cannot be used; warn of one that should be looked at, again at its 10th, 100th, ... time.
 
     Raises:
         HypergradientError: the outer loss is not finite, or a solve diverged (the latter under ``trainer.on_failure=raise``).
@@ -320,17 +317,17 @@ def check_record(
         what = f"step {k}: the {name} solve ended as {status.name}: {status.message}"
         if status >= Status.diverged and trainer.on_failure == "raise":
             raise HypergradientError(f"{what}; trainer.on_failure=warn goes on in spite of it")
-        if (name, status) not in warned:
-            warned.add((name, status))
-            log.warning("%s (said once a run)", what)
+        again = repeated("run", name, status.name)
+        if again is not None:
+            log.warning("%s%s", what, again)
 
 
-def check_monitor(k: int, value: float, trainer: TrainerSettings, warned: set[tuple[str, Status | None]]) -> None:
-    """Warn, once a run, of a monitored quantity that is not finite, which is never the best one."""
-    if not math.isfinite(value) and (trainer.monitor, None) not in warned:
-        warned.add((trainer.monitor, None))
+def check_monitor(k: int, value: float, trainer: TrainerSettings) -> None:
+    """Warn of a monitored quantity that is not finite, which is never the best one; again at its 10th, 100th, ... time."""
+    again = None if math.isfinite(value) else repeated("run", trainer.monitor)
+    if again is not None:
         what = "which is never the best; check its rows, or lower optimizer.lr"
-        log.warning("step %d: %s is %s, %s (said once a run)", k, trainer.monitor, value, what)
+        log.warning("step %d: %s is %s, %s%s", k, trainer.monitor, value, what, again)
 
 
 @contextlib.contextmanager

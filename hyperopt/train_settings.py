@@ -39,7 +39,7 @@ class TrainerSettings:
     patience: stop after this many evaluations in a row without improvement (None: never).
     figures_every: draw the task's figures each time this many steps are done (None: at the end only).
     progress: show a live progress line on stderr.
-    on_failure: what to do when a solve ends as ``diverged`` or ``nonfinite``: ``raise``, or ``warn`` once a run and kind. A
+    on_failure: what to do when a solve ends as ``diverged`` or ``nonfinite``: ``raise``, or ``warn`` (1st, 10th, ... time). A
         hypergradient or outer loss that is not finite always stops the run; milder statuses always warn.
     """
 

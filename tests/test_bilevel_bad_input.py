@@ -161,7 +161,7 @@ def test_a_series_at_negative_curvature_has_no_number_either():
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    """Each kind of failure is warned of once a run: every test is one."""
+    """Failures are counted in a run: every test is one."""
     reset_warnings()
 
 

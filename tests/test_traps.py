@@ -345,7 +345,7 @@ def test_08_a_tolerance_below_rounding_is_floored():
         return fixed_point(lambda w: w @ m + b, torch.zeros(2, 3).float(), solver=Picard(1e-12, max_steps=300), adjoint=adjoint)
 
     reset_warnings()
-    floor = r"rtol=1\.0e-12 of {} is below the rounding floor of torch\.float32, so 1\.9e-06 is used; raise rtol or use precision"
+    floor = r"rtol=1\.0e-12 of {} is below the rounding floor of torch\.float32, so 1\.9e-06 is used; raise rtol or compute"
     with pytest.warns(SolveWarning, match=floor.format("Picard")):
         sol = solve()
     with pytest.warns(SolveWarning, match=floor.format("Neumann")):

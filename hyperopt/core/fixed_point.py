@@ -60,7 +60,7 @@ def fixed_point(
             then called once more, on the rows that are left, and those calls are counted in ``solution.adjoint.evaluations``).
         solver: how to solve (default ``Picard()``).
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
-        policy: what to do when the solve fails: ``"warn"`` (once a run and kind), ``"raise"``, ``"fallback"``, ``"ignore"``.
+        policy: what to do when the solve fails: ``"warn"`` (the 1st, 10th, ... time), ``"raise"``, ``"fallback"``, ``"ignore"``.
         fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
         scales: the typical size of each variable, positive numbers in the structure of ``w0``. Norms, tolerances and all that an
             accelerated method weighs are then those of ``w / scales``, forward and backward, so that a variable a thousand times

@@ -1,15 +1,20 @@
-"""What happens when a solve fails: raise, warn once a run and kind, fall back, or nothing."""
+"""What happens when a solve fails: raise, warn, fall back, or nothing.
+
+A kind of failure that repeats is said at its 1st, 10th, 100th, ... time in a run.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from collections import Counter
 
 from hyperopt.core.checks import IterativeSettings
 from hyperopt.core.status import SolveStats
 
 log = logging.getLogger("hyperopt")
-_warned: set[tuple[str, ...]] = set()
+_counts: Counter[tuple[str, ...]] = Counter()
 
 
 class SolveError(RuntimeError):
@@ -21,15 +26,32 @@ class SolveWarning(UserWarning):
 
 
 def reset_warnings() -> None:
-    """Start a new run: each kind of failure is warned of once more."""
-    _warned.clear()
+    """Start a new run: each kind of failure is counted from 0."""
+    _counts.clear()
 
 
-def first_time(*key: str) -> bool:
-    """Whether this kind of thing, ``key``, is said for the first time in this run; it is from now on."""
-    first = key not in _warned
-    _warned.add(key)
-    return first
+def count(*key: str) -> int:
+    """How many times this kind of thing, ``key``, has happened in this run, with this time."""
+    _counts[key] += 1
+    return _counts[key]
+
+
+def repeated(*key: str) -> str | None:
+    """What to add to the message of a failure of the kind ``key`` that has happened; None where it is not to be said again."""
+    times = count(*key)
+    if times == 1:
+        return ""
+    return f" (the {times}th time in this run)" if str(times).strip("0") == "1" else None
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller: the innermost one that is neither in this package nor in torch, which calls backward."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("hyperopt", "torch"):
+        frame = frame.f_back
+    names = frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, SolveWarning, frame.f_code.co_filename, frame.f_lineno, names.get("__name__"), registry)
 
 
 def report(stats: SolveStats, policy: str, what: str) -> None:
@@ -39,8 +61,9 @@ def report(stats: SolveStats, policy: str, what: str) -> None:
     text = f"{what} solve: {stats.describe()}"
     if policy == "raise":
         raise SolveError(text)
-    if first_time(what, stats.method, stats.status.name):
-        warnings.warn(text, SolveWarning, stacklevel=4)
+    again = repeated(what, stats.method, stats.status.name)
+    if again is not None:
+        warn(text + again)
 
 
 def report_floor(settings: IterativeSettings, floor: float, dtype: object, policy: str, what: str) -> None:
@@ -51,21 +74,21 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
     if policy == "ignore" or settings.atol or settings.rtol == type(settings).rtol or not 0 < settings.rtol < floor:
         return
     name = type(settings).__name__
-    if first_time(what, name, f"floor of {dtype}"):
-        text = (
+    if count(what, name, f"floor of {dtype}") == 1:
+        warn(
             f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}, so {floor:.1e} is used; "
-            "raise rtol or use precision=float64"
+            "raise rtol or compute in float64 (precision=float64)"
         )
-        warnings.warn(text, SolveWarning, stacklevel=4)
 
 
 def note_once(text: str, what: str) -> None:
     """Log ``text``, the first time in a run that something is noted about ``what``."""
-    if first_time(what, "note"):
+    if count(what, "note") == 1:
         log.warning(text)
 
 
 def note_fallback(stats: SolveStats, following: str, what: str) -> None:
-    """Log the switch to the method named ``following`` after a failed solve: the first of its kind in a run as a warning."""
-    level = logging.WARNING if first_time(what, stats.method, following) else logging.DEBUG
-    log.log(level, "%s solve: %s; falling back to %s", what, stats.describe(), following)
+    """Log the switch to the method named ``following`` after a failed solve, as a warning where the failure is to be said."""
+    again = repeated(what, stats.method, following)
+    level = logging.DEBUG if again is None else logging.WARNING
+    log.log(level, "%s solve: %s; falling back to %s%s", what, stats.describe(), following, again or "")

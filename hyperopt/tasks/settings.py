@@ -37,7 +37,7 @@ class SupervisedSettings:
             ``dataset.order=shuffled`` these are drawn at random, once.
         solver: how the states are found (None: Picard).
         adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
-        policy: what to do when the solver fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
         fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
         dataset: the rows (None: digits).
     """
@@ -354,7 +354,7 @@ class CoupledSettings:
         certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
         solver: how the states are found (None: Picard).
         adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
-        policy: what to do when the solver fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
         fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
     """
 

@@ -13,7 +13,7 @@ class ImplicitSettings:
     """The implicit function theorem: solve ``(I - J^T) v = g``, then one closing vjp.
 
     linear_solver: how the adjoint system is solved (default Neumann to a tolerance).
-    policy: what to do when it fails: ``raise``, ``warn`` (once a run and kind), ``fallback`` or ``ignore``.
+    policy: what to do when it fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
     fallback: linear solvers tried in turn under ``policy=fallback``, each for the rows still unsolved (default GMRES, NormalCG).
     allow_inexact: let a fixed-K adjoint be differentiated again, although its second derivative is not exact.
     """
@@ -34,7 +34,7 @@ class ShineSettings:
 
     linear_solver: refines from there (None: no refinement).
     ratio: a row whose ``|v|`` is more than this many times ``|g|`` takes the one-step direction ``v = g`` instead.
-    policy: what to do when the refinement fails: ``raise``, ``warn`` (once a run and kind) or ``ignore``.
+    policy: what to do when the refinement fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time) or ``ignore``.
     """
 
     linear_solver: Any = None

@@ -99,7 +99,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     if not solver.differentiable:
         raise ValueError(
             f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
-            "from its solution, or use another solver (solver=newton) or adjoint (adjoint=neumann)"
+            "from its solution, or use another solver, Newton (solver=newton), or adjoint, Implicit() (adjoint=neumann)"
         )
     watch = Watch(solver, start, stop)
 
