@@ -30,6 +30,7 @@ _PUBLIC = {
     "InexactError": "hyperopt.core.differentiate",
     "Picard": "hyperopt.core.solvers.picard",
     "Anderson": "hyperopt.core.solvers.anderson",
+    "RRE": "hyperopt.core.solvers.rre",
     "Broyden": "hyperopt.core.solvers.broyden",
     "Newton": "hyperopt.core.solvers.newton",
     "NewtonKrylov": "hyperopt.core.solvers.newton_krylov",
@@ -147,6 +148,7 @@ if TYPE_CHECKING:
     from hyperopt.core.solvers.newton import Newton as Newton
     from hyperopt.core.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.core.solvers.picard import Picard as Picard
+    from hyperopt.core.solvers.rre import RRE as RRE
     from hyperopt.core.status import Solution as Solution
     from hyperopt.core.status import SolveStats as SolveStats
     from hyperopt.core.status import Status as Status

@@ -108,6 +108,7 @@ SCHEMA: dict[str, type] = {
     "dataset/cifar10": _targeted(data.CIFAR10Settings, "hyperopt.data.cifar.CIFAR10"),
     "solver/picard": _targeted(solvers.PicardSettings, "hyperopt.core.solvers.picard.Picard"),
     "solver/anderson": _targeted(solvers.AndersonSettings, "hyperopt.core.solvers.anderson.Anderson"),
+    "solver/rre": _targeted(solvers.RRESettings, "hyperopt.core.solvers.rre.RRE"),
     "solver/broyden": _targeted(solvers.BroydenSettings, "hyperopt.core.solvers.broyden.Broyden"),
     "solver/newton": _targeted(solvers.NewtonSettings, "hyperopt.core.solvers.newton.Newton"),
     "solver/chord": _targeted(solvers.ChordSettings, "hyperopt.core.solvers.chord.Chord"),

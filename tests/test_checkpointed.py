@@ -7,7 +7,7 @@ import torch
 from core_reference import Counted, close, square
 from torch.autograd import gradcheck, gradgradcheck
 
-from hyperopt import Anderson, Broyden, Checkpointed, Picard, Status, Unrolled, fixed_point
+from hyperopt import RRE, Anderson, Broyden, Checkpointed, Picard, Status, Unrolled, fixed_point
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,6 +23,7 @@ SOLVERS = {
     "damped": Picard(1e-8, max_steps=300, damping=0.5),
     "anderson": Anderson(1e-10, max_steps=60),
     "anderson, fixed": Anderson(0, 0, 12),
+    "rre": RRE(1e-9, max_steps=60),
     "broyden": Broyden(1e-9, max_steps=40),
     "one step": Picard(0, 0, 1),
 }

@@ -209,7 +209,7 @@ def test_version(launch: Launcher) -> None:
 def test_tab_completion_offers_options_and_no_schema_nodes(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_LINE", "hyperopt solver=")
     monkeypatch.setenv("COMP_POINT", "16")
-    solvers = ("anderson", "broyden", "chord", "newton", "newton_krylov", "picard")
+    solvers = ("anderson", "broyden", "chord", "newton", "newton_krylov", "picard", "rre")
     assert launch("-sc", "query=bash").out.split() == [f"solver={name}" for name in solvers]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hyperopt import (
     CG,
     GMRES,
+    RRE,
     Anderson,
     BiCGStab,
     Broyden,
@@ -40,6 +41,7 @@ SOLVERS = {
     "damped": Picard(TIGHT, max_steps=STEPS, damping=0.7),
     "anderson": Anderson(TIGHT, max_steps=STEPS),
     "anderson_restarted": Anderson(TIGHT, max_steps=STEPS, restart=True),
+    "rre": RRE(TIGHT, max_steps=STEPS),
     "broyden": Broyden(TIGHT, max_steps=STEPS),
     "broyden_memory": Broyden(TIGHT, max_steps=STEPS, memory=6),
     "broyden_search": Broyden(TIGHT, max_steps=STEPS, line_search=True),
@@ -172,7 +174,7 @@ LINEAR_ADJOINTS = {n: a for n, (a, _) in ADJOINTS.items() if isinstance(a, Impli
 
 
 # Picard and Neumann would need tens of thousands of steps for .999; the others' hypergradient does not depend on the solver.
-FORWARD = ("picard", "anderson", "broyden", "newton", "chord", "newton_krylov")
+FORWARD = ("picard", "anderson", "rre", "broyden", "newton", "chord", "newton_krylov")
 LINEAR_GRID = [
     (name, solver, adjoint)
     for name in LINEAR

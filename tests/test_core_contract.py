@@ -8,6 +8,7 @@ import torch
 from core_reference import Counted, close, square
 
 from hyperopt import (
+    RRE,
     Anderson,
     Broyden,
     Chord,
@@ -77,7 +78,7 @@ def test_a_start_that_is_already_solved_has_the_whole_or_one_step_gradient_but_n
 
 def test_evaluations_are_the_calls_made():
     m, b = problem()
-    plain = (Picard(1e-8), Anderson(1e-8), Picard(1e-8, damping=0.5), Broyden(1e-8))
+    plain = (Picard(1e-8), Anderson(1e-8), Picard(1e-8, damping=0.5), RRE(1e-8), Broyden(1e-8))
     for solver in (*plain, Broyden(1e-8, line_search=True), Newton(1e-8), Newton(0, 0, 3), Chord(1e-8), NewtonKrylov(1e-8)):
         for adjoint in (EXACT, Unrolled(), Unrolled(last=3), Unrolled(last=2)):
             if adjoint.last is None if isinstance(adjoint, Unrolled) and not solver.differentiable else False:
@@ -89,6 +90,7 @@ def test_evaluations_are_the_calls_made():
 ROWS = [
     Picard(1e-8, max_steps=2000),
     Anderson(1e-8, max_steps=200),
+    RRE(1e-8, max_steps=200),
     Broyden(1e-8),
     Broyden(1e-8, memory=3, line_search=True),
     Newton(1e-8),
@@ -241,6 +243,7 @@ REFUSED = [
     (lambda: Unrolled(last=0), "Unrolled: last=0"),
     (lambda: Anderson(ridge=-1e-3), "Anderson: ridge=-0.001"),
     (lambda: Anderson(restart=1), "Anderson: restart=1"),  # pyright: ignore[reportArgumentType]
+    (lambda: RRE(window=0), "RRE: window=0"),
     (lambda: Broyden(memory=0), "Broyden: memory=0"),
     (lambda: Broyden(line_search="yes"), "Broyden: line_search='yes'"),  # pyright: ignore[reportArgumentType]
     (lambda: Newton(max_gib=0.0), "Newton: max_gib=0.0"),
@@ -263,7 +266,7 @@ def test_16_bad_settings_name_the_field_and_the_value(make, match):
 
 
 def test_16_unknown_keywords_are_refused_and_nothing_of_the_caller_changes():
-    solvers = (Picard, Anderson, Broyden, Newton, Chord, NewtonKrylov)
+    solvers = (Picard, Anderson, RRE, Broyden, Newton, Chord, NewtonKrylov)
     for make in (*solvers, Neumann, LinearAnderson, Implicit, Unrolled, Shine):
         with pytest.raises(TypeError, match="max_iter"):
             make(max_iter=3)  # pyright: ignore[reportCallIssue]

@@ -7,7 +7,7 @@ import torch
 from core_reference import close
 from counting import Counter, per_iteration
 
-from hyperopt import Anderson, Broyden, LinearAnderson, Neumann, Picard, fixed_point
+from hyperopt import RRE, Anderson, Broyden, LinearAnderson, Neumann, Picard, fixed_point
 from hyperopt.core.memory import peak_memory
 from hyperopt.core.operator import FunctionOperator
 from hyperopt.core.solvers.iterate import iterate
@@ -31,7 +31,7 @@ def product(dim, radius=0.7):
     return FunctionOperator(lambda v: (v @ A) * 1.0 + 0.0, symmetric=True)
 
 
-FORWARD = [(Picard, 8, 0.5), (Anderson, 30, 0.5), (Broyden, 45, 0.5)]
+FORWARD = [(Picard, 8, 0.5), (Anderson, 30, 0.5), (RRE, 20, 0.5), (Broyden, 45, 0.5)]
 ADJOINT = [(Neumann, 8, 0.5), (LinearAnderson, 30, 0.5)]
 SHAPES = [(1, 10), (32, 20), (1000, 20)]
 
@@ -54,7 +54,7 @@ def test_an_adjoint_solve_to_a_tolerance(kind, kernels, reads, rows, dim):
     assert found[0] <= kernels and found[1] <= reads, found
 
 
-@pytest.mark.parametrize(("kind", "own"), [(Picard, 0), (Anderson, 22), (Broyden, 34)])
+@pytest.mark.parametrize(("kind", "own"), [(Picard, 0), (RRE, 7), (Anderson, 22), (Broyden, 34)])
 def test_a_fixed_number_of_steps_reads_nothing_and_adds_one_kernel_to_the_algebra(kind, own):
     phi, start = tanh_map(32, 20), torch.zeros(32, 20)
     with torch.no_grad():

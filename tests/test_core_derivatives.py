@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from hyperopt import (
     CG,
     GMRES,
+    RRE,
     BiCGStab,
     Broyden,
     Chord,
@@ -183,7 +184,9 @@ def test_gradcheck_and_gradgradcheck_of_every_solver_with_an_implicit_adjoint(na
     assert gradgradcheck(value, weights(2))
 
 
-@pytest.mark.parametrize("solver", [Newton(0, 0, 2), Newton(0, 0, 2, line_search=True), Chord(0, 0, 3), Broyden(0, 0, 4)])
+@pytest.mark.parametrize(
+    "solver", [Newton(0, 0, 2), Newton(0, 0, 2, line_search=True), Chord(0, 0, 3), Broyden(0, 0, 4), RRE(0, 0, 8)]
+)
 def test_gradcheck_and_gradgradcheck_of_unrolled_steps(solver):
     """Far from the solution, so that only a derivative through the steps themselves can pass."""
 
@@ -205,7 +208,7 @@ def test_newton_unrolled_has_the_second_derivative_after_two_steps_at_the_soluti
         close(got, want, rtol=RTOL)
 
 
-@pytest.mark.parametrize("solver", [Newton(1e-12), Broyden(1e-12)])
+@pytest.mark.parametrize("solver", [Newton(1e-12), Broyden(1e-12), RRE(1e-12)])
 def test_newton_and_broyden_under_torch_func_with_an_unrolled_adjoint(solver):
     m, b = (x.detach() for x in weights())
 

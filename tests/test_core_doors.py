@@ -12,6 +12,7 @@ from torch.autograd import functional, grad, gradcheck, gradgradcheck
 
 from hyperopt import (
     GMRES,
+    RRE,
     Anderson,
     Checkpointed,
     Chord,
@@ -70,6 +71,7 @@ METHODS: dict[str, Any] = {
     "newton, unrolled": {"solver": Newton(1e-13), "adjoint": Unrolled()},
     "newton, checkpointed": {"solver": Newton(1e-13), "adjoint": Checkpointed()},
     "newton with a line search, unrolled": {"solver": Newton(1e-13, line_search=True), "adjoint": Unrolled()},
+    "rre, neumann": {"solver": RRE(1e-13), "adjoint": NEUMANN},
     "chord, unrolled": {"solver": Chord(1e-13, refresh=1e-3), "adjoint": Unrolled()},
 }
 

@@ -8,6 +8,7 @@ import torch
 from core_reference import Counted, close
 
 from hyperopt import (
+    RRE,
     Anderson,
     Broyden,
     Chord,
@@ -86,6 +87,8 @@ COUNTED = [
     Broyden(1e-10),
     Broyden(1e-10, line_search=True),
     Broyden(0, 0, 7),
+    RRE(1e-10),
+    RRE(0, 0, 7),
 ]
 
 
@@ -139,7 +142,7 @@ def test_a_linear_map_takes_one_step(make, solver):
         assert int(sol.forward.iterations.max()) == 2  # the second evaluation finds that the first step was enough
 
 
-@pytest.mark.parametrize("solver", [Newton(1e-10), Chord(1e-10), NewtonKrylov(1e-10), Broyden(1e-10)])
+@pytest.mark.parametrize("solver", [Newton(1e-10), Chord(1e-10), NewtonKrylov(1e-10), Broyden(1e-10), RRE(1e-10)])
 @pytest.mark.parametrize("factor", [3.0, -2.0, 1.5])
 def test_12_maps_that_do_not_contract(solver, factor):
     sol = fixed_point(lambda z: factor * z + 1, torch.ones(2, 1), solver=solver, policy="raise")
@@ -158,6 +161,29 @@ def test_broyden_solves_n_linear_equations_within_2n_steps(n, scale):
     assert int(sol.forward.iterations.max()) <= 2 * n + 1  # steps, and the evaluation that finds it solved
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("scale", [0.9, 3.0])
+def test_one_cycle_of_extrapolation_solves_n_linear_equations_in_n_plus_1_evaluations(n, scale):
+    m, b = scale * torch.linalg.qr(torch.randn(n, n))[0], torch.randn(4, n)
+    exact = torch.linalg.solve(torch.eye(n) - m.T, b.T).T
+    for window in (n, n + 3):
+        phi = Counted(lambda w: w @ m + b)
+        sol = fixed_point(phi, torch.zeros(4, n), rows="batch", solver=RRE(0, 0, n + 1, window=window))
+        close(sol.value, exact, rtol=1e-12 * scale**n, atol=1e-13 * scale**n)
+        assert phi.calls == sol.forward.evaluations == n + 1
+
+
+def test_extrapolation_agrees_with_plain_iteration_in_a_third_of_the_steps():
+    q = torch.linalg.qr(torch.randn(40, 40))[0]
+    m, b = q @ torch.diag(torch.linspace(-0.5, 0.97, 40)) @ q.T, torch.randn(10, 40)
+    plain, found = (
+        fixed_point(lambda w: w @ m + 0.02 * torch.sin(w) + b, torch.zeros(10, 40), rows="batch", solver=solver, policy="raise")
+        for solver in (Picard(1e-12, max_steps=5000), RRE(1e-12, max_steps=500))
+    )
+    close(found.value, plain.value, rtol=1e-8, atol=1e-9)
+    assert 3 * found.forward.evaluations < plain.forward.evaluations
+
+
 def order(trace):
     """Slope of the log residual against the one before, over the last steps that rounding leaves alone."""
     logs = [math.log(x) for x in trace.tolist() if x > 1e-13]
@@ -174,7 +200,7 @@ def test_newton_converges_quadratically_and_the_chord_does_not():
     close(newton.value, chord.value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [Newton(1e-10), Chord(1e-10), NewtonKrylov(1e-10), Broyden(1e-10)])
+@pytest.mark.parametrize("solver", [Newton(1e-10), Chord(1e-10), NewtonKrylov(1e-10), Broyden(1e-10), RRE(1e-10)])
 def test_07_the_same_steps_at_every_scale(solver):
     m, b = tanh_map(8, 1, 0.95)
     counts = set()

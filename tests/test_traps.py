@@ -12,6 +12,7 @@ from core_reference import Counted, close
 from hyperopt import (
     CG,
     GMRES,
+    RRE,
     Anderson,
     BiCGStab,
     Broyden,
@@ -216,6 +217,8 @@ SOLVERS = [
     Anderson(1e-12),
     Picard(0, 0, 40),
     Anderson(0, 0, 12),
+    RRE(1e-12),
+    RRE(0, 0, 12),
     Broyden(1e-12),
     Broyden(1e-12, memory=4, line_search=True),
     Broyden(0, 0, 12),

@@ -44,6 +44,18 @@ class AndersonSettings(IterativeSettings):
 
 
 @dataclass(frozen=True)
+class RRESettings(IterativeSettings):
+    """Reduced rank extrapolation after every ``window`` plain steps (or as many as a row has entries, if these are fewer)."""
+
+    window: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_count(self, "window")
+
+
+@dataclass(frozen=True)
 class BroydenSettings(IterativeSettings):
     """Good Broyden with an inverse estimate of rank ``memory``, one a row.
 
