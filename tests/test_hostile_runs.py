@@ -412,18 +412,25 @@ def runs_code(place: Place) -> None:
 class Large:
     """Unpickling this takes twenty gigabytes, and torch admits the class."""
 
+    def __init__(self, kind: Any, count: int) -> None:
+        self.kind, self.count = kind, count
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return bytearray, (20_000_000_000,)
+        return self.kind, (self.count,)
 
 
-def asks_for_memory(place: Place) -> None:
-    torch.save({"format": checkpoint.FORMAT, "state": Large()}, place.work / "checkpoints" / "last.pt")
+def asks_for_memory(kind: Any, count: int) -> Callable[[Place], None]:
+    def spoil(place: Place) -> None:
+        torch.save({"format": checkpoint.FORMAT, "state": Large(kind, count)}, place.work / "checkpoints" / "last.pt")
+
+    return spoil
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Place], None], str]] = {
     "a pickle that runs code": (bare_pickle, "was not loaded"),
     "a checkpoint that runs code": (runs_code, "was not loaded"),
-    "a checkpoint that asks for memory": (asks_for_memory, "was not loaded"),
+    "a checkpoint that asks for memory": (asks_for_memory(bytearray, 20_000_000_000), "was not loaded"),
+    "a checkpoint that asks for a large tensor": (asks_for_memory(torch.Tensor, 5_000_000_000), "was not loaded"),
     "rows before the first": (content(position={"rows": -1, "events": {}, "wall": 0.0}), "position.rows"),
     "rows that are text": (content(position__rows="7"), "position.rows"),
     "events that are a list": (content(position__events=[1]), "position.events"),
