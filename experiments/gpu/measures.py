@@ -22,7 +22,7 @@ from torch.nn import functional
 sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "deq")]
 
 from counting import per_iteration
-from models import ADJOINT, SOLVER
+from models import ADJOINT, SOLVER  # pyright: ignore[reportMissingImports]
 
 import hyperopt
 from hyperopt import Implicit, fixed_point
@@ -125,16 +125,17 @@ def counts(device: torch.device, small: bool) -> Iterator[Row]:
                     kernels, reads, _ = per_iteration(solve)
                     row = {"case": f"{kind.__name__}, {rows} x {dim}, {'fixed' if fixed else 'tolerance'}"}
                     row |= {"kernels": kernels, "host reads": reads, **solved(solve())}
-                    yield row | (asked_of_the_gpu(solve, row["iterations"]) if device.type == "cuda" else {})
+                    yield row | (asked_of_the_gpu(solve) if device.type == "cuda" else {})
 
 
-def asked_of_the_gpu(solve: Call, iterations: int) -> Row:
+def asked_of_the_gpu(solve: Call) -> Row:
     """Launches and waits an iteration, by the profiler and by torch's own warnings."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
-        solve()
+        stats = solve()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    steps = int(stats.iterations.max())
+    launches = sum(event.device_type.name == "CUDA" for event in profile.events() or ())
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
@@ -144,7 +145,7 @@ def asked_of_the_gpu(solve: Call, iterations: int) -> Row:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     waiting = sum("synchronizing" in str(each.message) for each in waits)
-    return {"launches": launches / iterations, "waits": waiting / iterations}
+    return {"launches": launches / steps, "waits": waiting / steps}
 
 
 # ---- the equilibrium model
