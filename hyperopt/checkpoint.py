@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
-import pickle
-import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from hyperopt import tensor_files
 from hyperopt.core.text import printable
 from hyperopt.experiment import differences
 from hyperopt.files import fsync_directory, make_directory, write_bytes, writing
@@ -60,7 +57,7 @@ def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU, with ``weights_only=True``.
+    """Read one checkpoint onto the CPU.
 
     Raises:
         DamagedError: not as it was written: cut short, a flipped bit, or no checkpoint at all.
@@ -83,10 +80,6 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-UNLIMITED = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
-"""A class that torch admits, though a few bytes can ask for any amount of memory with it."""
-
-
 def _read(path: Path, file: IO[bytes]) -> Any:
     """Return what a file holds, once its checksums are found right and it asks for no more memory than it has bytes."""
     head = file.read(2)
@@ -94,24 +87,10 @@ def _read(path: Path, file: IO[bytes]) -> Any:
         raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
     if head not in (b"", b"P", b"PK"):
         raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set ckpt_path to another one")
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in members):
-            raise ValueError("packed")
-        if sum(each.file_size for each in members) > os.fstat(file.fileno()).st_size or archive.testzip() is not None:
-            raise ValueError("sizes or checksums are wrong")
-        pickles = [archive.read(each) for each in members if each.filename.endswith("data.pkl")]
-    unsafe: BaseException | None = None
-    if not any(map(UNLIMITED.search, pickles)):
-        file.seek(0)
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            unsafe = error
-    raise CheckpointError(
-        f"the checkpoint {path} holds objects other than tensors and plain containers, and was not loaded, since that could run "
-        f"code; set ckpt_path to one written by this program"
-    ) from unsafe
+    try:
+        return tensor_files.read(file)
+    except tensor_files.UnsafeError as error:
+        raise CheckpointError(f"the checkpoint {path}: {error}; set ckpt_path to one written by this program") from error
 
 
 def load_last(directory: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:

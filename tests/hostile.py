@@ -59,7 +59,7 @@ def assert_refused(
     *,
     words: Collection[str] = (),
     lines: int = 1,
-    seconds: float = 10.0,
+    seconds: float = 30.0,
     may_write: Collection[str] = (),
 ) -> Refused:
     """Assert that ``act`` is refused and that nothing else happened.
@@ -69,7 +69,7 @@ def assert_refused(
         act: does it, and returns the message of the refusal (empty: it was not refused).
         words: each is in the message.
         lines: at most, of the message.
-        seconds: at most.
+        seconds: at most; what hangs takes far longer, and a busy machine less.
         may_write: files that may appear or change, relative to the place (a lock that was taken and given back, say).
     """
     before = place.listing()

@@ -122,7 +122,9 @@ def test_a_network():
         w = hyperopt.hypergradient(problem, trained, moved, inner=TIGHT).w
         return problem.outer(w, moved, None)
 
-    want = central_differences(objective, lam, h=1e-4)
+    # Training ends at the rounding floor, whose noise small steps magnify: large ones, extrapolated to 0.
+    near, far = (central_differences(objective, lam, h=h) for h in (3e-3, 6e-3))
+    want = {name: (4 * near[name] - far[name]) / 3 for name in near}
     for adjoint in (Implicit(CG(rtol=1e-12)), Implicit(Dense())):
         found = hyperopt.hypergradient(problem, trained, lam, adjoint=adjoint)
         assert found.status == Status.converged and distance(found.grad, want) < 1e-5  # of central differences

@@ -7,7 +7,9 @@ import torch
 from core_reference import close
 from counting import Counter, per_iteration
 
-from hyperopt import RRE, Anderson, Broyden, LinearAnderson, Neumann, Picard, fixed_point
+from hyperopt import RRE, Anderson, Broyden, LinearAnderson, Neumann, Picard, Unrolled, fixed_point
+from hyperopt.core.adjoints.base import Problem
+from hyperopt.core.adjoints.unrolled import unroll
 from hyperopt.core.memory import peak_memory
 from hyperopt.core.operator import FunctionOperator
 from hyperopt.core.solvers.iterate import iterate
@@ -117,3 +119,13 @@ def test_a_counted_solve_is_a_right_one():
     phi = tanh_map(5, 6)
     w = iterate(Anderson(1e-12), phi, torch.zeros(5, 6)).value
     close(phi(w), w, rtol=1e-10)
+
+
+def test_unrolling_a_fixed_number_of_steps_reads_nothing():
+    phi, start = tanh_map(4, 6), torch.zeros(4, 6)
+    u = torch.zeros(4, 6, requires_grad=True)
+    for solver in (Picard(0.0, 0.0, 12), Anderson(0.0, 0.0, 12), Broyden(0.0, 0.0, 12)):
+        sol = fixed_point(lambda w, u: phi(w + u), start, (u,), solver=solver, adjoint=Unrolled())
+        with Counter() as count:
+            unroll(Problem(lambda w: phi(w), (), (), sol.layout, start, solver), start, 12, stop=False)
+        assert count.reads == 0, (solver, count.names)

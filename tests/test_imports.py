@@ -40,7 +40,7 @@ LAYERS = [
         "messages",
         "lazy",
     ),
-    ("files", "reading", "rows", "experiment"),
+    ("files", "reading", "tensor_files", "rows", "experiment"),
     ("directory", "workers"),
     ("reporting",),
     ("spaces",),

@@ -15,7 +15,7 @@ between them can be compiled. A look is two short reductions over the block's no
 
 What it guarantees:
 - A residual that is reported is that of the value that is returned, measured or, for a recurrence, confirmed by a measurement.
-- A solve evaluates at most one time in twenty, and at least one evaluation, more than one that looks at every iteration.
+- A solve makes at most one evaluation, or 5 %, more than it would if it looked at every iteration.
 - When a quarter of the rows have met their limits, they are held where they are, or dropped where the problem can be taken
   apart, and then cost nothing. If such a row is above its limit again at the end, the rows depend on each other:
   ``coupled_rows``. A plain iteration that cannot be taken apart moves all rows on, which only makes them better.
@@ -38,8 +38,8 @@ COUPLED = 4.0  # a held row may rise to this many times its limit by rounding al
 AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
 NEAR = 3.0  # a steady method's end is taken to be where it is predicted, if it is no more iterations away than this
 LATE = 20  # where no end can be predicted, looks are one time in this many iterations apart
-SHORT, LONGEST = 2, 64  # iterations of a block: its history has to be smaller than a state where there are
-MANY = 10_000  # rows
+LONGEST = 64  # most iterations between two looks
+MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
 
 
 def rounding_floor(dtype: torch.dtype) -> float:
@@ -63,7 +63,7 @@ class _Run:
     def __init__(self, process: Process, max_steps: int) -> None:
         value = process.value
         self.process, self.max_steps, (self.rows, dim) = process, max_steps, value.shape
-        self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(SHORT, dim // 4))
+        self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(2, dim // 4))
         self.made = 0  # iterations measured
         self.seen = 0  # of them, those before the last look
         self.next_look = 0
@@ -83,6 +83,8 @@ class _Run:
         self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least since
         self.decay: list[tuple[int, Tensor]] = []  # iterations and norms of the looks, of one batch; and of the one before:
         self.older: list[tuple[int, Tensor]] = []
+        self.lost = False  # whether rows have ended badly at the last look
+        self.ended: Tensor | None = None  # the norms before rows went back to their best
 
     def run(self) -> Outcome:
         """See the function of this name."""
@@ -97,7 +99,9 @@ class _Run:
             last, block = self.made == budget, self.made - self.seen
             if self.made > self.next_look or block >= self.longest or last or process.attentive:
                 settled = self._look(last, closing)
-            if process.closes and (settled or last) and not (settled and closing):
+            # A row that ended badly has gone back to its best iterate, which has not been evaluated in the way that ends a run.
+            closed = closing and settled and not self.lost
+            if process.closes and (settled or last) and not closed:
                 settled = self._close(settled)
         return self._verdict(settled)
 
@@ -125,9 +129,9 @@ class _Run:
             self.first = block[0]
         self.worst += worst
         lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
-        lost, done = lost and sure, ratio <= 1 and not faults and sure
-        if lost or (met >= (1 if process.recurs else (1 - DROP) * len(self.now)) and not done):
-            done = self._settle(lost, met)
+        self.lost, done = lost and sure, ratio <= 1 and not faults and sure
+        if self.lost or (met >= (1 if process.recurs else (1 - DROP) * len(self.now)) and not done):
+            done = self._settle(self.lost, met)
         elif done:
             self.early = None if self.moving is None and self.index is None else self.status == int(Status.converged)
             here = self._here(self.status)
@@ -343,8 +347,6 @@ class _Run:
         stale = stale if self.moving is None else stale & self.moving
         self.process.replace(stale, value)
         self.now = torch.where(stale, least, self.now)
-
-    ended: Tensor | None = None  # the norms before rows went back to their best
 
     def _verdict(self, settled: bool) -> Outcome:
         """What is left to say of the rows that are not settled."""

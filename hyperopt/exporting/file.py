@@ -3,8 +3,7 @@
 ``model.pt`` is written by ``torch.save``; ``model.safetensors`` by the library of that name, the card in its metadata. Both hold
 ``model.<name>``, the state of the predictor, ``hyperparameters.<name>``, and a checksum of all that and the card.
 
-``model.pt`` is not unpickled by torch: even under ``weights_only=True`` a few bytes may ask for as much memory as they like. What
-an honest file holds needs few codes of pickle and few names, and any other is refused.
+``model.pt`` is read by ``hyperopt.tensor_files``, and not unpickled by torch.
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ import hashlib
 import io
 import json
 import math
-import os
-import pickle
-import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from hyperopt import tensor_files
 from hyperopt.core.text import one_line
 from hyperopt.files import plain, write_bytes
 from hyperopt.reading import LARGEST, parse_json
@@ -35,7 +32,6 @@ MISSING = "format safetensors needs the package safetensors: pip install 'hypero
 
 CHECKSUM = "sha256"
 AGAIN = "name the model.pt or model.safetensors that hyperopt-export wrote, or write it again"
-UNSAFE = f"it holds objects other than tensors and plain containers, and was not loaded, since that could run code: {{}}; {AGAIN}"
 LONGEST = 10_000
 """Characters of a text in a card, but for the config."""
 CARD: dict[str, type] = {
@@ -44,12 +40,6 @@ CARD: dict[str, type] = {
     **dict.fromkeys(("input", "dataset", "hyperparameters", "metrics", "certificate", "versions"), dict),
 }
 """What every card has."""
-TYPES = {
-    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Double", "Float", "Half", "BFloat16", "Bool")},
-    **{"LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8},
-    **{"ByteStorage": torch.uint8, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128},
-}
-"""The types that tensors may have, by torch's names for them in a pickle."""
 
 
 class ExportError(ValueError):
@@ -162,94 +152,22 @@ Content = tuple[dict[str, Tensor], str, str | None]
 
 
 def _from_zip(file: BinaryIO) -> Content:
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        names = {each.filename for each in members}
-        # torch stores members as they are, so that they need no more memory than the file has bytes.
-        plain = all(each.compress_type == zipfile.ZIP_STORED and each.compress_size == each.file_size for each in members)
-        if not plain or len(names) != len(members) or sum(each.file_size for each in members) > size:
-            raise ExportError(f"it is packed, and may grow without a limit when it is unpacked; {AGAIN}")
-        folder = members[0].filename.partition("/")[0]
-        order = archive.read(f"{folder}/byteorder").decode()
-        if order != sys.byteorder:
-            raise ExportError(f"it was written on a machine of byte order {order!r:.20}, and this one's is {sys.byteorder}")
-        # Every read of a member checks its length and its CRC.
-        pickled = io.BytesIO(archive.read(f"{folder}/data.pkl"))
-        content = _Plain(pickled, lambda key: archive.read(f"{folder}/data/{key}")).load()
+    try:
+        content = tensor_files.read(file)
+    except (tensor_files.UnsafeError, tensor_files.DamagedFileError) as error:
+        raise ExportError(f"{error}; {AGAIN}") from error
     tensors, text, expected = content["tensors"], content["card"], content.get(CHECKSUM)
     if not isinstance(text, str) or not all(isinstance(name, str) and type(each) is Tensor for name, each in tensors.items()):
         raise ExportError(f"it holds something other than tensors by name and a card; {AGAIN}")
+    places = {each.untyped_storage().data_ptr() for each in tensors.values() if each.numel()}
+    if len(places) < sum(each.numel() > 0 for each in tensors.values()) or not all(map(_whole, tensors.values())):
+        raise ExportError(f"one of its tensors is not the whole of a storage of its own; {AGAIN}")
     return tensors, text, expected
 
 
-class _Codes(dict[int, Any]):
-    """What to do for each code of a pickle."""
-
-    def __missing__(self, code: int) -> Any:
-        """Refuse a code that an export does not have."""
-        raise ExportError(UNSAFE.format(f"code {code} of pickle"))
-
-
-class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table as long as a file says
-    """Reads texts, numbers, tuples, mappings and tensors, each with the whole of a storage of its own.
-
-    Args:
-        file: the pickle.
-        storage: returns the bytes of a storage by its key.
-    """
-
-    dispatch = _Codes(
-        {
-            code[0]: pickle._Unpickler.dispatch[code[0]]
-            for code in (
-                *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.NEWFALSE),
-                *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-                *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINUNICODE),
-                *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-                *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-            )
-        }
-    )
-
-    def __init__(self, file: BinaryIO, storage: Callable[[str], bytes]) -> None:
-        """Nothing is read yet."""
-        super().__init__(file)
-        self.storage = storage
-        self.taken: set[str] = set()
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for one of the names that torch writes."""
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return _hooks
-        if module == "torch" and name in TYPES:
-            return TYPES[name]
-        raise ExportError(UNSAFE.format(f"{module}.{name}"))
-
-    def persistent_load(self, pid: Any) -> list[Any]:
-        """Return type, number and bytes of a storage, once."""
-        _, kind, key, _, count = pid
-        if key in self.taken:
-            raise ExportError(f"two of its tensors share the storage {key!r:.20}; {AGAIN}")
-        self.taken.add(key)
-        return [kind, count, bytearray(self.storage(key))]
-
-
-def _hooks() -> None:
-    """What a tensor's hooks are, which it has none of."""
-
-
-def _tensor(storage: list[Any], offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-    """Return the tensor that a storage holds, which it then holds no more."""
-    data, count, kind = storage.pop(), storage.pop(), storage.pop()
-    if offset != 0 or math.prod(shape) != count or kind.itemsize * count != len(data):
-        raise ExportError(f"a tensor of shape {shape!r:.60} has a storage of {len(data)} bytes; {AGAIN}")
-    tensor = (torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)).reshape(shape)
-    if tensor.stride() != tuple(stride):
-        raise ExportError(f"a tensor of shape {shape!r:.60} has the strides {stride!r:.60}; {AGAIN}")
-    return tensor
+def _whole(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one that takes all of its storage."""
+    return tensor.is_contiguous() and not tensor.requires_grad and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _from_safetensors(path: Path) -> Content:

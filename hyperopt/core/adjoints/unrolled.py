@@ -107,11 +107,10 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
         at = None
         for k in steps:
             at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
-            moving = watch.before(k, at)
-            at.active = None if bool(seen(moving).all()) else moving
+            at.active = watch.before(k, at)
             stepped, state = solver.step(state, at)
             moving = watch.after(k, at)
-            w = stepped if bool(seen(moving).all()) else torch.where(moving[:, None], stepped, w)
+            w = stepped if moving is None else torch.where(moving[:, None], stepped, w)
             if watch.last == k:
                 break
         return w, state
@@ -144,41 +143,46 @@ class Watch:
         self.iterations = torch.zeros(start.shape[0], dtype=torch.long, device=start.device)
         self.residual = self.size = start.new_zeros(start.shape[0])
         self.trace: list[Tensor] = []
-        self.norms: list[float] = []
-        self.moving: list[Tensor] = []  # at the start of each step
-        self.moved: list[Tensor] = []  # at its end, without the rows that broke down
+        self.norms: list[Tensor] = []
+        self.moving: list[Tensor | None] = []  # at the start of each step; None: all
+        self.moved: list[Tensor | None] = []  # at its end, without the rows that broke down
+        self.whole = True  # whether all rows move
         self.floor = rounding_floor(start.dtype)
         self.last: int | None = None
 
     @torch.no_grad()
-    def before(self, k: int, at: Point) -> Tensor:
-        """Rows that take step ``k``, shape (rows,), measured at its point."""
+    def before(self, k: int, at: Point) -> Tensor | None:
+        """Rows that take step ``k``, shape (rows,), measured at its point; None: all."""
         if k < len(self.moving):
             return self.moving[k]
-        self.moving.append(self.active)
+        self.whole = self.whole or bool(seen(self.active).all())
+        self.moving.append(None if self.whole else self.active)
         difference = torch.linalg.vector_norm(at.fw - at.w, dim=1)
         self.size = torch.linalg.vector_norm(at.fw, dim=1)
         self.residual = torch.where(self.active, relative(difference, self.size), self.residual)
         self.iterations = torch.where(self.active, k + 1, self.iterations)
         residual = seen(self.residual)
         self.trace.append(residual.max() if residual.numel() else residual.new_zeros(()))
-        self.norms.append(float(torch.linalg.vector_norm(seen(difference))))
+        self.norms.append(torch.linalg.vector_norm(seen(difference)))
         if self.stop:
             limit = torch.maximum(self.solver.atol + self.solver.rtol * self.size, self.floor * self.size)
             self.active = self.active & ~(difference <= limit)
+            self.whole = False
         return self.moving[k]
 
     @torch.no_grad()
-    def after(self, k: int, at: Point) -> Tensor:
-        """Rows that step ``k`` has moved, shape (rows,)."""
+    def after(self, k: int, at: Point) -> Tensor | None:
+        """Rows that step ``k`` has moved, shape (rows,); None: all."""
         if k < len(self.moved):
             return self.moved[k]
         moving = self.moving[k]
-        if at.broken is not None:
-            self.broken = self.broken | (at.broken & moving)
-            self.active, moving = self.active & ~self.broken, moving & ~self.broken
+        if at.broken is not None and bool(seen(at.broken).any()):
+            broken = at.broken if moving is None else at.broken & moving
+            self.broken, self.whole = self.broken | broken, False
+            self.active = self.active & ~self.broken
+            moving = ~self.broken if moving is None else moving & ~self.broken
         self.moved.append(moving)
-        if not bool(seen(self.active).any()):
+        if not self.whole and not bool(seen(self.active).any()):
             self.last = k
         return moving
 
@@ -189,7 +193,7 @@ class Watch:
         status = torch.full_like(status, int(Status.fixed_steps)) if self.solver.fixed else status
         status = torch.where(self.broken, int(Status.breakdown), status)
         status = torch.where(torch.isfinite(self.residual), status, int(Status.nonfinite))
-        taken, first, last = len(self.norms), self.norms[0], self.norms[-1]
+        taken, fall = len(self.norms), self.norms[-1] / self.norms[0]
         return SolveStats(
             seen(status).flatten(),
             seen(self.iterations).flatten(),
@@ -198,7 +202,7 @@ class Watch:
             evaluations=cost.evaluations,
             vjps=cost.vjps,
             jvps=cost.jvps,
-            contraction=(last / first) ** (1 / (taken - 1)) if taken > 1 and first > 0 else math.nan,
+            contraction=fall ** (1 / (taken - 1)) if taken > 1 else math.nan,
             trace=torch.stack(self.trace),
             method=f"Unrolled {self.solver.name}",
         )

@@ -328,7 +328,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _rounds(a: Tensor) -> bool:
     """Whether products of matrices are rounded to less than the dtype here."""
-    return a.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
+    return a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def length(a: Tensor) -> Tensor:

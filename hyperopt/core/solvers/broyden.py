@@ -95,7 +95,7 @@ class Broyden(BroydenSettings, FixedPointSolver):
         if state.left.count == state.left.size:
             state = _reduced(state, self.memory // 2)
         product, left_s = state.times(y), state.times(s, transpose=True)
-        denominator = torch.bmm(s[:, None, :], product[:, :, None])[:, 0]
+        denominator = (s * product).sum(dim=1, keepdim=True)
         with torch.no_grad():
             # Written so that NaN counts as unusable. The square root: below it, rounding has taken half the digits of the update.
             size = torch.linalg.vector_norm(s, dim=1, keepdim=True) * torch.linalg.vector_norm(product, dim=1, keepdim=True)

@@ -30,23 +30,28 @@ class Counter(TorchDispatchMode):
     """``with Counter() as count: ...``; then ``count.kernels``, ``count.reads`` and ``count.names``."""
 
     def __init__(self) -> None:
+        """Nothing is counted yet."""
         super().__init__()
         self.kernels, self.waits, self.names = 0, 0, {}
         self._reads = _Reads()
 
     @property
     def reads(self) -> int:
+        """Host reads."""
         return self._reads.reads + self.waits
 
     def __enter__(self) -> Counter:
+        """Begin to count."""
         self._reads.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        """Count no more."""
         super().__exit__(*error)
         self._reads.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the operation and run it."""
         name = func._schema.name.split("::")[1]
         if name in WAITS and name != "_local_scalar_dense":  # those of item are counted where it is called
             self.waits += 1

@@ -1,0 +1,65 @@
+"""The experiment for a GPU runs on the CPU with small sizes, and writes what its page says."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "gpu" / "run.py"
+COMPARED = {"case", "seconds", "seconds alone", "ratio", "peak bytes"}
+SOLVED = {"status", "iterations", "residual"}
+FIELDS = {
+    "right": {"case", "difference"},
+    "counts": {"case", "kernels", "host reads", *SOLVED},
+    "equilibrium": {*COMPARED, "rows", "dim", "precision", "peak states"},
+    "deq": {*COMPARED, "evaluations", "products", "forward", "adjoint"},
+    "trained": {*COMPARED, "weights", "hessian products", "hypergradient"},
+}
+
+
+def run(*options):
+    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
+
+
+def numbers(tree):
+    """All numbers in a tree."""
+    if isinstance(tree, dict | list):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from numbers(each)
+    elif isinstance(tree, int | float):
+        yield tree
+
+
+def test_all_parts_run_on_the_cpu(tmp_path):
+    out = tmp_path / "found.json"
+    done = run("--device", "cpu", "--small", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert list(found) == ["facts", *FIELDS, "tests"] and all(map(math.isfinite, numbers(found)))
+    facts = found["facts"]
+    assert facts["small"] and facts["started"] and facts["versions"]["torch"] and facts["device"]["name"] == "cpu"
+    for part, fields in FIELDS.items():
+        assert found[part]["rows"] and all(fields <= set(row) for row in found[part]["rows"]), part
+    assert all(row["difference"] < 1e-9 for row in found["right"]["rows"])
+    assert {row["status"] for row in found["counts"]["rows"]} == {"converged", "fixed_steps"}
+    assert all(row["host reads"] == 0 for row in found["counts"]["rows"] if row["status"] == "fixed_steps")
+    assert all(value["seconds"] > 0 and value["peak bytes"] > 0 for part in list(FIELDS)[2:] for value in found[part]["rows"])
+    first, second = (row["hypergradient"] for row in found["trained"]["rows"])
+    assert first == pytest.approx(second, rel=1e-2)  # by conjugate gradients and by the Neumann series
+    assert found["tests"]["failed"] == 0 and found["tests"]["passed"] + found["tests"]["skipped"] > 0
+
+
+def test_a_part_without_time_says_so_and_a_file_that_exists_is_not_written(tmp_path):
+    out = tmp_path / "found.json"
+    few = ("--device", "cpu", "--small", "--out", str(out), "--parts", "counts")
+    late = run(*few, "--seconds", "0")
+    text = out.read_text()
+    found = json.loads(text)["counts"]
+    assert late.returncode == 1 and "failed: counts" in late.stderr
+    assert found["rows"] == [] and "raise --seconds" in found["error"]
+    again = run(*few)
+    assert again.returncode == 2 and f"{out} exists; give another file with --out" in again.stderr
+    assert out.read_text() == text
