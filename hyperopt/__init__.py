@@ -28,6 +28,10 @@ _PUBLIC = {
     "over_ranks": "hyperopt.bilevel.over_ranks",
     "mean_over_ranks": "hyperopt.core.distributed",
     "InexactError": "hyperopt.core.differentiate",
+    "LinearOperator": "hyperopt.core.operator",
+    "FunctionOperator": "hyperopt.core.operator",
+    "MatrixOperator": "hyperopt.core.operator",
+    "ClosedForm": "hyperopt.core.operator",
     "Picard": "hyperopt.core.solvers.picard",
     "Anderson": "hyperopt.core.solvers.anderson",
     "RRE": "hyperopt.core.solvers.rre",
@@ -138,6 +142,10 @@ if TYPE_CHECKING:
     from hyperopt.core.linear.neumann import Neumann as Neumann
     from hyperopt.core.linear.normal_cg import NormalCG as NormalCG
     from hyperopt.core.linear.nystrom import Nystrom as Nystrom
+    from hyperopt.core.operator import ClosedForm as ClosedForm
+    from hyperopt.core.operator import FunctionOperator as FunctionOperator
+    from hyperopt.core.operator import LinearOperator as LinearOperator
+    from hyperopt.core.operator import MatrixOperator as MatrixOperator
     from hyperopt.core.policy import SolveError as SolveError
     from hyperopt.core.policy import SolveWarning as SolveWarning
     from hyperopt.core.purity import ImpureMapError as ImpureMapError
