@@ -94,9 +94,12 @@ def test_a_parameter_through_a_custom_function_is_refused_unless_given(monkeypat
 def test_ranks_of_different_sizes_weigh_their_rows(monkeypatch):
     sums = []
     monkeypatch.setattr(distributed, "ranks", lambda: 2)
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda value: sums.append(value) or torch.full_like(value, 8.0))
-    hyperopt.mean_over_ranks(lambda: torch.tensor(4.0, dtype=torch.float64), rows=2)
-    assert [float(value) for value in sums] == [2.0, 1.0]  # its rows, and 2 / 8 of its mean
+    # The other rank has six rows, of mean 12.
+    other = torch.tensor([72.0, 6.0], dtype=torch.float64)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda value: sums.append(value) or value + other)
+    mean = hyperopt.mean_over_ranks(lambda: torch.tensor(4.0, dtype=torch.float64), rows=2)
+    assert float(mean) == 10.0
+    assert [value.tolist() for value in sums] == [[8.0, 2.0]]  # one message: the sum over its rows, and how many they are
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):

@@ -241,10 +241,8 @@ def mean_over_ranks(function: Callable[..., Tensor], *args: Any, rows: int | Non
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows={rows} on this rank: each needs one at least; use fewer ranks, or larger batches")
-    count = ranks()
-    if count == 1:
+    if ranks() == 1:
         return function(*args)
-    weight = 1 / count if rows is None else rows / float(sum_over_ranks(torch.tensor(float(rows), dtype=torch.float64)))
     sharing = _Sharing()
     args = sharing.share(args)
     with sharing:
@@ -255,4 +253,7 @@ def mean_over_ranks(function: Callable[..., Tensor], *args: Any, rows: int | Non
             f"the function uses a tensor of shape {tuple(leaf.shape)} that requires grad through a custom autograd.Function: its "
             "derivative would be that of this rank's rows alone; pass it through args"
         )
-    return _Total.apply(value * weight)[0]  # pyright: ignore[reportOptionalSubscript]
+    # The value and the rows travel in one message.
+    part, weight = (value, 1.0) if rows is None else (value * rows, float(rows))
+    total, whole = _Total.apply(part, value.detach().new_tensor(weight))  # pyright: ignore[reportGeneralTypeIssues]
+    return total / whole.detach()
