@@ -31,6 +31,7 @@ from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
 from hyperopt.core.loop import FLOOR, relative, run
 from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.process import Outcome, Process
+from hyperopt.core.solvers.window import full_precision
 from hyperopt.core.status import SolveStats, Status
 
 IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row
@@ -75,10 +76,8 @@ class KrylovSolver(LinearSolver):
             empty = b.new_zeros(b.shape[0])
             return LinearSolution(b, SolveStats(zeros + Status.converged, zeros, empty, empty, method=self.name))
         kind = b.device.type
-        if not torch.is_autocast_enabled(kind):
-            return Recurrence(self, as_operator(matvec), b, x0, trace).solve()
-        products = torch.autocast(kind, torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):  # for the method, but not for the products
+        products = torch.autocast(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        with full_precision(b):  # the method, but not the products
             return Recurrence(self, as_operator(matvec), b, x0, trace, products).solve()
 
 
