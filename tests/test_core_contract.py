@@ -278,3 +278,17 @@ def test_16_unknown_keywords_are_refused_and_nothing_of_the_caller_changes():
     square(value).backward()
     torch.testing.assert_close((w0, b.detach()), before, rtol=0, atol=0)
     assert solver == Anderson(1e-8)
+
+
+@pytest.mark.parametrize("atol", [0.0, 1e-3])
+def test_the_trace_is_of_relative_residuals_whatever_the_tolerance(atol):
+    m, b = problem()
+    sol = fixed_point(lambda w: 100 * torch.tanh(w @ m / 100 + b), torch.zeros(4, 3), solver=Picard(1e-8, atol))
+    w, want = torch.zeros(4, 3), []
+    for _ in range(sol.forward.evaluations):
+        fw = (100 * torch.tanh(w @ m / 100 + b)).detach()
+        want.append(float((torch.linalg.vector_norm(fw - w, dim=1) / torch.linalg.vector_norm(fw, dim=1)).max()))
+        w = fw
+    assert sol.status == Status.converged
+    close(sol.forward.trace[-1], torch.tensor(want[-1]), rtol=1e-6)
+    close(sol.forward.trace, torch.tensor(want), rtol=1e-9 if atol else 0.1)  # else by the scale at the next look

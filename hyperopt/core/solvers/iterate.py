@@ -109,6 +109,8 @@ class FixedPointProcess(Process):
         self.floor = rounding_floor(w0.dtype)
         self.rtol = max(solver.rtol, self.floor)
         self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
+        # With an absolute tolerance the loop's ratios are not relative residuals, which are then taken at every evaluation.
+        self.trace: list[Tensor] = []
         self.cost = Cost()
         self.w, self.state = w0, solver.init(w0)
         self.part: Map = phi  # the map of the batch
@@ -139,6 +141,8 @@ class FixedPointProcess(Process):
         norm = torch.linalg.vector_norm(residual, dim=1)
         if self.bounds is None and self.given is None:
             self.bounds = self._bounds(at, norm)
+        if self.solver.atol:
+            self.trace.append(relative(norm, self._scale()).amax())
         return norm
 
     def _bounds(self, at: Point, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,6 +239,7 @@ class FixedPointProcess(Process):
     def stats(self, outcome: Outcome) -> SolveStats:
         """Statistics of a run."""
         scale = (outcome.limits - self.solver.atol if self.solver.atol else outcome.limits) / self.rtol
+        seen = [ratio * self.rtol for ratio in outcome.trace]
         return SolveStats(
             outcome.status,
             outcome.iterations,
@@ -244,7 +249,7 @@ class FixedPointProcess(Process):
             vjps=self.cost.vjps,
             jvps=self.cost.jvps,
             contraction=outcome.contraction,
-            trace=torch.tensor([ratio * self.rtol for ratio in outcome.trace], dtype=outcome.residual.dtype),
+            trace=torch.stack(self.trace) if self.trace else torch.tensor(seen, dtype=outcome.residual.dtype),
             method=self.solver.name,
         )
 
