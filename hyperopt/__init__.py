@@ -23,7 +23,7 @@ _PUBLIC = {
     "check_hypergradient": "hyperopt.core.verify",
     "compare_adjoints": "hyperopt.core.verify",
     "ClosureError": "hyperopt.core.captured",
-    "ImpureMapError": "hyperopt.core.purity",
+    "ImpureMapError": "hyperopt.core.draws",
     "check_map": "hyperopt.core.purity",
     "over_ranks": "hyperopt.bilevel.over_ranks",
     "mean_over_ranks": "hyperopt.core.distributed",
@@ -132,6 +132,7 @@ if TYPE_CHECKING:
     from hyperopt.core.diagnose import diagnose as diagnose
     from hyperopt.core.differentiate import InexactError as InexactError
     from hyperopt.core.distributed import mean_over_ranks as mean_over_ranks
+    from hyperopt.core.draws import ImpureMapError as ImpureMapError
     from hyperopt.core.fixed_point import fixed_point as fixed_point
     from hyperopt.core.linear.anderson import LinearAnderson as LinearAnderson
     from hyperopt.core.linear.bicgstab import BiCGStab as BiCGStab
@@ -148,7 +149,6 @@ if TYPE_CHECKING:
     from hyperopt.core.operator import MatrixOperator as MatrixOperator
     from hyperopt.core.policy import SolveError as SolveError
     from hyperopt.core.policy import SolveWarning as SolveWarning
-    from hyperopt.core.purity import ImpureMapError as ImpureMapError
     from hyperopt.core.purity import check_map as check_map
     from hyperopt.core.solvers.anderson import Anderson as Anderson
     from hyperopt.core.solvers.broyden import Broyden as Broyden

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import Swap, functorch_level
+from hyperopt.core.draws import Unreplayed
 from hyperopt.core.operator import ClosedForm
+from hyperopt.core.purity import random_map
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import Solution
@@ -38,6 +40,7 @@ class Problem:
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
         has_aux: whether the map returns ``(state, aux)``.
         aux: the aux of the latest evaluation, detached.
+        watched: whether an evaluation was looked at for random numbers; filled by the first.
     """
 
     phi: Callable[..., Any]
@@ -53,6 +56,7 @@ class Problem:
     keep_state: bool = False
     has_aux: bool = False
     aux: list[Any] = field(default_factory=list)
+    watched: list[bool] = field(default_factory=list)
 
     @cached_property
     def pullback(self) -> Callable[..., Any] | None:
@@ -78,7 +82,13 @@ class Problem:
         state = self.layout.tree(w)
         given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
         before = [x._version for x in given]
-        if swap is None:
+        if not self.watched and not torch.compiler.is_compiling():
+            self.watched.append(True)
+            with Unreplayed() as mode:
+                out = self.phi(state, *args) if swap is None else swap.call(self.phi, state, args)
+            if mode.random:
+                raise random_map(self.phi, self.args)
+        elif swap is None:
             out = self.phi(state, *args)
         else:  # nothing but the map itself runs under the mode, which makes each operation slower
             out = swap.call(self.phi, state, args)
