@@ -33,6 +33,7 @@ from hyperopt.core.process import Outcome, Process
 from hyperopt.core.status import Status
 
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
+ROUNDED = 0.5  # times the eps to which the factors of products are rounded, where their sums are not
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
 AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
@@ -42,9 +43,29 @@ LONGEST = 64  # most iterations between two looks
 MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
 
 
-def rounding_floor(dtype: torch.dtype) -> float:
-    """The least relative residual that can be asked for in ``dtype``."""
-    return FLOOR * torch.finfo(dtype).eps
+def rounding_floor(dtype: torch.dtype, device: torch.device | None = None) -> float:
+    """The least relative residual that can be asked for in ``dtype``, in the precision that products have now on ``device``."""
+    return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * product_eps(dtype, device))
+
+
+def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
+    """The rounding of the factors of a matrix product: that of autocast's dtype, of TF32, or of ``dtype`` itself.
+
+    float64 is left alone by both. ``torch.set_float32_matmul_precision("medium")`` allows bfloat16.
+    """
+    eps = torch.finfo(dtype).eps
+    if device is None or dtype == torch.float64:
+        return eps
+    if torch.is_autocast_enabled(device.type):
+        return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    if dtype != torch.float32:
+        return eps
+    precision = torch.get_float32_matmul_precision()
+    if precision == "medium":
+        return torch.finfo(torch.bfloat16).eps
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and precision == "high":
+        return 2.0**-10
+    return eps
 
 
 def relative(difference: Tensor, scale: Tensor) -> Tensor:
