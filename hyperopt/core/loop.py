@@ -29,6 +29,7 @@ import math
 import torch
 from torch import Tensor
 
+from hyperopt.core.precision import product_eps
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.status import Status
 
@@ -43,29 +44,15 @@ LONGEST = 64  # most iterations between two looks
 MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
 
 
-def rounding_floor(dtype: torch.dtype, device: torch.device | None = None) -> float:
-    """The least relative residual that can be asked for in ``dtype``, in the precision that products have now on ``device``."""
-    return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * product_eps(dtype, device))
+def rounding_floor(dtype: torch.dtype, device: torch.device | None = None, rounding: float = 0.0) -> float:
+    """The least relative residual that can be asked for in ``dtype``.
 
-
-def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
-    """The rounding of the factors of a matrix product: that of autocast's dtype, of TF32, or of ``dtype`` itself.
-
-    float64 is left alone by both. ``torch.set_float32_matmul_precision("medium")`` allows bfloat16.
+    Args:
+        dtype: of the matrices.
+        device: where they are: the precision is known that products have there now, under autocast or with TF32.
+        rounding: the eps of what they are made from, where that is larger.
     """
-    eps = torch.finfo(dtype).eps
-    if device is None or dtype == torch.float64:
-        return eps
-    if torch.is_autocast_enabled(device.type):
-        return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
-    if dtype != torch.float32:
-        return eps
-    precision = torch.get_float32_matmul_precision()
-    if precision == "medium":
-        return torch.finfo(torch.bfloat16).eps
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and precision == "high":
-        return 2.0**-10
-    return eps
+    return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * max(product_eps(dtype, device), rounding))
 
 
 def relative(difference: Tensor, scale: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class InnerSolver(InnerSettings, ABC):
 
     def remedy(self, lam: Any) -> str:
         """What to change when training diverges."""
-        return "lower the learning rate of inner"
+        return f"lower the learning rate of {self.name}"
 
 
 class DifferentiableSolver(InnerSolver):
@@ -247,5 +247,5 @@ def rate(value: float | str, lam: Any, key: str) -> Any:
         return value
     if not isinstance(lam, dict) or value not in lam:
         has = f"has the names {', '.join(map(str, lam))}" if isinstance(lam, dict) else f"is a {type(lam).__name__}"
-        raise ValueError(f"{key}={value!r} names a hyperparameter, but lam {has}; change {key} to a number or such a name")
+        raise ValueError(f"{key}={value!r} names a hyperparameter, but lam {has}; change it to a number or such a name")
     return lam[value]

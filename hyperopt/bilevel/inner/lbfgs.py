@@ -68,7 +68,7 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
 
     def remedy(self, lam: Any) -> str:
         """What to change."""
-        return "the inner loss is unbounded below or not finite: add a penalty, or use inner=gradient_descent"
+        return "the inner loss is unbounded below or not finite: add a penalty, or use GradientDescent"
 
 
 class _Run:
