@@ -78,7 +78,7 @@ _PUBLIC = {
     "F2SA": "hyperopt.bilevel.f2sa",
     "VPBGD": "hyperopt.bilevel.v_pbgd",
     "Nystrom": "hyperopt.core.linear.nystrom",
-    "Hyperparameters": "hyperopt.spaces",
+    "Hyperparameters": "hyperopt.hyperparameters",
     "Space": "hyperopt.spaces",
     "Real": "hyperopt.spaces",
     "Positive": "hyperopt.spaces",
@@ -94,6 +94,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from hyperopt import bilevel as bilevel
+    from hyperopt import core as core
+    from hyperopt import data as data
+    from hyperopt import nn as nn
+    from hyperopt import regularise as regularise
+    from hyperopt import stn as stn
+    from hyperopt import tasks as tasks
     from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
@@ -163,9 +170,9 @@ if TYPE_CHECKING:
     from hyperopt.core.verify import check_hypergradient as check_hypergradient
     from hyperopt.core.verify import compare_adjoints as compare_adjoints
     from hyperopt.exporting.load import load_exported as load_exported
+    from hyperopt.hyperparameters import Hyperparameters as Hyperparameters
     from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.spaces import Bounded as Bounded
-    from hyperopt.spaces import Hyperparameters as Hyperparameters
     from hyperopt.spaces import Positive as Positive
     from hyperopt.spaces import Real as Real
     from hyperopt.spaces import Simplex as Simplex
@@ -177,4 +184,5 @@ if TYPE_CHECKING:
     from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
-__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__)
+_PACKAGES = ("bilevel", "core", "data", "exporting", "nn", "regularise", "reporting", "stn", "tasks")
+__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, packages=_PACKAGES)

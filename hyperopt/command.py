@@ -19,6 +19,7 @@ from hyperopt.launch import lead
 from hyperopt.messages import explain
 from hyperopt.preflight import Preflight, Refusal
 from hyperopt.resolvers import config_path
+from hyperopt.schema import KEYS
 from hyperopt.workers import LAUNCHER, THREADS
 
 register()
@@ -59,7 +60,7 @@ def launch() -> None:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    message = explain(error)
+    message = explain(error, KEYS)
     failed = Preflight.failures()
     if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)

@@ -352,7 +352,7 @@ def test_a_full_step_that_a_line_search_accepts_is_not_evaluated_again():
 
 def test_a_state_too_large_for_dense_is_refused_with_its_size():
     for solver in (Newton(), Chord()):
-        with pytest.raises(ValueError, match=rf"{type(solver).__name__}: .*2 rows of 50000 entries.*37.3 GiB.*newton_krylov"):
+        with pytest.raises(ValueError, match=rf"{type(solver).__name__}: .*2 rows of 50000 entries.*37.3 GiB.*NewtonKrylov"):
             fixed_point(lambda w: 0.5 * w, torch.zeros(2, 50000), solver=solver)
     with pytest.raises(ValueError, match="raise max_gib"):
         fixed_point(lambda w: 0.5 * w, torch.zeros(2, 50), solver=Newton(max_gib=1e-6))
@@ -360,7 +360,7 @@ def test_a_state_too_large_for_dense_is_refused_with_its_size():
 
 def test_newton_krylov_cannot_be_unrolled_but_its_last_steps_can():
     m, b = (x.requires_grad_() for x in tanh_map(q=0.5))
-    with pytest.raises(ValueError, match=r"NewtonKrylov cannot be differentiated.*last=k.*solver=newton"):
+    with pytest.raises(ValueError, match=r"NewtonKrylov cannot be differentiated.*last=k.*Newton"):
         fixed_point(lambda w: torch.tanh(w @ m + b), torch.zeros(3, 6), solver=NewtonKrylov(), adjoint=Unrolled())
     sol = fixed_point(lambda w: torch.tanh(w @ m + b), torch.zeros(3, 6), solver=NewtonKrylov(1e-12), adjoint=Unrolled(last=60))
     exact = fixed_point(lambda w: torch.tanh(w @ m + b), torch.zeros(3, 6), solver=NewtonKrylov(1e-12), adjoint=EXACT)
@@ -457,7 +457,7 @@ def test_shine_measures_its_true_residual():
 def test_shine_needs_a_solver_that_keeps_an_inverse():
     for solver in (Picard(), Anderson(), Newton(), NewtonKrylov()):
         name = type(solver).__name__
-        with pytest.raises(ValueError, match=rf"Shine: {name} keeps no inverse.*solver=broyden.*adjoint=neumann"):
+        with pytest.raises(ValueError, match=rf"Shine: {name} keeps no inverse.*Broyden.*Chord.*Implicit\(\)"):
             fixed_point(lambda w: 0.5 * w, torch.zeros(2, 3), solver=solver, adjoint=Shine())
     with pytest.raises(TypeError, match="linear_solver"):
         Shine(linear_solver=Picard())  # pyright: ignore[reportArgumentType]

@@ -132,5 +132,5 @@ def dependent(found: list[Tensor | None], names: Sequence[str]) -> list[Tensor |
         return found
     raise ValueError(
         f"the gradient of the inner loss depends on none of {', '.join(names)}: the implicit hypergradient is exactly zero. Use "
-        "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=unrolled"
+        "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=Unrolled()"
     )

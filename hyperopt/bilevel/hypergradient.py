@@ -50,8 +50,8 @@ def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None,
         if not isinstance(inner, DifferentiableSolver):
             what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
             raise ValueError(
-                f"{type(adjoint).__name__} goes back through training, but {what}; use inner=gradient_descent, "
-                "inner=heavy_ball or inner=adam, or an implicit adjoint (adjoint=cg)"
+                f"{type(adjoint).__name__} goes back through training, but {what}; use GradientDescent, HeavyBall or InnerAdam "
+                "for inner, or an implicit adjoint, adjoint=Implicit(CG())"
             )
         return UnrolledEstimator(adjoint, inner)
     raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")

@@ -65,15 +65,26 @@ class At:
         self.weights, self.hyper = layout_of(w.tree, "joint"), layout_of(lam.tree, "joint")
         self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
         self.cost = Cost()
+        self.curvature: Hessian | None = None  # of the inner loss, on the batch of the last call of ``inner``
 
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
-        curvature = Hessian(self.problem, self.w, self.lam, batch)
+        self.curvature = curvature = Hessian(self.problem, self.w, self.lam, batch)
         product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
         self.cost.inner_gradients += curvature.gradients
         self.cost.hessian_products += curvature.matvecs
         self.cost.mixed_products += curvature.mixed_products
         return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
+
+    def after(self, residual: Tensor, step: float) -> Callable[[], float]:
+        """What gives the norm of a residual after a step: ``(I - step H) r``, of ``grad_w L`` and of ``H u - d_w E`` alike."""
+
+        def norm() -> float:
+            assert self.curvature is not None
+            self.cost.hessian_products += 1
+            return float((residual - step * self.curvature.matvec(residual)).norm())
+
+        return norm
 
     def outer(self, batch: Any) -> tuple[float, Tensor, Tensor]:
         """``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
@@ -101,12 +112,15 @@ class SingleLoop(SOBASettings, Estimator):
         at = At(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
-        growth = Growth(name, memory)
-        trained = growth.see("inner", float(terms.inner.norm()), f"adjoint.step_size={self.step_size:g}")
+        growth, factor = Growth(name, memory), self.factor(memory["steps"])
         step = self.step_size if self.adjoint_step is None else self.adjoint_step
-        remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
-        solved = growth.see("adjoint", float(slope.norm()), remedy, scale=float(terms.outer.norm()))
-        factor = self.factor(memory["steps"])
+        trained = growth.see(
+            "inner", float(terms.inner.norm()), f"step_size={self.step_size:g}", at.after(terms.inner, factor * self.step_size)
+        )
+        remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
+        solved = growth.see(
+            "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
+        )
         slopes = leaves_of(at.weights.tree(terms.inner))
         commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
         write()

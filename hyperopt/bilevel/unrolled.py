@@ -23,7 +23,7 @@ from torch import Tensor
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.gradient_map import GradientMap
-from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, gradient
+from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.reverse import Passed, reverse
 from hyperopt.core.adjoints.checkpointed import Checkpointed
@@ -104,16 +104,25 @@ class UnrolledEstimator(Estimator):
         Returns the statistics and the gradients that it took.
         """
         at = optree.tree_map(torch.Tensor.detach, lam.tree)
-        watch = Watch(replace(self.inner, rtol=0.0, atol=0.0), state.memory.setdefault("inner", {}))
-        start = Leaves.of(state.w, "w")
-        first = "scale" not in watch.memory
-        if first:
-            watch.see(0, gradient(problem, start, at, batches[0])[1])
-        watch.wants(self.inner.max_steps - 1)
-        watch.see(self.inner.max_steps, gradient(problem, Leaves.of(w, "w"), at, batches[-1])[1])
+        begin, end = Leaves.of(state.w, "w"), Leaves.of(w, "w")
+        watch = Watch(replace(self.inner, rtol=0.0, atol=0.0), state.memory.setdefault("inner", {}), begin)
+        steps, looks = self.inner.max_steps, 0
+
+        def look(k: int, w: Leaves, batch: Any) -> None:
+            nonlocal looks
+            watch.see(k, gradient(problem, w, at, batch)[1], curvature_at(problem, w, at, batch))
+            looks += 1
+
+        watch.wants(steps - 1)
+        if "scale" not in watch.memory:
+            look(0, begin, batches[0])
+        look(steps, end, batches[-1])
+        if watch.lost and looks == 1:  # the hyperparameters may have moved far since the last training
+            look(0, begin, batches[0])
+            look(steps, end, batches[-1])
         if watch.lost:
-            raise SolveError(self.inner.diverged(problem, start, at, batches[0], watch.growth))
-        return watch.stats(), 1 + first
+            raise SolveError(self.inner.diverged(problem, begin, at, batches[0], watch.growth))
+        return watch.stats(), looks + watch.gradients
 
     def _refuse(self, lam: Leaves) -> NoReturn:
         raise ValueError(

@@ -70,11 +70,11 @@ class Diagnosis:
     def __str__(self) -> str:
         """The three numbers and what they mean for the choice of methods."""
         if not self.radius < 1:
-            advice = "Picard and Neumann do not converge; use Anderson and GMRES (solver=anderson, adjoint=gmres)"
+            advice = "Picard and Neumann do not converge; use Anderson, and GMRES for the adjoint"
         elif not self.norm < 1:
             advice = "Picard and Neumann converge, but may grow before they do: the map does not contract in norm"
         elif self.radius > 0.95:
-            advice = "the map contracts slowly; Anderson and GMRES (solver=anderson, adjoint=gmres) need fewer steps"
+            advice = "the map contracts slowly; Anderson, and GMRES for the adjoint, need fewer steps"
         else:
             advice = "the map contracts; Picard and Neumann are right"
         how = "exact" if self.exact else "estimated"

@@ -121,7 +121,8 @@ def fixed_point(
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace, has_aux=has_aux)
-    report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
+    floor = rounding_floor(start.dtype, start.device, layout.rounding)
+    report_floor(solver, floor, start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     solution = adjoint.run(problem)
     if has_aux:

@@ -29,10 +29,12 @@ import math
 import torch
 from torch import Tensor
 
+from hyperopt.core.precision import product_eps
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.status import Status
 
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
+ROUNDED = 0.5  # times the eps to which the factors of products are rounded, where their sums are not
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
 AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
@@ -42,9 +44,15 @@ LONGEST = 64  # most iterations between two looks
 MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
 
 
-def rounding_floor(dtype: torch.dtype) -> float:
-    """The least relative residual that can be asked for in ``dtype``."""
-    return FLOOR * torch.finfo(dtype).eps
+def rounding_floor(dtype: torch.dtype, device: torch.device | None = None, rounding: float = 0.0) -> float:
+    """The least relative residual that can be asked for in ``dtype``.
+
+    Args:
+        dtype: of the matrices.
+        device: where they are: the precision is known that products have there now, under autocast or with TF32.
+        rounding: the eps of what they are made from, where that is larger.
+    """
+    return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * max(product_eps(dtype, device), rounding))
 
 
 def relative(difference: Tensor, scale: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
     if count(what, name, f"floor of {dtype}") == 1:
         warn(
             f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}, so {floor:.1e} is used; "
-            "raise rtol or compute in float64 (precision=float64)"
+            "raise rtol or compute in float64"
         )
 
 

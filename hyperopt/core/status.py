@@ -41,16 +41,16 @@ _MESSAGES = {
     Status.converged: "the residual met its tolerance",
     Status.fixed_steps: "exactly max_steps steps were taken, as asked for by rtol=0, atol=0",
     Status.max_steps: "the tolerance was not met within max_steps; raise max_steps, loosen rtol or choose another method",
-    Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or compute in float64 (precision=float64)",
+    Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or compute in float64",
     Status.coupled_rows: "the residual of a finished row rose again: rows depend on each other; use rows='joint'",
     Status.breakdown: "the method broke down (a division by zero or a singular system); choose another method",
     Status.negative_curvature: (
         "a direction of negative curvature was met: I - J is not positive definite (an inner loss that is not convex here?); use "
-        "MINRES (adjoint=minres), curvature='gauss_newton', or add a quadratic penalty to the inner loss"
+        "MINRES, curvature='gauss_newton', or add a quadratic penalty to the inner loss"
     ),
     Status.diverged: (
-        "the residual grew: the map does not contract here; use Anderson (solver=anderson) or, for the adjoint, GMRES "
-        "(adjoint=gmres), damp it, or bound its Jacobian's norm"
+        "the residual grew: the map does not contract here; use Anderson or, for the adjoint, GMRES, damp it, or "
+        "bound its Jacobian's norm"
     ),
     Status.nonfinite: "a NaN or infinity was met; check the inputs, lower the step size or the scale of the parameters",
 }

@@ -50,6 +50,11 @@ class Layout:
     scales: tuple[float, ...] = ()
 
     @property
+    def rounding(self) -> float:
+        """The largest eps of the leaves' dtypes: a state in bfloat16 is one, also as a matrix in float32."""
+        return max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+
+    @property
     def trivial(self) -> bool:
         """Whether the tree is the matrix itself."""
         one = len(self.shapes) == 1 and self.shapes[0] == (self.rows, self.widths[0]) and self.dtypes[0] == self.dtype

@@ -31,7 +31,7 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.spaces import Hyperparameters
+from hyperopt.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
 from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.scores import scores

@@ -37,7 +37,7 @@ class InnerAdam(InnerAdamSettings, DifferentiableSolver):
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """One step, in the graph."""
-        lr, (b1, b2), count = rate(self.lr, lam, "inner.lr"), self.betas, buffers[-1].detach() + 1
+        lr, (b1, b2), count = rate(self.lr, lam, "InnerAdam: lr"), self.betas, buffers[-1].detach() + 1
         means, squares = buffers[: len(w)], buffers[len(w) : -1]
         means = [b1 * m + (1 - b1) * g for m, g in zip(means, grads, strict=True)]
         squares = [b2 * v + (1 - b2) * g.square() for v, g in zip(squares, grads, strict=True)]
@@ -47,7 +47,7 @@ class InnerAdam(InnerAdamSettings, DifferentiableSolver):
 
     def remedy(self, lam: Any) -> str:
         """Name the learning rate."""
-        return f"lower inner.lr={float(rate(self.lr, lam, 'inner.lr')):g}"
+        return f"lower lr={float(rate(self.lr, lam, 'InnerAdam: lr')):g} of InnerAdam"
 
 
 def root(v: Tensor) -> Tensor:

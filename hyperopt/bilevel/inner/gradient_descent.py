@@ -21,7 +21,7 @@ class GradientDescent(GradientDescentSettings, DifferentiableSolver):
         return float(self._step(lam))
 
     def _step(self, lam: Any) -> Any:
-        return rate(self.step_size, lam, "inner.step_size")
+        return rate(self.step_size, lam, "GradientDescent: step_size")
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: Any) -> None:
         """One step, in place."""
@@ -38,4 +38,4 @@ class GradientDescent(GradientDescentSettings, DifferentiableSolver):
 
     def remedy(self, lam: Any) -> str:
         """Name the step size."""
-        return f"lower inner.step_size={float(self._step(lam)):g}"
+        return f"lower step_size={float(self._step(lam)):g} of GradientDescent"

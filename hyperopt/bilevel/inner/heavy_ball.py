@@ -26,7 +26,7 @@ class HeavyBall(HeavyBallSettings, DifferentiableSolver):
     keeps_buffers = True
 
     def _rates(self, lam: Any) -> tuple[Any, Any]:
-        return rate(self.step_size, lam, "inner.step_size"), rate(self.momentum, lam, "inner.momentum")
+        return rate(self.step_size, lam, "HeavyBall: step_size"), rate(self.momentum, lam, "HeavyBall: momentum")
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """The momentum of each tensor."""
@@ -50,4 +50,4 @@ class HeavyBall(HeavyBallSettings, DifferentiableSolver):
     def remedy(self, lam: Any) -> str:
         """Name the rates."""
         step, momentum = (float(x) for x in self._rates(lam))
-        return f"lower inner.step_size={step:g} (stable below 2 (1 + momentum) / L, inner.momentum={momentum:g})"
+        return f"lower step_size={step:g} of HeavyBall (it is stable below 2 (1 + momentum) / L, with momentum={momentum:g})"

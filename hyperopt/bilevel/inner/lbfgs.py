@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
-from hyperopt.bilevel.inner.base import InnerSolver, Watch, gradient
+from hyperopt.bilevel.inner.base import InnerSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import LBFGSSettings
 from hyperopt.core.policy import SolveError
@@ -41,17 +41,18 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         """
         w = Leaves.of(state.w, "w")
         lam = optree.tree_map(lambda x: x.detach(), lam)
-        watch = Watch(self, state.memory.setdefault("inner", {}))
+        watch = Watch(self, state.memory.setdefault("inner", {}), w)
         batch = problem.inner_batches.draw()
+        here = curvature_at(problem, w, lam, batch)
         run = _Run(problem, w, lam, batch, self.history)
         ended, best = None, math.inf
         for k in range(self.max_steps):
             watch.wants(k)
-            watch.see(k, run.gradient())
+            watch.see(k, run.gradient(), here)
             if run.searched_out and not watch.norm < best:
                 ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
                 run.restore()
-                watch.see(k, run.gradient())
+                watch.see(k, run.gradient(), here)
                 break
             if watch.lost:
                 raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
@@ -62,12 +63,12 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         if problem.refresh is not None:
             problem.refresh(state.w, lam, batch)
         stats = watch.stats(ended)
-        stats.evaluations = run.spent
+        stats.evaluations = run.spent + watch.gradients
         return stats
 
     def remedy(self, lam: Any) -> str:
         """What to change."""
-        return "the inner loss is unbounded below or not finite: add a penalty, or use inner=gradient_descent"
+        return "the inner loss is unbounded below or not finite: add a penalty, or use GradientDescent"
 
 
 class _Run:

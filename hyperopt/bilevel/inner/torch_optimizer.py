@@ -25,13 +25,13 @@ class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
         """
         make = getattr(torch.optim, self.optimizer, None)
         if make is torch.optim.LBFGS:
-            raise ValueError("TorchOptimizer: LBFGS needs a line search of its own; use inner=lbfgs")
+            raise ValueError("TorchOptimizer: LBFGS needs a line search of its own; use InnerLBFGS")
         if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
-            raise ValueError(f"TorchOptimizer: torch.optim has no optimizer {self.optimizer!r}; change inner.optimizer")
+            raise ValueError(f"TorchOptimizer: torch.optim has no optimizer {self.optimizer!r}; change optimizer")
         try:
             optimizer = make(list(w), lr=self.lr, **self.options)  # pyright: ignore[reportCallIssue]
         except TypeError as error:
-            raise ValueError(f"TorchOptimizer: {self.optimizer} refuses {self.options}: {error}; change inner.options") from error
+            raise ValueError(f"TorchOptimizer: {self.optimizer} refuses {self.options}: {error}; change options") from error
         if self.keep and "moments" in memory:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": memory["moments"]})
         return optimizer
@@ -49,4 +49,4 @@ class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
 
     def remedy(self, lam: Any) -> str:
         """Name the learning rate."""
-        return f"lower inner.lr={self.lr:g} ({self.optimizer})"
+        return f"lower lr={self.lr:g} of TorchOptimizer ({self.optimizer})"

@@ -99,7 +99,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     if not solver.differentiable:
         raise ValueError(
             f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
-            "from its solution, or use another solver, Newton (solver=newton), or adjoint, Implicit() (adjoint=neumann)"
+            "from its solution, or use another solver, Newton, or adjoint, Implicit()"
         )
     watch = Watch(solver, start, stop)
 
@@ -147,7 +147,7 @@ class Watch:
         self.moving: list[Tensor | None] = []  # at the start of each step; None: all
         self.moved: list[Tensor | None] = []  # at its end, without the rows that broke down
         self.whole = True  # whether all rows move
-        self.floor = rounding_floor(start.dtype)
+        self.floor = rounding_floor(start.dtype, start.device)
         self.last: int | None = None
 
     @torch.no_grad()

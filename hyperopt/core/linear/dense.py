@@ -69,7 +69,7 @@ class Dense(DenseSettings, Refinement):
         if rows * dim * dim > self.max_entries:
             raise ValueError(
                 f"Dense: {rows} rows of {dim} unknowns make matrices of {rows * dim * dim} numbers, above "
-                f"max_entries={self.max_entries}; use gmres (GMRES), or raise adjoint.linear_solver.max_entries"
+                f"max_entries={self.max_entries}; use GMRES, or raise max_entries"
             )
         matrix = run.operator.closed_form()
         if matrix is None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
-from hyperopt.core.loop import FLOOR, relative, run
+from hyperopt.core.loop import FLOOR, relative, rounding_floor, run
 from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.solvers.window import full_precision
@@ -77,8 +77,10 @@ class KrylovSolver(LinearSolver):
             return LinearSolution(b, SolveStats(zeros + Status.converged, zeros, empty, empty, method=self.name))
         kind = b.device.type
         products = torch.autocast(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        operator = as_operator(matvec)
+        floor = rounding_floor(b.dtype, b.device, operator.rounding)
         with full_precision(b):  # the method, but not the products
-            return Recurrence(self, as_operator(matvec), b, x0, trace, products).solve()
+            return Recurrence(self, operator, b, x0, trace, products, floor).solve()
 
 
 class Recurrence(Process):
@@ -100,9 +102,16 @@ class Recurrence(Process):
     rise = math.inf
 
     def __init__(
-        self, method: KrylovSolver, operator: LinearOperator, b: Tensor, x0: Tensor | None, trace: bool, products: Any = None
+        self,
+        method: KrylovSolver,
+        operator: LinearOperator,
+        b: Tensor,
+        x0: Tensor | None,
+        trace: bool,
+        products: Any = None,
+        floor: float = 0.0,
     ) -> None:
-        """Measure the start; ``products``: a context for the products."""
+        """Measure the start; ``products``: a context for the products, and ``floor`` the least relative residual in it."""
         self.within = products or nullcontext()
         self.method, self.operator, self.b = method, operator, b
         info = torch.finfo(b.dtype)
@@ -115,7 +124,7 @@ class Recurrence(Process):
         self.rr = norm * norm
         self.base = self.zero.expand_as(b)  # x as it was measured last, or the best before
         self.r = b / self.unit
-        bound = max(method.rtol, FLOOR * self.eps) * self.size
+        bound = max(method.rtol, floor or FLOOR * self.eps) * self.size
         if method.atol:
             bound += method.atol / self.unit
         self.limit = self.square(bound)

@@ -24,7 +24,7 @@ def check_size(settings: DenseSettings, w: Tensor) -> None:
     if size > settings.max_gib:
         raise ValueError(
             f"{type(settings).__name__}: dense Jacobians of {rows} rows of {dim} entries take {size:.3g} GiB, more than "
-            f"max_gib={settings.max_gib}; use NewtonKrylov (solver=newton_krylov), which makes none, or raise max_gib"
+            f"max_gib={settings.max_gib}; use NewtonKrylov, which makes none, or raise max_gib"
         )
 
 

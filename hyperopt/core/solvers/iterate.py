@@ -59,6 +59,7 @@ def iterate(
     some: Callable[[Tensor], Map | None] | None = None,
     scale: Tensor | None = None,
     trace: bool = False,
+    rounding: float = 0.0,
 ) -> Iterate:
     """Run ``solver`` on ``phi`` from ``w0``.
 
@@ -71,6 +72,7 @@ def iterate(
         some: ``some(index)`` is the map of the rows in ``index``, or None; given, stopped rows are dropped.
         scale: what each row's residual is relative to, shape (rows,); by default see above.
         trace: measure the residual at every evaluation, also when the number of steps is fixed.
+        rounding: the eps of the numbers that ``phi`` returns, where that is larger than the dtype's own.
 
     Returns:
         The value and its statistics.
@@ -83,7 +85,7 @@ def iterate(
         return Iterate(w0, stats, solver, solver.init(w0))
     if solver.fixed:
         return _fixed(solver, phi, w0, last or phi, scale, trace)
-    process = FixedPointProcess(solver, phi, w0, last, some, scale)
+    process = FixedPointProcess(solver, phi, w0, last, some, scale, rounding)
     outcome = run(process, solver.max_steps)
     return Iterate(process.value, process.stats(outcome), solver, None if outcome.parted else process.state)
 
@@ -99,6 +101,7 @@ class FixedPointProcess(Process):
         last: Map | None,
         some: Callable[[Tensor], Map | None] | None,
         scale: Tensor | None,
+        rounding: float = 0.0,
     ) -> None:
         """Nothing is evaluated yet."""
         self.solver, self.phi, self.last, self.some = solver, phi, last, some
@@ -106,7 +109,7 @@ class FixedPointProcess(Process):
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
         self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
         self.steady = not solver.holds
-        self.floor = rounding_floor(w0.dtype)
+        self.floor = rounding_floor(w0.dtype, w0.device, rounding)
         self.rtol = max(solver.rtol, self.floor)
         self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
         # With an absolute tolerance the loop's ratios are not relative residuals, which are then taken at every evaluation.
@@ -300,7 +303,7 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
         evaluations=cost.evaluations,
         vjps=cost.vjps,
         jvps=cost.jvps,
-        contraction=_decay(norms, sizes[end], end, rounding_floor(w0.dtype)),
+        contraction=_decay(norms, sizes[end], end, rounding_floor(w0.dtype, w0.device)),
         trace=torch.stack([relative(norms[k], sizes[k]).max() for k in sorted(norms)]) if trace else w0.new_empty(0),
         method=solver.name,
     )

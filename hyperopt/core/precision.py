@@ -1,0 +1,48 @@
+"""The precision in which the products of a map are worked out, which may be lower than that of its state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
+    """The rounding of the factors of a matrix product: that of autocast's dtype, of TF32, or of ``dtype`` itself.
+
+    float64 is left alone by both. ``torch.set_float32_matmul_precision("medium")`` allows bfloat16.
+    """
+    eps = torch.finfo(dtype).eps
+    if device is None or dtype == torch.float64:
+        return eps
+    if torch.is_autocast_enabled(device.type):
+        return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    if dtype != torch.float32:
+        return eps
+    precision = torch.get_float32_matmul_precision()
+    if precision == "medium":
+        return torch.finfo(torch.bfloat16).eps
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and precision == "high":
+        return 2.0**-10
+    return eps
+
+
+def graph_eps(graph: Tensor, *ends: Tensor) -> float:
+    """The largest eps of the floating-point tensors that lie between ``graph`` and its leaves: of what it was really made.
+
+    Under autocast a product has a graph of tensors in the lower dtype, whatever the dtype of what goes in and comes out.
+
+    Args:
+        graph: a tensor with a graph.
+        ends: tensors beyond which it is not followed.
+    """
+    found, seen, left = torch.finfo(graph.dtype).eps, {x.grad_fn for x in ends}, [graph.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for each in node._input_metadata:  # pyright: ignore[reportAttributeAccessIssue]
+            if each.dtype.is_floating_point:
+                found = max(found, torch.finfo(each.dtype).eps)
+        left += [following for following, _ in node.next_functions]
+    return found
