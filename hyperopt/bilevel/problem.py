@@ -5,58 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
 from hyperopt.core.checks import check_number
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
-
-
-class BatchSource(Protocol):
-    """Where the batches of a loss come from; what ``draw`` returns is handed to the loss as it is."""
-
-    def draw(self) -> Any:
-        """Return the next batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands, as plain containers and tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-        ...
-
-
-class NoBatches:
-    """For losses that have their data themselves: the batch is None."""
-
-    def draw(self) -> Any:
-        """Return None."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-
-
-class SameBatch(NoBatches):
-    """One batch, always."""
-
-    def __init__(self, batch: Any) -> None:
-        """Keep it."""
-        self.batch = batch
-
-    def draw(self) -> Any:
-        """Return it."""
-        return self.batch
 
 
 @dataclass(frozen=True)
@@ -96,8 +55,9 @@ class BilevelProblem:
     Attributes:
         inner_loss: ``L(w, lam, batch)``, a scalar that depends on both.
         outer_loss: ``E(w, lam, batch)``, a scalar.
-        inner_batches: where the batches of the inner loss come from (default: the batch is None).
-        outer_batches: where those of the outer loss come from.
+        inner_batches: where the batches of the inner loss come from: ``Minibatches``, a loader or dataset of
+            ``torch.utils.data``, or one batch; ``hyperopt.bilevel.batches.source_of`` converts it (default: the batch is None).
+        outer_batches: where those of the outer loss come from, likewise.
         refresh: ``refresh(w, lam, batch)``, called once after each training to move running statistics, see ``Functional``.
         constants: ``constants(w, lam)``, what is known about the losses in closed form; makes the certificate a bound.
         initial: ``initial(lam)``, a tree like ``w``: where every training starts, so that the start may be learned, as in MAML
@@ -107,11 +67,16 @@ class BilevelProblem:
 
     inner_loss: Loss
     outer_loss: Loss
-    inner_batches: BatchSource = field(default_factory=NoBatches)
-    outer_batches: BatchSource = field(default_factory=NoBatches)
+    inner_batches: BatchSource | Any = field(default_factory=NoBatches)
+    outer_batches: BatchSource | Any = field(default_factory=NoBatches)
     refresh: Callable[[Any, Any, Any], None] | None = None
     constants: Callable[[Any, Any], InnerConstants] | None = None
     initial: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Convert what the batches come from."""
+        for name in ("inner_batches", "outer_batches"):
+            object.__setattr__(self, name, source_of(getattr(self, name), name))
 
     def start(self, w: Any, lam: Any) -> Any:
         """Where training starts: ``initial(lam)``, differentiable in ``lam``; ``w`` without one.
@@ -162,19 +127,17 @@ def refuse_shared(w: Any, lam: Any) -> None:
         ValueError: names it.
     """
 
-    def place(x: Tensor) -> tuple[torch.device, int, int]:
-        return (
-            x.device,
-            x.data_ptr(),
-            x.data_ptr() + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))),
-        )
+    def place(x: Any) -> tuple[Any, int, int] | None:
+        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+            return None
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
 
-    weights = [place(x) for x in optree.tree_leaves(w) if x.numel() and x.layout == torch.strided]
+    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
     for name, leaf in named(lam, "lam"):
-        if isinstance(leaf, Tensor) and leaf.numel() and leaf.layout == torch.strided:
-            device, begin, end = place(leaf)
-            if any(device == where and begin < last and first < end for where, first, last in weights):
-                raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+        at = place(leaf)
+        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
+            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
 
 
 def named(tree: Any, what: str) -> list[tuple[str, Any]]:
@@ -204,7 +167,7 @@ def refuse_unlike(found: Any, w: Any, what: str) -> None:
 
 def rows_of(batch: Any) -> int | None:
     """Rows of a batch, the first dimension of its leaves; None where it has none."""
-    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(leaf.shape)), None)
+    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
 def scalar(loss: Any, name: str, batch: Any) -> Tensor:
