@@ -172,6 +172,12 @@ class Counter:
         self.drawn += 1
         return self.source.draw()
 
+    def state_dict(self):
+        return self.source.state_dict()
+
+    def load_state_dict(self, state):
+        self.source.load_state_dict(state)
+
 
 COSTS = {  # gradients of the inner loss, of the outer loss, Hessian and mixed products of one step; batches drawn of each loss
     "soba": (SOBA(), (1, 1, 1, 1), (1, 1)),

@@ -54,6 +54,7 @@ LAYERS = [
     ("stn.network", "stn.row_dropout"),
     ("stn.classifiers",),
     ("stn",),
+    ("bilevel.batches", "bilevel.loaders"),
     ("bilevel.problem", "bilevel.estimate"),
     ("bilevel.curvature", "bilevel.estimator"),
     ("bilevel.step_map",),

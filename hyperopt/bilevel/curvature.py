@@ -83,13 +83,9 @@ class Hessian(Curvature):
         return self.matrix(self._pull(self.w.flat, v))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
-        """``(d_lam grad_w L)^T v``.
-
-        Raises:
-            ValueError: the gradient of the inner loss depends on no hyperparameter at all.
-        """
+        """``(d_lam grad_w L)^T v``."""
         self.mixed_products += 1
-        return dependent(self._pull(self.lam.flat, v), self.lam.names)
+        return self._pull(self.lam.flat, v)
 
     def _pull(self, leaves: Sequence[Tensor], v: Tensor) -> list[Tensor | None]:
         if not self._grads:
@@ -122,15 +118,21 @@ def unaffected() -> NoReturn:
     raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
 
 
-def dependent(found: list[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
-    """Return a mixed product, one entry for each hyperparameter, of an inner problem that depends on one at least.
+def unused_of(names: Sequence[str], *gradients: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """The hyperparameters that no part of an implicit hypergradient depends on: theirs is exactly zero.
+
+    Args:
+        names: of the hyperparameters.
+        gradients: the parts, the direct one and the mixed product; None where there is none.
 
     Raises:
-        ValueError: its solution depends on none.
+        ValueError: these are all of them.
     """
-    if any(x is not None for x in found):
-        return found
-    raise ValueError(
-        f"the gradient of the inner loss depends on none of {', '.join(names)}: the implicit hypergradient is exactly zero. Use "
-        "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=Unrolled()"
-    )
+    unused = tuple(name for name, *parts in zip(names, *gradients, strict=True) if all(x is None for x in parts))
+    if len(unused) == len(names):
+        raise ValueError(
+            f"the outer loss depends on none of {', '.join(names)}, neither itself nor through the minimum of the inner loss: "
+            "the implicit hypergradient is exactly zero. Use lam in one of the losses; a learning rate or momentum of the inner "
+            "solver, or where training starts, needs unrolled differentiation: adjoint=Unrolled()"
+        )
+    return unused

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.curvature import Curvature, dependent, unaffected
+from hyperopt.bilevel.curvature import Curvature, unaffected
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.tree import tree_norm
 
@@ -46,7 +46,7 @@ class FiniteDifferences(Curvature):
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
         self.mixed_products += 1
-        return dependent(self._difference(v, w=False), self.lam.names)
+        return self._difference(v, w=False)
 
     def _difference(self, v: Tensor, *, w: bool) -> list[Tensor | None]:
         size = float(torch.linalg.vector_norm(v))

@@ -4,7 +4,7 @@
     heavy ball          phi(w, m) = (w - step m', m'),   m' = momentum m + grad_w L
     Adam                phi(w, m, v, t), which has no fixed point of its own: it is for unrolling alone
 
-Rates may be hyperparameters: they are taken from ``lam`` and stay in the graph.
+Rates may be hyperparameters, one for all weights or one for each: they are taken from ``lam`` and stay in the graph.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class GradientMap:
     def __call__(self, state: Any, lam: Any) -> Any:
         """The next state."""
         wanted = torch.is_grad_enabled()
-        leaves, spec = optree.tree_flatten(self.weights(state))
+        weights = self.weights(state)
+        self.inner.check_rates(weights, lam)
+        leaves, spec = optree.tree_flatten(weights)
         if self.batches is None:
             batch = self.problem.inner_batches.draw()
         else:

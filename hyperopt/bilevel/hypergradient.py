@@ -57,6 +57,18 @@ def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None,
     raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
 
 
+def refuse_unstarted(problem: BilevelProblem, inner: InnerSolver | None) -> None:
+    """Refuse a problem that says where training starts, without an inner solver that trains.
+
+    Raises:
+        ValueError: names ``initial``.
+    """
+    if problem.initial is not None and inner is None:
+        raise ValueError(
+            "the problem has initial=..., where each training starts, but nothing trains: give inner=GradientDescent(...)"
+        )
+
+
 def hypergradient(
     problem: BilevelProblem,
     w: Any,
@@ -103,10 +115,12 @@ def hypergradient(
         >>> round(float(estimate.grad), 6)
         -0.25
     """
+    refuse_unstarted(problem, inner)
     if inner is not None or isinstance(adjoint, Estimator):  # both may move it
         w = optree.tree_map(lambda x: x.detach().clone(), w)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
+    problem.place(w, lam)
     return estimator.estimate(problem, lam, State(w))
 
 
@@ -135,6 +149,7 @@ class Bilevel:
         products: ProductSettings | None = None,
     ) -> None:
         """Nothing is trained yet."""
+        refuse_unstarted(problem, inner)
         self.problem = problem
         self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
         self.state = State(optree.tree_map(lambda x: x.detach(), w))
@@ -146,6 +161,7 @@ class Bilevel:
 
     def step(self, lam: Any) -> Estimate:
         """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
+        self.problem.place(self.state.w, lam)
         return self.estimator.estimate(self.problem, lam, self.state)
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.certificate import certificate
-from hyperopt.bilevel.curvature import Curvature, Hessian
+from hyperopt.bilevel.curvature import Curvature, Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
@@ -79,7 +79,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         elif self.warm:
             state.memory["u"] = u.detach()
         found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
-        unused = tuple(name for name, g in zip(hyper.names, found, strict=True) if g is None)
+        unused = unused_of(hyper.names, found)
         if unused and state.memory.get("unused") != list(unused):
             state.memory["unused"] = list(unused)
             log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))

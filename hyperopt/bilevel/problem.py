@@ -5,58 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
 from hyperopt.core.checks import check_number
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
-
-
-class BatchSource(Protocol):
-    """Where the batches of a loss come from; what ``draw`` returns is handed to the loss as it is."""
-
-    def draw(self) -> Any:
-        """Return the next batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands, as plain containers and tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-        ...
-
-
-class NoBatches:
-    """For losses that have their data themselves: the batch is None."""
-
-    def draw(self) -> Any:
-        """Return None."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-
-
-class SameBatch(NoBatches):
-    """One batch, always."""
-
-    def __init__(self, batch: Any) -> None:
-        """Keep it."""
-        self.batch = batch
-
-    def draw(self) -> Any:
-        """Return it."""
-        return self.batch
 
 
 @dataclass(frozen=True)
@@ -96,18 +55,52 @@ class BilevelProblem:
     Attributes:
         inner_loss: ``L(w, lam, batch)``, a scalar that depends on both.
         outer_loss: ``E(w, lam, batch)``, a scalar.
-        inner_batches: where the batches of the inner loss come from (default: the batch is None).
-        outer_batches: where those of the outer loss come from.
+        inner_batches: where the batches of the inner loss come from: ``Minibatches``, a loader or dataset of
+            ``torch.utils.data``, or one batch; ``hyperopt.bilevel.batches.source_of`` converts it (default: the batch is None).
+        outer_batches: where those of the outer loss come from, likewise.
         refresh: ``refresh(w, lam, batch)``, called once after each training to move running statistics, see ``Functional``.
         constants: ``constants(w, lam)``, what is known about the losses in closed form; makes the certificate a bound.
+        initial: ``initial(lam)``, a tree like ``w``: where every training starts, so that the start may be learned, as in MAML
+            (None: where the weights are). ``Unrolled`` and ``Checkpointed`` differentiate through it. A minimum does not depend
+            on where its search started: an implicit adjoint's gradient is zero there.
     """
 
     inner_loss: Loss
     outer_loss: Loss
-    inner_batches: BatchSource = field(default_factory=NoBatches)
-    outer_batches: BatchSource = field(default_factory=NoBatches)
+    inner_batches: BatchSource | Any = field(default_factory=NoBatches)
+    outer_batches: BatchSource | Any = field(default_factory=NoBatches)
     refresh: Callable[[Any, Any, Any], None] | None = None
     constants: Callable[[Any, Any], InnerConstants] | None = None
+    initial: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Convert what the batches come from."""
+        for name in ("inner_batches", "outer_batches"):
+            object.__setattr__(self, name, source_of(getattr(self, name), name))
+
+    def start(self, w: Any, lam: Any) -> Any:
+        """Where training starts: ``initial(lam)``, differentiable in ``lam``; ``w`` without one.
+
+        Raises:
+            TypeError, ValueError: what ``initial`` returned is not like ``w``.
+        """
+        if self.initial is None:
+            return w
+        found = self.initial(lam)
+        refuse_unlike(found, w, "initial(lam)")
+        return found
+
+    def place(self, w: Any, lam: Any) -> None:
+        """Write where training starts into ``w``, which is about to be changed in place.
+
+        Raises:
+            ValueError: ``w`` shares memory with ``lam``, or ``initial`` returned something else than a tree like ``w``.
+        """
+        refuse_shared(w, lam)
+        if self.initial is not None:
+            with torch.no_grad():
+                for old, new in zip(optree.tree_leaves(w), optree.tree_leaves(self.start(w, lam)), strict=True):
+                    old.copy_(new)
 
     def at_next_batch(self) -> BilevelProblem:
         """The problem on the next batch of each loss alone, which is not used up."""
@@ -127,9 +120,54 @@ class BilevelProblem:
         return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
 
 
+def refuse_shared(w: Any, lam: Any) -> None:
+    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
+
+    Raises:
+        ValueError: names it.
+    """
+
+    def place(x: Any) -> tuple[Any, int, int] | None:
+        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+            return None
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
+
+    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
+    for name, leaf in named(lam, "lam"):
+        at = place(leaf)
+        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
+            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+
+
+def named(tree: Any, what: str) -> list[tuple[str, Any]]:
+    """The leaves of a tree called ``what``, with what to call each in a message."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def refuse_unlike(found: Any, w: Any, what: str) -> None:
+    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
+
+    Raises:
+        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
+    """
+    structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
+    if structure != wanted:
+        raise ValueError(f"{what} has the structure {structure}, but w has {wanted}; make them the same")
+    for (name, leaf), like in zip(named(found, what), optree.tree_leaves(w), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} is a {type(leaf).__name__}; it must be a tensor, as in w")
+        for of in ("shape", "dtype", "device"):
+            one, two = getattr(leaf, of), getattr(like, of)
+            if one != two:
+                one, two = (tuple(x) if of == "shape" else x for x in (one, two))
+                raise ValueError(f"{name} has {of} {one}, but in w it has {two}; make them the same")
+
+
 def rows_of(batch: Any) -> int | None:
     """Rows of a batch, the first dimension of its leaves; None where it has none."""
-    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(leaf.shape)), None)
+    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
 def scalar(loss: Any, name: str, batch: Any) -> Tensor:
@@ -172,17 +210,17 @@ class Leaves:
             TypeError: a leaf that is no tensor, or not of a floating-point dtype.
             ValueError: a tree without tensors.
         """
-        paths, leaves, spec = optree.tree_flatten_with_path(tree)
-        names = [what + "".join(f"[{key!r}]" for key in path) for path in paths]
-        if not leaves:
+        pairs = named(tree, what)
+        names = [name for name, _ in pairs]
+        if not pairs:
             raise ValueError(f"{what} has no tensors; give a tensor, or a tuple, list or dict of tensors")
-        for name, leaf in zip(names, leaves, strict=True):
+        for name, leaf in pairs:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{name} is a {type(leaf).__name__}; every leaf must be a tensor")
             if not leaf.is_floating_point():
                 raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
-        flat = [leaf.detach().requires_grad_() for leaf in leaves]
-        return Leaves(optree.tree_unflatten(spec, flat), flat, names)
+        flat = [leaf.detach().requires_grad_() for _, leaf in pairs]
+        return Leaves(optree.tree_unflatten(optree.tree_structure(tree), flat), flat, names)
 
     def like(self, values: Sequence[Tensor | None]) -> Any:
         """The tree with other tensors; zeros for None."""

@@ -46,7 +46,8 @@ def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, 
 
     Args:
         phi: the map, ``phi(state, lam)``.
-        start: a tree of tensors; leaves that the map does not differentiate, such as counters, are carried along.
+        start: a tree of tensors, which may have been computed from ``lam.tree``; leaves that the map does not differentiate, such
+            as counters, are carried along.
         lam: the hyperparameters.
         steps: how many.
         segment: steps whose graph is kept at a time (None: the root of ``steps``, rounded up).
@@ -66,19 +67,26 @@ def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, 
         slopes = torch.autograd.grad(loss, [*end, *lam.flat], allow_unused=True)
     back: Sequence[Tensor | None] = slopes[: len(end)]
     total = list(slopes[len(end) :])
+
+    def pull(outputs: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Add what ``outputs`` give to the hyperparameters, and return what they give to ``inputs``."""
+        nonlocal total
+        pairs = [(x, g) for x, g in zip(optree.tree_leaves(outputs), back, strict=True) if g is not None and x.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        some, given = zip(*pairs, strict=True)
+        slopes = torch.autograd.grad(some, [*inputs, *lam.flat], given, allow_unused=True)
+        total = [add(a, b) for a, b in zip(total, slopes[len(inputs) :], strict=True)]
+        return slopes[: len(inputs)]
+
     for first, state in zip(reversed(firsts), reversed(kept), strict=True):
         begin, spec = _leaves(state)
         with torch.enable_grad():
             now = optree.tree_unflatten(spec, begin)
             for _ in range(first, min(first + size, steps)):
                 now = phi(now, lam.tree)
-        pairs = [(x, g) for x, g in zip(optree.tree_leaves(now), back, strict=True) if g is not None and x.requires_grad]
-        if not pairs:
-            break
-        outputs, given = zip(*pairs, strict=True)
-        slopes = torch.autograd.grad(outputs, [*begin, *lam.flat], given, allow_unused=True)
-        back = slopes[: len(begin)]
-        total = [add(a, b) for a, b in zip(total, slopes[len(begin) :], strict=True)]
+        back = pull(now, begin)
+    pull(start, [])
     return Passed(optree.tree_unflatten(whole, [leaf.detach() for leaf in end]), loss.detach(), total)
 
 

@@ -43,7 +43,8 @@ class InnerSettings(IterativeSettings):
 class GradientDescentSettings(InnerSettings):
     """``w <- w - step_size grad L(w)``.
 
-    step_size: a number, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``).
+    step_size: a number, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``): one number, or a tree
+        like ``w`` of numbers or of tensors that broadcast to the weights, a rate for each.
     """
 
     step_size: Any = 0.1
@@ -58,7 +59,7 @@ class GradientDescentSettings(InnerSettings):
 class HeavyBallSettings(GradientDescentSettings):
     """``m <- momentum m + grad L(w)``, ``w <- w - step_size m``, from ``m = 0``.
 
-    momentum: a number in [0, 1), or the name of the hyperparameter that holds it.
+    momentum: a number in [0, 1), or the name of the hyperparameter that holds it, as for ``step_size``.
     """
 
     momentum: Any = 0.9
@@ -75,7 +76,7 @@ class HeavyBallSettings(GradientDescentSettings):
 class InnerAdamSettings(InnerSettings):
     """Adam from zero moments, which can be differentiated through.
 
-    lr: learning rate, a number, or the name of the hyperparameter that holds it.
+    lr: learning rate, a number, or the name of the hyperparameter that holds it, as for ``GradientDescent.step_size``.
     betas: how much of the mean and of the mean square of the gradient is kept each step, both in [0, 1).
     eps: added to the root of the mean square.
     """

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
@@ -57,6 +57,9 @@ class At:
         problem: the losses.
         w, lam: weights and hyperparameters.
         u: the adjoint variable, shape (1, dim); None: zero.
+
+    Attributes:
+        parts: what the terms in ``lam`` were made of: for each a tensor a hyperparameter, None where it does not depend on it.
     """
 
     def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
@@ -66,6 +69,7 @@ class At:
         self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
         self.cost = Cost()
         self.curvature: Hessian | None = None  # of the inner loss, on the batch of the last call of ``inner``
+        self.parts: list[list[Tensor | None]] = []
 
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
@@ -74,6 +78,7 @@ class At:
         self.cost.inner_gradients += curvature.gradients
         self.cost.hessian_products += curvature.matvecs
         self.cost.mixed_products += curvature.mixed_products
+        self.parts.append(mixed)
         return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
 
     def after(self, residual: Tensor, step: float) -> Callable[[], float]:
@@ -90,6 +95,7 @@ class At:
         """``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
         loss, in_w, in_lam = outer_gradient(self.problem, self.w, self.lam, batch)
         self.cost.outer_gradients += 1
+        self.parts.append(in_lam)
         return float(loss), self.weights.matrix(self.w.like(in_w)), self.hyper.matrix(self.lam.like(in_lam))
 
 
@@ -111,6 +117,7 @@ class SingleLoop(SOBASettings, Estimator):
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         at = At(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
+        unused = unused_of(hyper.names, *at.parts)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
         growth, factor = Growth(name, memory), self.factor(memory["steps"])
         step = self.step_size if self.adjoint_step is None else self.adjoint_step
@@ -125,4 +132,4 @@ class SingleLoop(SOBASettings, Estimator):
         commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
         write()
         memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)
-        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost)
+        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost, unused)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.inner.base import gradient
@@ -66,10 +66,10 @@ class StocBiO(StocBiOSettings, Estimator):
             "adjoint", float(term.norm()), remedy, lambda: math.inf, scale=float(b.norm()), steps=self.terms
         )
         mixed = curvature.mixed(eta * total)
+        unused = unused_of(hyper.names, in_lam, mixed)
         grad = [_difference(g, m, leaf) for g, m, leaf in zip(in_lam, mixed, hyper.flat, strict=True)]
         commit(problem, state, w, lam, batch)
         cost = Cost(self.steps + curvature.gradients, 1, curvature.matvecs, curvature.mixed_products)
-        unused = tuple(n for n, g, m in zip(hyper.names, in_lam, mixed, strict=True) if g is None and m is None)
         return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
 
 

@@ -58,6 +58,9 @@ class UnrolledEstimator(Estimator):
         batches = [problem.inner_batches.draw() for _ in range(steps)]
         phi = GradientMap(problem, self.inner, None if all(b is batches[0] for b in batches) else batches)
         batch = problem.outer_batches.draw()
+        with torch.enable_grad():
+            start = phi.start(problem.start(state.w, hyper.tree))
+        self._refuse_truncated(start)
         looks = trained = None
 
         def outer(final: Any) -> Tensor:
@@ -70,10 +73,10 @@ class UnrolledEstimator(Estimator):
             return loss
 
         if isinstance(self.adjoint, Checkpointed):
-            found = reverse(phi, phi.start(state.w), hyper, steps, self.adjoint.segment, outer)
+            found = reverse(phi, start, hyper, steps, self.adjoint.segment, outer)
             spent = 2 * steps
         else:
-            found = self._unrolled(phi, phi.start(state.w), hyper, outer)
+            found = self._unrolled(phi, start, hyper, outer)
             spent = steps
         assert trained is not None and looks is not None
         if all(g is None for g in found.grads):
@@ -123,6 +126,14 @@ class UnrolledEstimator(Estimator):
         if watch.lost:
             raise SolveError(self.inner.diverged(problem, begin, at, batches[0], watch.growth))
         return watch.stats(), looks + watch.gradients
+
+    def _refuse_truncated(self, start: Any) -> None:
+        last = getattr(self.adjoint, "last", None) or self.inner.max_steps
+        if last < self.inner.max_steps and any(x.requires_grad for x in optree.tree_leaves(start)):
+            raise ValueError(
+                f"Unrolled(last={last}) goes back through the last {last} of {self.inner.max_steps} steps, and never reaches "
+                "initial(lam), where training starts; use Unrolled() or Checkpointed()"
+            )
 
     def _refuse(self, lam: Leaves) -> NoReturn:
         raise ValueError(

@@ -50,7 +50,8 @@ def fixed_point(
         phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
             be deterministic and must not change the state in place.
         w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too) that do not
-            require grad.
+            require grad, unless the adjoint is ``Unrolled`` without ``last``, or ``Checkpointed``, whose value is differentiable
+            in it.
         args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
             derivative; closures work otherwise.
         rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
@@ -106,12 +107,15 @@ def fixed_point(
         raise ValueError(
             "fixed_point: w0 is on the meta device, where there are no numbers to solve for; move it to the CPU or a GPU"
         )
-    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
-        raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
+    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)) and not adjoint.reaches_start(solver):
+        raise ValueError(
+            "fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach(). The iterate "
+            "after a number of steps does: Unrolled() without last, and Checkpointed(), differentiate it in w0 too"
+        )
     for i in row_args:
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
-    start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
+    start = layout.matrix(w0 if adjoint.reaches_start(solver) else optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace, has_aux=has_aux)
     if torch.compiler.is_exporting():

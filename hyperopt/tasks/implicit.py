@@ -10,7 +10,6 @@ Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377; Kolter, Duvenau
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -145,12 +144,15 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         self.model.train()
         # A line search must see one function: the same dropout, the same signs of the penalty, the same statistics.
         once = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS)
-        replay = None if once else Replay(Places.of_modules([self.model]), images.device.type)
+        replay = Replay(Places.of_modules([self.model]), images.device.type)
+
+        def again() -> Tensor:
+            total = replay(loss)
+            replay.commit()  # after the first call
+            return total
+
         with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
-            evaluate = loss if replay is None else functools.partial(replay, loss)
-            record = self.update(optimizer, guard, evaluate, rows=len(labels))
-        if replay is not None:
-            replay.commit()
+            record = self.update(optimizer, guard, loss if once else again, rows=len(labels))
         record.metrics |= {**found[0], **self.place(batch)}
         record = record.over_ranks()
         self.running.add(record)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperopt.bilevel.curvature import Hessian, unaffected
 from hyperopt.bilevel.estimate import State
+from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
@@ -37,6 +38,9 @@ class InnerSolver(InnerSettings, ABC):
         """A step at which the gradient-step map contracts if this solver converges; None: not known."""
         return None
 
+    def check_rates(self, w: Any, lam: Any) -> None:
+        """Refuse hyperparameters named as rates that do not fit the tree ``w``; nothing here."""
+
     def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> Any:
         """What a solve works with, made from what the solves before it have left in ``memory``."""
 
@@ -55,6 +59,7 @@ class InnerSolver(InnerSettings, ABC):
         """
         w = Leaves.of(state.w, "w")
         lam = optree.tree_map(lambda x: x.detach(), lam)
+        self.check_rates(state.w, lam)
         memory = state.memory.setdefault("inner", {})
         work = self.begin(w.flat, lam, memory)
         watch = Watch(self, memory, w)
@@ -94,9 +99,16 @@ class DifferentiableSolver(InnerSolver):
 
     Attributes:
         keeps_buffers: whether it keeps tensors beside ``w``.
+        rate_names: its settings that may be hyperparameters, one for all weights or one for each; see ``rates``.
     """
 
     keeps_buffers: ClassVar[bool] = False
+    rate_names: ClassVar[tuple[str, ...]] = ()
+
+    def check_rates(self, w: Any, lam: Any) -> None:
+        """Refuse hyperparameters named as rates that do not fit the tree ``w``; see ``rates.refuse_unfit``."""
+        for name in self.rate_names:
+            refuse_unfit(getattr(self, name), lam, f"{self.name}: {name}", w)
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """What is kept beside ``w``, at the start."""
@@ -235,17 +247,3 @@ def gradient(problem: BilevelProblem, w: Leaves, lam: Any, batch: Any) -> tuple[
     if all(g is None for g in found):
         unaffected()
     return loss.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=True)]
-
-
-def rate(value: float | str, lam: Any, key: str) -> Any:
-    """A rate of an inner solver: the number, or the hyperparameter of that name.
-
-    Raises:
-        ValueError: ``lam`` has no such entry.
-    """
-    if not isinstance(value, str):
-        return value
-    if not isinstance(lam, dict) or value not in lam:
-        has = f"has the names {', '.join(map(str, lam))}" if isinstance(lam, dict) else f"is a {type(lam).__name__}"
-        raise ValueError(f"{key}={value!r} names a hyperparameter, but lam {has}; change it to a number or such a name")
-    return lam[value]

@@ -155,6 +155,10 @@ class Bound(ClosedMap):
 class Adjoint(ABC):
     """How a solution is made differentiable."""
 
+    def reaches_start(self, solver: FixedPointSolver) -> bool:
+        """Whether the value is differentiable in where the solve starts; a fixed point does not depend on it."""
+        return False
+
     @abstractmethod
     def run(self, problem: Problem) -> Solution:
         """Solve ``problem`` and attach the derivative."""

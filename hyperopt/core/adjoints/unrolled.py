@@ -33,6 +33,10 @@ from hyperopt.core.status import Solution, SolveStats, Status
 class Unrolled(UnrolledSettings, Adjoint):
     """Backpropagation through the solver; settings in ``UnrolledSettings``."""
 
+    def reaches_start(self, solver: FixedPointSolver) -> bool:
+        """All steps do; the last few of them do not."""
+        return self.last is None or (solver.fixed and self.last >= solver.max_steps)
+
     def run(self, problem: Problem) -> Solution:
         """Solve with the graph of all steps, or of the last ones after a solve without."""
         last = self.last
