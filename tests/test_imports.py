@@ -56,6 +56,7 @@ LAYERS = [
     ("stn",),
     ("bilevel.batches", "bilevel.loaders"),
     ("bilevel.problem", "bilevel.estimate"),
+    ("bilevel.evaluation",),
     ("bilevel.curvature", "bilevel.estimator"),
     ("bilevel.step_map",),
     ("bilevel.inner",),

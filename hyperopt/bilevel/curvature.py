@@ -8,13 +8,16 @@ Each is one backward through one graph of the gradient that is kept: nothing is 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
@@ -61,15 +64,15 @@ class Curvature(LinearOperator):
 class Hessian(Curvature):
     """The Hessian itself, by a second backward."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
-        """Take the gradient and keep its graph.
+    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any, evaluation: Evaluation | None = None) -> None:
+        """Take the gradient and keep its graph; ``evaluation`` is that of the loss on the batch, if others share it.
 
         Raises:
             ValueError: the inner loss does not depend on ``w``.
         """
         super().__init__(w, lam)
         with torch.enable_grad():
-            loss = problem.inner(w.tree, lam.tree, batch)
+            loss = (evaluation or Evaluation(problem, batch))(w.tree, lam.tree)
             grads = differentiate(loss, w.flat)
         self.gradients = 1
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
@@ -92,18 +95,40 @@ class Hessian(Curvature):
             return [None] * len(leaves)
         parts = self.parts(v)
         given = [parts[i] for i in self._at]
-        return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
+        with second_derivatives():
+            return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
 
 
-def differentiate(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradient of the inner loss with its graph.
+@contextlib.contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Second derivatives are taken in this block; an operator that has none is named.
+
+    Raises:
+        RuntimeError: says what to use instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"derivative for (\S+) is not implemented|(\S+) does not support .*double backward", str(error))
+        if found is None and "once_differentiable" not in str(error):
+            raise
+        what = next((name for name in (found.groups() if found else ()) if name), "an operator that is differentiable once")
+        raise RuntimeError(
+            f"the inner loss uses {what}, which has no second derivative in PyTorch; replace the layer that calls it, or use "
+            "finite differences of gradients: adjoint=FiniteDifference(), or curvature='finite_differences'"
+        ) from error
+
+
+def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = True) -> Sequence[Tensor | None]:
+    """The gradient of the inner loss, with its graph if asked for; None for leaves that it does not depend on.
 
     Raises:
         ValueError: it does not depend on ``w``.
     """
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        with second_derivatives():
+            found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in found):
         unaffected()
     return found

@@ -22,6 +22,7 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.single_loop_settings import F2SASettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
@@ -43,24 +44,26 @@ class F2SA(F2SASettings, Estimator):
         hyper, z = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
         y, remedy = second_copy(z, memory), f"step_size={self.step_size:g}"
 
-        def training(w: Leaves, batch: Any) -> list[torch.Tensor]:
-            return first_order(problem.inner, w, hyper, batch)[0]
+        def training(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return first_order(inner, w, hyper)[0]
 
-        def penalised(w: Leaves, batch: Any, validation: Any) -> list[torch.Tensor]:
-            outer, _ = first_order(problem.outer, w, hyper, validation)
-            return [g + e / penalty for g, e in zip(training(w, batch), outer, strict=True)]
+        def penalised(w: Leaves, inner: Evaluation, validation: Any) -> list[torch.Tensor]:
+            outer, _ = first_order(problem.outer_on(validation), w, hyper)
+            return [g + e / penalty for g, e in zip(training(w, inner), outer, strict=True)]
 
         for _ in range(self.steps):
-            at, on = problem.inner_batches.draw(), problem.outer_batches.draw()
+            at, on = Evaluation(problem, problem.inner_batches.draw()), problem.outer_batches.draw()
             down, both = training(z, at), penalised(y, at, on)
             next_z, next_y = moved(z, down, self.step_size), moved(y, both, self.step_size)
             trained = growth.see("inner", tree_norm(down), remedy, later(training, next_z, at), steps=self.steps)
             solved = growth.see("penalised", tree_norm(both), remedy, later(penalised, next_y, at, on), steps=self.steps)
+            at.commit()
             z, y = next_z, next_y
 
         batch, validation = problem.inner_batches.draw(), problem.outer_batches.draw()
-        _, direct = first_order(problem.outer, y, hyper, validation)
-        (_, above), (_, below) = (first_order(problem.inner, w, hyper, batch) for w in (y, z))
+        _, direct = first_order(problem.outer_on(validation), y, hyper)
+        inner = Evaluation(problem, batch)
+        (_, above), (_, below) = (first_order(inner, w, hyper) for w in (y, z))
         grad = [e + penalty * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
         with torch.no_grad():
             loss = float(problem.outer(z.tree, hyper.tree, validation))

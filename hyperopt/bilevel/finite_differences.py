@@ -2,7 +2,8 @@
 
     H v ~ (grad_w L(w + h v) - grad_w L(w - h v)) / 2h,       and the mixed product likewise, of grad_lam L
 
-Two gradients a product. With ``h = eps^(1/3) max(1, |w|) / |v|`` truncation and rounding balance; DARTS takes ``0.01 / |v|``.
+Two gradients a product. With ``h = eps^(1/3) max(1, |w|) / |v|`` truncation and rounding balance; DARTS takes ``0.01 / |v|``. All
+gradients are of one function: with the random numbers and the running statistics of the first.
 
 Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equation 8.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, unaffected
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.tree import tree_norm
 
@@ -33,7 +35,7 @@ class FiniteDifferences(Curvature):
             length: of the step, ``h |v|`` (None: the balanced one).
         """
         super().__init__(w, lam)
-        self._problem, self._batch = problem, batch
+        self._evaluation = Evaluation(problem, batch)
         self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
         grads = self._gradients(None, 0.0, w=True)
         self.gradient = self.matrix(grads)
@@ -64,7 +66,7 @@ class FiniteDifferences(Curvature):
             moved = [leaf.detach() + h * part for leaf, part in zip(self.w.flat, self.parts(v), strict=True)]
             at = Leaves.of(self.w.like(moved), "w")
         with torch.enable_grad():
-            loss = self._problem.inner(at.tree, self.lam.tree, self._batch)
+            loss = self._evaluation(at.tree, self.lam.tree)
             if not loss.requires_grad:
                 unaffected()
             found = torch.autograd.grad(loss, at.flat if w else self.lam.flat, allow_unused=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, rows_of
 from hyperopt.core import distributed
 
@@ -64,12 +65,17 @@ class GaussNewton(Curvature):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
         self._loss, self._batch = problem.inner_loss, batch
-        self._exact = Hessian(problem, w, lam, batch)
+        composite, evaluation = problem.inner_loss, Evaluation(problem, batch)
+        self._exact = Hessian(problem, w, lam, batch, evaluation)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
+
+        def parts(w: Any, lam: Any) -> tuple[Tensor, Tensor, Tensor]:
+            z = composite.model(w, lam, batch)
+            out = z.detach().requires_grad_()
+            return z, out, composite.criterion(out, w, lam, batch)
+
         with torch.enable_grad():
-            self._z = problem.inner_loss.model(w.tree, lam.tree, batch)
-            self._out = self._z.detach().requires_grad_()
-            loss = problem.inner_loss.criterion(self._out, w.tree, lam.tree, batch)
+            self._z, self._out, loss = evaluation.of(parts, w.tree, lam.tree)
             self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]
             self._penalty = torch.autograd.grad(loss, w.flat, create_graph=True, allow_unused=True)
             self._cotangent = torch.zeros_like(self._out).requires_grad_()

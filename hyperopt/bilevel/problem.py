@@ -115,6 +115,14 @@ class BilevelProblem:
         """The inner loss, checked to be a scalar."""
         return scalar(self.inner_loss(w, lam, batch), "inner_loss", batch)
 
+    def inner_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
+        """The inner loss on a batch, as a function of ``(w, lam)``."""
+        return lambda w, lam: self.inner(w, lam, batch)
+
+    def outer_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
+        """The outer loss on a batch, as a function of ``(w, lam)``."""
+        return lambda w, lam: self.outer(w, lam, batch)
+
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The outer loss, checked to be a scalar."""
         return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)

@@ -23,6 +23,7 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.single_loop_settings import SOBASettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
@@ -69,11 +70,13 @@ class At:
         self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
         self.cost = Cost()
         self.curvature: Hessian | None = None  # of the inner loss, on the batch of the last call of ``inner``
+        self.evaluation: Evaluation | None = None
         self.parts: list[list[Tensor | None]] = []
 
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
-        self.curvature = curvature = Hessian(self.problem, self.w, self.lam, batch)
+        self.evaluation = Evaluation(self.problem, batch)
+        self.curvature = curvature = Hessian(self.problem, self.w, self.lam, batch, self.evaluation)
         product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
         self.cost.inner_gradients += curvature.gradients
         self.cost.hessian_products += curvature.matvecs
@@ -129,6 +132,8 @@ class SingleLoop(SOBASettings, Estimator):
             "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
         )
         slopes = leaves_of(at.weights.tree(terms.inner))
+        if at.evaluation is not None:
+            at.evaluation.commit()
         commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
         write()
         memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)

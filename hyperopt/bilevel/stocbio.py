@@ -19,6 +19,7 @@ import torch
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
@@ -41,14 +42,16 @@ class StocBiO(StocBiOSettings, Estimator):
         hyper, w, batch = Leaves.of(lam, "lam"), Leaves.of(state.w, "w"), None
         fixed, remedy = hyper.like([leaf.detach() for leaf in hyper.flat]), f"step_size={self.step_size:g}"
 
-        def descend(w: Leaves, batch: Any) -> list[torch.Tensor]:
-            return gradient(problem, w, fixed, batch)[1]
+        def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return gradient(inner, w, fixed)[1]
 
         for _ in range(self.steps):
             batch = problem.inner_batches.draw()
-            slopes = descend(w, batch)
+            inner = Evaluation(problem, batch)
+            slopes = descend(w, inner)
             following = moved(w, slopes, self.step_size)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, batch), steps=self.steps)
+            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            inner.commit()
             w = following
 
         loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())

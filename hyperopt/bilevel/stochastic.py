@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, Loss
+from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
@@ -79,14 +79,14 @@ def later(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
     return lambda: tree_norm(gradient(*at))
 
 
-def first_order(loss: Loss, w: Leaves, lam: Leaves, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+def first_order(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves) -> tuple[list[Tensor], list[Tensor]]:
     """The partial gradients of a loss in ``w`` and in ``lam``, zeros where it does not depend on one; no second derivative.
 
     Raises:
         ValueError: the loss depends on neither.
     """
     with torch.enable_grad():
-        value = loss(w.tree, lam.tree, batch)
+        value = loss(w.tree, lam.tree)
         if not value.requires_grad:
             raise ValueError("a loss depends neither on w nor on lam; is it computed from them, without detach or .item()?")
         found = torch.autograd.grad(value, [*w.flat, *lam.flat], allow_unused=True)

@@ -28,6 +28,7 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.single_loop_settings import VPBGDSettings
 from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
@@ -60,19 +61,21 @@ class VPBGD(VPBGDSettings, Estimator):
         remedy = f"{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
         scale = 1 / max(gamma, 1.0)
 
-        def descend(w: Leaves, batch: Any) -> list[torch.Tensor]:
-            return first_order(problem.inner, w, hyper, batch)[0]
+        def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return first_order(inner, w, hyper)[0]
 
         def penalised(y: Leaves) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-            outer, direct = first_order(problem.outer, y, hyper, validation)
-            pulled, above = first_order(problem.inner, y, hyper, batch)
+            outer, direct = first_order(problem.outer_on(validation), y, hyper)
+            pulled, above = first_order(inner, y, hyper)
             return [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)], direct, above
 
         for _ in range(self.steps):
             batch = problem.inner_batches.draw()
-            slopes, below = first_order(problem.inner, w, hyper, batch)
+            inner = Evaluation(problem, batch)
+            slopes, below = first_order(inner, w, hyper)
             following = moved(w, slopes, step)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, batch), steps=self.steps)
+            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            inner.commit()
             w = following
 
         validation = problem.outer_batches.draw()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -339,4 +340,7 @@ class AttentionByProducts(TorchFunctionMode):
         """Call the operator, or the plain form of attention."""
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
-        return func(*args, **(kwargs or {}))
+        # This function is called as a whole: what it calls is not seen here.
+        whole = sdpa_kernel(SDPBackend.MATH) if func is F.multi_head_attention_forward else contextlib.nullcontext()
+        with whole:
+            return func(*args, **(kwargs or {}))

@@ -42,13 +42,15 @@ class Replay:
     Args:
         places: the state that the function uses.
         device_type: where it runs: its autocast state is kept.
+        record: whether it will be made again. If not, what it draws is not kept.
 
     Attributes:
         random: whether it draws random numbers; None before the first call.
     """
 
-    def __init__(self, places: Places, device_type: str = "cpu") -> None:
+    def __init__(self, places: Places, device_type: str = "cpu", *, record: bool = True) -> None:
         """Take note of the state."""
+        self.record = record
         self.slots: list[Slot] = places.slots()
         # Buffers that a call may change; after the first call, those that it did.
         self.moving: list[Slot] = places.buffers()
@@ -74,7 +76,7 @@ class Replay:
         first, draws = self.draws is None, self.draws or Draws()
         constants = [leaf for arg in args for leaf in optree.tree_leaves(arg) if isinstance(leaf, Tensor)]
         with self._in_place([*self.slots, *copies]), self._modes():
-            with draws.recorded(first, [copy for *_, copy in copies], constants):
+            with draws.recorded(first, [copy for *_, copy in copies], constants) if self.record else contextlib.nullcontext():
                 out = function(*args)
             left = [_get(place, key) for place, key, _ in copies]
             if first:

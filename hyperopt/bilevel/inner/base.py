@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.curvature import Hessian, unaffected
+from hyperopt.bilevel.curvature import Hessian, differentiate
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
@@ -66,7 +66,7 @@ class InnerSolver(InnerSettings, ABC):
         batch = None
         for k in range(self.max_steps):
             batch = problem.inner_batches.draw()
-            _, grads = gradient(problem, w, lam, batch)
+            _, grads = gradient(problem.inner_on(batch), w, lam)
             if watch.wants(k):
                 watch.see(k, grads, curvature_at(problem, w, lam, batch))
                 if watch.lost:
@@ -233,17 +233,13 @@ class Watch:
         return SolveStats(code, steps, *numbers, evaluations=spent, vjps=self.products, method=type(self.solver).__name__)
 
 
-def gradient(problem: BilevelProblem, w: Leaves, lam: Any, batch: Any) -> tuple[Tensor, list[Tensor]]:
-    """The inner loss and its gradient on one batch, without a graph.
+def gradient(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Any) -> tuple[Tensor, list[Tensor]]:
+    """The inner loss, as a function of ``(w, lam)``, and its gradient, without a graph.
 
     Raises:
         ValueError: the loss does not depend on ``w``.
     """
     with torch.enable_grad():
-        loss = problem.inner(w.tree, lam, batch)
-        if not loss.requires_grad:
-            unaffected()
-        found = torch.autograd.grad(loss, w.flat, allow_unused=True)
-    if all(g is None for g in found):
-        unaffected()
-    return loss.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=True)]
+        value = loss(w.tree, lam)
+        found = differentiate(value, w.flat, create_graph=False)
+    return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=True)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import InnerSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import LBFGSSettings
@@ -44,7 +45,8 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         watch = Watch(self, state.memory.setdefault("inner", {}), w)
         batch = problem.inner_batches.draw()
         here = curvature_at(problem, w, lam, batch)
-        run = _Run(problem, w, lam, batch, self.history)
+        inner = Evaluation(problem, batch)  # a line search must see one function
+        run = _Run(inner, w, lam, self.history)
         ended, best = None, math.inf
         for k in range(self.max_steps):
             watch.wants(k)
@@ -60,6 +62,7 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
                 break
             best = watch.norm
             run.step()
+        inner.commit()
         if problem.refresh is not None:
             problem.refresh(state.w, lam, batch)
         stats = watch.stats(ended)
@@ -83,8 +86,8 @@ class _Run:
         searched_out: whether the line search has found nothing more.
     """
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Any, batch: Any, history: int) -> None:
-        self.problem, self.w, self.lam, self.batch = problem, w, lam, batch
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Any, history: int) -> None:
+        self.inner, self.w, self.lam = inner, w, lam
         self.spent, self.searched_out = 0, False
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
@@ -103,7 +106,7 @@ class _Run:
 
     def _evaluate(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         if self._latest is None or not same(self.w.flat, self._latest[0]):
-            self._latest = self._copy(), *gradient(self.problem, self.w, self.lam, self.batch)
+            self._latest = self._copy(), *gradient(self.inner, self.w, self.lam)
             self.spent += 1
         return self._latest
 
