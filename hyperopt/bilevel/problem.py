@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.checks import check_number
+from hyperopt.core.state import check_entries
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
@@ -44,7 +45,8 @@ class NoBatches:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Refuse the position of another source of batches; there is nothing to take back."""
+        check_entries(state, (), type(self).__name__)
 
 
 class SameBatch(NoBatches):

@@ -10,6 +10,8 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hyperopt.core.checks import plain
+
 ROWS = ("auto", "batch", "joint")
 
 
@@ -158,7 +160,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
         dtype = torch.promote_types(dtype, leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype)
     units: tuple[float, ...] = ()
     if scales is not None:
-        units, given = tuple(optree.tree_leaves(scales)), optree.tree_structure(scales)
+        units, given = tuple(map(plain, optree.tree_leaves(scales))), optree.tree_structure(scales)
         if given != spec:
             raise ValueError(f"scales has the structure {given}, w0 has {spec}; give one number for each tensor of w0")
         if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in units):

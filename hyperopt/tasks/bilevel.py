@@ -20,6 +20,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.hypergradient import Bilevel
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
@@ -104,7 +105,9 @@ class BilevelTask(BilevelTaskSettings, Task):
         whole = None if built.whole is None else over_ranks(built.whole)
         self.parts = parts = replace(built, problem=over_ranks(built.problem), whole=whole)
         self.hyper = self.hyperparameters(env)
-        self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
+        # A method that trains the weights itself takes no inner solver; evaluations train by it all the same.
+        inner = None if isinstance(self.adjoint, Estimator) else self._inner
+        self.bilevel = Bilevel(parts.problem, parts.w, inner=inner, adjoint=self.adjoint, products=self.products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
         self._steps = 0  # outer steps done
 
