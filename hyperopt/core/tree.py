@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.core.checks import plain
+from hyperopt.core.precision import half_eps
 
 ROWS = ("auto", "batch", "joint")
 
@@ -53,8 +54,8 @@ class Layout:
 
     @property
     def rounding(self) -> float:
-        """The largest eps of the leaves' dtypes: a state in bfloat16 is one, also as a matrix in float32."""
-        return max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+        """The eps of leaves in half precision, which they keep as parts of a matrix in float32; 0 without any."""
+        return max(map(half_eps, self.dtypes), default=0.0)
 
     @property
     def trivial(self) -> bool:
