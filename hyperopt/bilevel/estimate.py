@@ -167,16 +167,16 @@ class Estimate:
                 yield name, leaf, g
 
     def _cause(self) -> str:
-        """Why the hypergradient is not finite, as far as it is known."""
-        for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)):
-            if stats is not None and stats.status >= Status.breakdown:
-                note = self.note if name == "adjoint" else ""
-                return f"the {name} solve ended as {stats.status.name}: {note or stats.status.message}"
-        if not math.isfinite(self.loss):
-            return f"the outer loss is {self.loss}: check the data, the hyperparameters, and the training"
+        """Why the hypergradient is not finite, as far as it is known: what comes first in its making is named."""
+        if self.inner is not None and self.inner.status >= Status.breakdown:
+            return f"the inner solve ended as {self.inner.status}: {self.inner.status.message}"
         bad = [name for name, leaf in zip(*_named(self.w), strict=True) if not bool(leaf.isfinite().all())]
         if bad:
             return f"the weights {', '.join(bad)} are not finite: lower the step size of the training"
+        if not math.isfinite(self.loss):
+            return f"the outer loss is {self.loss}: check the data, the hyperparameters, and the training"
+        if self.adjoint is not None and self.adjoint.status >= Status.breakdown:
+            return f"the adjoint solve ended as {self.adjoint.status}: {self.note or self.adjoint.status.message}"
         return (
             f"the outer loss is {self.loss:.6g} and the solves are sound, so a derivative of the inner or of the outer loss has "
             "no finite value at this point (such as that of a square root or a norm at 0)"
