@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 import optree
@@ -93,10 +94,10 @@ class Hyperparameters(nn.Module):
         owner._parameters[last] = parameter
 
     @property
-    def raw(self) -> dict[str, Any]:
-        """What the optimizer moves: for each name a tree of parameters."""
+    def raw(self) -> Mapping[str, Any]:
+        """What the optimizer moves: for each name a tree of parameters, to be changed in place."""
         own = dict(self.named_parameters(remove_duplicate=False))
-        return {name: optree.tree_map(own.__getitem__, paths) for name, paths in self._paths.items()}
+        return MappingProxyType({name: optree.tree_map(own.__getitem__, paths) for name, paths in self._paths.items()})
 
     def values(self) -> dict[str, Any]:
         """The hyperparameters in their own units, differentiable in ``raw``."""

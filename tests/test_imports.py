@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hyperopt"
 # Bottom first. A name stands for a module or a whole package; the settings, free of torch, lie below everything.
 LAYERS = [
     ("core.text", "core.checks", "core.operator", "core.solvers.settings", "core.linear.settings", "core.adjoints.settings"),
-    ("core.tree", "core.state", "core.precision"),
+    ("core.precision",),
+    ("core.tree", "core.state"),
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.places"),
     ("core.draws", "core.jacobian", "core.legacy"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from hyperopt.bilevel.loaders import LoaderBatches
+from hyperopt.core.state import check_entries
 from hyperopt.data.batches import Batches
 from hyperopt.nn.sparse import SparseRows
 
@@ -43,7 +44,8 @@ class NoBatches:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Refuse the position of another source of batches; there is nothing to take back."""
+        check_entries(state, (), type(self).__name__)
 
 
 class SameBatch(NoBatches):

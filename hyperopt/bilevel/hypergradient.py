@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
-from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.estimator import Estimator, refuse_ignored
+from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
@@ -29,6 +30,7 @@ from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.core.status import Solution
 
 
@@ -37,12 +39,17 @@ def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None,
 
     Raises:
         TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
-        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through.
+        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through; or it has no
+            use for the inner solver or for the products.
     """
     if adjoint is None:
         adjoint = Implicit(CG())
+    unused = ("step", "curvature", "resample", "power")
     if isinstance(adjoint, Estimator):
+        refuse_ignored(adjoint, inner, products, unused)
         return adjoint
+    if isinstance(adjoint, FiniteDifference):  # its products are differences of gradients already
+        refuse_ignored(adjoint, None, products, ("curvature",))
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
         given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
         return ImplicitEstimator(**given, adjoint=adjoint, inner=inner)
@@ -53,6 +60,7 @@ def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None,
                 f"{type(adjoint).__name__} goes back through training, but {what}; use GradientDescent, HeavyBall or InnerAdam "
                 "for inner, or an implicit adjoint, adjoint=Implicit(CG())"
             )
+        refuse_ignored(adjoint, None, products, unused)
         return UnrolledEstimator(adjoint, inner)
     raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
 
@@ -188,9 +196,30 @@ class Bilevel:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned; the weights in place."""
-        for leaf, kept in zip(optree.tree_leaves(self.state.w), state["w"], strict=True):
-            leaf.copy_(kept)
-        self.state.memory = copy.deepcopy(state["memory"])
-        self.problem.inner_batches.load_state_dict(state["inner_batches"])
-        self.problem.outer_batches.load_state_dict(state["outer_batches"])
+        """Take back what ``state_dict`` returned, the weights in place: all of it, or nothing.
+
+        Raises:
+            TypeError: an entry of another kind.
+            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+        """
+        check_entries(state, ("w", "memory", "inner_batches", "outer_batches"), "Bilevel")
+        w, kept = Leaves.of(self.state.w, "w"), list(state["w"])
+        if len(kept) != len(w.flat):
+            raise ValueError(
+                f"the state for Bilevel: the entry 'w' has {len(kept)} tensors, but here it has {len(w.flat)}; nothing was "
+                "loaded. Give the state of the same problem"
+            )
+        check_tensors(dict(zip(w.names, kept, strict=True)), dict(zip(w.names, w.flat, strict=True)), "Bilevel")
+        sources = {"inner_batches": self.problem.inner_batches, "outer_batches": self.problem.outer_batches}
+        before = {name: copy.deepcopy(source.state_dict()) for name, source in sources.items()}
+        memory = copy.deepcopy(state["memory"])
+        try:
+            for name, source in sources.items():
+                source.load_state_dict(state[name])
+        except Exception:
+            for name, source in sources.items():
+                source.load_state_dict(before[name])
+            raise
+        for leaf, new in zip(optree.tree_leaves(self.state.w), kept, strict=True):
+            leaf.copy_(new)
+        self.state.memory = memory

@@ -26,7 +26,7 @@ from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.single_loop_settings import SOBASettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved, same_hyperparameters
 from hyperopt.core.tree import layout_of, leaves_of
 
 
@@ -118,6 +118,7 @@ class SingleLoop(SOBASettings, Estimator):
         name = type(self).__name__
         memory = state.memory.setdefault(name, {"steps": 0})
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
+        same_hyperparameters(hyper, memory, name)
         at = At(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
         unused = unused_of(hyper.names, *at.parts)

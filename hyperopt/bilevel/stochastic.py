@@ -74,6 +74,22 @@ class Growth:
         return SolveStats(code, torch.tensor([steps]), *numbers, evaluations=steps, method=self.method)
 
 
+def same_hyperparameters(lam: Leaves, memory: dict[str, Any], method: str) -> None:
+    """Refuse hyperparameters of another structure than in the steps before, which a method's memory is about.
+
+    Raises:
+        ValueError: names what has changed.
+    """
+    now = {name: list(leaf.shape) for name, leaf in zip(lam.names, lam.flat, strict=True)}
+    before = memory.setdefault("lam", now)
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{method}: {name} had shape {before.get(name)} in the steps before and has {now.get(name)} now (None: it is not "
+                "there); give the same hyperparameters in every step, or make a new Bilevel"
+            )
+
+
 def later(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
     """What gives the norm of ``gradient(*at)``."""
     return lambda: tree_norm(gradient(*at))

@@ -101,6 +101,11 @@ def fixed_point(
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    for i, each in enumerate(fallback):
+        if not isinstance(each, FixedPointSolver):
+            raise TypeError(f"fixed_point: fallback[{i}]={each!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
+    if fallback and policy != "fallback":
+        raise ValueError(f"fixed_point: fallback is only used under policy='fallback', but policy={policy!r}; change one of them")
     refuse_untraceable()
     layout = layout_of(w0, rows, scales)
     if layout.device.type == "meta":

@@ -41,7 +41,7 @@ class Jacobian(Linearization):
 
     @property
     def rounding(self) -> float:
-        """The largest of all that the graph has tensors of."""
+        """That of the tensors of half precision in the graph."""
         return graph_eps(self.graph, self.state)
 
     def _rmatvec(self, v: Tensor) -> Tensor:

@@ -26,8 +26,16 @@ def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
     return eps
 
 
+def half_eps(dtype: torch.dtype) -> float:
+    """The eps of a floating-point dtype of fewer than 32 bits, 0 of any other.
+
+    A state of float32 and float64 tensors together is no such case: its float32 entries come to rest exactly.
+    """
+    return torch.finfo(dtype).eps if dtype.is_floating_point and dtype.itemsize < 4 else 0.0
+
+
 def graph_eps(graph: Tensor, *ends: Tensor) -> float:
-    """The largest eps of the floating-point tensors that lie between ``graph`` and its leaves: of what it was really made.
+    """The largest ``half_eps`` of the tensors that lie between ``graph`` and its leaves: of what it was really made.
 
     Under autocast a product has a graph of tensors in the lower dtype, whatever the dtype of what goes in and comes out.
 
@@ -35,14 +43,12 @@ def graph_eps(graph: Tensor, *ends: Tensor) -> float:
         graph: a tensor with a graph.
         ends: tensors beyond which it is not followed.
     """
-    found, seen, left = torch.finfo(graph.dtype).eps, {x.grad_fn for x in ends}, [graph.grad_fn]
+    found, seen, left = 0.0, {x.grad_fn for x in ends}, [graph.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        for each in node._input_metadata:  # pyright: ignore[reportAttributeAccessIssue]
-            if each.dtype.is_floating_point:
-                found = max(found, torch.finfo(each.dtype).eps)
+        found = max(found, *(half_eps(each.dtype) for each in node._input_metadata), 0.0)  # pyright: ignore[reportAttributeAccessIssue]
         left += [following for following, _ in node.next_functions]
     return found

@@ -26,6 +26,14 @@ class Status(enum.IntEnum):
     diverged = 7
     nonfinite = 8
 
+    def __str__(self) -> str:
+        """The name."""
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        """The name, or the code where ``spec`` is that of a number."""
+        return format(int(self), spec) if spec[-1:] in ("d", "x", "b", "n") and spec else format(self.name, spec)
+
     @property
     def failed(self) -> bool:
         """Whether the result must not be used without a second look."""
@@ -56,7 +64,7 @@ _MESSAGES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class SolveStats:
     """What one solve did and cost. Tensors stay on their device until they are read.
 
@@ -89,6 +97,15 @@ class SolveStats:
     def status(self) -> Status:
         """The worst status over the rows (converged for a solve of no rows)."""
         return Status(int(self.row_status.max())) if self.row_status.numel() else Status.converged
+
+    def __repr__(self) -> str:
+        """Method, status, iterations, residual, rows and costs."""
+        steps = int(self.iterations.max()) if self.iterations.numel() else 0
+        costs = "".join(f", {name}={count}" for name in ("evaluations", "vjps", "jvps") if (count := getattr(self, name)))
+        return (
+            f"SolveStats({self.method or 'no method'}: {self.status}, iterations={steps}, "
+            f"residual={self.worst_residual():.3g}, rows={self.row_status.numel()}{costs})"
+        )
 
     def worst_residual(self) -> float:
         """The largest residual over the rows (NaN if any is)."""

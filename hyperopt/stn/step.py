@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core import distributed
+from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.guards import Watch
@@ -265,7 +266,17 @@ class SelfTuning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Take back what ``state_dict`` returned, in place.
+
+        Raises:
+            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+        """
+        own = self.model.state_dict()
+        check_entries(state, ("model", "optimizers", "schedules", "generator", "watch", "updates", "history"), "SelfTuning")
+        check_entries(state["model"], own, "SelfTuning's model")
+        check_tensors(state["model"], own, "SelfTuning's model")
+        for name in ("optimizers", "schedules"):
+            check_entries(state[name], self.optimizers, f"SelfTuning's {name}")
         self.model.load_state_dict(state["model"])
         for name, each in self.optimizers.items():
             each.load_state_dict(state["optimizers"][name])

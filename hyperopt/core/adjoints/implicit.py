@@ -115,6 +115,10 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         for solver in (self.linear_solver, *self.fallback):
             if not isinstance(solver, LinearSolver):
                 raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
+        if self.fallback and self.policy != "fallback":
+            raise ValueError(
+                f"Implicit: fallback is only used under policy='fallback', but policy={self.policy!r}; change one of them"
+            )
 
     @property
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
