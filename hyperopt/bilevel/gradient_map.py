@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.core.captured import functorch_level
 
 
 class GradientMap:
@@ -72,11 +73,17 @@ class GradientMap:
             batch = self.problem.inner_batches.draw()
         else:
             batch = self.batches[int(state["count"].detach())]
-        with torch.enable_grad():
-            at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
-            loss = self.problem.inner(optree.tree_unflatten(spec, at), lam, batch)
-            found = torch.autograd.grad(loss, at, create_graph=wanted, allow_unused=True)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
+
+        def loss(*at: Tensor) -> Tensor:
+            return self.problem.inner(optree.tree_unflatten(spec, at), lam, batch)
+
+        if functorch_level():  # which lets no leaves be made
+            grads = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+        else:
+            with torch.enable_grad():
+                at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
+                found = torch.autograd.grad(loss(*at), at, create_graph=wanted, allow_unused=True)
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
         old: list[Tensor] = list(state["buffers"]) if self._whole else []
         moved, buffers = self.inner.advance(leaves, grads, old, lam)
         w = optree.tree_unflatten(spec, list(moved))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 
 class ImpureMapError(RuntimeError):
@@ -45,13 +47,22 @@ def modules_of(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> Iterator[
                 yield f"{name}.{inner}" if inner else name, module
 
 
+def lazy_names(module: nn.Module) -> list[str]:
+    """The parameters and buffers of a lazy module that have no size yet."""
+    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
+
+
 def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> None:
-    """Refuse a map with a module in training mode that updates running statistics whenever it is called.
+    """Refuse a map with a module that changes when it is called: a lazy one, or running statistics in training mode.
 
     Raises:
         ImpureMapError: names the first one.
     """
     for name, module in modules_of(phi, args):
+        if isinstance(module, LazyModuleMixin) and lazy_names(module):
+            raise ImpureMapError(
+                f"the map calls {name} = {module}, whose parameters have no size yet: call it once on an input before the solve"
+            )
         if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             raise ImpureMapError(
                 f"the map calls {name} = {module} in training mode: every evaluation of a solve would update its running "
