@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hyperopt.core.purity import lazy_names
+
 
 class Functional:
     """Calls a module at other values of its parameters: ``functional(w, x)``.
@@ -25,7 +27,7 @@ class Functional:
         w: ``{name: parameter}``, detached tensors that share the parameters' memory: what is written into them, the module has.
 
     Raises:
-        ValueError: no parameter requires grad.
+        ValueError: no parameter requires grad, or a lazy module has not been called yet.
 
     Example:
         >>> import torch, hyperopt
@@ -37,6 +39,10 @@ class Functional:
 
     def __init__(self, module: nn.Module) -> None:
         """Take the parameters."""
+        if lazy := lazy_names(module):
+            raise ValueError(
+                f"{', '.join(lazy)} of {type(module).__name__} have no size yet: call the module once on a batch first"
+            )
         self.module = module
         self.w: dict[str, Tensor] = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
         if not self.w:

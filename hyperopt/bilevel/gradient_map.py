@@ -20,6 +20,7 @@ from hyperopt.bilevel.curvature import differentiate
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.core.captured import functorch_level
 
 
 class GradientMap:
@@ -85,11 +86,17 @@ class GradientMap:
         weights = self.weights(state)
         self.inner.check_rates(weights, lam)
         leaves, spec = optree.tree_flatten(weights)
-        with torch.enable_grad():
-            at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
-            loss = evaluation(optree.tree_unflatten(spec, at), lam)
-            found = differentiate(loss, at, create_graph=wanted)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
+
+        def loss(*at: Tensor) -> Tensor:
+            return evaluation(optree.tree_unflatten(spec, at), lam)
+
+        if functorch_level():  # which lets no leaves be made
+            grads = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+        else:
+            with torch.enable_grad():
+                at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
+                found = differentiate(loss(*at), at, create_graph=wanted)
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
         old: list[Tensor] = list(state["buffers"]) if self._whole else []
         moved, buffers = self.inner.advance(leaves, grads, old, lam)
         w = optree.tree_unflatten(spec, list(moved))

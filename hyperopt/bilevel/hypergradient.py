@@ -124,8 +124,9 @@ def hypergradient(
         -0.25
     """
     refuse_unstarted(problem, inner)
+    given = Leaves.of(w, "w").tree
     if inner is not None or isinstance(adjoint, Estimator):  # both may move it
-        w = optree.tree_map(lambda x: x.detach().clone(), w)
+        w = optree.tree_map(lambda x: x.detach().clone(), given)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
     problem.place(w, lam)
@@ -160,7 +161,7 @@ class Bilevel:
         refuse_unstarted(problem, inner)
         self.problem = problem
         self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
-        self.state = State(optree.tree_map(lambda x: x.detach(), w))
+        self.state = State(optree.tree_map(lambda x: x.detach(), Leaves.of(w, "w").tree))
 
     @property
     def w(self) -> Any:

@@ -10,8 +10,10 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -216,8 +218,14 @@ class Leaves:
 
         Raises:
             TypeError: a leaf that is no tensor, or not of a floating-point dtype.
-            ValueError: a tree without tensors.
+            ValueError: a tree without tensors, or with a parameter that has no size yet.
+            RuntimeError: a transform of ``torch.func`` is under way.
         """
+        if functorch_level():
+            raise RuntimeError(
+                "a hypergradient reads numbers as it goes and writes into w, which no transform of torch.func follows. Transform "
+                "the outer loss at fixed_point(GradientMap(problem, inner), w, (lam,), rows='joint').value instead, or use a loop"
+            )
         pairs = named(tree, what)
         names = [name for name, _ in pairs]
         if not pairs:
@@ -227,6 +235,8 @@ class Leaves:
                 raise TypeError(f"{name} is a {type(leaf).__name__}; every leaf must be a tensor")
             if not leaf.is_floating_point():
                 raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
+            if is_lazy(leaf):
+                raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
         flat = [leaf.detach().requires_grad_() for _, leaf in pairs]
         return Leaves(optree.tree_unflatten(optree.tree_structure(tree), flat), flat, names)
 

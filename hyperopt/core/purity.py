@@ -16,18 +16,29 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from hyperopt.core.draws import ImpureMapError, Unreplayed
 from hyperopt.core.places import Places
 
 
+def lazy_names(module: torch.nn.Module) -> list[str]:
+    """The parameters and buffers of a lazy module that have no size yet."""
+    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
+
+
 def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> None:
-    """Refuse a map with a module in training mode that updates running statistics whenever it is called.
+    """Refuse a map with a module that changes when it is called: a lazy one, or running statistics in training mode.
 
     Raises:
         ImpureMapError: names the first one.
     """
     for name, module in Places.of(phi, args, deep=False).named:
+        if isinstance(module, LazyModuleMixin) and lazy_names(module):
+            raise ImpureMapError(
+                f"the map calls {name} = {module}, whose parameters have no size yet: call it once on an input before the solve"
+            )
         if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             raise ImpureMapError(
                 f"the map calls {name} = {module} in training mode: every evaluation of a solve would update its running "
