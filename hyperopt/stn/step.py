@@ -132,6 +132,7 @@ class SelfTuning:
         rows: Callable[[Any], int] = leading,
     ) -> None:
         """Build the optimizers."""
+        _check_model(model)
         self.model, self.space = model, model.space
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.settings = settings = settings or SelfTuningSettings()
@@ -304,7 +305,8 @@ class SelfTuning:
             self._check_used(seen)
         for each in optimizers.values():
             each.zero_grad()  # an optimizer may hold more than what is updated here
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]  # a frozen one keeps no gradient, and stays
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
             parameter.grad = gradient
         for name, each in optimizers.items():
             self._clipped(name, [p for group in each.param_groups for p in group["params"]])
@@ -377,6 +379,21 @@ def own(batch: Any, rows: slice) -> Any:
     """Some rows of a batch: of its tensors, and of the keys of its examples."""
     whole = distributed.ranks() == 1
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no network from ``convert``.
+
+    Raises:
+        TypeError: names it and what to give.
+    """
+    if isinstance(model, STN):
+        return
+    if isinstance(getattr(model, "module", None), STN) or isinstance(getattr(model, "_orig_mod", None), STN):
+        what = "give the network that convert gave back, without a wrapper: SelfTuning takes its own means over the ranks"
+    else:
+        what = "give what hyperopt.stn.convert(network, space) gives back"
+    raise TypeError(f"SelfTuning: model is a {type(model).__name__}; {what}")
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
