@@ -57,6 +57,8 @@ _PUBLIC = {
     "Bilevel": "hyperopt.bilevel.hypergradient",
     "hypergradient": "hyperopt.bilevel.hypergradient",
     "Estimate": "hyperopt.bilevel.estimate",
+    "Auto": "hyperopt.bilevel.auto",
+    "Choice": "hyperopt.bilevel.estimate",
     "Estimator": "hyperopt.bilevel.estimator",
     "Composite": "hyperopt.bilevel.gauss_newton",
     "Functional": "hyperopt.bilevel.functional",
@@ -95,6 +97,8 @@ __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAl
 
 if TYPE_CHECKING:
     from hyperopt.bilevel.batches import Minibatches as Minibatches
+    from hyperopt.bilevel.auto import Auto as Auto
+    from hyperopt.bilevel.estimate import Choice as Choice
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
     from hyperopt.bilevel.f2sa import F2SA as F2SA

@@ -12,7 +12,7 @@ References: Schraudolph, Neural Computation 14, 2002; Martens, ICML 2010.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ class Composite:
             return self._own(w, lam, batch)
         return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
 
+    def keeping(self, seen: list[Tensor]) -> Composite:
+        """The same loss, which appends the output of every evaluation of its model to ``seen``."""
+
+        def model(w: Any, lam: Any, batch: Any) -> Tensor:
+            seen.append(self.model(w, lam, batch))
+            return seen[-1]
+
+        return replace(self, model=model)
+
     def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
         return self.criterion(self.model(w, lam, batch), w, lam, batch)
 
@@ -64,10 +73,12 @@ class GaussNewton(Curvature):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
         self._loss, self._batch = problem.inner_loss, batch
-        self._exact = Hessian(problem, w, lam, batch)
+        seen: list[Tensor] = []  # the model's output behind the gradient: a second evaluation might draw other random numbers
+        self._exact = Hessian(replace(problem, inner_loss=problem.inner_loss.keeping(seen)), w, lam, batch)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
         with torch.enable_grad():
-            self._z = problem.inner_loss.model(w.tree, lam.tree, batch)
+            # Over ranks the derivative of what was seen is already a mean over them; here this rank's own is needed.
+            self._z = problem.inner_loss.model(w.tree, lam.tree, batch) if problem.inner_loss.ranks else seen[0]
             self._out = self._z.detach().requires_grad_()
             loss = problem.inner_loss.criterion(self._out, w.tree, lam.tree, batch)
             self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]

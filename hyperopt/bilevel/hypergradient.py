@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.auto import Auto, AutoEstimator
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.estimator import Estimator
@@ -23,38 +24,41 @@ from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
-from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint
 from hyperopt.core.adjoints.shine import Shine
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point
-from hyperopt.core.linear.cg import CG
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 
 
-def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
-    """The estimator that an adjoint makes for trained inner problems.
+def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
+    """The estimator that an adjoint makes for trained inner problems; ``"auto"`` and None are ``Auto()``.
 
     Raises:
         TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
         ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through.
     """
-    if adjoint is None:
-        adjoint = Implicit(CG())
+    if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
+        adjoint = Auto()
     if isinstance(adjoint, Estimator):
         return adjoint
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
         given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
+        if isinstance(adjoint, Auto):
+            return AutoEstimator(**given, inner=inner, auto=adjoint)
         return ImplicitEstimator(**given, adjoint=adjoint, inner=inner)
     if isinstance(adjoint, Unrolled | Checkpointed):
         if not isinstance(inner, DifferentiableSolver):
             what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
             raise ValueError(
-                f"{type(adjoint).__name__} goes back through training, but {what}; use inner=gradient_descent, "
-                "inner=heavy_ball or inner=adam, or an implicit adjoint (adjoint=cg)"
+                f"{type(adjoint).__name__} goes back through training, but {what}; give inner=hyperopt.GradientDescent(...), "
+                'HeavyBall(...) or InnerAdam(...), or an implicit adjoint such as adjoint="auto"'
             )
         return UnrolledEstimator(adjoint, inner)
-    raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
+    raise TypeError(
+        f'adjoint={adjoint!r} is no adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
+    )
 
 
 def hypergradient(
@@ -62,7 +66,7 @@ def hypergradient(
     w: Any,
     lam: Any,
     *,
-    adjoint: Adjoint | Estimator | None = None,
+    adjoint: Adjoint | Estimator | str | None = "auto",
     inner: InnerSolver | None = None,
     step: float | None = None,
     curvature: str = "hessian",
@@ -76,7 +80,8 @@ def hypergradient(
         problem: the two losses.
         w: the inner variables, a tree of tensors: trained already, or, with ``inner``, where training starts. Not changed.
         lam: the hyperparameters, a tree of tensors; need not require grad.
-        adjoint: how to differentiate (default ``Implicit(CG())``).
+        adjoint: how to differentiate. ``"auto"`` chooses by what it meets, see ``hyperopt.bilevel.auto``, and says in
+            ``estimate.choice`` what it chose and why.
         inner: trains ``w`` first; methods that differentiate through training need it.
         step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from declared constants,
             else from power iteration).
@@ -117,7 +122,7 @@ class Bilevel:
         problem: the two losses.
         w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
         inner: trains them before each hypergradient, from where they are.
-        adjoint: how to differentiate (default ``Implicit(CG())``).
+        adjoint: how to differentiate; ``"auto"`` chooses by what it meets, and says so in ``estimate.choice``.
         products: how implicit adjoints take their products, and whether they start where the last one ended; see
             ``ProductSettings``.
 
@@ -131,7 +136,7 @@ class Bilevel:
         w: Any,
         *,
         inner: InnerSolver | None = None,
-        adjoint: Adjoint | Estimator | None = None,
+        adjoint: Adjoint | Estimator | str | None = "auto",
         products: ProductSettings | None = None,
     ) -> None:
         """Nothing is trained yet."""
