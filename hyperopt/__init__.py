@@ -57,6 +57,8 @@ _PUBLIC = {
     "Bilevel": "hyperopt.bilevel.hypergradient",
     "hypergradient": "hyperopt.bilevel.hypergradient",
     "Estimate": "hyperopt.bilevel.estimate",
+    "Auto": "hyperopt.bilevel.auto",
+    "Choice": "hyperopt.bilevel.estimate",
     "Estimator": "hyperopt.bilevel.estimator",
     "Composite": "hyperopt.bilevel.gauss_newton",
     "Functional": "hyperopt.bilevel.functional",
@@ -101,7 +103,9 @@ if TYPE_CHECKING:
     from hyperopt import regularise as regularise
     from hyperopt import stn as stn
     from hyperopt import tasks as tasks
+    from hyperopt.bilevel.auto import Auto as Auto
     from hyperopt.bilevel.batches import Minibatches as Minibatches
+    from hyperopt.bilevel.estimate import Choice as Choice
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
     from hyperopt.bilevel.f2sa import F2SA as F2SA

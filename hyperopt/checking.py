@@ -15,9 +15,9 @@ from hyperopt.files import write_json
 from hyperopt.schema import LINEAR_SOLVERS, SCHEMA
 from hyperopt.tasks.base import HypergradientError, Task
 
-# For symmetric maps only; with solvers that keep an inverse only; for trained problems only.
 SINGLE_LOOP = ("soba", "saba", "stocbio", "f2sa", "v_pbgd")  # no adjoints of a fixed point at all
-PARTICULAR = ("cg", "nystrom", "shine", "t1t2", "finite_difference", *SINGLE_LOOP)
+# One of the others by turns; for symmetric maps only; with solvers that keep an inverse only; for trained problems only.
+PARTICULAR = ("auto", "cg", "nystrom", "shine", "t1t2", "finite_difference", *SINGLE_LOOP)
 
 
 def adjoints(own: Adjoint) -> dict[str, Adjoint]:
@@ -46,7 +46,7 @@ def check(task: Task, out: Path) -> float:
     if not isinstance(adjoint, Adjoint):
         raise NotImplementedError(
             f"mode=check is about the adjoint of a fixed point; {type(adjoint).__name__} trains the model itself and is right "
-            "only in its limit. Use adjoint=cg"
+            "only in its limit. Use adjoint=auto"
         )
     found = check_hypergradient(task.objective, task.groups(), solver=solver, adjoint=adjoint)
     print(found)

@@ -123,6 +123,7 @@ SCHEMA: dict[str, type] = {
     "adjoint/one_step": _targeted(core.OneStepSettings, "hyperopt.core.adjoints.onestep.OneStep"),
     "adjoint/phantom": _targeted(core.PhantomSettings, "hyperopt.core.adjoints.phantom.Phantom"),
     "adjoint/checkpointed": _targeted(core.CheckpointedSettings, "hyperopt.core.adjoints.checkpointed.Checkpointed"),
+    "adjoint/auto": _targeted(bilevel.AutoSettings, "hyperopt.bilevel.auto.Auto"),
     "adjoint/t1t2": _targeted(bilevel.T1T2Settings, "hyperopt.bilevel.t1t2.T1T2"),
     "adjoint/finite_difference": _targeted(
         bilevel.FiniteDifferenceSettings, "hyperopt.bilevel.finite_difference.FiniteDifference"

@@ -12,13 +12,13 @@ import contextlib
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.problem import Leaves
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -64,15 +64,15 @@ class Curvature(LinearOperator):
 class Hessian(Curvature):
     """The Hessian itself, by a second backward."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any, evaluation: Evaluation | None = None) -> None:
-        """Take the gradient and keep its graph; ``evaluation`` is that of the loss on the batch, if others share it.
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves) -> None:
+        """Take the gradient of the inner loss on a batch, and keep its graph.
 
         Raises:
             ValueError: the inner loss does not depend on ``w``.
         """
         super().__init__(w, lam)
         with torch.enable_grad():
-            loss = (evaluation or Evaluation(problem, batch))(w.tree, lam.tree)
+            loss = inner(w.tree, lam.tree)
             grads = differentiate(loss, w.flat)
         self.gradients = 1
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -65,6 +65,31 @@ class State:
     memory: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What ``adjoint="auto"`` chose; ``str(choice)`` is a sentence.
+
+    Attributes:
+        name: one of ``NAMES``, whose place there is the metric ``adjoint/choice``.
+        why: what it met that made it choose so.
+        adjoint: the adjoint that was used; with ``step`` and ``curvature``, and without a warm start, it gives the same again.
+        step: of the gradient-step map, where that was iterated (None: it makes no difference).
+        curvature: of whose products the system was made.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("CG", "MINRES", "Neumann", "Neumann, Gauss-Newton")
+
+    name: str
+    why: str
+    adjoint: Any
+    step: float | None = None
+    curvature: str = "hessian"
+
+    def __str__(self) -> str:
+        """Name and reason."""
+        return f"{self.name}: {self.why}"
+
+
 @dataclass
 class Estimate:
     """One hypergradient.
@@ -81,6 +106,7 @@ class Estimate:
         unused: the hyperparameters on which the outer loss does not depend, in this way of differentiating it: their
             hypergradient is exactly zero.
         note: what to change, where the adjoint iteration diverged.
+        choice: which adjoint was chosen and why, under ``adjoint="auto"`` (None: it was given).
     """
 
     grad: Any
@@ -92,6 +118,7 @@ class Estimate:
     cost: Cost
     unused: tuple[str, ...] = ()
     note: str = ""
+    choice: Choice | None = None
 
     def statuses(self) -> dict[str, Status]:
         """How the solves ended, under ``inner`` and ``adjoint``."""
@@ -115,6 +142,8 @@ class Estimate:
             if stats is not None:
                 found[f"{name}/iterations"] = float(stats.iterations.max())
                 found[f"{name}/residual"] = stats.worst_residual()
+        if self.choice is not None:
+            found["adjoint/choice"] = float(Choice.NAMES.index(self.choice.name))
         found["hypergrad/error_estimate"] = self.certificate.error
         found["hypergrad/is_bound"] = float(self.certificate.is_bound)
         for name in ("evaluations", "vjps", "jvps", *vars(self.cost)):

@@ -10,32 +10,29 @@ Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equation 8.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, unaffected
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.problem import Leaves
 from hyperopt.core.tree import tree_norm
 
 
 class FiniteDifferences(Curvature):
     """Products by differences of gradients on one batch."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any, length: float | None = None) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, length: float | None = None) -> None:
         """Take the gradient.
 
         Args:
-            problem: the losses.
+            inner: the inner loss on a batch.
             w: the point.
             lam: the hyperparameters.
-            batch: of the inner loss.
             length: of the step, ``h |v|`` (None: the balanced one).
         """
         super().__init__(w, lam)
-        self._evaluation = Evaluation(problem, batch)
+        self._inner = inner
         self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
         grads = self._gradients(None, 0.0, w=True)
         self.gradient = self.matrix(grads)
@@ -66,7 +63,7 @@ class FiniteDifferences(Curvature):
             moved = [leaf.detach() + h * part for leaf, part in zip(self.w.flat, self.parts(v), strict=True)]
             at = Leaves.of(self.w.like(moved), "w")
         with torch.enable_grad():
-            loss = self._evaluation(at.tree, self.lam.tree)
+            loss = self._inner(at.tree, self.lam.tree)
             if not loss.requires_grad:
                 unaffected()
             found = torch.autograd.grad(loss, at.flat if w else self.lam.flat, allow_unused=True)

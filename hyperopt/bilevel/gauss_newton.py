@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, rows_of
+from hyperopt.bilevel.problem import Leaves, rows_of
 from hyperopt.core import distributed
 
 
@@ -55,18 +55,18 @@ class Composite:
 class GaussNewton(Curvature):
     """Products with G; the gradient and the mixed product are exact."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves) -> None:
         """Build the graphs of the gradient, of the model and of the criterion; each is kept.
 
         Raises:
             TypeError: the inner loss is no ``Composite``.
         """
-        if not isinstance(problem.inner_loss, Composite):
+        composite, batch = inner.problem.inner_loss, inner.batch
+        if not isinstance(composite, Composite):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
-        self._loss, self._batch = problem.inner_loss, batch
-        composite, evaluation = problem.inner_loss, Evaluation(problem, batch)
-        self._exact = Hessian(problem, w, lam, batch, evaluation)
+        self._loss, self._batch = composite, batch
+        self._exact = Hessian(inner, w, lam)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
 
         def parts(w: Any, lam: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class GaussNewton(Curvature):
             return z, out, composite.criterion(out, w, lam, batch)
 
         with torch.enable_grad():
-            self._z, self._out, loss = evaluation.of(parts, w.tree, lam.tree)
+            self._z, self._out, loss = inner.of(parts, w.tree, lam.tree)
             self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]
             self._penalty = torch.autograd.grad(loss, w.flat, create_graph=True, allow_unused=True)
             self._cotangent = torch.zeros_like(self._out).requires_grad_()

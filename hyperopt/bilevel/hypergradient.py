@@ -10,9 +10,11 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.auto import Auto, AutoEstimator
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.estimator import Estimator, refuse_ignored
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator
@@ -24,27 +26,26 @@ from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
-from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint
 from hyperopt.core.adjoints.shine import Shine
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point
-from hyperopt.core.linear.cg import CG
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.core.status import Solution
 
 
-def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
-    """The estimator that an adjoint makes for trained inner problems.
+def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
+    """The estimator that an adjoint makes for trained inner problems; ``"auto"`` and None are ``Auto()``.
 
     Raises:
         TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
         ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through; or it has no
             use for the inner solver or for the products.
     """
-    if adjoint is None:
-        adjoint = Implicit(CG())
     unused = ("step", "curvature", "resample", "power")
+    if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
+        adjoint = Auto()
     if isinstance(adjoint, Estimator):
         refuse_ignored(adjoint, inner, products, unused)
         return adjoint
@@ -52,17 +53,21 @@ def estimator_of(adjoint: Adjoint | Estimator | None, inner: InnerSolver | None,
         refuse_ignored(adjoint, None, products, ("curvature",))
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
         given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
+        if isinstance(adjoint, Auto):
+            return AutoEstimator(**given, inner=inner, auto=adjoint)
         return ImplicitEstimator(**given, adjoint=adjoint, inner=inner)
     if isinstance(adjoint, Unrolled | Checkpointed):
         if not isinstance(inner, DifferentiableSolver):
             what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
             raise ValueError(
-                f"{type(adjoint).__name__} goes back through training, but {what}; use GradientDescent, HeavyBall or InnerAdam "
-                "for inner, or an implicit adjoint, adjoint=Implicit(CG())"
+                f"{type(adjoint).__name__} goes back through training, but {what}; give inner=hyperopt.GradientDescent(...), "
+                'HeavyBall(...) or InnerAdam(...), or an implicit adjoint such as adjoint="auto"'
             )
         refuse_ignored(adjoint, None, products, unused)
         return UnrolledEstimator(adjoint, inner)
-    raise TypeError(f"adjoint={adjoint!r} is no adjoint of a trained problem; give Implicit(CG()), Unrolled(), OneStep(), ...")
+    raise TypeError(
+        f'adjoint={adjoint!r} is no adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
+    )
 
 
 def refuse_unstarted(problem: BilevelProblem, inner: InnerSolver | None) -> None:
@@ -82,7 +87,7 @@ def hypergradient(
     w: Any,
     lam: Any,
     *,
-    adjoint: Adjoint | Estimator | None = None,
+    adjoint: Adjoint | Estimator | str | None = "auto",
     inner: InnerSolver | None = None,
     step: float | None = None,
     curvature: str = "hessian",
@@ -96,7 +101,8 @@ def hypergradient(
         problem: the two losses.
         w: the inner variables, a tree of tensors: trained already, or, with ``inner``, where training starts. Not changed.
         lam: the hyperparameters, a tree of tensors; need not require grad.
-        adjoint: how to differentiate (default ``Implicit(CG())``).
+        adjoint: how to differentiate. ``"auto"`` chooses by what it meets, see ``hyperopt.bilevel.auto``, and says in
+            ``estimate.choice`` what it chose and why.
         inner: trains ``w`` first; methods that differentiate through training need it.
         step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from declared constants,
             else from power iteration).
@@ -140,7 +146,7 @@ class Bilevel:
         problem: the two losses.
         w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
         inner: trains them before each hypergradient, from where they are.
-        adjoint: how to differentiate (default ``Implicit(CG())``).
+        adjoint: how to differentiate; ``"auto"`` chooses by what it meets, and says so in ``estimate.choice``.
         products: how implicit adjoints take their products, and whether they start where the last one ended; see
             ``ProductSettings``.
 
@@ -154,7 +160,7 @@ class Bilevel:
         w: Any,
         *,
         inner: InnerSolver | None = None,
-        adjoint: Adjoint | Estimator | None = None,
+        adjoint: Adjoint | Estimator | str | None = "auto",
         products: ProductSettings | None = None,
     ) -> None:
         """Nothing is trained yet."""
@@ -181,7 +187,7 @@ class Bilevel:
         """
         problem = self.problem.at_next_batch()
         batch = problem.inner_batches.draw()
-        largest, _ = largest_curvature(Hessian(problem, Leaves.of(self.w, "w"), Leaves.of(lam, "lam"), batch))
+        largest, _ = largest_curvature(Hessian(Evaluation(problem, batch), Leaves.of(self.w, "w"), Leaves.of(lam, "lam")))
         phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
         solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
         return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution

@@ -23,23 +23,71 @@ from torch import Tensor
 
 from hyperopt.bilevel.certificate import certificate
 from hyperopt.bilevel.curvature import Curvature, Hessian, unused_of
-from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimate import Choice, Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.finite_differences import FiniteDifferences
 from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.policy import note_once
-from hyperopt.core.status import AdjointBox, Status
+from hyperopt.core.status import AdjointBox, SolveStats, Status
 from hyperopt.core.tree import tree_norm
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a hypergradient is taken, and what was found there before its adjoint system is solved.
+
+    Attributes:
+        problem: the losses.
+        w, lam: the point.
+        state: what the method remembers.
+        trained: statistics of the training that has led here (None: there was none).
+        inner: the inner loss on its batch (None where each product draws its own).
+        curvature: products with the second derivatives of the inner loss.
+        b: ``d_w E``. shape: (1, dim)
+        constants: of the losses, where they are declared.
+    """
+
+    problem: BilevelProblem
+    w: Leaves
+    lam: Leaves
+    state: State
+    trained: SolveStats | None
+    inner: Evaluation | None
+    curvature: Curvature
+    b: Tensor
+    constants: InnerConstants | None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved adjoint system.
+
+    Attributes:
+        u: ``H^{-1} b``, as found; NaN where there is no solution that may be used. shape: (1, dim)
+        operator: the gradient-step map whose system it was.
+        stats: of the solve.
+        iterates: whether the map itself was iterated, so that its step says something about it.
+        note: what to change where the solve failed.
+        choice: what was chosen, and why, where the method chooses.
+    """
+
+    u: Tensor
+    operator: StepMap
+    stats: SolveStats
+    iterates: bool
+    note: str = ""
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -59,24 +107,17 @@ class ImplicitEstimator(ProductSettings, Estimator):
         trained = None if self.inner is None else self.inner.solve(problem, lam, state)
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
-        curvature = self._curvature(problem, w, hyper)
+        inner = None if self.resample else Evaluation(problem, problem.inner_batches.draw())
+        first = self._curvature(problem, w, hyper, inner, getattr(self.adjoint, "curvature", self.curvature))
         constants = (
             None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
         )
-        refuse_untrained(w, curvature, g_w)
-        b = curvature.matrix(g_w)
-        operator, box = StepMap(curvature, self._step(curvature, state, lam, constants)), AdjointBox()
-        near, start = state.memory.get("u") if self.warm else None, None
-        if near is not None:
-            start, _ = self.adjoint.warm(operator, b, near / operator.step)
-        u = operator.step * self.adjoint.solve(LinearSystem(operator, b, start, "adjoint", box))
-        stats = box.stats
-        assert stats is not None
-        stats.vjps = curvature.matvecs - stats.jvps  # those of a warm start, and of the power iteration, among them
-        note = self._note(stats.status, operator)
-        if stats.status >= Status.breakdown and not self._accepts(stats.status):
-            u = torch.full_like(u, math.nan)  # what is there is no solution, and a number made of it would be a wrong one
-        elif self.warm:
+        refuse_untrained(w, first, g_w)
+        b = first.matrix(g_w)
+        solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
+        operator, stats, u = solved.operator, solved.stats, solved.u
+        curvature = operator.curvature
+        if self.warm and bool(torch.isfinite(u).all()):
             state.memory["u"] = u.detach()
         found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
         unused = unused_of(hyper.names, found)
@@ -84,23 +125,44 @@ class ImplicitEstimator(ProductSettings, Estimator):
             state.memory["unused"] = list(unused)
             log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))
         grad = hyper.like(found)
-        gradients = curvature.gradients + (trained.evaluations if trained else 0)
-        cost = Cost(gradients, 1, curvature.matvecs, curvature.mixed_products, stats.jvps)
-        known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, self.adjoint.iterates)
-        return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, note)
+        both = (first,) if curvature is first else (first, curvature)
+        gradients, products = sum(c.gradients for c in both), sum(c.matvecs for c in both)
+        stats.vjps = products - stats.jvps  # those of a warm start, and of the power iteration, among them
+        cost = Cost(gradients + (trained.evaluations if trained else 0), 1, products, curvature.mixed_products, stats.jvps)
+        known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, solved.iterates)
+        return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, solved.note, solved.choice)
 
-    def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves) -> Curvature:
-        """The products that the adjoint, or the settings, ask for."""
-        kind = getattr(self.adjoint, "curvature", self.curvature)
+    def solve(self, at: Point) -> Solved:
+        """Solve the adjoint system; NaN in the place of what is no solution, since a number made of it would be a wrong one."""
+        operator = StepMap(at.curvature, self._step(at, self.adjoint.iterates))
+        u, stats = self._solve(self.adjoint, operator, at)
+        note = self._note(stats.status, operator)
+        if stats.status >= Status.breakdown and not self._accepts(stats.status):
+            u = torch.full_like(u, math.nan)
+        return Solved(u, operator, stats, self.adjoint.iterates, note)
 
-        def make() -> Curvature:
-            batch = problem.inner_batches.draw()
+    def _solve(self, adjoint: ImplicitAdjoint, operator: StepMap, at: Point) -> tuple[Tensor, SolveStats]:
+        """``u`` and the statistics, from where the last solve ended if that is wanted."""
+        box = AdjointBox()
+        near, start = at.state.memory.get("u") if self.warm else None, None
+        if near is not None:
+            start, _ = adjoint.warm(operator, at.b, near / operator.step)
+        u = operator.step * adjoint.solve(LinearSystem(operator, at.b, start, "adjoint", box))
+        assert box.stats is not None
+        return u, box.stats
+
+    def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves, inner: Evaluation | None, kind: str) -> Curvature:
+        """Products of one kind, with one inner loss or each on a batch of its own."""
+
+        def make(inner: Evaluation) -> Curvature:
             if kind == "finite_differences":
                 length = self.adjoint.length if isinstance(self.adjoint, FiniteDifference) else None
-                return FiniteDifferences(problem, w, lam, batch, length)
-            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](problem, w, lam, batch)
+                return FiniteDifferences(inner, w, lam, length)
+            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](inner, w, lam)
 
-        return Resampled(make) if self.resample else make()
+        if inner is not None:
+            return make(inner)
+        return Resampled(lambda: make(Evaluation(problem, problem.inner_batches.draw())))
 
     def _accepts(self, status: Status) -> bool:
         """Whether a fixed number of steps that left more residual than none would is to be used all the same."""
@@ -112,30 +174,40 @@ class ImplicitEstimator(ProductSettings, Estimator):
         """What to change where the adjoint diverged."""
         if status < Status.diverged or self._accepts(status):
             return ""
-        note = "raise adjoint.linear_solver.rho or rank"  # Nystrom
+        note = "Nystrom's sketch leaves out too much of the Hessian: give it a larger rho or rank"
         if self.adjoint.iterates:
             largest, _ = largest_curvature(operator.curvature, self.power)
-            stable = f"{2 / largest:.4g} (2 / L, by power iteration)" if largest > 0 else "any: the Hessian is 0"
-            note = (
-                f"the gradient-step map does not contract at step={operator.step:.4g}; the largest stable step is {stable}: "
-                "lower it, use adjoint=cg, or see whether the inner loss is convex here"
-            )
+            note = f"the gradient-step map does not contract at step={operator.step:.4g}"
+            if largest > 0:
+                note += f"; its largest stable step is {2 / largest:.4g} (2 / L, by power iteration)"
+                note += (
+                    ". Lower the argument step" if operator.step > 2 / largest else ", so the Hessian is not positive definite"
+                )
+            else:
+                note += (
+                    ", since the Hessian of the inner loss is zero. See whether the inner loss depends on w beyond first order"
+                )
+            note += ', or leave the choice to adjoint="auto"'
         if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
-            note += "; adjoint.policy=ignore uses what the fixed number of steps gives all the same"
+            note += '. With policy="ignore", Implicit uses what a fixed number of steps gives all the same'
         note_once(note, f"adjoint {status.name}")
         return note
 
-    def _step(self, curvature: Curvature, state: State, lam: Any, constants: Any) -> float:
+    def _step(self, at: Point, iterates: bool) -> float:
         """The step of the map; 1 for an adjoint to which it makes no difference."""
         if self.step is not None:
             return self.step
-        if not self.adjoint.iterates:
+        if not iterates:
             return 1.0
-        own = None if self.inner is None else self.inner.map_step(lam)
+        own = None if self.inner is None else self.inner.map_step(at.lam.tree)
         if own is not None:
             return own
-        if constants is not None:
-            return 2 / (constants.strong_convexity + constants.smoothness)
+        if at.constants is not None:
+            return 2 / (at.constants.strong_convexity + at.constants.smoothness)
+        return self._stable_step(at.curvature, at.state)
+
+    def _stable_step(self, curvature: Curvature, state: State) -> float:
+        """``1 / L`` by power iteration."""
         largest, direction = largest_curvature(curvature, self.power, state.memory.get("largest"))
         if self.warm:
             state.memory["largest"] = direction

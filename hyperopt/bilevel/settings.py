@@ -13,6 +13,7 @@ from hyperopt.core.checks import (
     check_flag,
     check_number,
     check_optional,
+    check_optional_count,
 )
 
 CURVATURES = ("hessian", "gauss_newton", "finite_differences")
@@ -130,6 +131,26 @@ class LBFGSSettings(InnerSettings):
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "history")
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """The adjoint chosen by what it meets: CG, MINRES or a truncated Neumann series.
+
+    rtol: relative tolerance of CG and MINRES.
+    max_steps: most products of one attempt by CG or MINRES.
+    terms: most terms of the Neumann series (None: as many as ``inner`` takes steps, at least 20 and at most 100).
+    """
+
+    rtol: float = 1e-6
+    max_steps: int = 100
+    terms: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "rtol", 0.0, open_low=True)
+        check_count(self, "max_steps")
+        check_optional_count(self, "terms")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class At:
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
         self.evaluation = Evaluation(self.problem, batch)
-        self.curvature = curvature = Hessian(self.problem, self.w, self.lam, batch, self.evaluation)
+        self.curvature = curvature = Hessian(self.evaluation, self.w, self.lam)
         product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
         self.cost.inner_gradients += curvature.gradients
         self.cost.hessian_products += curvature.matvecs

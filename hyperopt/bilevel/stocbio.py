@@ -56,7 +56,7 @@ class StocBiO(StocBiOSettings, Estimator):
 
         loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         layout = layout_of(w.tree, "joint")
-        curvature = Resampled(lambda: Hessian(problem, w, hyper, problem.inner_batches.draw()))
+        curvature = Resampled(lambda: Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper))
         eta = self.step_size if self.adjoint_step is None else self.adjoint_step
         b = layout.matrix(w.like(in_w))
         term = total = b

@@ -147,7 +147,7 @@ class BilevelTaskSettings:
 
     Attributes:
         inner: how the model is trained (None: gradient descent).
-        adjoint: how the hypergradient is found (None: implicit, by conjugate gradients).
+        adjoint: how the hypergradient is found (None: chosen by what it meets, see ``hyperopt.bilevel.auto``).
         products: how an implicit adjoint takes its products.
         warm_start: train from where the last outer step ended; else from the first weights, every time.
         dataset: the rows (None: digits).

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperopt.bilevel.curvature import Hessian, differentiate
 from hyperopt.bilevel.estimate import State
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import InnerSettings
@@ -133,7 +134,7 @@ class DifferentiableSolver(InnerSolver):
 
 def curvature_at(problem: BilevelProblem, w: Leaves, lam: Any, batch: Any) -> Callable[[], Hessian]:
     """What makes the Hessian of the inner loss at a point; it is evaluated anew."""
-    return lambda: Hessian(problem, w, Leaves.of(lam, "lam"), batch)
+    return lambda: Hessian(Evaluation(problem, batch), w, Leaves.of(lam, "lam"))
 
 
 def steepness(make: Callable[[], Hessian]) -> float:
