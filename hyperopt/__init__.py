@@ -60,7 +60,7 @@ _PUBLIC = {
     "Auto": "hyperopt.bilevel.auto",
     "Choice": "hyperopt.bilevel.estimate",
     "Estimator": "hyperopt.bilevel.estimator",
-    "Composite": "hyperopt.bilevel.gauss_newton",
+    "Composite": "hyperopt.bilevel.problem",
     "Functional": "hyperopt.bilevel.functional",
     "GradientMap": "hyperopt.bilevel.gradient_map",
     "InnerConstants": "hyperopt.bilevel.problem",
@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.f2sa import F2SA as F2SA
     from hyperopt.bilevel.finite_difference import FiniteDifference as FiniteDifference
     from hyperopt.bilevel.functional import Functional as Functional
-    from hyperopt.bilevel.gauss_newton import Composite as Composite
     from hyperopt.bilevel.gradient_map import GradientMap as GradientMap
     from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
     from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
@@ -122,6 +121,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
     from hyperopt.bilevel.over_ranks import over_ranks as over_ranks
     from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
+    from hyperopt.bilevel.problem import Composite as Composite
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
     from hyperopt.bilevel.saba import SABA as SABA
     from hyperopt.bilevel.settings import ProductSettings as ProductSettings

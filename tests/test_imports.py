@@ -57,7 +57,7 @@ LAYERS = [
     ("stn",),
     ("bilevel.batches", "bilevel.loaders"),
     ("bilevel.problem", "bilevel.estimate"),
-    ("bilevel.evaluation",),
+    ("bilevel.evaluation", "bilevel.tied"),
     ("bilevel.curvature", "bilevel.estimator"),
     ("bilevel.step_map",),
     ("bilevel.inner",),

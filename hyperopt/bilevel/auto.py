@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import Choice, State
-from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.implicit import ImplicitEstimator, Point, Solved
+from hyperopt.bilevel.problem import Composite
 from hyperopt.bilevel.settings import AutoSettings
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
@@ -216,5 +216,5 @@ def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor
     if status >= Status.breakdown:
         total = torch.full_like(total, math.nan)
     code = torch.tensor([int(status)])
-    numbers = (torch.tensor([x], dtype=torch.float64) for x in (left / size if size > 0 else left, size))
-    return operator.step * total, SolveStats(code, torch.full_like(code, terms), *numbers, method="Neumann"), rose
+    residual, scale = (torch.tensor([x], dtype=torch.float64) for x in (left / size if size > 0 else left, size))
+    return operator.step * total, SolveStats(code, torch.full_like(code, terms), residual, scale, method="Neumann"), rose

@@ -11,8 +11,7 @@ References: Schraudolph, Neural Computation 14, 2002; Martens, ICML 2010.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,36 +19,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves, rows_of
-from hyperopt.core import distributed
-
-
-@dataclass(frozen=True)
-class Composite:
-    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
-
-    Attributes:
-        model: ``z(w, lam, batch)``, one tensor.
-        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
-        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
-    """
-
-    model: Callable[[Any, Any, Any], Tensor]
-    criterion: Callable[[Tensor, Any, Any, Any], Tensor]
-    ranks: bool = False
-
-    def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss."""
-        if not self.ranks:
-            return self._own(w, lam, batch)
-        return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
-
-    def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        return self.criterion(self.model(w, lam, batch), w, lam, batch)
-
-    def whole(self, product: Tensor, batch: Any) -> Tensor:
-        """A product with the matrix of all rows, from that with the matrix of these."""
-        return distributed.average(product, rows_of(batch)) if self.ranks else product
+from hyperopt.bilevel.problem import Composite, Leaves
 
 
 class GaussNewton(Curvature):

@@ -23,6 +23,7 @@ from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import largest_curvature
+from hyperopt.bilevel.tied import Tied
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
@@ -130,13 +131,14 @@ def hypergradient(
         -0.25
     """
     refuse_unstarted(problem, inner)
-    given = Leaves.of(w, "w").tree
+    tied = Tied(w)
+    problem, w = tied.apart(problem, w)
     if inner is not None or isinstance(adjoint, Estimator):  # both may move it
-        w = optree.tree_map(lambda x: x.detach().clone(), given)
+        w = optree.tree_map(lambda x: x.detach().clone(), w)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
     problem.place(w, lam)
-    return estimator.estimate(problem, lam, State(w))
+    return tied.whole(estimator.estimate(problem, lam, State(w)))
 
 
 class Bilevel:
@@ -144,7 +146,8 @@ class Bilevel:
 
     Args:
         problem: the two losses.
-        w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
+        w: where the inner variables start, a tree in which one tensor at several places is one variable. Its tensors are changed
+            in place: with ``Functional`` they are the module's own.
         inner: trains them before each hypergradient, from where they are.
         adjoint: how to differentiate; ``"auto"`` chooses by what it meets, and says so in ``estimate.choice``.
         products: how implicit adjoints take their products, and whether they start where the last one ended; see
@@ -165,19 +168,20 @@ class Bilevel:
     ) -> None:
         """Nothing is trained yet."""
         refuse_unstarted(problem, inner)
-        self.problem = problem
+        self._tied = Tied(w)
+        self.problem, w = self._tied.apart(problem, w)
         self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
-        self.state = State(optree.tree_map(lambda x: x.detach(), Leaves.of(w, "w").tree))
+        self.state = State(optree.tree_map(lambda x: x.detach(), w))
 
     @property
     def w(self) -> Any:
         """The inner variables."""
-        return self.state.w
+        return self._tied.expand(self.state.w) if self._tied.any else self.state.w
 
     def step(self, lam: Any) -> Estimate:
         """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
         self.problem.place(self.state.w, lam)
-        return self.estimator.estimate(self.problem, lam, self.state)
+        return self._tied.whole(self.estimator.estimate(self.problem, lam, self.state))
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """The outer loss at the fixed point of the gradient-step map, and that point: see ``hyperopt.core.verify.Objective``.

@@ -104,7 +104,10 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Train, solve the adjoint system, take the mixed product; see ``Estimator``."""
-        trained = None if self.inner is None else self.inner.solve(problem, lam, state)
+        trained = None
+        if self.inner is not None:
+            trained = self.inner.solve(problem, lam, state)
+            problem = self.inner.objective(problem)  # what is trained is what is differentiated
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         inner = None if self.resample else Evaluation(problem, problem.inner_batches.draw())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
+from hyperopt.core import distributed
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
 
@@ -48,6 +49,46 @@ class InnerConstants:
             check_number(self, name, 0.0, open_low=name in ("strong_convexity", "smoothness"))
         if self.strong_convexity > self.smoothness:
             raise ValueError(f"InnerConstants: strong_convexity={self.strong_convexity} is above smoothness={self.smoothness}")
+
+
+@dataclass(frozen=True)
+class Composite:
+    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
+
+    Attributes:
+        model: ``z(w, lam, batch)``, one tensor.
+        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
+        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
+    """
+
+    model: Callable[[Any, Any, Any], Tensor]
+    criterion: Callable[[Tensor, Any, Any, Any], Tensor]
+    ranks: bool = False
+
+    def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        """The inner loss."""
+        if not self.ranks:
+            return self._own(w, lam, batch)
+        return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
+
+    def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        return self.criterion(self.model(w, lam, batch), w, lam, batch)
+
+    def of(self, expand: Callable[[Any], Any]) -> Composite:
+        """The same loss of other variables ``x``, at ``w = expand(x)``."""
+        return replace(
+            self,
+            model=lambda w, lam, batch: self.model(expand(w), lam, batch),
+            criterion=lambda z, w, lam, batch: self.criterion(z, expand(w), lam, batch),
+        )
+
+    def plus(self, penalty: Callable[[Any], Tensor]) -> Composite:
+        """The loss and a penalty on the weights."""
+        return replace(self, criterion=lambda z, w, lam, batch: self.criterion(z, w, lam, batch) + penalty(w))
+
+    def whole(self, product: Tensor, batch: Any) -> Tensor:
+        """A product with the matrix of all rows, from that with the matrix of these."""
+        return distributed.average(product, rows_of(batch)) if self.ranks else product
 
 
 @dataclass(frozen=True)
@@ -116,6 +157,37 @@ class BilevelProblem:
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The inner loss, checked to be a scalar."""
         return scalar(self.inner_loss(w, lam, batch), "inner_loss", batch)
+
+    def of(self, expand: Callable[[Any], Any], collect: Callable[[Any], Any]) -> BilevelProblem:
+        """The problem in other variables ``x``, where ``w = expand(x)`` and ``x = collect(w)``."""
+
+        def at(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda w, *others: function(expand(w), *others)
+
+        inner, initial = self.inner_loss, self.initial
+        return replace(
+            self,
+            inner_loss=inner.of(expand) if isinstance(inner, Composite) else at(inner),
+            outer_loss=at(self.outer_loss),
+            refresh=None if self.refresh is None else at(self.refresh),
+            constants=None if self.constants is None else at(self.constants),
+            initial=None if initial is None else lambda lam: collect(initial(lam)),
+        )
+
+    def decayed(self, decay: float) -> BilevelProblem:
+        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too."""
+        inner, constants = self.inner_loss, self.constants
+
+        def penalty(w: Any) -> Tensor:
+            return decay / 2 * torch.stack([leaf.square().sum() for leaf in optree.tree_leaves(w)]).sum()
+
+        def known(w: Any, lam: Any) -> InnerConstants:
+            assert constants is not None
+            given = constants(w, lam)
+            return replace(given, strong_convexity=given.strong_convexity + decay, smoothness=given.smoothness + decay)
+
+        whole = inner.plus(penalty) if isinstance(inner, Composite) else lambda w, lam, batch: inner(w, lam, batch) + penalty(w)
+        return replace(self, inner_loss=whole, constants=None if constants is None else known)
 
     def inner_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
         """The inner loss on a batch, as a function of ``(w, lam)``."""

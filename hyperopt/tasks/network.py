@@ -23,8 +23,7 @@ from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.gauss_newton import Composite
-from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.data.splits import Rows
 from hyperopt.hyperparameters import Hyperparameters
 from hyperopt.nn.equilibrium import draw

@@ -39,6 +39,10 @@ class InnerSolver(InnerSettings, ABC):
         """A step at which the gradient-step map contracts if this solver converges; None: not known."""
         return None
 
+    def objective(self, problem: BilevelProblem) -> BilevelProblem:
+        """The problem whose inner loss is what this solver minimises: with the weight decay of its steps, if they have one."""
+        return problem
+
     def check_rates(self, w: Any, lam: Any) -> None:
         """Refuse hyperparameters named as rates that do not fit the tree ``w``; nothing here."""
 
@@ -58,6 +62,7 @@ class InnerSolver(InnerSettings, ABC):
         Raises:
             SolveError: the gradient grew without bound, or is not finite; names the largest stable step.
         """
+        problem = self.objective(problem)
         w = Leaves.of(state.w, "w")
         lam = optree.tree_map(lambda x: x.detach(), lam)
         self.check_rates(state.w, lam)
