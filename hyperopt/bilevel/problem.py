@@ -16,6 +16,7 @@ from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_o
 from hyperopt.core import distributed
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
+from hyperopt.core.draws import KeepsGraph
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
@@ -191,7 +192,12 @@ class BilevelProblem:
 
     def inner_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
         """The inner loss on a batch, as a function of ``(w, lam)``."""
-        return lambda w, lam: self.inner(w, lam, batch)
+
+        def loss(w: Any, lam: Any) -> Tensor:
+            with KeepsGraph():
+                return self.inner(w, lam, batch)
+
+        return loss
 
     def outer_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
         """The outer loss on a batch, as a function of ``(w, lam)``."""
@@ -199,7 +205,8 @@ class BilevelProblem:
 
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """The outer loss, checked to be a scalar."""
-        return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
+        with KeepsGraph():
+            return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
 
 
 def refuse_shared(w: Any, lam: Any) -> None:

@@ -26,11 +26,10 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.draws import AttentionByProducts, Draws, handled
+from hyperopt.core.draws import Draws, TwiceDifferentiable, handled
 from hyperopt.core.places import Places
 
 Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there
@@ -59,7 +58,8 @@ class Replay:
         self.compiled = any(m._compiled_call_impl is not None for m in places.modules)
         self.draws: Draws | None = None
         self.autocast = device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        self.after: list[tuple[Slot, Any]] | None = []  # what the latest call has left; None: committed
+        self.left: list[Any] = []  # of the moving buffers and of the rebound places, after the latest call
+        self.committed = False
 
     @property
     def random(self) -> bool | None:
@@ -83,22 +83,25 @@ class Replay:
                 self.draws = draws
                 self.rebound = [slot for slot in self.slots if _get(*slot[:2]) is not slot[2]]
                 left = self._settle(copies, left)
-            if self.after is not None:
-                others = [(slot, _get(*slot[:2])) for slot in self.rebound]
-                self.after = [*zip(self.moving, left, strict=True), *others]
-        if self.moving and torch.is_grad_enabled() and not functorch_level():
-            self._follow(out)
+            if not self.committed:
+                self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
         return out
 
     def commit(self) -> None:
         """Let the state be as the latest call has left it; further calls are replays."""
-        after, self.after = self.after, None
+        if self.committed:
+            return
+        self.committed, kept = True, []
         with torch.no_grad():
-            for (place, key, before), new in after or []:
-                if isinstance(before, Tensor) and isinstance(new, Tensor) and key in place and new.shape == before.shape:
-                    before.copy_(new)
+            for (place, key, buffer), new in zip(self.moving, self.left, strict=False):
+                kept.append((place, key, buffer.clone()))  # for the replays
+                if isinstance(new, Tensor) and new.shape == buffer.shape:
+                    buffer.copy_(new)  # others may hold it
                 else:
                     place[key] = new
+        for (place, key, _), new in zip(self.rebound, self.left[len(kept) :], strict=True):
+            place[key] = new
+        self.moving, self.left = kept, []
         if self.draws is not None:
             self.draws.commit()
 
@@ -137,20 +140,8 @@ class Replay:
                 # Compiled code cannot be traced through the watching of ``captured``, which finds parameters in the graph too.
                 modes.enter_context(torch._C.DisableTorchFunction())  # pyright: ignore[reportArgumentType]
         elif torch.is_grad_enabled():
-            modes.enter_context(AttentionByProducts())  # the fused kernels have no second derivative
+            modes.enter_context(TwiceDifferentiable())
         return modes
-
-    def _follow(self, out: Any) -> None:
-        """What a backward evaluates again (``torch.utils.checkpoint``) finds the state of this evaluation and leaves no trace."""
-        for leaf in optree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.register_prehook(self._before_backward)
-
-    def _before_backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        state = contextlib.ExitStack()
-        state.enter_context(self._in_place([(place, key, buffer.clone()) for place, key, buffer in self.moving]))
-        Variable._execution_engine.queue_callback(state.close)
-        return grads
 
 
 def _get(place: Any, key: Any) -> Any:
