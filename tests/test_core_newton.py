@@ -323,6 +323,25 @@ def test_broyden_on_a_map_without_a_fixed_point_runs_away_and_says_so():
     assert sol.status == Status.diverged and sol.forward.evaluations == 100
 
 
+EVERY = [Picard(), Anderson(), Broyden(), RRE(), Newton(), Newton(line_search=True), Chord(), NewtonKrylov()]
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("solver", EVERY, ids=repr)
+def test_where_there_is_no_fixed_point_nothing_is_called_solved(solver, part):
+    """``w + 1 + part sin(w)`` grows without end; Newton and chord wander where the residual is least, which is ``max_steps``."""
+    starts = torch.tensor([[0.0, 0.1], [1.0, 1.1], [-3.0, -2.9], [5.0, 5.1]])
+    for max_steps in (20, solver.max_steps, 300):
+        fewer = dataclasses.replace(solver, max_steps=max_steps)
+        sol = fixed_point(lambda w: w + 1.0 + part * torch.sin(w), starts, rows="batch", solver=fewer, policy="ignore")
+        assert bool((sol.forward.row_status > Status.fixed_steps).all()), sol.forward.row_status
+        near = sol.value.abs().amax(dim=1) < 1e6  # farther away phi(w) = w to rounding
+        found = sol.forward.residual * sol.forward.scale
+        close(found[near], (1 + part * torch.sin(sol.value)).norm(dim=1)[near], rtol=1e-6)
+    if isinstance(solver, (Picard, Anderson, Broyden)):
+        assert sol.forward.row_status.tolist() == [Status.diverged] * 4
+
+
 @pytest.mark.parametrize("solver", [Newton(1e-10, line_search=True), NewtonKrylov(1e-10)])
 def test_a_line_search_saves_newton_where_full_steps_run_away(solver):
     def phi(w):

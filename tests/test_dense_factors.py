@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from hyperopt import Chord, Dense, Implicit, Neumann, Newton, Picard, Unrolled, fixed_point
 from hyperopt.core.policy import reset_warnings
-from hyperopt.core.solvers.dense import FactoredSolve, factor, finite_rows, solve
+from hyperopt.core.solvers.dense import FactoredSolve, factor, solve
 from hyperopt.core.solvers.point import Cost, Point
 from hyperopt.nn.equilibrium import TanhAffine
 
@@ -43,12 +43,34 @@ def test_a_solve_with_kept_factors_differentiates_to_every_order(transpose):
         close(a, b)
 
 
-def test_rows_are_finite_or_not_also_where_their_sum_overflows():
-    systems = torch.ones(4, 2, 2)
-    systems[0] *= torch.finfo(systems.dtype).max
-    systems[2, 0, 1], systems[3, 1, 1] = float("nan"), float("inf")
-    assert finite_rows(systems).tolist() == [True, True, False, False]
-    assert finite_rows(systems[1:2]).tolist() == [True]
+class Given:
+    """A point with given Jacobians."""
+
+    def __init__(self, J):
+        self.J = J
+
+    def jacobian(self):
+        return self.J
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("grads", [False, True])
+def test_an_entry_that_is_not_finite_breaks_its_row_wherever_it_stands(value, grads):
+    J = 0.3 * torch.randn(10, 3, 3)
+    for k in range(9):
+        J[k, k // 3, k % 3] = value
+    with torch.set_grad_enabled(grads):
+        factors, broken = factor(Given(J))
+    assert broken.tolist() == [True] * 9 + [False]
+    r = torch.randn(10, 3)
+    close(solve(factors, r)[9], torch.linalg.solve(torch.eye(3) - J[9], r[9]))
+    close(solve(factors, r)[:9], r[:9])  # the factors of the identity
+
+
+def test_rows_that_are_large_and_regular_do_not_break():
+    J = torch.stack([torch.eye(2) - torch.diag(torch.tensor([s, -s])) for s in (1e-10, 1.0, 1e300)])
+    assert factor(Given(J))[1] is None
+    assert factor(Given(torch.eye(2).expand(2, 2, 2)))[1].tolist() == [True, True]
 
 
 def test_factors_of_some_rows():
