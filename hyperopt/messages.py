@@ -35,7 +35,7 @@ def explain(error: BaseException, keys: Mapping[str, str] | None = None) -> str 
     message = _message(error)
     if message is None:
         return None
-    named = {name: key for name, key in (keys or {}).items() if key not in message and re.search(rf"\b{name}\b", message)}
+    named = {name: key for name, key in (keys or {}).items() if re.search(rf"\b{name}\b", message)}
     told = f"\non the command line: {', '.join(f'{name} is {key}' for name, key in named.items())}" if named else ""
     return printable(message + told, keep="\n")
 
