@@ -256,6 +256,29 @@ def test_a_network_in_bfloat16_has_a_floor_of_its_own():
     quiet(lambda: deq(X.bfloat16()).float().square().mean().backward())
 
 
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), hyperopt.Broyden(), hyperopt.Newton()], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", ["no product", "a product without autocast"])
+def test_a_map_of_which_autocast_lowers_nothing_is_solved_as_without_it(name, solver):
+    cell = Cell()
+
+    def phi(z):
+        if name == "no product":
+            return torch.cos(z + 0.1 * X) / 2
+        with torch.autocast("cpu", enabled=False):
+            return cell(z, X)
+
+    def solve():
+        with torch.no_grad():
+            return hyperopt.fixed_point(phi, torch.zeros(16, 32), solver=solver)
+
+    exact = solve()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = solve()
+    assert low.forward.worst_residual() < 2e-5
+    # Newton's products with the Jacobian are made under autocast, which lowers them, and leads another way to the solution.
+    assert torch.allclose(low.value, exact.value, rtol=0, atol=1e-4 if solver.name == "Newton" else 0)
+
+
 def test_float64_is_left_alone_by_autocast_and_by_low_products():
     cell, x = Cell().double(), X.double()
     with torch.autocast("cpu", torch.bfloat16):
