@@ -162,6 +162,17 @@ def test_a_solution_at_exactly_zero_needs_no_scale():
         assert torch.allclose(found.grad, 2 * (lam - 1), atol=0.1)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
+@pytest.mark.parametrize("name", INNER)
+def test_a_step_at_hyperparameters_that_are_not_finite_spoils_none_after_it(name):
+    ridge = Ridge()
+    bilevel = Bilevel(ridge.problem, ridge.solution(ridge.lam), inner=INNER[name])
+    with pytest.raises(SolveError, match="diverged"):
+        bilevel.step(ridge.lam * torch.nan)
+    found = bilevel.step(ridge.lam)
+    exact = ridge.hypergradient(ridge.lam)
+    assert float((found.grad - exact).norm() / exact.norm()) < 2e-2
+
+
 def test_a_loss_without_second_derivative_is_trained_from_trained_weights():
     """The scale cannot be measured there, and the gradient at the start has to do."""
 
