@@ -33,11 +33,18 @@ def explain(error: BaseException, keys: Mapping[str, str] | None = None) -> str 
             speak of classes and arguments, and those that they name are added here.
     """
     message = _message(error)
-    if message is None:
-        return None
-    named = {name: key for name, key in (keys or {}).items() if key not in message and re.search(rf"\b{name}\b", message)}
-    told = f"\non the command line: {', '.join(f'{name} is {key}' for name, key in named.items())}" if named else ""
-    return printable(message + told, keep="\n")
+    return None if message is None else printable(with_keys(message, keys or {}), keep="\n")
+
+
+def with_keys(message: str, keys: Mapping[str, str]) -> str:
+    """Return a message of the library, followed by ``keys_in`` it."""
+    return "\n".join(filter(None, (message, keys_in(message, keys))))
+
+
+def keys_in(message: str, keys: Mapping[str, str]) -> str:
+    """Return a line with the option of each name of ``keys`` that a message has in it; see ``explain``. Empty without any."""
+    named = [f"{name} is {key}" for name, key in keys.items() if re.search(rf"\b{name}\b", message)]
+    return f"on the command line: {', '.join(named)}" if named else ""
 
 
 def _message(error: BaseException) -> str | None:

@@ -157,8 +157,10 @@ def _keys() -> dict[str, str]:
     for option, node in SCHEMA.items():
         group, _, name = option.partition("/")
         if group in ("solver", "adjoint", "inner"):
-            kind = LINEAR_SOLVERS.get(name, node) if node._target_ == IMPLICIT else node
-            found[kind._target_.rpartition(".")[2]] = f"{group}={name}"
+            linear = node._target_ == IMPLICIT
+            kind = LINEAR_SOLVERS[name] if linear else node
+            place = "adjoint.linear_solver" if linear else group
+            found[kind._target_.rpartition(".")[2]] = f"{group}={name} (its arguments are keys of {place})"
     return found
 
 

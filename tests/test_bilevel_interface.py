@@ -81,7 +81,8 @@ def test_backward_adds_to_the_leaves_and_passes_constants_by():
     found = hyperopt.hypergradient(problem, w, fixed)
     found.backward(fixed)
     torch.testing.assert_close(fixed["b"].grad, estimate.grad[4:])
-    hyperopt.hypergradient(ridge.problem, w, ridge.lam).backward(ridge.lam)  # nothing requires grad: nothing to do
+    with pytest.raises(ValueError, match="no tensor in lam requires grad"):
+        hyperopt.hypergradient(ridge.problem, w, ridge.lam).backward(ridge.lam)
 
 
 def test_an_outer_loop_lowers_the_validation_loss():

@@ -162,6 +162,17 @@ def test_a_solution_at_exactly_zero_needs_no_scale():
         assert torch.allclose(found.grad, 2 * (lam - 1), atol=0.1)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
+@pytest.mark.parametrize("name", INNER)
+def test_a_step_at_hyperparameters_that_are_not_finite_spoils_none_after_it(name):
+    ridge = Ridge()
+    bilevel = Bilevel(ridge.problem, ridge.solution(ridge.lam), inner=INNER[name])
+    with pytest.raises(SolveError, match="diverged"):
+        bilevel.step(ridge.lam * torch.nan)
+    found = bilevel.step(ridge.lam)
+    exact = ridge.hypergradient(ridge.lam)
+    assert float((found.grad - exact).norm() / exact.norm()) < 2e-2
+
+
 def test_a_loss_without_second_derivative_is_trained_from_trained_weights():
     """The scale cannot be measured there, and the gradient at the start has to do."""
 
@@ -254,6 +265,29 @@ def test_an_adjoint_of_a_solve_under_autocast_knows_its_graph(linear, inside):
 def test_a_network_in_bfloat16_has_a_floor_of_its_own():
     deq = hyperopt.nn.DEQ(Cell().bfloat16())
     quiet(lambda: deq(X.bfloat16()).float().square().mean().backward())
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), hyperopt.Broyden(), hyperopt.Newton()], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", ["no product", "a product without autocast"])
+def test_a_map_of_which_autocast_lowers_nothing_is_solved_as_without_it(name, solver):
+    cell = Cell()
+
+    def phi(z):
+        if name == "no product":
+            return torch.cos(z + 0.1 * X) / 2
+        with torch.autocast("cpu", enabled=False):
+            return cell(z, X)
+
+    def solve():
+        with torch.no_grad():
+            return hyperopt.fixed_point(phi, torch.zeros(16, 32), solver=solver)
+
+    exact = solve()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = solve()
+    assert low.forward.worst_residual() < 2e-5
+    # Newton's products with the Jacobian are made under autocast, which lowers them, and leads another way to the solution.
+    assert torch.allclose(low.value, exact.value, rtol=0, atol=1e-4 if solver.name == "Newton" else 0)
 
 
 def test_float64_is_left_alone_by_autocast_and_by_low_products():

@@ -16,7 +16,7 @@ How a task does its outer steps, with inner training, warm starts and everything
 
     def closure():                                  # in Task.step
         optimizer.zero_grad()
-        lam = self.space.values(self.raw)           # or the leaves themselves
+        lam = self.space.values()                   # or the leaves themselves
         estimate = self.bilevel.step(lam)           # trains w from where it is, then the hypergradient there
         estimate.backward(lam)                      # adds to .grad, through the space's map
         guard(self.gradients())

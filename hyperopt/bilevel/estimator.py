@@ -51,7 +51,4 @@ def refuse_ignored(method: object, inner: object, products: ProductSettings, unu
         )
     for field, default in ((f.name, getattr(ProductSettings(), f.name)) for f in fields(ProductSettings) if f.name in unused):
         if getattr(products, field) != default:
-            raise ValueError(
-                f"{name} would ignore {field}={getattr(products, field)!r}, which is about the products of an implicit adjoint; "
-                f"leave {field} out, or use adjoint=Implicit(...)"
-            )
+            raise ValueError(f"{name} has no use for {field}={getattr(products, field)!r}; leave {field} out")

@@ -31,8 +31,9 @@ def check_rate(owner: object, name: str, low: float, high: float = float("inf"),
 class InnerSettings(IterativeSettings):
     """What every inner solver has.
 
-    rtol: the solve stops at ``|grad L| <= atol + rtol |grad L(w_0)|``, ``w_0`` the very first start of the run; 0 with ``atol=0``
-        means exactly ``max_steps``.
+    rtol: the solve stops at ``|grad L| <= atol + rtol scale``, where the scale is the larger of ``|grad L(w_0)|`` and
+        ``|H(w_0) w_0|`` at the very first start ``w_0`` of the run, with the Hessian H; 0 with ``atol=0`` means exactly
+        ``max_steps``. It is raised to the rounding floor of the dtype.
     max_steps: most steps, of one inner gradient each unless a method says otherwise.
     """
 

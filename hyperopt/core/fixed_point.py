@@ -130,7 +130,9 @@ def fixed_point(
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace, has_aux=has_aux)
-    floor = rounding_floor(start.dtype, start.device, layout.rounding)
+    # What autocast lowers is seen when the map is evaluated.
+    device = None if torch.is_autocast_enabled(start.device.type) else start.device
+    floor = rounding_floor(start.dtype, device, layout.rounding)
     report_floor(solver, floor, start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     solution = adjoint.run(problem)

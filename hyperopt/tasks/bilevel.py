@@ -30,6 +30,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.anderson import Anderson
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
@@ -150,7 +151,10 @@ class BilevelTask(BilevelTaskSettings, Task):
             lam = self.hyper.values()
             estimate = self.bilevel.step(lam)
             refuse(self._steps, estimate.statuses(), estimate.note)
-            estimate.backward(lam)
+            try:
+                estimate.backward(lam)
+            except SolveError as error:
+                raise HypergradientError(f"step {self._steps}: {error}") from error
             guard(self.gradients())
             records.append(StepRecord(estimate.loss, estimate.metrics(), estimate.statuses()))
             return estimate.loss

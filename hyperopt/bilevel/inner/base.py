@@ -190,7 +190,8 @@ class Watch:
             scale = max(self.norm, self._image(curvature)) if rtol else self.norm
         elif RISE * scale < self.norm < math.inf and (k == 0 or self.norm <= RISE * self._steepness(curvature)):
             scale = self.norm
-        self.memory["scale"] = scale
+        if math.isfinite(scale):  # a step that was refused must not spoil those after it
+            self.memory["scale"] = scale
         self.growth = self.norm / scale if scale > 0 else math.inf if self.norm > 0 else 1.0
         self.lost = not self.norm <= RISE * scale
         limit = self.solver.atol + (max(rtol, self.floor) * scale if rtol else 0.0)

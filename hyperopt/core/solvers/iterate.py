@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.loop import relative, rounding_floor, run
+from hyperopt.core.precision import Observed
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Cost, Map, Point
@@ -109,9 +111,10 @@ class FixedPointProcess(Process):
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
         self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
         self.steady = not solver.holds
-        self.floor = rounding_floor(w0.dtype, w0.device, rounding)
-        self.rtol = max(solver.rtol, self.floor)
-        self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
+        self._set_floor(rounding_floor(w0.dtype, w0.device, rounding))
+        # What autocast lowers of the map, the first evaluation shows; until then it is taken to be all.
+        self.unseen = torch.is_autocast_enabled(w0.device.type) and not functorch_level()
+        self.rounding = rounding
         # With an absolute tolerance the loop's ratios are not relative residuals, which are then taken at every evaluation.
         self.trace: list[Tensor] = []
         self.cost = Cost()
@@ -123,6 +126,21 @@ class FixedPointProcess(Process):
         self.at: Point | None = None
         self.bounds: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of all rows: see ``_bounds``
         self.size: Tensor = w0
+
+    def _set_floor(self, floor: float) -> None:
+        """Let ``floor`` be the least relative residual that is asked for."""
+        self.floor = floor
+        self.rtol = max(self.solver.rtol, floor)
+        self.clear = 4 * floor / self.rtol if not self.solver.atol else 0.0
+
+    def _observe(self) -> Point:
+        """The point of the iterate, whose evaluation shows the precision of the map."""
+        self.unseen = False
+        with Observed() as seen:
+            at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
+            _ = at.fw
+        self._set_floor(rounding_floor(self.w.dtype, None, max(self.rounding, seen.eps)))
+        return at
 
     @property
     def value(self) -> Tensor:
@@ -136,6 +154,8 @@ class FixedPointProcess(Process):
             assert self.last is not None
             self.cost.evaluations += 1
             at = Point(self.phi, self.w, self.cost, self.last(self.w))
+        elif at is None and self.unseen:
+            at = self._observe()
         elif at is None:
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
         at.active = self.moving
