@@ -15,7 +15,7 @@ LAYERS = [
     ("core.tree",),
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.purity"),
-    ("core.jacobian", "core.legacy"),
+    ("core.jacobian", "core.legacy", "core.mutation"),
     ("core.distributed",),
     ("core.replay", "core.process"),
     ("core.loop",),

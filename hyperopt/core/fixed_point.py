@@ -12,8 +12,10 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.loop import rounding_floor
+from hyperopt.core.mutation import ClosedOver
 from hyperopt.core.policy import report_floor
 from hyperopt.core.purity import random_states, refuse_changing_modules, refuse_random
 from hyperopt.core.solvers.base import FixedPointSolver
@@ -81,7 +83,7 @@ def fixed_point(
         TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure, shape or dtype, or its input.
         SolveError: a solve failed under ``policy="raise"``.
         ClosureError: the map uses a tensor in a way that would lose its derivative.
-        ImpureMapError: the map is random, or updates running statistics.
+        ImpureMapError: the map is random, updates running statistics, or changes in place what it closes over.
 
     Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Bai et al., NeurIPS 2019, arXiv 1909.01377.
 
@@ -128,10 +130,13 @@ def fixed_point(
     report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     before = random_states(start.device)
+    closed_over = None if functorch_level() else ClosedOver(phi)
     solution = adjoint.run(problem)
     if has_aux:
         solution.aux = problem.aux[0]
     refuse_random(before, phi, args, start.device)
+    if closed_over is not None:
+        closed_over.refuse_changes(solution.value, args)
     return solution
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import Swap, functorch_level
+from hyperopt.core.mutation import Given
 from hyperopt.core.operator import ClosedForm
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap
@@ -38,6 +39,7 @@ class Problem:
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
         has_aux: whether the map returns ``(state, aux)``.
         aux: the aux of the latest evaluation, detached.
+        calls: an entry for each evaluation, of the first two.
     """
 
     phi: Callable[..., Any]
@@ -53,6 +55,7 @@ class Problem:
     keep_state: bool = False
     has_aux: bool = False
     aux: list[Any] = field(default_factory=list)
+    calls: list[None] = field(default_factory=list)
 
     @cached_property
     def pullback(self) -> Callable[..., Any] | None:
@@ -76,27 +79,23 @@ class Problem:
     def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
         """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
         state = self.layout.tree(w)
-        given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
-        before = [x._version for x in given]
+        given = None
+        if not (torch.compiler.is_compiling() or functorch_level()):
+            early = len(self.calls) < 2
+            given = Given(w, args, early=early, reads=not self.solver.fixed)
+            if early:
+                self.calls.append(None)
         if swap is None:
             out = self.phi(state, *args)
         else:  # nothing but the map itself runs under the mode, which makes each operation slower
             out = swap.call(self.phi, state, args)
-        if before != [x._version for x in given]:
-            what = "the state" if w._version != before[0] else "an argument"
-            raise ValueError(
-                f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)"
-            )
+        if given is not None:
+            given.refuse_changes()
         if self.has_aux:
             out = self._without_aux(out)
         if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
             return out
         return self.layout.matrix(out, w.shape[0])
-
-    @staticmethod
-    def _versioned(w: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
-        """The tensors given to the map that tell of changes in place; those of inference mode do not."""
-        return [x for x in (w, *args) if isinstance(x, Tensor) and not x.is_inference()]
 
     def _without_aux(self, out: Any) -> Any:
         """The state of ``(state, aux)``; the aux is kept, detached.
