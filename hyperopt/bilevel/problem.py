@@ -156,8 +156,8 @@ class BilevelProblem:
         return replace(self, inner_batches=sources[0], outer_batches=sources[1])
 
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss, checked to be a scalar."""
-        return scalar(self.inner_loss(w, lam, batch), "inner_loss", batch)
+        """The inner loss, checked to be a scalar and to leave what it is given as it was."""
+        return self._evaluated(self.inner_loss, "inner_loss", w, lam, batch)
 
     def of(self, expand: Callable[[Any], Any], collect: Callable[[Any], Any]) -> BilevelProblem:
         """The problem in other variables ``x``, where ``w = expand(x)`` and ``x = collect(w)``."""
@@ -204,9 +204,28 @@ class BilevelProblem:
         return lambda w, lam: self.outer(w, lam, batch)
 
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The outer loss, checked to be a scalar."""
+        """The outer loss, likewise."""
         with KeepsGraph():
-            return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
+            return self._evaluated(self.outer_loss, "outer_loss", w, lam, batch)
+
+    @staticmethod
+    def _evaluated(loss: Loss, name: str, w: Any, lam: Any, batch: Any) -> Tensor:
+        """A loss.
+
+        Raises:
+            TypeError, ValueError: it is no scalar, or was worked out on an empty batch; or it changed what it was given.
+        """
+        given = [] if functorch_level() else [x for tree in (w, lam, batch) for x in optree.tree_leaves(tree)]
+        counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else 0 for x in given]
+        value = loss(w, lam, batch)
+        for i, (x, count) in enumerate(zip(given, counts, strict=True)):
+            if isinstance(x, Tensor) and not x.is_inference() and x._version != count:
+                names = [key for tree, what in ((w, "w"), (lam, "lam"), (batch, "batch")) for key, _ in named(tree, what)]
+                raise ValueError(
+                    f"{name} changed {names[i]} in place, on which it is evaluated again; compute a new tensor instead "
+                    "(inplace=False in a module)"
+                )
+        return scalar(value, name, batch)
 
 
 def refuse_shared(w: Any, lam: Any) -> None:

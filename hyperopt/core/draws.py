@@ -135,15 +135,19 @@ class _Mode(TorchDispatchMode):
                 if key in self.made:
                     continue
                 if key in self.constants:
-                    raise ImpureMapError(
-                        f"the function changes one of its arguments, of shape {tuple(tensor.shape)}, in place ({func}): return "
-                        "new tensors instead (a module with inplace=True does this too)"
-                    )
+                    self.refuse(tensor, func)
                 self.write(tensor)
         out = self.draw(func, kind, args, kwargs) if _draws(kind, args, kwargs) else func(*args, **kwargs)
         if kind.fresh:
             self.made.update(_storage(t) for t in _tensors(out))
         return out
+
+    def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
+        """A tensor that must not change is about to be changed."""
+        raise ImpureMapError(
+            f"the function changes one of its arguments, of shape {tuple(tensor.shape)}, in place ({func}): return new tensors "
+            "instead (a module with inplace=True does this too)"
+        )
 
     def write(self, tensor: Tensor) -> None:
         """A tensor from outside is about to be changed."""
@@ -317,16 +321,34 @@ def handled() -> Iterator[None]:
 
 
 class Unreplayed(_Mode):
-    """Notes whether a function draws random numbers that no replay would hand back.
+    """Notes whether a map draws random numbers, or changes tensors in place, that no replay takes care of.
+
+    Args:
+        state: the tensors of the state that the map is given.
+        args: those of its arguments.
 
     Attributes:
-        random: whether it did.
+        random: whether it drew.
+        written: tensors that it closes over and changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Iterable[Tensor] = (), args: Iterable[Tensor] = ()) -> None:
         """Nothing is drawn yet."""
-        super().__init__()
+        state = list(state)
+        super().__init__((), [*state, *args])
+        self.state = {_storage(t) for t in state}
         self.random = False
+        self.written: list[Tensor] = []
+
+    def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
+        """The map changes what it was given."""
+        what = "the state" if _storage(tensor) in self.state else "an argument"
+        raise ValueError(f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)")
+
+    def write(self, tensor: Tensor) -> None:
+        """A tensor that the map closes over."""
+        if not getattr(_local, "depth", 0):
+            self.written.append(tensor)
 
     def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """A draw."""

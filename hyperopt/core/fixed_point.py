@@ -12,10 +12,11 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.loop import rounding_floor
 from hyperopt.core.policy import report_floor
-from hyperopt.core.purity import refuse_changing_modules
+from hyperopt.core.purity import refuse_changing, refuse_changing_modules
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
@@ -138,6 +139,8 @@ def fixed_point(
     solution = adjoint.run(problem)
     if has_aux:
         solution.aux = problem.aux[0]
+    if problem.watched and problem.watched[0].written and not functorch_level():
+        refuse_changing(phi, solution.value, args, problem.watched[0].written)
     return solution
 
 

@@ -47,6 +47,24 @@ def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ())
             )
 
 
+@torch.no_grad()
+def refuse_changing(phi: Callable[..., Any], value: Any, args: tuple[Any, ...], written: list[Tensor]) -> None:
+    """Refuse a map that changed tensors that it closes over, unless two calls at ``value`` give the same to the bit.
+
+    A map may write into memory that it owns, or count its calls, and be a function all the same.
+
+    Raises:
+        ImpureMapError: gives the shapes of the tensors.
+    """
+    one, two = (optree.tree_leaves(phi(optree.tree_map(torch.clone, value), *args)) for _ in range(2))
+    if not all(_same(a, b) for a, b in zip(one, two, strict=True)):
+        shapes = ", ".join(dict.fromkeys(str(tuple(x.shape)) for x in written))
+        raise ImpureMapError(
+            f"the map changes tensors that it closes over (of shape {shapes}) in place, and gives another result at every call: it "
+            "has no fixed point; compute new tensors instead, and pass what changes between solves through args="
+        )
+
+
 def random_map(phi: Callable[..., Any], args: tuple[Any, ...]) -> ImpureMapError:
     """What to say of a map that draws random numbers; names the dropout modules, if it has any."""
     found = [name for name, m in Places.of(phi, args, deep=False).named if isinstance(m, _DropoutNd) and m.training and m.p > 0]
