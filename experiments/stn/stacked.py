@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from hyperopt import stn
 from hyperopt.optim import Adam
-from hyperopt.stn.network import KINDS
+from hyperopt.stn.kinds import KINDS
 from hyperopt.stn.response import Response
 from hyperopt.tasks.stn_quadratic import ACTIVATION
 from hyperopt.train_settings import SchedulerSettings, TrainerSettings

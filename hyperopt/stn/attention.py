@@ -33,7 +33,7 @@ def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     if any(isinstance(how[name], Responding) for name in plain) or how["static_k"] is not None or how["static_v"] is not None:
         no_rule("nn.functional.multi_head_attention_forward", *how.values())
     if how["query"].dim() != 3:
-        no_rule("nn.functional.multi_head_attention_forward without a dimension of examples", *how.values())
+        no_rule("nn.functional.multi_head_attention_forward", *how.values(), why="gets an input without a dimension of examples")
     uses = [use for value in how.values() if (use := use_of(value)) is not None]
     weights = [how[name] for name in PROJECTIONS] if how["use_separate_proj_weight"] else how["in_proj_weight"].chunk(3)
     biases = [None] * 3 if how["in_proj_bias"] is None else how["in_proj_bias"].chunk(3)

@@ -74,6 +74,12 @@ def check_wrapper(module: nn.Module, name: str) -> None:
     """
     kind = type(module).__name__
     what = WRAPPERS.get(kind)
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.")]
+    if hooks:
+        raise ValueError(
+            f"convert: {name or 'the network'!r} is a {kind} whose weight a hook computes before each call ({', '.join(hooks)}); "
+            "use torch.nn.utils.parametrizations.weight_norm for a weight norm, and remove other hooks (as by prune.remove)"
+        )
     if what is None and getattr(module, "_compiled_call_impl", None) is not None:
         kind, what = f"compiled {kind}", "convert the plain network, and compile what convert gives back"
     if what is None and isinstance(module, torch.jit.ScriptModule):
@@ -107,7 +113,7 @@ def check_parametrized(module: nn.Module, weight: str, name: str) -> None:
         return
     trial = copy.deepcopy(module).eval()
     value = getattr(trial, weight)
-    value = value + 0.1 * value.abs().mean() * torch.linspace(-1, 1, value.numel()).to(value).view_as(value)
+    value = 1.5 * value + value.abs().mean() * torch.linspace(-1, 1, value.numel()).to(value).view_as(value)
     try:
         setattr(trial, weight, value)
         good = torch.allclose(getattr(trial, weight), value, rtol=1e-3, atol=1e-5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +70,8 @@ class InContext(nn.Module):
         if self.context is None or self.context.draw is None:
             raise RuntimeError(
                 f"{type(self).__name__} {self.place!r} was called without a draw: put it into a network, convert that "
-                "(hyperopt.stn.convert), and call what convert gave back, as stn(x, draw)"
+                "(hyperopt.stn.convert), and call what convert gave back, as stn(x, draw); "
+                "if torch.utils.checkpoint calls it again, take the gradient within `with stn.at(draw)`"
             )
         return self.context.draw
 
@@ -134,9 +136,13 @@ class HyperLayer(InContext):
         if context is None or context.draw is None or not context.draw.responds:
             return weight
         response: Any = self.responses[name]
-        parts = (weight, response.direction, response.gate, response.axis)
+        draw, direction, gate = context.draw, response.direction, response.gate
+        if torch._C._len_torch_function_stack():  # a mode, as that of hyperopt.mean_over_ranks, sees no more of them after this
+            weight, direction, gate, delta = (part.view_as(part) for part in (weight, direction, gate, draw.delta))
+            draw = replace(draw, delta=delta)
         place = f"{self.place}.{name}" if self.place else name
-        return responding(Use(*parts, context.draw, context.linear, type(self).__name__, place, self.examples))
+        layer = type(self).__name__
+        return responding(Use(weight, direction, gate, response.axis, draw, context.linear, layer, place, self.examples))
 
     def respond(self, name: str, count: int, gate: str, std: float) -> Response:
         """Make a response of one of its weights; see ``Response``."""

@@ -16,13 +16,11 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dual import Elementary
-from hyperopt.stn.kinds import KINDS, check_kind, check_parametrized, check_wrapper, kind_of, sequence_first, weights_of
+from hyperopt.stn.kinds import check_kind, check_parametrized, check_wrapper, kind_of, sequence_first, weights_of
 from hyperopt.stn.layer import Context, HyperLayer, InContext, hyper_class
 from hyperopt.stn.response import Response
 from hyperopt.stn.settings import GATES
 from hyperopt.stn.space import HyperSpace
-
-__all__ = ["KINDS", "STN", "convert", "leading"]
 
 
 class STN(nn.Module):

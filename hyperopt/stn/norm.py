@@ -46,7 +46,7 @@ def _normalised(
         moves: whether ``whole`` moves running statistics.
     """
     if isinstance(x, Responding):
-        no_rule("nn.functional of a normalisation", x)
+        no_rule("nn.functional", x, why="normalises this weight, and has no rule for it")
     w, b = use_of(weight), use_of(bias)
     use = w or b
     dual = use is None or use.linear  # without a response it is called by the linearised network

@@ -58,7 +58,8 @@ def _linear_in_weight(function: Any, out_axis: int, channel: int) -> None:
 
         name = function.__name__
         if input.is_nested or (channel == 1 and input.dim() != weight.dim()):
-            no_rule(f"{name} of an input of shape {tuple(input.shape) if not input.is_nested else 'nested'}", weight, bias)
+            shape = "nested" if input.is_nested else tuple(input.shape)
+            no_rule(name, weight, bias, why=f"gets an input ({shape}) without a dimension of examples")
         return applied(call, name, input, weight, bias, out_axis, channel, channel)
 
     rule(function)(found)
@@ -96,7 +97,7 @@ def _matmul(x: Any, weight: Any) -> Tensor:
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """A product and a vector."""
     if beta != 1 or alpha != 1:
-        no_rule("addmm with beta or alpha", input, mat1, mat2)
+        no_rule("addmm", input, mat1, mat2, why="has a rule for beta=1 and alpha=1 alone")
     return mat1 @ mat2 + input
 
 
@@ -153,7 +154,7 @@ def _embedding(
 ) -> Tensor:
     """Look rows up."""
     if max_norm is not None:
-        no_rule("nn.functional.embedding with max_norm, which changes the weight itself,", weight)
+        no_rule("embedding", weight, why=f"with max_norm={max_norm} changes the weight itself")
     how: dict[str, Any] = {"padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
     use: Use = weight.use
     y, product, gates = (
@@ -177,7 +178,8 @@ def _embedding_bag(input: Any, weight: Any, offsets: Any = None, max_norm: Any =
     use: Use | None = use_of(weight)
     mode = options["mode"] if "mode" in options else more[2] if len(more) > 2 else "mean"
     if use is None or max_norm is not None or mode == "max" or (use.axis != 1 and use.gate.shape[0] != 1):
-        no_rule(f"nn.functional.embedding_bag with mode={mode!r} and max_norm={max_norm}", weight, *more, *options.values())
+        why = f"has no rule for mode={mode!r}, max_norm={max_norm} and a weight of this kind"
+        no_rule("embedding_bag", weight, *more, *options.values(), why=why)
 
     def call(w: Tensor) -> Tensor:
         return functional.embedding_bag(input, w, offsets, None, *more, **options)
@@ -236,7 +238,7 @@ def _transposed(weight: Any) -> Responding:
     """The transposed matrix."""
     use: Use = weight.use
     if weight.dim() != 2:
-        no_rule("t of no matrix", weight)
+        no_rule("t", weight, why="has a rule for a matrix alone")
     return responding(replace(use, base=use.base.mT, direction=use.direction.mT, axis=1 - use.axis))
 
 
@@ -244,7 +246,7 @@ def _transposed(weight: Any) -> Responding:
 def _transpose(weight: Any, dim0: int, dim1: int) -> Responding:
     """The transposed matrix."""
     if weight.dim() != 2 or (dim0 - dim1) % 2 == 0:
-        no_rule("transpose of no matrix", weight)
+        no_rule("transpose", weight, why="has a rule for a matrix alone")
     return _transposed(weight)
 
 

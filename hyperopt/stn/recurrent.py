@@ -114,8 +114,7 @@ def _register_layers(function: Any, name: str, cell: Cell) -> None:
         if not isinstance(weights, list | tuple) or not isinstance(more[0], bool):
             values = more[0] if isinstance(more[0], list | tuple) else weights
             no_rule(
-                f"{name} of a packed sequence, whose rows are no longer in the order of the examples: pad them instead; it",
-                values,
+                name, values, why="gets a packed sequence, whose rows are in another order than the examples; pad them instead"
             )
         outputs, states = _layers(cell, input, hx, weights, *more)
         return outputs, *states

@@ -29,7 +29,7 @@ from hyperopt.stn.draw import Draw
 RULES: dict[Any, Callable[..., Any]] = {}
 """What each function of torch does with weights that respond; filled by ``rule``."""
 _PROPERTIES = (
-    *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
     *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_nested", "is_sparse", "is_quantized", "is_mkldnn"),
 )
 METADATA = {
@@ -182,7 +182,12 @@ class Responding(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse whatever has found its way past ``__torch_function__``: there are no values here."""
+        """Refuse whatever has found its way past ``__torch_function__``: there are no values here.
+
+        Who only looks whether it is a dual number gets it back: the parts are, and it is not.
+        """
+        if func is torch.ops.aten.alias.default:
+            return responding(args[0].use)
         no_rule(str(func), *args, *(kwargs or {}).values())
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -192,7 +197,7 @@ class Responding(Tensor):
 
 def responding(use: Use) -> Responding:
     """Wrap a weight with its response."""
-    how: dict[str, Any] = {"dtype": use.base.dtype, "device": use.base.device, "requires_grad": use.base.requires_grad}
+    how: dict[str, Any] = {"dtype": use.base.dtype, "device": use.base.device}
     found = torch.Tensor._make_wrapper_subclass(Responding, use.base.shape, use.base.stride(), **how)  # type: ignore[attr-defined]
     found.use = use
     return found
@@ -208,8 +213,13 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def no_rule(name: str, *values: Any) -> NoReturn:
+def no_rule(name: str, *values: Any, why: str = "has no rule for it") -> NoReturn:
     """Refuse a function of some arguments, among which is a weight that responds.
+
+    Args:
+        name: of the function in torch.
+        values: the arguments.
+        why: what the function cannot do, or in what case.
 
     Raises:
         ValueError: always; names weight and function.
@@ -217,8 +227,15 @@ def no_rule(name: str, *values: Any) -> NoReturn:
     inside = [leaf for value in values for leaf in (value if isinstance(value, list | tuple) else [value])]
     found = next((leaf for leaf in inside if isinstance(leaf, Responding)), None)
     if found is None:
-        raise ValueError(f"torch.{name} got a weight that responds to the hyperparameters, and has no rule for it")
-    found.use.refuse(f"torch.{name} with these arguments has no rule for it")
+        raise ValueError(f"torch.{name} of a self-tuning network {why}")
+    found.use.refuse(f"torch.{name} {why}")
+
+
+@rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def _requires_grad(weight: Any) -> bool:
+    """Whether the weight does, or its response."""
+    use: Use = weight.use
+    return any(part.requires_grad for part in (use.base, use.direction, use.gate, use.draw.delta))
 
 
 def use_of(weight: Any) -> Use | None:

@@ -227,9 +227,11 @@ class SelfTuning:
         found: list[Tensor] = []
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
-            loss = self._validation(batch, lambda: space.at(eps))
+            loss, draw = self._validation(batch, lambda: space.at(eps))
             found.append(loss.detach())
-            return torch.autograd.grad(loss - settings.entropy * Draw.entropy_of(space.sigma), parameters, materialize_grads=True)
+            loss = loss - settings.entropy * Draw.entropy_of(space.sigma)
+            with self.model.at(draw):
+                return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
         def closure() -> Any:
             if settings.update == "joint":
@@ -306,7 +308,9 @@ class SelfTuning:
         for each in optimizers.values():
             each.zero_grad()  # an optimizer may hold more than what is updated here
         trained = [parameter for parameter in parameters if parameter.requires_grad]  # a frozen one keeps no gradient, and stays
-        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+        with self.model.at(draw):  # a network that recomputes its activations reads it again
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         for name, each in optimizers.items():
             self._clipped(name, [p for group in each.param_groups for p in group["params"]])
@@ -314,8 +318,8 @@ class SelfTuning:
             each.step()
         return loss.detach()
 
-    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> Tensor:
-        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``.
+    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> tuple[Tensor, Draw]:
+        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``, and that draw as it saw it.
 
         The draw is made inside of the mean over the ranks: its rows are another rank's neither in value nor in derivative.
         """
@@ -324,17 +328,20 @@ class SelfTuning:
 
         def mean() -> Tensor:
             draw = drawn().part(mine)
-            with self.model.at(draw if direct else draw.without_h()):
+            seen.append(draw if direct else draw.without_h())
+            with self.model.at(seen[-1]):
                 return self.valid_loss(self.model, batch, draw if direct else None)
 
-        return distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
+        seen: list[Draw] = []
+        loss = distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
+        return loss, seen[-1]
 
     @torch.no_grad()
     def _look(self, batch: Any) -> Tensor:
         """The validation loss at a draw, without any update."""
         self.model.eval()
         draw = self.space.draw(self.rows(batch), self.generator)
-        return self._validation(batch, lambda: draw)
+        return self._validation(batch, lambda: draw)[0]
 
     def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
