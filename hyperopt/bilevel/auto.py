@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 FEW = 10  # terms: a Hessian series that negative curvature ends before gives way to that of the Gauss-Newton matrix
 TERMS = (20, 100)  # least and most terms that the number of training steps is cut to
+DONE = 1e-3  # part of the first gradient: weights with no more of it left count as trained
 NEARLY = 1e-2  # residual at which an unfinished solve counts where the weights are said to be trained
 LONGEST = 32  # outer steps between two attempts by conjugate gradients
 
@@ -83,7 +84,7 @@ class AutoEstimator(ImplicitEstimator):
 
     def solve(self, at: Point) -> Solved:
         """Choose, solve, and say so when the choice is another than in the last outer step."""
-        memory = at.state.memory.setdefault("auto", {"steps": 0, "again": 0, "gap": 1, "negative": False, "said": ""})
+        memory = at.state.memory.setdefault("auto", {"steps": 0, "again": 0, "gap": 1, "said": ""})
         if at.constants is not None:
             solved = self._declared(at)
         else:
@@ -125,7 +126,6 @@ class AutoEstimator(ImplicitEstimator):
         left = f"a residual of {stats.worst_residual():.1e}"
         name, why, used = "CG", "conjugate gradients met their tolerance, and no negative curvature", False
         if stats.status == Status.negative_curvature:
-            memory["negative"] = True
             if used := self._stationary(at, operator):
                 adjoint = Implicit(MINRES(**limits), policy="ignore")
                 u, stats = self._solve(adjoint, operator, at)
@@ -133,14 +133,15 @@ class AutoEstimator(ImplicitEstimator):
                 used = stats.status == Status.converged
             refused = "the Hessian has negative curvature, so the weights are not at a minimum"
         elif stats.status == Status.converged:
-            growth = float(torch.linalg.vector_norm(u) * operator.largest / torch.linalg.vector_norm(at.b).clamp(min=1e-300))
-            used = not memory["negative"] or self._trained(at) or growth <= self.terms
+            length = float(torch.linalg.vector_norm(u) / torch.linalg.vector_norm(at.b)) if bool(at.b.any()) else 0.0
+            reach = self._steps * min(1 / float(operator.largest), self._own(at) or math.inf) if length > 0 else math.inf
+            used = length <= reach or self._trained(at, operator)
             refused = (
-                "the Hessian has had negative curvature before, and the solution of its system lies along directions that are "
-                f"still next to flat: it is {growth:.0f} times as long as one step"
+                f"the solution by conjugate gradients is {length:.2g} times the outer gradient, along directions so flat that "
+                f"training, which went {reach:.2g} times a gradient, has not followed them"
             )
         else:
-            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at)
+            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator)
             why = f"the weights are trained, and conjugate gradients left {left}"
             refused = f"conjugate gradients ended as {stats.status.name} at {left}: the Hessian is next to singular"
         if used:
@@ -152,14 +153,20 @@ class AutoEstimator(ImplicitEstimator):
         return refused
 
     @property
-    def terms(self) -> int:
-        """Most terms of the series."""
-        steps = TERMS[1] if self.inner is None else self.inner.max_steps
-        return self.auto.terms or min(max(steps, TERMS[0]), TERMS[1])
+    def _steps(self) -> int:
+        """Steps that a training takes, at least the least number of terms."""
+        return max(TERMS[1] if self.inner is None else self.inner.max_steps, TERMS[0])
 
-    def _trained(self, at: Point) -> bool:
-        """Whether the weights count as a minimum: they met the tolerance of their training, or were given as trained."""
-        return at.trained is None or at.trained.status == Status.converged
+    def _own(self, at: Point) -> float | None:
+        """The step of the inner solver, where it takes plain gradient steps."""
+        return None if self.inner is None else self.inner.map_step(at.lam.tree)
+
+    def _trained(self, at: Point, operator: StepMap) -> bool:
+        """Whether the weights count as a minimum: given as trained, trained to a tolerance, or with next to no gradient left."""
+        trained = at.trained
+        if trained is None or trained.status == Status.converged or trained.worst_residual() <= DONE:
+            return True
+        return self._stationary(at, operator)
 
     def _stationary(self, at: Point, operator: StepMap) -> bool:
         """Whether the gradient of the inner loss is what rounding leaves of zero, given the curvature and the size of ``w``."""
@@ -168,17 +175,22 @@ class AutoEstimator(ImplicitEstimator):
         slope = torch.linalg.vector_norm(at.curvature.gradient)
         return bool(slope <= eps ** (2 / 3) * operator.largest * size)
 
+    def _reach(self, at: Point) -> float:
+        """How far training has gone in all outer steps, in units of a gradient; infinite where that is not known."""
+        own = self._own(at)
+        return math.inf if own is None else own * self._steps * (at.state.memory["auto"]["steps"] + 1)
+
     def _truncated(self, at: Point, why: str) -> Solved:
         """The Neumann series as long as its terms help."""
-        most = self.terms
+        most = self.auto.terms or min(self._steps, TERMS[1])
         curvature, kind, name = at.curvature, self.curvature, "Neumann"
-        operator = StepMap(curvature, self.step or self._stable_step(curvature, at.state))
+        operator = StepMap(curvature, self.step or min(self._stable_step(curvature, at.state), self._reach(at) / most))
         u, stats, ended = series(operator, at.b, most, self.auto.rtol)
         terms = int(stats.iterations)
         if ended and terms < FEW and kind == "hessian" and not self.resample and isinstance(at.problem.inner_loss, Composite):
             kind, name = "gauss_newton", "Neumann, Gauss-Newton"
             curvature = self._curvature(at.problem, at.w, at.lam, at.inner, kind)
-            operator = StepMap(curvature, self.step or self._stable_step(curvature, State(None)))
+            operator = StepMap(curvature, self.step or min(self._stable_step(curvature, State(None)), self._reach(at) / most))
             u, stats, ended = series(operator, at.b, most, self.auto.rtol)
             why += f", and ends its series after {terms} of {most} terms"
             terms = int(stats.iterations)

@@ -27,7 +27,7 @@ from hyperopt.bilevel.tied import Tied
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
-from hyperopt.core.adjoints.implicit import ImplicitAdjoint
+from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
 from hyperopt.core.adjoints.shine import Shine
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point

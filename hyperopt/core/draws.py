@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -367,7 +368,7 @@ class KeepsGraph(TorchFunctionMode):
         """Call the operator so that it saves its tensors itself."""
         if torch.compiler.is_compiling():  # the compiler traces this
             return func(*args, **(kwargs or {}))
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        hooks = _top_saved_tensors_default_hooks(False)
         if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
             return func(*args, **(kwargs or {}))
         with saved_tensors_hooks(_same, _same):

@@ -60,8 +60,8 @@ def refuse_changing(phi: Callable[..., Any], value: Any, args: tuple[Any, ...], 
     if not all(_same(a, b) for a, b in zip(one, two, strict=True)):
         shapes = ", ".join(dict.fromkeys(str(tuple(x.shape)) for x in written))
         raise ImpureMapError(
-            f"the map changes tensors that it closes over (of shape {shapes}) in place, and gives another result at every call: it "
-            "has no fixed point; compute new tensors instead, and pass what changes between solves through args="
+            f"the map changes tensors that it closes over (of shape {shapes}) in place, and gives another result at every call: "
+            "it has no fixed point; compute new tensors instead, and pass what changes between solves through args="
         )
 
 
