@@ -395,7 +395,8 @@ def test_parameters_that_no_loss_uses_change_nothing(adjoint: Any) -> None:
         lambda w, lam, batch: problem.inner(w["used"], lam, batch), lambda w, lam, batch: problem.outer(w["used"], lam, batch)
     )
     inner, w = ho.HeavyBall(step_size=0.05, max_steps=40), drawn(4, 1)
-    methods = {"inner": inner, "adjoint": adjoint, "step": 0.05}
+    step = 0.05 if isinstance(adjoint, ho.OneStep) or "Neumann" in repr(adjoint) else None
+    methods = {"inner": inner, "adjoint": adjoint, "step": step}
     one = ho.hypergradient(problem, w, lam, **methods)
     two = ho.hypergradient(more, {"first": drawn(3), "used": w, "zero": torch.ones((), **D)}, lam, **methods)
     for name in lam:

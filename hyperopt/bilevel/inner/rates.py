@@ -5,7 +5,7 @@ Reference: Li, Zhou, Chen & Li, arXiv 1707.09835: Meta-SGD, a learning rate for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
@@ -40,7 +40,7 @@ def rates(value: float | str, lam: Any, key: str, w: Sequence[Tensor]) -> list[A
 def plain_rates(value: float | str, lam: Any, key: str, w: Sequence[Tensor]) -> list[Any]:
     """``rates`` for a step in place: of one number each as a float, which makes no copy of a weight; each is read once."""
     found = rates(value, lam, key, w)
-    numbers = {id(r): float(r) for r in found if isinstance(r, Tensor) and not r.dim()}
+    numbers = {id(r): r.item() for r in found if isinstance(r, Tensor) and not r.dim()}
     return [numbers.get(id(r), r) for r in found]
 
 
@@ -75,14 +75,20 @@ def refuse_unfit(value: float | str, lam: Any, key: str, w: Any) -> None:
 
 def smallest(value: float | str, lam: Any, key: str) -> float:
     """The smallest of the rates: where training contracts at all of them, it does at this one for all weights."""
-    return min(float(r.min()) if isinstance(r, Tensor) else float(r) for r in optree.tree_leaves(named_rate(value, lam, key)))
+    return min(_numbers(value, lam, key, torch.amin))
 
 
 def spoken(value: float | str, lam: Any, key: str) -> str:
     """The rates in words."""
     low = smallest(value, lam, key)
-    high = max(float(r.max()) if isinstance(r, Tensor) else float(r) for r in optree.tree_leaves(named_rate(value, lam, key)))
+    high = max(_numbers(value, lam, key, torch.amax))
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _numbers(value: float | str, lam: Any, key: str, of: Callable[[Tensor], Tensor]) -> list[float]:
+    """One number of each of the rates' tensors."""
+    leaves = optree.tree_leaves(named_rate(value, lam, key))
+    return [of(r.detach()).item() if isinstance(r, Tensor) else float(r) for r in leaves]
 
 
 def _fits(shape: torch.Size, to: torch.Size) -> bool:
