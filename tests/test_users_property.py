@@ -43,7 +43,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.in_place:
-            self.average.mul_(0.9).add_(0.1)
+            self.average.mul_(0.9).add_(0.2)
         else:
             self.average = 0.9 * self.average + 0.2
         return x * self.average

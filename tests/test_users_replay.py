@@ -193,22 +193,20 @@ class Cell(nn.Module):
         self.linear, self.extra, self.checkpointed = nn.Linear(6, 6).double(), nn.Sequential(*extra).double(), checkpointed
         self.calls: list[int] = []
 
-    def part(self, z: torch.Tensor) -> torch.Tensor:
-        return self.extra(0.3 * self.linear(z))
+    def part(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.extra(0.3 * self.linear(z) + x)
 
     def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        part = checkpoint(self.part, z, use_reentrant=False) if self.checkpointed else self.part(z)
+        part = checkpoint(self.part, z, x, use_reentrant=False) if self.checkpointed else self.part(z, x)
         assert isinstance(part, torch.Tensor)
-        return 0.5 * torch.tanh(part + x)
+        return 0.3 * torch.tanh(part)
 
 
 @pytest.mark.parametrize(
-    "adjoint", [Implicit(CG()), Implicit(hyperopt.GMRES(1e-12)), Unrolled(), Checkpointed(), OneStep()], ids=str
+    "adjoint", [Implicit(hyperopt.GMRES(1e-12)), Unrolled(), Checkpointed(), OneStep()], ids=lambda a: type(a).__name__
 )
 @pytest.mark.parametrize("extra", ["batch norm", "dropout", "both", "average", "plain"])
 def test_a_checkpoint_inside_of_a_cell(extra, adjoint):
-    if isinstance(adjoint, Implicit) and isinstance(adjoint.linear_solver, CG):
-        pytest.skip("the Jacobian of this cell is not symmetric")
     made: dict[str, Callable[[], list[nn.Module]]] = {
         "batch norm": lambda: [nn.BatchNorm1d(6)],
         "dropout": lambda: [nn.Dropout(0.4)],

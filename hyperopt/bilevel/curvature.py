@@ -109,6 +109,11 @@ def second_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "the inner loss changes a tensor in place that the derivative of an earlier step needs; make it a buffer of a "
+                "module that the loss calls, or replace it by a new tensor instead"
+            ) from error
         found = re.search(r"derivative for (\S+) is not implemented|(\S+) does not support .*double backward", str(error))
         if found is None and "once_differentiable" not in str(error):
             raise

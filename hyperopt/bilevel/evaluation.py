@@ -23,7 +23,7 @@ class Evaluation:
     Args:
         problem: the losses.
         batch: of the inner loss.
-        record: whether it will be evaluated more than once.
+        record: whether it will be evaluated more than once, or changes tensors in place that are no buffers.
     """
 
     def __init__(self, problem: BilevelProblem, batch: Any, *, record: bool = True) -> None:
@@ -41,6 +41,11 @@ class Evaluation:
             device = optree.tree_leaves(w)[0].device.type
             self.replay = Replay(Places.of(self.problem.inner_loss), device, record=self.record)
         return self.replay(function, w, lam)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether the loss changes tensors in place, other than the buffers of modules in training mode."""
+        return self.replay is not None and self.replay.wrote
 
     def commit(self) -> None:
         """Let running statistics, counters and the like be as the latest evaluation left them: it was a step of training."""

@@ -55,7 +55,7 @@ class UnrolledEstimator(Estimator):
         """
         hyper, steps = Leaves.of(lam, "lam"), self.inner.max_steps
         batches = [problem.inner_batches.draw() for _ in range(steps)]
-        evaluations = [Evaluation(problem, b, record=isinstance(self.adjoint, Checkpointed)) for b in batches]
+        evaluations = [Evaluation(problem, b) for b in batches]
         phi = GradientMap(problem, self.inner)
         batch = problem.outer_batches.draw()
         with torch.enable_grad():
@@ -73,6 +73,8 @@ class UnrolledEstimator(Estimator):
             return loss
 
         def step(k: int, now: Any, lam: Any) -> Any:
+            if k and not isinstance(self.adjoint, Checkpointed):  # nothing is evaluated again, but for what the first step shows
+                evaluations[k].record = evaluations[0].wrote
             following = phi.step(now, lam, evaluations[k])
             evaluations[k].commit()  # the first time
             return following

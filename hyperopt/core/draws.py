@@ -172,6 +172,11 @@ class Draws:
         """Whether anything was drawn."""
         return bool(self.results)
 
+    @property
+    def wrote(self) -> bool:
+        """Whether tensors from outside were changed in place."""
+        return bool(self.before)
+
     @contextlib.contextmanager
     def recorded(self, first: bool, own: Iterable[Tensor], constants: Iterable[Tensor]) -> Iterator[None]:
         """An evaluation runs in this block.
@@ -195,6 +200,14 @@ class Draws:
             if self.after is not None:
                 self.after = _copies(self.before)
             _put(self.before if first else now)
+
+    def release(self, tensor: Tensor) -> Tensor | None:
+        """Leave a tensor that was changed to the caller; returns what was left of it, None if it was not changed."""
+        for i, (changed, _) in enumerate(self.before):
+            if changed.shape == tensor.shape and changed.data_ptr() == tensor.data_ptr() and tensor.numel():
+                del self.before[i]
+                return self.after.pop(i)[1] if self.after is not None else None
+        return None
 
     def commit(self) -> None:
         """Let the tensors that were changed have the values that they were left with."""
@@ -256,7 +269,7 @@ class _Record(_Mode):
         key = _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
         if key not in self.written:
             self.written.add(key)
-            self.draws.before.append((tensor.detach(), tensor.detach().clone()))
+            self.draws.before.append((tensor, tensor.clone()))
 
     def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
         if kind.name not in SAMPLES and kind.name not in TRAINING:

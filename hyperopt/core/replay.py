@@ -45,11 +45,12 @@ class Replay:
 
     Attributes:
         random: whether it draws random numbers; None before the first call.
+        wrote: whether the first call changed tensors in place, other than the buffers of modules in training mode.
     """
 
     def __init__(self, places: Places, device_type: str = "cpu", *, record: bool = True) -> None:
         """Take note of the state."""
-        self.record = record
+        self.record, self.wrote = record, False
         self.slots: list[Slot] = places.slots()
         # Buffers that a call may change; after the first call, those that it did.
         self.moving: list[Slot] = places.buffers()
@@ -80,11 +81,13 @@ class Replay:
                 out = function(*args)
             left = [_get(place, key) for place, key, _ in copies]
             if first:
-                self.draws = draws
+                self.draws, self.wrote = draws, draws.wrote
                 self.rebound = [slot for slot in self.slots if _get(*slot[:2]) is not slot[2]]
-                left = self._settle(copies, left)
+                left = self._settle(copies, left) + self._placed()
             if not self.committed:
                 self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
+        if first and self.wrote and torch.is_grad_enabled():
+            return self(function, *args)  # with copies: what this graph has saved was put back since
         return out
 
     def commit(self) -> None:
@@ -115,6 +118,17 @@ class Replay:
         self.slots += [slot for slot, move in zip(self.moving, moved, strict=True) if not move]
         self.moving = [slot for slot, move in zip(self.moving, moved, strict=True) if move]
         return [new for new, move in zip(left, moved, strict=True) if move]
+
+    def _placed(self) -> list[Any]:
+        """What is left of tensors that the first call changed in place in a known place; they become copies too."""
+        assert self.draws is not None
+        left = []
+        for place, key, value in self.slots:
+            after = self.draws.release(value) if isinstance(value, Tensor) else None
+            if after is not None:
+                self.moving.append((place, key, value))
+                left.append(after)
+        return left
 
     @contextlib.contextmanager
     def _in_place(self, slots: list[Slot]) -> Iterator[None]:
