@@ -8,7 +8,9 @@ from test_linsolve import KRYLOV, Operator, orthogonal, symmetric, true_residual
 from hyperopt import CG, GMRES, MINRES, BiCGStab, Status
 from hyperopt.core.linear import pending
 from hyperopt.core.linear.krylov import Recurrence
-from hyperopt.core.rowwise import combine, dots
+from hyperopt.core.memory import peak_memory
+from hyperopt.core.operator import LinearOperator
+from hyperopt.core.rowwise import CHUNK, combine, distance, dots
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -158,3 +160,34 @@ def test_products_that_a_gpu_would_round_are_sums(monkeypatch):
     for kind in (CG, MINRES, BiCGStab, GMRES):
         op, b = Operator(symmetric(9)), torch.randn(2, 9)
         close(kind(1e-10).solve(op, b).value, op.solution(b), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(CHUNK, 9), (3, CHUNK), (1, CHUNK + 1)])
+def test_the_distance_of_large_states_is_taken_in_parts(shape):
+    a, b = torch.randn(shape), torch.randn(shape).requires_grad_()
+    assert torch.equal(distance(a, b), torch.linalg.vector_norm(a - b, dim=1))
+    (g,) = torch.autograd.grad(distance(a, b).sum(), b)
+    close(g, (b.detach() - a) / torch.linalg.vector_norm(a - b.detach(), dim=1, keepdim=True))
+    with torch.no_grad(), peak_memory("cpu") as memory:
+        distance(a, b)
+    if shape[0] > 3:
+        assert memory.peak < a.numel() * a.element_size() / 2
+
+
+@pytest.mark.parametrize(("name", "states"), [("cg", 8), ("minres", 12), ("bicgstab", 13)])
+def test_memory_of_a_large_solve(name, states):
+    b, d = torch.randn(2, 1_000_000), torch.linspace(-0.5, 0.9, 1_000_000)
+    with torch.no_grad(), peak_memory("cpu") as memory:
+        found = SHORT[name](1e-4).solve(Diagonal(d), b)
+    assert found.stats.status == Status.converged
+    assert memory.peak <= states * b.numel() * b.element_size(), memory.peak / (b.numel() * b.element_size())
+
+
+class Diagonal(LinearOperator):
+    """``v -> d v``."""
+
+    def __init__(self, d):
+        self.d = d
+
+    def _matvec(self, v):
+        return v * self.d

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK = 2**18  # numbers that stay in the cache
+
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """A block in which autocast, which is for the map, does not lower the products of a method."""
@@ -26,6 +28,14 @@ def rounds(a: Tensor) -> bool:
 def length(a: Tensor) -> Tensor:
     """Norm of each row, shape (rows, 1)."""
     return torch.linalg.vector_norm(a, dim=1, keepdim=True)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|`` of each row, shape (rows,); of large states on the CPU some rows at a time, so that no page is new to it."""
+    if a.numel() <= CHUNK or a.device.type != "cpu":
+        return torch.linalg.vector_norm(a - b, dim=1)
+    rows = max(1, CHUNK // a.shape[1])
+    return torch.cat([torch.linalg.vector_norm(x - y, dim=1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 
 def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None) -> Tensor:
@@ -45,11 +55,12 @@ def dot(a: Tensor, b: Tensor, start: Tensor | None = None, beta: float = 1.0) ->
     return dots(a[:, None], b, start if start is None or not start.dim() else start[:, :, None], beta)[:, :, 0]
 
 
-def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0) -> Tensor:
-    """``start + alpha sum_i weights_i vectors_i``.
+def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0, *, here: bool = False) -> Tensor:
+    """``start + alpha sum_i weights_i vectors_i``, written over ``start`` if that may be (``here``).
 
     Shapes: ``start`` (rows, dim), ``weights`` (rows, m, 1), ``vectors`` (rows, m, dim).
     """
     if rounds(start):
-        return torch.add(start, (vectors * weights).sum(dim=1), alpha=alpha)
-    return torch.baddbmm(start[:, None], weights.mT, vectors, alpha=alpha)[:, 0]
+        return torch.add(start, (vectors * weights).sum(dim=1), alpha=alpha, out=start if here else None)
+    wide = start[:, None]
+    return torch.baddbmm(wide, weights.mT, vectors, alpha=alpha, out=wide if here else None)[:, 0]

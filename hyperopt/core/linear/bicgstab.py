@@ -51,6 +51,7 @@ class BiCGStab(BiCGStabSettings, KrylovSolver):
         run.rr, rho = dots(both, r, run.tiny).unbind(dim=1)
         run.pending.add((p, s), alpha, omega, run.rr)
         p = torch.addcmul(r, torch.addcdiv(q, p, omega, value=-1), rho / c, value=-1)
+        del q, s, t  # memory
         state = both, p, rho, x, least
         return self.finish(run, state) if run.pending.full else state
 
@@ -63,8 +64,9 @@ class BiCGStab(BiCGStabSettings, KrylovSolver):
         weights = torch.cat([alphas, omegas], dim=2).view(len(x), -1, 1)
         best = torch.cat([least[:, None], torch.nan_to_num(after, math.inf)], dim=1).min(dim=1)
         later = torch.arange(weights.shape[1], device=x.device)[:, None] >= 2 * best.indices[:, None]
+        now = combine(x, weights, directions)
         run.x = torch.where(best.indices > 0, advance(x, directions, weights, later), run.x)
-        return both, p, rho, combine(x, weights, directions), best.values
+        return both, p, rho, now, best.values
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
         """Rows whose residual has grown beyond what rounding leaves of the best; NaN shows by itself."""

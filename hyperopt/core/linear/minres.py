@@ -54,7 +54,7 @@ class MINRES(MINRESSettings, KrylovSolver):
         past = ring[:, low : high + 1 : high - low]
         y, at = run.product(v), int(last > older)
         dots(ring[:, last, :1], y, out=coefficients[:, at : at + 1])
-        pair = combine(torch.cat([y, v], dim=1), coefficients, past.flatten(2), -1.0).unflatten(1, (2, -1))
+        pair = combine(torch.cat([y, v], dim=1), coefficients, past.flatten(2), -1.0, here=True).unflatten(1, (2, -1))
         at = int(here < last)  # where the last place is the older one, in the next step
         coefficients = torch.empty_like(coefficients)
         c = torch.linalg.vector_norm(pair[:, 0], dim=1, keepdim=True, out=coefficients[:, at])
@@ -65,6 +65,7 @@ class MINRES(MINRESSettings, KrylovSolver):
         run.r.addcmul_(s, part, value=-1)
         run.rr = dot(run.r, run.r)
         run.pending.add((p,), part, c, before)
+        del y, pair, v  # memory
         now = s, ring, coefficients, goal, ended, broken
         return self.finish(run, now) if run.pending.full else now
 

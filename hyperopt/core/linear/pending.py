@@ -55,6 +55,8 @@ class Pending:
 def advance(x: Tensor, directions: Tensor, weights: Tensor, dropped: Tensor) -> Tensor:
     """``x`` after the steps that are not dropped; a step that is dropped may hold anything, infinity and NaN among it.
 
+    The directions that are dropped are overwritten.
+
     Shapes: ``x`` (rows, dim), ``directions`` (rows, k, dim), ``weights`` and ``dropped`` (rows, k, 1).
     """
-    return combine(x, weights.masked_fill(dropped, 0.0), directions.masked_fill(dropped, 0.0))
+    return combine(x, weights.masked_fill(dropped, 0.0), directions.masked_fill_(dropped, 0.0))

@@ -27,6 +27,7 @@ from hyperopt.core.captured import functorch_level
 from hyperopt.core.loop import relative, rounding_floor, run
 from hyperopt.core.precision import Observed
 from hyperopt.core.process import Outcome, Process
+from hyperopt.core.rowwise import distance
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Cost, Map, Point
 from hyperopt.core.status import SolveStats, Status
@@ -160,8 +161,7 @@ class FixedPointProcess(Process):
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
         at.active = self.moving
         self.at = at
-        residual = at.residual if self.solver.takes_residual else at.fw - at.w
-        norm = torch.linalg.vector_norm(residual, dim=1)
+        norm = torch.linalg.vector_norm(at.residual, dim=1) if self.solver.takes_residual else distance(at.fw, at.w)
         if self.bounds is None and self.given is None:
             self.bounds = self._bounds(at, norm)
         if self.solver.atol:
@@ -303,7 +303,7 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
         else:
             at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
         if trace or k in probes:
-            norms[k] = torch.linalg.vector_norm(at.fw - w, dim=1)
+            norms[k] = distance(at.fw, w)
             sizes[k] = torch.linalg.vector_norm(at.fw, dim=1) if scale is None else scale
         if k < solver.max_steps:
             at.active = None if broken is None else ~broken
