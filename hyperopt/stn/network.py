@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dual import Elementary
 from hyperopt.stn.kinds import check_kind, check_parametrized, check_wrapper, kind_of, sequence_first, weights_of
 from hyperopt.stn.layer import Context, HyperLayer, InContext, hyper_class
-from hyperopt.stn.response import Response
+from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.settings import GATES
 from hyperopt.stn.space import HyperSpace
 
@@ -59,14 +62,54 @@ class STN(nn.Module):
             draw: the hyperparameters (None: those of ``at``, else the hyperparameters themselves).
             *args: further inputs of the network.
             **kwargs: the same.
+
+        Raises:
+            ValueError: a layer whose first dimension does not have the examples (also where that cannot be told by the numbers:
+                the network is then called once more, with one example more), or a weight that is read by a function of torch that
+                has no rule for its response.
         """
         draw = draw or self._context.draw or self.space.draw(leading(x), perturb=False)
         with self._context.holding(draw):
-            if not (self.linear and draw.responds):
-                return self.module(x, *args, **kwargs)
-            with forward_ad.dual_level(), Elementary():
+            if self.linear and draw.responds:
+                with forward_ad.dual_level(), Elementary():
+                    out = self.module(x, *args, **kwargs)
+                    out = optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+            else:
                 out = self.module(x, *args, **kwargs)
-                return optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+        if self._context.unsure - self._context.sure:
+            self._make_sure(x, draw, args, kwargs)
+        return out
+
+    @torch.no_grad()
+    def _make_sure(self, x: Any, draw: Draw, args: Any, kwargs: Any) -> None:
+        """Call a copy with one example more, so that no other dimension is as long; its layers refuse what is wrong.
+
+        Raises:
+            RowsError: see ``forward``.
+        """
+        context, more = self._context, torch.arange(draw.rows + 1, device=draw.m.device) % draw.rows
+        context.sure |= context.unsure
+        context.unsure.clear()
+        if peek_interpreter_stack() is not None or torch._C._len_torch_function_stack():
+            return  # a transform of torch.func, or another mode: what is copied there is not what it seems
+
+        def longer(leaf: Any) -> Any:
+            return leaf[more.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == draw.rows else leaf
+
+        try:
+            with torch.random.fork_rng():
+                trial = copy.deepcopy(self).eval()
+                trial.linear = False
+                inputs: Any = optree.tree_map(longer, (x, args, kwargs))  # pyright: ignore[reportArgumentType]
+                trial(inputs[0], replace(draw, m=draw.m[more], delta=draw.delta[more], seen=None), *inputs[1], **inputs[2])
+        except RowsError:
+            raise
+        except Exception as error:  # whatever a network may raise whose other inputs are for another number of examples
+            note_once(
+                f"{', '.join(sorted(context.sure))} got inputs whose second dimension is as long as there are examples; "
+                f"the first was taken for the examples, and calling the network with one example more did not work ({error})",
+                "the dimension of the examples",
+            )
 
     @contextlib.contextmanager
     def at(self, draw: Draw) -> Iterator[None]:
