@@ -173,6 +173,21 @@ def half_frozen() -> nn.Module:
     return network
 
 
+class Careful(nn.Module):
+    """Takes shape, type and device from its weight, and reads it as a constant as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.l.weight.dtype).type_as(self.l.weight) + self.l.weight.new_ones(4)
+        x = torch.cat([x, torch.zeros_like(self.l.weight)[:1].expand_as(x[:, :1])], 1) if x.dim() == 3 else x
+        assert self.l.weight.shape == (4, 4) and self.l.bias.requires_grad and self.l.weight.device == x.device
+        y = functional.linear(x, self.l.weight.contiguous(), None if self.l.bias is None else self.l.bias / 2)
+        return y + torch.addmm(self.l.bias, x[:, 0], self.l.weight.t())[:, None] * self.l.bias
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "tied": (Tied, words(7), {}),
     "tied, a gate for each word": (lambda: nn.Sequential(nn.Embedding(7, 8), nn.Tanh(), Decoder8()), words(7), {}),
@@ -186,6 +201,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "a layer of one's own": (lambda: nn.Sequential(Halved(4, 4), nn.Tanh(), Halved(4, 2)), normal(ROWS, 4), {}),
     "called again": (Again, normal(ROWS, 3, 4), {}),
     "packed projections": (Packed, normal(ROWS, 3, 4), {}),
+    "careful": (Careful, normal(ROWS, 3, 4), {}),
     "half frozen encoder": (half_frozen, normal(ROWS, 3, 8), {}),
     "attention without response": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
@@ -621,6 +637,20 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"embedding_bag has no rule for mode='max'",
     ),
 }
+
+
+def in_one_memory() -> nn.Module:
+    one, other = nn.Linear(4, 4, dtype=DOUBLE), nn.Linear(4, 4, dtype=DOUBLE)
+    other.weight.data = one.weight.data
+    return nn.Sequential(one, other)
+
+
+def halfway_tied() -> nn.Module:
+    one, other = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    one.weight = other.get_parameter("parametrizations.weight.original1")
+    return nn.Sequential(one, other)
+
+
 REFUSED_BEFORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
@@ -631,6 +661,8 @@ REFUSED_BEFORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"\(_Orthogonal\) that cannot take any weight",
     ),
     "weight norm by a hook": (hooked, r"'0' is a Linear whose weight a hook computes .*parametrizations.weight_norm"),
+    "one memory": (in_one_memory, r"'0.weight' and '1.weight' share their memory.*network.1.weight = network.0.weight"),
+    "halfway tied": (halfway_tied, r"'1.weight' and '0.weight' are two weights, made of a parameter that they share"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy layer without weights as yet; call the network once"),
     "all frozen": (lambda: nn.Linear(4, 4).requires_grad_(False), r"could respond: those that are frozen"),
     "its own parameter": (

@@ -141,7 +141,7 @@ class HyperLayer(InContext):
             return weight
         response: Any = self.responses[name]
         draw, direction, gate = context.draw, response.direction, response.gate
-        if torch._C._len_torch_function_stack():  # a mode, as that of hyperopt.mean_over_ranks, sees no more of them after this
+        if torch._C._len_torch_function_stack() > context.linear:  # a mode of others, which sees no more of them after this
             weight, direction, gate, delta = (part.view_as(part) for part in (weight, direction, gate, draw.delta))
             draw = replace(draw, delta=delta)
         place = f"{self.place}.{name}" if self.place else name
