@@ -143,7 +143,6 @@ def copied(module: nn.Module) -> nn.Module:
 
 def respond_(module: nn.Module, context: Context, count: int, gate: str, std: float, skip: Sequence[str]) -> None:
     """Give every weight that is trained and not skipped its response, one for all layers that share it."""
-    _check_memory(module)
     still = {id(parameter) for name in skip for parameter in module.get_submodule(name).parameters()}
     second = {id(each) for each in _sequence_first(module)}
     made: dict[Any, Response] = {}
@@ -196,8 +195,8 @@ def _trained(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.is_floating_point()
 
 
-def _check_memory(module: nn.Module) -> None:
-    """Refuse two parameters in the same memory: they would have two responses, and ``collapse`` one place for both.
+def check_memory(module: nn.Module) -> None:
+    """Refuse two parameters in the same memory: a copy of the network has two places for them.
 
     Raises:
         ValueError: names them and how to tie them.

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dual import Elementary
-from hyperopt.stn.kinds import check_wrapper, copied, respond_, weights_of
+from hyperopt.stn.kinds import check_memory, check_wrapper, copied, respond_, weights_of
 from hyperopt.stn.layer import Context, HyperLayer, InContext
 from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.settings import GATES
@@ -233,6 +233,7 @@ def convert(
         )
     for name, each in module.named_modules():
         check_wrapper(each, name)
+    check_memory(module)
     module, context = copied(module), Context()
     for name, each in list(module.named_modules()):
         if isinstance(each, InContext):
