@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hyperopt import stn
+from hyperopt.core.policy import reset_warnings
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.*:FutureWarning",  # torch's own, at its first dual level
@@ -172,6 +173,21 @@ def half_frozen() -> nn.Module:
     return network
 
 
+class Careful(nn.Module):
+    """Takes shape, type and device from its weight, and reads it as a constant as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.l.weight.dtype).type_as(self.l.weight) + self.l.weight.new_ones(4)
+        x = torch.cat([x, torch.zeros_like(self.l.weight)[:1].expand_as(x[:, :1])], 1) if x.dim() == 3 else x
+        assert self.l.weight.shape == (4, 4) and self.l.bias.requires_grad and self.l.weight.device == x.device
+        y = functional.linear(x, self.l.weight.contiguous(), None if self.l.bias is None else self.l.bias / 2)
+        return y + torch.addmm(self.l.bias, x[:, 0], self.l.weight.t())[:, None] * self.l.bias
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "tied": (Tied, words(7), {}),
     "tied, a gate for each word": (lambda: nn.Sequential(nn.Embedding(7, 8), nn.Tanh(), Decoder8()), words(7), {}),
@@ -185,6 +201,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "a layer of one's own": (lambda: nn.Sequential(Halved(4, 4), nn.Tanh(), Halved(4, 2)), normal(ROWS, 4), {}),
     "called again": (Again, normal(ROWS, 3, 4), {}),
     "packed projections": (Packed, normal(ROWS, 3, 4), {}),
+    "careful": (Careful, normal(ROWS, 3, 4), {}),
     "half frozen encoder": (half_frozen, normal(ROWS, 3, 8), {}),
     "attention without response": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
@@ -530,6 +547,74 @@ class Flat(nn.Module):
         return self.l(x.flatten(0, 1))
 
 
+class Turned(nn.Module):
+    """The length first inside, or only seemingly: as many words as sentences."""
+
+    def __init__(self, turned: bool = True) -> None:
+        super().__init__()
+        self.l, self.k, self.turned, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), turned, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = torch.tanh(self.l(x))
+        return self.k(h.transpose(0, 1)).transpose(0, 1) if self.turned else self.k(h)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_another_dimension_that_is_as_long_is_not_taken_for_the_examples(linear: bool) -> None:
+    torch.manual_seed(0)
+    x = normal(ROWS, ROWS, 4)
+    model = converted(Turned())
+    model.linear = linear
+    with pytest.raises(ValueError, match=r"HyperLinear 'k.bias' got 5 rows, and the draw has 6: the first dimension must be"):
+        model(x, model.space.draw(ROWS))
+    model = converted(Turned(turned=False))
+    model.linear = linear
+    state = torch.get_rng_state()
+    noise = model.space.draw(ROWS)
+    torch.set_rng_state(state)
+    model.space.draw(ROWS)
+    after = torch.get_rng_state()
+    for _ in range(3):
+        model(x, noise)
+    assert model.module.calls == 3 and torch.equal(torch.get_rng_state(), after)  # the one call more was of a copy
+    assert model._context.sure == {"l.weight", "l.bias", "k.weight", "k.bias"}
+
+
+def test_where_it_cannot_be_told_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.l(x + torch.zeros(ROWS, 1, 4, dtype=x.dtype))
+
+    reset_warnings()
+    model = converted(Fixed())
+    for _ in range(2):
+        assert model(normal(ROWS, ROWS, 4), model.space.draw(ROWS)).shape == (ROWS, ROWS, 4)
+    said = [text for text in caplog.messages if "l.bias, l.weight got inputs" in text]
+    assert len(said) == 1 and "the first was taken for the examples" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [Tied, Sentences, Language, Functional, Autoencoder])
+def test_under_autocast_it_is_near_to_the_definition(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    declared = {"rate": stn.Bounded(0.2, 0.0, 0.9, scale=0.7)}
+    model = stn.convert(make(), stn.HyperSpace(declared), std=0.3).eval()
+    x = words(6) if make is not Autoencoder else normal(ROWS, 4, 6, 6).float()
+    draw = model.space.draw(ROWS)
+    want = torch.stack([model.collapse(draw.part(slice(i, i + 1)))(x)[i] for i in range(ROWS)])
+    with torch.autocast("cpu", dtype=dtype):
+        found = model(x, draw)
+    assert found.dtype == dtype or make in (Sentences,)
+    assert (found.float() - want).norm() < 0.05 * want.norm()
+    gradients = torch.autograd.grad(found.float().square().mean(), model.response_parameters())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
 def hooked() -> nn.Module:
     with pytest.warns(FutureWarning):
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
@@ -552,6 +637,20 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"embedding_bag has no rule for mode='max'",
     ),
 }
+
+
+def in_one_memory() -> nn.Module:
+    one, other = nn.Linear(4, 4, dtype=DOUBLE), nn.Linear(4, 4, dtype=DOUBLE)
+    other.weight.data = one.weight.data
+    return nn.Sequential(one, other)
+
+
+def halfway_tied() -> nn.Module:
+    one, other = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    one.weight = other.get_parameter("parametrizations.weight.original1")
+    return nn.Sequential(one, other)
+
+
 REFUSED_BEFORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
@@ -562,6 +661,8 @@ REFUSED_BEFORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"\(_Orthogonal\) that cannot take any weight",
     ),
     "weight norm by a hook": (hooked, r"'0' is a Linear whose weight a hook computes .*parametrizations.weight_norm"),
+    "one memory": (in_one_memory, r"'0.weight' and '1.weight' share their memory.*network.1.weight = network.0.weight"),
+    "halfway tied": (halfway_tied, r"'1.weight' and '0.weight' are two weights, made of a parameter that they share"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy layer without weights as yet; call the network once"),
     "all frozen": (lambda: nn.Linear(4, 4).requires_grad_(False), r"could respond: those that are frozen"),
     "its own parameter": (

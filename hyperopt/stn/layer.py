@@ -26,12 +26,16 @@ class Context:
     Attributes:
         draw: that draw; None outside of a call.
         linear: whether outputs are linearised in the response, as tangents of a dual level.
+        unsure: weights whose layer got inputs with two dimensions as long as there are examples, see ``STN.forward``.
+        sure: those of them whose first dimension has turned out to be that of the examples.
     """
 
     def __init__(self) -> None:
         """No call yet."""
         self.draw: Draw | None = None
         self.linear = False
+        self.unsure: set[str] = set()
+        self.sure: set[str] = set()
 
     @contextlib.contextmanager
     def holding(self, draw: Draw | None) -> Iterator[None]:
@@ -137,12 +141,12 @@ class HyperLayer(InContext):
             return weight
         response: Any = self.responses[name]
         draw, direction, gate = context.draw, response.direction, response.gate
-        if torch._C._len_torch_function_stack():  # a mode, as that of hyperopt.mean_over_ranks, sees no more of them after this
+        if torch._C._len_torch_function_stack() > context.linear:  # a mode of others, which sees no more of them after this
             weight, direction, gate, delta = (part.view_as(part) for part in (weight, direction, gate, draw.delta))
             draw = replace(draw, delta=delta)
         place = f"{self.place}.{name}" if self.place else name
-        layer = type(self).__name__
-        return responding(Use(weight, direction, gate, response.axis, draw, context.linear, layer, place, self.examples))
+        parts = (weight, direction, gate, response.axis, draw, context.linear)
+        return responding(Use(*parts, type(self).__name__, place, self.examples, context.unsure))
 
     def respond(self, name: str, count: int, gate: str, std: float) -> Response:
         """Make a response of one of its weights; see ``Response``."""

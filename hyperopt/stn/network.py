@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dual import Elementary
-from hyperopt.stn.kinds import check_kind, check_parametrized, check_wrapper, kind_of, sequence_first, weights_of
-from hyperopt.stn.layer import Context, HyperLayer, InContext, hyper_class
-from hyperopt.stn.response import Response
+from hyperopt.stn.kinds import check_memory, check_wrapper, copied, respond_, weights_of
+from hyperopt.stn.layer import Context, HyperLayer, InContext
+from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.settings import GATES
 from hyperopt.stn.space import HyperSpace
 
@@ -59,14 +60,54 @@ class STN(nn.Module):
             draw: the hyperparameters (None: those of ``at``, else the hyperparameters themselves).
             *args: further inputs of the network.
             **kwargs: the same.
+
+        Raises:
+            ValueError: a layer whose first dimension does not have the examples (also where that cannot be told by the numbers:
+                the network is then called once more, with one example more), or a weight that is read by a function of torch that
+                has no rule for its response.
         """
         draw = draw or self._context.draw or self.space.draw(leading(x), perturb=False)
         with self._context.holding(draw):
-            if not (self.linear and draw.responds):
-                return self.module(x, *args, **kwargs)
-            with forward_ad.dual_level(), Elementary():
+            if self.linear and draw.responds:
+                with forward_ad.dual_level(), Elementary():
+                    out = self.module(x, *args, **kwargs)
+                    out = optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+            else:
                 out = self.module(x, *args, **kwargs)
-                return optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+        if self._context.unsure - self._context.sure:
+            self._make_sure(x, draw, args, kwargs)
+        return out
+
+    @torch.no_grad()
+    def _make_sure(self, x: Any, draw: Draw, args: Any, kwargs: Any) -> None:
+        """Call a copy with one example more, so that no other dimension is as long; its layers refuse what is wrong.
+
+        Raises:
+            RowsError: see ``forward``.
+        """
+        context, more = self._context, torch.arange(draw.rows + 1, device=draw.m.device) % draw.rows
+        context.sure |= context.unsure
+        context.unsure.clear()
+        if peek_interpreter_stack() is not None or torch._C._len_torch_function_stack():
+            return  # a transform of torch.func, or another mode: what is copied there is not what it seems
+
+        def longer(leaf: Any) -> Any:
+            return leaf[more.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == draw.rows else leaf
+
+        try:
+            with torch.random.fork_rng():
+                trial = copy.deepcopy(self).eval()
+                trial.linear = False
+                inputs: Any = optree.tree_map(longer, (x, args, kwargs))  # pyright: ignore[reportArgumentType]
+                trial(inputs[0], replace(draw, m=draw.m[more], delta=draw.delta[more], seen=None), *inputs[1], **inputs[2])
+        except RowsError:
+            raise
+        except Exception as error:  # whatever a network may raise whose other inputs are for another number of examples
+            note_once(
+                f"{', '.join(sorted(context.sure))} got inputs whose second dimension is as long as there are examples; "
+                f"the first was taken for the examples, and calling the network with one example more did not work ({error})",
+                "the dimension of the examples",
+            )
 
     @contextlib.contextmanager
     def at(self, draw: Draw) -> Iterator[None]:
@@ -192,72 +233,19 @@ def convert(
         )
     for name, each in module.named_modules():
         check_wrapper(each, name)
-    module, context = _copied(module), Context()
+    check_memory(module)
+    module, context = copied(module), Context()
     for name, each in list(module.named_modules()):
         if isinstance(each, InContext):
             _join(each, context, name, space)
     if respond:
-        _respond(module, context, len(space.names), gate, std, skip)
+        respond_(module, context, len(space.names), gate, std, skip)
         if not any(isinstance(each, HyperLayer) for each in module.modules()):
             raise ValueError(
                 f"convert: no layer of {type(module).__name__} has weights that could respond: those that are frozen "
                 f"(requires_grad=False) and those in skip={list(skip)} do not"
             )
     return STN(module, space, context)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy of a network; a recurrent layer with a parametrization keeps a weight with its graph, which no copy can take."""
-    with torch.no_grad():
-        for each in module.modules():
-            if isinstance(each, nn.RNNBase) and is_parametrized(each):
-                each._init_flat_weights()
-    return copy.deepcopy(module)
-
-
-def _respond(module: nn.Module, context: Context, count: int, gate: str, std: float, skip: Sequence[str]) -> None:
-    """Give every weight that is trained and not skipped its response, one for all layers that share it."""
-    still = {id(parameter) for name in skip for parameter in module.get_submodule(name).parameters()}
-    second = {id(each) for each in sequence_first(module)}
-    made: dict[int, Response] = {}
-    for name, each in list(module.named_modules()):
-        weights = {
-            key: those for key, those in weights_of(each).items() if any(_trained(p) and id(p) not in still for p in those)
-        }
-        kind = kind_of(each)
-        if not weights or isinstance(each, InContext | ParametrizationList):
-            continue
-        if kind is None:
-            check_kind(each, name, list(weights))
-            continue
-        names = [key for key in weights if key not in kind.silent]
-        for key in names:
-            check_parametrized(each, key, name)
-        each.__class__ = hyper_class(kind, type(each), names)
-        assert isinstance(each, HyperLayer)
-        each.join(context, name)
-        if id(each) in second:
-            each.examples = 1
-        responses = {}
-        for key in names:
-            first = id(weights[key][0])
-            if first not in made:
-                made[first] = each.respond(key, count, gate, std)
-            responses[key] = made[first]
-        each.responses = nn.ModuleDict(responses)
-
-
-def _trained(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is trained, and could respond.
-
-    Raises:
-        ValueError: it has no values yet, or complex ones.
-    """
-    if isinstance(parameter, UninitializedParameter):
-        raise ValueError("convert: the network has a lazy layer without weights as yet; call the network once, then convert it")
-    if parameter.is_complex():
-        raise ValueError("convert: the network has complex weights, and a response is real; leave them out: skip=[their module]")
-    return parameter.requires_grad and parameter.is_floating_point()
 
 
 def leading(batch: Any) -> int:

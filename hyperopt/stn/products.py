@@ -86,8 +86,9 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(x: Any, weight: Any) -> Tensor:
+def _matmul(input: Any, other: Any) -> Tensor:
     """Rows times a matrix."""
+    x, weight = input, other
     if not isinstance(weight, Responding) or weight.dim() != 2 or x.dim() < 2:
         no_rule("matmul", x, weight)
     return applied(lambda x, w, b: x @ w, "matmul", x, weight, None, 1, -1, -1)
@@ -102,9 +103,9 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
+def _add(input: Any, other: Any, *, alpha: float = 1) -> Tensor:
     """A vector that is added to the last dimension."""
-    x, vector = (other, x) if isinstance(x, Responding) else (x, other)
+    x, vector = (other, input) if isinstance(input, Responding) else (input, other)
     if isinstance(x, Responding) or alpha != 1 or vector.dim() != 1 or not isinstance(x, Tensor) or x.dim() < 2:
         no_rule("add", vector, x)
     use = vector.use
@@ -112,9 +113,9 @@ def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
 
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def _mul(x: Any, other: Any) -> Any:
+def _mul(input: Any, other: Any) -> Any:
     """A weight times a number, or a vector that multiplies the last dimension."""
-    x, weight = (other, x) if isinstance(x, Responding) else (x, other)
+    x, weight = (other, input) if isinstance(input, Responding) else (input, other)
     if isinstance(x, int | float):
         return _each(weight.use, lambda value: value * x)
     if isinstance(x, Responding) or weight.dim() != 1 or not isinstance(x, Tensor) or x.dim() < 2:
@@ -254,8 +255,8 @@ def _same_values(function: Any) -> None:
     """Register a function that keeps values and axes."""
 
     def found(weight: Any, *more: Any, **options: Any) -> Responding:
-        if not isinstance(weight, Responding):
-            no_rule(function.__name__, *more, *options.values())
+        if not isinstance(weight, Responding):  # another tensor, which becomes what the weight is
+            return function(weight, *map(base, more), **{key: base(value) for key, value in options.items()})
         return _each(weight.use, lambda value: function(value, *more, **options))
 
     rule(function)(found)
@@ -273,6 +274,21 @@ for each in (
 ):
     _same_values(each)
 _same_values(torch.clone)
+
+
+def _without_values(function: Any) -> None:
+    """Register a function that takes no more than shape, type and device from a weight."""
+
+    def found(*values: Any, **options: Any) -> Any:
+        return function(*map(base, values), **options)
+
+    rule(function)(found)
+
+
+for each in (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like):
+    _without_values(each)
+for each in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor):
+    _without_values(each)
 
 
 @rule(Tensor.detach, torch.detach, *(getattr(Tensor, name).__get__ for name in ("data",)))

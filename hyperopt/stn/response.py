@@ -90,6 +90,10 @@ class Response(nn.Module):
         return weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
 
 
+class RowsError(ValueError):
+    """A layer got another number of examples than there are; the message names it and both numbers."""
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """A weight with its response, during one call of the network.
@@ -104,6 +108,7 @@ class Use:
         layer: the kind of layer that gave it out.
         place: of the weight in the network.
         examples: the dimension of that layer's inputs and outputs that has the examples.
+        unsure: gets the place where another dimension could be that of the examples too.
     """
 
     base: Tensor
@@ -115,6 +120,7 @@ class Use:
     layer: str
     place: str
     examples: int
+    unsure: set[str]
 
     def gates(self) -> Tensor:
         """``V delta``. shape: (rows or 1, units or 1)."""
@@ -128,16 +134,18 @@ class Use:
         """A number for each row and unit, with as many dimensions as ``like``, whose ``channel`` has the units.
 
         Raises:
-            ValueError: ``like`` has another number of examples than the draw has rows (one row is for all).
+            RowsError: ``like`` has another number of examples than the draw has rows (one row is for all).
         """
         dims, channel = like.dim(), channel % like.dim()
         found = like.shape[self.examples] if self.examples < dims and self.examples != channel else None
         if units.shape[0] != 1 and found != units.shape[0]:
             got = f"{found} rows" if found is not None else f"a tensor of shape {tuple(like.shape)} without examples"
-            raise ValueError(
+            raise RowsError(
                 f"{self.layer} {self.place!r} got {got}, and the draw has {units.shape[0]}: "
                 f"{'the second' if self.examples else 'the first'} dimension must be the examples; draw for this batch"
             )
+        if dims > 2 and channel == dims - 1 and self.examples == 0 and like.shape[1] == units.shape[0] != 1:
+            self.unsure.add(self.place)
         if like.shape[channel] != units.shape[1] != 1:  # channels in groups, each with the same units
             units = units.repeat(1, like.shape[channel] // units.shape[1])
         if dims == 2:
