@@ -96,8 +96,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.auto import Auto as Auto
+    from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Choice as Choice
     from hyperopt.bilevel.estimate import Estimate as Estimate
     from hyperopt.bilevel.estimator import Estimator as Estimator
