@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -35,7 +36,9 @@ class Masked(nn.Module):
 
 NETWORKS = {
     "two layers": lambda: nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3)),
-    "convolutional": lambda: nn.Sequential(nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+    "convolutional": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    ),
     "batch norm": lambda: nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(9, 12), nn.Tanh(), Masked(12), nn.Linear(12, 3)),
 }
@@ -114,9 +117,9 @@ def test_from_any_weights_the_hypergradient_is_a_number(name, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["convolutional", "dropout"])
 def test_it_agrees_with_a_long_training_in_sign_and_roughly_in_size(name):
-    """Along the gradient itself, and for the decay, whose derivative is large: against a central difference of 1500 steps."""
+    """Along the gradient itself, and for the decay, against a central difference of 1500 steps, of networks that are smooth."""
     problem, model, lam = classes(name)
     lam["decay"] = torch.tensor(-3.5, dtype=DOUBLE)
     inner = TorchOptimizer(lr=0.01, max_steps=1500)
@@ -166,7 +169,8 @@ def test_declared_constants_choose_cg_and_a_wrong_declaration_is_refused():
             constants=constants,
         )
         lam = torch.tensor([2.0, 3.0], dtype=DOUBLE)
-        found = hyperopt.hypergradient(problem, lam / diagonal, lam)
+        with contextlib.nullcontext() if right else pytest.warns(hyperopt.SolveWarning, match="negative curvature"):
+            found = hyperopt.hypergradient(problem, lam / diagonal, lam)
         assert found.choice is not None and found.choice.name == "CG" and "declares" in found.choice.why
         if right:
             torch.testing.assert_close(found.grad, 2 * (lam / diagonal - 1) / diagonal)
@@ -258,7 +262,9 @@ def test_gauss_newton_takes_over_where_negative_curvature_is_strong():
     names = {}
     for composite in (True, False):
         problem, model, lam = classes("convolutional", composite=composite)
-        estimate = hyperopt.hypergradient(problem, model.w, lam, inner=TorchOptimizer(lr=1e-6, max_steps=1), adjoint=Auto(terms=60))
+        estimate = hyperopt.hypergradient(
+            problem, model.w, lam, inner=TorchOptimizer(lr=1e-6, max_steps=1), adjoint=Auto(terms=60)
+        )
         assert finite(estimate) and estimate.choice is not None
         names[composite] = estimate.choice.name, estimate.choice.curvature
     assert names == {True: ("Neumann, Gauss-Newton", "gauss_newton"), False: ("Neumann", "hessian")}

@@ -13,9 +13,9 @@ The rule, in the order in which it is tried:
    above ``1 / (K step)`` is inverted, flat directions count for ``K step``, and negative curvature ends the series in time.
 5. If it ends the series before 10 terms and the loss is a ``Composite``, the series is that of the Gauss-Newton matrix.
 
-"Trained" means: no ``inner`` was given, its tolerance was met, or at most a thousandth of the first gradient is left; then CG
-also counts where it ran out of steps with at most a hundredth of the residual left. K is the number of steps of ``inner``, 20 to
-100. The step is ``1 / L``, ``L`` by power iteration; after gradient descent the series is no longer than training has been.
+"Trained" means: no ``inner`` was given, its tolerance was met, or a tenth of its way is left by the gradient and the curvature.
+Then CG counts also where it ran out of steps with at most a hundredth of the residual left. K is the number of steps of
+``inner``, 20 to 100. The step is ``1 / L``, ``L`` by power iteration; after gradient descent the series is no longer than training has been.
 
 Why not the exact solution everywhere: at an indefinite Hessian it is the derivative of a saddle, which training leaves, and at a
 nearly singular one it is dominated by directions that training has not resolved. ``experiments/adjoint_choice`` measures both.
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 FEW = 10  # terms: a Hessian series that negative curvature ends before gives way to that of the Gauss-Newton matrix
 TERMS = (20, 100)  # least and most terms
-DONE = 1e-3  # weights with no more than this part of the first gradient left count as trained
+DONE = 0.1  # part of its way that training may have left, by Newton's method, at weights that count as trained
 NEARLY = 1e-2  # the residual of CG, out of steps, that is small enough at trained weights
 LONGEST = 32  # most outer steps between two attempts by CG
 
@@ -114,12 +114,16 @@ class AutoEstimator(ImplicitEstimator):
         slope = torch.linalg.vector_norm(at.curvature.gradient)
         return bool(slope <= torch.finfo(at.b.dtype).eps ** (2 / 3) * operator.largest * size)
 
-    def _trained(self, at: Point, operator: StepMap) -> bool:
-        """Whether the weights count as a minimum: given as trained, trained to a tolerance, or with next to no gradient left."""
+    def _trained(self, at: Point, operator: StepMap, length: float) -> bool:
+        """Whether the weights count as a minimum: given as trained, trained to a tolerance, or next to there.
+
+        A gradient that has fallen to a part r of the first leaves at most ``r L |u| / |b|`` of the way in directions as flat as
+        those of ``u``; ``length`` is ``|u| / |b|``.
+        """
         trained = at.trained
-        if trained is None or trained.status == Status.converged or trained.worst_residual() <= DONE:
+        if trained is None or trained.status == Status.converged or self._stationary(at, operator):
             return True
-        return self._stationary(at, operator)
+        return trained.worst_residual() * length * float(operator.largest) <= DONE
 
     def _declared(self, at: Point) -> Solved:
         """Conjugate gradients, whose breakdown would say that the constants are wrong."""
@@ -144,6 +148,8 @@ class AutoEstimator(ImplicitEstimator):
         u, stats = self._solve(adjoint, operator, at)
         left = f"a residual of {stats.worst_residual():.1e}"
         memory["negative"] = stats.status == Status.negative_curvature
+        size = float(torch.linalg.vector_norm(at.b))
+        length = float(torch.linalg.vector_norm(u)) / size if size > 0 else 0.0
         if memory["negative"]:
             why = "the Hessian has negative curvature, so the weights are not at a minimum"
             used = self._stationary(at, operator)
@@ -153,18 +159,16 @@ class AutoEstimator(ImplicitEstimator):
                 why, used = "the weights are a saddle: no gradient, but negative curvature", stats.status == Status.converged
         elif stats.status == Status.converged:
             why = "it met its tolerance, and no negative curvature"
-            size = float(torch.linalg.vector_norm(at.b))
-            length = float(torch.linalg.vector_norm(u)) / size if size > 0 else 0.0
             largest = float(operator.largest)
             reach = self._steps * min(1 / largest, self._own(at)) if largest > 0 else math.inf
-            used = length <= reach or self._trained(at, operator)
+            used = length <= reach or self._trained(at, operator, length)
             if not used:
                 why = (
                     f"the exact solution is {length:.2g} times the outer gradient, which {self._steps} steps of gradient descent "
                     f"cannot reach ({reach:.2g}), and the weights are not trained to the end"
                 )
         else:
-            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator)
+            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator, length)
             ended = f"CG ended as {stats.status.name} at {left}"
             why = f"the weights are trained, and {ended}" if used else f"{ended}, so the Hessian is nearly singular"
         if used:
