@@ -112,7 +112,7 @@ def test_from_any_weights_the_hypergradient_is_a_number(name, steps):
     for inner in (None, TorchOptimizer(lr=0.01, max_steps=10), GradientDescent(step_size=0.05, max_steps=10)):
         estimate = hyperopt.hypergradient(problem, w, lam, inner=inner)
         assert finite(estimate) and not estimate.status.failed
-        assert str(estimate.choice) in repr(estimate.choice) + str(estimate.choice)
+        assert estimate.choice is not None and repr(estimate).count(estimate.choice.why) == 1
         assert estimate.metrics()["adjoint/choice"] in (0.0, 1.0, 2.0, 3.0)
 
 
@@ -192,7 +192,7 @@ def test_a_saddle_is_differentiated_as_one():
     assert away.choice is not None and away.choice.name == "Neumann"
 
 
-def quadratic(values, b, step, w0=None):
+def quadratic(values, b):
     """An inner loss of this spectrum around ``lam``, and ``E = b w``."""
     values, b = (torch.tensor(x, dtype=DOUBLE) for x in (values, b))
     problem = hyperopt.BilevelProblem(
@@ -204,7 +204,7 @@ def quadratic(values, b, step, w0=None):
 @pytest.mark.parametrize("steps", [20, 57, 100])
 def test_after_gradient_descent_that_is_not_done_it_is_the_derivative_of_the_training(steps):
     """The same numbers as unrolling it, since the Hessian is constant."""
-    problem, values, b = quadratic([1.0, 0.3, 1e-3, 1e-5], [1.0, -1.0, 2.0, 1.0], 0.5)
+    problem, *_ = quadratic([1.0, 0.3, 1e-3, 1e-5], [1.0, -1.0, 2.0, 1.0])
     inner, lam = GradientDescent(step_size=0.5, max_steps=steps), torch.ones(4, dtype=DOUBLE)
     w = torch.zeros(4, dtype=DOUBLE)
     found = hyperopt.hypergradient(problem, w, lam, inner=inner)
@@ -215,7 +215,7 @@ def test_after_gradient_descent_that_is_not_done_it_is_the_derivative_of_the_tra
 
 def test_flat_directions_count_for_no_more_than_the_steps_taken():
     """A singular Hessian, as of data cleaning without decay; the outer gradient has a part along which there is no curvature."""
-    problem, values, b = quadratic([1.0, 0.5, 0.0], [1.0, 1.0, 1.0], 0.5)
+    problem, *_ = quadratic([1.0, 0.5, 0.0], [1.0, 1.0, 1.0])
     lam = torch.zeros(3, dtype=DOUBLE)
     found = hyperopt.hypergradient(problem, torch.ones(3, dtype=DOUBLE), lam, inner=TorchOptimizer(lr=0.01, max_steps=30))
     assert found.choice is not None and found.choice.name == "Neumann"
@@ -224,7 +224,7 @@ def test_flat_directions_count_for_no_more_than_the_steps_taken():
 
 @pytest.mark.parametrize("negative", [-0.02, -0.2, -0.9])
 def test_negative_curvature_ends_the_series_before_it_is_amplified(negative):
-    problem, values, b = quadratic([1.0, 0.2, negative], [1.0, 1.0, 0.1], 1.0)
+    problem, values, b = quadratic([1.0, 0.2, negative], [1.0, 1.0, 0.1])
     lam, w = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
     found = hyperopt.hypergradient(problem, w, lam, inner=TorchOptimizer(lr=1e-3, max_steps=100))
     assert found.adjoint is not None and found.choice is not None and found.choice.name == "Neumann"

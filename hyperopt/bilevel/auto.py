@@ -15,7 +15,8 @@ The rule, in the order in which it is tried:
 
 "Trained" means: no ``inner`` was given, its tolerance was met, or a tenth of its way is left by the gradient and the curvature.
 Then CG counts also where it ran out of steps with at most a hundredth of the residual left. K is the number of steps of
-``inner``, 20 to 100. The step is ``1 / L``, ``L`` by power iteration; after gradient descent the series is no longer than training has been.
+``inner``, 20 to 100. The step is ``1 / L``, ``L`` by power iteration; after gradient descent the series is no longer than
+training has been.
 
 Why not the exact solution everywhere: at an indefinite Hessian it is the derivative of a saddle, which training leaves, and at a
 nearly singular one it is dominated by directions that training has not resolved. ``experiments/adjoint_choice`` measures both.
