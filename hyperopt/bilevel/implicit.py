@@ -181,9 +181,9 @@ class ImplicitEstimator(ProductSettings, Estimator):
             largest, _ = largest_curvature(operator.curvature, self.power)
             note = f"the gradient-step map does not contract at step={operator.step:.4g}"
             if not largest > 0:
-                note += ": the Hessian of the inner loss is zero here. See whether the inner loss depends on all of w"
+                note += "; the Hessian of the inner loss is zero here. See whether the inner loss depends on all of w"
             elif operator.step > 2 / largest:
-                note += f": the largest stable step is {2 / largest:.4g} (2 / L, by power iteration). Lower the argument step"
+                note += f"; the largest stable step is {2 / largest:.4g} (2 / L, by power iteration). Lower the argument step"
             else:
                 note += ", although that is a stable step: the inner loss is not convex here"
             note += ', or leave the choice to adjoint="auto"'
