@@ -32,6 +32,7 @@ sys.path.append(str(HERE.parent))
 import shared  # noqa: E402
 
 RESULTS = HERE / "results.json"
+SEARCHED = ("CG", "MINRES", "Neumann, 20", "Gauss-Newton, CG", "Gauss-Newton, Neumann, 20", "one step", "auto")
 TRAINED = (50, 500, 2000)  # steps of Adam, at 1e-2
 SEEDS = (0, 1, 2)
 OUTER = 30
@@ -91,7 +92,7 @@ def derivatives(name: str) -> dict[str, Any]:
 
 
 def at(made: Case, w: Any, way: Way, steps: int) -> hyperopt.Estimate:
-    """The hypergradient at given weights; ``auto`` is told that they have been trained for ``steps`` steps, by a rate of next to 0."""
+    """The hypergradient at given weights; ``auto`` is told of so many steps, by a training whose rate is next to 0."""
     adjoint, products = way
     still = TorchOptimizer(optimizer="SGD", lr=1e-300, max_steps=steps) if isinstance(adjoint, Auto) else None
     copy = {key: leaf.detach().clone() for key, leaf in w.items()}
@@ -198,7 +199,7 @@ def page(results: dict[str, Any]) -> None:
                 cells.append(", ".join(f"{number(part['cosine'])} ({number(part['error'])})" for part in parts))
             lines.append(f"| {name}, {steps} | " + " | ".join(cells) + " |")
     shared.write_table(HERE / "README.md", "stationary", lines)
-    labels = [*CANDIDATES, "no search"]
+    labels = [*SEARCHED, "no search"]
     lines = ["| network | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     for name, found in results.get("search", {}).items():
         cells = []
@@ -207,16 +208,17 @@ def page(results: dict[str, Any]) -> None:
             refused = sum(run["refused"] for run in runs)
             cells.append(number(statistics.fmean(run["losses"][-1] for run in runs)) + (f" [{refused}]" if refused else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    spent = [statistics.fmean(run["products"] for found in results["search"].values() for run in found[x]) for x in CANDIDATES]
+    spent = [statistics.fmean(run["products"] for found in results["search"].values() for run in found[x]) for x in SEARCHED]
     lines.append("| products a step | " + " | ".join(f"{x:.0f}" for x in spent) + " | |")
     shared.write_table(HERE / "README.md", "search", lines)
     lines = ["| adjoint | F1, % | test, % |", "|---|---|---|"]
     for label, runs in results.get("cleaning", {}).items():
-        lines.append(f"| {label} | " + " | ".join(number(statistics.fmean(run[key] for run in runs)) for key in ("f1", "test")) + " |")
+        means = [statistics.fmean(run[key] for run in runs) for key in ("f1", "test")]
+        lines.append(f"| {label} | " + " | ".join(map(number, means)) + " |")
     shared.write_table(HERE / "README.md", "cleaning", lines)
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axis, (name, found) in zip(figure.subplots(2, 3).flat, results["search"].items(), strict=False):
-        for label in ("CG", "MINRES", "Neumann, 20", "Gauss-Newton, CG", "one step", "auto", "no search"):
+        for label in labels:
             curves = torch.tensor([run["losses"] for run in found[label]])
             style = {"color": "black", "linewidth": 2.5} if label == "auto" else {"linewidth": 1.2}
             axis.plot(curves.mean(0), label=label, linestyle=":" if label == "no search" else "-", **style)
@@ -240,10 +242,11 @@ def main() -> None:
             found = derivatives(name)
             shared.save(RESULTS, "derivatives", {**shared.load(RESULTS).get("derivatives", known), name: found})
         if "search" in args.parts:
-            found = {label: [search(name, way, seed) for seed in SEEDS] for label, way in CANDIDATES.items()}
+            found = {label: [search(name, CANDIDATES[label], seed) for seed in SEEDS] for label in SEARCHED}
             found["no search"] = [search(name, None, seed) for seed in SEEDS]
             shared.save(RESULTS, "search", {**shared.load(RESULTS).get("search", {}), name: found})
-            print(name, {label: round(statistics.fmean(r["losses"][-1] for r in runs), 3) for label, runs in found.items()}, flush=True)
+            ends = {label: round(statistics.fmean(run["losses"][-1] for run in runs), 3) for label, runs in found.items()}
+            print(name, ends, flush=True)
     if "cleaning" in args.parts:
         found = {label: [cleaning(given, seed) for seed in SEEDS] for label, given in CLEANING.items()}
         shared.save(RESULTS, "cleaning", found)

@@ -1,27 +1,28 @@
 """``adjoint="auto"``: the adjoint of a trained problem, chosen by what it meets; the default.
 
-    H u = d_w E,      u = (1 / L) sum_{k < K} (I - H / L)^k d_w E      where the system is no guide to what training does
+    H u = d_w E,      or, where training does not follow that solution,      u = step sum_{k < K} (I - step H)^k d_w E
 
 The rule, in the order in which it is tried:
 
-1. The problem declares its constants: it is strongly convex, and conjugate gradients solve the system to a tolerance.
-2. Otherwise conjugate gradients are tried. If they meet their tolerance, the Hessian is positive definite along all that
-   matters, and their solution is used. If the weights were trained to a tolerance, or are said to be trained, it is used as well
-   where only the last hundredth of the residual is missing.
-3. If the Hessian is indefinite, and the gradient of the inner loss is zero to rounding, the weights are a stationary point whose
-   derivative exists all the same: MINRES solves for it.
-4. Everywhere else (an indefinite Hessian half way through training, a singular one, noisy products) the Neumann series is
-   summed with the step ``1 / L``, ``L`` by power iteration, from nothing, as long as each term lowers the residual. That is the
-   derivative of K steps of gradient descent from the present weights. Curvature above ``L / K`` is inverted, flat directions
-   count for at most ``K / L``, and negative curvature ends the series before it is amplified.
-5. If negative curvature ends it before 10 terms, and the loss is a ``Composite``, the series is that of the Gauss-Newton matrix.
+1. If the problem declares its constants, the inner loss is strongly convex: conjugate gradients (CG).
+2. Otherwise CG is tried. If it meets its tolerance, and no negative curvature, its solution is used where training can have
+   followed it: the weights are trained, or the solution is no longer than the steps of ``inner`` could make it.
+3. If CG met negative curvature where the gradient of the inner loss is zero to rounding, the weights are a saddle: MINRES.
+4. Everywhere else (weights on their way, a singular Hessian, noisy products) the Neumann series is summed from nothing, as long
+   as each term lowers the residual. That is the derivative of K steps of gradient descent from the present weights: curvature
+   above ``1 / (K step)`` is inverted, flat directions count for ``K step``, and negative curvature ends the series in time.
+5. If it ends the series before 10 terms and the loss is a ``Composite``, the series is that of the Gauss-Newton matrix.
 
-Conjugate gradients that failed are tried again after 1, 2, 4, ..., 32 outer steps, so that the failures cost little. The exact
-solution of an indefinite system is the derivative of a saddle, which training never follows: MINRES leaves 1.1 to 5 times the
-outer loss that the series does. ``experiments/adjoint_choice`` has the measurements behind each line.
+"Trained" means: no ``inner`` was given, its tolerance was met, or a tenth of its way is left by the gradient and the curvature.
+Then CG counts also where it ran out of steps with at most a hundredth of the residual left. K is the number of steps of
+``inner``, 20 to 100. The step is ``1 / L``, ``L`` by power iteration; after gradient descent the series is no longer than
+training has been.
 
-All that is remembered lies in ``state.memory``: the outer steps so far, when to try again, and what was said last.
-References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Martens, ICML 2010 (negative curvature in CG).
+Why not the exact solution everywhere: at an indefinite Hessian it is the derivative of a saddle, which training leaves, and at a
+nearly singular one it is dominated by directions that training has not resolved. ``experiments/adjoint_choice`` measures both.
+CG that was of no use is tried again after 1, 2, 4, ..., 32 outer steps. What is remembered lies in ``state.memory["auto"]``.
+
+References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.curvature import Curvature
 from hyperopt.bilevel.estimate import Choice, State
 from hyperopt.bilevel.implicit import ImplicitEstimator, Point, Solved
 from hyperopt.bilevel.problem import Composite
@@ -49,10 +51,10 @@ from hyperopt.core.status import SolveStats, Status
 log = logging.getLogger(__name__)
 
 FEW = 10  # terms: a Hessian series that negative curvature ends before gives way to that of the Gauss-Newton matrix
-TERMS = (20, 100)  # least and most terms that the number of training steps is cut to
-DONE = 1e-3  # part of the first gradient: weights with no more of it left count as trained
-NEARLY = 1e-2  # residual at which an unfinished solve counts where the weights are said to be trained
-LONGEST = 32  # outer steps between two attempts by conjugate gradients
+TERMS = (20, 100)  # least and most terms
+DONE = 0.1  # part of its way that training may have left, by Newton's method, at weights that count as trained
+NEARLY = 1e-2  # the residual of CG, out of steps, that is small enough at trained weights
+LONGEST = 32  # most outer steps between two attempts by CG
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,12 @@ class AutoEstimator(ImplicitEstimator):
     auto: Auto = Auto()
 
     def solve(self, at: Point) -> Solved:
-        """Choose, solve, and say so when the choice is another than in the last outer step."""
-        memory = at.state.memory.setdefault("auto", {"steps": 0, "again": 0, "gap": 1, "said": ""})
+        """Choose, solve, and log the choice where it is another than in the outer step before."""
+        memory = at.state.memory.setdefault("auto", {"steps": 0, "again": 0, "gap": 1, "negative": False, "why": "", "said": ""})
         if at.constants is not None:
             solved = self._declared(at)
         else:
-            solved = self._exactly(at, memory)
-            if isinstance(solved, str):
-                solved = self._truncated(at, solved)
+            solved = self._exactly(at, memory) or self._truncated(at, memory)
         memory["steps"] += 1
         choice = solved.choice
         assert choice is not None
@@ -99,108 +99,111 @@ class AutoEstimator(ImplicitEstimator):
             log.info("adjoint=auto uses %s", choice)
         return solved
 
+    @property
+    def _steps(self) -> int:
+        """Steps of a training, and at least the least number of terms."""
+        return max(TERMS[1] if self.inner is None else self.inner.max_steps, TERMS[0])
+
+    def _own(self, at: Point) -> float:
+        """The step of the inner solver where it takes plain gradient steps, else infinity."""
+        own = None if self.inner is None else self.inner.map_step(at.lam.tree)
+        return math.inf if own is None else own
+
+    def _stationary(self, at: Point, operator: StepMap) -> bool:
+        """Whether the gradient of the inner loss is what rounding leaves of zero, given the curvature and the size of ``w``."""
+        size = torch.linalg.vector_norm(at.curvature.matrix([leaf.detach() for leaf in at.w.flat]))
+        slope = torch.linalg.vector_norm(at.curvature.gradient)
+        return bool(slope <= torch.finfo(at.b.dtype).eps ** (2 / 3) * operator.largest * size)
+
+    def _trained(self, at: Point, operator: StepMap, length: float) -> bool:
+        """Whether the weights count as a minimum: given as trained, trained to a tolerance, or next to there.
+
+        A gradient that has fallen to a part r of the first leaves at most ``r L |u| / |b|`` of the way in directions as flat as
+        those of ``u``; ``length`` is ``|u| / |b|``.
+        """
+        trained = at.trained
+        if trained is None or trained.status == Status.converged or self._stationary(at, operator):
+            return True
+        return trained.worst_residual() * length * float(operator.largest) <= DONE
+
     def _declared(self, at: Point) -> Solved:
-        """Conjugate gradients, whose failure would say that the constants are wrong."""
+        """Conjugate gradients, whose breakdown would say that the constants are wrong."""
         adjoint = Implicit(CG(rtol=self.auto.rtol, max_steps=self.auto.max_steps))
-        operator = StepMap(at.curvature, self._step(at, iterates=False))
+        operator, note = StepMap(at.curvature, 1.0), ""
         u, stats = self._solve(adjoint, operator, at)
-        note = ""
         if stats.status >= Status.breakdown:
             u = torch.full_like(u, math.nan)
-            note = (
-                f"{stats.status.message}; yet the problem's constants declare a strongly convex inner loss: see whether they hold"
-            )
+            note = f"{stats.status.message}. The constants of the problem declare a strongly convex inner loss: see whether it is"
         why = "the problem declares constants of a strongly convex inner loss"
         return Solved(u, operator, stats, False, note, Choice("CG", why, adjoint, None, self.curvature))
 
-    def _exactly(self, at: Point, memory: dict[str, Any]) -> Solved | str:
-        """The solution of the system where there is one to be used; else why there is not."""
+    def _exactly(self, at: Point, memory: dict[str, Any]) -> Solved | None:
+        """The solution of the system where it is of use; else None, and ``memory["why"]``."""
         if self.resample:
-            return "each product is made on a batch of its own"
+            memory["why"] = "each product is made on a batch of its own"
+            return None
         if memory["steps"] < memory["again"]:
-            return memory["why"]
+            return None
         limits: dict[str, Any] = {"rtol": self.auto.rtol, "max_steps": self.auto.max_steps}
-        operator = StepMap(at.curvature, 1.0)
-        adjoint = Implicit(CG(**limits), policy="ignore")
+        operator, name, adjoint = StepMap(at.curvature, 1.0), "CG", Implicit(CG(**limits), policy="ignore")
         u, stats = self._solve(adjoint, operator, at)
         left = f"a residual of {stats.worst_residual():.1e}"
-        name, why, used = "CG", "conjugate gradients met their tolerance, and no negative curvature", False
-        if stats.status == Status.negative_curvature:
-            if used := self._stationary(at, operator):
-                adjoint = Implicit(MINRES(**limits), policy="ignore")
+        memory["negative"] = stats.status == Status.negative_curvature
+        size = float(torch.linalg.vector_norm(at.b))
+        length = float(torch.linalg.vector_norm(u)) / size if size > 0 else 0.0
+        if memory["negative"]:
+            why = "the Hessian has negative curvature, so the weights are not at a minimum"
+            used = self._stationary(at, operator)
+            if used:
+                name, adjoint = "MINRES", Implicit(MINRES(**limits), policy="ignore")
                 u, stats = self._solve(adjoint, operator, at)
-                name, why = "MINRES", "the Hessian is indefinite at weights where the gradient of the inner loss is zero"
-                used = stats.status == Status.converged
-            refused = "the Hessian has negative curvature, so the weights are not at a minimum"
+                why, used = "the weights are a saddle: no gradient, but negative curvature", stats.status == Status.converged
         elif stats.status == Status.converged:
-            length = float(torch.linalg.vector_norm(u) / torch.linalg.vector_norm(at.b)) if bool(at.b.any()) else 0.0
-            reach = self._steps * min(1 / float(operator.largest), self._own(at) or math.inf) if length > 0 else math.inf
-            used = length <= reach or self._trained(at, operator)
-            refused = (
-                f"the solution by conjugate gradients is {length:.2g} times the outer gradient, along directions so flat that "
-                f"training, which went {reach:.2g} times a gradient, has not followed them"
-            )
+            why = "it met its tolerance, and no negative curvature"
+            largest = float(operator.largest)
+            reach = self._steps * min(1 / largest, self._own(at)) if largest > 0 else math.inf
+            used = length <= reach or self._trained(at, operator, length)
+            if not used:
+                why = (
+                    f"the exact solution is {length:.2g} times the outer gradient, which {self._steps} steps of gradient descent "
+                    f"cannot reach ({reach:.2g}), and the weights are not trained to the end"
+                )
         else:
-            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator)
-            why = f"the weights are trained, and conjugate gradients left {left}"
-            refused = f"conjugate gradients ended as {stats.status.name} at {left}: the Hessian is next to singular"
+            used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator, length)
+            ended = f"CG ended as {stats.status.name} at {left}"
+            why = f"the weights are trained, and {ended}" if used else f"{ended}, so the Hessian is nearly singular"
         if used:
             memory["gap"], memory["again"] = 1, 0
             return Solved(u, operator, stats, False, "", Choice(name, why, adjoint, None, self.curvature))
         memory["again"] = memory["steps"] + 1 + memory["gap"]
-        memory["gap"] = min(2 * memory["gap"], LONGEST)
-        memory["why"] = refused
-        return refused
+        memory["gap"], memory["why"] = min(2 * memory["gap"], LONGEST), why
+        return None
 
-    @property
-    def _steps(self) -> int:
-        """Steps that a training takes, at least the least number of terms."""
-        return max(TERMS[1] if self.inner is None else self.inner.max_steps, TERMS[0])
-
-    def _own(self, at: Point) -> float | None:
-        """The step of the inner solver, where it takes plain gradient steps."""
-        return None if self.inner is None else self.inner.map_step(at.lam.tree)
-
-    def _trained(self, at: Point, operator: StepMap) -> bool:
-        """Whether the weights count as a minimum: given as trained, trained to a tolerance, or with next to no gradient left."""
-        trained = at.trained
-        if trained is None or trained.status == Status.converged or trained.worst_residual() <= DONE:
-            return True
-        return self._stationary(at, operator)
-
-    def _stationary(self, at: Point, operator: StepMap) -> bool:
-        """Whether the gradient of the inner loss is what rounding leaves of zero, given the curvature and the size of ``w``."""
-        eps = torch.finfo(at.b.dtype).eps
-        size = torch.linalg.vector_norm(at.curvature.matrix([leaf.detach() for leaf in at.w.flat]))
-        slope = torch.linalg.vector_norm(at.curvature.gradient)
-        return bool(slope <= eps ** (2 / 3) * operator.largest * size)
-
-    def _reach(self, at: Point) -> float:
-        """How far training has gone in all outer steps, in units of a gradient; infinite where that is not known."""
-        own = self._own(at)
-        return math.inf if own is None else own * self._steps * (at.state.memory["auto"]["steps"] + 1)
-
-    def _truncated(self, at: Point, why: str) -> Solved:
+    def _truncated(self, at: Point, memory: dict[str, Any]) -> Solved:
         """The Neumann series as long as its terms help."""
         most = self.auto.terms or min(self._steps, TERMS[1])
-        curvature, kind, name = at.curvature, self.curvature, "Neumann"
-        operator = StepMap(curvature, self.step or min(self._stable_step(curvature, at.state), self._reach(at) / most))
-        u, stats, ended = series(operator, at.b, most, self.auto.rtol)
+        reach = self._own(at) * self._steps * (memory["steps"] + 1)  # how long training has been, in units of a gradient
+
+        def summed(curvature: Curvature, state: State) -> tuple[StepMap, Tensor, SolveStats, bool]:
+            operator = StepMap(curvature, self.step or min(self._stable_step(curvature, state), reach / most))
+            return operator, *series(operator, at.b, most, self.auto.rtol)
+
+        name, kind, why = "Neumann", self.curvature, memory["why"]
+        operator, u, stats, rose = summed(at.curvature, at.state)
+        negative = memory["negative"] or rose
         terms = int(stats.iterations)
-        if ended and terms < FEW and kind == "hessian" and not self.resample and isinstance(at.problem.inner_loss, Composite):
-            kind, name = "gauss_newton", "Neumann, Gauss-Newton"
-            curvature = self._curvature(at.problem, at.w, at.lam, at.inner, kind)
-            operator = StepMap(curvature, self.step or min(self._stable_step(curvature, State(None)), self._reach(at) / most))
-            u, stats, ended = series(operator, at.b, most, self.auto.rtol)
+        if rose and terms < FEW and kind == "hessian" and not self.resample and isinstance(at.problem.inner_loss, Composite):
+            name, kind = "Neumann, Gauss-Newton", "gauss_newton"
             why += f", and ends its series after {terms} of {most} terms"
+            operator, u, stats, rose = summed(self._curvature(at.problem, at.w, at.lam, at.inner, kind), State(None))
             terms = int(stats.iterations)
         note = ""
         if stats.status >= Status.breakdown:
-            fault = "not finite" if stats.status == Status.nonfinite else "zero along the outer gradient"
-            note = f"the products with the second derivatives of the inner loss are {fault}: see whether it depends on all of w"
+            fault = "not finite" if stats.status == Status.nonfinite else "zero along the gradient of the outer loss"
+            note = f"the products with the Hessian of the inner loss are {fault}: see whether it depends on all of w"
         adjoint = Implicit(Neumann(rtol=0.0, max_steps=max(terms - 1, 1)), policy="ignore")
-        why += f"; {terms} terms with the step {operator.step:.3g} are used"
-        return Solved(u, operator, stats, True, note, Choice(name, why, adjoint, operator.step, kind))
+        why += f"; terms: {terms}, step: {operator.step:.3g}"
+        return Solved(u, operator, stats, True, note, Choice(name, why, adjoint, operator.step, kind), not negative)
 
 
 def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor, SolveStats, bool]:

@@ -35,6 +35,7 @@ from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
+from hyperopt.core.certificate import Certificate
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.policy import note_once
 from hyperopt.core.status import AdjointBox, SolveStats, Status
@@ -80,6 +81,7 @@ class Solved:
         iterates: whether the map itself was iterated, so that its step says something about it.
         note: what to change where the solve failed.
         choice: what was chosen, and why, where the method chooses.
+        certified: whether ``u`` claims to be near the exact solution; if not, nothing can be said of its distance from that.
     """
 
     u: Tensor
@@ -88,6 +90,7 @@ class Solved:
     iterates: bool
     note: str = ""
     choice: Choice | None = None
+    certified: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ class ImplicitEstimator(ProductSettings, Estimator):
         gradients, products = sum(c.gradients for c in both), sum(c.matvecs for c in both)
         stats.vjps = products - stats.jvps  # those of a warm start, and of the power iteration, among them
         cost = Cost(gradients + (trained.evaluations if trained else 0), 1, products, curvature.mixed_products, stats.jvps)
-        known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, solved.iterates)
+        known = Certificate(math.nan, False, math.nan)
+        if solved.certified:
+            known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, solved.iterates)
         return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, solved.note, solved.choice)
 
     def solve(self, at: Point) -> Solved:
@@ -181,15 +186,12 @@ class ImplicitEstimator(ProductSettings, Estimator):
         if self.adjoint.iterates:
             largest, _ = largest_curvature(operator.curvature, self.power)
             note = f"the gradient-step map does not contract at step={operator.step:.4g}"
-            if largest > 0:
-                note += f"; its largest stable step is {2 / largest:.4g} (2 / L, by power iteration)"
-                note += (
-                    ". Lower the argument step" if operator.step > 2 / largest else ", so the Hessian is not positive definite"
-                )
+            if not largest > 0:
+                note += "; the Hessian of the inner loss is zero here. See whether the inner loss depends on all of w"
+            elif operator.step > 2 / largest:
+                note += f"; the largest stable step is {2 / largest:.4g} (2 / L, by power iteration). Lower the argument step"
             else:
-                note += (
-                    ", since the Hessian of the inner loss is zero. See whether the inner loss depends on w beyond first order"
-                )
+                note += ", although that is a stable step: the inner loss is not convex here"
             note += ', or leave the choice to adjoint="auto"'
         if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
             note += '. With policy="ignore", Implicit uses what a fixed number of steps gives all the same'
