@@ -99,7 +99,7 @@ def test_an_inner_loss_without_lam_through_training(adjoint):
 
 
 def test_a_buffer_in_w():
-    w = {"weight": W, "running_mean": W}
+    w = {"weight": W, "running_mean": W.clone()}
     lower = lambda w, lam, b: inner(w["weight"], lam, b)  # noqa: E731
     with pytest.raises(ValueError, match=r"depends on w\['running_mean'\], on which the inner loss does not.*take it out of w"):
         hyperopt.hypergradient(BilevelProblem(lower, lambda w, lam, b: (w["weight"] * w["running_mean"]).sum()), w, LAM)
