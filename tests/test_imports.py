@@ -14,7 +14,7 @@ LAYERS = [
     ("core.text", "core.checks", "core.operator", "core.solvers.settings", "core.linear.settings", "core.adjoints.settings"),
     ("core.tree",),
     ("core.status",),
-    ("core.policy", "core.captured", "core.memory", "core.purity"),
+    ("core.policy", "core.captured", "core.memory", "core.purity", "core.rowwise"),
     ("core.jacobian", "core.legacy"),
     ("core.distributed",),
     ("core.replay", "core.process"),
