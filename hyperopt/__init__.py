@@ -23,7 +23,7 @@ _PUBLIC = {
     "check_hypergradient": "hyperopt.core.verify",
     "compare_adjoints": "hyperopt.core.verify",
     "ClosureError": "hyperopt.core.captured",
-    "ImpureMapError": "hyperopt.core.purity",
+    "ImpureMapError": "hyperopt.core.draws",
     "check_map": "hyperopt.core.purity",
     "over_ranks": "hyperopt.bilevel.over_ranks",
     "mean_over_ranks": "hyperopt.core.distributed",
@@ -60,7 +60,7 @@ _PUBLIC = {
     "Auto": "hyperopt.bilevel.auto",
     "Choice": "hyperopt.bilevel.estimate",
     "Estimator": "hyperopt.bilevel.estimator",
-    "Composite": "hyperopt.bilevel.gauss_newton",
+    "Composite": "hyperopt.bilevel.problem",
     "Functional": "hyperopt.bilevel.functional",
     "GradientMap": "hyperopt.bilevel.gradient_map",
     "InnerConstants": "hyperopt.bilevel.problem",
@@ -80,7 +80,7 @@ _PUBLIC = {
     "F2SA": "hyperopt.bilevel.f2sa",
     "VPBGD": "hyperopt.bilevel.v_pbgd",
     "Nystrom": "hyperopt.core.linear.nystrom",
-    "Hyperparameters": "hyperopt.spaces",
+    "Hyperparameters": "hyperopt.hyperparameters",
     "Space": "hyperopt.spaces",
     "Real": "hyperopt.spaces",
     "Positive": "hyperopt.spaces",
@@ -96,6 +96,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from hyperopt import bilevel as bilevel
+    from hyperopt import core as core
+    from hyperopt import data as data
+    from hyperopt import nn as nn
+    from hyperopt import regularise as regularise
+    from hyperopt import stn as stn
+    from hyperopt import tasks as tasks
     from hyperopt.bilevel.auto import Auto as Auto
     from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Choice as Choice
@@ -104,7 +111,6 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.f2sa import F2SA as F2SA
     from hyperopt.bilevel.finite_difference import FiniteDifference as FiniteDifference
     from hyperopt.bilevel.functional import Functional as Functional
-    from hyperopt.bilevel.gauss_newton import Composite as Composite
     from hyperopt.bilevel.gradient_map import GradientMap as GradientMap
     from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
     from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
@@ -115,6 +121,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.inner.torch_optimizer import TorchOptimizer as TorchOptimizer
     from hyperopt.bilevel.over_ranks import over_ranks as over_ranks
     from hyperopt.bilevel.problem import BilevelProblem as BilevelProblem
+    from hyperopt.bilevel.problem import Composite as Composite
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
     from hyperopt.bilevel.saba import SABA as SABA
     from hyperopt.bilevel.settings import ProductSettings as ProductSettings
@@ -136,6 +143,7 @@ if TYPE_CHECKING:
     from hyperopt.core.diagnose import diagnose as diagnose
     from hyperopt.core.differentiate import InexactError as InexactError
     from hyperopt.core.distributed import mean_over_ranks as mean_over_ranks
+    from hyperopt.core.draws import ImpureMapError as ImpureMapError
     from hyperopt.core.fixed_point import fixed_point as fixed_point
     from hyperopt.core.linear.anderson import LinearAnderson as LinearAnderson
     from hyperopt.core.linear.bicgstab import BiCGStab as BiCGStab
@@ -152,7 +160,6 @@ if TYPE_CHECKING:
     from hyperopt.core.operator import MatrixOperator as MatrixOperator
     from hyperopt.core.policy import SolveError as SolveError
     from hyperopt.core.policy import SolveWarning as SolveWarning
-    from hyperopt.core.purity import ImpureMapError as ImpureMapError
     from hyperopt.core.purity import check_map as check_map
     from hyperopt.core.solvers.anderson import Anderson as Anderson
     from hyperopt.core.solvers.broyden import Broyden as Broyden
@@ -167,9 +174,9 @@ if TYPE_CHECKING:
     from hyperopt.core.verify import check_hypergradient as check_hypergradient
     from hyperopt.core.verify import compare_adjoints as compare_adjoints
     from hyperopt.exporting.load import load_exported as load_exported
+    from hyperopt.hyperparameters import Hyperparameters as Hyperparameters
     from hyperopt.nn.sparse import SparseRows as SparseRows
     from hyperopt.spaces import Bounded as Bounded
-    from hyperopt.spaces import Hyperparameters as Hyperparameters
     from hyperopt.spaces import Positive as Positive
     from hyperopt.spaces import Real as Real
     from hyperopt.spaces import Simplex as Simplex
@@ -181,4 +188,5 @@ if TYPE_CHECKING:
     from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
-__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__)
+_PACKAGES = ("bilevel", "core", "data", "exporting", "nn", "regularise", "reporting", "stn", "tasks")
+__getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, packages=_PACKAGES)

@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from hyperopt import directory, sweep
 from hyperopt.config import register
 from hyperopt.launch import lead
-from hyperopt.messages import explain
+from hyperopt.messages import explain, keys_in
 from hyperopt.preflight import Preflight, Refusal
 from hyperopt.resolvers import config_path
+from hyperopt.schema import KEYS
 from hyperopt.workers import LAUNCHER, THREADS
 
 register()
@@ -59,10 +60,12 @@ def launch() -> None:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    message = explain(error)
+    message = explain(error, KEYS)
     failed = Preflight.failures()
     if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)
+        if message is None and (told := keys_in(str(error), KEYS)):
+            print(f"hyperopt: {told}", file=sys.stderr)
     if failed:
         message = f"{len(failed)} of this sweep's jobs failed: {', '.join(map(str, failed))}"
     if message is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -23,14 +24,27 @@ def near(word: str, choices: Iterable[str]) -> str:
     return f"{hint}choices: {', '.join(known) or 'none'}"
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, keys: Mapping[str, str] | None = None) -> str | None:
     """Return a message for an error that a user can mend from the command line; None for any other, which needs its traceback.
 
     Args:
         error: what composing, checking or running a job raised. What it quotes may come from a file, and is made printable.
+        keys: how the command line chooses what the library calls by its class: the option of each name. The library's messages
+            speak of classes and arguments, and those that they name are added here.
     """
     message = _message(error)
-    return None if message is None else printable(message, keep="\n")
+    return None if message is None else printable(with_keys(message, keys or {}), keep="\n")
+
+
+def with_keys(message: str, keys: Mapping[str, str]) -> str:
+    """Return a message of the library, followed by ``keys_in`` it."""
+    return "\n".join(filter(None, (message, keys_in(message, keys))))
+
+
+def keys_in(message: str, keys: Mapping[str, str]) -> str:
+    """Return a line with the option of each name of ``keys`` that a message has in it; see ``explain``. Empty without any."""
+    named = [f"{name} is {key}" for name, key in keys.items() if re.search(rf"\b{name}\b", message)]
+    return f"on the command line: {', '.join(named)}" if named else ""
 
 
 def _message(error: BaseException) -> str | None:

@@ -27,6 +27,7 @@ from hyperopt.config import ConfigError, validate
 from hyperopt.core.text import why_no_component
 from hyperopt.experiment import differences, experiment, experiment_of
 from hyperopt.messages import explain
+from hyperopt.schema import KEYS
 from hyperopt.workers import prepare
 
 _validate_batch = Sweeper.validate_batch_is_legal
@@ -83,7 +84,7 @@ class Preflight(Callback):
             return
         error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
         number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
-        message = explain(error)
+        message = explain(error, KEYS)
         if message is None:
             traceback.print_exception(error)
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)

@@ -33,6 +33,7 @@ from hyperopt.experiment import experiment
 from hyperopt.files import WriteError, remove_leftovers, write_text
 from hyperopt.guard import HypergradientGuard
 from hyperopt.loop_state import LoopState, monitored
+from hyperopt.messages import with_keys
 from hyperopt.optim import Schedule
 from hyperopt.reading import UnreadableError
 from hyperopt.report import progress, show, summarize, table, write_facts
@@ -47,6 +48,7 @@ from hyperopt.repro import (
     set_rng_state,
 )
 from hyperopt.resume import Found, find_checkpoint, is_own
+from hyperopt.schema import KEYS
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.track import START, Tracker, hparams, swept, write_config
 from hyperopt.train_settings import TrainerSettings
@@ -103,7 +105,7 @@ def run(cfg: DictConfig, out: Path) -> float:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
                     write_text(out / FAILED, traceback.format_exc())
-                    summarize(out, "failed", state, reason=f"{type(error).__name__}: {error}")
+                    summarize(out, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", KEYS))
             raise
 
 

@@ -150,6 +150,23 @@ SCHEMA: dict[str, type] = {
 }
 """Every option of every group: its keys, types and defaults. One line here and one YAML file make a new method selectable."""
 
+
+def _keys() -> dict[str, str]:
+    """The option of each solver, adjoint and inner solver by the name of its class; of a linear solver, the adjoint with it."""
+    found = {"float64": "precision=float64"}
+    for option, node in SCHEMA.items():
+        group, _, name = option.partition("/")
+        if group in ("solver", "adjoint", "inner"):
+            linear = node._target_ == IMPLICIT
+            kind = LINEAR_SOLVERS[name] if linear else node
+            place = "adjoint.linear_solver" if linear else group
+            found[kind._target_.rpartition(".")[2]] = f"{group}={name} (its arguments are keys of {place})"
+    return found
+
+
+KEYS = _keys()
+"""How the command line chooses what the library's messages name; see ``hyperopt.messages.explain``."""
+
 _NESTED = (*LINEAR_SOLVERS.values(), *SPACES.values(), PRODUCTS, POWER)
 SETTINGS = {node._target_: node.__mro__[1] for node in (*SCHEMA.values(), *_NESTED)}
 """The settings class behind each target: it checks the values without importing the method itself, which needs torch."""

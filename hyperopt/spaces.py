@@ -1,6 +1,6 @@
-"""Spaces of hyperparameters, and ``Hyperparameters``: what the outer optimizer moves, in the units of the one who reads them.
+"""Spaces of hyperparameters; ``hyperopt.hyperparameters.Hyperparameters`` has one for each name.
 
-    raw --(the space's map, or none)--> value          values() is differentiable, project_() follows every step
+    raw --(the space's map, or none)--> value
 
 A reparametrised space is open: an initial value on its bound has no place in it. ``torch.distributions`` maps it to -87 or +16 in
 float32, where nothing moves any more; here it is refused.
@@ -9,11 +9,9 @@ float32, where nothing moves any more; here it is refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import optree
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -252,102 +250,3 @@ class SpectralBall(SpectralBallSettings, Space):
         # Rounding may add this much to the norm of the product: the ball is entered by it.
         slack = 8 * max(value.shape[-2:]) * torch.finfo(value.dtype).eps
         return value if bool((s <= self.radius).all()) else (u * s.clamp(max=self.radius * (1 - slack))[..., None, :]) @ vh
-
-
-class Hyperparameters:
-    """Named hyperparameters, each in its space.
-
-    Args:
-        spaces: the space of each name.
-        shapes: of each name that is no single number: a shape, a tensor of that shape, or a tree of tensors (the parameters of a
-            model), of which every leaf gets hyperparameters of its own.
-        dtype: of the raw variables.
-        device: where they live.
-        key: how the spaces are called in messages.
-
-    Attributes:
-        raw: what the optimizer moves: for each name a tree of leaves that require grad.
-
-    Raises:
-        ValueError: an initial value outside of its space, or a shape for a name that has no space.
-
-    Example:
-        >>> import hyperopt
-        >>> hyper = hyperopt.Hyperparameters({"decay": hyperopt.Positive(0.01), "mix": hyperopt.Bounded(low=0, high=2)})
-        >>> {name: round(float(value), 6) for name, value in hyper.read().items()}
-        {'decay': 0.01, 'mix': 1.0}
-    """
-
-    def __init__(
-        self,
-        spaces: Mapping[str, Space],
-        shapes: Mapping[str, Any] | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        key: str = "space",
-    ) -> None:
-        """Start at the initial values."""
-        shapes = shapes or {}
-        unknown = [name for name in shapes if name not in spaces]
-        if unknown or not spaces:
-            what = f"a shape is given for {unknown[0]!r}, which has no space" if unknown else "there are no hyperparameters"
-            raise ValueError(f"{key}: {what}; the spaces are {', '.join(spaces) or 'none'}")
-        dtype = dtype or torch.get_default_dtype()
-        self.spaces = dict(spaces)
-        self.raw: dict[str, Any] = {}
-        for name, space in spaces.items():
-            tree = _shaped(shapes.get(name, ()))
-            self.raw[name] = optree.tree_map(
-                lambda leaf, space=space, name=name: space.raw(leaf.shape, dtype, device, f"{key}.{name}").requires_grad_(), tree
-            )
-
-    def values(self) -> dict[str, Any]:
-        """The hyperparameters in their own units, differentiable in ``raw``."""
-        return {name: optree.tree_map(self.spaces[name].value, tree) for name, tree in self.raw.items()}
-
-    @torch.no_grad()
-    def read(self) -> dict[str, Any]:
-        """The same without a graph."""
-        return {name: optree.tree_map(torch.Tensor.detach, tree) for name, tree in self.values().items()}
-
-    def groups(self) -> dict[str, list[Tensor]]:
-        """The raw tensors by name: the groups of an outer optimizer."""
-        return {name: list(optree.tree_leaves(tree)) for name, tree in self.raw.items()}
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Put the hyperparameters that are kept by projection back onto their spaces; call after every outer step."""
-        for name, space in self.spaces.items():
-            if space.by == "projection":
-                for leaf in optree.tree_leaves(self.raw[name]):
-                    leaf.copy_(space.project(leaf))
-
-    def metrics(self) -> dict[str, float]:
-        """In their own units: ``hyper/<name>`` of a single number, else its mean, least and largest entry."""
-        found: dict[str, float] = {}
-        for name, tree in self.read().items():
-            flat = torch.cat([leaf.reshape(-1) for leaf in optree.tree_leaves(tree)])
-            if flat.numel() == 1:
-                found[f"hyper/{name}"] = float(flat)
-            elif flat.numel():
-                for kind, value in (("mean", flat.mean()), ("min", flat.min()), ("max", flat.max())):
-                    found[f"hyper/{name}/{kind}"] = float(value)
-        return found
-
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        """Return the raw tensors by name."""
-        return {name: [leaf.detach() for leaf in group] for name, group in self.groups().items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, list[Tensor]]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
-        for name, group in self.groups().items():
-            for leaf, kept in zip(group, state[name], strict=True):
-                leaf.copy_(kept)
-
-
-def _shaped(given: Any) -> Any:
-    """A shape as a tensor of that shape, without memory; a tree of tensors as it is."""
-    sizes = isinstance(given, tuple | list) and all(isinstance(size, int) for size in given)
-    return torch.empty(tuple(given), device="meta") if sizes else given

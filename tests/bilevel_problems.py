@@ -24,11 +24,11 @@ class Ridge:
         true = normal(draw, features)
         self.y, self.yv = self.x @ true + 0.3 * normal(draw, rows), self.xv @ true + 0.3 * normal(draw, rows)
         self.lam = 0.3 * normal(draw, features) - 1.0
-        self.calls = 0
+        self.evaluations: list[None] = []  # a number would be put back after a replay
         self.problem = hyperopt.BilevelProblem(self.inner, self.outer)
 
     def inner(self, w, lam, batch):
-        self.calls += 1
+        self.evaluations.append(None)
         return (self.x @ w - self.y).square().sum() / (2 * len(self.y)) + (lam.exp() * w.square()).sum() / 2
 
     def outer(self, w, lam, batch):

@@ -88,7 +88,7 @@ def test_an_inner_loss_without_lam(adjoint):
     for lower in (lambda w, lam, b: (w - 1).square().sum(), lambda w, lam, b: (w - 1).square().sum() + lam["a"]):
         if isinstance(adjoint, hyperopt.FiniteDifference) and lower(W, {"a": LAM}, None) != 0:
             continue  # a difference of zero is all that it sees of a constant
-        with pytest.raises(ValueError, match=r"depends on none of lam\['a'\], lam\['b'\].*learning rate or momentum.*unrolled"):
+        with pytest.raises(ValueError, match=r"depends on none of lam\['a'\], lam\['b'\].*learning rate or momentum.*Unrolled"):
             hyperopt.hypergradient(BilevelProblem(lower, outer), W, {"a": LAM, "b": LAM}, adjoint=adjoint, inner=GD)
 
 
@@ -131,7 +131,7 @@ def saddle(w, lam, batch):
 
 def test_negative_curvature_gives_a_status_and_a_message_and_no_number():
     problem = BilevelProblem(saddle, lambda w, lam, b: w.sum())
-    with pytest.warns(SolveWarning, match="negative curvature was met.*minres.*gauss_newton"):
+    with pytest.warns(SolveWarning, match="negative curvature was met.*MINRES.*gauss_newton"):
         found = hyperopt.hypergradient(problem, torch.zeros(3, dtype=DOUBLE), LAM, adjoint=Implicit(CG()))
     assert found.status == Status.indefinite and bool(found.grad.isnan())
     with pytest.raises(SolveError, match="negative curvature was met"):
@@ -149,11 +149,13 @@ def test_a_series_at_negative_curvature_has_no_number_either():
     for solver in (Neumann(max_steps=500), Neumann(rtol=0, max_steps=60), hyperopt.Nystrom(rank=1, rho=1e-3)):
         reset_warnings()
         with pytest.warns(SolveWarning, match="the residual grew"):
-            found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver), step=0.3)
+            step = 0.3 if solver.iterates else None
+            found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver), step=step)
         assert found.status == Status.diverged and bool(found.grad.isnan()) and found.note
     # One who asks for K terms and to hear nothing of how good they are gets them.
     for solver in (Neumann(rtol=0, max_steps=60), hyperopt.Nystrom(rank=1, rho=1e-3)):
-        found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver, policy="ignore"), step=0.3)
+        step = 0.3 if solver.iterates else None
+        found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(solver, policy="ignore"), step=step)
         assert found.status == Status.diverged and bool(found.grad.isfinite()) and not found.note
     found = hyperopt.hypergradient(problem, w, LAM, adjoint=Implicit(Neumann(max_steps=500), policy="ignore"), step=0.3)
     assert bool(found.grad.isnan())  # a tolerance was asked for, and not met
@@ -183,7 +185,7 @@ def test_a_step_at_which_the_adjoint_diverges_is_named_with_the_largest_stable_o
 def test_a_training_that_diverges_names_its_step_and_the_largest_stable_one(adjoint, step):
     ridge = Ridge()
     solver = GradientDescent(step_size=step, max_steps=400)
-    with pytest.raises(SolveError, match=r"GradientDescent diverged.*lower inner\.step_size=") as raised:
+    with pytest.raises(SolveError, match=r"GradientDescent diverged.*lower step_size=") as raised:
         hyperopt.hypergradient(ridge.problem, torch.zeros(8, dtype=DOUBLE), ridge.lam, adjoint=adjoint, inner=solver)
     if step < 1e100:
         largest = float(torch.linalg.eigvalsh(ridge.hessian(ridge.lam))[-1])
@@ -210,9 +212,12 @@ def test_other_trainings_that_diverge():
     ridge = Ridge()
     w0 = torch.zeros(8, dtype=DOUBLE)
     for solver, message in (
-        (HeavyBall(step_size=4.0, max_steps=400), r"HeavyBall diverged.*lower inner\.step_size=4 .*inner\.momentum=0\.9"),
-        (InnerAdam(lr=1e4, max_steps=400), r"InnerAdam diverged.*lower inner\.lr=10000"),
-        (TorchOptimizer(optimizer="SGD", lr=4.0, max_steps=400), r"TorchOptimizer diverged.*lower inner\.lr=4 \(SGD\)"),
+        (HeavyBall(step_size=4.0, max_steps=400), r"HeavyBall diverged.*lower step_size=4 of HeavyBall .*momentum=0\.9"),
+        (InnerAdam(lr=1e4, max_steps=400), r"InnerAdam diverged.*lower lr=10000 of InnerAdam"),
+        (
+            TorchOptimizer(optimizer="SGD", lr=4.0, max_steps=400),
+            r"TorchOptimizer diverged.*lower lr=4 of TorchOptimizer \(SGD\)",
+        ),
     ):
         with pytest.raises(SolveError, match=message):
             hyperopt.hypergradient(ridge.problem, w0, ridge.lam, inner=solver)
@@ -251,7 +256,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Checkpointed(), inner=InnerLBFGS()),
             ValueError,
-            r"InnerLBFGS cannot be differentiated through; give inner=hyperopt.GradientDescent\(...\), HeavyBall",
+            "InnerLBFGS cannot be differentiated through; give inner=hyperopt.GradientDescent",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Shine()),
@@ -276,7 +281,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=GradientDescent(step_size="lr")),
             ValueError,
-            "inner.step_size='lr' names a hyperparameter, but lam is a Tensor",
+            "GradientDescent: step_size='lr' names a hyperparameter, but lam is a Tensor",
         ),
         (
             lambda: hyperopt.hypergradient(
@@ -286,22 +291,22 @@ def test_an_empty_set_and_batches_that_do_not_fit():
                 inner=GradientDescent(step_size="lr"),
             ),
             ValueError,
-            "inner.step_size='lr' names a hyperparameter, but lam has the names a",
+            "GradientDescent: step_size='lr' names a hyperparameter, but lam has the names a",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(optimizer="Adma")),
             ValueError,
-            "torch.optim has no optimizer 'Adma'; change inner.optimizer",
+            "torch.optim has no optimizer 'Adma'; change optimizer",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(options={"beta": 1})),
             ValueError,
-            "Adam refuses.*change inner.options",
+            "Adam refuses.*change options",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=TorchOptimizer(optimizer="LBFGS")),
             ValueError,
-            "use inner=lbfgs",
+            "use InnerLBFGS",
         ),
         (lambda: GradientDescent(step_size=0.0), ValueError, r"step_size=0\.0 is not in \(0\.0, inf\)"),
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),

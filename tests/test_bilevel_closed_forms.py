@@ -68,7 +68,7 @@ def test_every_exact_estimator_at_the_solution(name):
     close(found.grad, ridge.hypergradient(ridge.lam))
     assert found.status == Status.converged
     # One evaluation of the loss, whatever the number of products: none builds the graph anew.
-    assert ridge.calls == found.cost.inner_gradients == 1
+    assert len(ridge.evaluations) == found.cost.inner_gradients == 1
     assert (
         found.adjoint is not None
         and found.adjoint.vjps + found.adjoint.jvps == found.cost.hessian_products > 0
@@ -84,7 +84,7 @@ def test_every_inner_solver_from_a_cold_start(inner):
     close(found.grad, ridge.hypergradient(ridge.lam))
     close(found.w, ridge.solution(ridge.lam), rtol=1e-8)
     assert not w0.any() and found.inner is not None and found.inner.status == Status.converged
-    assert ridge.calls == found.cost.inner_gradients == found.inner.evaluations + 1
+    assert len(ridge.evaluations) == found.cost.inner_gradients == found.inner.evaluations + 1
 
 
 @pytest.mark.parametrize("inner", ["gradient_descent", "heavy_ball"])
@@ -93,10 +93,10 @@ def test_every_estimator_through_training(name, inner):
     ridge = Ridge()
     solver = TRAINED[inner]
     solver = type(solver)(**{**vars(solver), "max_steps": 400, "rtol": 0.0})
-    ridge.calls = 0
+    ridge.evaluations.clear()
     found = hyperopt.hypergradient(ridge.problem, torch.zeros(8, dtype=DOUBLE), ridge.lam, inner=solver, adjoint=THROUGH[name])
     close(found.grad, ridge.hypergradient(ridge.lam))
-    assert ridge.calls == found.cost.inner_gradients
+    assert len(ridge.evaluations) == found.cost.inner_gradients
     steps = 250 if name == "truncated" else 400
     assert found.cost.hessian_products == found.cost.mixed_products == steps
 

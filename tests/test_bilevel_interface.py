@@ -13,6 +13,7 @@ import hyperopt
 from hyperopt import CG, Estimate, Estimator, GradientDescent, Implicit, Minibatches, Unrolled
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Cost, State
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import Leaves, outer_gradient
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.tree import tree_norm
@@ -27,7 +28,7 @@ class SingleLoop(Estimator):
     def estimate(self, problem: hyperopt.BilevelProblem, lam: Any, state: State) -> Estimate:
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
-        curvature = Hessian(problem, w, hyper, problem.inner_batches.draw())
+        curvature = Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper)
         b = curvature.matrix(g_w)
         u = state.memory.setdefault("u", torch.zeros_like(b))
         mixed = [torch.zeros_like(leaf) if m is None else m for leaf, m in zip(hyper.flat, curvature.mixed(u), strict=True)]
@@ -80,7 +81,8 @@ def test_backward_adds_to_the_leaves_and_passes_constants_by():
     found = hyperopt.hypergradient(problem, w, fixed)
     found.backward(fixed)
     torch.testing.assert_close(fixed["b"].grad, estimate.grad[4:])
-    hyperopt.hypergradient(ridge.problem, w, ridge.lam).backward(ridge.lam)  # nothing requires grad: nothing to do
+    with pytest.raises(ValueError, match="no tensor in lam requires grad"):
+        hyperopt.hypergradient(ridge.problem, w, ridge.lam).backward(ridge.lam)
 
 
 def test_an_outer_loop_lowers_the_validation_loss():

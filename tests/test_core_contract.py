@@ -213,6 +213,8 @@ BAD_STATES = {
 @pytest.mark.parametrize("adjoint", [EXACT, Unrolled()])
 def test_15_bad_states_are_refused(name, adjoint):
     w0, phi, error, match = BAD_STATES[name]
+    if name == "requires grad" and adjoint.reaches_start(Picard()):
+        pytest.skip("an unrolled iterate is differentiable in where it starts")
     with pytest.raises(error, match=match):
         fixed_point(phi, w0(), adjoint=adjoint)
 

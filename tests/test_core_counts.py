@@ -7,7 +7,7 @@ import torch
 from core_reference import close
 from counting import Counter, per_iteration
 
-from hyperopt import RRE, Anderson, Broyden, LinearAnderson, Neumann, Picard, Unrolled, fixed_point
+from hyperopt import RRE, Anderson, Broyden, Chord, LinearAnderson, Neumann, Newton, NewtonKrylov, Picard, Unrolled, fixed_point
 from hyperopt.core.adjoints.base import Problem
 from hyperopt.core.adjoints.unrolled import unroll
 from hyperopt.core.memory import peak_memory
@@ -54,6 +54,14 @@ def test_an_adjoint_solve_to_a_tolerance(kind, kernels, reads, rows, dim):
     with torch.no_grad():
         found = per_iteration(lambda: kind().solve(operator, b).stats)
     assert found[0] <= kernels and found[1] <= reads, found
+
+
+@pytest.mark.parametrize(("kind", "reads"), [(Newton, 2), (Chord, 2), (NewtonKrylov, 9)])
+def test_methods_of_newton_read_the_residual_and_whether_a_system_is_singular(kind, reads):
+    phi, start = tanh_map(32, 20), torch.zeros(32, 20)
+    with torch.no_grad():
+        found = per_iteration(lambda: iterate(kind(), phi, start).stats)
+    assert found[1] <= reads, found
 
 
 @pytest.mark.parametrize(("kind", "own"), [(Picard, 0), (RRE, 7), (Anderson, 22), (Broyden, 34)])

@@ -1,6 +1,8 @@
 """Factors that are kept: their solves differentiate to every order, and unrolled Newton with a closed form is unrolled Newton."""
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from hyperopt import Chord, Dense, Implicit, Neumann, Newton, Picard, Unrolled, fixed_point
 from hyperopt.core.policy import reset_warnings
-from hyperopt.core.solvers.dense import FactoredSolve, factor, finite_rows, solve
+from hyperopt.core.solvers.dense import FactoredSolve, factor, solve
 from hyperopt.core.solvers.point import Cost, Point
 from hyperopt.nn.equilibrium import TanhAffine
 
@@ -43,12 +45,30 @@ def test_a_solve_with_kept_factors_differentiates_to_every_order(transpose):
         close(a, b)
 
 
-def test_rows_are_finite_or_not_also_where_their_sum_overflows():
-    systems = torch.ones(4, 2, 2)
-    systems[0] *= torch.finfo(systems.dtype).max
-    systems[2, 0, 1], systems[3, 1, 1] = float("nan"), float("inf")
-    assert finite_rows(systems).tolist() == [True, True, False, False]
-    assert finite_rows(systems[1:2]).tolist() == [True]
+def factored(J) -> Any:
+    """What ``factor`` makes of a point with these Jacobians."""
+    at: Any = SimpleNamespace(jacobian=lambda: J)
+    return factor(at)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("grads", [False, True])
+def test_an_entry_that_is_not_finite_breaks_its_row_wherever_it_stands(value, grads):
+    J = 0.3 * torch.randn(10, 3, 3)
+    for k in range(9):
+        J[k, k // 3, k % 3] = value
+    with torch.set_grad_enabled(grads):
+        factors, broken = factored(J)
+    assert broken.tolist() == [True] * 9 + [False]
+    r = torch.randn(10, 3)
+    close(solve(factors, r)[9], torch.linalg.solve(torch.eye(3) - J[9], r[9]))
+    close(solve(factors, r)[:9], r[:9])  # the factors of the identity
+
+
+def test_rows_that_are_large_and_regular_do_not_break():
+    J = torch.stack([torch.eye(2) - torch.diag(torch.tensor([s, -s])) for s in (1e-10, 1.0, 1e300)])
+    assert factored(J)[1] is None
+    assert factored(torch.eye(2).expand(2, 2, 2))[1].tolist() == [True, True]
 
 
 def test_factors_of_some_rows():
@@ -57,7 +77,7 @@ def test_factors_of_some_rows():
     at = Point(lambda w: torch.einsum("ijk,ik->ij", J, w), torch.randn(5, 3), Cost(), graph=True)
     with torch.no_grad():
         factors, singular = factor(at, torch.tensor([1, 3]))
-        assert factors.system is None and singular.tolist() == [False, True]
+        assert factors.system is None and singular is not None and singular.tolist() == [False, True]
         r = torch.randn(2, 3)
         close(solve(factors, r)[0], torch.linalg.solve(torch.eye(3) - J[1], r[0]))
         close(solve(factors, r, transpose=True)[0], torch.linalg.solve(torch.eye(3) - J[1].T, r[0]))

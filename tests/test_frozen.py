@@ -137,10 +137,10 @@ def test_11_replays_after_the_forward_leave_no_trace():
 def test_11_a_solve_that_fails_leaves_the_module_as_it_was():
     deq, x = layer("both"), torch.randn(6, 3)
     deq.solver = Picard(1e-12, max_steps=2)
-    state, before = torch.get_rng_state(), buffers(deq)
+    before = buffers(deq)
     with pytest.raises(SolveError):
         deq(x)
-    assert same(before, buffers(deq)) and torch.equal(torch.get_rng_state(), state)
+    assert same(before, buffers(deq))
 
 
 def test_batchnorm_couples_the_rows_which_is_found_or_refused():
@@ -251,14 +251,15 @@ def test_nested_layers_commit_once():
 def test_a_frozen_map_is_welcome_in_the_primitive():
     cell, x = Cell(nn.Dropout(0.5)), torch.randn(4, 3)
     frozen = FrozenMap(cell, [cell], CPU)
-    before = torch.get_rng_state()
+    torch.manual_seed(4)
+    cell(torch.zeros(4, 3), x)
+    once = torch.get_rng_state()
+    torch.manual_seed(4)
     solution = fixed_point(frozen, torch.zeros(4, 3), (x,), policy="raise")
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), once)  # as one call of the cell moves it, whatever the number of evaluations
     frozen.commit()
-    moved = torch.get_rng_state()
-    assert not torch.equal(moved, before)
     frozen.commit()
-    assert torch.equal(torch.get_rng_state(), moved)
+    assert torch.equal(torch.get_rng_state(), once)
     torch.testing.assert_close(frozen(solution.value, x), solution.value, rtol=1e-4, atol=1e-4)
 
 

@@ -357,7 +357,7 @@ def test_conjugate_gradients_return_the_iterate_before_negative_curvature():
     assert 0 < float(r.norm()) < float(b[0].norm())
     close(found.value[0], x, rtol=1e-8)
     close(found.value[1], torch.linalg.solve(a[1], b[1]), rtol=1e-8)
-    assert Status.indefinite is Status.negative_curvature and "minres" in Status.negative_curvature.message
+    assert Status.indefinite is Status.negative_curvature and "MINRES" in Status.negative_curvature.message
 
 
 def test_bicgstab_starts_anew_after_a_breakdown():
@@ -369,7 +369,7 @@ def test_bicgstab_starts_anew_after_a_breakdown():
 
 
 def test_dense_refuses_what_is_too_large():
-    with pytest.raises(ValueError, match=r"Dense: 5 rows of 20 unknowns .* 2000 numbers.*max_entries=1999; use gmres"):
+    with pytest.raises(ValueError, match=r"Dense: 5 rows of 20 unknowns .* 2000 numbers.*max_entries=1999; use GMRES"):
         Dense(max_entries=1999).solve(Operator(symmetric(20)), torch.ones(5, 20))
     assert Dense(max_entries=2000).solve(Operator(symmetric(20)), torch.ones(5, 20)).stats.status == Status.converged
 

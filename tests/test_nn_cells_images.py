@@ -211,7 +211,7 @@ def test_dense_newton_is_refused_for_images_with_the_size_and_what_to_use_instea
 
     for solver in (Newton(), Chord()):
         deq = DEQ(ResNetCell(), solver)
-        with pytest.raises(ValueError, match=r"1 rows of 49152 entries take 9 GiB.*use NewtonKrylov \(solver=newton_krylov\)"):
+        with pytest.raises(ValueError, match=r"1 rows of 49152 entries take 9 GiB.*use NewtonKrylov"):
             deq(torch.zeros(1, 48, 32, 32))
     x = torch.randn(1, 2, 3, 3)
     DEQ(ResNetCell(2, 2, 1), NewtonKrylov(1e-4), policy="raise")(x)

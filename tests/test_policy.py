@@ -72,11 +72,8 @@ def test_a_kind_of_failure_is_counted_by_itself(caplog):
 
 
 @pytest.mark.parametrize("status", list(Status))
-def test_a_message_that_names_a_key_names_what_the_library_calls_it_too(status):
-    names = {"solver=anderson": "Anderson", "adjoint=gmres": "GMRES", "adjoint=minres": "MINRES", "precision=float64": "float64"}
-    for key, name in names.items():
-        assert key not in status.message or name in status.message.replace(key, "")
-    assert not [word for word in status.message.split() if "=" in word and word.strip("();,") not in (*names, *ARGUMENTS)]
+def test_a_message_speaks_of_arguments_and_not_of_keys(status):
+    assert not [word for word in status.message.split() if "=" in word and word.strip("();,") not in ARGUMENTS]
 
 
 ARGUMENTS = ("rows='joint'", "curvature='gauss_newton'", "rtol=0", "atol=0")

@@ -145,7 +145,7 @@ def test_one_number_for_each_leaf_of_a_tree():
 def test_state_comes_back_in_place():
     hyper = Hyperparameters({"a": Positive(0.1), "b": Real(per="element")}, {"b": (3,)})
     leaves = hyper.groups()
-    kept = {name: [t.clone() for t in group] for name, group in hyper.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in hyper.state_dict().items()}
     with torch.no_grad():
         leaves["a"][0].add_(1.0)
     hyper.load_state_dict(kept)

@@ -249,7 +249,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(kind: str) -> None:
 
 def test_a_hyperparameter_that_is_not_finite_stops_the_run() -> None:
     tuning = made(values=SGD(lr=1e308))
-    with pytest.raises(TuningError, match=r"the value of (noise|decay) is .* in R .*optimizer.lr"):
+    with pytest.raises(
+        TuningError, match=r"the value of (noise|decay) is .* in R .*lower the learning rate of the optimizer of the hyper"
+    ):
         rounds(tuning, 2)
 
 

@@ -105,7 +105,7 @@ def rates(ridge: Ridge) -> list[Row]:
         curve = []
         for k in STEPS:
             solver: LinearSolver = make(k)
-            curve.append((k, ridge.error(Implicit(solver, policy="ignore"), step=own)[0]))
+            curve.append((k, ridge.error(Implicit(solver, policy="ignore"), step=own if solver.iterates else None)[0]))
             if not curve[-1][1] > 1e-13:
                 break
         middle = [(k, e) for k, e in curve if 1e-10 < e < 1e-2]

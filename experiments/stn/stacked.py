@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hyperopt import stn
 from hyperopt.optim import Adam
-from hyperopt.stn.layer import Context
-from hyperopt.stn.network import KINDS
+from hyperopt.stn.kinds import KINDS
+from hyperopt.stn.response import Response
 from hyperopt.tasks.stn_quadratic import ACTIVATION
 from hyperopt.train_settings import SchedulerSettings, TrainerSettings
 
@@ -38,39 +39,48 @@ class Stack(nn.Module):
         return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
 
 
+class StackResponse(Response):
+    """That of the weights of all networks, each of which has a hyperparameter of its own: V has a row for each network."""
+
+    def __init__(self, direction: Tensor, gate: str, std: float) -> None:
+        """Draw V."""
+        nn.Module.__init__(self)
+        self.direction = nn.Parameter(direction)
+        units = direction.shape[1] if gate == "unit" else 1
+        self.gate = nn.Parameter(std * torch.randn(len(direction), units).double())
+
+    def slope(self) -> Tensor:
+        """Not asked for."""
+        return torch.zeros(())
+
+
 class HyperStack(stn.HyperLayer, Stack):
     """Each network responds to its own hyperparameter alone."""
 
     plain = Stack
 
-    @classmethod
-    def become(cls, module: Any, context: Context, place: str, count: int, gate: str, std: float) -> None:
-        """As ``HyperLinear``, network by network."""
-        module.__class__ = cls
-        module.join(context, place)
-        fresh = torch.stack([module.fresh(w.float()) for w in module.weight])
-        module.response_weight = nn.Parameter(fresh.double())
-        module.response_bias = nn.Parameter(torch.ones_like(module.bias))
-        units = module.bias.shape[1] if gate == "unit" else 1
-        module.gate, module.bias_gate = (nn.Parameter(std * torch.randn(count, units).double()) for _ in range(2))
+    def respond(self, name: str, count: int, gate: str, std: float) -> Response:
+        """As the base class, network by network."""
+        weight = self.base(name).detach()
+        return StackResponse(torch.stack([self.fresh(w.float()) for w in weight]).double(), gate, std)
+
+    @staticmethod
+    def tangent(delta: Tensor, x: Tensor, weight: Any, bias: Any) -> Tensor:
+        """The response of the outputs. shape of delta: (networks, rows or 1, 1)."""
+        shift = delta * (bias.gate * bias.direction)[:, None]
+        return torch.addcmul(shift, delta * weight.gate[:, None], torch.bmm(x, weight.direction.mT))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply all."""
-        y, draw = super().forward(x), self.draw
+        y, draw = torch.baddbmm(self.base("bias")[:, None], x, self.base("weight").mT), self.draw
         if not draw.responds:
             return y
-        delta = draw.delta.mT[:, :, None]  # shape: (networks, rows or 1, 1)
-        shift = delta * (self.bias_gate * self.response_bias)[:, None]
-        gates = delta * self.gate[:, None]
+        delta, parts = draw.delta.mT[:, :, None], (self.responses["weight"], self.responses["bias"])
         if self.context is None or not self.context.linear:
-            return torch.addcmul(y + shift, gates, torch.bmm(x, self.response_weight.mT))
-        primal, tangent = torch.autograd.forward_ad.unpack_dual(y)
-        found = torch.addcmul(shift, gates, torch.bmm(self.primal(x), self.response_weight.mT))
-        return torch.autograd.forward_ad.make_dual(primal, found if tangent is None else tangent + found)
-
-    def slope(self) -> Tensor:
-        """Not asked for."""
-        return torch.zeros(())
+            return y + self.tangent(delta, x, *parts)
+        primal, slope = forward_ad.unpack_dual(y)
+        found = self.tangent(delta, forward_ad.unpack_dual(x).primal, *parts)
+        return forward_ad.make_dual(primal, found if slope is None else slope + found)
 
 
 KINDS[Stack] = HyperStack

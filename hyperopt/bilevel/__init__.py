@@ -16,7 +16,7 @@ How a task does its outer steps, with inner training, warm starts and everything
 
     def closure():                                  # in Task.step
         optimizer.zero_grad()
-        lam = self.space.values(self.raw)           # or the leaves themselves
+        lam = self.space.values()                   # or the leaves themselves
         estimate = self.bilevel.step(lam)           # trains w from where it is, then the hypergradient there
         estimate.backward(lam)                      # adds to .grad, through the space's map
         guard(self.gradients())
@@ -28,10 +28,15 @@ How a task does its outer steps, with inner training, warm starts and everything
     self.space = hyperopt.Hyperparameters({"decay": Positive(0.01, per="element")}, {"decay": self.bilevel.w})
     Task.groups() is self.space.groups();  after optimizer.step(closure): self.space.project_();  self.space.metrics()
 
+Where training starts may be a function of the hyperparameters, ``BilevelProblem(..., initial=lambda lam: lam["start"])``: the
+learned initial weights of MAML, by ``Unrolled()`` or ``Checkpointed()``. A rate may be one for each weight (Meta-SGD):
+``GradientDescent(step_size="rate")`` with ``lam["rate"]`` in the structure of ``w``.
+
 A model: ``model = Functional(module)``, then ``model(w, x)`` in the losses and ``model.w`` for ``w0``. Data:
-``BilevelProblem(..., inner_batches=Minibatches((x, y), size), outer_batches=Minibatches((xv, yv)))``; without, ``batch`` is None
-and the losses have their data themselves. Configs: ``inner: ${inner}`` and ``adjoint: ${adjoint}`` in the task's YAML, and
-``products`` typed by ``ProductSettings``.
+``BilevelProblem(..., inner_batches=DataLoader(train, 64, shuffle=True), outer_batches=DataLoader(val, 256))``, with loaders of
+``torch.utils.data`` (whose place is part of ``Bilevel.state_dict()``), ``Minibatches((x, y), size)`` or one batch ``(x, y)``;
+without, ``batch`` is None and the losses have their data themselves. Configs: ``inner: ${inner}`` and ``adjoint: ${adjoint}`` in
+the task's YAML, and ``products`` typed by ``ProductSettings``.
 
 ``adjoint`` takes the same settings as ``hyperopt.fixed_point`` (``Implicit`` with any linear solver, ``OneStep``, ``Phantom``,
 ``Unrolled``, ``Checkpointed``), ``T1T2``, ``FiniteDifference``, and every ``Estimator``. ``SOBA``, ``SABA``, ``StocBiO``,

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature
 from hyperopt.bilevel.estimate import Choice, State
-from hyperopt.bilevel.gauss_newton import Composite
 from hyperopt.bilevel.implicit import ImplicitEstimator, Point, Solved
+from hyperopt.bilevel.problem import Composite
 from hyperopt.bilevel.settings import AutoSettings
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
@@ -195,7 +195,7 @@ class AutoEstimator(ImplicitEstimator):
         if rose and terms < FEW and kind == "hessian" and not self.resample and isinstance(at.problem.inner_loss, Composite):
             name, kind = "Neumann, Gauss-Newton", "gauss_newton"
             why += f", and ends its series after {terms} of {most} terms"
-            operator, u, stats, rose = summed(self._curvature(at.problem, at.w, at.lam, at.batch, kind), State(None))
+            operator, u, stats, rose = summed(self._curvature(at.problem, at.w, at.lam, at.inner, kind), State(None))
             terms = int(stats.iterations)
         note = ""
         if stats.status >= Status.breakdown:

@@ -1,21 +1,70 @@
-"""Batches of a loss from tensors in memory: all rows, or minibatches in an order that the seed alone decides."""
+"""Where the batches of a loss come from: tensors in memory, a loader or a dataset of ``torch.utils.data``, or one batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import optree
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from hyperopt.bilevel.loaders import LoaderBatches
+from hyperopt.core.state import check_entries
 from hyperopt.data.batches import Batches
 from hyperopt.nn.sparse import SparseRows
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Where the batches of a loss come from; what ``draw`` returns is handed to the loss as it is."""
+
+    def draw(self) -> Any:
+        """Return the next batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch stands, as plain containers and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+        ...
+
+
+class NoBatches:
+    """For losses that have their data themselves: the batch is None."""
+
+    def draw(self) -> Any:
+        """Return None."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse the position of another source of batches; there is nothing to take back."""
+        check_entries(state, (), type(self).__name__)
+
+
+class SameBatch(NoBatches):
+    """One batch, always."""
+
+    def __init__(self, batch: Any) -> None:
+        """Keep it."""
+        self.batch = batch
+
+    def draw(self) -> Any:
+        """Return it."""
+        return self.batch
 
 
 class Minibatches:
     """Rows of tensors, epoch after epoch; see ``hyperopt.data.batches.Batches`` for the order.
 
     Args:
-        tensors: a tree of tensors (or ``SparseRows``) that share their first dimension, ``(x, y)`` for example.
+        tensors: a tree of tensors (or ``SparseRows``, or numpy arrays) that share their first dimension, ``(x, y)`` for example.
         size: rows of a batch; None: all of them, the tensors themselves.
         seed: seed of the order.
         last: what becomes of the rows that are left at the end of an epoch: ``keep`` or ``drop``.
@@ -27,6 +76,7 @@ class Minibatches:
 
     def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep", key: str = "size") -> None:
         """Stand before the first batch."""
+        tensors = _as_tensors(tensors)
         lengths = {leaf.shape[0] if len(leaf.shape) else 0 for leaf in optree.tree_leaves(tensors)}
         if len(lengths) != 1 or not min(lengths):
             raise ValueError(
@@ -69,3 +119,80 @@ class Minibatches:
 def _rows(leaf: Tensor | SparseRows, index: Tensor) -> Tensor | SparseRows:
     """Rows of a leaf."""
     return leaf.take(index) if isinstance(leaf, SparseRows) else leaf.index_select(0, index.to(leaf.device))
+
+
+def _as_tensors(batch: Any) -> Any:
+    """The batch with numpy arrays as tensors of the same memory and dtype."""
+    return optree.tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+
+
+def source_of(given: Any, name: str) -> BatchSource:
+    """A source of batches made of what a user has at hand.
+
+    Args:
+        given: one of
+            a source, which is handed back: anything with ``draw``, ``state_dict`` and ``load_state_dict``;
+            a ``torch.utils.data.DataLoader``: its batches, epoch after epoch, see ``LoaderBatches``;
+            a ``torch.utils.data.Dataset`` with a length: one batch of all its rows, which are read once, here;
+            one batch: a tensor or numpy array, or a tuple or dict of them, nested too;
+            None: the batch is None.
+        name: what it is called in messages.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it is empty.
+    """
+    if given is None:
+        return NoBatches()
+    if _is_source(given):
+        return given
+    if isinstance(given, DataLoader):
+        return LoaderBatches(given, name)
+    if isinstance(given, Dataset):
+        return SameBatch(_whole(given, name))
+    leaves: list[Any] = optree.tree_leaves(given)
+    if leaves and all(isinstance(leaf, Tensor | SparseRows | np.ndarray) for leaf in leaves) and not _has_list(given):
+        if any(len(leaf.shape) and not leaf.shape[0] for leaf in leaves):
+            raise ValueError(f"{name}: the batch has no rows (shapes {[tuple(leaf.shape) for leaf in leaves]})")
+        return SameBatch(_as_tensors(given))
+    listed = ". A list may be one batch or several: give a tuple for one batch" if isinstance(given, list) else ""
+    raise TypeError(
+        f"{name} is a {type(given).__name__}, which is no source of batches{listed}. Give a torch.utils.data.DataLoader, "
+        "hyperopt.Minibatches(tensors, size), one batch (a tensor, or a tuple or dict of tensors), or an object with draw(), "
+        "state_dict() and load_state_dict(state)"
+    )
+
+
+def _is_source(given: Any) -> bool:
+    """Whether it is a source, and not its class."""
+    return isinstance(given, BatchSource) and not isinstance(given, type)
+
+
+def _has_list(tree: Any) -> bool:
+    """Whether there is a list among the containers."""
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ()
+    return isinstance(tree, list) or any(_has_list(child) for child in children)
+
+
+def _whole(dataset: Dataset[Any], name: str) -> Any:
+    """All rows of a dataset as one batch.
+
+    Raises:
+        TypeError: it has no length, or rows of which no batch can be made.
+        ValueError: it is empty.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"{name} is a dataset without rows to count ({type(dataset).__name__}): give DataLoader(dataset, batch_size)"
+        )
+    rows = len(dataset)  # pyright: ignore[reportArgumentType]
+    if not rows:
+        raise ValueError(f"{name} is a dataset without rows ({type(dataset).__name__})")
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors
+    try:
+        return default_collate([dataset[i] for i in range(rows)])
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: no batch can be made of the rows of {type(dataset).__name__}: {error}; give a DataLoader with a collate_fn"
+        ) from error

@@ -8,14 +8,17 @@ Each is one backward through one graph of the gradient that is kept: nothing is 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.problem import Leaves
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -61,15 +64,15 @@ class Curvature(LinearOperator):
 class Hessian(Curvature):
     """The Hessian itself, by a second backward."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
-        """Take the gradient and keep its graph.
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves) -> None:
+        """Take the gradient of the inner loss on a batch, and keep its graph.
 
         Raises:
             ValueError: the inner loss does not depend on ``w``.
         """
         super().__init__(w, lam)
         with torch.enable_grad():
-            loss = problem.inner(w.tree, lam.tree, batch)
+            loss = inner(w.tree, lam.tree)
             grads = differentiate(loss, w.flat)
         self.gradients = 1
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
@@ -83,31 +86,54 @@ class Hessian(Curvature):
         return self.matrix(self._pull(self.w.flat, v))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
-        """``(d_lam grad_w L)^T v``.
-
-        Raises:
-            ValueError: the gradient of the inner loss depends on no hyperparameter at all.
-        """
+        """``(d_lam grad_w L)^T v``."""
         self.mixed_products += 1
-        return dependent(self._pull(self.lam.flat, v), self.lam.names)
+        return self._pull(self.lam.flat, v)
 
     def _pull(self, leaves: Sequence[Tensor], v: Tensor) -> list[Tensor | None]:
         if not self._grads:
             return [None] * len(leaves)
         parts = self.parts(v)
         given = [parts[i] for i in self._at]
-        return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
+        with second_derivatives():
+            return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
 
 
-def differentiate(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradient of the inner loss with its graph.
+@contextlib.contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Second derivatives are taken in this block; an operator that has none is named.
+
+    Raises:
+        RuntimeError: says what to use instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "the inner loss changes a tensor in place that the derivative of an earlier step needs; make it a buffer of a "
+                "module that the loss calls, or replace it by a new tensor instead"
+            ) from error
+        found = re.search(r"derivative for (\S+) is not implemented|(\S+) does not support .*double backward", str(error))
+        if found is None and "once_differentiable" not in str(error):
+            raise
+        what = next((name for name in (found.groups() if found else ()) if name), "an operator that is differentiable once")
+        raise RuntimeError(
+            f"the inner loss uses {what}, which has no second derivative in PyTorch; replace the layer that calls it, or use "
+            "finite differences of gradients: adjoint=FiniteDifference(), or curvature='finite_differences'"
+        ) from error
+
+
+def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = True) -> Sequence[Tensor | None]:
+    """The gradient of the inner loss, with its graph if asked for; None for leaves that it does not depend on.
 
     Raises:
         ValueError: it does not depend on ``w``.
     """
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        with second_derivatives():
+            found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in found):
         unaffected()
     return found
@@ -122,15 +148,21 @@ def unaffected() -> NoReturn:
     raise ValueError("the inner loss does not depend on w: it must be computed from the w that it is given, without detach")
 
 
-def dependent(found: list[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
-    """Return a mixed product, one entry for each hyperparameter, of an inner problem that depends on one at least.
+def unused_of(names: Sequence[str], *gradients: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """The hyperparameters that no part of an implicit hypergradient depends on: theirs is exactly zero.
+
+    Args:
+        names: of the hyperparameters.
+        gradients: the parts, the direct one and the mixed product; None where there is none.
 
     Raises:
-        ValueError: its solution depends on none.
+        ValueError: these are all of them.
     """
-    if any(x is not None for x in found):
-        return found
-    raise ValueError(
-        f"the gradient of the inner loss depends on none of {', '.join(names)}: the implicit hypergradient is exactly zero. Use "
-        "lam in the inner loss; a learning rate or momentum of the inner solver needs adjoint=unrolled"
-    )
+    unused = tuple(name for name, *parts in zip(names, *gradients, strict=True) if all(x is None for x in parts))
+    if len(unused) == len(names):
+        raise ValueError(
+            f"the outer loss depends on none of {', '.join(names)}, neither itself nor through the minimum of the inner loss: "
+            "the implicit hypergradient is exactly zero. Use lam in one of the losses; a learning rate or momentum of the inner "
+            "solver, or where training starts, needs unrolled differentiation: adjoint=Unrolled()"
+        )
+    return unused

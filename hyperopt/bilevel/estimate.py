@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import optree
 import torch
+from torch import Tensor
 
 from hyperopt.core.certificate import Certificate
+from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
 from hyperopt.core.tree import tree_norm
 
@@ -149,9 +153,66 @@ class Estimate:
     def backward(self, lam: Any) -> None:
         """Add the hypergradient to the ``.grad`` of the leaves that ``lam`` is, or was computed from (a space's map).
 
+        The way from these leaves to ``lam`` is kept, so that the hypergradients of several problems can be added up, each by a
+        call of its own; it goes when ``lam`` does.
+
         Args:
-            lam: the tree that the estimate was taken at.
+            lam: the tree that the estimate was taken at; entries that do not require grad are left out.
+
+        Raises:
+            ValueError: ``lam`` has another structure, or no tensor that requires grad.
+            SolveError: the hypergradient is not finite; names the hyperparameters and the cause. No ``.grad`` was changed.
         """
-        pairs = [(x, g) for x, g in zip(optree.tree_leaves(lam), optree.tree_leaves(self.grad), strict=True) if x.requires_grad]
-        if pairs:
-            torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        pairs = list(self._pairs(lam))
+        if not pairs:
+            raise ValueError(
+                "backward(lam): no tensor in lam requires grad, so the hypergradient would reach nothing; give the lam that "
+                "Hyperparameters.values() returns (read() has no graph), or tensors with requires_grad=True"
+            )
+        bad = [name for name, _, g in pairs if not bool(g.isfinite().all())]
+        if bad:
+            raise SolveError(f"the hypergradient of {', '.join(bad)} is not finite; {self._cause()}; no .grad was changed")
+        torch.autograd.backward([x for _, x, _ in pairs], [g for _, _, g in pairs], retain_graph=True)
+
+    def _pairs(self, lam: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, leaf and hypergradient of each leaf of ``lam`` that requires grad.
+
+        Raises:
+            ValueError: the leaves are not those of the hypergradient.
+        """
+        paths, leaves, spec = optree.tree_flatten_with_path(lam)
+        found, expected = optree.tree_flatten(self.grad)
+        if spec != expected:
+            raise ValueError(f"backward(lam): lam is {spec}, but the hypergradient was taken at {expected}; give that lam")
+        for path, leaf, g in zip(paths, leaves, found, strict=True):
+            name = "lam" + "".join(f"[{key!r}]" for key in path)
+            if not isinstance(leaf, Tensor) or leaf.shape != g.shape:
+                what = f"has shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"is a {type(leaf).__name__}"
+                raise ValueError(
+                    f"backward(lam): {name} {what}, but its hypergradient has shape {tuple(g.shape)}; give the lam that the "
+                    "estimate was taken at"
+                )
+            if leaf.requires_grad:
+                yield name, leaf, g
+
+    def _cause(self) -> str:
+        """Why the hypergradient is not finite, as far as it is known: what comes first in its making is named."""
+        if self.inner is not None and self.inner.status >= Status.breakdown:
+            return f"the inner solve ended as {self.inner.status}: {self.inner.status.message}"
+        bad = [name for name, leaf in zip(*_named(self.w), strict=True) if not bool(leaf.isfinite().all())]
+        if bad:
+            return f"the weights {', '.join(bad)} are not finite: lower the step size of the training"
+        if not math.isfinite(self.loss):
+            return f"the outer loss is {self.loss}: check the data, the hyperparameters, and the training"
+        if self.adjoint is not None and self.adjoint.status >= Status.breakdown:
+            return f"the adjoint solve ended as {self.adjoint.status}: {self.note or self.adjoint.status.message}"
+        return (
+            f"the outer loss is {self.loss:.6g} and the solves are sound, so a derivative of the inner or of the outer loss has "
+            "no finite value at this point (such as that of a square root or a norm at 0)"
+        )
+
+
+def _named(tree: Any) -> tuple[list[str], list[Tensor]]:
+    """Names and leaves of the inner variables."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    return ["w" + "".join(f"[{key!r}]" for key in path) for path in paths], leaves

@@ -8,10 +8,13 @@ hyperparameters together (one loop), or that keep a second copy of the weights (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.settings import ProductSettings
 
 
 class Estimator(ABC):
@@ -26,3 +29,26 @@ class Estimator(ABC):
             lam: the hyperparameters, a tree of tensors, in the units of the losses.
             state: what the method remembers; changed in place.
         """
+
+
+def refuse_ignored(method: object, inner: object, products: ProductSettings, unused: Iterable[str]) -> None:
+    """Refuse what was given to a method that has no use for it, rather than ignore it.
+
+    Args:
+        method: the method.
+        inner: the inner solver, where the method trains the weights itself; else None.
+        products: how products are to be taken.
+        unused: the fields of ``products`` that the method does not use.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    name = type(method).__name__
+    if inner is not None:
+        raise ValueError(
+            f"{name} trains the weights itself and would ignore inner={type(inner).__name__}(...); leave inner out, and set the "
+            f"steps of {name}"
+        )
+    for field, default in ((f.name, getattr(ProductSettings(), f.name)) for f in fields(ProductSettings) if f.name in unused):
+        if getattr(products, field) != default:
+            raise ValueError(f"{name} has no use for {field}={getattr(products, field)!r}; leave {field} out")

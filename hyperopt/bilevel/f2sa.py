@@ -22,9 +22,10 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.single_loop_settings import F2SASettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, moved, second_copy
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
 from hyperopt.core.tree import tree_norm
 
 
@@ -41,24 +42,28 @@ class F2SA(F2SASettings, Estimator):
         memory = state.memory.setdefault("F2SA", {"steps": 0})
         growth, penalty = Growth("F2SA", memory), self.penalty(memory["steps"])
         hyper, z = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
-        y, batch, sizes = second_copy(z, memory), None, (0.0, 0.0)
-        remedy = f"adjoint.step_size={self.step_size:g}"
+        y, remedy = second_copy(z, memory), f"step_size={self.step_size:g}"
+
+        def training(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return first_order(inner, w, hyper)[0]
+
+        def penalised(w: Leaves, inner: Evaluation, validation: Any) -> list[torch.Tensor]:
+            outer, _ = first_order(problem.outer_on(validation), w, hyper)
+            return [g + e / penalty for g, e in zip(training(w, inner), outer, strict=True)]
+
         for _ in range(self.steps):
-            batch = problem.inner_batches.draw()
-            down, _ = first_order(problem.inner, z, hyper, batch)
-            pulled, _ = first_order(problem.inner, y, hyper, batch)
-            outer, _ = first_order(problem.outer, y, hyper, problem.outer_batches.draw())
-            both = [g + e / penalty for g, e in zip(pulled, outer, strict=True)]
-            sizes = tree_norm(down), tree_norm(both)
-            growth.see("inner", sizes[0], remedy)
-            growth.see("penalised", sizes[1], remedy)
-            z, y = moved(z, down, self.step_size), moved(y, both, self.step_size)
-        trained = growth.see("inner", sizes[0], remedy, steps=self.steps)
-        solved = growth.see("penalised", sizes[1], remedy, steps=self.steps)
+            at, on = Evaluation(problem, problem.inner_batches.draw()), problem.outer_batches.draw()
+            down, both = training(z, at), penalised(y, at, on)
+            next_z, next_y = moved(z, down, self.step_size), moved(y, both, self.step_size)
+            trained = growth.see("inner", tree_norm(down), remedy, later(training, next_z, at), steps=self.steps)
+            solved = growth.see("penalised", tree_norm(both), remedy, later(penalised, next_y, at, on), steps=self.steps)
+            at.commit()
+            z, y = next_z, next_y
 
         batch, validation = problem.inner_batches.draw(), problem.outer_batches.draw()
-        _, direct = first_order(problem.outer, y, hyper, validation)
-        (_, above), (_, below) = (first_order(problem.inner, w, hyper, batch) for w in (y, z))
+        _, direct = first_order(problem.outer_on(validation), y, hyper)
+        inner = Evaluation(problem, batch)
+        (_, above), (_, below) = (first_order(inner, w, hyper) for w in (y, z))
         grad = [e + penalty * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
         with torch.no_grad():
             loss = float(problem.outer(z.tree, hyper.tree, validation))

@@ -2,38 +2,37 @@
 
     H v ~ (grad_w L(w + h v) - grad_w L(w - h v)) / 2h,       and the mixed product likewise, of grad_lam L
 
-Two gradients a product. With ``h = eps^(1/3) max(1, |w|) / |v|`` truncation and rounding balance; DARTS takes ``0.01 / |v|``.
+Two gradients a product. With ``h = eps^(1/3) max(1, |w|) / |v|`` truncation and rounding balance; DARTS takes ``0.01 / |v|``. All
+gradients are of one function: with the random numbers and the running statistics of the first.
 
 Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equation 8.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.curvature import Curvature, dependent, unaffected
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.curvature import Curvature, unaffected
+from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.problem import Leaves
 from hyperopt.core.tree import tree_norm
 
 
 class FiniteDifferences(Curvature):
     """Products by differences of gradients on one batch."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any, length: float | None = None) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, length: float | None = None) -> None:
         """Take the gradient.
 
         Args:
-            problem: the losses.
+            inner: the inner loss on a batch.
             w: the point.
             lam: the hyperparameters.
-            batch: of the inner loss.
             length: of the step, ``h |v|`` (None: the balanced one).
         """
         super().__init__(w, lam)
-        self._problem, self._batch = problem, batch
+        self._inner = inner
         self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
         grads = self._gradients(None, 0.0, w=True)
         self.gradient = self.matrix(grads)
@@ -46,7 +45,7 @@ class FiniteDifferences(Curvature):
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
         self.mixed_products += 1
-        return dependent(self._difference(v, w=False), self.lam.names)
+        return self._difference(v, w=False)
 
     def _difference(self, v: Tensor, *, w: bool) -> list[Tensor | None]:
         size = float(torch.linalg.vector_norm(v))
@@ -64,7 +63,7 @@ class FiniteDifferences(Curvature):
             moved = [leaf.detach() + h * part for leaf, part in zip(self.w.flat, self.parts(v), strict=True)]
             at = Leaves.of(self.w.like(moved), "w")
         with torch.enable_grad():
-            loss = self._problem.inner(at.tree, self.lam.tree, self._batch)
+            loss = self._inner(at.tree, self.lam.tree)
             if not loss.requires_grad:
                 unaffected()
             found = torch.autograd.grad(loss, at.flat if w else self.lam.flat, allow_unused=True)

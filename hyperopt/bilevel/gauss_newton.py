@@ -11,76 +11,41 @@ References: Schraudolph, Neural Computation 14, 2002; Martens, ICML 2010.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, rows_of
-from hyperopt.core import distributed
-
-
-@dataclass(frozen=True)
-class Composite:
-    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
-
-    Attributes:
-        model: ``z(w, lam, batch)``, one tensor.
-        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
-        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
-    """
-
-    model: Callable[[Any, Any, Any], Tensor]
-    criterion: Callable[[Tensor, Any, Any, Any], Tensor]
-    ranks: bool = False
-
-    def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss."""
-        if not self.ranks:
-            return self._own(w, lam, batch)
-        return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
-
-    def keeping(self, seen: list[Tensor]) -> Composite:
-        """The same loss, which appends the output of every evaluation of its model to ``seen``."""
-
-        def model(w: Any, lam: Any, batch: Any) -> Tensor:
-            seen.append(self.model(w, lam, batch))
-            return seen[-1]
-
-        return replace(self, model=model)
-
-    def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        return self.criterion(self.model(w, lam, batch), w, lam, batch)
-
-    def whole(self, product: Tensor, batch: Any) -> Tensor:
-        """A product with the matrix of all rows, from that with the matrix of these."""
-        return distributed.average(product, rows_of(batch)) if self.ranks else product
+from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.problem import Composite, Leaves
 
 
 class GaussNewton(Curvature):
     """Products with G; the gradient and the mixed product are exact."""
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves) -> None:
         """Build the graphs of the gradient, of the model and of the criterion; each is kept.
 
         Raises:
             TypeError: the inner loss is no ``Composite``.
         """
-        if not isinstance(problem.inner_loss, Composite):
+        composite, batch = inner.problem.inner_loss, inner.batch
+        if not isinstance(composite, Composite):
             raise TypeError("Gauss-Newton products need inner_loss=Composite(model, criterion), which says where the model ends")
         super().__init__(w, lam)
-        self._loss, self._batch = problem.inner_loss, batch
-        seen: list[Tensor] = []  # the model's output behind the gradient: a second evaluation might draw other random numbers
-        self._exact = Hessian(replace(problem, inner_loss=problem.inner_loss.keeping(seen)), w, lam, batch)
+        self._loss, self._batch = composite, batch
+        self._exact = Hessian(inner, w, lam)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
+
+        def parts(w: Any, lam: Any) -> tuple[Tensor, Tensor, Tensor]:
+            z = composite.model(w, lam, batch)
+            out = z.detach().requires_grad_()
+            return z, out, composite.criterion(out, w, lam, batch)
+
         with torch.enable_grad():
-            # Over ranks the derivative of what was seen is already a mean over them; here this rank's own is needed.
-            self._z = problem.inner_loss.model(w.tree, lam.tree, batch) if problem.inner_loss.ranks else seen[0]
-            self._out = self._z.detach().requires_grad_()
-            loss = problem.inner_loss.criterion(self._out, w.tree, lam.tree, batch)
+            self._z, self._out, loss = inner.of(parts, w.tree, lam.tree)
             self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]
             self._penalty = torch.autograd.grad(loss, w.flat, create_graph=True, allow_unused=True)
             self._cotangent = torch.zeros_like(self._out).requires_grad_()

@@ -4,7 +4,7 @@
     heavy ball          phi(w, m) = (w - step m', m'),   m' = momentum m + grad_w L
     Adam                phi(w, m, v, t), which has no fixed point of its own: it is for unrolling alone
 
-Rates may be hyperparameters: they are taken from ``lam`` and stay in the graph.
+Rates may be hyperparameters, one for all weights or one for each: they are taken from ``lam`` and stay in the graph.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.curvature import differentiate
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.core.captured import functorch_level
 
 
 class GradientMap:
@@ -42,6 +45,7 @@ class GradientMap:
     def __init__(self, problem: BilevelProblem, inner: DifferentiableSolver, batches: Sequence[Any] | None = None) -> None:
         """Keep the parts."""
         self.problem, self.inner, self.batches = problem, inner, batches
+        self._evaluations: dict[int, Evaluation] = {}
 
     def start(self, w: Any) -> Any:
         """The state at the start: ``w`` itself where the solver keeps nothing else."""
@@ -64,23 +68,36 @@ class GradientMap:
 
     def __call__(self, state: Any, lam: Any) -> Any:
         """The next state."""
-        wanted = torch.is_grad_enabled()
-        leaves, spec = optree.tree_flatten(self.weights(state))
         if self.batches is None:
-            batch = self.problem.inner_batches.draw()
+            return self.step(state, lam, self._evaluation(0, None))
+        count = state["count"].detach()
+        return {**self.step(state, lam, self._evaluation(int(count), self.batches)), "count": count + 1}
+
+    def _evaluation(self, k: int, batches: Sequence[Any] | None) -> Evaluation:
+        """The loss of step ``k``: the map is the same function whenever it is called there."""
+        if k not in self._evaluations:
+            batch = self.problem.inner_batches.draw() if batches is None else batches[k]
+            self._evaluations[k] = Evaluation(self.problem, batch)
+        return self._evaluations[k]
+
+    def step(self, state: Any, lam: Any, evaluation: Evaluation) -> Any:
+        """The state after a step on this evaluation of the inner loss."""
+        wanted = torch.is_grad_enabled()
+        weights = self.weights(state)
+        self.inner.check_rates(weights, lam)
+        leaves, spec = optree.tree_flatten(weights)
+
+        def loss(*at: Tensor) -> Tensor:
+            return evaluation(optree.tree_unflatten(spec, at), lam)
+
+        if functorch_level():  # which lets no leaves be made
+            grads = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
         else:
-            batch = self.batches[int(state["count"].detach())]
-        with torch.enable_grad():
-            at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
-            loss = self.problem.inner(optree.tree_unflatten(spec, at), lam, batch)
-            found = torch.autograd.grad(loss, at, create_graph=wanted, allow_unused=True)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
+            with torch.enable_grad():
+                at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
+                found = differentiate(loss(*at), at, create_graph=wanted)
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
         old: list[Tensor] = list(state["buffers"]) if self._whole else []
         moved, buffers = self.inner.advance(leaves, grads, old, lam)
         w = optree.tree_unflatten(spec, list(moved))
-        if not self._whole:
-            return w
-        following: dict[str, Any] = {"w": w, "buffers": list(buffers)}
-        if self.batches is not None:
-            following["count"] = state["count"].detach() + 1
-        return following
+        return {"w": w, "buffers": list(buffers)} if self._whole else w

@@ -13,7 +13,9 @@ from torch import Tensor
 from hyperopt.bilevel.auto import Auto, AutoEstimator
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Estimate, State
-from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.estimator import Estimator, refuse_ignored
+from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
@@ -21,14 +23,16 @@ from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import largest_curvature
+from hyperopt.bilevel.tied import Tied
 from hyperopt.bilevel.unrolled import UnrolledEstimator
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
-from hyperopt.core.adjoints.implicit import ImplicitAdjoint
+from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
 from hyperopt.core.adjoints.shine import Shine
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.core.status import Solution
 
 
@@ -37,13 +41,21 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
 
     Raises:
         TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
-        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through.
+        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through; or it has no
+            use for the inner solver or for the products.
     """
+    unused = ("step", "curvature", "resample", "power")
     if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
         adjoint = Auto()
     if isinstance(adjoint, Estimator):
+        refuse_ignored(adjoint, inner, products, unused)
         return adjoint
+    if isinstance(adjoint, FiniteDifference):  # its products are differences of gradients already
+        refuse_ignored(adjoint, None, products, ("curvature",))
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
+        if not adjoint.iterates:  # the solution of the adjoint system does not depend on a step
+            method = adjoint.linear_solver if isinstance(adjoint, Implicit) else adjoint
+            refuse_ignored(method, None, products, ("step", "power"))
         given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
         if isinstance(adjoint, Auto):
             return AutoEstimator(**given, inner=inner, auto=adjoint)
@@ -55,10 +67,23 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
                 f"{type(adjoint).__name__} goes back through training, but {what}; give inner=hyperopt.GradientDescent(...), "
                 'HeavyBall(...) or InnerAdam(...), or an implicit adjoint such as adjoint="auto"'
             )
+        refuse_ignored(adjoint, None, products, unused)
         return UnrolledEstimator(adjoint, inner)
     raise TypeError(
         f'adjoint={adjoint!r} is no adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
     )
+
+
+def refuse_unstarted(problem: BilevelProblem, inner: InnerSolver | None) -> None:
+    """Refuse a problem that says where training starts, without an inner solver that trains.
+
+    Raises:
+        ValueError: names ``initial``.
+    """
+    if problem.initial is not None and inner is None:
+        raise ValueError(
+            "the problem has initial=..., where each training starts, but nothing trains: give inner=GradientDescent(...)"
+        )
 
 
 def hypergradient(
@@ -108,11 +133,15 @@ def hypergradient(
         >>> round(float(estimate.grad), 6)
         -0.25
     """
+    refuse_unstarted(problem, inner)
+    tied = Tied(w)
+    problem, w = tied.apart(problem, w)
     if inner is not None or isinstance(adjoint, Estimator):  # both may move it
         w = optree.tree_map(lambda x: x.detach().clone(), w)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
-    return estimator.estimate(problem, lam, State(w))
+    problem.place(w, lam)
+    return tied.whole(estimator.estimate(problem, lam, State(w)))
 
 
 class Bilevel:
@@ -120,7 +149,8 @@ class Bilevel:
 
     Args:
         problem: the two losses.
-        w: where the inner variables start; its tensors are changed in place: with ``Functional`` they are the module's own.
+        w: where the inner variables start, a tree in which one tensor at several places is one variable. Its tensors are changed
+            in place: with ``Functional`` they are the module's own.
         inner: trains them before each hypergradient, from where they are.
         adjoint: how to differentiate; ``"auto"`` chooses by what it meets, and says so in ``estimate.choice``.
         products: how implicit adjoints take their products, and whether they start where the last one ended; see
@@ -140,18 +170,21 @@ class Bilevel:
         products: ProductSettings | None = None,
     ) -> None:
         """Nothing is trained yet."""
-        self.problem = problem
+        refuse_unstarted(problem, inner)
+        self._tied = Tied(w)
+        self.problem, w = self._tied.apart(problem, w)
         self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
         self.state = State(optree.tree_map(lambda x: x.detach(), w))
 
     @property
     def w(self) -> Any:
         """The inner variables."""
-        return self.state.w
+        return self._tied.expand(self.state.w) if self._tied.any else self.state.w
 
     def step(self, lam: Any) -> Estimate:
         """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
-        return self.estimator.estimate(self.problem, lam, self.state)
+        self.problem.place(self.state.w, lam)
+        return self._tied.whole(self.estimator.estimate(self.problem, lam, self.state))
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """The outer loss at the fixed point of the gradient-step map, and that point: see ``hyperopt.core.verify.Objective``.
@@ -161,7 +194,7 @@ class Bilevel:
         """
         problem = self.problem.at_next_batch()
         batch = problem.inner_batches.draw()
-        largest, _ = largest_curvature(Hessian(problem, Leaves.of(self.w, "w"), Leaves.of(lam, "lam"), batch))
+        largest, _ = largest_curvature(Hessian(Evaluation(problem, batch), Leaves.of(self.w, "w"), Leaves.of(lam, "lam")))
         phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
         solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
         return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution
@@ -177,9 +210,30 @@ class Bilevel:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned; the weights in place."""
-        for leaf, kept in zip(optree.tree_leaves(self.state.w), state["w"], strict=True):
-            leaf.copy_(kept)
-        self.state.memory = copy.deepcopy(state["memory"])
-        self.problem.inner_batches.load_state_dict(state["inner_batches"])
-        self.problem.outer_batches.load_state_dict(state["outer_batches"])
+        """Take back what ``state_dict`` returned, the weights in place: all of it, or nothing.
+
+        Raises:
+            TypeError: an entry of another kind.
+            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+        """
+        check_entries(state, ("w", "memory", "inner_batches", "outer_batches"), "Bilevel")
+        w, kept = Leaves.of(self.state.w, "w"), list(state["w"])
+        if len(kept) != len(w.flat):
+            raise ValueError(
+                f"the state for Bilevel: the entry 'w' has {len(kept)} tensors, but here it has {len(w.flat)}; nothing was "
+                "loaded. Give the state of the same problem"
+            )
+        check_tensors(dict(zip(w.names, kept, strict=True)), dict(zip(w.names, w.flat, strict=True)), "Bilevel")
+        sources = {"inner_batches": self.problem.inner_batches, "outer_batches": self.problem.outer_batches}
+        before = {name: copy.deepcopy(source.state_dict()) for name, source in sources.items()}
+        memory = copy.deepcopy(state["memory"])
+        try:
+            for name, source in sources.items():
+                source.load_state_dict(state[name])
+        except Exception:
+            for name, source in sources.items():
+                source.load_state_dict(before[name])
+            raise
+        for leaf, new in zip(optree.tree_leaves(self.state.w), kept, strict=True):
+            leaf.copy_(new)
+        self.state.memory = memory

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.certificate import certificate
-from hyperopt.bilevel.curvature import Curvature, Hessian
+from hyperopt.bilevel.curvature import Curvature, Hessian, unused_of
 from hyperopt.bilevel.estimate import Choice, Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.finite_differences import FiniteDifferences
 from hyperopt.bilevel.gauss_newton import GaussNewton
@@ -52,7 +53,7 @@ class Point:
         w, lam: the point.
         state: what the method remembers.
         trained: statistics of the training that has led here (None: there was none).
-        batch: the batch of the inner loss (None also where each product draws its own).
+        inner: the inner loss on its batch (None where each product draws its own).
         curvature: products with the second derivatives of the inner loss.
         b: ``d_w E``. shape: (1, dim)
         constants: of the losses, where they are declared.
@@ -63,7 +64,7 @@ class Point:
     lam: Leaves
     state: State
     trained: SolveStats | None
-    batch: Any
+    inner: Evaluation | None
     curvature: Curvature
     b: Tensor
     constants: InnerConstants | None
@@ -106,23 +107,26 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Train, solve the adjoint system, take the mixed product; see ``Estimator``."""
-        trained = None if self.inner is None else self.inner.solve(problem, lam, state)
+        trained = None
+        if self.inner is not None:
+            trained = self.inner.solve(problem, lam, state)
+            problem = self.inner.objective(problem)  # what is trained is what is differentiated
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
-        batch = None if self.resample else problem.inner_batches.draw()
-        first = self._curvature(problem, w, hyper, batch, getattr(self.adjoint, "curvature", self.curvature))
+        inner = None if self.resample else Evaluation(problem, problem.inner_batches.draw())
+        first = self._curvature(problem, w, hyper, inner, getattr(self.adjoint, "curvature", self.curvature))
         constants = (
             None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
         )
         refuse_untrained(w, first, g_w)
         b = first.matrix(g_w)
-        solved = self.solve(Point(problem, w, hyper, state, trained, batch, first, b, constants))
+        solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
         operator, stats, u = solved.operator, solved.stats, solved.u
         curvature = operator.curvature
         if self.warm and bool(torch.isfinite(u).all()):
             state.memory["u"] = u.detach()
         found = [subtract(g, m) for g, m in zip(g_lam, curvature.mixed(u), strict=True)]
-        unused = tuple(name for name, g in zip(hyper.names, found, strict=True) if g is None)
+        unused = unused_of(hyper.names, found)
         if unused and state.memory.get("unused") != list(unused):
             state.memory["unused"] = list(unused)
             log.info("neither loss depends on %s: the implicit hypergradient is exactly zero there", ", ".join(unused))
@@ -155,16 +159,18 @@ class ImplicitEstimator(ProductSettings, Estimator):
         assert box.stats is not None
         return u, box.stats
 
-    def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any, kind: str) -> Curvature:
-        """Products of one kind, on ``batch`` or each on a batch of its own."""
+    def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves, inner: Evaluation | None, kind: str) -> Curvature:
+        """Products of one kind, with one inner loss or each on a batch of its own."""
 
-        def make(batch: Any) -> Curvature:
+        def make(inner: Evaluation) -> Curvature:
             if kind == "finite_differences":
                 length = self.adjoint.length if isinstance(self.adjoint, FiniteDifference) else None
-                return FiniteDifferences(problem, w, lam, batch, length)
-            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](problem, w, lam, batch)
+                return FiniteDifferences(inner, w, lam, length)
+            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](inner, w, lam)
 
-        return Resampled(lambda: make(problem.inner_batches.draw())) if self.resample else make(batch)
+        if inner is not None:
+            return make(inner)
+        return Resampled(lambda: make(Evaluation(problem, problem.inner_batches.draw())))
 
     def _accepts(self, status: Status) -> bool:
         """Whether a fixed number of steps that left more residual than none would is to be used all the same."""

@@ -8,8 +8,7 @@ from typing import Any
 import optree
 import torch
 
-from hyperopt.bilevel.gauss_newton import Composite
-from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Loss, SameBatch, rows_of
+from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Composite, Loss, SameBatch, rows_of
 from hyperopt.core import distributed
 from hyperopt.nn.sparse import SparseRows
 

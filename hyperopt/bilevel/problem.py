@@ -5,58 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
+from hyperopt.core import distributed
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
+from hyperopt.core.draws import KeepsGraph
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""
-
-
-class BatchSource(Protocol):
-    """Where the batches of a loss come from; what ``draw`` returns is handed to the loss as it is."""
-
-    def draw(self) -> Any:
-        """Return the next batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands, as plain containers and tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-        ...
-
-
-class NoBatches:
-    """For losses that have their data themselves: the batch is None."""
-
-    def draw(self) -> Any:
-        """Return None."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-
-
-class SameBatch(NoBatches):
-    """One batch, always."""
-
-    def __init__(self, batch: Any) -> None:
-        """Keep it."""
-        self.batch = batch
-
-    def draw(self) -> Any:
-        """Return it."""
-        return self.batch
 
 
 @dataclass(frozen=True)
@@ -90,24 +53,98 @@ class InnerConstants:
 
 
 @dataclass(frozen=True)
+class Composite:
+    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
+
+    Attributes:
+        model: ``z(w, lam, batch)``, one tensor.
+        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
+        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
+    """
+
+    model: Callable[[Any, Any, Any], Tensor]
+    criterion: Callable[[Tensor, Any, Any, Any], Tensor]
+    ranks: bool = False
+
+    def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        """The inner loss."""
+        if not self.ranks:
+            return self._own(w, lam, batch)
+        return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
+
+    def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        return self.criterion(self.model(w, lam, batch), w, lam, batch)
+
+    def of(self, expand: Callable[[Any], Any]) -> Composite:
+        """The same loss of other variables ``x``, at ``w = expand(x)``."""
+        return replace(
+            self,
+            model=lambda w, lam, batch: self.model(expand(w), lam, batch),
+            criterion=lambda z, w, lam, batch: self.criterion(z, expand(w), lam, batch),
+        )
+
+    def plus(self, penalty: Callable[[Any], Tensor]) -> Composite:
+        """The loss and a penalty on the weights."""
+        return replace(self, criterion=lambda z, w, lam, batch: self.criterion(z, w, lam, batch) + penalty(w))
+
+    def whole(self, product: Tensor, batch: Any) -> Tensor:
+        """A product with the matrix of all rows, from that with the matrix of these."""
+        return distributed.average(product, rows_of(batch)) if self.ranks else product
+
+
+@dataclass(frozen=True)
 class BilevelProblem:
     """``min over lam of E(w(lam), lam)`` where ``w(lam)`` minimises ``L(., lam)``.
 
     Attributes:
         inner_loss: ``L(w, lam, batch)``, a scalar that depends on both.
         outer_loss: ``E(w, lam, batch)``, a scalar.
-        inner_batches: where the batches of the inner loss come from (default: the batch is None).
-        outer_batches: where those of the outer loss come from.
+        inner_batches: where the batches of the inner loss come from: ``Minibatches``, a loader or dataset of
+            ``torch.utils.data``, or one batch; ``hyperopt.bilevel.batches.source_of`` converts it (default: the batch is None).
+        outer_batches: where those of the outer loss come from, likewise.
         refresh: ``refresh(w, lam, batch)``, called once after each training to move running statistics, see ``Functional``.
         constants: ``constants(w, lam)``, what is known about the losses in closed form; makes the certificate a bound.
+        initial: ``initial(lam)``, a tree like ``w``: where every training starts, so that the start may be learned, as in MAML
+            (None: where the weights are). ``Unrolled`` and ``Checkpointed`` differentiate through it. A minimum does not depend
+            on where its search started: an implicit adjoint's gradient is zero there.
     """
 
     inner_loss: Loss
     outer_loss: Loss
-    inner_batches: BatchSource = field(default_factory=NoBatches)
-    outer_batches: BatchSource = field(default_factory=NoBatches)
+    inner_batches: BatchSource | Any = field(default_factory=NoBatches)
+    outer_batches: BatchSource | Any = field(default_factory=NoBatches)
     refresh: Callable[[Any, Any, Any], None] | None = None
     constants: Callable[[Any, Any], InnerConstants] | None = None
+    initial: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Convert what the batches come from."""
+        for name in ("inner_batches", "outer_batches"):
+            object.__setattr__(self, name, source_of(getattr(self, name), name))
+
+    def start(self, w: Any, lam: Any) -> Any:
+        """Where training starts: ``initial(lam)``, differentiable in ``lam``; ``w`` without one.
+
+        Raises:
+            TypeError, ValueError: what ``initial`` returned is not like ``w``.
+        """
+        if self.initial is None:
+            return w
+        found = self.initial(lam)
+        refuse_unlike(found, w, "initial(lam)")
+        return found
+
+    def place(self, w: Any, lam: Any) -> None:
+        """Write where training starts into ``w``, which is about to be changed in place.
+
+        Raises:
+            ValueError: ``w`` shares memory with ``lam``, or ``initial`` returned something else than a tree like ``w``.
+        """
+        refuse_shared(w, lam)
+        if self.initial is not None:
+            with torch.no_grad():
+                for old, new in zip(optree.tree_leaves(w), optree.tree_leaves(self.start(w, lam)), strict=True):
+                    old.copy_(new)
 
     def at_next_batch(self) -> BilevelProblem:
         """The problem on the next batch of each loss alone, which is not used up."""
@@ -119,17 +156,126 @@ class BilevelProblem:
         return replace(self, inner_batches=sources[0], outer_batches=sources[1])
 
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss, checked to be a scalar."""
-        return scalar(self.inner_loss(w, lam, batch), "inner_loss", batch)
+        """The inner loss, checked to be a scalar and to leave what it is given as it was."""
+        return self._evaluated(self.inner_loss, "inner_loss", w, lam, batch)
+
+    def of(self, expand: Callable[[Any], Any], collect: Callable[[Any], Any]) -> BilevelProblem:
+        """The problem in other variables ``x``, where ``w = expand(x)`` and ``x = collect(w)``."""
+
+        def at(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda w, *others: function(expand(w), *others)
+
+        inner, initial = self.inner_loss, self.initial
+        return replace(
+            self,
+            inner_loss=inner.of(expand) if isinstance(inner, Composite) else at(inner),
+            outer_loss=at(self.outer_loss),
+            refresh=None if self.refresh is None else at(self.refresh),
+            constants=None if self.constants is None else at(self.constants),
+            initial=None if initial is None else lambda lam: collect(initial(lam)),
+        )
+
+    def decayed(self, decay: float) -> BilevelProblem:
+        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too."""
+        inner, constants = self.inner_loss, self.constants
+
+        def penalty(w: Any) -> Tensor:
+            return decay / 2 * torch.stack([leaf.square().sum() for leaf in optree.tree_leaves(w)]).sum()
+
+        def known(w: Any, lam: Any) -> InnerConstants:
+            assert constants is not None
+            given = constants(w, lam)
+            return replace(given, strong_convexity=given.strong_convexity + decay, smoothness=given.smoothness + decay)
+
+        whole = inner.plus(penalty) if isinstance(inner, Composite) else lambda w, lam, batch: inner(w, lam, batch) + penalty(w)
+        return replace(self, inner_loss=whole, constants=None if constants is None else known)
+
+    def inner_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
+        """The inner loss on a batch, as a function of ``(w, lam)``."""
+
+        def loss(w: Any, lam: Any) -> Tensor:
+            with KeepsGraph():
+                return self.inner(w, lam, batch)
+
+        return loss
+
+    def outer_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
+        """The outer loss on a batch, as a function of ``(w, lam)``."""
+        return lambda w, lam: self.outer(w, lam, batch)
 
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The outer loss, checked to be a scalar."""
-        return scalar(self.outer_loss(w, lam, batch), "outer_loss", batch)
+        """The outer loss, likewise."""
+        with KeepsGraph():
+            return self._evaluated(self.outer_loss, "outer_loss", w, lam, batch)
+
+    @staticmethod
+    def _evaluated(loss: Loss, name: str, w: Any, lam: Any, batch: Any) -> Tensor:
+        """A loss.
+
+        Raises:
+            TypeError, ValueError: it is no scalar, or was worked out on an empty batch; or it changed what it was given.
+        """
+        given = [] if functorch_level() else [x for tree in (w, lam, batch) for x in optree.tree_leaves(tree)]
+        counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else 0 for x in given]
+        value = loss(w, lam, batch)
+        for i, (x, count) in enumerate(zip(given, counts, strict=True)):
+            if isinstance(x, Tensor) and not x.is_inference() and x._version != count:
+                names = [key for tree, what in ((w, "w"), (lam, "lam"), (batch, "batch")) for key, _ in named(tree, what)]
+                raise ValueError(
+                    f"{name} changed {names[i]} in place, on which it is evaluated again; compute a new tensor instead "
+                    "(inplace=False in a module)"
+                )
+        return scalar(value, name, batch)
+
+
+def refuse_shared(w: Any, lam: Any) -> None:
+    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
+
+    Raises:
+        ValueError: names it.
+    """
+
+    def place(x: Any) -> tuple[Any, int, int] | None:
+        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+            return None
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
+
+    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
+    for name, leaf in named(lam, "lam"):
+        at = place(leaf)
+        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
+            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+
+
+def named(tree: Any, what: str) -> list[tuple[str, Any]]:
+    """The leaves of a tree called ``what``, with what to call each in a message."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def refuse_unlike(found: Any, w: Any, what: str) -> None:
+    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
+
+    Raises:
+        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
+    """
+    structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
+    if structure != wanted:
+        raise ValueError(f"{what} has the structure {structure}, but w has {wanted}; make them the same")
+    for (name, leaf), like in zip(named(found, what), optree.tree_leaves(w), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} is a {type(leaf).__name__}; it must be a tensor, as in w")
+        for of in ("shape", "dtype", "device"):
+            one, two = getattr(leaf, of), getattr(like, of)
+            if one != two:
+                one, two = (tuple(x) if of == "shape" else x for x in (one, two))
+                raise ValueError(f"{name} has {of} {one}, but in w it has {two}; make them the same")
 
 
 def rows_of(batch: Any) -> int | None:
     """Rows of a batch, the first dimension of its leaves; None where it has none."""
-    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(leaf.shape)), None)
+    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
 def scalar(loss: Any, name: str, batch: Any) -> Tensor:
@@ -170,19 +316,27 @@ class Leaves:
 
         Raises:
             TypeError: a leaf that is no tensor, or not of a floating-point dtype.
-            ValueError: a tree without tensors.
+            ValueError: a tree without tensors, or with a parameter that has no size yet.
+            RuntimeError: a transform of ``torch.func`` is under way.
         """
-        paths, leaves, spec = optree.tree_flatten_with_path(tree)
-        names = [what + "".join(f"[{key!r}]" for key in path) for path in paths]
-        if not leaves:
+        if functorch_level():
+            raise RuntimeError(
+                "a hypergradient reads numbers as it goes and writes into w, which no transform of torch.func follows. Transform "
+                "the outer loss at fixed_point(GradientMap(problem, inner), w, (lam,), rows='joint').value instead, or use a loop"
+            )
+        pairs = named(tree, what)
+        names = [name for name, _ in pairs]
+        if not pairs:
             raise ValueError(f"{what} has no tensors; give a tensor, or a tuple, list or dict of tensors")
-        for name, leaf in zip(names, leaves, strict=True):
+        for name, leaf in pairs:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{name} is a {type(leaf).__name__}; every leaf must be a tensor")
             if not leaf.is_floating_point():
                 raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
-        flat = [leaf.detach().requires_grad_() for leaf in leaves]
-        return Leaves(optree.tree_unflatten(spec, flat), flat, names)
+            if is_lazy(leaf):
+                raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
+        flat = [leaf.detach().requires_grad_() for _, leaf in pairs]
+        return Leaves(optree.tree_unflatten(optree.tree_structure(tree), flat), flat, names)
 
     def like(self, values: Sequence[Tensor | None]) -> Any:
         """The tree with other tensors; zeros for None."""

@@ -53,7 +53,7 @@ class Pieces:
         if not isinstance(source, Minibatches):
             raise TypeError(
                 f"SABA keeps a table of batches that it visits again, which a {type(source).__name__} cannot give; use "
-                "Minibatches on one rank, or adjoint=soba"
+                "Minibatches on one rank, or the method SOBA"
             )
         return Pieces(source.piece, source.shares)
 

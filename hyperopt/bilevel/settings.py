@@ -31,8 +31,9 @@ def check_rate(owner: object, name: str, low: float, high: float = float("inf"),
 class InnerSettings(IterativeSettings):
     """What every inner solver has.
 
-    rtol: the solve stops at ``|grad L| <= atol + rtol |grad L(w_0)|``, ``w_0`` the very first start of the run; 0 with ``atol=0``
-        means exactly ``max_steps``.
+    rtol: the solve stops at ``|grad L| <= atol + rtol scale``, where the scale is the larger of ``|grad L(w_0)|`` and
+        ``|H(w_0) w_0|`` at the very first start ``w_0`` of the run, with the Hessian H; 0 with ``atol=0`` means exactly
+        ``max_steps``. It is raised to the rounding floor of the dtype.
     max_steps: most steps, of one inner gradient each unless a method says otherwise.
     """
 
@@ -44,7 +45,8 @@ class InnerSettings(IterativeSettings):
 class GradientDescentSettings(InnerSettings):
     """``w <- w - step_size grad L(w)``.
 
-    step_size: a number, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``).
+    step_size: a number, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``): one number, or a tree
+        like ``w`` of numbers or of tensors that broadcast to the weights, a rate for each.
     """
 
     step_size: Any = 0.1
@@ -59,7 +61,7 @@ class GradientDescentSettings(InnerSettings):
 class HeavyBallSettings(GradientDescentSettings):
     """``m <- momentum m + grad L(w)``, ``w <- w - step_size m``, from ``m = 0``.
 
-    momentum: a number in [0, 1), or the name of the hyperparameter that holds it.
+    momentum: a number in [0, 1), or the name of the hyperparameter that holds it, as for ``step_size``.
     """
 
     momentum: Any = 0.9
@@ -76,7 +78,7 @@ class HeavyBallSettings(GradientDescentSettings):
 class InnerAdamSettings(InnerSettings):
     """Adam from zero moments, which can be differentiated through.
 
-    lr: learning rate, a number, or the name of the hyperparameter that holds it.
+    lr: learning rate, a number, or the name of the hyperparameter that holds it, as for ``GradientDescent.step_size``.
     betas: how much of the mean and of the mean square of the gradient is kept each step, both in [0, 1).
     eps: added to the root of the mean square.
     """

@@ -20,12 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.single_loop_settings import SOBASettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved, same_hyperparameters
 from hyperopt.core.tree import layout_of, leaves_of
 
 
@@ -57,6 +58,9 @@ class At:
         problem: the losses.
         w, lam: weights and hyperparameters.
         u: the adjoint variable, shape (1, dim); None: zero.
+
+    Attributes:
+        parts: what the terms in ``lam`` were made of: for each a tensor a hyperparameter, None where it does not depend on it.
     """
 
     def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
@@ -65,20 +69,36 @@ class At:
         self.weights, self.hyper = layout_of(w.tree, "joint"), layout_of(lam.tree, "joint")
         self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
         self.cost = Cost()
+        self.curvature: Hessian | None = None  # of the inner loss, on the batch of the last call of ``inner``
+        self.evaluation: Evaluation | None = None
+        self.parts: list[list[Tensor | None]] = []
 
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
-        curvature = Hessian(self.problem, self.w, self.lam, batch)
+        self.evaluation = Evaluation(self.problem, batch)
+        self.curvature = curvature = Hessian(self.evaluation, self.w, self.lam)
         product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
         self.cost.inner_gradients += curvature.gradients
         self.cost.hessian_products += curvature.matvecs
         self.cost.mixed_products += curvature.mixed_products
+        self.parts.append(mixed)
         return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
+
+    def after(self, residual: Tensor, step: float) -> Callable[[], float]:
+        """What gives the norm of a residual after a step: ``(I - step H) r``, of ``grad_w L`` and of ``H u - d_w E`` alike."""
+
+        def norm() -> float:
+            assert self.curvature is not None
+            self.cost.hessian_products += 1
+            return float((residual - step * self.curvature.matvec(residual)).norm())
+
+        return norm
 
     def outer(self, batch: Any) -> tuple[float, Tensor, Tensor]:
         """``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
         loss, in_w, in_lam = outer_gradient(self.problem, self.w, self.lam, batch)
         self.cost.outer_gradients += 1
+        self.parts.append(in_lam)
         return float(loss), self.weights.matrix(self.w.like(in_w)), self.hyper.matrix(self.lam.like(in_lam))
 
 
@@ -98,17 +118,24 @@ class SingleLoop(SOBASettings, Estimator):
         name = type(self).__name__
         memory = state.memory.setdefault(name, {"steps": 0})
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
+        same_hyperparameters(hyper, memory, name)
         at = At(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
+        unused = unused_of(hyper.names, *at.parts)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
-        growth = Growth(name, memory)
-        trained = growth.see("inner", float(terms.inner.norm()), f"adjoint.step_size={self.step_size:g}")
+        growth, factor = Growth(name, memory), self.factor(memory["steps"])
         step = self.step_size if self.adjoint_step is None else self.adjoint_step
-        remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
-        solved = growth.see("adjoint", float(slope.norm()), remedy, scale=float(terms.outer.norm()))
-        factor = self.factor(memory["steps"])
+        trained = growth.see(
+            "inner", float(terms.inner.norm()), f"step_size={self.step_size:g}", at.after(terms.inner, factor * self.step_size)
+        )
+        remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
+        solved = growth.see(
+            "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
+        )
         slopes = leaves_of(at.weights.tree(terms.inner))
+        if at.evaluation is not None:
+            at.evaluation.commit()
         commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
         write()
         memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)
-        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost)
+        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost, unused)

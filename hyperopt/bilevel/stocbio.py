@@ -10,19 +10,21 @@ Reference: Ji, Yang & Liang, ICML 2021, arXiv 2010.07962, algorithms 1 and 2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hyperopt.bilevel.curvature import Hessian
+from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.single_loop_settings import StocBiOSettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, later, moved
 from hyperopt.core.tree import layout_of, tree_norm
 
 
@@ -37,32 +39,40 @@ class StocBiO(StocBiOSettings, Estimator):
             SolveError: training or the series diverges; names the step to lower. The state is that of the step before.
         """
         growth = Growth("StocBiO", state.memory.setdefault("StocBiO", {}))
-        hyper, w, batch, size = Leaves.of(lam, "lam"), Leaves.of(state.w, "w"), None, 0.0
-        fixed = hyper.like([leaf.detach() for leaf in hyper.flat])
+        hyper, w, batch = Leaves.of(lam, "lam"), Leaves.of(state.w, "w"), None
+        fixed, remedy = hyper.like([leaf.detach() for leaf in hyper.flat]), f"step_size={self.step_size:g}"
+
+        def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return gradient(inner, w, fixed)[1]
+
         for _ in range(self.steps):
             batch = problem.inner_batches.draw()
-            _, slopes = gradient(problem, w, fixed, batch)
-            size = tree_norm(slopes)
-            growth.see("inner", size, f"adjoint.step_size={self.step_size:g}")
-            w = moved(w, slopes, self.step_size)
-        trained = growth.see("inner", size, f"adjoint.step_size={self.step_size:g}", steps=self.steps)
+            inner = Evaluation(problem, batch)
+            slopes = descend(w, inner)
+            following = moved(w, slopes, self.step_size)
+            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            inner.commit()
+            w = following
 
         loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         layout = layout_of(w.tree, "joint")
-        curvature = Resampled(lambda: Hessian(problem, w, hyper, problem.inner_batches.draw()))
+        curvature = Resampled(lambda: Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper))
         eta = self.step_size if self.adjoint_step is None else self.adjoint_step
         b = layout.matrix(w.like(in_w))
         term = total = b
         for _ in range(self.terms):
             term = term - eta * curvature.matvec(term)
             total = total + term
-        remedy = f"adjoint.{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
-        solved = growth.see("adjoint", float(term.norm()), remedy, scale=float(b.norm()), steps=self.terms)
+        remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
+        # The series starts anew in every outer step, and so does what its last term is compared with.
+        solved = Growth("StocBiO", {}).see(
+            "adjoint", float(term.norm()), remedy, lambda: math.inf, scale=float(b.norm()), steps=self.terms
+        )
         mixed = curvature.mixed(eta * total)
+        unused = unused_of(hyper.names, in_lam, mixed)
         grad = [_difference(g, m, leaf) for g, m, leaf in zip(in_lam, mixed, hyper.flat, strict=True)]
         commit(problem, state, w, lam, batch)
         cost = Cost(self.steps + curvature.gradients, 1, curvature.matvecs, curvature.mixed_products)
-        unused = tuple(n for n, g, m in zip(hyper.names, in_lam, mixed, strict=True) if g is None and m is None)
         return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
 
 

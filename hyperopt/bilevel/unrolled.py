@@ -3,8 +3,8 @@
     w_{t+1} = phi(w_t, lam),      dE/dlam = d_lam E + sum_t (d_lam phi_t)^T (d_w phi_{t+1})^T ... (d_w phi_T)^T d_w E
 
 exact for the model as it was trained, be it far from a minimum, and the only way to learning rates and momentum. The map is that
-of the inner solver, taken exactly ``max_steps`` times: by ``hyperopt.fixed_point`` with ``Unrolled``, or, for ``Checkpointed``,
-in the segments of ``hyperopt.bilevel.reverse``.
+of the inner solver, taken exactly ``max_steps`` times. Each step draws its own random numbers and moves running statistics once;
+where ``Checkpointed`` takes a step again, it is an exact replay.
 
 References: Maclaurin, Duvenaud & Adams, ICML 2015, arXiv 1502.03492; Franceschi et al., ICML 2017, arXiv 1703.01785; Shaban et
 al., AISTATS 2019, arXiv 1810.10667 (truncation).
@@ -22,16 +22,15 @@ from torch import Tensor
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
-from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, gradient
+from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.reverse import Passed, reverse
+from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.certificate import Certificate
-from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.policy import SolveError
-from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import SolveStats
 
 
@@ -56,8 +55,12 @@ class UnrolledEstimator(Estimator):
         """
         hyper, steps = Leaves.of(lam, "lam"), self.inner.max_steps
         batches = [problem.inner_batches.draw() for _ in range(steps)]
-        phi = GradientMap(problem, self.inner, None if all(b is batches[0] for b in batches) else batches)
+        evaluations = [Evaluation(problem, b) for b in batches]
+        phi = GradientMap(problem, self.inner)
         batch = problem.outer_batches.draw()
+        with torch.enable_grad():
+            start = phi.start(problem.start(state.w, hyper.tree))
+        self._refuse_truncated(start)
         looks = trained = None
 
         def outer(final: Any) -> Tensor:
@@ -69,11 +72,18 @@ class UnrolledEstimator(Estimator):
                 self._refuse(hyper)
             return loss
 
+        def step(k: int, now: Any, lam: Any) -> Any:
+            if k and not isinstance(self.adjoint, Checkpointed):  # nothing is evaluated again, but for what the first step shows
+                evaluations[k].record = evaluations[0].wrote
+            following = phi.step(now, lam, evaluations[k])
+            evaluations[k].commit()  # the first time
+            return following
+
         if isinstance(self.adjoint, Checkpointed):
-            found = reverse(phi, phi.start(state.w), hyper, steps, self.adjoint.segment, outer)
+            found = reverse(step, start, hyper, steps, self.adjoint.segment, outer)
             spent = 2 * steps
         else:
-            found = self._unrolled(phi, phi.start(state.w), hyper, outer)
+            found = unroll(step, start, hyper, steps, self.adjoint.last, outer)
             spent = steps
         assert trained is not None and looks is not None
         if all(g is None for g in found.grads):
@@ -89,31 +99,40 @@ class UnrolledEstimator(Estimator):
         cost = Cost(spent + looks, 1, kept, kept)
         return Estimate(hyper.like(found.grads), none, float(found.loss), state.w, trained, None, cost, unused)
 
-    def _unrolled(self, phi: GradientMap, start: Any, lam: Leaves, outer: Any) -> Passed:
-        """Forward by the primitive with its graph, and back."""
-        solver = Picard(rtol=0.0, atol=0.0, max_steps=self.inner.max_steps)
-        with torch.enable_grad():
-            found = fixed_point(phi, start, (lam.tree,), rows="joint", solver=solver, adjoint=self.adjoint, policy="ignore")
-            loss = outer(found.value)
-            grads = torch.autograd.grad(loss, lam.flat, allow_unused=True)
-        return Passed(found.value, loss.detach(), list(grads))
-
     def _watch(self, problem: BilevelProblem, lam: Leaves, state: State, w: Any, batches: list[Any]) -> tuple[SolveStats, int]:
         """Measure the gradient after the training, and before the very first one; refuse a training that diverged.
 
         Returns the statistics and the gradients that it took.
         """
         at = optree.tree_map(torch.Tensor.detach, lam.tree)
-        watch = Watch(replace(self.inner, rtol=0.0, atol=0.0), state.memory.setdefault("inner", {}))
-        start = Leaves.of(state.w, "w")
-        first = "scale" not in watch.memory
-        if first:
-            watch.see(0, gradient(problem, start, at, batches[0])[1])
-        watch.wants(self.inner.max_steps - 1)
-        watch.see(self.inner.max_steps, gradient(problem, Leaves.of(w, "w"), at, batches[-1])[1])
+        begin, end = Leaves.of(state.w, "w"), Leaves.of(w, "w")
+        watch = Watch(replace(self.inner, rtol=0.0, atol=0.0), state.memory.setdefault("inner", {}), begin)
+        steps, looks = self.inner.max_steps, 0
+
+        def look(k: int, w: Leaves, batch: Any) -> None:
+            nonlocal looks
+            # A measurement, which is no step of training: it leaves no trace.
+            watch.see(k, gradient(Evaluation(problem, batch), w, at)[1], curvature_at(problem, w, at, batch))
+            looks += 1
+
+        watch.wants(steps - 1)
+        if "scale" not in watch.memory:
+            look(0, begin, batches[0])
+        look(steps, end, batches[-1])
+        if watch.lost and looks == 1:  # the hyperparameters may have moved far since the last training
+            look(0, begin, batches[0])
+            look(steps, end, batches[-1])
         if watch.lost:
-            raise SolveError(self.inner.diverged(problem, start, at, batches[0], watch.growth))
-        return watch.stats(), 1 + first
+            raise SolveError(self.inner.diverged(problem, begin, at, batches[0], watch.growth))
+        return watch.stats(), looks + watch.gradients
+
+    def _refuse_truncated(self, start: Any) -> None:
+        last = getattr(self.adjoint, "last", None) or self.inner.max_steps
+        if last < self.inner.max_steps and any(x.requires_grad for x in optree.tree_leaves(start)):
+            raise ValueError(
+                f"Unrolled(last={last}) goes back through the last {last} of {self.inner.max_steps} steps, and never reaches "
+                "initial(lam), where training starts; use Unrolled() or Checkpointed()"
+            )
 
     def _refuse(self, lam: Leaves) -> NoReturn:
         raise ValueError(

@@ -28,9 +28,10 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.single_loop_settings import VPBGDSettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, moved, second_copy
+from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
 from hyperopt.core.tree import tree_norm
 
 
@@ -48,34 +49,44 @@ class VPBGD(VPBGDSettings, Estimator):
         pieces = len(getattr(problem.inner_batches, "shares", [1.0]))
         if self.steps > 1 and pieces > 1:
             raise ValueError(
-                f"adjoint.steps={self.steps} in epochs of {pieces} batches: one copy of the weights sees batches that the other "
-                "does not, and the penalty multiplies what that leaves in the hypergradient; set adjoint.steps=1, or "
-                "task.batch_size=null for all rows"
+                f"VPBGD: steps={self.steps} in epochs of {pieces} batches: one copy of the weights sees batches that the other "
+                "does not, and the penalty multiplies what that leaves in the hypergradient; set steps=1, or give all rows "
+                "in one batch"
             )
         memory = state.memory.setdefault("VPBGD", {"steps": 0})
         growth, gamma = Growth("VPBGD", memory), self.penalty(memory["steps"])
         hyper, w = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
-        y, size = second_copy(w, memory), 0.0
+        y = second_copy(w, memory)
         step = self.step_size if self.inner_step is None else self.inner_step
-        remedy = f"adjoint.{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
-        below, batch = [], None
+        remedy = f"{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
+        scale = 1 / max(gamma, 1.0)
+
+        def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
+            return first_order(inner, w, hyper)[0]
+
+        def penalised(y: Leaves) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+            outer, direct = first_order(problem.outer_on(validation), y, hyper)
+            pulled, above = first_order(inner, y, hyper)
+            return [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)], direct, above
+
         for _ in range(self.steps):
             batch = problem.inner_batches.draw()
-            slopes, below = first_order(problem.inner, w, hyper, batch)
-            size = tree_norm(slopes)
-            growth.see("inner", size, remedy)
-            w = moved(w, slopes, step)
-        trained = growth.see("inner", size, remedy, steps=self.steps)
+            inner = Evaluation(problem, batch)
+            slopes, below = first_order(inner, w, hyper)
+            following = moved(w, slopes, step)
+            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            inner.commit()
+            w = following
 
         validation = problem.outer_batches.draw()
-        outer, direct = first_order(problem.outer, y, hyper, validation)
-        pulled, above = first_order(problem.inner, y, hyper, batch)
+        both, direct, above = penalised(y)
         grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
-        scale = 1 / max(gamma, 1.0)
-        both = [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)]
-        solved = growth.see("penalised", tree_norm(both), f"adjoint.step_size={self.step_size:g}")
+        pulled_down = moved(y, both, self.step_size)
+        solved = growth.see(
+            "penalised", tree_norm(both), f"step_size={self.step_size:g}", later(lambda: penalised(pulled_down)[0])
+        )
         with torch.no_grad():
             loss = float(problem.outer(w.tree, hyper.tree, validation))
         commit(problem, state, w, lam, batch)
-        memory.update(penalised=[leaf.detach() for leaf in moved(y, both, self.step_size).flat], steps=memory["steps"] + 1)
+        memory.update(penalised=[leaf.detach() for leaf in pulled_down.flat], steps=memory["steps"] + 1)
         return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, Cost(self.steps + 1, 1))

@@ -10,15 +10,30 @@ Names shared by all iterative methods:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 POLICIES = ("raise", "warn", "fallback", "ignore")
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy, or an array of one without dimensions, as Python's own; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def taken(owner: Any, name: str) -> Any:
+    """The value of a field of ``owner``, in which a number of numpy becomes Python's own."""
+    value = getattr(owner, name)
+    number = plain(value)
+    if number is not value:
+        object.__setattr__(owner, name, number)
+    return number
+
+
 def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse a field of ``owner`` that is not a finite number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
-    value: Any = getattr(owner, name)
+    value: Any = taken(owner, name)
     if isinstance(value, str) and "${" in value:  # an interpolation that Hydra has yet to resolve
         return
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
@@ -30,9 +45,18 @@ def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, o
 
 def check_count(owner: Any, name: str, low: int = 1) -> None:
     """Refuse a field of ``owner`` that is not a whole number of at least ``low``."""
-    value = getattr(owner, name)
+    value = taken(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
+
+
+def check_counts(owner: Any, name: str, low: int = 1) -> None:
+    """Refuse a field of ``owner`` that is no list of whole numbers of at least ``low``; a list (of a config) becomes a tuple."""
+    given = getattr(owner, name)
+    numbers = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(map(plain, given))
+    if isinstance(given, str) or not isinstance(given, Iterable) or any(type(n) is not int or n < low for n in numbers):
+        raise ValueError(f"{type(owner).__name__}: {name}={given!r} must list whole numbers >= {low}, as [8, 16]; change {name}")
+    object.__setattr__(owner, name, numbers)
 
 
 def check_optional(owner: Any, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
@@ -49,7 +73,7 @@ def check_optional_count(owner: Any, name: str, low: int = 1) -> None:
 
 def check_below(owner: Any, low: str, high: str) -> None:
     """Refuse a field ``low`` of ``owner`` that is not below its field ``high``."""
-    least, most = getattr(owner, low), getattr(owner, high)
+    least, most = taken(owner, low), taken(owner, high)
     if isinstance(least, int | float) and isinstance(most, int | float) and not least < most:
         raise ValueError(f"{type(owner).__name__}: {low}={least} is not below {high}={most}; change {low} or {high}")
 
@@ -63,26 +87,27 @@ def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None
 
 def check_flag(owner: Any, name: str) -> None:
     """Refuse a field of ``owner`` that is not true or false."""
-    if not isinstance(getattr(owner, name), bool):
+    if not isinstance(taken(owner, name), bool):
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
 
 
 def check_open_unit(owner: Any, name: str) -> None:
     """Refuse a field of ``owner`` that is not in (0, 1)."""
-    value = getattr(owner, name)
+    value = taken(owner, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in (0, 1); change {name}")
 
 
 def check_below_one(owner: Any, name: str, value: float) -> None:
     """Refuse a coefficient of ``owner`` outside [0, 1), the range of every exponential average."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
 
 
 def check_betas(owner: Any) -> None:
     """Refuse ``betas`` that are not the two coefficients of Adam; a list (a composed config) becomes a tuple."""
-    object.__setattr__(owner, "betas", tuple(owner.betas))
+    object.__setattr__(owner, "betas", tuple(map(plain, owner.betas)))
     if len(owner.betas) != 2:
         raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not a pair of numbers; change betas")
     for beta in owner.betas:

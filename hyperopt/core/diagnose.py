@@ -22,6 +22,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import plain
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.operator import LinearOperator
@@ -70,11 +71,11 @@ class Diagnosis:
     def __str__(self) -> str:
         """The three numbers and what they mean for the choice of methods."""
         if not self.radius < 1:
-            advice = "Picard and Neumann do not converge; use Anderson and GMRES (solver=anderson, adjoint=gmres)"
+            advice = "Picard and Neumann do not converge; use Anderson, and GMRES for the adjoint"
         elif not self.norm < 1:
             advice = "Picard and Neumann converge, but may grow before they do: the map does not contract in norm"
         elif self.radius > 0.95:
-            advice = "the map contracts slowly; Anderson and GMRES (solver=anderson, adjoint=gmres) need fewer steps"
+            advice = "the map contracts slowly; Anderson, and GMRES for the adjoint, need fewer steps"
         else:
             advice = "the map contracts; Picard and Neumann are right"
         how = "exact" if self.exact else "estimated"
@@ -102,7 +103,8 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
         >>> import torch, hyperopt
         >>> print(hyperopt.diagnose(lambda w: 0.5 * w, torch.zeros(3)))  # doctest: +SKIP
     """
-    if not isinstance(steps, int) or steps < 1:
+    steps = plain(steps)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"diagnose: steps={steps!r} must be a whole number >= 1; change steps")
     layout, value = (w.layout, w.value) if isinstance(w, Solution) else (layout_of(w, rows), w)
     point = layout.matrix(optree.tree_map(lambda x: x.detach(), value)).requires_grad_()

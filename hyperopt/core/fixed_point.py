@@ -12,10 +12,11 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.loop import rounding_floor
 from hyperopt.core.policy import report_floor
-from hyperopt.core.purity import random_states, refuse_changing_modules, refuse_random
+from hyperopt.core.purity import refuse_changing, refuse_changing_modules
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
@@ -50,7 +51,8 @@ def fixed_point(
         phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
             be deterministic and must not change the state in place.
         w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too) that do not
-            require grad.
+            require grad, unless the adjoint is ``Unrolled`` without ``last``, or ``Checkpointed``, whose value is differentiable
+            in it.
         args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
             derivative; closures work otherwise.
         rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
@@ -100,18 +102,26 @@ def fixed_point(
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    for i, each in enumerate(fallback):
+        if not isinstance(each, FixedPointSolver):
+            raise TypeError(f"fixed_point: fallback[{i}]={each!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
+    if fallback and policy != "fallback":
+        raise ValueError(f"fixed_point: fallback is only used under policy='fallback', but policy={policy!r}; change one of them")
     refuse_untraceable()
     layout = layout_of(w0, rows, scales)
     if layout.device.type == "meta":
         raise ValueError(
             "fixed_point: w0 is on the meta device, where there are no numbers to solve for; move it to the CPU or a GPU"
         )
-    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)):
-        raise ValueError("fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach()")
+    if any(leaf.requires_grad for leaf in optree.tree_leaves(w0)) and not adjoint.reaches_start(solver):
+        raise ValueError(
+            "fixed_point: w0 requires grad, but a solution does not depend on where a solve starts: use w0.detach(). The iterate "
+            "after a number of steps does: Unrolled() without last, and Checkpointed(), differentiate it in w0 too"
+        )
     for i in row_args:
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
             raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
-    start = layout.matrix(optree.tree_map(lambda x: x.detach(), w0))
+    start = layout.matrix(w0 if adjoint.reaches_start(solver) else optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace, has_aux=has_aux)
     if torch.compiler.is_exporting():
@@ -121,13 +131,16 @@ def fixed_point(
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace, has_aux=has_aux)
-    report_floor(solver, rounding_floor(start.dtype), start.dtype, policy, "inner")
+    # What autocast lowers is seen when the map is evaluated.
+    device = None if torch.is_autocast_enabled(start.device.type) else start.device
+    floor = rounding_floor(start.dtype, device, layout.rounding)
+    report_floor(solver, floor, start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
-    before = random_states(start.device)
     solution = adjoint.run(problem)
     if has_aux:
         solution.aux = problem.aux[0]
-    refuse_random(before, phi, args, start.device)
+    if problem.watched and problem.watched[0].written and not functorch_level():
+        refuse_changing(phi, solution.value, args, problem.watched[0].written)
     return solution
 
 

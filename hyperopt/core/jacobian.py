@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.operator import Linearization, LinearOperator
+from hyperopt.core.precision import graph_eps
 
 
 class Jacobian(Linearization):
@@ -37,6 +38,11 @@ class Jacobian(Linearization):
         """Keep the graph."""
         self.graph, self.state, self.inputs, self.differentiable = graph, state, inputs, differentiable
         self._pulled: tuple[Tensor, Tensor] | None = None  # a cotangent v, and J^T v with a graph back to it
+
+    @property
+    def rounding(self) -> float:
+        """That of the tensors of half precision in the graph."""
+        return graph_eps(self.graph, self.state)
 
     def _rmatvec(self, v: Tensor) -> Tensor:
         return self._pull(v, self.differentiable)

@@ -29,10 +29,12 @@ import math
 import torch
 from torch import Tensor
 
+from hyperopt.core.precision import product_eps
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.status import Status
 
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
+ROUNDED = 0.5  # times the eps to which the factors of products are rounded, where their sums are not
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
 COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
 AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
@@ -42,9 +44,15 @@ LONGEST = 64  # most iterations between two looks
 MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
 
 
-def rounding_floor(dtype: torch.dtype) -> float:
-    """The least relative residual that can be asked for in ``dtype``."""
-    return FLOOR * torch.finfo(dtype).eps
+def rounding_floor(dtype: torch.dtype, device: torch.device | None = None, rounding: float = 0.0) -> float:
+    """The least relative residual that can be asked for in ``dtype``.
+
+    Args:
+        dtype: of the matrices.
+        device: where they are: the precision is known that products have there now, under autocast or with TF32.
+        rounding: the eps of what they are made from, where that is larger.
+    """
+    return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * max(product_eps(dtype, device), rounding))
 
 
 def relative(difference: Tensor, scale: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class _Run:
         self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(2, dim // 4))
         self.made = 0  # iterations measured
         self.seen = 0  # of them, those before the last look
-        self.next_look = 0
+        self.next_look = process.first_look
         self.expected = -1  # the iteration at which the slowest row may meet its limit; -1: not soon
         self.worst: list[float] = []  # the largest ratio of residual and limit in every iteration that was looked at
         self.lines: list[Tensor] = []  # norms of the batch that are not counted yet
@@ -118,7 +126,7 @@ class _Run:
     def _look(self, last: bool, closing: bool) -> bool:
         """Read how far the rows are, and settle those that are done; returns whether all are."""
         process, block, limits = self.process, self.lines[self.seen - self.made :], self.process.limits()
-        sure = not process.recurs or self.first is None  # the start was measured
+        sure = not process.recurs or self.made == 1  # the start was measured
         worst, met, faults = self._read(block, limits, count=sure)
         if not sure and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
             self.lines[-1], limits, sure = process.confirm(), process.limits(), True
@@ -127,6 +135,7 @@ class _Run:
         self.limit, ratio = limits, worst[-1]
         if self.first is None:
             self.first = block[0]
+        process.stalled = self.seen > 0 and not ratio < self.worst[-1]
         self.worst += worst
         lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
         self.lost, done = lost and sure, ratio <= 1 and not faults and sure
@@ -192,6 +201,8 @@ class _Run:
         left = min(math.log(seen[-1]) / rate, self.max_steps) if rate > 0 else self.max_steps
         if self.process.steady:
             ahead = max(1, math.ceil(left)) if left <= NEAR else max(1, min(int(AHEAD * left), 2 * self.made))
+        elif self.process.recurs:
+            ahead = 1 if left <= 1 else 2 if left <= 2 * NEAR else 3
         else:
             ahead = 2 if left <= 4 * NEAR and self.made > 6 else 3  # it may come nearer by leaps
         self.next_look = self.made - 1 + ahead
@@ -367,7 +378,7 @@ class _Run:
             status = status.masked_fill(left & (ended > self._first), int(Status.diverged))
         status = process.reconsider(status, self.now, settled)
         if self.rows == 1:
-            iterations = torch.full_like(status, min(sum(not x <= 1 for x in self.worst) + 1, self.made))
+            iterations = torch.full_like(status, min(sum(x > 1 for x in self.worst) + 1, self.made))
         else:
             above = torch.zeros_like(status) if self.above is None else self.above
             iterations = (above + 1).clamp(max=self.made)

@@ -29,6 +29,7 @@ class LinearOperator(ABC):
         transposable: whether ``rmatvec`` can be had.
         symmetric: whether ``M`` is known to be symmetric.
         whole: the operator of which this one has some of the rows; what is counted here is counted there too.
+        rounding: the eps of the numbers that products are made of, where that may be larger than the matrices' own.
     """
 
     matvecs = 0
@@ -37,6 +38,11 @@ class LinearOperator(ABC):
     transposable = True
     symmetric = False
     whole: LinearOperator | None = None
+
+    @property
+    def rounding(self) -> float:
+        """See the attributes."""
+        return 0.0
 
     def _count(self, matvecs: int = 0, rmatvecs: int = 0, evaluations: int = 0) -> None:
         self.matvecs += matvecs
@@ -125,6 +131,10 @@ class _Transposed(LinearOperator):
     def __init__(self, of: LinearOperator) -> None:
         self.of, self.transposable, self.symmetric = of, True, of.symmetric
 
+    @property
+    def rounding(self) -> float:
+        return self.of.rounding
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.of.rmatvec(v)
 
@@ -193,6 +203,11 @@ class Reshaped(LinearOperator):
         """Keep both."""
         self.of, self.shape, self.transposable, self.symmetric = of, shape, of.transposable, of.symmetric
 
+    @property
+    def rounding(self) -> float:
+        """That of the other."""
+        return self.of.rounding
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.of.matvec(v.view(self.shape)).reshape(v.shape)
 
@@ -211,6 +226,11 @@ class Complement(LinearOperator):
     def __init__(self, of: LinearOperator, scale: float = 1.0) -> None:
         """Keep both."""
         self.of, self.scale, self.transposable, self.symmetric = of, scale, of.transposable, of.symmetric
+
+    @property
+    def rounding(self) -> float:
+        """That of A."""
+        return self.of.rounding
 
     def _matvec(self, v: Tensor) -> Tensor:
         return torch.add(v, self.of.matvec(v), alpha=-self.scale)

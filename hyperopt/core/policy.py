@@ -14,6 +14,7 @@ from hyperopt.core.checks import IterativeSettings
 from hyperopt.core.status import SolveStats
 
 log = logging.getLogger("hyperopt")
+LOW = 1e-4  # no rounding floor of float32 or float64 by itself is above it
 _counts: Counter[tuple[str, ...]] = Counter()
 
 
@@ -76,8 +77,9 @@ def report_floor(settings: IterativeSettings, floor: float, dtype: object, polic
     name = type(settings).__name__
     if count(what, name, f"floor of {dtype}") == 1:
         warn(
-            f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}, so {floor:.1e} is used; "
-            "raise rtol or compute in float64 (precision=float64)"
+            f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}"
+            f"{' with its products in lower precision' if floor > LOW else ''}, so {floor:.1e} is used; "
+            "raise rtol or compute in float64"
         )
 
 

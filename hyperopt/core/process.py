@@ -15,6 +15,8 @@ class Process(ABC):
         rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
         attentive: whether an iteration costs so much more than a look that every one is looked at.
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
+        first_look: the steps after which the loop looks for the first time.
+        stalled: whether the worst residual has not fallen between the last two looks; set by the loop.
         recurs: whether ``measure`` gives norms by a recurrence: no row is settled before ``confirm`` has measured them.
         steady: whether the residual falls at a rate that hardly rises, so that the end can be predicted.
         holds: whether rows that have met their limits are kept where they are, while others move on.
@@ -26,6 +28,8 @@ class Process(ABC):
 
     rise = 1e3
     attentive = False
+    first_look = 0
+    stalled = False
     faults: Tensor | None = None
     recurs = False
     steady = False

@@ -2,56 +2,43 @@
 
 A solve calls its map many times and a backward takes the derivative of one call: if two calls on one input differ, there is no
 fixed point, and if a call leaves a trace, a solve leaves dozens. Two checks cost next to nothing and are made at every solve: of
-the modules that the map can be seen to use, and of whether the random generators moved. ``check_map`` makes the third, two calls
-on one input, for whatever else there is.
+the modules that the map can be seen to use, and of whether its first evaluation draws random numbers. ``check_map`` makes the
+third, two calls on one input, for whatever else there is.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from hyperopt.core.draws import ImpureMapError, Unreplayed
+from hyperopt.core.places import Places
 
 
-class ImpureMapError(RuntimeError):
-    """The map is random, or changes a state of its own; the message names the module where it can be seen."""
-
-
-def modules_of(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules, with their names, that a map is seen to use: itself, its owner, closed-over ones, globals, arguments."""
-    while isinstance(phi, functools.partial):
-        args, phi = (*args, *phi.args, *phi.keywords.values()), phi.func
-    roots: dict[str, Any] = {"phi": phi, "phi.__self__": getattr(phi, "__self__", None)}
-    code = getattr(phi, "__code__", None)
-    if code is not None:
-        cells = zip(code.co_freevars, getattr(phi, "__closure__", None) or (), strict=False)
-        for name, cell in cells:
-            try:
-                roots[name] = cell.cell_contents
-            except ValueError:  # a variable that is not assigned yet
-                continue
-        scope = getattr(phi, "__globals__", {})
-        roots.update({name: scope[name] for name in code.co_names if isinstance(scope.get(name), nn.Module)})
-    roots.update({f"args[{i}]": arg for i, arg in enumerate(args) if isinstance(arg, nn.Module)})
-    for name, root in roots.items():
-        if isinstance(root, nn.Module):
-            for inner, module in root.named_modules():
-                yield f"{name}.{inner}" if inner else name, module
+def lazy_names(module: torch.nn.Module) -> list[str]:
+    """The parameters and buffers of a lazy module that have no size yet."""
+    return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
 
 
 def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> None:
-    """Refuse a map with a module in training mode that updates running statistics whenever it is called.
+    """Refuse a map with a module that changes when it is called: a lazy one, or running statistics in training mode.
 
     Raises:
         ImpureMapError: names the first one.
     """
-    for name, module in modules_of(phi, args):
+    for name, module in Places.of(phi, args, deep=False).named:
+        if isinstance(module, LazyModuleMixin) and lazy_names(module):
+            raise ImpureMapError(
+                f"the map calls {name} = {module}, whose parameters have no size yet: call it once on an input before the solve"
+            )
         if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             raise ImpureMapError(
                 f"the map calls {name} = {module} in training mode: every evaluation of a solve would update its running "
@@ -60,32 +47,29 @@ def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ())
             )
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a map on ``device`` draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+@torch.no_grad()
+def refuse_changing(phi: Callable[..., Any], value: Any, args: tuple[Any, ...], written: list[Tensor]) -> None:
+    """Refuse a map that changed tensors that it closes over, unless two calls at ``value`` give the same to the bit.
 
-
-def set_random_states(device: torch.device, states: list[Tensor]) -> None:
-    """Put the generators back to what ``random_states`` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def refuse_random(before: list[Tensor], phi: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
-    """Refuse a map during whose calls the generators moved on from the states ``before``.
+    A map may write into memory that it owns, or count its calls, and be a function all the same.
 
     Raises:
-        ImpureMapError: names the dropout modules, if it has any.
+        ImpureMapError: gives the shapes of the tensors.
     """
-    if all(torch.equal(a, b) for a, b in zip(before, random_states(device), strict=True)):
-        return
-    found = [name for name, m in modules_of(phi, args) if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+    one, two = (optree.tree_leaves(phi(optree.tree_map(torch.clone, value), *args)) for _ in range(2))
+    if not all(_same(a, b) for a, b in zip(one, two, strict=True)):
+        shapes = ", ".join(dict.fromkeys(str(tuple(x.shape)) for x in written))
+        raise ImpureMapError(
+            f"the map changes tensors that it closes over (of shape {shapes}) in place, and gives another result at every call: "
+            "it has no fixed point; compute new tensors instead, and pass what changes between solves through args="
+        )
+
+
+def random_map(phi: Callable[..., Any], args: tuple[Any, ...]) -> ImpureMapError:
+    """What to say of a map that draws random numbers; names the dropout modules, if it has any."""
+    found = [name for name, m in Places.of(phi, args, deep=False).named if isinstance(m, _DropoutNd) and m.training and m.p > 0]
     what = f"through {', '.join(found)}" if found else "somewhere"
-    raise ImpureMapError(
+    return ImpureMapError(
         f"the map drew random numbers during the solve, {what}: it is another map at every call and has no fixed point; draw "
         f"them before the solve and pass them through args=, call .eval(), or make the module the cell of a hyperopt.nn.DEQ, "
         f"which draws them once a solve"
@@ -106,17 +90,19 @@ def check_map(phi: Callable[..., Any], w0: Any, args: tuple[Any, ...] = ()) -> N
     """
     refuse_changing_modules(phi, args)
     leaves = [leaf for leaf in optree.tree_leaves(w0) if isinstance(leaf, Tensor)]
-    before = random_states(leaves[0].device) if leaves else []
     results = []
     for _ in range(2):
         given = optree.tree_map(lambda x: x.detach().clone(), w0)
-        results.append(optree.tree_leaves(phi(given, *args)))
+        with Unreplayed() as mode:
+            results.append(optree.tree_leaves(phi(given, *args)))
+        if mode.random:
+            raise random_map(phi, args)
         if not all(_same(a, b) for a, b in zip(optree.tree_leaves(given), leaves, strict=True)):
             raise ImpureMapError("the map changes the state that it is given, in place; return a new tensor")
-    if leaves:
-        refuse_random(before, phi, args, leaves[0].device)
     if not all(_same(a, b) for a, b in zip(*results, strict=True)):
-        names = ", ".join(dict.fromkeys(type(module).__name__ for _, module in modules_of(phi, args))) or "none seen"
+        names = (
+            ", ".join(dict.fromkeys(type(module).__name__ for _, module in Places.of(phi, args, deep=False).named)) or "none seen"
+        )
         raise ImpureMapError(
             f"two calls of the map on one input gave different results: it keeps a state of its own (modules: {names}); pass "
             f"what changes through args="

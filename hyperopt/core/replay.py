@@ -1,14 +1,18 @@
-"""A module's map as a function: random numbers, running statistics and modes stand still for a solve and all its replays.
+"""``Replay``: an evaluation of a function that can be made again, with the random numbers and the state of its first time.
 
-A solve calls its map many times, and a backward may call it again; each call of a module may draw a dropout mask and move batch
-statistics or the vectors of a power iteration. Here every call starts from one state of the module and of the generators, that
-of the moment at which the map was frozen, and leaves no trace:
+A solve calls its map many times, and finite differences, checkpoints and second derivatives evaluate a loss again. The function
+may draw a dropout mask, and may change a state of its own: batch statistics, a moving average, the vectors of a power iteration,
+a counter. Every evaluation after the first is a replay: it sees the same random numbers and the same state, and leaves no trace.
 
-    frozen = FrozenMap(cell, [cell])
-    solution = fixed_point(frozen, ...)      one mask, one set of buffers, in forward and in every replay
-    frozen.commit()                          as if the cell had been called once, at the solution
+    replay = Replay(Places.of(loss))
+    first = replay(loss, w, lam)             draws, and notes what it drew and what it changed, which is put back
+    again = replay(loss, moved, lam)         the same function at another point
+    replay.commit()                          the state becomes what the first evaluation left
 
-The buffers that a call changes are copies, so that none that a graph has saved is written to.
+How: in the first evaluation a dispatch mode keeps the results of all operators that draw, and hands them back in replays. The
+process-wide generator moves on once and is neither compared nor rewound, since other threads draw from it. The state is what the
+function can be seen to use: modules, and what closures, objects and containers hold. Buffers are replaced by copies, so that none
+that a graph has saved is written to. Of any other tensor that is changed in place the value before is kept and put back.
 
 Reference for one mask for a whole solve: Gal & Ghahramani, NeurIPS 2016, arXiv 1512.05287 (variational dropout).
 """
@@ -25,22 +29,152 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.purity import random_states
+from hyperopt.core.draws import Draws, TwiceDifferentiable, handled
+from hyperopt.core.places import Places
 
-Slot = tuple[dict[str, Any], str, Any]
+Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there
+
+
+class Replay:
+    """One evaluation of a function, and its replays.
+
+    Args:
+        places: the state that the function uses.
+        device_type: where it runs: its autocast state is kept.
+        record: whether it will be made again. If not, what it draws is not kept.
+
+    Attributes:
+        random: whether it draws random numbers; None before the first call.
+        wrote: whether the first call changed tensors in place, other than the buffers of modules in training mode.
+    """
+
+    def __init__(self, places: Places, device_type: str = "cpu", *, record: bool = True) -> None:
+        """Take note of the state."""
+        self.record, self.wrote = record, False
+        self.slots: list[Slot] = places.slots()
+        # Buffers that a call may change; after the first call, those that it did.
+        self.moving: list[Slot] = places.buffers()
+        self.rebound: list[Slot] = []  # other places in which a call has put something else
+        self.norms = {id(m._buffers) for m in places.modules if isinstance(m, _NormBase)}  # their kernels count no version
+        self.compiled = any(m._compiled_call_impl is not None for m in places.modules)
+        self.draws: Draws | None = None
+        self.autocast = device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        self.left: list[Any] = []  # of the moving buffers and of the rebound places, after the latest call
+        self.committed = False
+
+    @property
+    def random(self) -> bool | None:
+        """Whether a call draws random numbers; None before the first."""
+        return None if self.draws is None else self.draws.random
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, the first time or again.
+
+        Raises:
+            ImpureMapError: it changes an argument in place, or draws other numbers than the first time.
+        """
+        copies: list[Slot] = [(place, key, buffer.clone()) for place, key, buffer in self.moving]
+        first, draws = self.draws is None, self.draws or Draws()
+        constants = [leaf for arg in args for leaf in optree.tree_leaves(arg) if isinstance(leaf, Tensor)]
+        with self._in_place([*self.slots, *copies]), self._modes():
+            with draws.recorded(first, [copy for *_, copy in copies], constants) if self.record else contextlib.nullcontext():
+                out = function(*args)
+            left = [_get(place, key) for place, key, _ in copies]
+            if first:
+                self.draws, self.wrote = draws, draws.wrote
+                self.rebound = [slot for slot in self.slots if _get(*slot[:2]) is not slot[2]]
+                left = self._settle(copies, left) + self._placed()
+            if not self.committed:
+                self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
+        if first and self.wrote and torch.is_grad_enabled():
+            return self(function, *args)  # with copies: what this graph has saved was put back since
+        return out
+
+    def commit(self) -> None:
+        """Let the state be as the latest call has left it; further calls are replays."""
+        if self.committed:
+            return
+        self.committed, kept = True, []
+        with torch.no_grad():
+            for (place, key, buffer), new in zip(self.moving, self.left, strict=False):
+                kept.append((place, key, buffer.clone()))  # for the replays
+                if isinstance(new, Tensor) and new.shape == buffer.shape:
+                    buffer.copy_(new)  # others may hold it
+                else:
+                    place[key] = new
+        for (place, key, _), new in zip(self.rebound, self.left[len(kept) :], strict=True):
+            place[key] = new
+        self.moving, self.left = kept, []
+        if self.draws is not None:
+            self.draws.commit()
+
+    def _settle(self, copies: list[Slot], left: list[Any]) -> list[Any]:
+        """What the first call left of the buffers that it changed; the others are not copied any more."""
+        moved = [
+            # Inference tensors count no version.
+            id(place) in self.norms or new is not copy or copy.is_inference() or copy._version > 0
+            for (place, _, copy), new in zip(copies, left, strict=True)
+        ]
+        self.slots += [slot for slot, move in zip(self.moving, moved, strict=True) if not move]
+        self.moving = [slot for slot, move in zip(self.moving, moved, strict=True) if move]
+        return [new for new, move in zip(left, moved, strict=True) if move]
+
+    def _placed(self) -> list[Any]:
+        """What is left of tensors that the first call changed in place in a known place; they become copies too."""
+        assert self.draws is not None
+        left = []
+        for place, key, value in self.slots:
+            after = self.draws.release(value) if isinstance(value, Tensor) else None
+            if after is not None:
+                self.moving.append((place, key, value))
+                left.append(after)
+        return left
+
+    @contextlib.contextmanager
+    def _in_place(self, slots: list[Slot]) -> Iterator[None]:
+        """Put the values of ``slots`` in their places, and back what was there."""
+        before = [_get(place, key) for place, key, _ in slots]
+        for place, key, value in slots:
+            place[key] = value
+        try:
+            yield
+        finally:
+            for (place, key, _), value in zip(slots, before, strict=True):
+                place[key] = value
+
+    def _modes(self) -> contextlib.ExitStack:
+        """The modes of PyTorch in which the function runs."""
+        modes = contextlib.ExitStack()
+        kind, enabled, dtype = self.autocast
+        if torch.is_autocast_enabled(kind) != enabled:
+            # A replay outside of the block of the first call, or inside another.
+            modes.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+        if self.compiled:
+            if not functorch_level():
+                # Compiled code cannot be traced through the watching of ``captured``, which finds parameters in the graph too.
+                modes.enter_context(torch._C.DisableTorchFunction())  # pyright: ignore[reportArgumentType]
+        elif torch.is_grad_enabled():
+            modes.enter_context(TwiceDifferentiable())
+        return modes
+
+
+def _get(place: Any, key: Any) -> Any:
+    """What is in a place; None where there is nothing."""
+    return place.get(key) if isinstance(place, dict) else place[key]
 
 
 class FrozenMap:
-    """``phi`` with the modules that it uses as they are now.
+    """``phi`` with the modules that it uses as they are now: a function, in a solve and in every replay of it.
+
+        frozen = FrozenMap(cell, [cell])
+        solution = fixed_point(frozen, ...)      one mask, one set of buffers
+        frozen.commit()                          as if the cell had been called once, at the solution
 
     Args:
         phi: the map, called ``phi(z, *terms)``.
         modules: what it uses; their parameters, buffers and training flags are put back for every call.
-        device: where the map runs: its generator and its autocast state are kept.
+        device: where the map runs: its autocast state is kept.
         watch: told the state of every call until ``commit``.
-
-    Attributes:
-        random: whether a call draws random numbers; None before the first.
     """
 
     def __init__(
@@ -51,23 +185,14 @@ class FrozenMap:
         watch: Callable[[Any], None] | None = None,
     ) -> None:
         """Take note of everything."""
-        self.phi, self.device, self.watch = phi, device, watch
-        inner = list(dict.fromkeys(module for root in modules for module in root.modules()))
-        self.slots: list[Slot] = [(vars(m), "training", m.training) for m in inner]
-        self.slots += [(m._parameters, name, p) for m in inner for name, p in m._parameters.items() if p is not None]
-        self.slots += [(m._buffers, name, b) for m in inner if not m.training for name, b in m._buffers.items()]
-        # Buffers that a call may change; after the first call, those that it did.
-        self.moving: list[Slot] = [
-            (m._buffers, name, b) for m in inner if m.training for name, b in m._buffers.items() if b is not None
-        ]
-        self.norms = {id(m._buffers) for m in inner if isinstance(m, _NormBase)}  # their kernels count no version
-        self.compiled = any(m._compiled_call_impl is not None for m in inner)
-        self.random: bool | None = None
-        self.generators: list[Tensor] = []  # as the first call finds them
+        self.phi, self.watch = phi, watch
+        self.replay = Replay(Places.of_modules(modules), device.type)
         self.rows: torch.Size | None = None
-        self.autocast = torch.is_autocast_enabled(device.type)
-        self.autocast_dtype = torch.get_autocast_dtype(device.type)
-        self.after: tuple[list[Tensor], list[Tensor]] | None = ([], [])  # buffers and generators after the latest call
+
+    @property
+    def random(self) -> bool | None:
+        """Whether a call draws random numbers; None before the first."""
+        return self.replay.random
 
     @property
     def pullback(self) -> Any:
@@ -78,82 +203,15 @@ class FrozenMap:
         """``phi(z, *terms)``, in the dtypes of ``z``."""
         self._check_rows(z)
         if self.watch is not None:
-            self.watch(z)
-        copies: list[Slot] = [(place, name, buffer.clone()) for place, name, buffer in self.moving]
-        with self._generators(), self._in_place([*self.slots, *copies]), self._modes():
-            out = self.phi(z, *terms)
-            changed = [place[name] for place, name, _ in copies]
-        if self.after is not None:
-            self.after = self._moved(copies, changed), self.after[1]
-        return _in_dtypes_of(z, out) if self.autocast else out
+            with handled():
+                self.watch(z)
+        out = self.replay(self.phi, z, *terms)
+        return _in_dtypes_of(z, out) if self.replay.autocast[1] else out
 
     def commit(self) -> None:
-        """Let the modules and the generators be as the latest call would have left them; further calls are replays."""
-        if self.after is None:
-            return
-        (buffers, generators), self.after, self.watch = self.after, None, None
-        with torch.no_grad():
-            for (_, _, original), new in zip(self.moving if buffers else (), buffers, strict=True):
-                original.copy_(new)
-        if self.random and generators:
-            _set_generators(generators, self.device)
-
-    def _moved(self, copies: list[Slot], changed: list[Tensor]) -> list[Tensor]:
-        """The buffers that this call has changed; from now on the others are not copied any more."""
-        moved = [
-            # Inference tensors count no version.
-            id(place) in self.norms or new is not copy or copy.is_inference() or copy._version > 0
-            for (place, _, copy), new in zip(copies, changed, strict=True)
-        ]
-        if not all(moved):
-            self.slots += [slot for slot, move in zip(self.moving, moved, strict=True) if not move]
-            self.moving = [slot for slot, move in zip(self.moving, moved, strict=True) if move]
-        return [new for new, move in zip(changed, moved, strict=True) if move]
-
-    @contextlib.contextmanager
-    def _in_place(self, slots: list[Slot]) -> Iterator[None]:
-        """Put the values of ``slots`` in their places, and back what was there."""
-        before = [place.get(name) for place, name, _ in slots]
-        for place, name, value in slots:
-            place[name] = value
-        try:
-            yield
-        finally:
-            for (place, name, _), value in zip(slots, before, strict=True):
-                place[name] = value
-
-    def _modes(self) -> contextlib.ExitStack:
-        """The modes of PyTorch in which the map runs."""
-        modes = contextlib.ExitStack()
-        if torch.is_autocast_enabled(self.device.type) != self.autocast:
-            # A replay outside of the block in which the map was frozen, or inside another.
-            modes.enter_context(torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast))
-        if self.compiled and not functorch_level():
-            # Compiled code cannot be traced through the watching of ``captured``, which finds parameters in the graph too.
-            modes.enter_context(torch._C.DisableTorchFunction())  # pyright: ignore[reportArgumentType]
-        return modes
-
-    @contextlib.contextmanager
-    def _generators(self) -> Iterator[None]:
-        """Draw the numbers of the first call, and leave the generators as they were found."""
-        if self.random is False:
-            yield
-            return
-        found = random_states(self.device)
-        if self.random is None:
-            self.generators = found
-        else:
-            _set_generators(self.generators, self.device)
-        try:
-            yield
-        finally:
-            end = random_states(self.device)
-            if self.random is None:
-                self.random = not all(torch.equal(a, b) for a, b in zip(found, end, strict=True))
-            if self.random:
-                _set_generators(found, self.device)
-                if self.after is not None:
-                    self.after = self.after[0], end
+        """Let the modules be as the latest call would have left them; further calls are replays."""
+        self.replay.commit()
+        self.watch = None
 
     def _check_rows(self, z: Any) -> None:
         """Refuse fewer rows than before: the same numbers would be other masks."""
@@ -172,10 +230,3 @@ def _in_dtypes_of(z: Any, out: Any) -> Any:
     if len(like) != len(leaves):
         return out
     return optree.tree_unflatten(spec, [x.to(y.dtype) if isinstance(x, Tensor) else x for x, y in zip(leaves, like, strict=True)])
-
-
-def _set_generators(states: list[Tensor], device: torch.device) -> None:
-    """Put the generators into these states, as ``random_states`` returns them."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

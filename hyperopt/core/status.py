@@ -26,6 +26,14 @@ class Status(enum.IntEnum):
     diverged = 7
     nonfinite = 8
 
+    def __str__(self) -> str:
+        """The name."""
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        """The name, or the code where ``spec`` is that of a number."""
+        return format(int(self), spec) if spec[-1:] in ("d", "x", "b", "n") and spec else format(self.name, spec)
+
     @property
     def failed(self) -> bool:
         """Whether the result must not be used without a second look."""
@@ -41,22 +49,22 @@ _MESSAGES = {
     Status.converged: "the residual met its tolerance",
     Status.fixed_steps: "exactly max_steps steps were taken, as asked for by rtol=0, atol=0",
     Status.max_steps: "the tolerance was not met within max_steps; raise max_steps, loosen rtol or choose another method",
-    Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or compute in float64 (precision=float64)",
+    Status.stagnated: "the residual stopped falling above its tolerance; loosen rtol or compute in float64",
     Status.coupled_rows: "the residual of a finished row rose again: rows depend on each other; use rows='joint'",
     Status.breakdown: "the method broke down (a division by zero or a singular system); choose another method",
     Status.negative_curvature: (
         "a direction of negative curvature was met: I - J is not positive definite (an inner loss that is not convex here?); use "
-        "MINRES (adjoint=minres), curvature='gauss_newton', or add a quadratic penalty to the inner loss"
+        "MINRES, curvature='gauss_newton', or add a quadratic penalty to the inner loss"
     ),
     Status.diverged: (
-        "the residual grew: the map does not contract here; use Anderson (solver=anderson) or, for the adjoint, GMRES "
-        "(adjoint=gmres), damp it, or bound its Jacobian's norm"
+        "the residual grew: the map does not contract here; use Anderson or, for the adjoint, GMRES, damp it, or "
+        "bound its Jacobian's norm"
     ),
     Status.nonfinite: "a NaN or infinity was met; check the inputs, lower the step size or the scale of the parameters",
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class SolveStats:
     """What one solve did and cost. Tensors stay on their device until they are read.
 
@@ -89,6 +97,15 @@ class SolveStats:
     def status(self) -> Status:
         """The worst status over the rows (converged for a solve of no rows)."""
         return Status(int(self.row_status.max())) if self.row_status.numel() else Status.converged
+
+    def __repr__(self) -> str:
+        """Method, status, iterations, residual, rows and costs."""
+        steps = int(self.iterations.max()) if self.iterations.numel() else 0
+        costs = "".join(f", {name}={count}" for name in ("evaluations", "vjps", "jvps") if (count := getattr(self, name)))
+        return (
+            f"SolveStats({self.method or 'no method'}: {self.status}, iterations={steps}, "
+            f"residual={self.worst_residual():.3g}, rows={self.row_status.numel()}{costs})"
+        )
 
     def worst_residual(self) -> float:
         """The largest residual over the rows (NaN if any is)."""

@@ -10,6 +10,9 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hyperopt.core.checks import plain
+from hyperopt.core.precision import half_eps
+
 ROWS = ("auto", "batch", "joint")
 
 
@@ -48,6 +51,11 @@ class Layout:
     joint: bool
     device: torch.device
     scales: tuple[float, ...] = ()
+
+    @property
+    def rounding(self) -> float:
+        """The eps of leaves in half precision, which they keep as parts of a matrix in float32; 0 without any."""
+        return max(map(half_eps, self.dtypes), default=0.0)
 
     @property
     def trivial(self) -> bool:
@@ -153,7 +161,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
         dtype = torch.promote_types(dtype, leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype)
     units: tuple[float, ...] = ()
     if scales is not None:
-        units, given = tuple(optree.tree_leaves(scales)), optree.tree_structure(scales)
+        units, given = tuple(map(plain, optree.tree_leaves(scales))), optree.tree_structure(scales)
         if given != spec:
             raise ValueError(f"scales has the structure {given}, w0 has {spec}; give one number for each tensor of w0")
         if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in units):

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import plain
+from hyperopt.core.state import check_entries
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -103,5 +106,16 @@ class Batches:
         return {"epoch": self._epoch, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-        self._epoch, self._number = state["epoch"], state["number"]
+        """Take back what ``state_dict`` returned.
+
+        Raises:
+            ValueError: another entry, or a place that these batches do not have.
+        """
+        check_entries(state, ("epoch", "number"), "Batches")
+        epoch, number = plain(state["epoch"]), plain(state["number"])
+        if not (isinstance(epoch, int) and isinstance(number, int) and epoch >= 0 and 0 <= number < self.per_epoch):
+            raise ValueError(
+                f"the state for Batches: epoch={epoch!r}, number={number!r} is no place here, where an epoch has "
+                f"{self.per_epoch} batches; give the state of the same rows in batches of the same size"
+            )
+        self._epoch, self._number = epoch, number

@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hyperopt.core.checks import plain, taken
+
 ORDERS = ("shuffled", "head_tail", "tail_head")
 NORMALIZATIONS = ("unit", "standard")
 
@@ -22,6 +24,7 @@ def default_root() -> str:
 
 def _check_whole(name: str, value: Any, low: int, high: int, why: str) -> None:
     """Refuse ``dataset.<name>`` that is not a whole number in ``[low, high]``."""
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"dataset.{name}={value!r} must be a whole number from {low} to {high}{why}; change dataset.{name}")
 
@@ -143,7 +146,7 @@ class SyntheticSettings:
         _check_choice("targets", self.targets, ("classes", "numbers"))
         _check_whole("seed", self.seed, 0, 2**32 - 1, "")
         for name in ("noise", "shift"):
-            value = getattr(self, name)
+            value = taken(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"dataset.{name}={value!r} must be a finite number; change dataset.{name}")
 
@@ -268,6 +271,8 @@ class AugmentSettings:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        for name in ("padding", "flip", "fill"):
+            taken(self, name)
         if not isinstance(self.padding, int) or isinstance(self.padding, bool) or not 0 <= self.padding <= 2**15:
             raise ValueError(f"padding={self.padding!r} must be a whole number from 0 to {2**15}; change padding")
         if not isinstance(self.flip, int | float) or isinstance(self.flip, bool) or not 0 <= self.flip <= 1:

@@ -3,7 +3,8 @@
     net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), DEQ(ResNetCell(48, 64)), nn.AvgPool2d(8), ...)
 
 The cell is any module ``f(z, x)``; z is any tree of tensors. The layer owns it: dropout masks and batch statistics stand still
-during a solve and in every replay of it (``hyperopt.core.replay``), and are updated once a forward.
+during a solve and in every replay of it (``hyperopt.core.replay``), and are updated once a forward. Lazy modules in the cell get
+their sizes from the first input and initial state.
 
 Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
 """
@@ -21,13 +22,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import POLICIES
 from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.purity import lazy_names
 from hyperopt.core.replay import FrozenMap
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import ROWS, layout_of
-from hyperopt.nn.state import zero_state
+from hyperopt.nn.state import materialise, refuse_guess, rows_are_coupled, zero_state
 
 
 class Observer(Protocol):
@@ -54,8 +57,9 @@ class DEQ(nn.Module):
         cell: the map.
         solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
         adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
-        rows: ``"batch"``, ``"joint"`` or ``"auto"``, see ``hyperopt.fixed_point``. BatchNorm that takes the statistics of its
-            batch couples the rows: ``"auto"`` is then ``"joint"``.
+        rows: ``"batch"``, ``"joint"`` or ``"auto"``, see ``hyperopt.fixed_point``. Where rows depend on each other, as the nodes
+            of a graph do, or by BatchNorm that takes the statistics of its batch, ``"auto"`` is ``"joint"``; at its first
+            batch, a layer looks whether its cell's rows do.
         policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
         fallback: solvers tried in turn under ``policy="fallback"``.
         initial: ``initial(x)`` returns where a solve starts (None: the cell's own ``initial``, else zeros like x).
@@ -70,6 +74,8 @@ class DEQ(nn.Module):
     Raises:
         TypeError, ValueError: an argument of another kind.
     """
+
+    _coupled: bool | None = None  # whether the cell's rows depend on each other; None: it has not been looked
 
     def __init__(
         self,
@@ -135,9 +141,32 @@ class DEQ(nn.Module):
     def _solve(self, x: Any, z0: Any, v0: Any, trace: bool) -> Any:
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in optree.tree_leaves(x)):
             raise ValueError("DEQ: x is on the meta device, which has no numbers to solve for; move it to another device")
+        guessed = z0 is None and self._initial is None
         z0 = _detached(self.start(x) if z0 is None else z0)
+        if lazy_names(self.cell):
+            z0 = materialise(self.cell, z0, x, guessed=guessed)
         phi, terms, row_args = self._map(x)
+        try:
+            return self._solved(phi, terms, row_args, z0, v0, trace)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if guessed and not functorch_level():
+                refuse_guess(error, self.cell, phi, z0, terms)
+            raise
+
+    def _solved(
+        self, phi: Callable[..., Any], terms: tuple[Any, ...], row_args: Sequence[int], z0: Any, v0: Any, trace: bool
+    ) -> Any:
+        """The fixed point from a given start."""
         layout = layout_of(z0, self._rows())
+        if not layout.joint and phi is self.cell and layout.rows > 1:
+            if self._coupled is None and not (functorch_level() or torch.is_inference_mode_enabled()):
+                self._coupled = rows_are_coupled(self.cell, z0, terms)
+        if not layout.joint and self._coupled:
+            if self.rows == "batch":
+                raise ValueError(
+                    "DEQ: rows='batch', but rows of the cell's output depend on other rows of the state; set rows='joint'"
+                )
+            layout = layout_of(z0, "joint")
         device = optree.tree_leaves(z0)[0].device
         observer = self.observer
         watch = None if observer is None else observer.before(self)
@@ -163,17 +192,21 @@ class DEQ(nn.Module):
         return solution.value
 
     def start(self, x: Any) -> Any:
-        """Return the initial state for ``x``: of the given ``initial``, of the cell's, or zeros.
+        """Return the initial state for ``x``: of the given ``initial``, of the cell's, or zeros like x.
 
         Raises:
             TypeError: there is neither, and x is no tensor.
         """
-        initial = self.initial or getattr(self.cell, "initial", None)
-        if initial is not None:
-            return initial(x)
+        if self._initial is not None:
+            return self._initial(x)
         if not isinstance(x, Tensor):
             raise TypeError(f"DEQ: x is a {type(x).__name__}, which names no initial state; set initial")
         return zero_state(x)
+
+    @property
+    def _initial(self) -> Callable[[Any], Any] | None:
+        """The given ``initial``, or the cell's."""
+        return self.initial or getattr(self.cell, "initial", None)
 
     def compile_map(self) -> None:
         """Compile the cell's map with ``torch.compile``, in place."""

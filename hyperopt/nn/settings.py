@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hyperopt.core.checks import check_choice, check_count, check_flag, check_number, check_open_unit, check_optional
+from hyperopt.core.checks import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_flag,
+    check_number,
+    check_open_unit,
+    check_optional,
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class MDEQSettings:
     def __post_init__(self) -> None:
         """Check the ranges; lists become tuples."""
         for name in ("channels", "head"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            check_counts(self, name)
         for name in ("expansion", "groups", "final"):
             check_count(self, name)
         check_number(self, "dropout", 0.0, 1.0)

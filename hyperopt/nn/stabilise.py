@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import optree
@@ -52,9 +53,9 @@ class Stabilise:
         if not self.layers:
             raise ValueError(f"Stabilise: {type(network).__name__} has no DEQ layer; give a network that has one")
         for name, number in {"jacobian": jacobian, "states": states, **{f"steps[{i}]": k for i, k in enumerate(steps)}}.items():
-            if not isinstance(number, int) or number < 0:
+            if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
                 raise ValueError(f"Stabilise: {name}={number!r} must be a whole number >= 0; change it")
-        self._samples, self._count, self._steps = jacobian, states, frozenset(steps)
+        self._samples, self._count, self._steps = int(jacobian), int(states), frozenset(map(int, steps))
         self._solves: list[_Iterates] = []
         self.jacobian: Tensor = torch.zeros(())
         self.states: list[Any] = []

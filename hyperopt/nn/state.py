@@ -1,12 +1,124 @@
-"""Initial states."""
+"""States of a cell: where a solve starts, whether that fits the cell, and whether its rows depend on each other."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hyperopt.core.replay import FrozenMap
 
 
 def zero_state(x: Tensor, *shape: int) -> Tensor:
     """Return zeros of ``shape`` (none: that of x) on x's device and in its dtype, under autocast in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return torch.zeros(shape or x.shape, dtype=dtype, device=x.device)
+
+
+def alike(one: Any, two: Any) -> bool:
+    """Whether two trees have one structure, and tensors of the same shapes."""
+    if optree.tree_structure(one) != optree.tree_structure(two):
+        return False
+    pairs = zip(optree.tree_leaves(one), optree.tree_leaves(two), strict=True)
+    return all(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape for a, b in pairs)
+
+
+def refuse_guess(error: Exception, cell: nn.Module, phi: Callable[..., Any], z0: Any, terms: tuple[Any, ...]) -> None:
+    """Say that ``initial`` is missing, where a solve from zeros like the input failed because no state of the cell is like that.
+
+    Args:
+        error: how it failed.
+        cell: the cell.
+        phi: its map.
+        z0: where the solve started.
+        terms: what the map takes beside the state.
+
+    Raises:
+        Exception: of the kind of ``error``.
+    """
+    try:
+        with torch.no_grad():
+            fits = alike(FrozenMap(phi, [cell], optree.tree_leaves(z0)[0].device)(z0, *terms), z0)
+    except Exception:  # whatever a cell raises at a state that is none
+        fits = False
+    if not fits and type(error) in (IndexError, RuntimeError, TypeError, ValueError):
+        raise type(error)(
+            f"{error}. The DEQ started at zeros like its input, of shape {tuple(z0.shape)}; if the cell's state has another size "
+            "or structure, give DEQ(..., initial=...), a function of the input that returns the initial state"
+        ) from error
+
+
+def materialise(cell: nn.Module, z0: Any, x: Any, *, guessed: bool) -> Any:
+    """Give the lazy modules of a cell their sizes by one call of it, and return the initial state.
+
+    Args:
+        cell: called in evaluation mode, in which nothing is drawn but parameters, and no statistics move.
+        z0: the initial state.
+        x: the input.
+        guessed: whether ``z0`` is only a guess: if the cell returns another size, zeros of that size are the state. Sizes are for
+            good, so that both are tried out in copies.
+
+    Raises:
+        ValueError: the guess does not fit, and neither does what the cell returns there.
+    """
+
+    def call(cell: nn.Module, z: Any) -> Any:
+        modes = {name: module.training for name, module in cell.named_modules()}
+        try:
+            with torch.no_grad():
+                return cell.eval()(z, x)
+        finally:
+            for name, module in cell.named_modules():
+                module.training = modes[name]
+
+    if guessed:
+        out = call(copy.deepcopy(cell), z0)
+        if not alike(out, z0):
+            found = optree.tree_map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, out)
+            if not alike(call(copy.deepcopy(cell), found), found):
+                raise ValueError(
+                    f"DEQ: the cell has lazy modules, and takes no state like its input, of shape {tuple(z0.shape)}; give "
+                    "DEQ(..., initial=...), a function of the input that returns the initial state"
+                )
+            z0 = found
+    call(cell, z0)
+    return z0
+
+
+def rows_are_coupled(cell: nn.Module, z0: Any, terms: tuple[Any, ...]) -> bool:
+    """Whether a row of the cell's output depends on another row of the state.
+
+    For every bit of the rows' numbers, it takes the gradient of the output's rows that have the bit in the state's rows that have
+    not, and the other way round: any two rows differ in one bit at least. It costs two products a bit.
+
+    Args:
+        cell: the map.
+        z0: a state, whose leaves share their first dimension; the gradients are taken near by.
+        terms: what the map takes beside the state.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator).to(x)
+
+    with torch.enable_grad():
+        state = optree.tree_map(lambda x: (x + 0.1 * drawn(x)).requires_grad_(), z0)
+        leaves: list[Tensor] = optree.tree_leaves(state)
+        given = optree.tree_map(torch.clone, state)  # a leaf must not be changed in place, which the solve is to refuse by itself
+        found = optree.tree_leaves(FrozenMap(cell, [cell], leaves[0].device)(given, *terms))
+    outs = [out for out in found if isinstance(out, Tensor) and out.requires_grad]
+    ways, rows = [drawn(out) for out in outs], leaves[0].shape[0]
+    places = torch.arange(rows, device=leaves[0].device)
+    for bit in range((rows - 1).bit_length() if outs else 0):
+        for value in (0, 1):
+            ones = (places >> bit) % 2 == value
+            given = [way * ones.view(-1, *(1,) * (way.dim() - 1)) for way in ways]
+            slopes = torch.autograd.grad(outs, leaves, given, retain_graph=True, allow_unused=True)
+            others = [slope[~ones] for slope in slopes if slope is not None]
+            if any(bool(((slope != 0) & slope.isfinite()).any()) for slope in others):
+                return True
+    return False

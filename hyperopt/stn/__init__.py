@@ -15,7 +15,7 @@ _PUBLIC = {
     "Draw": "hyperopt.stn.draw",
     "convert": "hyperopt.stn.network",
     "STN": "hyperopt.stn.network",
-    "KINDS": "hyperopt.stn.network",
+    "KINDS": "hyperopt.stn.kinds",
     "HyperLayer": "hyperopt.stn.layer",
     "Dropout": "hyperopt.stn.dropout",
     "SelfTuning": "hyperopt.stn.step",
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from hyperopt.stn.draw import Draw as Draw
     from hyperopt.stn.dropout import Dropout as Dropout
     from hyperopt.stn.guards import TuningError as TuningError
+    from hyperopt.stn.kinds import KINDS as KINDS
     from hyperopt.stn.layer import HyperLayer as HyperLayer
-    from hyperopt.stn.network import KINDS as KINDS
     from hyperopt.stn.network import STN as STN
     from hyperopt.stn.network import convert as convert
     from hyperopt.stn.schedule import TunedSchedule as TunedSchedule

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hyperopt.core.checks import check_choice, check_count
+from hyperopt.core.checks import check_choice, check_count, check_counts
 
 DENSE_DROPOUT = ("after", "before")
-
-
-def whole_numbers(owner: Any, name: str, low: int = 1) -> None:
-    """Refuse a field that is no list of whole numbers of at least ``low``; a list (a composed config) becomes a tuple."""
-    given = getattr(owner, name)
-    if isinstance(given, str) or not isinstance(given, Sequence) or any(type(n) is not int or n < low for n in given):
-        raise ValueError(f"{type(owner).__name__}: {name}={given!r} must list whole numbers >= {low}, as [8, 16]; change {name}")
-    object.__setattr__(owner, name, tuple(given))
 
 
 @dataclass(frozen=True)
@@ -42,10 +32,10 @@ class ClassifierSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        whole_numbers(self, "channels")
-        whole_numbers(self, "strides")
-        whole_numbers(self, "pooled", 0)
-        whole_numbers(self, "dense")
+        check_counts(self, "channels")
+        check_counts(self, "strides")
+        check_counts(self, "pooled", 0)
+        check_counts(self, "dense")
         check_count(self, "kernel_size")
         check_choice(self, "dense_dropout", DENSE_DROPOUT)
         name, layers = type(self).__name__, len(self.channels)

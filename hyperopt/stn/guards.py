@@ -41,15 +41,15 @@ class Watch:
             if not all(map(math.isfinite, values)):
                 bad = next(value for value in values if not math.isfinite(value))
                 raise TuningError(
-                    f"the {kind} loss is {bad} after {updates} weight updates; lower the learning rate of the weights "
-                    "(weights_optimizer.lr) or the scale of the perturbation"
+                    f"the {kind} loss is {bad} after {updates} weight updates; lower the learning rate of the optimizer "
+                    "weights, or the scale of the perturbation"
                 )
         for kind, values in (("value", u), ("scale", s)):
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise TuningError(
                         f"the {kind} of {name} is {value} in R after {updates} weight updates; lower the learning rate of the "
-                        "hyperparameters (optimizer.lr) or of the scales (scale_optimizer.lr)"
+                        "optimizer of the hyperparameters, or that of scales"
                     )
 
     def saturated(self, space: HyperSpace, u: Mapping[str, float], sigma: Mapping[str, float]) -> None:

@@ -1,27 +1,23 @@
-"""What all hyper-layers share: their response parameters, and how a draw reaches them.
+"""Layers that give their weights out with a response, and how a draw reaches them.
 
-    y = W x + b + (V delta) * (H x) + (C delta) * h          V: (units, K) or (1, K), C the same, for K hyperparameters
-
-so that a row's weights are ``W + diag(V delta) H``, affine in the hyperparameters of that row, at the price of a second product.
-
-A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay where they were, and ``collapse``
-changes the class back. The draw lies in a ``Context`` that all layers of a network share, for as long as one call of it.
-
-Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 3.2; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514, section 4.1.
+A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay where they were, its forward is its
+own, and ``collapse`` changes the class back. What changes is what the code of a network gets when it reads a weight of the layer
+during a call: a tensor that responds, see ``hyperopt.stn.response``. The draw lies in a ``Context`` that all layers of a network
+share, for as long as one call of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import functional
 
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.response import Response, Use, responding
 
 
 class Context:
@@ -30,12 +26,16 @@ class Context:
     Attributes:
         draw: that draw; None outside of a call.
         linear: whether outputs are linearised in the response, as tangents of a dual level.
+        unsure: weights whose layer got inputs with two dimensions as long as there are examples, see ``STN.forward``.
+        sure: those of them whose first dimension has turned out to be that of the examples.
     """
 
     def __init__(self) -> None:
         """No call yet."""
         self.draw: Draw | None = None
         self.linear = False
+        self.unsure: set[str] = set()
+        self.sure: set[str] = set()
 
     @contextlib.contextmanager
     def holding(self, draw: Draw | None) -> Iterator[None]:
@@ -74,7 +74,8 @@ class InContext(nn.Module):
         if self.context is None or self.context.draw is None:
             raise RuntimeError(
                 f"{type(self).__name__} {self.place!r} was called without a draw: put it into a network, convert that "
-                "(hyperopt.stn.convert), and call what convert gave back, as stn(x, draw)"
+                "(hyperopt.stn.convert), and call what convert gave back, as stn(x, draw); "
+                "if torch.utils.checkpoint calls it again, take the gradient within `with stn.at(draw)`"
             )
         return self.context.draw
 
@@ -100,137 +101,149 @@ class InContext(nn.Module):
 class HyperLayer(InContext):
     """A layer whose weights respond.
 
+    A subclass says how those of a kind of layer do; one of your own goes into ``hyperopt.stn.KINDS``. A subclass of both this
+    class and the layer has a ``forward`` of its own, which reads weights by ``base`` and responses in ``responses``.
+
     Attributes:
-        responds_by: names of its weights; each has a response ``response_<name>``.
-        shifts_by: names of its biases; all share the response ``response_bias`` of the first.
-        gate: V. shape: (units or 1, K)
-        bias_gate: C, where there is a bias. shape: (units or 1, K)
+        axis: of a matrix or filters, that has the units; vectors have one axis.
+        silent: weights that never respond.
+        responses: the response of each weight that has one, by its name in the layer.
+        examples: the dimension of its inputs that has the examples.
     """
 
-    responds_by: ClassVar[tuple[str, ...]] = ("weight",)
-    shifts_by: ClassVar[tuple[str, ...]] = ("bias",)
-    channels: ClassVar[int] = -1  # the dimension of the outputs that has the units
+    axis: ClassVar[int] = 0
+    silent: ClassVar[tuple[str, ...]] = ()
 
-    gate: nn.Parameter
-    bias_gate: nn.Parameter | None
-    response_bias: nn.Parameter
+    responses: nn.ModuleDict
+    examples: int = 0
 
-    @classmethod
-    def become(cls, module: nn.Module, context: Context, place: str, count: int, gate: str, std: float) -> None:
-        """Turn a plain layer into this one, in place; with gates at zero it is the same function.
+    @torch.compiler.disable(
+        reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
+    )
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer as the plain one does, which reads the responding weights.
 
-        Args:
-            module: the plain layer.
-            context: of the network.
-            place: its name there.
-            count: number of hyperparameters.
-            gate: ``unit`` or ``scalar``.
-            std: standard deviation of the gates.
+        Raises:
+            RuntimeError: there is no draw.
         """
-        module.__class__ = cls
-        assert isinstance(module, HyperLayer)
-        module.join(context, place)
-        weight = getattr(module, cls.responds_by[0])
-        if weight is None:
-            raise ValueError(f"{cls.plain.__name__} {place!r} has no weight that could respond; name it in convert(skip=...)")
-        for name in cls.responds_by:
-            module.register_parameter(f"response_{name}", nn.Parameter(module.fresh(getattr(module, name))))
-        units = module.units() if gate == "unit" else 1
-        module.gate = nn.Parameter(std * torch.randn(units, count).to(weight))
-        bias = getattr(module, cls.shifts_by[0], None) if cls.shifts_by else None
-        module.register_parameter("response_bias", None if bias is None else nn.Parameter(torch.ones_like(bias)))
-        gates = None if bias is None else nn.Parameter(std * torch.randn(units, count).to(weight))
-        module.register_parameter("bias_gate", gates)
+        _ = self.draw
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def units(self) -> int:
-        """Outputs that have a gate each."""
-        return getattr(self, self.responds_by[0]).shape[0]
+    def base(self, name: str) -> Tensor:
+        """A weight without its response: a parameter, or what a parametrization makes of its parameters."""
+        found = self._parameters.get(name)
+        return getattr(super(type(self), self), name) if found is None else found
 
-    def response(self) -> list[nn.Parameter]:
-        """The response parameters: H, h, V, C."""
-        names = [*(f"response_{name}" for name in self.responds_by), "response_bias", "gate", "bias_gate"]
-        return [found for name in names if (found := getattr(self, name)) is not None]
+    def read(self, name: str) -> Tensor:
+        """A weight as the code of the network gets it: responding during a call at a draw that asks for it."""
+        weight, context = self.base(name), self.context
+        if context is None or context.draw is None or not context.draw.responds:
+            return weight
+        response: Any = self.responses[name]
+        draw, direction, gate = context.draw, response.direction, response.gate
+        if torch._C._len_torch_function_stack() > context.linear:  # a mode of others, which sees no more of them after this
+            weight, direction, gate, delta = (part.view_as(part) for part in (weight, direction, gate, draw.delta))
+            draw = replace(draw, delta=delta)
+        place = f"{self.place}.{name}" if self.place else name
+        parts = (weight, direction, gate, response.axis, draw, context.linear)
+        return responding(Use(*parts, type(self).__name__, place, self.examples, context.unsure))
 
-    def respond(self, y: Tensor, product: Tensor, draw: Draw) -> Tensor:
-        """``y + (V delta) * product + (C delta) * h``.
-
-        Args:
-            y: the plain layer's outputs, as duals under ``context.linear``. shape: (rows, ..., units)
-            product: ``H x``. The same shape.
-            draw: of the call.
-        """
-        self.rows(y.shape[0], draw)
-        delta, dims = draw.delta, y.dim()
-        gates = self.spread(functional.linear(delta, self.gate), dims)
-        shift = None
-        if self.bias_gate is not None:
-            shift = self.spread(functional.linear(delta, self.bias_gate * self.response_bias[:, None]), dims)
-        if self.context is None or not self.context.linear:
-            return torch.addcmul(y if shift is None else y + shift, gates, product)
-        primal, tangent = forward_ad.unpack_dual(y)
-        found = gates * product if shift is None else torch.addcmul(shift, gates, product)
-        return forward_ad.make_dual(primal, found if tangent is None else tangent + found)
-
-    def spread(self, units: Tensor, dims: int) -> Tensor:
-        """A number for each row and unit, as outputs of so many dimensions have them. shape: (rows, ..., units)."""
-        if dims == 2:
-            return units
-        shape = [units.shape[0]] + [1] * (dims - 1)
-        shape[self.channels] = -1
-        return units.view(shape)
-
-    def primal(self, x: Tensor) -> Tensor:
-        """The value of what may be a dual."""
-        return forward_ad.unpack_dual(x).primal if self.context is not None and self.context.linear else x
-
-    def squares(self, draw: Draw) -> Tensor:
-        """``|W + diag(V delta) H|^2`` of every row, without the biases. shape: (rows,)."""
-        gates = functional.linear(draw.delta, self.gate)  # shape: (rows, units or 1)
-        total: Any = 0.0
-        for name in self.responds_by:
-            w, h = getattr(self, name), getattr(self, f"response_{name}")
-            w, h = self.by_unit(w), self.by_unit(h)
-            total = total + w.square().sum()
-            if draw.responds:
-                cross, square = (w * h).sum(1), h.square().sum(1)
-                total = total + (2 * gates * cross + gates.square() * square).sum(1)
-        return torch.as_tensor(total).expand(draw.rows)
-
-    def by_unit(self, weight: Tensor) -> Tensor:
-        """A weight with one row for each unit."""
-        return weight.flatten(1) if weight.dim() > 1 else weight[:, None]
-
-    @torch.no_grad()
-    def slope(self) -> Tensor:
-        """Squared Frobenius norm of the response's Jacobian ``d weights / d lam``. shape: ()."""
-        gates = self.gate.square().sum(1)
-        total: Any = 0.0
-        for name in self.responds_by:
-            total = total + (gates * self.by_unit(getattr(self, f"response_{name}")).square().sum(1)).sum()
-        if self.bias_gate is not None:
-            total = total + (self.bias_gate.square().sum(1) * self.response_bias.square()).sum()
-        return total
-
-    @torch.no_grad()
-    def collapse_(self, draw: Draw) -> None:
-        """Become the plain layer with the weights of the first row of ``draw``."""
-        delta = draw.delta[0]
-        gates = self.gate @ delta
-        for name in self.responds_by:
-            w, h = getattr(self, name), getattr(self, f"response_{name}")
-            setattr(self, name, nn.Parameter(w + self.scaled(gates, h)))  # a new one: w may be shared by another layer
-        if self.bias_gate is not None:
-            shift = (self.bias_gate @ delta) * self.response_bias
-            setattr(self, self.shifts_by[0], nn.Parameter(getattr(self, self.shifts_by[0]) + shift))
-        for name in ("gate", "bias_gate", "response_bias", *(f"response_{name}" for name in self.responds_by)):
-            delattr(self, name)
-        super().collapse_(draw)
-
-    def scaled(self, gates: Tensor, weight: Tensor) -> Tensor:
-        """``diag(gates) weight``."""
-        return gates.view(-1, *[1] * (weight.dim() - 1)) * weight
+    def respond(self, name: str, count: int, gate: str, std: float) -> Response:
+        """Make a response of one of its weights; see ``Response``."""
+        weight = self.base(name).detach()
+        return Response(self.fresh(weight), self.axis if weight.dim() > 1 else 0, count, gate, std)
 
     def fresh(self, weight: Tensor) -> Tensor:
-        """Initial response weights: those of torch's linear and convolutional layers; ones for the vector of a normalisation."""
+        """The direction at first: that of torch's linear and convolutional layers; ones for a vector."""
         found = torch.ones_like(weight)
         return nn.init.kaiming_uniform_(found, a=5**0.5) if weight.dim() > 1 else found
+
+    def collapse_(self, draw: Draw) -> None:
+        """Become the plain layer; its weights are the business of ``STN.collapse``."""
+        del self.responses
+        vars(self).pop("examples", None)
+        super().collapse_(draw)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the plain class, of which this one is made anew."""
+        return _remade, (_kind(type(self)), self.plain, tuple(self.responses)), self.__getstate__()
+
+
+class HyperEmbedding(HyperLayer):
+    """Looking up, whose units are the dimensions of a vector."""
+
+    axis = 1
+    padding_idx: int | None
+
+    @torch.no_grad()
+    def fresh(self, weight: Tensor) -> Tensor:
+        """Normal, as a plain embedding, with a padding row that stays at zero."""
+        found = torch.randn_like(weight)
+        if self.padding_idx is not None:
+            found[self.padding_idx] = 0
+        return found
+
+
+class HyperTransposed(HyperLayer):
+    """A transposed convolution, whose filters have their outputs on the second axis."""
+
+    axis = 1
+
+
+class HyperNorm(HyperLayer):
+    """A normalisation: the gain's direction is one, whatever its dimensions."""
+
+    def fresh(self, weight: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(weight)
+
+
+class HyperAttention(HyperLayer):
+    """Attention; keys and values that are the same for all examples stay so."""
+
+    silent = ("bias_k", "bias_v")
+
+
+class HyperRecurrent(HyperLayer):
+    """A recurrent layer, which hands its weights to torch as one list."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The list, made whenever it is asked for."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """Nothing is kept."""
+
+    def collapse_(self, draw: Draw) -> None:
+        """Make the plain layer's own list again."""
+        super().collapse_(draw)
+        self._init_flat_weights()  # pyright: ignore[reportCallIssue]
+
+
+def hyper_class(kind: type[HyperLayer], plain: type[nn.Module], names: Sequence[str]) -> type[nn.Module]:
+    """The class of a plain layer whose weights ``names`` respond."""
+
+    def reading(name: str) -> Any:
+        return property(lambda layer: layer.read(name))
+
+    own = issubclass(kind, plain)  # and then its forward reads the weights
+    members: dict[str, Any] = {} if own else {name: reading(name) for name in names}
+    bases = (kind,) if own else (kind, plain)
+    return type(
+        f"Hyper{plain.__name__.removeprefix('Parametrized')}", bases, {**members, "plain": plain, "__doc__": kind.__doc__}
+    )
+
+
+def _kind(made: type[nn.Module]) -> type[HyperLayer]:
+    """What ``hyper_class`` made a class from."""
+    return made.__bases__[0]  # pyright: ignore[reportReturnType]
+
+
+def _remade(kind: type[HyperLayer], plain: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    """An empty layer, whose state comes next."""
+    made = hyper_class(kind, plain, names)
+    return made.__new__(made)

@@ -5,42 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
-from hyperopt.stn.conv import HyperConv1d, HyperConv2d, HyperConv3d
-from hyperopt.stn.dense import HyperEmbedding, HyperLinear
+from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.dual import Elementary
+from hyperopt.stn.kinds import check_memory, check_wrapper, copied, respond_, weights_of
 from hyperopt.stn.layer import Context, HyperLayer, InContext
-from hyperopt.stn.lstm import HyperLSTMCell
-from hyperopt.stn.norm import HyperBatchNorm1d, HyperBatchNorm2d, HyperBatchNorm3d, HyperGroupNorm, HyperLayerNorm
+from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.settings import GATES
 from hyperopt.stn.space import HyperSpace
-
-KINDS: dict[type[nn.Module], type[HyperLayer]] = {
-    kind.plain: kind
-    for kind in (
-        HyperLinear,
-        HyperEmbedding,
-        HyperConv1d,
-        HyperConv2d,
-        HyperConv3d,
-        HyperBatchNorm1d,
-        HyperBatchNorm2d,
-        HyperBatchNorm3d,
-        HyperGroupNorm,
-        HyperLayerNorm,
-        HyperLSTMCell,
-    )
-}
-"""The hyper-layer of each plain one; one of your own is a subclass of ``HyperLayer`` with ``plain`` and ``forward``."""
-
-FUSED = (nn.LSTM, nn.GRU, nn.RNN)
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
 
 
 class STN(nn.Module):
@@ -57,26 +38,20 @@ class STN(nn.Module):
         """Put the parts together."""
         super().__init__()
         self.module, self.space, self._context = module, space, context
+        self._weights: dict[str, tuple[HyperLayer, str, Response]] | None = None
 
     @property
     def linear(self) -> bool:
-        """Whether outputs are linearised in the response: ``f(x, w) + d_w f(x, w) (w(lam') - w)``.
-
-        Raises:
-            ValueError: the network has a normalisation that cannot be linearised.
-        """
+        """Whether outputs are linearised in the response: ``f(x, w) + d_w f(x, w) (w(lam') - w)``."""
         return self._context.linear
 
     @linear.setter
     def linear(self, value: bool) -> None:
-        for name, module in self.module.named_modules():
-            if value and isinstance(module, NORMS) and not isinstance(module, HyperLayer):
-                raise ValueError(
-                    f"stn.mode=delta_linear: {name!r} is a {type(module).__name__} without a response, of whose linearisation "
-                    "torch has no right derivative; give it a gain (affine=True), or use mode=delta"
-                )
         self._context.linear = value
 
+    @torch.compiler.disable(
+        reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
+    )
     def forward(self, x: Any, draw: Draw | None = None, *args: Any, **kwargs: Any) -> Any:
         """Call the network; see the class.
 
@@ -85,14 +60,54 @@ class STN(nn.Module):
             draw: the hyperparameters (None: those of ``at``, else the hyperparameters themselves).
             *args: further inputs of the network.
             **kwargs: the same.
+
+        Raises:
+            ValueError: a layer whose first dimension does not have the examples (also where that cannot be told by the numbers:
+                the network is then called once more, with one example more), or a weight that is read by a function of torch that
+                has no rule for its response.
         """
         draw = draw or self._context.draw or self.space.draw(leading(x), perturb=False)
         with self._context.holding(draw):
-            if not (self.linear and draw.responds):
-                return self.module(x, *args, **kwargs)
-            with forward_ad.dual_level():
+            if self.linear and draw.responds:
+                with forward_ad.dual_level(), Elementary():
+                    out = self.module(x, *args, **kwargs)
+                    out = optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+            else:
                 out = self.module(x, *args, **kwargs)
-                return optree.tree_map(_sum_of_dual, out)  # pyright: ignore[reportArgumentType]
+        if self._context.unsure - self._context.sure:
+            self._make_sure(x, draw, args, kwargs)
+        return out
+
+    @torch.no_grad()
+    def _make_sure(self, x: Any, draw: Draw, args: Any, kwargs: Any) -> None:
+        """Call a copy with one example more, so that no other dimension is as long; its layers refuse what is wrong.
+
+        Raises:
+            RowsError: see ``forward``.
+        """
+        context, more = self._context, torch.arange(draw.rows + 1, device=draw.m.device) % draw.rows
+        context.sure |= context.unsure
+        context.unsure.clear()
+        if peek_interpreter_stack() is not None or torch._C._len_torch_function_stack():
+            return  # a transform of torch.func, or another mode: what is copied there is not what it seems
+
+        def longer(leaf: Any) -> Any:
+            return leaf[more.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == draw.rows else leaf
+
+        try:
+            with torch.random.fork_rng():
+                trial = copy.deepcopy(self).eval()
+                trial.linear = False
+                inputs: Any = optree.tree_map(longer, (x, args, kwargs))  # pyright: ignore[reportArgumentType]
+                trial(inputs[0], replace(draw, m=draw.m[more], delta=draw.delta[more], seen=None), *inputs[1], **inputs[2])
+        except RowsError:
+            raise
+        except Exception as error:  # whatever a network may raise whose other inputs are for another number of examples
+            note_once(
+                f"{', '.join(sorted(context.sure))} got inputs whose second dimension is as long as there are examples; "
+                f"the first was taken for the examples, and calling the network with one example more did not work ({error})",
+                "the dimension of the examples",
+            )
 
     @contextlib.contextmanager
     def at(self, draw: Draw) -> Iterator[None]:
@@ -104,9 +119,25 @@ class STN(nn.Module):
         """The layers that respond."""
         return [module for module in self.module.modules() if isinstance(module, HyperLayer)]
 
+    def weights(self) -> dict[str, tuple[HyperLayer, str, Response]]:
+        """Every weight that responds, once, by its first place in the network: layer, name in the layer, and response."""
+        if self._weights is None:
+            self._weights = self._found()
+        return self._weights
+
+    def _found(self) -> dict[str, tuple[HyperLayer, str, Response]]:
+        """Look through the network."""
+        found: dict[int, tuple[str, tuple[HyperLayer, str, Response]]] = {}
+        for layer in self.hyper_layers():
+            for name, response in layer.responses.items():
+                assert isinstance(response, Response)
+                place = f"{layer.place}.{name}" if layer.place else name
+                found.setdefault(id(response), (place, (layer, name, response)))
+        return dict(found.values())
+
     def response_parameters(self) -> list[nn.Parameter]:
-        """V, H, C, h of every layer."""
-        return [parameter for layer in self.hyper_layers() for parameter in layer.response()]
+        """H and V of every weight that responds."""
+        return [parameter for _, _, response in self.weights().values() for parameter in response.parameters()]
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The parameters of the network as it was."""
@@ -116,30 +147,48 @@ class STN(nn.Module):
     def squared_norm(self, draw: Draw | None = None) -> Tensor:
         """``|w(lam')|^2`` row by row over all weights that are matrices or filters, for weight decay. shape: (rows,).
 
-        Biases and the vectors of normalisations are left out, as usual.
+        Each weight counts once, however many layers share it. Biases and the vectors of normalisations are left out, as usual. Of
+        a parametrized weight that responds it is the weight that counts, and not the parameters behind it.
         """
         draw = draw or self._context.draw or self.space.draw(1, perturb=False)
-        layers = self.hyper_layers()
-        found = [layer.squares(draw) for layer in layers if getattr(layer, layer.responds_by[0]).dim() > 1]
-        inside = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+        inside, found = {id(parameter) for parameter in self.response_parameters()}, []
+        for layer, name, response in self.weights().values():
+            inside |= {id(parameter) for parameter in weights_of(layer)[name]}
+            weight = layer.base(name)
+            if weight.dim() > 1:
+                found.append(response.squares(weight, draw))
         rest = [p.square().sum().expand(draw.rows) for p in self.module.parameters() if p.dim() > 1 and id(p) not in inside]
         if not found + rest:
             raise ValueError("the network has no weights that are matrices or filters: there is nothing to decay")
         return torch.stack(found + rest).sum(0)
 
+    @torch.no_grad()
     def response_norm(self) -> float:
         """Frobenius norm of the Jacobian ``d w / d lam`` of all weights."""
-        return float(sum((layer.slope() for layer in self.hyper_layers()), torch.zeros(()))) ** 0.5
+        return float(sum((response.slope() for _, _, response in self.weights().values()), torch.zeros(()))) ** 0.5
 
-    def collapse(self) -> nn.Module:
-        """Return a plain network with the weights at the hyperparameters themselves; this one stays as it is."""
-        draw = self.space.draw(1, perturb=False)
-        plain = copy.deepcopy(self.module)
-        with torch.no_grad():
-            for module in list(plain.modules()):
-                if isinstance(module, InContext):
-                    module.collapse_(draw)
-        return plain
+    @torch.no_grad()
+    def collapse(self, draw: Draw | None = None) -> nn.Module:
+        """Return a plain network with the weights at the hyperparameters themselves; this one stays as it is.
+
+        Args:
+            draw: take the weights and rates of its first row (None: those of the hyperparameters themselves).
+        """
+        draw = draw or self.space.draw(1, perturb=False)
+        plain = copy.deepcopy(self)
+        moved = [
+            (layer, name, layer.base(name) + response.change(draw.delta[0])) for layer, name, response in plain.weights().values()
+        ]
+        for module in list(plain.module.modules()):
+            if isinstance(module, InContext):
+                module.collapse_(draw)
+        for layer, name, weight in moved:
+            parameter = layer._parameters.get(name)
+            if parameter is not None:
+                parameter.copy_(weight)  # in place: other layers may share it
+            else:
+                setattr(layer, name, weight)  # which a parametrization takes
+        return plain.module
 
 
 def convert(
@@ -182,21 +231,21 @@ def convert(
             f"convert: the space is {space.u.dtype} on {space.u.device}, and the network {other.dtype} on {other.device}; give "
             "HyperSpace(dtype=..., device=...) those of the network"
         )
-    module, context = copy.deepcopy(module), Context()
+    for name, each in module.named_modules():
+        check_wrapper(each, name)
+    check_memory(module)
+    module, context = copied(module), Context()
     for name, each in list(module.named_modules()):
         if isinstance(each, InContext):
             _join(each, context, name, space)
-        elif respond and not any(name == outer or name.startswith(f"{outer}.") for outer in skip):
-            kind = KINDS.get(type(each))
-            if kind is None:
-                _check(each, name)
-            elif any(True for _ in each.parameters(recurse=False)):
-                _check_shape(each, name)
-                kind.become(each, context, name, len(space.names), gate, std)
-    stn = STN(module, space, context)
-    if respond and not stn.hyper_layers():
-        raise ValueError(f"convert: no layer of {type(module).__name__} has weights that could respond")
-    return stn
+    if respond:
+        respond_(module, context, len(space.names), gate, std, skip)
+        if not any(isinstance(each, HyperLayer) for each in module.modules()):
+            raise ValueError(
+                f"convert: no layer of {type(module).__name__} has weights that could respond: those that are frozen "
+                f"(requires_grad=False) and those in skip={list(skip)} do not"
+            )
+    return STN(module, space, context)
 
 
 def leading(batch: Any) -> int:
@@ -219,34 +268,6 @@ def _join(module: InContext, context: Context, name: str, space: HyperSpace) -> 
     if read is not None and read not in space.names:
         raise ValueError(f"{type(module).__name__}({read!r}) at {name!r}: the space has {', '.join(space.names)}; declare {read}")
     module.join(context, name)
-
-
-def _check(module: nn.Module, name: str) -> None:
-    """Refuse a module that has parameters of its own and no hyper-layer."""
-    own = [key for key, _ in module.named_parameters(recurse=False)]
-    if not own:
-        return
-    kind = type(module).__name__
-    if isinstance(module, FUSED):
-        what = (
-            f"write it as a loop over torch.nn.{'LSTM' if kind == 'LSTM' else kind}Cell" if kind == "LSTM" else "use an LSTMCell"
-        )
-    else:
-        what = "subclass hyperopt.stn.HyperLayer and put it into hyperopt.stn.KINDS"
-    known = ", ".join(each.__name__ for each in KINDS)
-    raise ValueError(
-        f"convert: {name or 'the network'!r} is a {kind} with parameters of its own ({', '.join(own)}), a kind without a "
-        f"hyper-layer (there are {known}); {what}, or leave its weights without a response: skip=[{name!r}]"
-    )
-
-
-def _check_shape(module: nn.Module, name: str) -> None:
-    """Refuse a layer normalisation over more than the last dimension: its units would be no vector."""
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-        raise ValueError(
-            f"convert: {name!r} is a LayerNorm over {tuple(module.normalized_shape)}, and a response has a gate for each entry "
-            f"of the last dimension alone; use GroupNorm(1, channels), or leave it without a response: skip=[{name!r}]"
-        )
 
 
 def _sum_of_dual(out: Any) -> Any:

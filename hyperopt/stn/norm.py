@@ -1,137 +1,186 @@
-"""Normalisations whose gain and shift respond.
+"""Rules of normalisations, whose gain and shift respond.
 
-    y = W * n(x) + b + (V delta) * H * n(x) + (C delta) * h,      n(x): x normalised
+    y = W * n(x) + b + (V delta) * H * n(x) + (V_b delta) * h,      n(x): x normalised
 
 Batch statistics are those of the perturbed batch in training, as the layer's inputs are; running statistics move once a call.
 
-Under ``delta_linear`` n is made of elementary operations: torch's reverse derivative of the forward derivative of its own
-batch and layer normalisation takes mean and variance for constants, and is wrong without a word.
+In a linearised network n is made of elementary operations, with a response or without: torch's reverse derivative of the forward
+derivative of its own batch and layer normalisation takes mean and variance for constants, and is wrong without a word.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
-from hyperopt.stn.layer import HyperLayer
+from hyperopt.stn.response import Responding, answer, base, no_rule, primal, rule, use_of
+
+Whole = Callable[[Tensor, Any, Any], Tensor]
 
 
-class HyperNorm(HyperLayer):
-    """A normalisation with a gain for each channel."""
+def _normalised(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    channel: int,
+    whole: Whole,
+    unit: Callable[[], Tensor],
+    parts: Callable[[], Tensor],
+    moves: bool,
+) -> Tensor:
+    """A normalisation with gain and shift.
 
-    channels = 1
-    weight: Tensor
-    bias: Tensor | None
-    response_weight: nn.Parameter
-    eps: float
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """``n(x)``, without any change of running statistics."""
-        raise NotImplementedError
-
-    def elementary(self, x: Tensor) -> Tensor:
-        """The same in elementary operations."""
-        raise NotImplementedError
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer."""
-        draw = self.draw
-        if not draw.responds:
-            return super().forward(input)
-        if self.context is not None and self.context.linear:
-            if self.training:
-                with torch.no_grad():
-                    super().forward(self.primal(input))  # for the running statistics alone
-            found = self.elementary(input)
-            y = found * self.gain(self.weight, input)
-            y = y if self.bias is None else y + self.gain(self.bias, input)
-            return self.respond(y, self.primal(found) * self.gain(self.response_weight, input), draw)
-        y = super().forward(input)
-        return self.respond(y, self.normalised(input) * self.gain(self.response_weight, input), draw)
-
-    def gain(self, weight: Tensor, like: Tensor) -> Tensor:
-        """A vector over the channels, as ``like`` has them."""
-        return weight.view(-1, *[1] * (like.dim() - 2))
-
-
-class HyperBatchNorm(HyperNorm):
-    """Batch normalisation."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-
-    def _of_batch(self) -> bool:
-        """Whether the statistics are those of the batch."""
-        return self.training or self.running_mean is None
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """With the statistics of the batch in training, else the running ones, if there are any."""
-        if self._of_batch():
-            return functional.batch_norm(x, None, None, training=True, eps=self.eps)
-        return functional.batch_norm(x, self.running_mean, self.running_var, training=False, eps=self.eps)
-
-    def elementary(self, x: Tensor) -> Tensor:
-        """The same."""
-        if self._of_batch():
-            return _normalised(x, [0, *range(2, x.dim())], self.eps)
-        assert self.running_mean is not None and self.running_var is not None
-        return (x - self.gain(self.running_mean, x)) * self.gain((self.running_var + self.eps).rsqrt(), x)
+    Args:
+        x: input.
+        weight: gain, or None.
+        bias: shift, or None.
+        channel: the dimension of the first axis of gain and shift.
+        whole: torch's function of input, gain and shift.
+        unit: ``n(x)``, without any change of running statistics.
+        parts: the same in elementary operations.
+        moves: whether ``whole`` moves running statistics.
+    """
+    if isinstance(x, Responding):
+        no_rule("nn.functional", x, why="normalises this weight, and has no rule for it")
+    w, b = use_of(weight), use_of(bias)
+    use = w or b
+    dual = use is None or use.linear  # without a response it is called by the linearised network
+    if dual:
+        value = forward_ad.unpack_dual(x).primal
+        if moves:
+            with torch.no_grad():
+                whole(value, base(weight), base(bias))
+        found = parts()
+        y = found if weight is None else found * _gain(base(weight), x, channel)
+        y = y if bias is None else y + _gain(base(bias), x, channel)
+    else:
+        y = whole(x, base(weight), base(bias))
+    if use is None:
+        return y
+    change = None
+    if b is not None and b.base.dim() == 1:
+        change = b.spread(b.shift(), x, channel)
+    elif b is not None:
+        change = b.spread(b.gates(), x, channel) * _gain(b.direction, x, channel)
+    if w is None:
+        return answer(y, use, change)
+    n = primal(found, use) if dual else unit()
+    return answer(y, use, change, w.spread(w.gates(), x, channel), n * _gain(w.direction, x, channel))
 
 
-class HyperBatchNorm1d(HyperBatchNorm, nn.BatchNorm1d):
-    """Of vectors or sequences."""
-
-    plain = nn.BatchNorm1d
-
-
-class HyperBatchNorm2d(HyperBatchNorm, nn.BatchNorm2d):
-    """Of images."""
-
-    plain = nn.BatchNorm2d
+def _gain(weight: Tensor, like: Tensor, channel: int) -> Tensor:
+    """A gain whose first axis lies in dimension ``channel``."""
+    return weight.view(*weight.shape, *[1] * (like.dim() - channel % like.dim() - weight.dim()))
 
 
-class HyperBatchNorm3d(HyperBatchNorm, nn.BatchNorm3d):
-    """Of volumes."""
-
-    plain = nn.BatchNorm3d
-
-
-class HyperGroupNorm(HyperNorm, nn.GroupNorm):
-    """Group normalisation."""
-
-    plain = nn.GroupNorm
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """Group by group."""
-        return functional.group_norm(x, self.num_groups, eps=self.eps)
-
-    def elementary(self, x: Tensor) -> Tensor:
-        """The same."""
-        grouped = x.reshape(x.shape[0], self.num_groups, -1)
-        return _normalised(grouped, [2], self.eps).reshape(x.shape)
-
-
-class HyperLayerNorm(HyperNorm, nn.LayerNorm):
-    """Layer normalisation over the last dimension, whose entries are the units."""
-
-    plain = nn.LayerNorm
-    channels = -1
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """Row by row."""
-        return functional.layer_norm(x, self.normalized_shape, eps=self.eps)
-
-    def elementary(self, x: Tensor) -> Tensor:
-        """The same."""
-        return _normalised(x, [-1], self.eps)
-
-    def gain(self, weight: Tensor, like: Tensor) -> Tensor:
-        """The last dimension."""
-        return weight
-
-
-def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+def _standard(x: Tensor, dims: list[int], eps: float) -> Tensor:
     """Mean 0 and variance 1 over some dimensions."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _by_statistics(x: Tensor, mean: Any, variance: Any, eps: float) -> Tensor:
+    """With given mean and variance of the channels."""
+    return (x - _gain(mean, x, 1)) * _gain((variance + eps).rsqrt(), x, 1)
+
+
+@rule(functional.batch_norm)
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation: with the statistics of the batch in training, else the running ones."""
+
+    def whole(x: Tensor, w: Any, b: Any) -> Tensor:
+        return functional.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
+
+    def unit() -> Tensor:
+        statistics = (None, None) if training else (running_mean, running_var)
+        return functional.batch_norm(input, *statistics, training=training, eps=eps)
+
+    def parts() -> Tensor:
+        if not training:
+            return _by_statistics(input, running_mean, running_var, eps)
+        return _standard(input, [0, *range(2, input.dim())], eps)
+
+    return _normalised(input, weight, bias, 1, whole, unit, parts, training and running_mean is not None)
+
+
+@rule(functional.instance_norm)
+def _instance_norm(
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Channel by channel of every row."""
+
+    def whole(x: Tensor, w: Any, b: Any) -> Tensor:
+        return functional.instance_norm(x, running_mean, running_var, w, b, use_input_stats, momentum, eps)
+
+    def unit() -> Tensor:
+        statistics = (None, None) if use_input_stats else (running_mean, running_var)
+        return functional.instance_norm(input, *statistics, use_input_stats=use_input_stats, eps=eps)
+
+    def parts() -> Tensor:
+        if not use_input_stats:
+            return _by_statistics(input, running_mean, running_var, eps)
+        return _standard(input, [*range(2, input.dim())], eps)
+
+    return _normalised(input, weight, bias, 1, whole, unit, parts, use_input_stats and running_mean is not None)
+
+
+@rule(functional.group_norm)
+def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """Group by group."""
+
+    def parts() -> Tensor:
+        return _standard(input.reshape(input.shape[0], num_groups, -1), [2], eps).reshape(input.shape)
+
+    def whole(x: Tensor, w: Any, b: Any) -> Tensor:
+        return functional.group_norm(x, num_groups, w, b, eps)
+
+    return _normalised(input, weight, bias, 1, whole, lambda: whole(input, None, None), parts, False)
+
+
+@rule(functional.layer_norm)
+def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """Over the last dimensions; the units are the entries of the first of these."""
+    dims = [*range(-len(normalized_shape), 0)]
+
+    def whole(x: Tensor, w: Any, b: Any) -> Tensor:
+        return functional.layer_norm(x, normalized_shape, w, b, eps)
+
+    return _normalised(
+        input, weight, bias, dims[0], whole, lambda: whole(input, None, None), lambda: _standard(input, dims, eps), False
+    )
+
+
+@rule(functional.rms_norm)
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    """Over the last dimensions, without a mean."""
+    dims = [*range(-len(normalized_shape), 0)]
+
+    def whole(x: Tensor, w: Any, b: Any) -> Tensor:
+        return functional.rms_norm(x, normalized_shape, w, eps)
+
+    def parts() -> Tensor:
+        small = torch.finfo(input.dtype).eps if eps is None else eps
+        return input * (input.square().mean(dims, keepdim=True) + small).rsqrt()
+
+    return _normalised(input, weight, None, dims[0], whole, lambda: whole(input, None, None), parts, False)

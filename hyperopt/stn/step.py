@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core import distributed
+from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.guards import Watch
@@ -131,6 +132,7 @@ class SelfTuning:
         rows: Callable[[Any], int] = leading,
     ) -> None:
         """Build the optimizers."""
+        _check_model(model)
         self.model, self.space = model, model.space
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.settings = settings = settings or SelfTuningSettings()
@@ -225,9 +227,11 @@ class SelfTuning:
         found: list[Tensor] = []
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
-            loss = self._validation(batch, lambda: space.at(eps))
+            loss, draw = self._validation(batch, lambda: space.at(eps))
             found.append(loss.detach())
-            return torch.autograd.grad(loss - settings.entropy * Draw.entropy_of(space.sigma), parameters, materialize_grads=True)
+            loss = loss - settings.entropy * Draw.entropy_of(space.sigma)
+            with self.model.at(draw):
+                return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
         def closure() -> Any:
             if settings.update == "joint":
@@ -265,7 +269,17 @@ class SelfTuning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Take back what ``state_dict`` returned, in place.
+
+        Raises:
+            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+        """
+        own = self.model.state_dict()
+        check_entries(state, ("model", "optimizers", "schedules", "generator", "watch", "updates", "history"), "SelfTuning")
+        check_entries(state["model"], own, "SelfTuning's model")
+        check_tensors(state["model"], own, "SelfTuning's model")
+        for name in ("optimizers", "schedules"):
+            check_entries(state[name], self.optimizers, f"SelfTuning's {name}")
         self.model.load_state_dict(state["model"])
         for name, each in self.optimizers.items():
             each.load_state_dict(state["optimizers"][name])
@@ -293,7 +307,10 @@ class SelfTuning:
             self._check_used(seen)
         for each in optimizers.values():
             each.zero_grad()  # an optimizer may hold more than what is updated here
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]  # a frozen one keeps no gradient, and stays
+        with self.model.at(draw):  # a network that recomputes its activations reads it again
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         for name, each in optimizers.items():
             self._clipped(name, [p for group in each.param_groups for p in group["params"]])
@@ -301,8 +318,8 @@ class SelfTuning:
             each.step()
         return loss.detach()
 
-    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> Tensor:
-        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``.
+    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> tuple[Tensor, Draw]:
+        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``, and that draw as it saw it.
 
         The draw is made inside of the mean over the ranks: its rows are another rank's neither in value nor in derivative.
         """
@@ -311,17 +328,20 @@ class SelfTuning:
 
         def mean() -> Tensor:
             draw = drawn().part(mine)
-            with self.model.at(draw if direct else draw.without_h()):
+            seen.append(draw if direct else draw.without_h())
+            with self.model.at(seen[-1]):
                 return self.valid_loss(self.model, batch, draw if direct else None)
 
-        return distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
+        seen: list[Draw] = []
+        loss = distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
+        return loss, seen[-1]
 
     @torch.no_grad()
     def _look(self, batch: Any) -> Tensor:
         """The validation loss at a draw, without any update."""
         self.model.eval()
         draw = self.space.draw(self.rows(batch), self.generator)
-        return self._validation(batch, lambda: draw)
+        return self._validation(batch, lambda: draw)[0]
 
     def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
@@ -366,6 +386,21 @@ def own(batch: Any, rows: slice) -> Any:
     """Some rows of a batch: of its tensors, and of the keys of its examples."""
     whole = distributed.ranks() == 1
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no network from ``convert``.
+
+    Raises:
+        TypeError: names it and what to give.
+    """
+    if isinstance(model, STN):
+        return
+    if isinstance(getattr(model, "module", None), STN) or isinstance(getattr(model, "_orig_mod", None), STN):
+        what = "give the network that convert gave back, without a wrapper: SelfTuning takes its own means over the ranks"
+    else:
+        what = "give what hyperopt.stn.convert(network, space) gives back"
+    raise TypeError(f"SelfTuning: model is a {type(model).__name__}; {what}")
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:

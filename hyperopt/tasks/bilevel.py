@@ -20,18 +20,23 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.over_ranks import over_ranks
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.checkpointed import Checkpointed
+from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.anderson import Anderson
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.spaces import Hyperparameters
+from hyperopt.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
 from hyperopt.tasks.learned import Learned
 from hyperopt.tasks.scores import scores
@@ -104,7 +109,14 @@ class BilevelTask(BilevelTaskSettings, Task):
         whole = None if built.whole is None else over_ranks(built.whole)
         self.parts = parts = replace(built, problem=over_ranks(built.problem), whole=whole)
         self.hyper = self.hyperparameters(env)
-        self.bilevel = Bilevel(parts.problem, parts.w, inner=self._inner, adjoint=self.adjoint, products=self.products)
+        # A method that trains the weights itself takes no inner solver; evaluations train by it all the same.
+        adjoint, products = self.adjoint, self.products
+        inner = None if isinstance(adjoint, Estimator) else self._inner
+        if isinstance(adjoint, Estimator | Unrolled | Checkpointed):
+            products = None  # they are those of implicit adjoints
+        elif isinstance(adjoint, FiniteDifference):
+            products = replace(products, curvature="hessian")
+        self.bilevel = Bilevel(parts.problem, parts.w, inner=inner, adjoint=adjoint, products=products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
         self._steps = 0  # outer steps done
 
@@ -139,7 +151,10 @@ class BilevelTask(BilevelTaskSettings, Task):
             lam = self.hyper.values()
             estimate = self.bilevel.step(lam)
             refuse(self._steps, estimate.statuses(), estimate.note)
-            estimate.backward(lam)
+            try:
+                estimate.backward(lam)
+            except SolveError as error:
+                raise HypergradientError(f"step {self._steps}: {error}") from error
             guard(self.gradients())
             records.append(StepRecord(estimate.loss, estimate.metrics(), estimate.statuses()))
             return estimate.loss

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.gauss_newton import Composite
-from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts
 from hyperopt.tasks.network import NetworkTask

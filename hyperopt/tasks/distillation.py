@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.gauss_newton import Composite
-from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
 from hyperopt.tasks.network import classifier

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.unrolled import Unrolled
-from hyperopt.core.purity import random_states, set_random_states
+from hyperopt.core.places import Places
+from hyperopt.core.replay import Replay
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
@@ -129,11 +130,8 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
         mine = distributed.share_of(len(labels))
         images, labels = images[mine], labels[mine]
         found: list[dict[str, float]] = []
-        random = random_states(images.device)
 
         def loss() -> Tensor:
-            if found:  # a line search must see one function: the same dropout, the same signs of the penalty
-                set_random_states(images.device, random)
             with Stabilise(self.model, jacobian=1) if self.jacobian else contextlib.nullcontext() as extra:
                 logits = self.model(images)
             found.append({"outer/step_accuracy": (logits.detach().argmax(1) == labels).double().mean().item()})
@@ -144,8 +142,17 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
             return total + self.jacobian * extra.jacobian
 
         self.model.train()
+        # A line search must see one function: the same dropout, the same signs of the penalty, the same statistics.
+        once = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS)
+        replay = Replay(Places.of_modules([self.model]), images.device.type)
+
+        def again() -> Tensor:
+            total = replay(loss)
+            replay.commit()  # after the first call
+            return total
+
         with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
-            record = self.update(optimizer, guard, loss, rows=len(labels))
+            record = self.update(optimizer, guard, loss if once else again, rows=len(labels))
         record.metrics |= {**found[0], **self.place(batch)}
         record = record.over_ranks()
         self.running.add(record)

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.gauss_newton import Composite
-from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
+from hyperopt.bilevel.problem import BilevelProblem, Composite, InnerConstants
 from hyperopt.data.splits import Rows
 from hyperopt.nn.sparse import SparseRows
 from hyperopt.tasks.base import Environment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ from hyperopt.core.checks import (
     POLICIES,
     check_choice,
     check_count,
+    check_counts,
     check_flag,
     check_number,
     check_open_unit,
     check_optional,
     check_optional_count,
+    plain,
 )
 
 SPLITS = ("train", "val")
@@ -230,14 +232,6 @@ class BiasRegularizationSettings(LinearSettings):
         check_number(self, "beta", 0.0, open_low=True)
 
 
-def check_layers(owner: Any) -> None:
-    """Refuse hidden layers that are not whole numbers; a list (a composed config) becomes a tuple."""
-    given = owner.hidden
-    if isinstance(given, str) or not isinstance(given, Sequence) or any(type(n) is not int or n < 1 for n in given):
-        raise ValueError(f"{type(owner).__name__}: hidden={given!r} must list whole numbers >= 1, as [500, 500]; change hidden")
-    object.__setattr__(owner, "hidden", tuple(given))
-
-
 @dataclass(frozen=True)
 class DataDistillationSettings(BilevelTaskSettings):
     """Learned training images.
@@ -261,7 +255,7 @@ class DataDistillationSettings(BilevelTaskSettings):
         super().__post_init__()
         check_count(self, "images_per_class")
         check_number(self, "decay", 0.0)
-        check_layers(self)
+        check_counts(self, "hidden")
         check_optional_count(self, "batch_size")
 
 
@@ -282,7 +276,7 @@ class NetworkSettings(TunedSettings):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        check_layers(self)
+        check_counts(self, "hidden")
         check_optional_count(self, "batch_size")
         check_optional_count(self, "val_batch_size")
 
@@ -374,7 +368,7 @@ class CoupledSettings:
         """Check the ranges; a list given as ``y_shape`` becomes a tuple."""
         for name in ("x_size", "features", "rows", "certificate_every"):
             check_count(self, name)
-        object.__setattr__(self, "y_shape", tuple(self.y_shape))
+        object.__setattr__(self, "y_shape", tuple(map(plain, self.y_shape)))
         if len(self.y_shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in self.y_shape):
             raise ValueError(f"CoupledSettings: y_shape={self.y_shape!r} must be two whole numbers >= 1; change y_shape")
         check_open_unit(self, "max_norm")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from hyperopt.stn.declare import Positive, Tuned
 from hyperopt.stn.draw import Draw
-from hyperopt.stn.layer import HyperLayer
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
@@ -147,10 +146,9 @@ class StnRidgeTask(StnRidgeSettings, SelfTuningTask):
 
     def response(self) -> tuple[Tensor, Tensor]:
         """The learned ``w(lam)`` and its Jacobian ``d w / d lam``. shape of each: (features,)."""
-        layer = self.model.module
-        assert isinstance(layer, HyperLayer) and isinstance(layer.response_weight, Tensor)
+        _, _, response = self.model.weights()["weight"]
         plain = self.model.collapse()
-        return plain.weight.detach()[0], (layer.gate @ layer.response_weight).detach()[0]  # pyright: ignore
+        return plain.weight.detach()[0], (response.gate @ response.direction).detach()[0]  # pyright: ignore
 
     def measure(self, model: STN) -> dict[str, float]:
         """Return losses at lam, and how far the response is from its closed form.

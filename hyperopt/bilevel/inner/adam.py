@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.inner.base import DifferentiableSolver, rate
+from hyperopt.bilevel.inner.base import DifferentiableSolver
+from hyperopt.bilevel.inner.rates import rates, spoken
 from hyperopt.bilevel.settings import InnerAdamSettings
 
 
@@ -27,6 +28,7 @@ class InnerAdam(InnerAdamSettings, DifferentiableSolver):
     """Adam; settings in ``InnerAdamSettings``."""
 
     keeps_buffers = True
+    rate_names = ("lr",)
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """Both moments of each tensor, and the number of steps taken, a tensor because a state is made of tensors."""
@@ -37,17 +39,17 @@ class InnerAdam(InnerAdamSettings, DifferentiableSolver):
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """One step, in the graph."""
-        lr, (b1, b2), count = rate(self.lr, lam, "inner.lr"), self.betas, buffers[-1].detach() + 1
+        lrs, (b1, b2), count = rates(self.lr, lam, "InnerAdam: lr", w), self.betas, buffers[-1].detach() + 1
         means, squares = buffers[: len(w)], buffers[len(w) : -1]
         means = [b1 * m + (1 - b1) * g for m, g in zip(means, grads, strict=True)]
         squares = [b2 * v + (1 - b2) * g.square() for v, g in zip(squares, grads, strict=True)]
         first, second = 1 - b1**count, (1 - b2**count).sqrt()
-        moved = [x - lr / first * m / (root(v) / second + self.eps) for x, m, v in zip(w, means, squares, strict=True)]
+        moved = [x - lr / first * m / (root(v) / second + self.eps) for x, m, v, lr in zip(w, means, squares, lrs, strict=True)]
         return moved, [*means, *squares, count]
 
     def remedy(self, lam: Any) -> str:
         """Name the learning rate."""
-        return f"lower inner.lr={float(rate(self.lr, lam, 'inner.lr')):g}"
+        return f"lower lr={spoken(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
 
 
 def root(v: Tensor) -> Tensor:

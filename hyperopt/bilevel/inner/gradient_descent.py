@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt.bilevel.inner.base import DifferentiableSolver, rate
+from hyperopt.bilevel.inner.base import DifferentiableSolver
+from hyperopt.bilevel.inner.rates import move, plain_rates, rates, smallest, spoken
 from hyperopt.bilevel.settings import GradientDescentSettings
 
 
@@ -16,26 +17,24 @@ from hyperopt.bilevel.settings import GradientDescentSettings
 class GradientDescent(GradientDescentSettings, DifferentiableSolver):
     """Gradient descent; settings in ``GradientDescentSettings``."""
 
-    def map_step(self, lam: Any) -> float | None:
-        """Its own step."""
-        return float(self._step(lam))
+    rate_names = ("step_size",)
 
-    def _step(self, lam: Any) -> Any:
-        return rate(self.step_size, lam, "inner.step_size")
+    def map_step(self, lam: Any) -> float | None:
+        """Its own step, the smallest of all."""
+        return smallest(self.step_size, lam, "GradientDescent: step_size")
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: Any) -> None:
         """One step, in place."""
-        step = float(self._step(lam))
-        for x, g in zip(w, grads, strict=True):
-            x.sub_(g, alpha=step)
+        for x, g, step in zip(w, grads, plain_rates(self.step_size, lam, "GradientDescent: step_size", w), strict=True):
+            move(x, g, step)
 
     def advance(
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """One step, in the graph."""
-        step = self._step(lam)
-        return [x - step * g for x, g in zip(w, grads, strict=True)], buffers
+        steps = rates(self.step_size, lam, "GradientDescent: step_size", w)
+        return [x - step * g for x, g, step in zip(w, grads, steps, strict=True)], buffers
 
     def remedy(self, lam: Any) -> str:
         """Name the step size."""
-        return f"lower inner.step_size={float(self._step(lam)):g}"
+        return f"lower step_size={spoken(self.step_size, lam, 'GradientDescent: step_size')} of GradientDescent"

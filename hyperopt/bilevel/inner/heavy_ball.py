@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.inner.base import DifferentiableSolver, rate
+from hyperopt.bilevel.inner.base import DifferentiableSolver
+from hyperopt.bilevel.inner.rates import move, plain_rates, rates, spoken
 from hyperopt.bilevel.settings import HeavyBallSettings
 
 
@@ -24,9 +25,7 @@ class HeavyBall(HeavyBallSettings, DifferentiableSolver):
     """Gradient descent with momentum; settings in ``HeavyBallSettings``."""
 
     keeps_buffers = True
-
-    def _rates(self, lam: Any) -> tuple[Any, Any]:
-        return rate(self.step_size, lam, "inner.step_size"), rate(self.momentum, lam, "inner.momentum")
+    rate_names = ("step_size", "momentum")
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """The momentum of each tensor."""
@@ -34,20 +33,22 @@ class HeavyBall(HeavyBallSettings, DifferentiableSolver):
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: list[Tensor]) -> None:
         """One step, in place."""
-        step, momentum = (float(x) for x in self._rates(lam))
-        for x, m, g in zip(w, work, grads, strict=True):
+        steps = plain_rates(self.step_size, lam, "HeavyBall: step_size", w)
+        momenta = plain_rates(self.momentum, lam, "HeavyBall: momentum", w)
+        for x, m, g, step, momentum in zip(w, work, grads, steps, momenta, strict=True):
             m.mul_(momentum).add_(g)
-            x.sub_(m, alpha=step)
+            move(x, m, step)
 
     def advance(
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """One step, in the graph."""
-        step, momentum = self._rates(lam)
-        moving = [momentum * m + g for m, g in zip(buffers, grads, strict=True)]
-        return [x - step * m for x, m in zip(w, moving, strict=True)], moving
+        steps = rates(self.step_size, lam, "HeavyBall: step_size", w)
+        momenta = rates(self.momentum, lam, "HeavyBall: momentum", w)
+        moving = [momentum * m + g for m, g, momentum in zip(buffers, grads, momenta, strict=True)]
+        return [x - step * m for x, m, step in zip(w, moving, steps, strict=True)], moving
 
     def remedy(self, lam: Any) -> str:
         """Name the rates."""
-        step, momentum = (float(x) for x in self._rates(lam))
-        return f"lower inner.step_size={step:g} (stable below 2 (1 + momentum) / L, inner.momentum={momentum:g})"
+        step, momentum = spoken(self.step_size, lam, "HeavyBall: step_size"), spoken(self.momentum, lam, "HeavyBall: momentum")
+        return f"lower step_size={step} of HeavyBall (stable below 2 (1 + momentum) / L, momentum={momentum})"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
-from hyperopt.bilevel.inner.base import InnerSolver, Watch, gradient
+from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.inner.base import InnerSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import LBFGSSettings
 from hyperopt.core.policy import SolveError
@@ -41,17 +42,19 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         """
         w = Leaves.of(state.w, "w")
         lam = optree.tree_map(lambda x: x.detach(), lam)
-        watch = Watch(self, state.memory.setdefault("inner", {}))
+        watch = Watch(self, state.memory.setdefault("inner", {}), w)
         batch = problem.inner_batches.draw()
-        run = _Run(problem, w, lam, batch, self.history)
+        here = curvature_at(problem, w, lam, batch)
+        inner = Evaluation(problem, batch)  # a line search must see one function
+        run = _Run(inner, w, lam, self.history)
         ended, best = None, math.inf
         for k in range(self.max_steps):
             watch.wants(k)
-            watch.see(k, run.gradient())
+            watch.see(k, run.gradient(), here)
             if run.searched_out and not watch.norm < best:
                 ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
                 run.restore()
-                watch.see(k, run.gradient())
+                watch.see(k, run.gradient(), here)
                 break
             if watch.lost:
                 raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
@@ -59,15 +62,16 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
                 break
             best = watch.norm
             run.step()
+        inner.commit()
         if problem.refresh is not None:
             problem.refresh(state.w, lam, batch)
         stats = watch.stats(ended)
-        stats.evaluations = run.spent
+        stats.evaluations = run.spent + watch.gradients
         return stats
 
     def remedy(self, lam: Any) -> str:
         """What to change."""
-        return "the inner loss is unbounded below or not finite: add a penalty, or use inner=gradient_descent"
+        return "the inner loss is unbounded below or not finite: add a penalty, or use GradientDescent"
 
 
 class _Run:
@@ -82,8 +86,8 @@ class _Run:
         searched_out: whether the line search has found nothing more.
     """
 
-    def __init__(self, problem: BilevelProblem, w: Leaves, lam: Any, batch: Any, history: int) -> None:
-        self.problem, self.w, self.lam, self.batch = problem, w, lam, batch
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Any, history: int) -> None:
+        self.inner, self.w, self.lam = inner, w, lam
         self.spent, self.searched_out = 0, False
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
@@ -102,7 +106,7 @@ class _Run:
 
     def _evaluate(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         if self._latest is None or not same(self.w.flat, self._latest[0]):
-            self._latest = self._copy(), *gradient(self.problem, self.w, self.lam, self.batch)
+            self._latest = self._copy(), *gradient(self.inner, self.w, self.lam)
             self.spent += 1
         return self._latest
 

@@ -1,4 +1,8 @@
-"""Training by any optimizer of ``torch.optim``; Adam by default."""
+"""Training by any optimizer of ``torch.optim``; Adam by default.
+
+Weight decay that an optimizer adds to the gradient is a penalty ``weight_decay |w|^2 / 2`` of the loss that is trained, and of
+the one that is differentiated. One that shrinks the weights beside an adaptive step is the gradient of no loss, and is refused.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,61 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import InnerSolver
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.settings import TorchOptimizerSettings
+
+DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is no part of the gradient
 
 
 @dataclass(frozen=True)
 class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
     """An optimizer of PyTorch; settings in ``TorchOptimizerSettings``."""
 
+    def objective(self, problem: BilevelProblem) -> BilevelProblem:
+        """The problem with the optimizer's weight decay as a penalty of the inner loss.
+
+        Raises:
+            ValueError: the optimizer moves the weights in a way that is the gradient of no loss.
+        """
+        given = self._make([torch.zeros(1)], self.options).defaults
+        beside = given.get("decoupled_weight_decay") or self.optimizer in DECOUPLED
+        decay = float(given.get("weight_decay") or 0.0)
+        for refused, what, remedy in (
+            (given.get("maximize"), "maximize=True climbs the inner loss", "minimise the negative loss"),
+            (given.get("lambd"), f"lambd={given.get('lambd')} shrinks the weights beside its step", "give options={'lambd': 0}"),
+            (
+                beside and decay,
+                f"weight_decay={decay:g} shrinks the weights beside an adaptive step",
+                "give options={'weight_decay': 0} and put a penalty into the inner loss, or use Adam, whose decay is a part of "
+                "the gradient",
+            ),
+        ):
+            if refused:
+                raise ValueError(f"TorchOptimizer: {self.optimizer} with {what}, which the derivative does not know; {remedy}")
+        return problem.decayed(decay) if decay else problem
+
     def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> torch.optim.Optimizer:
-        """Build it, with the moments of the outer step before.
+        """Build it, with the moments of the outer step before; its weight decay is in the loss (``objective``).
 
         Raises:
             ValueError: ``torch.optim`` has no such optimizer, or it does not take such options.
         """
-        make = getattr(torch.optim, self.optimizer, None)
-        if make is torch.optim.LBFGS:
-            raise ValueError("TorchOptimizer: LBFGS needs a line search of its own; use inner=lbfgs")
-        if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
-            raise ValueError(f"TorchOptimizer: torch.optim has no optimizer {self.optimizer!r}; change inner.optimizer")
-        try:
-            optimizer = make(list(w), lr=self.lr, **self.options)  # pyright: ignore[reportCallIssue]
-        except TypeError as error:
-            raise ValueError(f"TorchOptimizer: {self.optimizer} refuses {self.options}: {error}; change inner.options") from error
+        without = {"weight_decay": 0.0} if self.options.get("weight_decay") else {}
+        optimizer = self._make(list(w), {**self.options, **without})
         if self.keep and "moments" in memory:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": memory["moments"]})
         return optimizer
+
+    def _make(self, w: list[Tensor], options: dict[str, Any]) -> torch.optim.Optimizer:
+        make = getattr(torch.optim, self.optimizer, None)
+        if make is torch.optim.LBFGS:
+            raise ValueError("TorchOptimizer: LBFGS needs a line search of its own; use InnerLBFGS")
+        if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
+            raise ValueError(f"TorchOptimizer: torch.optim has no optimizer {self.optimizer!r}; change optimizer")
+        try:
+            return make(w, lr=self.lr, **options)  # pyright: ignore[reportCallIssue]
+        except TypeError as error:
+            raise ValueError(f"TorchOptimizer: {self.optimizer} refuses {self.options}: {error}; change options") from error
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: torch.optim.Optimizer) -> None:
         """One step."""
@@ -49,4 +83,4 @@ class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
 
     def remedy(self, lam: Any) -> str:
         """Name the learning rate."""
-        return f"lower inner.lr={self.lr:g} ({self.optimizer})"
+        return f"lower lr={self.lr:g} of TorchOptimizer ({self.optimizer})"

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import Swap, functorch_level
+from hyperopt.core.draws import Unreplayed
 from hyperopt.core.operator import ClosedForm
+from hyperopt.core.purity import random_map
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import Solution
-from hyperopt.core.tree import Layout
+from hyperopt.core.tree import Layout, leaves_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Problem:
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
         has_aux: whether the map returns ``(state, aux)``.
         aux: the aux of the latest evaluation, detached.
+        watched: the mode that looked at the first evaluation.
     """
 
     phi: Callable[..., Any]
@@ -53,6 +56,7 @@ class Problem:
     keep_state: bool = False
     has_aux: bool = False
     aux: list[Any] = field(default_factory=list)
+    watched: list[Unreplayed] = field(default_factory=list)
 
     @cached_property
     def pullback(self) -> Callable[..., Any] | None:
@@ -76,13 +80,21 @@ class Problem:
     def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
         """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
         state = self.layout.tree(w)
-        given = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
-        before = [x._version for x in given]
-        if swap is None:
+        counted = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
+        before = [x._version for x in counted]
+        if not self.watched and not torch.compiler.is_compiling():
+            given = [x for arg in args for x in leaves_of(arg) if isinstance(x, Tensor)]
+            mode = Unreplayed([w, *leaves_of(state)], given)
+            self.watched.append(mode)
+            with mode:
+                out = self.phi(state, *args) if swap is None else swap.call(self.phi, state, args)
+            if mode.random:
+                raise random_map(self.phi, self.args)
+        elif swap is None:
             out = self.phi(state, *args)
         else:  # nothing but the map itself runs under the mode, which makes each operation slower
             out = swap.call(self.phi, state, args)
-        if before != [x._version for x in given]:
+        if before != [x._version for x in counted]:
             what = "the state" if w._version != before[0] else "an argument"
             raise ValueError(
                 f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)"
@@ -144,6 +156,10 @@ class Bound(ClosedMap):
 
 class Adjoint(ABC):
     """How a solution is made differentiable."""
+
+    def reaches_start(self, solver: FixedPointSolver) -> bool:
+        """Whether the value is differentiable in where the solve starts; a fixed point does not depend on it."""
+        return False
 
     @abstractmethod
     def run(self, problem: Problem) -> Solution:

@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import CheckpointedSettings
 from hyperopt.core.adjoints.unrolled import solve_by_steps, unroll
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 
 
 @dataclass(frozen=True)
 class Checkpointed(CheckpointedSettings, Adjoint):
     """Checkpointed backpropagation through the solver; settings in ``CheckpointedSettings``."""
+
+    def reaches_start(self, solver: FixedPointSolver) -> bool:
+        """All steps do."""
+        return True
 
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the state at the segments' ends."""

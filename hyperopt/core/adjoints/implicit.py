@@ -75,7 +75,7 @@ class ImplicitAdjoint(Adjoint):
 
     exact: bool
     iterates = True
-    remedy = "give adjoint.linear_solver.rtol > 0, or set adjoint.allow_inexact=true"
+    remedy = "give its linear solver rtol > 0, or set allow_inexact=True"
 
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the graph of the last evaluation."""
@@ -115,6 +115,10 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
         for solver in (self.linear_solver, *self.fallback):
             if not isinstance(solver, LinearSolver):
                 raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
+        if self.fallback and self.policy != "fallback":
+            raise ValueError(
+                f"Implicit: fallback is only used under policy='fallback', but policy={self.policy!r}; change one of them"
+            )
 
     @property
     def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -149,7 +153,9 @@ class Implicit(ImplicitSettings, ImplicitAdjoint):
     def solve(self, system: LinearSystem) -> Tensor:
         """Solve with the linear solver, under the policy and with its fallbacks."""
         dtype = system.b.dtype
-        report_floor(self.linear_solver, rounding_floor(dtype), dtype, self.policy, system.what)
+        report_floor(
+            self.linear_solver, rounding_floor(dtype, system.b.device, system.operator.rounding), dtype, self.policy, system.what
+        )
         with torch.no_grad():
             found = solve_chain(self.chain, system.operator, system.b, system.start, system.what, trace=system.trace)
         system.keep(found.value, found.stats)

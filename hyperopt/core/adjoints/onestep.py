@@ -27,7 +27,7 @@ class OneStep(OneStepSettings, ImplicitAdjoint):
     """The one-step adjoint; it has no settings."""
 
     exact = False
-    remedy = "OneStep never is; use an exact adjoint, such as Implicit() (adjoint=neumann)"
+    remedy = "OneStep never is; use an exact adjoint, such as Implicit()"
 
     def solve(self, system: LinearSystem) -> Tensor:
         """``v = b``."""

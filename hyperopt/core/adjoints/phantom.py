@@ -26,7 +26,7 @@ class Phantom(PhantomSettings, ImplicitAdjoint):
     """The phantom gradient; settings in ``PhantomSettings``."""
 
     exact = False
-    remedy = "Phantom never is; use an exact adjoint, such as Implicit() (adjoint=neumann)"
+    remedy = "Phantom never is; use an exact adjoint, such as Implicit()"
 
     def solve(self, system: LinearSystem) -> Tensor:
         """The damped steps."""

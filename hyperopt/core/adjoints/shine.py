@@ -39,7 +39,7 @@ class Shine(ShineSettings, ImplicitAdjoint):
     linear_solver: LinearSolver | None = None
 
     exact = False
-    remedy = "SHINE never is; use Implicit() (adjoint=neumann)"
+    remedy = "SHINE never is; use Implicit()"
 
     def __post_init__(self) -> None:
         """Check the types."""
@@ -55,8 +55,8 @@ class Shine(ShineSettings, ImplicitAdjoint):
         """
         if not problem.solver.keeps_inverse:
             raise ValueError(
-                f"Shine: {problem.solver.name} keeps no inverse estimate that the adjoint could share; use Broyden or Chord "
-                "(solver=broyden, solver=chord), or Implicit() (adjoint=neumann)"
+                f"Shine: {problem.solver.name} keeps no inverse estimate that the adjoint could share; use Broyden, "
+                "Chord, or the adjoint Implicit()"
             )
         return super().run(replace(problem, keep_state=True))
 
@@ -69,7 +69,7 @@ class Shine(ShineSettings, ImplicitAdjoint):
         forward, b = system.forward, system.b
         if forward is None or not forward.solver.keeps_inverse:
             why = "torch.vmap of a torch.func gradient has none" if forward is None else f"it fell back to {forward.solver.name}"
-            raise InexactError(f"Shine: the forward solve left no inverse estimate ({why}); use Implicit() (adjoint=neumann)")
+            raise InexactError(f"Shine: the forward solve left no inverse estimate ({why}); use Implicit()")
         with torch.no_grad():
             shared = forward.solver.inverse(forward.state, b, transpose=system.what == "adjoint")
             size = torch.linalg.vector_norm(b, dim=1)

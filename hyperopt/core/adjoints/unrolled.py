@@ -33,6 +33,10 @@ from hyperopt.core.status import Solution, SolveStats, Status
 class Unrolled(UnrolledSettings, Adjoint):
     """Backpropagation through the solver; settings in ``UnrolledSettings``."""
 
+    def reaches_start(self, solver: FixedPointSolver) -> bool:
+        """All steps do; the last few of them do not."""
+        return self.last is None or (solver.fixed and self.last >= solver.max_steps)
+
     def run(self, problem: Problem) -> Solution:
         """Solve with the graph of all steps, or of the last ones after a solve without."""
         last = self.last
@@ -99,7 +103,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     if not solver.differentiable:
         raise ValueError(
             f"Unrolled: the steps of {solver.name} cannot be differentiated through; set last=k, which unrolls plain steps "
-            "from its solution, or use another solver, Newton (solver=newton), or adjoint, Implicit() (adjoint=neumann)"
+            "from its solution, or use another solver, Newton, or adjoint, Implicit()"
         )
     watch = Watch(solver, start, stop)
 
@@ -147,7 +151,7 @@ class Watch:
         self.moving: list[Tensor | None] = []  # at the start of each step; None: all
         self.moved: list[Tensor | None] = []  # at its end, without the rows that broke down
         self.whole = True  # whether all rows move
-        self.floor = rounding_floor(start.dtype)
+        self.floor = rounding_floor(start.dtype, start.device)
         self.last: int | None = None
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def solve_by_iteration(
     operator = as_operator(matvec)
     start = b if x0 is None else x0
     part = some if operator.divisible else None
-    run = iterate(solver, affine(operator, b), start, some=part, scale=method.sizes(b), trace=trace)
+    run = iterate(solver, affine(operator, b), start, some=part, scale=method.sizes(b), trace=trace, rounding=operator.rounding)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
     if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent

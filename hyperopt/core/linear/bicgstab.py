@@ -1,8 +1,8 @@
 """BiCGStab: two products a step and a fixed few vectors, row by row.
 
-    s = r - alpha A p,         alpha = <r_0, r> / <r_0, A p>
+    s = r - alpha A p,         alpha = rho / c,    rho = <r_0, r>,    c = <r_0, A p>
     r' = s - omega A s,        omega = <A s, s> / <A s, A s>
-    x += alpha p + omega s;    p = r' + beta (p - omega A p),   beta = (<r_0, r'> / <r_0, r>) (alpha / omega)
+    x += alpha p + omega s;    p = r' - rho' / c (A p - p / omega)
 
 For systems where GMRES would need more vectors than fit. Its residual is erratic: the best value of a cycle is kept. A row in
 which a denominator vanishes runs away or becomes NaN; it starts anew from the best value, and is a ``breakdown`` only if the
@@ -13,16 +13,20 @@ Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, dot
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
+from hyperopt.core.linear.pending import advance
 from hyperopt.core.linear.settings import BiCGStabSettings
+from hyperopt.core.rowwise import combine, dot, dots
 from hyperopt.core.status import Status
 
-State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # r_0, p, <r_0, r>, the best x and the square of its residual
+# r and r_0, shape (rows, 2, dim); p; rho; the value that r is the residual of; the least square of the cycle, that of ``run.x``.
+State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,29 +35,38 @@ class BiCGStab(BiCGStabSettings, KrylovSolver):
 
     def init(self, run: Recurrence) -> State:
         """The first direction is the residual."""
-        return run.r.clone(), run.r.clone(), run.rr, run.x.clone(), run.rr
+        return torch.stack([run.r, run.r], dim=1), run.r, run.rr, run.x, run.rr
 
     def step(self, run: Recurrence, state: State) -> State:
         """One step of two products."""
-        r0, p, rho, best, least = state
+        both, p, rho, x, least = state
+        r, r0 = both.unbind(dim=1)
         q = run.product(p)
-        sigma = dot(r0, q)
-        alpha = rho / (sigma + run.tiny)
-        s = run.r.addcmul_(q, alpha, value=-1)
+        c = dot(r0, q, run.tiny)
+        alpha = rho / c
+        s = torch.addcmul(r, q, alpha, value=-1)
         t = run.product(s)
-        omega = dot(t, s) / run.square(t)
-        run.x.addcmul_(p, alpha).addcmul_(s, omega)
-        run.r.addcmul_(t, omega, value=-1)
-        run.rr = dot(run.r, run.r)
-        better = run.rr < least
-        best, least = torch.where(better, run.x, best), torch.where(better, run.rr, least)
-        new = dot(r0, run.r)
-        p = torch.addcmul(run.r, new / torch.addcmul(run.tiny, sigma, omega), torch.addcmul(p, q, omega, value=-1))
-        return r0, p, new, best, least
+        omega = dot(t, s, run.tiny) / run.square(t)
+        run.r = torch.addcmul(s, t, omega, value=-1, out=r)
+        run.rr, rho = dots(both, r, run.tiny).unbind(dim=1)
+        run.pending.add((p, s), alpha, omega, run.rr)
+        p = torch.addcmul(r, torch.addcdiv(q, p, omega, value=-1), rho / c, value=-1)
+        del q, s, t  # memory
+        state = both, p, rho, x, least
+        return self.finish(run, state) if run.pending.full else state
 
-    def finish(self, run: Recurrence, state: State) -> None:
-        """The best value of the cycle."""
-        run.x = state[3]
+    def finish(self, run: Recurrence, state: State) -> State:
+        """Take the steps, and for the value those up to the best."""
+        both, p, rho, x, least = state
+        if not len(run.pending):
+            return state
+        directions, alphas, omegas, after = run.pending.take()
+        weights = torch.cat([alphas, omegas], dim=2).view(len(x), -1, 1)
+        best = torch.cat([least[:, None], torch.nan_to_num(after, math.inf)], dim=1).min(dim=1)
+        later = torch.arange(weights.shape[1], device=x.device)[:, None] >= 2 * best.indices[:, None]
+        now = combine(x, weights, directions)
+        run.x = torch.where(best.indices > 0, advance(x, directions, weights, later), run.x)
+        return both, p, rho, now, best.values
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
         """Rows whose residual has grown beyond what rounding leaves of the best; NaN shows by itself."""

@@ -9,8 +9,8 @@ along ``p`` is ``c <r, r>`` before the step.
 For ``A = I - M`` with ``M`` symmetric and its eigenvalues below 1: a gradient step on a convex loss, ``M = I - step * Hessian``.
 There it needs the fewest products of all methods. What it is not made for ends a row at the iterate before, never with a wrong
 number: a direction of negative curvature (status ``negative_curvature``), and an ``A`` that is not symmetric (``breakdown``),
-which is told at steps 4, 16, 64, ... by ``<p, A x> = <x, A p>``, where ``A x`` is the right-hand side less the residual. A
-preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
+which is told at steps 4, 16, 64, ... by ``<r', r> = 0`` for the residuals ``r`` and ``r'`` before and after. A preconditioner of
+the weights (``w - P grad``) makes ``M`` asymmetric.
 
 Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
 """
@@ -23,11 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, dot, length
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
+from hyperopt.core.linear.pending import advance
 from hyperopt.core.linear.settings import CGSettings
+from hyperopt.core.rowwise import dot, length
 from hyperopt.core.status import Status
 
-State = tuple[Tensor, Tensor, Tensor]  # p, <r, r>, and the least curvature of the cycle
+State = tuple[Tensor, Tensor, Tensor]  # p, 1 / <r, r>, and the least curvature of the cycle
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,44 @@ class CG(CGSettings, KrylovSolver):
 
     def init(self, run: Recurrence) -> State:
         """The first direction is the residual."""
-        rr = run.rr + run.tiny
-        return run.r / rr, rr, torch.full_like(rr, math.inf)
+        inverse = 1 / (run.rr + run.tiny)
+        return run.r * inverse, inverse, torch.full_like(inverse, math.inf)
 
     def step(self, run: Recurrence, state: State) -> State:
-        """One step; rows whose curvature is not positive do not move any more."""
-        p, rr, least = state
+        """One step; the residual of a row whose curvature is not positive becomes NaN."""
+        p, inverse, least = state
         q = run.product(p)
-        c = dot(p, q)
+        c = dot(p, q, inverse, torch.finfo(p.dtype).tiny ** 0.5)  # more only where r is 0: then p would lead away
         if run.kept is None:  # what rounding leaves of a curvature that is 0
             run.kept = torch.add(run.tiny, length(q) / (length(p) + run.tiny), alpha=run.eps)
-        least = torch.minimum(least, c * rr)
-        c.masked_fill_(least <= run.kept, math.inf)
-        run.x.addcdiv_(p, c)
-        run.r.addcdiv_(q, c, value=-1)
-        if run.taken in (4, 16, 64, 256, 1024):
-            least = least.masked_fill_(_asymmetric(run, p, q), 0.0)
-        run.rr = run.square(run.r)
-        return p.addcdiv_(run.r, run.rr), run.rr, least
+        run.r.addcdiv_(q, torch.nn.functional.threshold(c, 0.0, math.nan), value=-1)
+        before, run.rr = run.rr, run.square(run.r)
+        run.pending.add((p,), c, inverse)
+        inverse, checked = run.rr.reciprocal(), run.taken in (4, 16, 64, 256, 1024)
+        if not (run.pending.full or checked):
+            return torch.addcmul(p, run.r, inverse), inverse, least
+        _, _, least = self.finish(run, state)
+        if checked:
+            asymmetric = self._asymmetric(run, p, q, c, before)
+            least, run.rr = least.masked_fill(asymmetric, 0.0), run.rr.masked_fill(asymmetric, math.nan)
+        return p.addcmul_(run.r, inverse), inverse, least
+
+    def _asymmetric(self, run: Recurrence, p: Tensor, q: Tensor, c: Tensor, before: Tensor) -> Tensor:
+        """Rows in which ``c <r', r> = c <r', r'> + <r', q>`` is more than rounding leaves of a 0."""
+        off = torch.addcmul(dot(run.r, q), c, run.rr).abs_()
+        size = torch.addcmul(length(q), run.kept / run.eps, length(p))  # |A p| + |A| |p|
+        return off > math.sqrt(run.eps) * size * (before + run.rr).sqrt()
+
+    def finish(self, run: Recurrence, state: State) -> State:
+        """Take the steps before the first without a positive curvature."""
+        p, inverse, least = state
+        if not len(run.pending):
+            return state
+        directions, c, inverses = run.pending.take()
+        curvature = torch.nan_to_num(c / inverses, math.inf, math.inf, -math.inf)  # NaN comes after, or from the products
+        lowest = torch.cummin(torch.cat([least[:, None], curvature], dim=1), dim=1).values
+        run.x = advance(run.x, directions, 1 / c, lowest[:, 1:] <= run.kept[:, None])
+        return p, inverse, lowest[:, -1]
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
         """Rows in which a curvature was not positive."""
@@ -62,10 +84,3 @@ class CG(CGSettings, KrylovSolver):
     def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
         """Negative curvature, or none."""
         return stuck * int(Status.breakdown) + (state[2] < -run.kept)  # which is the next code
-
-
-def _asymmetric(run: Recurrence, p: Tensor, q: Tensor) -> Tensor:
-    """Rows in which ``<p, A x>`` and ``<x, A p>`` differ by more than rounding."""
-    image = torch.addcdiv(run.r, run.b, run.unit, value=-1)  # -A x
-    off = torch.addcmul(p * image, q, run.x).sum(dim=1, keepdim=True).abs_()
-    return off > math.sqrt(run.eps) * torch.maximum(length(p) * length(image), length(q) * length(run.x))

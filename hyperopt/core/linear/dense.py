@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.settings import DenseSettings
-from hyperopt.core.solvers.dense import finite_rows
 
 
 class Refinement(KrylovSolver):
@@ -69,7 +68,7 @@ class Dense(DenseSettings, Refinement):
         if rows * dim * dim > self.max_entries:
             raise ValueError(
                 f"Dense: {rows} rows of {dim} unknowns make matrices of {rows * dim * dim} numbers, above "
-                f"max_entries={self.max_entries}; use gmres (GMRES), or raise adjoint.linear_solver.max_entries"
+                f"max_entries={self.max_entries}; use GMRES, or raise max_entries"
             )
         matrix = run.operator.closed_form()
         if matrix is None:
@@ -77,8 +76,7 @@ class Dense(DenseSettings, Refinement):
         else:
             matrix = (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
         eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
-        matrix = torch.where(finite_rows(matrix)[:, None, None], matrix, eye)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         diagonal = lu.diagonal(dim1=1, dim2=2).abs()
-        singular = diagonal.amin(dim=1) <= dim * torch.finfo(run.b.dtype).eps * diagonal.amax(dim=1)
+        singular = ~(diagonal.amin(dim=1) > dim * torch.finfo(run.b.dtype).eps * diagonal.amax(dim=1))  # or not finite
         return torch.where(singular[:, None, None], eye, lu), pivots, singular[:, None]

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.krylov import KrylovSolver, Recurrence, length
+from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.settings import GMRESSettings
+from hyperopt.core.rowwise import combine, dots, length
 
 COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
 
@@ -71,15 +72,15 @@ class GMRES(GMRESSettings, KrylovSolver):
     def step(self, run: Recurrence, state: Arnoldi) -> Arnoldi:
         """One vector more."""
         V, j = state.V[:, : state.j + 1], state.j
-        w = run.product(V[:, j])[:, :, None]
-        size = length(w[:, :, 0])
-        h = torch.bmm(V, w)
-        w = torch.baddbmm(w, V.mT, h, alpha=-1)
-        again = torch.bmm(V, w)
-        w = torch.baddbmm(w, V.mT, again, alpha=-1)[:, :, 0]
+        w = run.product(V[:, j])
+        size = length(w)
+        h = dots(V, w)
+        w = combine(w, h, V, -1.0)
+        again = dots(V, w)
+        w = combine(w, again, V, -1.0)
         h = h + again
         rest = length(w)
-        last = torch.bmm(state.u[:, None, : j + 1], h)[:, 0] / (rest + run.tiny)
+        last = dots(state.u[:, None, : j + 1], h[:, :, 0])[:, :, 0] / (rest + run.tiny)
         state.collapsed = rest <= COLLAPSED * run.eps * size
         state.H[:, j, : j + 1] = h[:, :, 0]
         state.H[:, j, j + 1] = rest[:, 0]
@@ -94,7 +95,7 @@ class GMRES(GMRESSettings, KrylovSolver):
         """Whether the window is full."""
         return state.j == state.H.shape[1]
 
-    def finish(self, run: Recurrence, state: Arnoldi) -> None:
+    def finish(self, run: Recurrence, state: Arnoldi) -> Arnoldi:
         """Solve the small least squares problem; a column of zeros has no part in it."""
         m = state.j
         Q, R = torch.linalg.qr(state.H[:, :m, : m + 1].mT.double())
@@ -103,7 +104,8 @@ class GMRES(GMRESSettings, KrylovSolver):
         pivot.masked_fill_(none, 1.0)
         first = (Q[:, 0] * state.norm).masked_fill_(none, 0.0)
         y = torch.linalg.solve_triangular(R, first[:, :, None], upper=True)
-        run.x = torch.baddbmm(run.x[:, None], y.mT.to(run.x.dtype), state.V[:, :m])[:, 0]
+        run.x = combine(run.x, y.to(run.x.dtype), state.V[:, :m])
+        return state
 
     def stuck(self, run: Recurrence, state: Arnoldi) -> Tensor:
         """Rows whose space is exhausted above the limit: ``A`` is singular."""

@@ -7,7 +7,8 @@
 A method is ``init`` and ``step`` on ``run.x``, ``run.r`` and ``run.rr``; it may hold more vectors in its own state. All of it is
 in a unit of the size of ``b``, so that squares neither overflow nor underflow and a loss scaled by any factor takes the same
 steps. One rule makes rows independent: a row whose ``r`` is 0 stays where it is. So rows without a right-hand side, rows that are
-done and rows that have ended badly need no mask: their ``r`` is set to 0.
+done and rows that have ended badly need no mask: their ``r`` is set to 0. A step tests nothing: where a method breaks down, its
+numbers become infinite or NaN, which the next look sees, and ``run.pending`` lets ``x`` take only the steps that held.
 
 What it guarantees:
 - The residual that is reported was measured at the value that is returned. A recurrence only says when to measure.
@@ -28,12 +29,14 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
-from hyperopt.core.loop import FLOOR, relative, run
+from hyperopt.core.linear.pending import Pending
+from hyperopt.core.loop import FLOOR, relative, rounding_floor, run
 from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.process import Outcome, Process
-from hyperopt.core.solvers.window import full_precision
+from hyperopt.core.rowwise import dot, full_precision, length
 from hyperopt.core.status import SolveStats, Status
 
+FIRST = 2  # steps before the first look of a solve from 0
 IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row
 
 
@@ -54,15 +57,20 @@ class KrylovSolver(LinearSolver):
     def step(self, run: Recurrence, state: Any) -> Any:
         """One step: change ``run.x`` and ``run.r`` in place and set ``run.rr``; returns the next state."""
 
-    def finish(self, run: Recurrence, state: Any) -> None:
-        """Bring ``run.x`` up to date, where ``step`` does not."""
+    def finish(self, run: Recurrence, state: Any) -> Any:
+        """Bring ``run.x`` up to date, where ``step`` does not; returns the state."""
+        return state
+
+    def goal(self, run: Recurrence, state: Any) -> Tensor:
+        """The square of the residual by the recurrence at which a cycle has done what it can, shape (rows, 1)."""
+        return run.limit
 
     def spent(self, run: Recurrence, state: Any) -> bool:
         """Whether the cycle must end here for all rows, so that the loop looks."""
         return False
 
     def stuck(self, run: Recurrence, state: Any) -> Tensor | None:
-        """Rows in which the method can do no more, shape (rows, 1); None: none are known."""
+        """Rows in which the method can do no more, shape (rows, 1), as far as is known; None: there are none."""
         return None
 
     def causes(self, run: Recurrence, state: Any, stuck: Tensor, idle: Tensor) -> Tensor:
@@ -77,8 +85,10 @@ class KrylovSolver(LinearSolver):
             return LinearSolution(b, SolveStats(zeros + Status.converged, zeros, empty, empty, method=self.name))
         kind = b.device.type
         products = torch.autocast(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        operator = as_operator(matvec)
+        floor = rounding_floor(b.dtype, b.device, operator.rounding)
         with full_precision(b):  # the method, but not the products
-            return Recurrence(self, as_operator(matvec), b, x0, trace, products).solve()
+            return Recurrence(self, operator, b, x0, trace, products, floor).solve()
 
 
 class Recurrence(Process):
@@ -90,6 +100,7 @@ class Recurrence(Process):
         rr: its square; squares are what is compared, so that no root is taken.
         limit: what that has to be.
         unit: a power of 2 of the size of ``b``, so that scaling is exact; ``size``: what residuals are relative to, in this unit.
+        pending: steps that ``x`` has not taken yet.
         taken: steps of this cycle.
         left: steps left in all.
         kept: what a method keeps from one cycle to the next.
@@ -98,24 +109,32 @@ class Recurrence(Process):
 
     recurs = True
     rise = math.inf
+    clear = math.inf  # nobody asks for the contraction
 
     def __init__(
-        self, method: KrylovSolver, operator: LinearOperator, b: Tensor, x0: Tensor | None, trace: bool, products: Any = None
+        self,
+        method: KrylovSolver,
+        operator: LinearOperator,
+        b: Tensor,
+        x0: Tensor | None,
+        trace: bool,
+        products: Any = None,
+        floor: float = 0.0,
     ) -> None:
-        """Measure the start; ``products``: a context for the products."""
+        """Measure the start; ``products``: a context for the products, and ``floor`` the least relative residual in it."""
         self.within = products or nullcontext()
         self.method, self.operator, self.b = method, operator, b
         info = torch.finfo(b.dtype)
         self.eps, self.tiny, self.zero = info.eps, b.new_full((), info.tiny), b.new_zeros(())
         self.products = operator.matvecs, operator.rmatvecs
         self.scale = method.sizes(b)
-        self.unit = torch.ldexp(torch.ones_like(self.scale), torch.frexp(self.scale).exponent)[:, None]
-        self.size = self.scale[:, None] / self.unit
-        norm = self.size if method.by_row else length(b) / self.unit
+        size, exponent = torch.frexp(self.scale[:, None])
+        self.size, self.unit = size, torch.ldexp(torch.ones_like(size), exponent)
+        norm = size if method.by_row else length(b) / self.unit
         self.rr = norm * norm
         self.base = self.zero.expand_as(b)  # x as it was measured last, or the best before
         self.r = b / self.unit
-        bound = max(method.rtol, FLOOR * self.eps) * self.size
+        bound = max(method.rtol, floor or FLOOR * self.eps) * self.size
         if method.atol:
             bound += method.atol / self.unit
         self.limit = self.square(bound)
@@ -129,6 +148,8 @@ class Recurrence(Process):
         self.x, self.known = self.base, self.rr  # known: the square measured at base
         self.state: Any = None
         self.kept: Any = None
+        self.pending = Pending(b)
+        self.first_look = 0 if x0 is not None else FIRST  # 0 solves nothing but b = 0
         self.taken, self.left = 0, method.max_steps
         self.measured: tuple[Tensor, Tensor, Tensor] | None = None  # residual, its square, and rows that go on
         self.codes: Tensor | None = None
@@ -163,9 +184,7 @@ class Recurrence(Process):
 
     def square(self, a: Tensor) -> Tensor:
         """``|a|^2`` of each row, never 0, so that it may be divided by, shape (rows, 1)."""
-        if a.shape[1] == 1 or _rounds(a):
-            return torch.addcmul(self.tiny, *2 * (a if a.shape[1] == 1 else length(a),))
-        return torch.baddbmm(self.tiny, a[:, None], a[:, :, None])[:, :, 0]
+        return torch.addcmul(self.tiny, a, a) if a.shape[1] == 1 else dot(a, a, self.tiny)
 
     # ---- Process
 
@@ -179,15 +198,18 @@ class Recurrence(Process):
     @property
     def attentive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the cycle is at its end."""
-        return self.state is not None and (self.taken == self.b.shape[1] or self.method.spent(self, self.state))
+        told = self.pending.told and self.pending.room > 1
+        return self.state is not None and (told or self.taken == self.b.shape[1] or self.method.spent(self, self.state))
 
     @property
     def faults(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where there is reason to measure, before a measurement; codes of ``Status`` after one."""
         if self.measured is not None:
             return self.codes
-        if self.state is None:
+        if self.state is None or (len(self.pending) and not self.stalled):
             return None
+        if len(self.pending):
+            self.state = self.method.finish(self, self.state)
         if self.method.spent(self, self.state):
             return torch.ones_like(self.rr[:, 0])
         found = self.method.stuck(self, self.state)
@@ -203,8 +225,9 @@ class Recurrence(Process):
         return torch.where(self.moving, self.rr[:, 0], self.known[:, 0])  # a row that is settled has no recurrence any more
 
     def limits(self) -> Tensor:
-        """The square of ``rtol |b| + atol``, at least that of the rounding floor."""
-        return self.limit[:, 0]
+        """The square of ``rtol |b| + atol``, at least that of the rounding floor; in a cycle, what it can reach."""
+        inside = self.state is not None and self.measured is None
+        return (self.method.goal(self, self.state) if inside else self.limit)[:, 0]
 
     def _limit(self, rounding: Tensor) -> Tensor:
         """The limit, at least the square of the rounding floor of ``x``.
@@ -213,7 +236,7 @@ class Recurrence(Process):
         """
         if self.method.rtol >= math.sqrt(self.eps):
             return self.limit
-        return torch.maximum(self.limit, torch.minimum(rounding, self.eps * self.size * self.size))
+        return torch.maximum(self.limit, torch.fmin(rounding, self.eps * self.size * self.size))
 
     def step(self) -> None:
         """One step of the method, after a start where that is due."""
@@ -234,13 +257,15 @@ class Recurrence(Process):
         """Measure; a row that the cycle has made worse keeps what it had, and one that gained nothing ends."""
         if self.state is None:
             return self.known[:, 0]
-        going = self.rr > self.limit
+        self.state = self.method.finish(self, self.state)
+        going = self.rr > self.method.goal(self, self.state)
         stuck = self.method.stuck(self, self.state)
         going = going if stuck is None else going > stuck  # and not
-        self.method.finish(self, self.state)
         r, rr = self._residual(self.x)
         rounding = self.square(FLOOR * self.eps * self.x)
-        rr = torch.where(rounding > self.known, self.known, rr)  # of x so large, no residual tells that it is better
+        done = self.known <= self.limit  # before the cycle, and so it stays, whatever the products are
+        self.x = torch.where(done, self.base, self.x)
+        rr = torch.where(done | (rounding > self.known), self.known, rr)  # of x so large, no residual tells that it is better
         self.measured, self.limit = (r, rr, going), self._limit(rounding)
         idle = rr > IDLE**2 * self.known
         codes = (idle > going) * int(Status.stagnated)
@@ -318,18 +343,3 @@ class Recurrence(Process):
             method=self.method.name,
         )
         return LinearSolution(value, stats)
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each row, shape (rows, 1); one kernel, where it is not rounded to less than the dtype."""
-    return (a * b).sum(dim=1, keepdim=True) if _rounds(a) else torch.bmm(a[:, None], b[:, :, None])[:, :, 0]
-
-
-def _rounds(a: Tensor) -> bool:
-    """Whether products of matrices are rounded to less than the dtype here."""
-    return a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def length(a: Tensor) -> Tensor:
-    """Norm of each row, shape (rows, 1)."""
-    return torch.linalg.vector_norm(a, dim=1, keepdim=True)

@@ -64,7 +64,7 @@ class Chord(ChordSettings, FixedPointSolver):
             factors, at.broken = factor(at)
         elif bool(seen(stale).any()):
             new, broken = factor(at)
-            at.broken = broken & stale
+            at.broken = None if broken is None else broken & stale
             factors = replace_rows(stale, new, factors)
         if at.broken is not None:
             residual = torch.where(at.broken[:, None], torch.zeros_like(residual), residual)

@@ -24,7 +24,7 @@ def check_size(settings: DenseSettings, w: Tensor) -> None:
     if size > settings.max_gib:
         raise ValueError(
             f"{type(settings).__name__}: dense Jacobians of {rows} rows of {dim} entries take {size:.3g} GiB, more than "
-            f"max_gib={settings.max_gib}; use NewtonKrylov (solver=newton_krylov), which makes none, or raise max_gib"
+            f"max_gib={settings.max_gib}; use NewtonKrylov, which makes none, or raise max_gib"
         )
 
 
@@ -42,10 +42,10 @@ class Factors(NamedTuple):
     pivots: Tensor
 
 
-def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
-    """LU factors of ``I - J`` at a point, and the rows in which it is singular, shape (k,).
+def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor | None]:
+    """LU factors of ``I - J`` at a point, and the rows in which it is singular or not finite, shape (k,); None: there are none.
 
-    Those rows get the factors of the identity, so that nothing infinite enters a derivative either.
+    Those rows get the factors of the identity, so that nothing infinite enters a derivative either. The host reads one number.
 
     Args:
         at: where.
@@ -55,11 +55,10 @@ def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
     J = J if rows is None else J[rows]
     eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
     system = (eye - J.mT).mT  # column by column in memory, as LAPACK takes it: a strided copy costs as much as the factors
-    finite = finite_rows(system.detach())
-    system = system if bool(seen(finite).all()) else torch.where(finite[:, None, None], system, eye)
     with torch.no_grad():
         lu, pivots, _ = torch.linalg.lu_factor_ex(system)
         # An exactly singular matrix seldom has a pivot of exactly 0 after rounding: what counts is its size beside the largest.
+        # An entry that is not finite makes a pivot that is not.
         size = lu.diagonal(dim1=1, dim2=2).abs()
         singular = ~(size.amin(dim=1) > torch.finfo(J.dtype).eps * size.amax(dim=1))
         bad = bool(seen(singular).any())
@@ -67,13 +66,7 @@ def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor]:
         system = torch.where(singular[:, None, None], eye, system)
         with torch.no_grad():
             lu, pivots, _ = torch.linalg.lu_factor_ex(system)
-    return Factors(system if torch.is_grad_enabled() else None, lu, pivots), singular | ~finite
-
-
-def finite_rows(systems: Tensor) -> Tensor:
-    """Rows whose matrix is finite, shape (rows,): one sum a row tells, and where one overflows, every entry."""
-    finite = torch.isfinite(systems.sum(dim=(1, 2)))
-    return finite if bool(seen(finite).all()) else torch.isfinite(systems).all(dim=2).all(dim=1)
+    return Factors(system if torch.is_grad_enabled() else None, lu, pivots), singular if bad else None
 
 
 def solve(factors: Factors, r: Tensor, *, transpose: bool = False) -> Tensor:

@@ -40,7 +40,8 @@ def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = 
         chain += problem.fallback or default_fallback(problem.solver)
     runs: list[Iterate] = []
     for i, solver in enumerate(chain):
-        runs.append(iterate(solver, phi, problem.start if start is None else start, last=last, some=some, trace=problem.trace))
+        begin = problem.start if start is None else start
+        runs.append(iterate(solver, phi, begin, last=last, some=some, trace=problem.trace, rounding=problem.layout.rounding))
         if not runs[-1].stats.status.failed:
             break
         if i + 1 < len(chain):

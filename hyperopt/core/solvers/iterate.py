@@ -23,8 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import functorch_level
 from hyperopt.core.loop import relative, rounding_floor, run
+from hyperopt.core.precision import Observed
 from hyperopt.core.process import Outcome, Process
+from hyperopt.core.rowwise import distance
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Cost, Map, Point
 from hyperopt.core.status import SolveStats, Status
@@ -59,6 +62,7 @@ def iterate(
     some: Callable[[Tensor], Map | None] | None = None,
     scale: Tensor | None = None,
     trace: bool = False,
+    rounding: float = 0.0,
 ) -> Iterate:
     """Run ``solver`` on ``phi`` from ``w0``.
 
@@ -71,6 +75,7 @@ def iterate(
         some: ``some(index)`` is the map of the rows in ``index``, or None; given, stopped rows are dropped.
         scale: what each row's residual is relative to, shape (rows,); by default see above.
         trace: measure the residual at every evaluation, also when the number of steps is fixed.
+        rounding: the eps of the numbers that ``phi`` returns, where that is larger than the dtype's own.
 
     Returns:
         The value and its statistics.
@@ -83,7 +88,7 @@ def iterate(
         return Iterate(w0, stats, solver, solver.init(w0))
     if solver.fixed:
         return _fixed(solver, phi, w0, last or phi, scale, trace)
-    process = FixedPointProcess(solver, phi, w0, last, some, scale)
+    process = FixedPointProcess(solver, phi, w0, last, some, scale, rounding)
     outcome = run(process, solver.max_steps)
     return Iterate(process.value, process.stats(outcome), solver, None if outcome.parted else process.state)
 
@@ -99,6 +104,7 @@ class FixedPointProcess(Process):
         last: Map | None,
         some: Callable[[Tensor], Map | None] | None,
         scale: Tensor | None,
+        rounding: float = 0.0,
     ) -> None:
         """Nothing is evaluated yet."""
         self.solver, self.phi, self.last, self.some = solver, phi, last, some
@@ -106,9 +112,10 @@ class FixedPointProcess(Process):
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
         self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
         self.steady = not solver.holds
-        self.floor = rounding_floor(w0.dtype)
-        self.rtol = max(solver.rtol, self.floor)
-        self.clear = 4 * self.floor / self.rtol if not solver.atol else 0.0
+        self._set_floor(rounding_floor(w0.dtype, w0.device, rounding))
+        # What autocast lowers of the map, the first evaluation shows; until then it is taken to be all.
+        self.unseen = torch.is_autocast_enabled(w0.device.type) and not functorch_level()
+        self.rounding = rounding
         # With an absolute tolerance the loop's ratios are not relative residuals, which are then taken at every evaluation.
         self.trace: list[Tensor] = []
         self.cost = Cost()
@@ -120,6 +127,21 @@ class FixedPointProcess(Process):
         self.at: Point | None = None
         self.bounds: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of all rows: see ``_bounds``
         self.size: Tensor = w0
+
+    def _set_floor(self, floor: float) -> None:
+        """Let ``floor`` be the least relative residual that is asked for."""
+        self.floor = floor
+        self.rtol = max(self.solver.rtol, floor)
+        self.clear = 4 * floor / self.rtol if not self.solver.atol else 0.0
+
+    def _observe(self) -> Point:
+        """The point of the iterate, whose evaluation shows the precision of the map."""
+        self.unseen = False
+        with Observed() as seen:
+            at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
+            _ = at.fw
+        self._set_floor(rounding_floor(self.w.dtype, None, max(self.rounding, seen.eps)))
+        return at
 
     @property
     def value(self) -> Tensor:
@@ -133,12 +155,13 @@ class FixedPointProcess(Process):
             assert self.last is not None
             self.cost.evaluations += 1
             at = Point(self.phi, self.w, self.cost, self.last(self.w))
+        elif at is None and self.unseen:
+            at = self._observe()
         elif at is None:
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
         at.active = self.moving
         self.at = at
-        residual = at.residual if self.solver.takes_residual else at.fw - at.w
-        norm = torch.linalg.vector_norm(residual, dim=1)
+        norm = torch.linalg.vector_norm(at.residual, dim=1) if self.solver.takes_residual else distance(at.fw, at.w)
         if self.bounds is None and self.given is None:
             self.bounds = self._bounds(at, norm)
         if self.solver.atol:
@@ -280,7 +303,7 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
         else:
             at = following(at, w) or Point(phi, w, cost, graph=solver.linearizes)
         if trace or k in probes:
-            norms[k] = torch.linalg.vector_norm(at.fw - w, dim=1)
+            norms[k] = distance(at.fw, w)
             sizes[k] = torch.linalg.vector_norm(at.fw, dim=1) if scale is None else scale
         if k < solver.max_steps:
             at.active = None if broken is None else ~broken
@@ -300,7 +323,7 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
         evaluations=cost.evaluations,
         vjps=cost.vjps,
         jvps=cost.jvps,
-        contraction=_decay(norms, sizes[end], end, rounding_floor(w0.dtype)),
+        contraction=_decay(norms, sizes[end], end, rounding_floor(w0.dtype, w0.device)),
         trace=torch.stack([relative(norms[k], sizes[k]).max() for k in sorted(norms)]) if trace else w0.new_empty(0),
         method=solver.name,
     )

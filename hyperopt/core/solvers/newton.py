@@ -48,10 +48,11 @@ class Newton(NewtonSettings, FixedPointSolver):
         rows = None if at.active is None or transformed() else at.active.nonzero().squeeze(1)
         factors, broken = factor(at, rows)
         part = residual if rows is None else residual[rows]
-        direction = solve(factors, torch.where(broken[:, None], torch.zeros_like(part), part))
+        direction = solve(factors, part if broken is None else torch.where(broken[:, None], 0.0, part))
         if rows is not None:
             direction = torch.zeros_like(residual).index_copy(0, rows, direction)
-            broken = torch.zeros_like(at.active).index_copy(0, rows, broken)  # pyright: ignore[reportArgumentType]
+            if broken is not None:
+                broken = torch.zeros_like(at.active).index_copy(0, rows, broken)  # pyright: ignore[reportArgumentType]
         at.broken = broken
         if not self.line_search:
             return at.w + direction, state

@@ -76,7 +76,7 @@ class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
         norm = torch.linalg.vector_norm(residual, dim=1)
         eta = (0.9 * (norm / state.norm) ** 2).clamp(max=self.forcing)
         kept = 0.9 * state.eta**2  # a lucky step must not tighten the next one all at once
-        eta = torch.where(kept > 0.1, torch.maximum(eta, kept), eta).clamp(min=rounding_floor(norm.dtype))
+        eta = torch.where(kept > 0.1, torch.maximum(eta, kept), eta).clamp(min=rounding_floor(norm.dtype, norm.device))
         moving = torch.isfinite(norm) & (norm > 0)
         moving = moving if at.active is None else moving & at.active
         scale = torch.where(moving, eta * norm, torch.ones_like(norm))[:, None]
@@ -86,7 +86,7 @@ class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
         # Singular, or beyond the linear solver: a residual of 1 is that of no step at all, and of a step as long as this rounding
         # leaves no residual to see. NaN counts as broken.
         length = torch.linalg.vector_norm(direction, dim=1)
-        broken = moving & ~((found.stats.residual < 1) & (rounding_floor(norm.dtype) * length < norm))
+        broken = moving & ~((found.stats.residual < 1) & (rounding_floor(norm.dtype, norm.device) * length < norm))
         direction = torch.where(broken[:, None], torch.zeros_like(direction), direction)
         at.broken = broken
         state = Progress(norm, eta, remember(state.history, at))

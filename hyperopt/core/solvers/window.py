@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from hyperopt.core.rowwise import combine, dots, full_precision
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,9 @@ class Window:
     def dot(self, x: Tensor) -> Tensor:
         """Inner products with ``x``, shape (rows, filled)."""
         with full_precision(x):
-            return torch.bmm(self.matrix, x[:, :, None])[:, :, 0]
+            return dots(self.matrix, x)[:, :, 0]
 
     def combine(self, start: Tensor, weights: Tensor, alpha: float = 1.0) -> Tensor:
         """``start + alpha sum_i weights_i x_i``, shape (rows, dim); weights of shape (rows, filled)."""
         with full_precision(start):
-            return torch.baddbmm(start[:, None, :], weights[:, None, :], self.matrix, alpha=alpha)[:, 0]
-
-
-def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """A block in which autocast, which is for the map, does not lower the products of a method."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+            return combine(start, weights[:, :, None], self.matrix, alpha)

@@ -1,0 +1,409 @@
+"""``Draws``: the random numbers of one evaluation, kept to be handed back, and the tensors that it changed in place.
+
+A dispatch mode sees every operator of PyTorch, below autograd. Those that draw carry ``torch.Tag.nondeterministic_seeded``. The
+results of pure draws are handed back as they are; of operators that compute with their input too, what they have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators whose result is a sample and nothing else, by the names of their packets without a trailing underscore.
+SAMPLES = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like normal normal_functional uniform bernoulli multinomial "
+    "poisson binomial exponential geometric cauchy log_normal random _standard_gamma _sample_dirichlet".split()
+)
+# Samples with a derivative in their parameters: another parameter in a replay would need another sample.
+REPARAMETRISED = frozenset(("_standard_gamma", "_sample_dirichlet"))
+# Operators that draw only if this argument is above 0: its place and its name.
+RATES = {
+    "_scaled_dot_product_flash_attention_for_cpu": (3, "dropout_p"),
+    "_scaled_dot_product_flash_attention": (3, "dropout_p"),
+    "_scaled_dot_product_efficient_attention": (5, "dropout_p"),
+    "_scaled_dot_product_cudnn_attention": (5, "dropout_p"),
+    "_fused_sdp_choice": (4, "dropout_p"),
+    "_cudnn_rnn": (11, "dropout"),
+    "miopen_rnn": (11, "dropout"),
+    "native_dropout": (1, "p"),
+}
+# Operators that draw only if this flag is set.
+TRAINING = {"native_dropout": (2, "train"), "rrelu_with_noise": (4, "training")}
+# Arguments that an operator changes although its schema does not say so: the running statistics, if it is training.
+STATISTICS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))
+
+_local = threading.local()
+
+
+class ImpureMapError(RuntimeError):
+    """The map is random, or changes a state of its own; the message names the module where it can be seen."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an operator does.
+
+    Attributes:
+        name: of its packet.
+        draws: whether it draws random numbers.
+        writes: places and names of the arguments that it changes.
+        fresh: whether it returns new tensors.
+        composite: whether it draws by calling other operators.
+    """
+
+    name: str
+    draws: bool
+    writes: tuple[tuple[int, str], ...]
+    fresh: bool
+    composite: bool
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    name = schema.name.split("::")[-1].rstrip("_")
+    writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if name in STATISTICS:
+        writes += [(3, "running_mean"), (4, "running_var")]
+    fresh = all(r.alias_info is None for r in schema.returns)
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    composite = draws and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return _Kind(name, draws, tuple(writes), fresh, composite)
+
+
+def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def _draws(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the call draws: a fused operator with a rate of 0, or out of training, does not."""
+    if not kind.draws:
+        return False
+    if kind.name in TRAINING and not _argument(args, kwargs, *TRAINING[kind.name]):
+        return False
+    return kind.name not in RATES or float(_argument(args, kwargs, *RATES[kind.name]) or 0.0) > 0
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor from that of others; None where there is no such thing."""
+    while functorch.maybe_get_level(tensor) > 0:
+        tensor = functorch.get_unwrapped(tensor)
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for entry in value for t in _tensors(entry)] if isinstance(value, list | tuple) else []
+
+
+class _Mode(TorchDispatchMode):
+    """Watches what a function draws and changes, and notes which tensors it has made itself.
+
+    Args:
+        own: tensors that it may change without a note.
+        constants: tensors that it must not change.
+    """
+
+    def __init__(self, own: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.made: set[int | None] = {None, *(_storage(t) for t in own)}
+        self.constants = {_storage(t) for t in constants}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind, kwargs = _kind(func), kwargs or {}
+        if kind.composite:  # inference mode does not take it apart by itself
+            with self:
+                return func.decompose(*args, **kwargs)
+        for place, name in kind.writes:
+            for tensor in _tensors(_argument(args, kwargs, place, name)):
+                key = _storage(tensor)
+                if key in self.made:
+                    continue
+                if key in self.constants:
+                    self.refuse(tensor, func)
+                self.write(tensor)
+        out = self.draw(func, kind, args, kwargs) if _draws(kind, args, kwargs) else func(*args, **kwargs)
+        if kind.fresh:
+            self.made.update(_storage(t) for t in _tensors(out))
+        return out
+
+    def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
+        """A tensor that must not change is about to be changed."""
+        raise ImpureMapError(
+            f"the function changes one of its arguments, of shape {tuple(tensor.shape)}, in place ({func}): return new tensors "
+            "instead (a module with inplace=True does this too)"
+        )
+
+    def write(self, tensor: Tensor) -> None:
+        """A tensor from outside is about to be changed."""
+
+    def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        """An operator that draws is called."""
+        return func(*args, **kwargs)
+
+
+class Draws:
+    """What one evaluation has drawn, and what it changed in place."""
+
+    def __init__(self) -> None:
+        """Nothing is recorded yet."""
+        self.results: list[_Drawn] = []
+        self.before: list[tuple[Tensor, Tensor]] = []  # tensors from outside, in the order in which they were changed
+        self.after: list[tuple[Tensor, Tensor]] | None = []  # None: committed
+
+    @property
+    def random(self) -> bool:
+        """Whether anything was drawn."""
+        return bool(self.results)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether tensors from outside were changed in place."""
+        return bool(self.before)
+
+    @contextlib.contextmanager
+    def recorded(self, first: bool, own: Iterable[Tensor], constants: Iterable[Tensor]) -> Iterator[None]:
+        """An evaluation runs in this block.
+
+        Args:
+            first: whether it is the first.
+            own: tensors that it may change.
+            constants: tensors that it must not change.
+        """
+        if not first and not self.results and not self.before:
+            yield
+            return
+        now = _copies(self.before)
+        _put(self.before)
+        mode = _Record(self, own, constants) if first else _Repeat(self, own, constants)
+        try:
+            with mode, handled():
+                yield
+            mode.finish()
+        finally:
+            if self.after is not None:
+                self.after = _copies(self.before)
+            _put(self.before if first else now)
+
+    def release(self, tensor: Tensor) -> Tensor | None:
+        """Leave a tensor that was changed to the caller; returns what was left of it, None if it was not changed."""
+        for i, (changed, _) in enumerate(self.before):
+            if changed.shape == tensor.shape and changed.data_ptr() == tensor.data_ptr() and tensor.numel():
+                del self.before[i]
+                return self.after.pop(i)[1] if self.after is not None else None
+        return None
+
+    def commit(self) -> None:
+        """Let the tensors that were changed have the values that they were left with."""
+        after, self.after = self.after, None
+        _put(after or [])
+
+
+def _copies(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.clone()) for tensor, _ in pairs]
+
+
+def _put(values: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in reversed(values):
+            tensor.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What one operator has drawn.
+
+    Attributes:
+        kind: the operator's.
+        given: its arguments, shapes and dtypes in the place of tensors, no generator.
+        result: the sample.
+        parameters: tensors that the derivative of the sample depends on.
+    """
+
+    kind: _Kind
+    given: tuple[Any, ...]
+    result: Tensor
+    parameters: tuple[Tensor, ...]
+
+    def repeated(self, kind: _Kind, args: Sequence[Any]) -> bool:
+        """Whether this is the same call; ``vmap`` makes ``x.bernoulli_(p)`` from ``bernoulli(x, p)``, and the reverse."""
+        if kind == self.kind:
+            return self.given == _given(args)
+        like = args[0] if args else None
+        return kind.name == self.kind.name and isinstance(like, Tensor) and like.shape == self.result.shape
+
+
+def _given(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        (a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+        for a in args
+        if not isinstance(a, torch.Generator)
+    )
+
+
+class _Record(_Mode):
+    """The first evaluation."""
+
+    def __init__(self, draws: Draws, own: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
+        super().__init__(own, constants)
+        self.draws = draws
+        self.written: set[Any] = set()
+
+    def write(self, tensor: Tensor) -> None:
+        key = _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+        if key not in self.written:
+            self.written.add(key)
+            self.draws.before.append((tensor, tensor.clone()))
+
+    def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        if kind.name not in SAMPLES and kind.name not in TRAINING:
+            raise ImpureMapError(
+                f"{func} draws random numbers that cannot be handed back when the function is evaluated again; build it from "
+                "simpler layers (for an LSTM with dropout, one layer after the other), or set its dropout to 0"
+            )
+        out = func(*args, **kwargs)
+        kept = out[1] if kind.name == "native_dropout" else args[1] if kind.name == "rrelu_with_noise" else out
+        parameters = tuple(t.clone() for t in _tensors(args)) if kind.name in REPARAMETRISED else ()
+        self.draws.results.append(_Drawn(kind, _given(args), kept.clone(), parameters))
+        return out
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+class _Repeat(_Mode):
+    """A replay."""
+
+    def __init__(self, draws: Draws, own: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
+        super().__init__([*own, *(t for t, _ in draws.before)], constants)
+        self.left = iter(draws.results)
+
+    def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        drawn = next(self.left, None)
+        if drawn is None or not drawn.repeated(kind, args):
+            then = "nothing more" if drawn is None else f"{drawn.kind.name}{drawn.given}"
+            self.differs(f"{kind.name}{_given(args)} instead of {then}")
+        if any(not torch.equal(a, b) for a, b in zip(drawn.parameters, _tensors(args), strict=False)):
+            raise ImpureMapError(
+                f"the parameters of {func} depend on what is differentiated: its samples cannot be handed back for others. Draw "
+                "them before, or write them as a function of standard random numbers"
+            )
+        if kind.name == "native_dropout":
+            rate = float(_argument(args, kwargs, 1, "p"))
+            return args[0] * drawn.result * (0.0 if rate >= 1 else 1 / (1 - rate)), drawn.result.clone()
+        if kind.name == "rrelu_with_noise":
+            return args[0] * args[1].copy_(drawn.result)
+        return args[0].copy_(drawn.result) if kind.writes else drawn.result.clone()
+
+    def finish(self) -> None:
+        """All that was drawn the first time must have been drawn again."""
+        if next(self.left, None) is not None:
+            self.differs("fewer than then")
+
+    def differs(self, what: str) -> NoReturn:
+        raise ImpureMapError(
+            f"a second evaluation of the function drew other random numbers than the first ({what}): what it draws must depend "
+            "neither on how often it is called nor on the values that are differentiated"
+        )
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Draws in this block are no affair of a solve that looks for them: a replay keeps them, or they are not the map's."""
+    depth = getattr(_local, "depth", 0)
+    _local.depth = depth + 1
+    try:
+        yield
+    finally:
+        _local.depth = depth
+
+
+class Unreplayed(_Mode):
+    """Notes whether a map draws random numbers, or changes tensors in place, that no replay takes care of.
+
+    Args:
+        state: the tensors of the state that the map is given.
+        args: those of its arguments.
+
+    Attributes:
+        random: whether it drew.
+        written: tensors that it closes over and changed.
+    """
+
+    def __init__(self, state: Iterable[Tensor] = (), args: Iterable[Tensor] = ()) -> None:
+        """Nothing is drawn yet."""
+        state = list(state)
+        super().__init__((), [*state, *args])
+        self.state = {_storage(t) for t in state}
+        self.random = False
+        self.written: list[Tensor] = []
+
+    def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
+        """The map changes what it was given."""
+        what = "the state" if _storage(tensor) in self.state else "an argument"
+        raise ValueError(f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)")
+
+    def write(self, tensor: Tensor) -> None:
+        """A tensor that the map closes over."""
+        if not getattr(_local, "depth", 0):
+            self.written.append(tensor)
+
+    def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        """A draw."""
+        self.random = self.random or not getattr(_local, "depth", 0)
+        return func(*args, **kwargs)
+
+
+class KeepsGraph(TorchFunctionMode):
+    """What runs inside of ``torch.utils.checkpoint`` keeps its graph.
+
+    Evaluated again in a backward, it would meet other parameters (those that ``functional_call`` has put back), other random
+    numbers and other buffers, those of that moment.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator so that it saves its tensors itself."""
+        if torch.compiler.is_compiling():  # the compiler traces this
+            return func(*args, **(kwargs or {}))
+        hooks = _top_saved_tensors_default_hooks(False)
+        if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
+            return func(*args, **(kwargs or {}))
+        with saved_tensors_hooks(_same, _same):
+            return func(*args, **(kwargs or {}))
+
+
+class TwiceDifferentiable(KeepsGraph):
+    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator in a form that has derivatives of every order."""
+        if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
+            with sdpa_kernel(SDPBackend.MATH):
+                return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(
+            _plain_attention if func is F.scaled_dot_product_attention else func, types, args, kwargs
+        )
+
+
+def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

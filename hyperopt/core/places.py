@@ -1,0 +1,195 @@
+"""``Places``: where a function keeps a state of its own, as far as Python shows it.
+
+A function reaches its state through what it closes over, its defaults, the globals that it names, the object that it is a method
+of, and what lies in these: modules, other objects, lists and dicts. A place is a container and a key in it. What is found is the
+state that a ``Replay`` puts back, and the modules that messages name.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+PLAIN = (bool, int, float, complex, str, type(None))
+LONG = 256  # a container of more entries than this is data, and no state
+MANY = 20_000  # objects that are looked at
+FOREIGN = (
+    "torch",
+    "numpy",
+    "builtins",
+    "collections",
+    "optree",
+    "logging",
+    "threading",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+)
+
+
+class _Cell:
+    """A variable of an enclosing function, as a container with one entry."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.cell.cell_contents
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.cell.cell_contents = value
+
+
+class Places:
+    """The state that some functions use.
+
+    Attributes:
+        named: the modules, with what to call them in messages.
+        modules: the modules.
+        others: pairs of a container and a key whose value is a plain number, a string, a tensor or None, outside of modules.
+    """
+
+    def __init__(self, *, deep: bool = True) -> None:
+        """Nothing is found yet."""
+        self._deep = deep
+        self.named: list[tuple[str, nn.Module]] = []
+        self.modules: list[nn.Module] = []
+        self.others: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+
+    @staticmethod
+    def of(function: Callable[..., Any], args: tuple[Any, ...] = (), *, deep: bool = True) -> Places:
+        """What a function, called with ``args``, can be seen to use; in objects and containers too if ``deep``."""
+        found = Places(deep=deep)
+        found._walk(
+            deque([("phi", function), *((f"args[{i}]", arg) for i, arg in enumerate(args) if isinstance(arg, nn.Module))])
+        )
+        return found
+
+    @staticmethod
+    def of_modules(modules: Iterable[nn.Module]) -> Places:
+        """These modules and those inside of them."""
+        found = Places()
+        found._walk(deque(("", module) for module in modules))
+        return found
+
+    def slots(self) -> list[tuple[Any, Any, Any]]:
+        """The places with their present values: all but the buffers of modules in training mode."""
+        slots: list[tuple[Any, Any, Any]] = [(place, key, place[key]) for place, key in self.others]
+        for m in self.modules:
+            own = vars(m)
+            slots += [(own, key, value) for key, value in own.items() if _is_state(key, value)]
+            slots += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
+            if not m.training:
+                slots += [(m._buffers, name, b) for name, b in m._buffers.items()]
+        return slots
+
+    def buffers(self) -> list[tuple[Any, Any, Any]]:
+        """The places of the buffers of modules in training mode, with their present values."""
+        return [(m._buffers, name, b) for m in self.modules if m.training for name, b in m._buffers.items() if b is not None]
+
+    def _walk(self, queue: deque[tuple[str, Any]]) -> None:
+        while queue and len(self._seen) < MANY:
+            name, value = queue.popleft()
+            if id(value) in self._seen or isinstance(value, (*PLAIN, Tensor)):
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, nn.Module):
+                self._add_module(name, value, queue)
+            else:
+                queue.extend(self._inside(name, value))
+
+    def _add_module(self, name: str, root: nn.Module, queue: deque[tuple[str, Any]]) -> None:
+        for inner, module in root.named_modules():
+            if module is not root and id(module) in self._seen:
+                continue
+            self._seen.add(id(module))
+            self.named.append((".".join(part for part in (name, inner) if part), module))
+            self.modules.append(module)
+            # A module may keep another in a list or an object of its own.
+            queue.extend((f"{name}.{key}", value) for key, value in vars(module).items() if not key.startswith("_"))
+
+    def _inside(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """What lies in a function, an object or a container; its own state is noted."""
+        if isinstance(value, functools.partial):
+            yield name, value.func
+            yield from ((f"{name}.args", arg) for arg in (*value.args, *value.keywords.values()))
+        elif isinstance(value, types.MethodType):
+            yield f"{name}.__self__", value.__self__
+            yield name, value.__func__
+        elif isinstance(value, types.FunctionType):
+            yield from self._function(name, value)
+        elif not self._deep:
+            return
+        elif isinstance(value, MutableMapping) and len(value) <= LONG:
+            yield from self._entries(name, value, list(value.items()))
+        elif isinstance(value, list) and len(value) <= LONG:
+            yield from self._entries(name, value, list(enumerate(value)))
+        elif isinstance(value, tuple | set | frozenset) and len(value) <= LONG:
+            yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        elif not isinstance(value, types.ModuleType | type | DataLoader | Dataset) and _own(value):
+            state = getattr(value, "__dict__", None)
+            if state is not None:
+                yield from self._entries(name, state, [(key, entry) for key, entry in state.items() if not key.startswith("__")])
+
+    def _entries(self, name: str, place: Any, entries: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+        for key, entry in entries:
+            if isinstance(entry, (*PLAIN, Tensor)):
+                self.others.append((place, key))
+            else:
+                yield f"{name}.{key}" if isinstance(key, str) else f"{name}[{key!r}]", entry
+
+    def _function(self, name: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # a variable that is not assigned yet
+                continue
+            if isinstance(content, (*PLAIN, Tensor)):
+                self.others.append((_Cell(cell), None))
+            else:
+                yield variable, content
+        yield from ((name, value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            yield name, wrapped
+        if function.__module__.split(".")[0] in FOREIGN:
+            return
+        names, scope = _names(function.__code__), function.__globals__
+        for variable in names:
+            if variable not in scope:
+                continue
+            content = scope[variable]
+            if isinstance(content, (*PLAIN, Tensor)):
+                self.others.append((scope, variable))
+            elif isinstance(content, types.ModuleType):
+                inside = [(inner, vars(content).get(inner)) for inner in names]
+                yield from ((f"{variable}.{inner}", value) for inner, value in inside if isinstance(value, nn.Module))
+            else:
+                yield variable, content
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The global names and attributes that a function uses, those of functions inside of it among them."""
+    found = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _names(constant)
+    return list(dict.fromkeys(found))
+
+
+def _own(value: Any) -> bool:
+    """Whether an object may be a user's: one of a library keeps a state that is its own affair."""
+    return type(value).__module__.split(".")[0] not in FOREIGN
+
+
+def _is_state(key: str, value: Any) -> bool:
+    """Whether an attribute of a module is a part of its state."""
+    return key == "training" or (not key.startswith("_") and isinstance(value, (*PLAIN, Tensor)))

@@ -1,0 +1,66 @@
+"""Products of vectors row by row, one kernel each: what accelerated and Krylov methods are made of.
+
+They keep the precision of their dtype: autocast and TensorFloat-32, which are for the map's own products, do not lower them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**18  # numbers that stay in the cache
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """A block in which autocast, which is for the map, does not lower the products of a method."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def rounds(a: Tensor) -> bool:
+    """Whether products of matrices are rounded to less than the dtype here."""
+    return a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def length(a: Tensor) -> Tensor:
+    """Norm of each row, shape (rows, 1)."""
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|`` of each row, shape (rows,); of large states on the CPU some rows at a time, so that no page is new to it."""
+    if a.numel() <= CHUNK or a.device.type != "cpu":
+        return torch.linalg.vector_norm(a - b, dim=1)
+    rows = max(1, CHUNK // a.shape[1])
+    return torch.cat([torch.linalg.vector_norm(x - y, dim=1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
+
+
+def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Inner products ``<vectors_i, x>``, to which ``beta start`` is added, written to ``out`` if that is given.
+
+    Shapes: ``vectors`` (rows, m, dim), ``x`` (rows, dim), ``start`` and the result (rows, m, 1).
+    """
+    if rounds(x):
+        found = torch.sum(vectors * x[:, None], dim=2, keepdim=True, out=out if start is None else None)
+        return found if start is None else torch.add(found, start, alpha=beta, out=out)
+    column = x[:, :, None]
+    return torch.bmm(vectors, column, out=out) if start is None else torch.baddbmm(start, vectors, column, beta=beta, out=out)
+
+
+def dot(a: Tensor, b: Tensor, start: Tensor | None = None, beta: float = 1.0) -> Tensor:
+    """Inner product of each row, to which ``beta start`` is added, shape (rows, 1)."""
+    return dots(a[:, None], b, start if start is None or not start.dim() else start[:, :, None], beta)[:, :, 0]
+
+
+def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0, *, here: bool = False) -> Tensor:
+    """``start + alpha sum_i weights_i vectors_i``, written over ``start`` if that may be (``here``).
+
+    Shapes: ``start`` (rows, dim), ``weights`` (rows, m, 1), ``vectors`` (rows, m, dim).
+    """
+    if rounds(start):
+        return torch.add(start, (vectors * weights).sum(dim=1), alpha=alpha, out=start if here else None)
+    wide = start[:, None]
+    return torch.baddbmm(wide, weights.mT, vectors, alpha=alpha, out=wide if here else None)[:, 0]
