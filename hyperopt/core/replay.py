@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.draws import Draws, TwiceDifferentiable, handled
+from hyperopt.core.draws import Draws, handled
+from hyperopt.core.graph_modes import TwiceDifferentiable
 from hyperopt.core.places import Places
 
 Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there
