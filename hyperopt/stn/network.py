@@ -278,3 +278,18 @@ def _sum_of_dual(out: Any) -> Any:
         return out
     primal, tangent = forward_ad.unpack_dual(out)
     return primal if tangent is None else primal + tangent
+
+
+def check_network(model: object, owner: str) -> None:
+    """Refuse what is no network from ``convert``.
+
+    Raises:
+        TypeError: names it and what to give.
+    """
+    if isinstance(model, STN):
+        return
+    if isinstance(getattr(model, "module", None), STN) or isinstance(getattr(model, "_orig_mod", None), STN):
+        what = "give the network that convert gave back, without a wrapper: SelfTuning takes its own means over the ranks"
+    else:
+        what = "give what hyperopt.stn.convert(network, space) gives back"
+    raise TypeError(f"{owner}: model is a {type(model).__name__}; {what}")
