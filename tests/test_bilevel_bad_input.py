@@ -256,7 +256,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Checkpointed(), inner=InnerLBFGS()),
             ValueError,
-            "InnerLBFGS cannot be differentiated through; give inner=hyperopt.GradientDescent",
+            "InnerLBFGS cannot be differentiated through; give inner=GradientDescent",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, adjoint=Shine()),
