@@ -50,16 +50,16 @@ class Tied:
             ValueError: names them.
         """
         spans = []
-        for place, name in zip(self.places, given.names, strict=True):
+        for number, place in enumerate(self.places):
             leaf = self.distinct[place]
             if leaf.numel() and leaf.is_contiguous():
                 start = leaf.data_ptr()
-                spans.append((str(leaf.device), start, start + leaf.numel() * leaf.element_size(), place, name))
-        spans.sort()
-        for (device, _, end, one, name), (other, start, _, two, second) in itertools.pairwise(spans):
+                spans.append((str(leaf.device), start, start + leaf.numel() * leaf.element_size(), place, number))
+        for (device, _, end, one, i), (other, start, _, two, j) in itertools.pairwise(sorted(spans)):
             if device == other and start < end and one != two:
+                first, second = (given.names[k] for k in sorted((i, j)))
                 raise ValueError(
-                    f"{name} and {second} share a part of their memory: a step of one would move the other; clone one"
+                    f"{first} and {second} share a part of their memory: a step of one would move the other; clone one"
                 )
 
     def expand(self, distinct: Any) -> Any:
