@@ -43,7 +43,7 @@ def with_keys(message: str, keys: Mapping[str, str]) -> str:
 
 def keys_in(message: str, keys: Mapping[str, str]) -> str:
     """Return a line with the option of each name of ``keys`` that a message has in it; see ``explain``. Empty without any."""
-    named = [f"{name} is {key}" for name, key in keys.items() if re.search(rf"\b{name}\b", message)]
+    named = [f"{name} is {key}" for name, key in keys.items() if re.search(rf"(?<![\w.]){name}\b", message)]
     return f"on the command line: {', '.join(named)}" if named else ""
 
 
