@@ -36,7 +36,6 @@ from hyperopt.core.status import Status
 FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
 ROUNDED = 0.5  # times the eps to which the factors of products are rounded, where their sums are not
 DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
-COUPLED = 4.0  # a held row may rise to this many times its limit by rounding alone
 AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
 NEAR = 3.0  # a steady method's end is taken to be where it is predicted, if it is no more iterations away than this
 LATE = 20  # where no end can be predicted, looks are one time in this many iterations apart
@@ -146,8 +145,6 @@ class _Run:
             here = self._here(self.status)
             ended = torch.zeros_like(here) if self.moving is None else here.masked_fill(self.moving, int(Status.converged))
             self.status = self._put(ended, self.status)
-            if closing and self.early is not None:
-                self.status = self._coupled(self.now / limits)
         if not done:
             if not process.recurs and (self.best is None or ratio <= self.best[0]):
                 self.best = ratio, process.value, self.now
@@ -333,7 +330,7 @@ class _Run:
         self.status = self.status.masked_fill(good, int(Status.converged))
         self.status = self.status.masked_fill(counts & ~torch.isfinite(line), int(Status.nonfinite))
         if self.early is not None:
-            self.status = self._coupled(ratio)
+            self.status = self.status.masked_fill(self.early & (ratio > process.coupled), int(Status.coupled_rows))
         self.status = self.status.masked_fill(risen & (self.status == int(Status.converged)), int(Status.max_steps))
         again = self.status == int(Status.max_steps)
         if not settled or self.made >= self.max_steps or bool((self.status == int(Status.coupled_rows)).any() | ~again.any()):
@@ -342,11 +339,6 @@ class _Run:
         self.moving, self.early, self.best, self.next_look = again, None, None, self.made
         process.hold(again)
         return False
-
-    def _coupled(self, ratio: Tensor) -> Tensor:
-        """The codes of ``Status``, where rows that had met their limits early are seen to be above them again."""
-        assert self.early is not None
-        return self.status.masked_fill(self.early & (ratio > COUPLED), int(Status.coupled_rows))
 
     def _back_to_best(self) -> None:
         """Put the rows that are not settled back on the best iterate seen, where that was better than the last."""
@@ -361,12 +353,17 @@ class _Run:
 
     def _verdict(self, settled: bool) -> Outcome:
         """What is left to say of the rows that are not settled."""
-        process, parted = self.process, self.dropped is not None
+        process, parted, apart = self.process, self.dropped is not None, self.index is not None
         if not settled and not process.closes:
             self._back_to_best()
         self._join()
         self._count()
+        if self.moving is not None and not (process.closes or process.recurs) and (apart or not settled):
+            self.now, self.limit = process.measure(), process.limits()  # of all rows, at the value
         status = self.status
+        if self.moving is not None:  # rows were settled before the others: are they still, now that the others have moved?
+            risen = (status == int(Status.converged)) & (self.now > process.coupled * self.limit)
+            status = status.masked_fill(risen, int(Status.coupled_rows))
         if not settled:
             left = status == int(Status.max_steps)
             status = status.masked_fill(left & (self.now <= self.limit), int(Status.converged))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+COUPLED = 4.0  # a row that was settled may rise to this many times its limit by rounding alone
+
 
 class Process(ABC):
     """One method at work on one problem, as the loop drives it; vectors are of the rows in the batch, shape (rows,).
@@ -23,6 +25,7 @@ class Process(ABC):
         divisible: whether ``select`` may be asked for.
         closes: whether one more evaluation, of the value, ends the run.
         steps_at_the_end: whether a step before that evaluation is free.
+        coupled: a row that was settled and is this many times above its limit depends on rows that have moved since.
         clear: a ratio of residual and limit below which rounding hides how fast the residual falls.
     """
 
@@ -37,6 +40,7 @@ class Process(ABC):
     divisible = False
     closes = False
     steps_at_the_end = True
+    coupled = COUPLED
     clear = 0.0
 
     @property

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
-from hyperopt.core.loop import DROP
-from hyperopt.core.operator import as_operator
+from hyperopt.core.loop import DROP, relative, rounding_floor
+from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.policy import note_fallback
+from hyperopt.core.process import COUPLED
 from hyperopt.core.status import SolveStats, Status
 
 
@@ -24,7 +25,8 @@ def solve_chain(
 
     Returns:
         The best value of each row with its status, and the costs of all solvers together. ``stats.method`` is the last solver
-        that gave a row its value, ``stats.fallbacks`` names the others that were tried.
+        that gave a row its value, ``stats.fallbacks`` names the others that were tried. Where more than one was, the value is
+        measured once more.
     """
     best = chain[0].solve(matvec, b, start, trace=trace)
     tried = [chain[0].name]
@@ -38,8 +40,23 @@ def solve_chain(
         rest = torch.where(failed[:, None], b, 0.0)
         near = torch.where(failed[:, None], torch.where(usable, best.value, b), 0.0)
         best = _merge(best, _solve_some(solver, matvec, rest, near, failed, trace), failed)
+    if len(tried) > 1:
+        _check_rows(chain, as_operator(matvec), b, best)
     best.stats.fallbacks = tuple(name for name in tried if name != best.stats.method)
     return best
+
+
+def _check_rows(chain: Sequence[LinearSolver], operator: LinearOperator, b: Tensor, found: LinearSolution) -> None:
+    """Measure a value whose rows are from several solves: rows that are solved apart, but not together, are ``coupled_rows``."""
+    stats = found.stats
+    residual = relative(torch.linalg.vector_norm(operator.complement(found.value) - b, dim=1), stats.scale)
+    stats.vjps += 1
+    floor = rounding_floor(b.dtype, b.device, operator.rounding)
+    asked = [max(solver.rtol, floor) + relative(torch.full_like(stats.scale, solver.atol), stats.scale) for solver in chain]
+    limit = COUPLED * torch.stack([stats.residual, *asked]).amax(dim=0)
+    risen = (stats.row_status <= Status.fixed_steps) & (residual > limit)
+    stats.row_status = stats.row_status.masked_fill(risen, int(Status.coupled_rows))
+    stats.residual = torch.where(risen, residual, stats.residual)
 
 
 def _solve_some(solver: LinearSolver, matvec: Products, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:

@@ -12,6 +12,7 @@ numbers become infinite or NaN, which the next look sees, and ``run.pending`` le
 
 What it guarantees:
 - The residual that is reported was measured at the value that is returned. A recurrence only says when to measure.
+- Every measurement is of all rows, the settled ones among them, and in one unit: rows that depend on each other are told.
 - A row that the measurement has settled does not move after. A cycle that made a row worse is undone for that row, and ends it.
 - A row whose right-hand side is 0 has the solution 0. Where ``x0`` is worse than 0, or not finite, its row starts at 0.
 - With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and nothing is read.
@@ -32,7 +33,8 @@ from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products
 from hyperopt.core.linear.pending import Pending
 from hyperopt.core.loop import FLOOR, relative, rounding_floor, run
 from hyperopt.core.operator import LinearOperator, as_operator
-from hyperopt.core.process import Outcome, Process
+from hyperopt.core.precision import product_eps
+from hyperopt.core.process import COUPLED, Outcome, Process
 from hyperopt.core.rowwise import dot, full_precision, length
 from hyperopt.core.status import SolveStats, Status
 
@@ -108,6 +110,7 @@ class Recurrence(Process):
     """
 
     recurs = True
+    coupled = COUPLED**2  # of squares
     rise = math.inf
     clear = math.inf  # nobody asks for the contraction
 
@@ -130,6 +133,7 @@ class Recurrence(Process):
         self.scale = method.sizes(b)
         size, exponent = torch.frexp(self.scale[:, None])
         self.size, self.unit = size, torch.ldexp(torch.ones_like(size), exponent)
+        self.shares = self._shares() if len(b) > 1 else None
         norm = size if method.by_row else length(b) / self.unit
         self.rr = norm * norm
         self.base = self.zero.expand_as(b)  # x as it was measured last, or the best before
@@ -261,26 +265,43 @@ class Recurrence(Process):
         going = self.rr > self.method.goal(self, self.state)
         stuck = self.method.stuck(self, self.state)
         going = going if stuck is None else going > stuck  # and not
-        r, rr = self._residual(self.x)
-        rounding = self.square(FLOOR * self.eps * self.x)
         done = self.known <= self.limit  # before the cycle, and so it stays, whatever the products are
         self.x = torch.where(done, self.base, self.x)
-        rr = torch.where(done | (rounding > self.known), self.known, rr)  # of x so large, no residual tells that it is better
+        r, now = self._residual(self.x)
+        rounding = self.square(FLOOR * self.eps * self.x)
+        rr = torch.where(done | (rounding > self.known), self.known, now)  # of x so large, no residual tells that it is better
         self.measured, self.limit = (r, rr, going), self._limit(rounding)
         idle = rr > IDLE**2 * self.known
         codes = (idle > going) * int(Status.stagnated)
         if stuck is not None:
             codes = torch.maximum(codes, self.method.causes(self, self.state, stuck, idle))
-        codes = codes[:, 0]
+        codes = codes.masked_fill(done, int(Status.coupled_rows))[:, 0]
         self.codes = codes if self.moving is None else codes * self.moving
-        return torch.addcmul(torch.minimum(rr, self.known), rr, self.zero)[:, 0]  # inf becomes NaN
+        # A row that was done has not moved: above its limit now, it depends on rows that have. NaN says nothing of it.
+        found = torch.where(done, torch.fmax(now, self.known), now if self.method.fixed else torch.minimum(rr, self.known))
+        return torch.addcmul(found, rr, self.zero)[:, 0]  # inf becomes NaN
 
     # ---- inside
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``b - A x`` and its square, in one product."""
-        r = torch.addcdiv(self.product(x), self.b, self.unit, value=-1).neg_()
+        b = self.b / self.unit
+        if self.shares is None:
+            r = b.sub_(self.product(x))
+        else:
+            r = b.addcdiv_(self.product(x * self.shares), self.shares, value=-1)
         return r, dot(r, r)
+
+    def _shares(self) -> Tensor:
+        """The unit of each row in that of all, shape (rows, 1): a measurement is made in one unit.
+
+        Where rows depend on each other, a product with rows in units of their own is one with another matrix. Rows so small that
+        the products would lose them in the unit of all keep one of their own.
+        """
+        half = torch.finfo(torch.float16)
+        low = max(product_eps(self.b.dtype, self.b.device), self.operator.rounding) == half.eps
+        info = half if low else torch.finfo(self.b.dtype)
+        return (self.unit / self.unit.amax()).clamp_(min=info.tiny / info.eps)
 
     def _start(self) -> None:
         """Begin a cycle in all rows, or in those that do not go on."""
@@ -313,9 +334,8 @@ class Recurrence(Process):
                     self.confirm()
                 self.step()
                 self.measure()
-            self.confirm()
-            assert self.measured is not None and self.codes is not None
-            rr = self.measured[1][:, 0]
+            rr = self.confirm()
+            assert self.codes is not None
             ended = torch.where(rr > self.limits(), self.codes, 0).clamp(min=int(Status.fixed_steps))
             status = torch.where(torch.isfinite(rr), ended, int(Status.nonfinite))
             return self._solution(status, torch.full_like(status, steps), rr)
