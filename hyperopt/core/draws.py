@@ -389,20 +389,31 @@ class KeepsGraph(TorchFunctionMode):
 
 
 class TwiceDifferentiable(KeepsGraph):
-    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first."""
+    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
+
+    So is weight normalisation, whose kernel takes the norms for constants in its second derivative.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator in a form that has derivatives of every order."""
         if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
-        return super().__torch_function__(
-            _plain_attention if func is F.scaled_dot_product_attention else func, types, args, kwargs
-        )
+        return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
 
 
 def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
+def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _plain_attention,
+    torch._weight_norm: _plain_weight_norm,
+}
 
 
 def _same(tensor: Tensor) -> Tensor:
