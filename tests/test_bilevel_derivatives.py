@@ -257,6 +257,7 @@ def test_the_chain_through_a_space_and_several_optimizers():
 def test_products(curvature):
     """Of a network, in random directions, against dense matrices; the curvature of a network is not symmetric by accident."""
     from hyperopt.bilevel.curvature import Hessian
+    from hyperopt.bilevel.evaluation import Evaluation
     from hyperopt.bilevel.finite_differences import FiniteDifferences
     from hyperopt.bilevel.gauss_newton import GaussNewton
     from hyperopt.bilevel.problem import Leaves
@@ -281,7 +282,7 @@ def test_products(curvature):
     else:
         want = hessian(lambda v: loss(tree(v), lam, None))(flat)
     made = {"hessian": Hessian, "gauss_newton": GaussNewton, "finite_differences": FiniteDifferences}[curvature](
-        problem, Leaves.of(w, "w"), Leaves.of(lam, "lam"), None
+        Evaluation(problem, None), Leaves.of(w, "w"), Leaves.of(lam, "lam")
     )
     tolerance = 1e-7 if curvature == "finite_differences" else 1e-11
     slope = torch.func.grad(lambda v: loss(tree(v), lam, None))(flat)

@@ -15,7 +15,7 @@ LAYERS = [
     ("core.precision",),
     ("core.tree", "core.state"),
     ("core.status",),
-    ("core.policy", "core.captured", "core.memory", "core.places"),
+    ("core.policy", "core.captured", "core.memory", "core.places", "core.rowwise", "core.graph_modes"),
     ("core.draws", "core.jacobian", "core.legacy"),
     ("core.purity", "core.replay"),
     ("core.distributed",),

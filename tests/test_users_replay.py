@@ -344,9 +344,9 @@ def test_a_replay_that_cannot_be_is_refused():
     with pytest.raises(ImpureMapError, match="drew other random numbers"):
         replay(changing, torch.ones(2))
     gamma = Replay(Places())
-    gamma(torch._standard_gamma, torch.ones(2))
+    gamma(torch.ops.aten._standard_gamma, torch.ones(2))
     with pytest.raises(ImpureMapError, match="depend on what is differentiated"):
-        gamma(torch._standard_gamma, torch.full((2,), 2.0))
+        gamma(torch.ops.aten._standard_gamma, torch.full((2,), 2.0))
     with pytest.raises(ImpureMapError, match="in place"):
         Replay(Places())(lambda w: w.add_(1), torch.ones(2))
 

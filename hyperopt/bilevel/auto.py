@@ -96,7 +96,7 @@ class AutoEstimator(ImplicitEstimator):
         assert choice is not None
         if memory["said"] != choice.name:
             memory["said"] = choice.name
-            log.info("adjoint=auto uses %s", choice)
+            log.info('adjoint="auto" uses %s', choice)
         return solved
 
     @property

@@ -64,7 +64,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
         if not isinstance(inner, DifferentiableSolver):
             what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
             raise ValueError(
-                f"{type(adjoint).__name__} goes back through training, but {what}; give inner=hyperopt.GradientDescent(...), "
+                f"{type(adjoint).__name__} goes back through training, but {what}; give inner=GradientDescent(...), "
                 'HeavyBall(...) or InnerAdam(...), or an implicit adjoint such as adjoint="auto"'
             )
         refuse_ignored(adjoint, None, products, unused)

@@ -16,7 +16,7 @@ from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_o
 from hyperopt.core import distributed
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
-from hyperopt.core.draws import KeepsGraph
+from hyperopt.core.graph_modes import KeepsGraph
 
 Loss = Callable[[Any, Any, Any], Tensor]
 """``loss(w, lam, batch)``, a scalar."""

@@ -27,7 +27,7 @@ class T1T2(T1T2Settings, ImplicitAdjoint):
 
     exact = False
     iterates = False
-    remedy = "T1T2 never is; give an exact adjoint, such as adjoint=hyperopt.Implicit(hyperopt.CG())"
+    remedy = "T1T2 never is; give an exact adjoint, such as adjoint=Implicit(hyperopt.CG())"
 
     def solve(self, system: LinearSystem) -> Tensor:
         """``v = b / step``, which is ``u = b``.
@@ -36,7 +36,7 @@ class T1T2(T1T2Settings, ImplicitAdjoint):
             TypeError: the map is no gradient step.
         """
         if not isinstance(system.operator, StepMap):
-            raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; give adjoint=hyperopt.OneStep()")
+            raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; give adjoint=OneStep()")
         b = system.b
         v = b / system.operator.step
         system.keep(v, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"))

@@ -9,18 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result is a sample and nothing else, by the names of their packets without a trailing underscore.
@@ -368,53 +363,3 @@ class Unreplayed(_Mode):
         """A draw."""
         self.random = self.random or not getattr(_local, "depth", 0)
         return func(*args, **kwargs)
-
-
-class KeepsGraph(TorchFunctionMode):
-    """What runs inside of ``torch.utils.checkpoint`` keeps its graph.
-
-    Evaluated again in a backward, it would meet other parameters (those that ``functional_call`` has put back), other random
-    numbers and other buffers, those of that moment.
-    """
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operator so that it saves its tensors itself."""
-        if torch.compiler.is_compiling():  # the compiler traces this
-            return func(*args, **(kwargs or {}))
-        hooks = _top_saved_tensors_default_hooks(False)
-        if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
-            return func(*args, **(kwargs or {}))
-        with saved_tensors_hooks(_same, _same):
-            return func(*args, **(kwargs or {}))
-
-
-class TwiceDifferentiable(KeepsGraph):
-    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
-
-    So is weight normalisation, whose kernel takes the norms for constants in its second derivative.
-    """
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operator in a form that has derivatives of every order."""
-        if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
-            with sdpa_kernel(SDPBackend.MATH):
-                return super().__torch_function__(func, types, args, kwargs)
-        return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
-
-
-def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
-
-
-def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
-    F.scaled_dot_product_attention: _plain_attention,
-    torch._weight_norm: _plain_weight_norm,
-}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

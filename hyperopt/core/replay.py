@@ -38,7 +38,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.contents import COMMON, Content, Generator, Stream, streamed
-from hyperopt.core.draws import Draws, ImpureMapError, TwiceDifferentiable, handled
+from hyperopt.core.draws import Draws, ImpureMapError, handled
+from hyperopt.core.graph_modes import TwiceDifferentiable
 from hyperopt.core.places import Places
 
 Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there

@@ -158,20 +158,19 @@ class DEQ(nn.Module):
     ) -> Any:
         """The fixed point from a given start."""
         layout = layout_of(z0, self._rows())
+        frozen = FrozenMap(phi, [self.cell], optree.tree_leaves(z0)[0].device)
         if not layout.joint and phi is self.cell and layout.rows > 1:
             if self._coupled is None and not (functorch_level() or torch.is_inference_mode_enabled()):
-                self._coupled = rows_are_coupled(self.cell, z0, terms)
+                self._coupled = rows_are_coupled(frozen, z0, terms)
         if not layout.joint and self._coupled:
             if self.rows == "batch":
                 raise ValueError(
                     "DEQ: rows='batch', but rows of the cell's output depend on other rows of the state; set rows='joint'"
                 )
             layout = layout_of(z0, "joint")
-        device = optree.tree_leaves(z0)[0].device
         observer = self.observer
-        watch = None if observer is None else observer.before(self)
-        whole = layout.joint or watch is not None or not self._may_drop()
-        frozen = FrozenMap(phi, [self.cell], device, watch)
+        frozen.watch = None if observer is None else observer.before(self)
+        whole = layout.joint or frozen.watch is not None or not self._may_drop()
         solution = fixed_point(
             frozen,
             z0,

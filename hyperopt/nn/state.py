@@ -89,14 +89,14 @@ def materialise(cell: nn.Module, z0: Any, x: Any, *, guessed: bool) -> Any:
     return z0
 
 
-def rows_are_coupled(cell: nn.Module, z0: Any, terms: tuple[Any, ...]) -> bool:
+def rows_are_coupled(phi: FrozenMap, z0: Any, terms: tuple[Any, ...]) -> bool:
     """Whether a row of the cell's output depends on another row of the state.
 
     For every bit of the rows' numbers, it takes the gradient of the output's rows that have the bit in the state's rows that have
     not, and the other way round: any two rows differ in one bit at least. It costs two products a bit.
 
     Args:
-        cell: the map.
+        phi: the map of the solve, which is evaluated here for the first time: what it draws, it draws once.
         z0: a state, whose leaves share their first dimension; the gradients are taken near by.
         terms: what the map takes beside the state.
     """
@@ -109,7 +109,7 @@ def rows_are_coupled(cell: nn.Module, z0: Any, terms: tuple[Any, ...]) -> bool:
         state = optree.tree_map(lambda x: (x + 0.1 * drawn(x)).requires_grad_(), z0)
         leaves: list[Tensor] = optree.tree_leaves(state)
         given = optree.tree_map(torch.clone, state)  # a leaf must not be changed in place, which the solve is to refuse by itself
-        found = optree.tree_leaves(FrozenMap(cell, [cell], leaves[0].device)(given, *terms))
+        found = optree.tree_leaves(phi(given, *terms))
     outs = [out for out in found if isinstance(out, Tensor) and out.requires_grad]
     ways, rows = [drawn(out) for out in outs], leaves[0].shape[0]
     places = torch.arange(rows, device=leaves[0].device)

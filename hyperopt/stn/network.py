@@ -197,6 +197,7 @@ def convert(
     """Turn a network into a self-tuning one.
 
     The network is copied, and keeps its weights; with ``std=0`` every gate is zero and it is the same function at every draw.
+    Each weight that is trained (``requires_grad``) gets one response, whoever reads it; see ``hyperopt.stn.response``.
 
     Args:
         module: the network; dropout at a tuned rate is ``hyperopt.stn.Dropout(name)`` inside of it.
@@ -207,8 +208,9 @@ def convert(
         respond: False: no weights respond at all; for a plain network that reads the same draws, see ``hyperopt.stn.replay``.
 
     Raises:
-        ValueError: a layer with parameters of a kind that has no hyper-layer, a name in ``skip`` that is not there, a dropout of
-            no hyperparameter, or nothing that could respond; says what to do.
+        ValueError: a layer with parameters of a kind that has no hyper-layer, or with a parametrization that cannot take any
+            weight; a network that is compiled or wrapped already; a name in ``skip`` that is not there; a dropout of no
+            hyperparameter; or nothing that could respond. The message names it and says what to do.
 
     Example:
         >>> import torch
@@ -276,3 +278,18 @@ def _sum_of_dual(out: Any) -> Any:
         return out
     primal, tangent = forward_ad.unpack_dual(out)
     return primal if tangent is None else primal + tangent
+
+
+def check_network(model: object, owner: str) -> None:
+    """Refuse what is no network from ``convert``.
+
+    Raises:
+        TypeError: names it and what to give.
+    """
+    if isinstance(model, STN):
+        return
+    if isinstance(getattr(model, "module", None), STN) or isinstance(getattr(model, "_orig_mod", None), STN):
+        what = "give the network that convert gave back, without a wrapper: SelfTuning takes its own means over the ranks"
+    else:
+        what = "give what hyperopt.stn.convert(network, space) gives back"
+    raise TypeError(f"{owner}: model is a {type(model).__name__}; {what}")

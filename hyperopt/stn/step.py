@@ -27,7 +27,7 @@ from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.guards import Watch
-from hyperopt.stn.network import STN, leading
+from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.settings import SelfTuningSettings
 from hyperopt.train_settings import TrainerSettings
@@ -132,7 +132,7 @@ class SelfTuning:
         rows: Callable[[Any], int] = leading,
     ) -> None:
         """Build the optimizers."""
-        _check_model(model)
+        check_network(model, "SelfTuning")
         self.model, self.space = model, model.space
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.settings = settings = settings or SelfTuningSettings()
@@ -386,21 +386,6 @@ def own(batch: Any, rows: slice) -> Any:
     """Some rows of a batch: of its tensors, and of the keys of its examples."""
     whole = distributed.ranks() == 1
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
-
-
-def _check_model(model: object) -> None:
-    """Refuse what is no network from ``convert``.
-
-    Raises:
-        TypeError: names it and what to give.
-    """
-    if isinstance(model, STN):
-        return
-    if isinstance(getattr(model, "module", None), STN) or isinstance(getattr(model, "_orig_mod", None), STN):
-        what = "give the network that convert gave back, without a wrapper: SelfTuning takes its own means over the ranks"
-    else:
-        what = "give what hyperopt.stn.convert(network, space) gives back"
-    raise TypeError(f"SelfTuning: model is a {type(model).__name__}; {what}")
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:

@@ -16,6 +16,7 @@ from hyperopt.core.captured import Swap, functorch_level
 from hyperopt.core.draws import Unreplayed
 from hyperopt.core.operator import ClosedForm
 from hyperopt.core.purity import random_map
+from hyperopt.core.replay import FrozenMap
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import Solution
@@ -40,7 +41,7 @@ class Problem:
         keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
         has_aux: whether the map returns ``(state, aux)``.
         aux: the aux of the latest evaluation, detached.
-        watched: the mode that looked at the first evaluation.
+        watched: the mode that looked at the first evaluation; a ``FrozenMap`` looks itself.
     """
 
     phi: Callable[..., Any]
@@ -82,7 +83,7 @@ class Problem:
         state = self.layout.tree(w)
         counted = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
         before = [x._version for x in counted]
-        if not self.watched and not torch.compiler.is_compiling():
+        if not self.watched and not isinstance(self.phi, FrozenMap) and not torch.compiler.is_compiling():
             given = [x for arg in args for x in leaves_of(arg) if isinstance(x, Tensor)]
             mode = Unreplayed([w, *leaves_of(state)], given)
             self.watched.append(mode)

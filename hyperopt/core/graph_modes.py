@@ -1,0 +1,65 @@
+"""Modes in which a function builds a graph that can be differentiated more than once, and where nothing is evaluated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+class KeepsGraph(TorchFunctionMode):
+    """What runs inside of ``torch.utils.checkpoint`` keeps its graph.
+
+    Evaluated again in a backward, it would meet other parameters (those that ``functional_call`` has put back), other random
+    numbers and other buffers, those of that moment.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator so that it saves its tensors itself."""
+        if torch.compiler.is_compiling():  # the compiler traces this
+            return func(*args, **(kwargs or {}))
+        hooks = _top_saved_tensors_default_hooks(False)
+        if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
+            return func(*args, **(kwargs or {}))
+        with saved_tensors_hooks(_same, _same):
+            return func(*args, **(kwargs or {}))
+
+
+class TwiceDifferentiable(KeepsGraph):
+    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
+
+    Weight normalisation is done by elementary operators: its kernel takes the norms for constants in its second derivative, which
+    is then another number.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator in a form that has derivatives of every order."""
+        if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
+            with sdpa_kernel(SDPBackend.MATH):
+                return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
+
+
+def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
+def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _plain_attention,
+    torch._weight_norm: _plain_weight_norm,
+}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
