@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -63,3 +63,31 @@ PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> None:
+    """Refuse gradients, made with their graph, that went through an operator which is differentiable once.
+
+    PyTorch puts a node that raises in the place of their graph. It leads nowhere, so that nothing raises where the derivative in
+    something else is asked for: that would be zero.
+
+    Args:
+        gradients: the gradients.
+        until: where their graph ends.
+
+    Raises:
+        RuntimeError: says so.
+    """
+    stack = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = {*stack, *(tensor.grad_fn for tensor in until)}
+    while stack:
+        node = stack.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the function calls an operator that is differentiable once (once_differentiable), so that it has no second "
+                "derivative; write its backward in operators of PyTorch, without that decorator"
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
