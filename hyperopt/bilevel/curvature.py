@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import Leaves
+from hyperopt.core.graph_modes import refuse_once
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -114,6 +115,17 @@ def second_derivatives() -> Iterator[None]:
                 "the inner loss changes a tensor in place that the derivative of an earlier step needs; make it a buffer of a "
                 "module that the loss calls, or replace it by a new tensor instead"
             ) from error
+        if "use_reentrant=True" in str(error):
+            raise RuntimeError(
+                "the inner loss calls torch.utils.checkpoint with use_reentrant=True, which torch.autograd.grad does not follow; "
+                "give use_reentrant=False"
+            ) from error
+        if "aot_autograd does not currently support double backward" in str(error):
+            raise RuntimeError(
+                "the inner loss calls compiled code, which has no second derivative in PyTorch: give the module as it was before "
+                "torch.compile (its _orig_mod), or use finite differences of gradients: adjoint=FiniteDifference(), or "
+                "curvature='finite_differences'"
+            ) from error
         found = re.search(r"derivative for (\S+) is not implemented|(\S+) does not support .*double backward", str(error))
         if found is None and "once_differentiable" not in str(error):
             raise
@@ -134,6 +146,8 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool 
     if loss.requires_grad:
         with second_derivatives():
             found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+            if create_graph:
+                refuse_once(found, leaves)
     if all(g is None for g in found):
         unaffected()
     return found

@@ -43,6 +43,11 @@ class Evaluation:
         return self.replay(function, w, lam)
 
     @property
+    def random(self) -> bool:
+        """Whether the loss draws random numbers."""
+        return self.replay is not None and bool(self.replay.random)
+
+    @property
     def wrote(self) -> bool:
         """Whether the loss changes tensors in place, other than the buffers of modules in training mode."""
         return self.replay is not None and self.replay.wrote

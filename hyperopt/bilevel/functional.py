@@ -27,7 +27,7 @@ class Functional:
         w: ``{name: parameter}``, detached tensors that share the parameters' memory: what is written into them, the module has.
 
     Raises:
-        ValueError: no parameter requires grad, or a lazy module has not been called yet.
+        ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit``.
 
     Example:
         >>> import torch, hyperopt
@@ -39,6 +39,11 @@ class Functional:
 
     def __init__(self, module: nn.Module) -> None:
         """Take the parameters."""
+        if isinstance(module, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} is made by torch.jit, and its code cannot be called at other parameters: give the "
+                "module that it was made from"
+            )
         if lazy := lazy_names(module):
             raise ValueError(
                 f"{', '.join(lazy)} of {type(module).__name__} have no size yet: call the module once on a batch first"

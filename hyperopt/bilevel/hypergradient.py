@@ -20,7 +20,7 @@ from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.problem import BilevelProblem, Leaves, named
 from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.tied import Tied
@@ -31,6 +31,7 @@ from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint
 from hyperopt.core.adjoints.shine import Shine
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.fixed_point import fixed_point
+from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.core.status import Solution
@@ -40,10 +41,16 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
     """The estimator that an adjoint makes for trained inner problems; ``"auto"`` and None are ``Auto()``.
 
     Raises:
-        TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have.
+        TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have; or ``inner`` is no
+            inner solver.
         ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through; or it has no
             use for the inner solver or for the products.
     """
+    if not (inner is None or isinstance(inner, InnerSolver)):
+        hint = "; give its name, inner=hyperopt.TorchOptimizer(...)" if isinstance(inner, torch.optim.Optimizer) else ""
+        raise TypeError(
+            f"inner={inner!r} is no inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
+        )
     unused = ("step", "curvature", "resample", "power")
     if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
         adjoint = Auto()
@@ -84,6 +91,23 @@ def refuse_unstarted(problem: BilevelProblem, inner: InnerSolver | None) -> None
         raise ValueError(
             "the problem has initial=..., where each training starts, but nothing trains: give inner=GradientDescent(...)"
         )
+
+
+def estimated(estimator: Estimator, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
+    """An estimate.
+
+    Raises:
+        SolveError: a solve failed; names hyperparameters that are not finite, which would explain it.
+    """
+    try:
+        return estimator.estimate(problem, lam, state)
+    except SolveError as error:
+        bad = [name for name, leaf in named(lam, "lam") if not bool(leaf.isfinite().all())]
+        if bad:
+            raise SolveError(
+                f"{', '.join(bad)} has entries that are not finite, so that nothing can be trained: {error}"
+            ) from error
+        raise
 
 
 def hypergradient(
@@ -141,7 +165,7 @@ def hypergradient(
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
     problem.place(w, lam)
-    return tied.whole(estimator.estimate(problem, lam, State(w)))
+    return tied.whole(estimated(estimator, problem, lam, State(w)))
 
 
 class Bilevel:
@@ -184,7 +208,7 @@ class Bilevel:
     def step(self, lam: Any) -> Estimate:
         """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
         self.problem.place(self.state.w, lam)
-        return self._tied.whole(self.estimator.estimate(self.problem, lam, self.state))
+        return self._tied.whole(estimated(self.estimator, self.problem, lam, self.state))
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """The outer loss at the fixed point of the gradient-step map, and that point: see ``hyperopt.core.verify.Objective``.

@@ -118,7 +118,9 @@ class ImplicitEstimator(ProductSettings, Estimator):
         constants = (
             None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
         )
-        refuse_untrained(w, first, g_w)
+        if inner is None or not inner.random:  # random losses leave out what another draw uses (a layer that is skipped)
+            refuse_untrained(w, first, g_w)
+        g_w = [None if i in first.missing else g for i, g in enumerate(g_w)]  # no training moves it, whatever lam is
         b = first.matrix(g_w)
         solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
         operator, stats, u = solved.operator, solved.stats, solved.u

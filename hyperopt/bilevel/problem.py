@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
@@ -119,6 +120,8 @@ class BilevelProblem:
 
     def __post_init__(self) -> None:
         """Convert what the batches come from."""
+        for name in ("inner_loss", "outer_loss"):
+            refuse_other_arguments(getattr(self, name), name)
         for name in ("inner_batches", "outer_batches"):
             object.__setattr__(self, name, source_of(getattr(self, name), name))
 
@@ -138,8 +141,10 @@ class BilevelProblem:
         """Write where training starts into ``w``, which is about to be changed in place.
 
         Raises:
-            ValueError: ``w`` shares memory with ``lam``, or ``initial`` returned something else than a tree like ``w``.
+            TypeError, ValueError: ``lam`` is no tree of tensors of a floating-point dtype, ``w`` shares memory with it, or
+                ``initial`` returned something else than a tree like ``w``.
         """
+        Leaves.of(lam, "lam")
         refuse_shared(w, lam)
         if self.initial is not None:
             with torch.no_grad():
@@ -226,6 +231,22 @@ class BilevelProblem:
                     "(inplace=False in a module)"
                 )
         return scalar(value, name, batch)
+
+
+def refuse_other_arguments(loss: Any, name: str) -> None:
+    """Refuse what cannot be called with three arguments.
+
+    Raises:
+        TypeError: names the loss.
+    """
+    if not callable(loss):
+        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(w, lam, batch)")
+    try:
+        inspect.signature(loss).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"{name} is called {name}(w, lam, batch), but takes other arguments: {error}") from None
+    except ValueError:  # a function that tells nothing of its arguments
+        return
 
 
 def refuse_shared(w: Any, lam: Any) -> None:
@@ -316,21 +337,28 @@ class Leaves:
 
         Raises:
             TypeError: a leaf that is no tensor, or not of a floating-point dtype.
-            ValueError: a tree without tensors, or with a parameter that has no size yet.
-            RuntimeError: a transform of ``torch.func`` is under way.
+            ValueError: a tree without tensors, or with a parameter that has no size yet, or with an inference tensor.
+            RuntimeError: a transform of ``torch.func``, or inference mode, is under way.
         """
         if functorch_level():
             raise RuntimeError(
                 "a hypergradient reads numbers as it goes and writes into w, which no transform of torch.func follows. Transform "
                 "the outer loss at fixed_point(GradientMap(problem, inner), w, (lam,), rows='joint').value instead, or use a loop"
             )
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a hypergradient needs derivatives, which torch.inference_mode() switches off: call it outside")
         pairs = named(tree, what)
         names = [name for name, _ in pairs]
         if not pairs:
             raise ValueError(f"{what} has no tensors; give a tensor, or a tuple, list or dict of tensors")
         for name, leaf in pairs:
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} is a {type(leaf).__name__}; every leaf must be a tensor")
+                hint = "; of a module, give hyperopt.Functional(module).w, of Hyperparameters its values()"
+                raise TypeError(
+                    f"{name} is a {type(leaf).__name__}; every leaf must be a tensor" + hint * isinstance(leaf, nn.Module)
+                )
+            if leaf.is_inference():
+                raise ValueError(f"{name} was made in torch.inference_mode(), and can have no derivative; give a clone of it")
             if not leaf.is_floating_point():
                 raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
             if is_lazy(leaf):

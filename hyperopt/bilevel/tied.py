@@ -24,7 +24,7 @@ class Tied:
         any: whether a tensor has more than one place.
 
     Raises:
-        ValueError: two tensors share a part of their memory.
+        ValueError: two tensors share a part of their memory, or the numbers of one do.
     """
 
     def __init__(self, w: Any) -> None:
@@ -34,7 +34,9 @@ class Tied:
         self.distinct: list[Tensor] = []
         self.places: list[int] = []  # of each leaf, in ``distinct``
         known: dict[Any, int] = {}
-        for leaf in given.flat:
+        for name, leaf in zip(given.names, given.flat, strict=True):
+            if any(size > 1 and stride == 0 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)):
+                raise ValueError(f"{name} is an expanded tensor, whose numbers share their memory; give a clone of it")
             key = (leaf.device, leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if leaf.numel() else id(leaf)
             if key not in known:
                 known[key] = len(self.distinct)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,21 +33,61 @@ class KeepsGraph(TorchFunctionMode):
 
 
 class TwiceDifferentiable(KeepsGraph):
-    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first."""
+    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
+
+    Weight normalisation is done by elementary operators: its kernel takes the norms for constants in its second derivative, which
+    is then another number.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator in a form that has derivatives of every order."""
         if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
-        return super().__torch_function__(
-            _plain_attention if func is F.scaled_dot_product_attention else func, types, args, kwargs
-        )
+        return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
 
 
 def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 
+def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _plain_attention,
+    torch._weight_norm: _plain_weight_norm,
+}
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> None:
+    """Refuse gradients, made with their graph, that went through an operator which is differentiable once.
+
+    PyTorch puts a node that raises in the place of their graph. It leads nowhere, so that nothing raises where the derivative in
+    something else is asked for: that would be zero.
+
+    Args:
+        gradients: the gradients.
+        until: where their graph ends.
+
+    Raises:
+        RuntimeError: says so.
+    """
+    stack = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = {*stack, *(tensor.grad_fn for tensor in until)}
+    while stack:
+        node = stack.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the function calls an operator that is differentiable once (once_differentiable), so that it has no second "
+                "derivative; write its backward in operators of PyTorch, without that decorator"
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)

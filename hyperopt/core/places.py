@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hyperopt.core.contents import COMMON, GENERATORS, Attributes, Content, Items, content_of, library, streamed
+
 PLAIN = (bool, int, float, complex, str, type(None))
 LONG = 256  # a container of more entries than this is data, and no state
 MANY = 20_000  # objects that are looked at
@@ -32,6 +34,11 @@ FOREIGN = (
     "scipy",
     "sklearn",
 )
+
+
+# Attributes of a module that PyTorch looks after.
+INTERNAL = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Cell:
@@ -53,7 +60,10 @@ class Places:
     Attributes:
         named: the modules, with what to call them in messages.
         modules: the modules.
-        others: pairs of a container and a key whose value is a plain number, a string, a tensor or None, outside of modules.
+        others: pairs of a container and a key whose value is a plain number, a string, a tensor, None or an iterator, outside of
+            modules.
+        contents: of the containers, objects and classes.
+        names: the global names and attributes that the functions use.
     """
 
     def __init__(self, *, deep: bool = True) -> None:
@@ -62,6 +72,8 @@ class Places:
         self.named: list[tuple[str, nn.Module]] = []
         self.modules: list[nn.Module] = []
         self.others: list[tuple[Any, Any]] = []
+        self.contents: list[Content] = []
+        self.names: set[str] = set()
         self._seen: set[int] = set()
 
     @staticmethod
@@ -95,6 +107,11 @@ class Places:
         """The places of the buffers of modules in training mode, with their present values."""
         return [(m._buffers, name, b) for m in self.modules if m.training for name, b in m._buffers.items() if b is not None]
 
+    @property
+    def draws(self) -> bool:
+        """Whether the functions can be seen to use the generator of Python or of numpy that all threads share."""
+        return "random" in self.names or any(id(generator) in self._seen for generator in COMMON)
+
     def _walk(self, queue: deque[tuple[str, Any]]) -> None:
         while queue and len(self._seen) < MANY:
             name, value = queue.popleft()
@@ -114,7 +131,12 @@ class Places:
             self.named.append((".".join(part for part in (name, inner) if part), module))
             self.modules.append(module)
             # A module may keep another in a list or an object of its own.
-            queue.extend((f"{name}.{key}", value) for key, value in vars(module).items() if not key.startswith("_"))
+            own = vars(module)
+            queue.extend((f"{name}.{key}", value) for key, value in own.items() if key not in INTERNAL)
+            if self._deep:
+                self.contents.append(Attributes(module, INTERNAL))
+                queue.append((name, type(module)))
+                queue.extend((name, hook) for hooks in HOOKS for hook in own[hooks].values())
 
     def _inside(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         """What lies in a function, an object or a container; its own state is noted."""
@@ -126,22 +148,46 @@ class Places:
             yield name, value.__func__
         elif isinstance(value, types.FunctionType):
             yield from self._function(name, value)
-        elif not self._deep:
-            return
-        elif isinstance(value, MutableMapping) and len(value) <= LONG:
-            yield from self._entries(name, value, list(value.items()))
-        elif isinstance(value, list) and len(value) <= LONG:
-            yield from self._entries(name, value, list(enumerate(value)))
-        elif isinstance(value, tuple | set | frozenset) and len(value) <= LONG:
-            yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
-        elif not isinstance(value, types.ModuleType | type | DataLoader | Dataset) and _own(value):
-            state = getattr(value, "__dict__", None)
-            if state is not None:
-                yield from self._entries(name, state, [(key, entry) for key, entry in state.items() if not key.startswith("__")])
+        elif self._deep:
+            yield from self._content(name, value)
+
+    def _content(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """What lies in an object, a container or a class."""
+        if isinstance(owner := getattr(value, "__self__", None), GENERATORS):  # a method of it
+            yield name, owner
+        content = None if any(value is generator for generator in COMMON) else content_of(value)
+        if content is not None:
+            self.contents.append(content)
+        if isinstance(value, type):
+            if not library(value.__module__):
+                yield from self._class(name, value)
+        elif isinstance(value, MutableMapping):
+            if len(value) <= LONG:
+                yield from self._entries(name, value, list(value.items()))
+        elif isinstance(value, list):
+            if len(value) <= LONG:
+                yield from self._entries(name, value, list(enumerate(value)))
+        elif isinstance(value, tuple | set | frozenset | deque):
+            if len(value) <= LONG:
+                yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        elif not isinstance(value, types.ModuleType | DataLoader | Dataset) and _own(value):
+            self.contents.append(Attributes(value))
+            state = getattr(value, "__dict__", {})
+            yield from self._entries(name, state, [(key, entry) for key, entry in state.items() if not key.startswith("__")])
+            yield name, type(value)
+
+    def _class(self, name: str, value: type) -> Iterator[tuple[str, Any]]:
+        """What a class of the user's keeps for all of its instances, and its functions."""
+        self.contents.append(Attributes(value))
+        yield from ((name, base) for base in value.__bases__)
+        for key, entry in list(vars(value).items()):
+            if not (key.startswith("__") and key != "__call__"):
+                entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a static method, of a property
+                yield f"{name}.{key}", entry
 
     def _entries(self, name: str, place: Any, entries: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
         for key, entry in entries:
-            if isinstance(entry, (*PLAIN, Tensor)):
+            if _is_variable(entry):
                 self.others.append((place, key))
             else:
                 yield f"{name}.{key}" if isinstance(key, str) else f"{name}[{key!r}]", entry
@@ -152,7 +198,7 @@ class Places:
                 content = cell.cell_contents
             except ValueError:  # a variable that is not assigned yet
                 continue
-            if isinstance(content, (*PLAIN, Tensor)):
+            if _is_variable(content):
                 self.others.append((_Cell(cell), None))
             else:
                 yield variable, content
@@ -162,20 +208,28 @@ class Places:
             yield name, wrapped
         if function.__module__.split(".")[0] in FOREIGN:
             return
+        if self._deep and vars(function):
+            self.contents.append(Items(vars(function)))
+            yield from self._entries(name, vars(function), list(vars(function).items()))
         names, scope = _names(function.__code__), function.__globals__
+        self.names.update(names)
         for variable in names:
             if variable not in scope:
                 continue
             content = scope[variable]
-            if isinstance(content, (*PLAIN, Tensor)):
+            if _is_variable(content):
                 self.others.append((scope, variable))
             elif isinstance(content, types.ModuleType):
-                inside = [(inner, vars(content).get(inner)) for inner in names]
-                yield from ((f"{variable}.{inner}", value) for inner, value in inside if isinstance(value, nn.Module))
+                inside = [(inner, vars(content)[inner]) for inner in names if inner in vars(content)]
+                if self._deep and not library(content.__name__):
+                    yield from self._entries(variable, vars(content), inside)
+                else:
+                    yield from ((f"{variable}.{inner}", value) for inner, value in inside if isinstance(value, nn.Module))
             else:
                 yield variable, content
 
 
+@functools.lru_cache(maxsize=10_000)
 def _names(code: types.CodeType) -> list[str]:
     """The global names and attributes that a function uses, those of functions inside of it among them."""
     found = list(code.co_names)
@@ -185,6 +239,11 @@ def _names(code: types.CodeType) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _is_variable(value: Any) -> bool:
+    """Whether a value is replaced, or taken from, where it is."""
+    return isinstance(value, (*PLAIN, Tensor)) or streamed(value)
+
+
 def _own(value: Any) -> bool:
     """Whether an object may be a user's: one of a library keeps a state that is its own affair."""
     return type(value).__module__.split(".")[0] not in FOREIGN
@@ -192,4 +251,4 @@ def _own(value: Any) -> bool:
 
 def _is_state(key: str, value: Any) -> bool:
     """Whether an attribute of a module is a part of its state."""
-    return key == "training" or (not key.startswith("_") and isinstance(value, (*PLAIN, Tensor)))
+    return key == "training" or (key not in INTERNAL and _is_variable(value))

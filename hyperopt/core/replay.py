@@ -1,8 +1,9 @@
 """``Replay``: an evaluation of a function that can be made again, with the random numbers and the state of its first time.
 
 A solve calls its map many times, and finite differences, checkpoints and second derivatives evaluate a loss again. The function
-may draw a dropout mask, and may change a state of its own: batch statistics, a moving average, the vectors of a power iteration,
-a counter. Every evaluation after the first is a replay: it sees the same random numbers and the same state, and leaves no trace.
+may draw a dropout mask, may take a batch from an iterator, and may change a state of its own: batch statistics, a moving
+average, the vectors of a power iteration, a counter, a list. Every evaluation after the first is a replay: it sees the same
+random numbers, batches and state, and leaves no trace.
 
     replay = Replay(Places.of(loss))
     first = replay(loss, w, lam)             draws, and notes what it drew and what it changed, which is put back
@@ -12,7 +13,12 @@ a counter. Every evaluation after the first is a replay: it sees the same random
 How: in the first evaluation a dispatch mode keeps the results of all operators that draw, and hands them back in replays. The
 process-wide generator moves on once and is neither compared nor rewound, since other threads draw from it. The state is what the
 function can be seen to use: modules, and what closures, objects and containers hold. Buffers are replaced by copies, so that none
-that a graph has saved is written to. Of any other tensor that is changed in place the value before is kept and put back.
+that a graph has saved is written to. Of any other tensor that is changed in place the value before is kept and put back, and so
+is what containers, objects and arrays hold (``hyperopt.core.contents``).
+
+No mode sees what the generators of Python and of numpy give. They too move on once; for as long as a replay takes, they get the
+state from before the first evaluation. Where other threads are alive, the two that all threads share are left alone, unless the
+code can be seen to use them. What a function draws in threads that it starts itself is not seen.
 
 Reference for one mask for a whole solve: Gal & Ghahramani, NeurIPS 2016, arXiv 1512.05287 (variational dropout).
 """
@@ -20,7 +26,9 @@ Reference for one mask for a whole solve: Gal & Ghahramani, NeurIPS 2016, arXiv 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -29,11 +37,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.draws import Draws, handled
+from hyperopt.core.contents import COMMON, Content, Generator, Stream, streamed
+from hyperopt.core.draws import Draws, ImpureMapError, handled
 from hyperopt.core.graph_modes import TwiceDifferentiable
 from hyperopt.core.places import Places
 
 Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there
+
+
+@dataclass
+class Kept:
+    """A content that the first call has changed.
+
+    Attributes:
+        content: of what.
+        before: what was in it before the first call.
+        left: what the latest call has left in it.
+        record: what the latest call has added to it, if that is all that it did.
+    """
+
+    content: Content
+    before: Any
+    left: Any = None
+    record: Any = None
 
 
 class Replay:
@@ -52,7 +78,14 @@ class Replay:
     def __init__(self, places: Places, device_type: str = "cpu", *, record: bool = True) -> None:
         """Take note of the state."""
         self.record, self.wrote = record, False
-        self.slots: list[Slot] = places.slots()
+        self.places = places
+        self.slots: list[Slot] = []
+        # Iterators, what each gave the first time, and, in ``gave``, the same for its places.
+        self.streams: list[Slot] = []
+        for place, key, value in places.slots():
+            (self.streams if streamed(value) else self.slots).append((place, key, value))
+        self.gave: dict[int, Stream] = {}
+        self.contents: list[Kept] = []  # that the first call has changed
         # Buffers that a call may change; after the first call, those that it did.
         self.moving: list[Slot] = places.buffers()
         self.rebound: list[Slot] = []  # other places in which a call has put something else
@@ -77,16 +110,26 @@ class Replay:
         copies: list[Slot] = [(place, key, buffer.clone()) for place, key, buffer in self.moving]
         first, draws = self.draws is None, self.draws or Draws()
         constants = [leaf for arg in args for leaf in optree.tree_leaves(arg) if isinstance(leaf, Tensor)]
-        with self._in_place([*self.slots, *copies]), self._modes():
-            with draws.recorded(first, [copy for *_, copy in copies], constants) if self.record else contextlib.nullcontext():
-                out = function(*args)
-            left = [_get(place, key) for place, key, _ in copies]
-            if first:
-                self.draws, self.wrote = draws, draws.wrote
-                self.rebound = [slot for slot in self.slots if _get(*slot[:2]) is not slot[2]]
-                left = self._settle(copies, left) + self._placed()
-            if not self.committed:
-                self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
+        with (
+            self._contents(
+                first, {id(copy): buffer for (*_, copy), (*_, buffer) in zip(copies, self.moving, strict=True)}
+            ) as end,
+            self._in_place([*self.slots, *self._streams(), *copies]),
+            self._modes(),
+        ):
+            try:
+                with draws.recorded(first, [copy for *_, copy in copies], constants) if self.record else contextlib.nullcontext():
+                    out = function(*args)
+                left = [_get(place, key) for place, key, _ in copies]
+                if first:
+                    self.draws, self.wrote = draws, draws.wrote
+                    self.rebound = [slot for slot in self.slots if _get(*slot[:2]) is not slot[2]]
+                    self.rebound += [slot for slot in self.streams if _get(*slot[:2]) is not self.gave.get(id(slot[2]))]
+                    left = self._settle(copies, left) + self._placed()
+                if not self.committed:
+                    self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
+            finally:
+                end()  # a container must have its entries before a value can be put back there
         if first and self.wrote and torch.is_grad_enabled():
             return self(function, *args)  # with copies: what this graph has saved was put back since
         return out
@@ -105,6 +148,12 @@ class Replay:
                     place[key] = new
         for (place, key, _), new in zip(self.rebound, self.left[len(kept) :], strict=True):
             place[key] = new
+        for place, key, value in self.streams:
+            if (stream := _get(place, key)) is not value and isinstance(stream, Stream):
+                place[key] = value  # from which all was taken
+        for entry in self.contents:
+            if entry.record is None and not isinstance(entry.content, Generator):
+                entry.content.put(entry.left)
         self.moving, self.left = kept, []
         if self.draws is not None:
             self.draws.commit()
@@ -130,6 +179,71 @@ class Replay:
                 self.moving.append((place, key, value))
                 left.append(after)
         return left
+
+    def _streams(self) -> list[Slot]:
+        """The places of the iterators, with what remembers them, or gives the same again."""
+        for *_, source in self.streams:
+            known = self.gave.get(id(source))
+            self.gave[id(source)] = Stream(source, [] if known is None else known.items, closed=known is not None)
+        return [(place, key, self.gave[id(source)]) for place, key, source in self.streams]
+
+    @contextlib.contextmanager
+    def _contents(self, first: bool, originals: Mapping[int, Any]) -> Iterator[Callable[[], None]]:
+        """A call runs in this block: on what there was before the first one, without a trace.
+
+        Args:
+            first: whether it is the first.
+            originals: by the identity of a copy that takes part in the call, what it is a copy of.
+
+        Yields:
+            A function that ends the call.
+        """
+        if first:
+            contents = [*self.places.contents, *(Generator(generator) for generator in COMMON)]
+            self.contents = [Kept(content, content.take()) for content in contents]
+        else:
+            now = [entry.content.take() for entry in self.contents]
+            for entry in self.contents:
+                entry.content.put(entry.before)
+
+        def end() -> None:
+            for entry in self.contents:
+                self._end(entry, first, originals)
+            if first:
+                self.contents = [entry for entry in self.contents if self._moved(entry)]
+
+        try:
+            yield end
+        finally:
+            if not first:
+                for entry, content in zip(self.contents, now, strict=True):
+                    entry.content.put(content + entry.record if entry.record else content)
+
+    def _end(self, entry: Kept, first: bool, originals: Mapping[int, Any]) -> None:
+        content, left = entry.content, entry.content.take()
+        if isinstance(content, Generator):  # it moves on once, at the first call
+            alone = threading.active_count() == 1 or not content.shared
+            if not first and alone and not content.same(left, entry.left):
+                raise ImpureMapError(
+                    "a second evaluation of the function drew another number of random numbers from the generator of Python or "
+                    "of numpy than the first: what it draws must depend neither on how often it is called nor on the values "
+                    "that are differentiated"
+                )
+            if first:
+                entry.left = left
+            return
+        entry.record = content.added(entry.before, left)
+        if not self.committed:
+            entry.left = content.mapped(left, lambda x: originals.get(id(x), x))
+        if entry.record is None and not content.same(left, entry.before):
+            content.put(entry.before)
+
+    def _moved(self, entry: Kept) -> bool:
+        """Whether the first call has changed a content; another thread may have drawn from the generators of the process."""
+        content = entry.content
+        if content.same(entry.before, entry.left):
+            return False
+        return not (isinstance(content, Generator) and content.shared and threading.active_count() > 1) or self.places.draws
 
     @contextlib.contextmanager
     def _in_place(self, slots: list[Slot]) -> Iterator[None]:
@@ -161,7 +275,10 @@ class Replay:
 
 def _get(place: Any, key: Any) -> Any:
     """What is in a place; None where there is nothing."""
-    return place.get(key) if isinstance(place, dict) else place[key]
+    try:
+        return place.get(key) if isinstance(place, dict) else place[key]
+    except (IndexError, KeyError, ValueError):
+        return None
 
 
 class FrozenMap:

@@ -30,7 +30,7 @@ class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
         Raises:
             ValueError: the optimizer moves the weights in a way that is the gradient of no loss.
         """
-        given = self._make([torch.zeros(1)], self.options).defaults
+        given = self._make([torch.zeros(1, 1)], self.options).defaults
         beside = given.get("decoupled_weight_decay") or self.optimizer in DECOUPLED
         decay = float(given.get("weight_decay") or 0.0)
         for refused, what, remedy in (

@@ -1,0 +1,291 @@
+"""What may change inside of an object of Python: the entries of a container, attributes, an array, a generator of random numbers.
+
+A ``Replay`` takes the content of every such object before the first evaluation of a function, and compares it afterwards. What
+has changed is put back, for the caller and before every further evaluation. Nothing is copied but references, apart from small
+arrays and the states of generators. What is only added to a list stays there for the caller, since it may be a record of the
+calls; a further evaluation does not see it.
+
+    kept = content.take()
+    ...                                      the function runs
+    changed = not content.same(kept, content.take())
+    content.put(kept)
+
+An iterator has no content that can be read. In its place a ``Stream`` is put, which remembers what was taken from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import sys
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping, MutableSet
+from typing import Any
+
+import numpy
+from torch.utils._python_dispatch import _disable_current_modes
+
+from hyperopt.core.draws import ImpureMapError
+
+LONGEST = 20_000  # a container or array with more entries than this is data, and no state
+
+
+class Content(ABC):
+    """The content of one object."""
+
+    def __init__(self, owner: Any) -> None:
+        """Of this object."""
+        self.owner = owner
+
+    @abstractmethod
+    def take(self) -> Any:
+        """What is in it now."""
+
+    @abstractmethod
+    def put(self, kept: Any) -> None:
+        """Let this be in it."""
+
+    def added(self, before: Any, after: Any) -> Any:
+        """What was added where that is all that happened, as to a record of the calls; else None."""
+        return None
+
+    def mapped(self, kept: Any, function: Callable[[Any], Any]) -> Any:
+        """A content with other entries."""
+        return [function(entry) for entry in kept]
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two contents are made of the same objects."""
+        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+class Entries(Content):
+    """A list or a deque."""
+
+    def take(self) -> list[Any]:
+        """The entries in order."""
+        return list(self.owner)
+
+    def put(self, kept: list[Any]) -> None:
+        """Replace all of them."""
+        if not self.same(kept, self.take()):
+            self.owner.clear()
+            self.owner.extend(kept)
+
+    def added(self, before: list[Any], after: list[Any]) -> list[Any] | None:
+        """The new entries at the end."""
+        return after[len(before) :] if self.same(before, after[: len(before)]) else None
+
+
+class Members(Entries):
+    """A set."""
+
+    def put(self, kept: list[Any]) -> None:
+        """Replace all of them."""
+        if not self.same(kept, self.take()):
+            self.owner.clear()
+            self.owner |= set(kept)
+
+
+class Items(Content):
+    """A dict or another mapping."""
+
+    def take(self) -> dict[Any, Any]:
+        """The items."""
+        return dict(self.owner.items())
+
+    def put(self, kept: dict[Any, Any]) -> None:
+        """Set those that differ, and remove those that are new."""
+        now = self.take()
+        for key in now.keys() - kept.keys():
+            self._remove(key)
+        for key, value in kept.items():
+            if key not in now or now[key] is not value:
+                self._set(key, value)
+
+    def mapped(self, kept: dict[Any, Any], function: Callable[[Any], Any]) -> dict[Any, Any]:
+        """The same keys."""
+        return {key: function(value) for key, value in kept.items()}
+
+    def same(self, a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+        """Whether the keys and the values are."""
+        return a.keys() == b.keys() and all(value is b[key] for key, value in a.items())
+
+    def _set(self, key: Any, value: Any) -> None:
+        self.owner[key] = value
+
+    def _remove(self, key: Any) -> None:
+        del self.owner[key]
+
+
+class Attributes(Items):
+    """The attributes of an object, or of a class, other than those that are ``hidden``."""
+
+    def __init__(self, owner: Any, hidden: frozenset[str] = frozenset()) -> None:
+        """Functions and what belongs to Python itself are never changed."""
+        super().__init__(owner)
+        self.hidden = hidden
+
+    def take(self) -> dict[str, Any]:
+        """The attributes by name."""
+        found = {name: value for name, value in getattr(self.owner, "__dict__", {}).items() if self._kept(name, value)}
+        if not isinstance(self.owner, type):
+            names = (name for cls in type(self.owner).__mro__ for name in _slots(cls))
+            found |= {name: getattr(self.owner, name) for name in names if hasattr(self.owner, name)}
+        return found
+
+    def _kept(self, name: str, value: Any) -> bool:
+        if name in self.hidden or (name.startswith("__") and name.endswith("__")):
+            return False
+        return not (isinstance(self.owner, type) and hasattr(value, "__get__"))
+
+    def _set(self, key: Any, value: Any) -> None:
+        if isinstance(self.owner, type) or key not in getattr(self.owner, "__dict__", {}):
+            (type if isinstance(self.owner, type) else object).__setattr__(self.owner, key, value)
+        else:
+            vars(self.owner)[key] = value  # whatever its class makes of an assignment
+
+    def _remove(self, key: Any) -> None:
+        (type if isinstance(self.owner, type) else object).__delattr__(self.owner, key)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    names = vars(cls).get("__slots__", ())
+    own = cls.__name__.lstrip("_")
+    given = (names,) if isinstance(names, str) else tuple(names)
+    given = tuple(name for name in given if name not in ("__dict__", "__weakref__"))
+    return tuple(f"_{own}{name}" if name.startswith("__") and not name.endswith("__") else name for name in given)
+
+
+class Numbers(Content):
+    """An array of numpy."""
+
+    def take(self) -> Any:
+        """A copy."""
+        return self.owner.copy()
+
+    def put(self, kept: Any) -> None:
+        """Write it back."""
+        if not self.same(kept, self.owner):
+            self.owner[...] = kept
+
+    def mapped(self, kept: Any, function: Callable[[Any], Any]) -> Any:
+        """Numbers are as they are."""
+        return kept
+
+    def same(self, a: Any, b: Any) -> bool:
+        """To the bit."""
+        return a.tobytes() == b.tobytes()
+
+
+class Generator(Content):
+    """A generator of random numbers of Python or of numpy."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is one of those of the process."""
+        return any(self.owner is generator for generator in COMMON)
+
+    def take(self) -> Any:
+        """Its state."""
+        if isinstance(self.owner, random.Random):
+            return self.owner.getstate()
+        if isinstance(self.owner, numpy.random.RandomState):
+            return self.owner.get_state(legacy=False)
+        return getattr(self.owner, "bit_generator", self.owner).state
+
+    def put(self, kept: Any) -> None:
+        """Set it."""
+        if isinstance(self.owner, random.Random):
+            self.owner.setstate(kept)
+        elif isinstance(self.owner, numpy.random.RandomState):
+            self.owner.set_state(kept)
+        else:
+            getattr(self.owner, "bit_generator", self.owner).state = kept
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether the states are equal."""
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(self.same(value, b[key]) for key, value in a.items())
+        return bool(numpy.array_equal(a, b)) if isinstance(a, numpy.ndarray) else a == b
+
+
+GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
+# The two generators of the process, which any thread and any library may draw from.
+COMMON: tuple[Any, ...] = (random.random.__self__, numpy.random.mtrand._rand)  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+
+
+def content_of(value: Any) -> Content | None:
+    """The content of a container, an array or a generator; None for anything else, and for what is too long to be a state."""
+    if isinstance(value, GENERATORS):
+        return None if isinstance(value, random.SystemRandom) else Generator(value)
+    if isinstance(value, numpy.ndarray):
+        return Numbers(value) if value.dtype.kind in "biufc" and value.size <= LONGEST and value.flags.writeable else None
+    for kind, content in ((MutableMapping, Items), (list, Entries), (deque, Entries), (MutableSet, Members)):
+        if isinstance(value, kind):
+            return content(value) if len(value) <= LONGEST else None
+    return None
+
+
+class Stream(Iterator[Any]):
+    """An iterator that begins with what was taken from another one, and remembers what it gives.
+
+    Args:
+        source: the other one.
+        items: what comes first.
+        closed: whether nothing else comes.
+    """
+
+    END = object()
+
+    def __init__(self, source: Iterator[Any], items: list[Any], *, closed: bool = False) -> None:
+        """Nothing is taken yet."""
+        self.source, self.items, self.at, self.closed = source, list(items), 0, closed
+
+    def __next__(self) -> Any:
+        """The next item; one from the source is made outside of every mode: it is data, whatever it draws.
+
+        Raises:
+            ImpureMapError: it is closed, and more is taken than the first time.
+        """
+        if self.at == len(self.items):
+            if self.closed:
+                raise ImpureMapError(
+                    "a second evaluation of the function takes more from an iterator than the first did; let it take the same"
+                )
+            with _disable_current_modes():
+                self.items.append(next(self.source, Stream.END))
+        item = self.items[self.at]
+        self.at += 1
+        if item is Stream.END:
+            raise StopIteration
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the source has."""
+        if name == "source":  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def rest(self) -> Iterator[Any]:
+        """What is left: the source itself where none of its items is."""
+        left = self.items[self.at :]
+        if left:
+            return Stream(self.source, left)
+        return self.source.rest() if isinstance(self.source, Stream) else self.source
+
+
+def streamed(value: Any) -> bool:
+    """Whether a value is an iterator of a library's, which a ``Stream`` can stand for; the user's own keep attributes."""
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and library(type(value).__module__)
+
+
+@functools.cache
+def library(module: str) -> bool:
+    """Whether a module is no code of the user's: an installed package, or a part of Python."""
+    top = module.split(".")[0]
+    if top == __name__.split(".")[0] or (top in sys.stdlib_module_names and top != "__main__"):
+        return True
+    found = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in found or "dist-packages" in found
