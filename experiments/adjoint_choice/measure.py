@@ -36,6 +36,7 @@ SEARCHED = ("CG", "MINRES", "Neumann, 20", "Gauss-Newton, CG", "Gauss-Newton, Ne
 TRAINED = (50, 500, 2000)  # steps of Adam, at 1e-2
 SEEDS = (0, 1, 2)
 OUTER = 30
+SEED_OF_DRAWS = 7  # of dropout, in trainings that are compared
 Way = tuple[Any, ProductSettings]
 
 
@@ -74,6 +75,7 @@ def derivatives(name: str) -> dict[str, Any]:
     for steps in TRAINED:
         made = case(name, 0)
         inner = InnerAdam(lr=1e-2, max_steps=steps)
+        torch.manual_seed(SEED_OF_DRAWS)
         training = hyperopt.hypergradient(made.problem, made.model.w, made.lam, inner=inner, adjoint=hyperopt.Checkpointed())
         exact = at(made, training.w, CANDIDATES["dense"], steps)
         rows = {"checked": checked(made, inner, training.grad), "candidates": {}}
@@ -106,6 +108,7 @@ def checked(made: Case, inner: InnerAdam, grad: dict[str, Tensor], h: float = 1e
     ends = []
     for sign in (1, -1):
         lam = {key: x + sign * h * moves[key] for key, x in made.lam.items()}
+        torch.manual_seed(SEED_OF_DRAWS)
         ends.append(hyperopt.hypergradient(made.problem, made.model.w, lam, inner=inner, adjoint=OneStep()).loss)
     want = (ends[0] - ends[1]) / (2 * h)
     return abs(sum(float((grad[key] * moves[key]).sum()) for key in moves) - want) / abs(want)

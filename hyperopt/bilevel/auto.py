@@ -12,6 +12,9 @@ The rule, in the order in which it is tried:
    as each term lowers the residual. That is the derivative of K steps of gradient descent from the present weights: curvature
    above ``1 / (K step)`` is inverted, flat directions count for ``K step``, and negative curvature ends the series in time.
 5. If it ends the series before 10 terms and the loss is a ``Composite``, the series is that of the Gauss-Newton matrix.
+6. Where the inner loss is another function each time it is drawn (minibatches, dropout), the Hessian of one draw is no guide to
+   directions that the draw says little of. Then the solution of line 2 counts only if it leaves at most a tenth of ``d_w E`` in
+   the system of a second draw, and each product of the series is made on a draw of its own, as each step of training is.
 
 "Trained" means: no ``inner`` was given, its tolerance was met, or a tenth of its way is left by the gradient and the curvature.
 Then CG counts also where it ran out of steps with at most a hundredth of the residual left. K is the number of steps of
@@ -32,11 +35,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature
 from hyperopt.bilevel.estimate import Choice, State
+from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.implicit import ImplicitEstimator, Point, Solved
 from hyperopt.bilevel.problem import Composite
 from hyperopt.bilevel.settings import AutoSettings
@@ -54,6 +59,7 @@ FEW = 10  # terms: a Hessian series that negative curvature ends before gives wa
 TERMS = (20, 100)  # least and most terms
 DONE = 0.1  # part of its way that training may have left, by Newton's method, at weights that count as trained
 NEARLY = 1e-2  # the residual of CG, out of steps, that is small enough at trained weights
+KNOWN = 0.1  # the residual, in the system of a second draw, at which a solution of the first is one of their mean as well
 LONGEST = 32  # most outer steps between two attempts by CG
 
 
@@ -90,7 +96,8 @@ class AutoEstimator(ImplicitEstimator):
         if at.constants is not None:
             solved = self._declared(at)
         else:
-            solved = self._exactly(at, memory) or self._truncated(at, memory)
+            other = self._drawn_again(at)
+            solved = self._exactly(at, other, memory) or self._truncated(at, other is not None, memory)
         memory["steps"] += 1
         choice = solved.choice
         assert choice is not None
@@ -126,6 +133,21 @@ class AutoEstimator(ImplicitEstimator):
             return True
         return trained.worst_residual() * length * float(operator.largest) <= DONE
 
+    def _drawn_again(self, at: Point) -> Evaluation | None:
+        """The inner loss drawn a second time; None where that is the same function, or each product has its own draw already."""
+        if at.inner is None or at.inner.replay is None:
+            return None
+        other = Evaluation(at.problem, at.problem.inner_batches.draw())
+        if at.inner.replay.random:
+            return other
+        one, two = (optree.tree_leaves(draw.batch) for draw in (at.inner, other))
+        if len(one) == len(two) and all(x is y for x, y in zip(one, two, strict=True)):
+            return None
+        # The values, and not the batches: those of a loss that is a mean over the ranks are the same on each.
+        with torch.enable_grad():  # a loss may take derivatives itself
+            first, second = (float(draw(at.w.tree, at.lam.tree).detach()) for draw in (at.inner, other))
+        return None if first == second else other
+
     def _declared(self, at: Point) -> Solved:
         """Conjugate gradients, whose breakdown would say that the constants are wrong."""
         adjoint = Implicit(CG(rtol=self.auto.rtol, max_steps=self.auto.max_steps))
@@ -137,8 +159,14 @@ class AutoEstimator(ImplicitEstimator):
         why = "the problem declares constants of a strongly convex inner loss"
         return Solved(u, operator, stats, False, note, Choice("CG", why, adjoint, None, self.curvature))
 
-    def _exactly(self, at: Point, memory: dict[str, Any]) -> Solved | None:
-        """The solution of the system where it is of use; else None, and ``memory["why"]``."""
+    def _exactly(self, at: Point, other: Evaluation | None, memory: dict[str, Any]) -> Solved | None:
+        """The solution of the system where it is of use; else None, and ``memory["why"]``.
+
+        Args:
+            at: where.
+            other: the inner loss drawn a second time, where that is another function.
+            memory: of the method.
+        """
         if self.resample:
             memory["why"] = "each product is made on a batch of its own"
             return None
@@ -172,6 +200,17 @@ class AutoEstimator(ImplicitEstimator):
             used = stats.status < Status.breakdown and stats.worst_residual() <= NEARLY and self._trained(at, operator, length)
             ended = f"CG ended as {stats.status.name} at {left}"
             why = f"the weights are trained, and {ended}" if used else f"{ended}, so the Hessian is nearly singular"
+        if used and other is not None and size > 0:
+            second = self._curvature(at.problem, at.w, at.lam, other, self.curvature)
+            missed = float(torch.linalg.vector_norm(second.matvec(u) - at.b)) / size
+            charge(second, at.curvature)
+            used = missed <= KNOWN
+            why += f"; {missed:.1e} of the outer gradient is left in the system of a second draw of the inner loss"
+            if not used:
+                why = (
+                    f"the solution on one draw of the inner loss leaves {missed:.1e} of the outer gradient in the system of a "
+                    "second draw, so it is one of that draw alone"
+                )
         if used:
             memory["gap"], memory["again"] = 1, 0
             return Solved(u, operator, stats, False, "", Choice(name, why, adjoint, None, self.curvature))
@@ -179,31 +218,45 @@ class AutoEstimator(ImplicitEstimator):
         memory["gap"], memory["why"] = min(2 * memory["gap"], LONGEST), why
         return None
 
-    def _truncated(self, at: Point, memory: dict[str, Any]) -> Solved:
-        """The Neumann series as long as its terms help."""
+    def _truncated(self, at: Point, drawn: bool, memory: dict[str, Any]) -> Solved:
+        """The Neumann series as long as its terms help, each product on a draw of its own where draws differ."""
         most = self.auto.terms or min(self._steps, TERMS[1])
         reach = self._own(at) * self._steps * (memory["steps"] + 1)  # how long training has been, in units of a gradient
 
-        def summed(curvature: Curvature, state: State) -> tuple[StepMap, Tensor, SolveStats, bool]:
-            operator = StepMap(curvature, self.step or min(self._stable_step(curvature, state), reach / most))
+        def summed(curvature: Curvature, kind: str, state: State) -> tuple[StepMap, Tensor, SolveStats, bool]:
+            step = self.step or min(self._stable_step(curvature, state), reach / most)
+            if drawn:
+                one, curvature = curvature, self._curvature(at.problem, at.w, at.lam, None, kind)
+                if one is not at.curvature:
+                    charge(one, curvature)
+            operator = StepMap(curvature, step)
             return operator, *series(operator, at.b, most, self.auto.rtol)
 
         name, kind, why = "Neumann", self.curvature, memory["why"]
-        operator, u, stats, rose = summed(at.curvature, at.state)
+        operator, u, stats, rose = summed(at.curvature, kind, at.state)
         negative = memory["negative"] or rose
         terms = int(stats.iterations)
         if rose and terms < FEW and kind == "hessian" and not self.resample and isinstance(at.problem.inner_loss, Composite):
             name, kind = "Neumann, Gauss-Newton", "gauss_newton"
             why += f", and ends its series after {terms} of {most} terms"
-            operator, u, stats, rose = summed(self._curvature(at.problem, at.w, at.lam, at.inner, kind), State(None))
+            if operator.curvature is not at.curvature:
+                charge(operator.curvature, at.curvature)
+            operator, u, stats, rose = summed(self._curvature(at.problem, at.w, at.lam, at.inner, kind), kind, State(None))
             terms = int(stats.iterations)
         note = ""
         if stats.status >= Status.breakdown:
             fault = "not finite" if stats.status == Status.nonfinite else "zero along the gradient of the outer loss"
             note = f"the products with the Hessian of the inner loss are {fault}: see whether it depends on all of w"
         adjoint = Implicit(Neumann(rtol=0.0, max_steps=max(terms - 1, 1)), policy="ignore")
-        why += f"; terms: {terms}, step: {operator.step:.3g}"
-        return Solved(u, operator, stats, True, note, Choice(name, why, adjoint, operator.step, kind), not negative)
+        why += f"; terms: {terms}, step: {operator.step:.3g}" + ", each product on a draw of its own" * drawn
+        choice = Choice(name, why, adjoint, operator.step, kind, drawn or self.resample)
+        return Solved(u, operator, stats, True, note, choice, not negative)
+
+
+def charge(spent: Curvature, on: Curvature) -> None:
+    """Count what one curvature has cost with another, which is part of the hypergradient's cost."""
+    on.gradients += spent.gradients
+    on.matvecs += spent.matvecs
 
 
 def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor, SolveStats, bool]:

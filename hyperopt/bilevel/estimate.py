@@ -72,9 +72,11 @@ class Choice:
     Attributes:
         name: one of ``NAMES``, whose place there is the metric ``adjoint/choice``.
         why: what it met that made it choose so.
-        adjoint: the adjoint that was used; with ``step`` and ``curvature``, and without a warm start, it gives the same again.
+        adjoint: the adjoint that was used; with ``step``, ``curvature`` and ``resample``, and without a warm start, it gives the
+            same again, up to what is drawn.
         step: of the gradient-step map, where that was iterated (None: it makes no difference).
         curvature: of whose products the system was made.
+        resample: whether each product was made on a draw of its own.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ("CG", "MINRES", "Neumann", "Neumann, Gauss-Newton")
@@ -84,6 +86,7 @@ class Choice:
     adjoint: Any
     step: float | None = None
     curvature: str = "hessian"
+    resample: bool = False
 
     def __str__(self) -> str:
         """Name and reason."""
