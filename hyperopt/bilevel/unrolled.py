@@ -32,6 +32,7 @@ from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats
+from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ class UnrolledEstimator(Estimator):
         def look(k: int, w: Leaves, batch: Any) -> None:
             nonlocal looks
             # A measurement, which is no step of training: it leaves no trace.
-            watch.see(k, gradient(Evaluation(problem, batch), w, at)[1], curvature_at(problem, w, at, batch))
+            grads = gradient(Evaluation(problem, batch), w, at)[1]
+            watch.see(k, tree_norm(grads), curvature_at(problem, w, at, batch))
             looks += 1
 
-        watch.wants(steps - 1)
+        watch.steps = steps
         if "scale" not in watch.memory:
             look(0, begin, batches[0])
         look(steps, end, batches[-1])

@@ -73,7 +73,7 @@ class _Run:
         self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(2, dim // 4))
         self.made = 0  # iterations measured
         self.seen = 0  # of them, those before the last look
-        self.next_look = process.first_look
+        self.next_look = max_steps if process.fixed else process.first_look
         self.expected = -1  # the iteration at which the slowest row may meet its limit; -1: not soon
         self.worst: list[float] = []  # the largest ratio of residual and limit in every iteration that was looked at
         self.lines: list[Tensor] = []  # norms of the batch that are not counted yet
@@ -137,7 +137,7 @@ class _Run:
         process.stalled = self.seen > 0 and not ratio < self.worst[-1]
         self.worst += worst
         lost = faults or not math.isfinite(ratio) or (self.best is not None and ratio > process.rise * self.best[0])
-        self.lost, done = lost and sure, ratio <= 1 and not faults and sure
+        self.lost, done = lost and sure, ratio <= 1 and not faults and sure and not process.fixed
         if self.lost or (met >= (1 if process.recurs else (1 - DROP) * len(self.now)) and not done):
             done = self._settle(self.lost, met)
         elif done:
@@ -146,7 +146,7 @@ class _Run:
             ended = torch.zeros_like(here) if self.moving is None else here.masked_fill(self.moving, int(Status.converged))
             self.status = self._put(ended, self.status)
         if not done:
-            if not process.recurs and (self.best is None or ratio <= self.best[0]):
+            if process.keeps_best and not process.recurs and (self.best is None or ratio <= self.best[0]):
                 self.best = ratio, process.value, self.now
             self._note_idle()
         if ratio > process.clear or (len(self.worst) > len(worst) and self.worst[-1 - len(worst)] > process.clear):
@@ -187,6 +187,8 @@ class _Run:
 
     def _plan(self) -> None:
         """Say when to look next, from the decay of the worst residual, and when the slowest row may meet its limit."""
+        if self.process.fixed:
+            return
         seen, self.expected = self.worst[-min(len(self.worst), 6) :], -1
         if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:  # nothing is known of the end
             self.next_look = self.made + (self.made // LATE if self.process.steady else 2)
@@ -232,7 +234,7 @@ class _Run:
         """Settle the rows that have met their limits, ``met`` in number, and those that are ``lost``; returns whether all are."""
         process, now = self.process, self.now
         moving = torch.ones_like(now, dtype=torch.bool) if self.moving is None else self.moving
-        ended = moving & (now <= self.limit)
+        ended = torch.zeros_like(moving) if process.fixed else moving & (now <= self.limit)
         status = self._here(self.status).masked_fill(ended, int(Status.converged))
         if lost:
             finite = torch.isfinite(now)
@@ -364,7 +366,9 @@ class _Run:
         if self.moving is not None:  # rows were settled before the others: are they still, now that the others have moved?
             risen = (status == int(Status.converged)) & (self.now > process.coupled * self.limit)
             status = status.masked_fill(risen, int(Status.coupled_rows))
-        if not settled:
+        if process.fixed:
+            status = status.masked_fill(status == int(Status.max_steps), int(Status.fixed_steps))
+        elif not settled:
             left = status == int(Status.max_steps)
             status = status.masked_fill(left & (self.now <= self.limit), int(Status.converged))
             left = status == int(Status.max_steps)

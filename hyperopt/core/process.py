@@ -19,6 +19,8 @@ class Process(ABC):
         faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
         first_look: the steps after which the loop looks for the first time.
         stalled: whether the worst residual has not fallen between the last two looks; set by the loop.
+        fixed: whether all of the budget's steps are made: the loop looks only where a block ends, at faults.
+        keeps_best: whether the best iterate is kept and gone back to; not of one so large that a step changes it in place.
         recurs: whether ``measure`` gives norms by a recurrence: no row is settled before ``confirm`` has measured them.
         steady: whether the residual falls at a rate that hardly rises, so that the end can be predicted.
         holds: whether rows that have met their limits are kept where they are, while others move on.
@@ -34,6 +36,8 @@ class Process(ABC):
     first_look = 0
     stalled = False
     faults: Tensor | None = None
+    fixed = False
+    keeps_best = True
     recurs = False
     steady = False
     holds = True
@@ -46,7 +50,7 @@ class Process(ABC):
     @property
     @abstractmethod
     def value(self) -> Tensor:
-        """The present iterate, shape (rows, dim). It is kept: a later step must not change it in place."""
+        """The present iterate, shape (rows, dim). Where ``keeps_best``, a later step must not change it in place."""
 
     @abstractmethod
     def measure(self, *, closing: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""``InnerSolver``: trains ``w`` for given hyperparameters. The driver owns stopping, divergence and statistics."""
+"""``InnerSolver``: trains ``w`` for given hyperparameters, as the ``Training`` that the loop of all methods runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
-from hyperopt.core.loop import rounding_floor
+from hyperopt.core.loop import rounding_floor, run
 from hyperopt.core.policy import SolveError
+from hyperopt.core.process import Process
 from hyperopt.core.status import SolveStats, Status
-from hyperopt.core.tree import tree_norm
 
+TINY = 1e-30  # a limit in place of 0, since norms are divided by it
+PROBE = 16  # steps between two norms that are judged where no tolerance asks for one
 RISE = 1e3  # a gradient this many times the scale of the problem is no training any more
-PROBE = 16  # steps between two looks at the gradient's norm where no tolerance asks for one
 
 
 class InnerSolver(InnerSettings, ABC):
@@ -66,25 +67,11 @@ class InnerSolver(InnerSettings, ABC):
         w = Leaves.of(state.w, "w")
         lam = optree.tree_map(lambda x: x.detach(), lam)
         self.check_rates(state.w, lam)
-        memory = state.memory.setdefault("inner", {})
-        work = self.begin(w.flat, lam, memory)
-        watch = Watch(self, memory, w)
-        batch = None
-        for k in range(self.max_steps):
-            batch = problem.inner_batches.draw()
-            _, grads = gradient(problem.inner_on(batch), w, lam)
-            if watch.wants(k):
-                watch.see(k, grads, curvature_at(problem, w, lam, batch))
-                if watch.lost:
-                    raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
-                if watch.met:
-                    break
-            with torch.no_grad():
-                self.update(w.flat, grads, lam, work)
-        self.finish(work, memory)
+        training = Training(self, problem, w, lam, state.memory.setdefault("inner", {}))
+        ended = training.run()
         if problem.refresh is not None:
-            problem.refresh(state.w, lam, batch)
-        return watch.stats()
+            problem.refresh(state.w, lam, training.batch)
+        return ended
 
     def diverged(self, problem: BilevelProblem, w: Leaves, lam: Any, batch: Any, growth: float) -> str:
         """What to say of a training in which the gradient has grown ``growth`` times, at a ``w`` of it."""
@@ -150,6 +137,104 @@ def steepness(make: Callable[[], Hessian]) -> float:
         return math.nan
 
 
+class Training(Process):
+    """An inner solver at work: the loop's process of one row, whose residual is the norm of the gradient on a fresh batch.
+
+    The weights are changed in place, and no copy of them is kept. A fixed number of steps is read at its start, at its end and
+    once in a block of the loop, where a gradient that has grown beyond all bounds since ends it.
+    """
+
+    holds = False
+    steady = True
+    keeps_best = False
+
+    def __init__(self, solver: InnerSolver, problem: BilevelProblem, w: Leaves, lam: Any, memory: dict[str, Any]) -> None:
+        """Nothing is evaluated yet; ``memory`` is what the trainings before have left."""
+        self.solver, self.problem, self.w, self.lam, self.memory = solver, problem, w, lam, memory
+        self.work = solver.begin(w.flat, lam, memory)
+        self.watch = Watch(solver, memory, w)
+        self.fixed = solver.fixed
+        self.batch: Any = None
+        self.grads: list[Tensor] | None = None  # at the present weights; None: not taken yet
+        self.norm = w.flat[0].new_empty(1)
+        self.most = self.limit = self.bound = self.norm  # most: the largest norm that was judged since the last look
+
+    def run(self) -> SolveStats:
+        """Train, and refuse a training that diverges."""
+        while True:
+            outcome = run(self, self.solver.max_steps - self.watch.steps + (self.grads is not None))
+            status = Status(int(outcome.status))
+            if status not in (Status.diverged, Status.nonfinite):
+                break
+            self._look()  # the scale may be raised, and then it goes on
+        if status != Status.converged:
+            self.step()
+        self.solver.finish(self.work, self.memory)
+        self.watch.norm, self.watch.met = float(outcome.residual), status == Status.converged
+        return self.watch.stats(status)
+
+    def _look(self) -> None:
+        """See how the norm is to the scale.
+
+        Raises:
+            SolveError: it has grown beyond all bounds.
+        """
+        watch = self.watch
+        watch.see(watch.steps - 1, float(self.most), curvature_at(self.problem, self.w, self.lam, self.batch))
+        if watch.lost:
+            raise SolveError(self.solver.diverged(self.problem, self.w, self.lam, self.batch, watch.growth))
+        self.most = self.norm
+        self.limit, self.bound = (torch.full_like(self.norm, max(x, TINY)) for x in (watch.limit, watch.bound))
+
+    @property
+    def value(self) -> Tensor:
+        """The first of the weights, for the loop to see one row and its device."""
+        return self.w.flat[0].detach().reshape(1, -1)
+
+    @property
+    def faults(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the gradient has grown beyond all bounds."""
+        return (self.most > self.bound) * int(Status.diverged)
+
+    def measure(self, *, closing: bool = False) -> Tensor:
+        """The norm of the gradient on a fresh batch, unless it is there."""
+        if self.grads is None:
+            self.batch = self.problem.inner_batches.draw()
+            _, self.grads = gradient(self.problem.inner_on(self.batch), self.w, self.lam)
+            self.norm = nn.utils.get_total_norm(self.grads).reshape(1)
+            k = self.watch.steps
+            self.watch.steps += 1
+            if k == 0:
+                self.most = self.norm
+                self._look()
+            elif not self.fixed or k % PROBE == 0 or k & (k - 1) == 0 or k + 1 == self.solver.max_steps:
+                self.most = torch.maximum(self.most, self.norm)
+        return self.norm
+
+    def step(self) -> None:
+        """One update, in place."""
+        assert self.grads is not None
+        with torch.no_grad():
+            self.solver.update(self.w.flat, self.grads, self.lam, self.work)
+        self.grads = None
+
+    def limits(self) -> Tensor:
+        """The tolerance; 1 where there is none."""
+        return torch.ones_like(self.limit) if self.fixed else self.limit
+
+    def replace(self, rows: Tensor, by: Tensor) -> None:
+        """Not needed: there is no best iterate."""
+        raise NotImplementedError
+
+    def hold(self, moving: Tensor) -> None:
+        """Not needed: there is one row."""
+        raise NotImplementedError
+
+    def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
+        """A gradient that ends above the first is no divergence of a training from trained weights, or on fresh batches."""
+        return status if settled else status.masked_fill(status == int(Status.diverged), int(Status.max_steps))
+
+
 class Watch:
     """The norm of the gradient while a training runs, relative to a scale of the problem's own.
 
@@ -164,6 +249,8 @@ class Watch:
         met: whether the norm is within the tolerance.
         lost: whether it has grown beyond all bounds, or is not finite.
         growth: how many times the scale it is.
+        limit, bound: the norm that the tolerance asks for, and the one that is beyond all bounds.
+        steps: gradients of the training.
         gradients, products: inner gradients and Hessian products that were spent on the scale.
     """
 
@@ -174,17 +261,13 @@ class Watch:
         self.floor = max(rounding_floor(leaf.dtype, leaf.device) for leaf in w.flat)
         self.norm = math.nan
         self.steps, self.growth = 0, 1.0
+        self.limit, self.bound = 0.0, math.inf
         self.gradients = self.products = 0
         self.met = self.lost = False
 
-    def wants(self, k: int) -> bool:
-        """Whether the norm is to be looked at in step ``k``: reading it makes a GPU wait, so only as often as is needed."""
-        self.steps = k + 1
-        return not self.solver.fixed or k % PROBE == 0 or k & (k - 1) == 0 or k + 1 == self.solver.max_steps
-
-    def see(self, k: int, grads: Sequence[Tensor], curvature: Callable[[], Hessian]) -> None:
-        """Measure at the start of step ``k``; ``curvature`` makes the Hessian there."""
-        self.norm, rtol = tree_norm(list(grads)), self.solver.rtol
+    def see(self, k: int, norm: float, curvature: Callable[[], Hessian]) -> None:
+        """Judge the norm of the gradient at the start of step ``k``; ``curvature`` makes the Hessian there."""
+        self.norm, rtol = norm, self.solver.rtol
         scale = self.memory.get("scale", 0.0)
         if not scale:
             scale = max(self.norm, self._image(curvature)) if rtol else self.norm
@@ -193,9 +276,10 @@ class Watch:
         if math.isfinite(scale):  # a step that was refused must not spoil those after it
             self.memory["scale"] = scale
         self.growth = self.norm / scale if scale > 0 else math.inf if self.norm > 0 else 1.0
-        self.lost = not self.norm <= RISE * scale
-        limit = self.solver.atol + (max(rtol, self.floor) * scale if rtol else 0.0)
-        self.met = not self.solver.fixed and self.norm <= limit
+        self.bound = RISE * scale
+        self.lost = not self.norm <= self.bound
+        self.limit = self.solver.atol + (max(rtol, self.floor) * scale if rtol else 0.0)
+        self.met = not self.solver.fixed and self.norm <= self.limit
 
     def _image(self, curvature: Callable[[], Hessian]) -> float:
         """``|H w|``; 0 where the inner loss has no second derivative."""

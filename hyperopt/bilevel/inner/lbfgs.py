@@ -49,12 +49,12 @@ class InnerLBFGS(LBFGSSettings, InnerSolver):
         run = _Run(inner, w, lam, self.history)
         ended, best = None, math.inf
         for k in range(self.max_steps):
-            watch.wants(k)
-            watch.see(k, run.gradient(), here)
+            watch.steps = k + 1
+            watch.see(k, tree_norm(run.gradient()), here)
             if run.searched_out and not watch.norm < best:
                 ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
                 run.restore()
-                watch.see(k, run.gradient(), here)
+                watch.see(k, tree_norm(run.gradient()), here)
                 break
             if watch.lost:
                 raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
