@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_modules_of_jit_are_named(how):
     net: Any = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     made = torch.jit.trace(net, X) if how == "trace" else torch.jit.script(net)
     with pytest.raises(ValueError, match=r"torch.jit.*give the module that it was made from"):
-        hyperopt.Functional(nn.Sequential(made) if how == "inside" else made)  # pyright: ignore[reportArgumentType]
+        hyperopt.Functional(nn.Sequential(made) if how == "inside" else made)  # pyright: ignore
 
 
 class Once(torch.autograd.Function):
@@ -152,6 +153,7 @@ def test_a_map_that_is_differentiable_once_has_a_first_derivative_and_no_second(
         torch.autograd.grad(g, a)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_compiled_code_has_no_second_derivative():
     net = torch.compile(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double(), backend="aot_eager")
     problem, w = of(net)  # pyright: ignore[reportArgumentType]
@@ -224,6 +226,20 @@ def test_a_layer_that_is_skipped_at_random(adjoint, seed):
     found = hyperopt.hypergradient(problem(None), model.w, lam, adjoint=adjoint, step=0.1).grad
     want = hyperopt.hypergradient(problem(keep), model.w, lam, adjoint=OneStep(), step=0.1).grad
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-9)
+
+
+def test_a_layer_that_is_skipped_at_random_by_a_generator_of_python():
+    model, lam = hyperopt.Functional(Deep()), torch.ones(24, dtype=D)
+    problem = hyperopt.BilevelProblem(
+        lambda w, lam, b: (lam[:, None] * (model(w, X, random.random() < 0.5) - Y).square()).mean(),
+        lambda w, lam, b: (model(w, XV, True) - YV).square().mean(),
+    )
+    for seed in range(4):
+        found = []
+        for adjoint in (OneStep(), FiniteDifference()):
+            random.seed(seed)
+            found.append(hyperopt.hypergradient(problem, model.w, lam, adjoint=adjoint, step=0.1).grad)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(

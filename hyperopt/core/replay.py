@@ -99,7 +99,9 @@ class Replay:
     @property
     def random(self) -> bool | None:
         """Whether a call draws random numbers; None before the first."""
-        return None if self.draws is None else self.draws.random
+        if self.draws is None:
+            return None
+        return self.draws.random or any(isinstance(entry.content, Generator) for entry in self.contents)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, the first time or again.
