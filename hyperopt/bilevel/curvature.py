@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import Leaves
-from hyperopt.core.graph_modes import refuse_once
+from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -148,6 +148,8 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool 
             found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
             if create_graph:
                 refuse_once(found, leaves)
+    if any(g is None for g in found):
+        refuse_reentrant(loss)
     if all(g is None for g in found):
         unaffected()
     return found

@@ -47,7 +47,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
             use for the inner solver or for the products.
     """
     if not (inner is None or isinstance(inner, InnerSolver)):
-        hint = "; give its name, inner=hyperopt.TorchOptimizer(...)" if isinstance(inner, torch.optim.Optimizer) else ""
+        hint = "; TorchOptimizer takes the name of an optimizer of PyTorch" if isinstance(inner, torch.optim.Optimizer) else ""
         raise TypeError(
             f"inner={inner!r} is no inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
         )

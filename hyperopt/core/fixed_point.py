@@ -155,7 +155,8 @@ def refuse_untraceable() -> None:
             "fixed_point: torch.jit.trace would record the number of steps of this one solve; use torch.export with fixed trips "
             "(rtol=0, atol=0), or trace without the solve"
         )
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None and not torch.compiler.is_compiling():
+    known = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if not known and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         raise RuntimeError(
             "fixed_point: torch.func.linearize and make_fx would record the number of steps of this one solve; use "
             "torch.func.jvp, vjp or jacfwd"

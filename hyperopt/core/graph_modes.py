@@ -57,7 +57,7 @@ def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _plain_attention,
-    torch._weight_norm: _plain_weight_norm,
+    torch._weight_norm: _plain_weight_norm,  # pyright: ignore[reportPrivateImportUsage]
 }
 
 
@@ -78,16 +78,35 @@ def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> 
     Raises:
         RuntimeError: says so.
     """
-    stack = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    if _reaches("torch::autograd::Error", gradients, until):
+        raise RuntimeError(
+            "the function calls an operator that is differentiable once (once_differentiable), so that it has no second "
+            "derivative; write its backward in operators of PyTorch, without that decorator"
+        )
+
+
+def refuse_reentrant(out: Tensor) -> None:
+    """Refuse a value that goes through ``torch.utils.checkpoint`` in a way that hides what it was computed from.
+
+    Raises:
+        RuntimeError: says so.
+    """
+    if _reaches("CheckpointFunctionBackward", [out], []):
+        raise RuntimeError(
+            "torch.utils.checkpoint with use_reentrant=True hides the weights from torch.autograd.grad; give use_reentrant=False"
+        )
+
+
+def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
+    """Whether a node of that name is in the graph."""
+    stack = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
     seen = {*stack, *(tensor.grad_fn for tensor in until)}
     while stack:
         node = stack.pop()
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "the function calls an operator that is differentiable once (once_differentiable), so that it has no second "
-                "derivative; write its backward in operators of PyTorch, without that decorator"
-            )
+        if node.name() == name:
+            return True
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+    return False

@@ -99,7 +99,9 @@ class Replay:
     @property
     def random(self) -> bool | None:
         """Whether a call draws random numbers; None before the first."""
-        return None if self.draws is None else self.draws.random
+        if self.draws is None:
+            return None
+        return self.draws.random or any(isinstance(entry.content, Generator) for entry in self.contents)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, the first time or again.
@@ -130,6 +132,10 @@ class Replay:
                     self.left = [*left, *(_get(*slot[:2]) for slot in self.rebound)]
             finally:
                 end()  # a container must have its entries before a value can be put back there
+        if first:
+            for place, key, source in self.streams:
+                if _get(place, key) is source and self.gave[id(source)].items:
+                    place[key] = Stream(source, self.gave[id(source)].items)  # as if nothing had been taken
         if first and self.wrote and torch.is_grad_enabled():
             return self(function, *args)  # with copies: what this graph has saved was put back since
         return out
@@ -150,7 +156,7 @@ class Replay:
             place[key] = new
         for place, key, value in self.streams:
             if (stream := _get(place, key)) is not value and isinstance(stream, Stream):
-                place[key] = value  # from which all was taken
+                place[key] = value.rest() if isinstance(value, Stream) else value  # from which it was taken
         for entry in self.contents:
             if entry.record is None and not isinstance(entry.content, Generator):
                 entry.content.put(entry.left)
