@@ -177,13 +177,13 @@ def cleaning(given: list[str], seed: int) -> dict[str, float]:
     return {"f1": 100 * task.evaluate()["clean/f1"], "test": 100 * right}
 
 
-def minibatches(label: str, size: int | None) -> dict[str, Any]:
+def minibatches(label: str, size: int) -> dict[str, Any]:
     """40 outer steps of ``task=quadratic`` whose hyperparameters stay what they are: hypergradients against the exact one.
 
     ``bias`` is the relative error of their mean, ``error`` the root of their mean squared relative error; most of the latter is
     the noise of the outer batches.
     """
-    task: Any = shared.built("task=quadratic", f"task.batch_size={'null' if size is None else size}").task
+    task: Any = shared.built("task=quadratic", f"task.batch_size={size}").task
     lam = {key: value.detach() for key, value in task.hyper.values().items()}
     want = task.curvature @ (lam["lam"].double() - task.best)
     adjoint, products = CANDIDATES[label]
@@ -260,7 +260,7 @@ def page(results: dict[str, Any]) -> None:
             style = {"color": "black", "linewidth": 2.5} if label == "auto" else {"linewidth": 1.2}
             axis.plot(curves.mean(0), label=label, linestyle=":" if label == "no search" else "-", **style)
         axis.set(title=name, xlabel="outer step", ylabel="outer loss", yscale="log")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.savefig(HERE / "choice.png", dpi=110)
 
 
@@ -285,7 +285,7 @@ def main() -> None:
             ends = {label: round(statistics.fmean(run["losses"][-1] for run in runs), 3) for label, runs in found.items()}
             print(name, ends, flush=True)
     if "minibatches" in args.parts:
-        found = {str(size): {label: minibatches(label, size) for label in SAMPLED} for size in (64, 512, None)}
+        found = {str(size): {label: minibatches(label, size) for label in SAMPLED} for size in (64, 512)}
         shared.save(RESULTS, "minibatches", found)
         print(found, flush=True)
     if "cleaning" in args.parts:
