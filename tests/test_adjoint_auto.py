@@ -373,23 +373,33 @@ def test_auto_is_also_the_adjoint_of_a_fixed_point():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_is_as_good_as_the_fixed_series_over_seeds(name, seed):
-    """After 30 outer steps the loss is at most 1.25 times that of 20 terms, always."""
-    ends = []
-    for adjoint in ("auto", Implicit(Neumann(rtol=0, max_steps=20), policy="ignore")):
-        problem, model, lam = classes(name, seed=seed)
-        lam = {key: value.requires_grad_() for key, value in lam.items()}
-        bilevel = hyperopt.Bilevel(problem, model.w, inner=TorchOptimizer(lr=0.01, max_steps=50), adjoint=adjoint)
-        optimizer = torch.optim.Adam(lam.values(), lr=0.1)
-        for _ in range(30):
-            optimizer.zero_grad()
-            estimate = bilevel.step(lam)
-            estimate.backward(lam)
-            optimizer.step()
-            with torch.no_grad():
-                lam["weights"].clamp_(0, 2)
-                lam["smoothing"].clamp_(0, 0.5)
-        ends.append(estimate.loss)
-    assert ends[0] < 1.25 * ends[1]
+def test_it_is_as_good_as_the_fixed_series_over_seeds(name):
+    """After 30 outer steps the loss is at most 1.1 times that of 20 terms in the geometric mean of six seeds.
+
+    One seed says less: with batch norm the two methods end at .78 to 1.28 times each other's loss, whichever is ahead, since
+    two trainings whose hyperparameters differ a little end in different minima.
+    """
+    logs = []
+    for seed in range(6):
+        auto, series = (searched(name, seed, way) for way in ("auto", Implicit(Neumann(rtol=0, max_steps=20), policy="ignore")))
+        logs.append(math.log(auto / series))
+    assert sum(logs) / len(logs) < math.log(1.1)
+    assert max(logs) < math.log(1.5)
+
+
+def searched(name, seed, adjoint):
+    """The outer loss after 30 outer steps."""
+    problem, model, lam = classes(name, seed=seed)
+    lam = {key: value.requires_grad_() for key, value in lam.items()}
+    bilevel = hyperopt.Bilevel(problem, model.w, inner=TorchOptimizer(lr=0.01, max_steps=50), adjoint=adjoint)
+    optimizer = torch.optim.Adam(lam.values(), lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        estimate = bilevel.step(lam)
+        estimate.backward(lam)
+        optimizer.step()
+        with torch.no_grad():
+            lam["weights"].clamp_(0, 2)
+            lam["smoothing"].clamp_(0, 0.5)
+    return estimate.loss
