@@ -18,6 +18,7 @@ import hyperopt
 from hyperopt import CG, Auto, Composite, Functional, GradientDescent, Implicit, InnerLBFGS, Neumann, TorchOptimizer
 from hyperopt.bilevel.auto import series
 from hyperopt.bilevel.step_map import StepMap
+from hyperopt.core.operator import Complement
 
 ROWS = 40
 
@@ -233,6 +234,7 @@ def test_negative_curvature_ends_the_series_before_it_is_amplified(negative):
     assert bool((u * b > 0).all())  # a descent direction in every direction, be its curvature negative or not
     assert 1 <= terms < 100 and float(found.adjoint.residual) <= 1
     step = found.choice.step
+    assert step is not None
     want = step * sum((1 - step * values) ** k for k in range(terms)) * b
     torch.testing.assert_close(u, want, rtol=1e-9, atol=1e-12)
 
@@ -246,7 +248,7 @@ def test_the_series_stops_where_its_residual_is_least(most):
     class Map(StepMap):
         def __init__(self):
             self.largest = torch.tensor(1.0)
-            hyperopt.core.operator.Complement.__init__(self, matrix, 1.0)
+            Complement.__init__(self, matrix, 1.0)
             self.step = 1.0
 
     u, stats, rose = series(Map(), b, most, 1e-12)
@@ -316,7 +318,7 @@ def test_an_unknown_name_is_refused():
         hyperopt.Bilevel(ridge.problem, torch.zeros(8, dtype=DOUBLE), adjoint="best")
     for wrong in ({"rtol": 0.0}, {"max_steps": 0}, {"terms": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Auto(**wrong)
+            Auto(**wrong)  # pyright: ignore[reportArgumentType]
 
 
 # ---- memory
@@ -349,7 +351,9 @@ def test_cg_that_failed_is_not_paid_for_in_every_outer_step(caplog):
         choices, tried = [], []
         for _ in range(16):
             before = bilevel.state.memory.get("auto", {}).get("again", 0)
-            choices.append(bilevel.step(lam).choice.name)
+            choice = bilevel.step(lam).choice
+            assert choice is not None
+            choices.append(choice.name)
             tried.append(bilevel.state.memory["auto"]["again"] != before)
     assert set(choices) == {"Neumann"} or "Neumann, Gauss-Newton" in choices
     assert tried == [k in (0, 2, 5, 10) for k in range(16)]

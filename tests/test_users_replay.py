@@ -360,3 +360,16 @@ def test_a_replay_after_a_commit_starts_where_the_first_call_did():
         assert float(module.average) != 1
         assert torch.equal(replay(module, torch.ones(2)), first) and torch.equal(replay(module, torch.ones(2)), first)
         assert torch.equal(module(torch.ones(2)) == first, torch.zeros(2, dtype=torch.bool))
+
+
+def test_a_map_that_seeds_its_own_generator_is_no_random_map():
+    def phi(w: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(3), dtype=D)
+        return 0.3 * torch.cos(w) + noise + torch.rand((), generator=torch.Generator().manual_seed(1))
+
+    found = hyperopt.fixed_point(phi, torch.zeros(4, 3, dtype=D), solver=hyperopt.Picard(1e-12)).value
+    torch.testing.assert_close(phi(found), found)
+    used = torch.Generator().manual_seed(0)
+    torch.rand(3, generator=used)
+    with pytest.raises(ImpureMapError, match="random numbers"):
+        hyperopt.fixed_point(lambda w: 0.3 * w + torch.rand(w.shape, generator=used, dtype=D), torch.zeros(4, 3, dtype=D))

@@ -117,6 +117,7 @@ class _Mode(TorchDispatchMode):
 
     def __init__(self, own: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.generators: list[torch.Generator] = []  # that had just been seeded when the function first drew from them
         self.made: set[int | None] = {None, *(_storage(t) for t in own)}
         self.constants = {_storage(t) for t in constants}
 
@@ -137,6 +138,18 @@ class _Mode(TorchDispatchMode):
         if kind.fresh:
             self.made.update(_storage(t) for t in _tensors(out))
         return out
+
+    def seeded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a call draws from a generator of its own that had just been seeded: before the call."""
+        own = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Generator)), None)
+        if own is None:
+            return False
+        if not any(own is known for known in self.generators):
+            new = torch.Generator(own.device).manual_seed(own.initial_seed())
+            if not torch.equal(own.get_state(), new.get_state()):
+                return False
+            self.generators.append(own)
+        return True
 
     def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
         """A tensor that must not change is about to be changed."""
@@ -164,8 +177,8 @@ class Draws:
 
     @property
     def random(self) -> bool:
-        """Whether anything was drawn."""
-        return bool(self.results)
+        """Whether anything was drawn that another evaluation would draw anew."""
+        return not all(drawn.seeded for drawn in self.results)
 
     @property
     def wrote(self) -> bool:
@@ -229,12 +242,14 @@ class _Drawn:
         given: its arguments, shapes and dtypes in the place of tensors, no generator.
         result: the sample.
         parameters: tensors that the derivative of the sample depends on.
+        seeded: whether the function seeds the generator itself, so that it draws the same whenever it is called.
     """
 
     kind: _Kind
     given: tuple[Any, ...]
     result: Tensor
     parameters: tuple[Tensor, ...]
+    seeded: bool = False
 
     def repeated(self, kind: _Kind, args: Sequence[Any]) -> bool:
         """Whether this is the same call; ``vmap`` makes ``x.bernoulli_(p)`` from ``bernoulli(x, p)``, and the reverse."""
@@ -272,10 +287,11 @@ class _Record(_Mode):
                 f"{func} draws random numbers that cannot be handed back when the function is evaluated again; build it from "
                 "simpler layers (for an LSTM with dropout, one layer after the other), or set its dropout to 0"
             )
+        seeded = self.seeded(args, kwargs)
         out = func(*args, **kwargs)
         kept = out[1] if kind.name == "native_dropout" else args[1] if kind.name == "rrelu_with_noise" else out
         parameters = tuple(t.clone() for t in _tensors(args)) if kind.name in REPARAMETRISED else ()
-        self.draws.results.append(_Drawn(kind, _given(args), kept.clone(), parameters))
+        self.draws.results.append(_Drawn(kind, _given(args), kept.clone(), parameters, seeded))
         return out
 
     def finish(self) -> None:
@@ -361,5 +377,5 @@ class Unreplayed(_Mode):
 
     def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """A draw."""
-        self.random = self.random or not getattr(_local, "depth", 0)
+        self.random = self.random or not (getattr(_local, "depth", 0) or self.seeded(args, kwargs))
         return func(*args, **kwargs)
