@@ -357,12 +357,12 @@ class Leaves:
                 raise TypeError(
                     f"{name} is a {type(leaf).__name__}; every leaf must be a tensor" + hint * isinstance(leaf, nn.Module)
                 )
+            if is_lazy(leaf):
+                raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
             if leaf.is_inference():
                 raise ValueError(f"{name} was made in torch.inference_mode(), and can have no derivative; give a clone of it")
             if not leaf.is_floating_point():
                 raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
-            if is_lazy(leaf):
-                raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
         flat = [leaf.detach().requires_grad_() for _, leaf in pairs]
         return Leaves(optree.tree_unflatten(optree.tree_structure(tree), flat), flat, names)
 
