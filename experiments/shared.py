@@ -15,9 +15,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.config import Built, build
-from hyperopt.repro import seed_everything
-from hyperopt.schema import register
+from hyperopt.app.config import Built, build
+from hyperopt.app.repro import seed_everything
+from hyperopt.app.schema import register
 from hyperopt.tasks.base import Environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]

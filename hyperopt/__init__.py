@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hyperopt.lazy import lazily
+from hyperopt.core.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -36,9 +36,9 @@ _PUBLIC = {
     "Anderson": "hyperopt.core.solvers.anderson",
     "RRE": "hyperopt.core.solvers.rre",
     "Broyden": "hyperopt.core.solvers.broyden",
-    "Newton": "hyperopt.core.solvers.newton",
-    "NewtonKrylov": "hyperopt.core.solvers.newton_krylov",
-    "Chord": "hyperopt.core.solvers.chord",
+    "Newton": "hyperopt.core.newton.newton",
+    "NewtonKrylov": "hyperopt.core.newton.newton_krylov",
+    "Chord": "hyperopt.core.newton.chord",
     "Neumann": "hyperopt.core.linear.neumann",
     "LinearAnderson": "hyperopt.core.linear.anderson",
     "GMRES": "hyperopt.core.linear.gmres",
@@ -66,7 +66,7 @@ _PUBLIC = {
     "InnerConstants": "hyperopt.bilevel.problem",
     "Minibatches": "hyperopt.bilevel.batches",
     "ProductSettings": "hyperopt.bilevel.settings",
-    "SparseRows": "hyperopt.nn.sparse",
+    "SparseRows": "hyperopt.data.sparse",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
     "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
     "InnerAdam": "hyperopt.bilevel.inner.adam",
@@ -80,29 +80,31 @@ _PUBLIC = {
     "F2SA": "hyperopt.bilevel.f2sa",
     "VPBGD": "hyperopt.bilevel.v_pbgd",
     "Nystrom": "hyperopt.core.linear.nystrom",
-    "Hyperparameters": "hyperopt.hyperparameters",
-    "Space": "hyperopt.spaces",
-    "Real": "hyperopt.spaces",
-    "Positive": "hyperopt.spaces",
-    "Bounded": "hyperopt.spaces",
-    "Simplex": "hyperopt.spaces",
-    "SpectralBall": "hyperopt.spaces",
+    "Hyperparameters": "hyperopt.spaces.hyperparameters",
+    "Space": "hyperopt.spaces.space",
+    "Real": "hyperopt.spaces.space",
+    "Positive": "hyperopt.spaces.space",
+    "Bounded": "hyperopt.spaces.space",
+    "Simplex": "hyperopt.spaces.space",
+    "SpectralBall": "hyperopt.spaces.space",
     "HyperSpace": "hyperopt.stn.space",
     "convert": "hyperopt.stn.network",
     "SelfTuning": "hyperopt.stn.step",
     "SelfTuningSettings": "hyperopt.stn.settings",
-    "load_exported": "hyperopt.exporting.load",
+    "load_exported": "hyperopt.app.export.load",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from hyperopt import app as app
     from hyperopt import bilevel as bilevel
     from hyperopt import core as core
     from hyperopt import data as data
     from hyperopt import nn as nn
-    from hyperopt import regularise as regularise
+    from hyperopt import spaces as spaces
     from hyperopt import stn as stn
     from hyperopt import tasks as tasks
+    from hyperopt.app.export.load import load_exported as load_exported
     from hyperopt.bilevel.auto import Auto as Auto
     from hyperopt.bilevel.batches import Minibatches as Minibatches
     from hyperopt.bilevel.estimate import Choice as Choice
@@ -154,6 +156,9 @@ if TYPE_CHECKING:
     from hyperopt.core.linear.neumann import Neumann as Neumann
     from hyperopt.core.linear.normal_cg import NormalCG as NormalCG
     from hyperopt.core.linear.nystrom import Nystrom as Nystrom
+    from hyperopt.core.newton.chord import Chord as Chord
+    from hyperopt.core.newton.newton import Newton as Newton
+    from hyperopt.core.newton.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.core.operator import ClosedForm as ClosedForm
     from hyperopt.core.operator import FunctionOperator as FunctionOperator
     from hyperopt.core.operator import LinearOperator as LinearOperator
@@ -163,9 +168,6 @@ if TYPE_CHECKING:
     from hyperopt.core.purity import check_map as check_map
     from hyperopt.core.solvers.anderson import Anderson as Anderson
     from hyperopt.core.solvers.broyden import Broyden as Broyden
-    from hyperopt.core.solvers.chord import Chord as Chord
-    from hyperopt.core.solvers.newton import Newton as Newton
-    from hyperopt.core.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
     from hyperopt.core.solvers.picard import Picard as Picard
     from hyperopt.core.solvers.rre import RRE as RRE
     from hyperopt.core.status import Solution as Solution
@@ -173,20 +175,19 @@ if TYPE_CHECKING:
     from hyperopt.core.status import Status as Status
     from hyperopt.core.verify import check_hypergradient as check_hypergradient
     from hyperopt.core.verify import compare_adjoints as compare_adjoints
-    from hyperopt.exporting.load import load_exported as load_exported
-    from hyperopt.hyperparameters import Hyperparameters as Hyperparameters
-    from hyperopt.nn.sparse import SparseRows as SparseRows
-    from hyperopt.spaces import Bounded as Bounded
-    from hyperopt.spaces import Positive as Positive
-    from hyperopt.spaces import Real as Real
-    from hyperopt.spaces import Simplex as Simplex
-    from hyperopt.spaces import Space as Space
-    from hyperopt.spaces import SpectralBall as SpectralBall
+    from hyperopt.data.sparse import SparseRows as SparseRows
+    from hyperopt.spaces.hyperparameters import Hyperparameters as Hyperparameters
+    from hyperopt.spaces.space import Bounded as Bounded
+    from hyperopt.spaces.space import Positive as Positive
+    from hyperopt.spaces.space import Real as Real
+    from hyperopt.spaces.space import Simplex as Simplex
+    from hyperopt.spaces.space import Space as Space
+    from hyperopt.spaces.space import SpectralBall as SpectralBall
     from hyperopt.stn.network import convert as convert
     from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.space import HyperSpace as HyperSpace
     from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
-_PACKAGES = ("bilevel", "core", "data", "exporting", "nn", "regularise", "reporting", "stn", "tasks")
+_PACKAGES = ("app", "bilevel", "core", "data", "nn", "spaces", "stn", "tasks")
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, packages=_PACKAGES)

@@ -51,7 +51,7 @@ def float64() -> Iterator[None]:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launcher]:
     """Run ``hyperopt`` in this process, in an empty working directory."""
-    from hyperopt import cli
+    from hyperopt.app import cli
 
     GlobalHydra.instance().clear()
     monkeypatch.chdir(tmp_path)
@@ -88,9 +88,9 @@ def launch(command: Launcher, monkeypatch: pytest.MonkeyPatch) -> Launcher:
         (out / "summary.json").write_text(f'{{"status": "completed", "best": {{"metrics": {{"val/loss": {cfg.seed}.0}}}}}}')
         return float(cfg.seed)
 
-    fake = types.ModuleType("hyperopt.run")
+    fake = types.ModuleType("hyperopt.app.run")
     fake.run = run  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "hyperopt.run", fake)
+    monkeypatch.setitem(sys.modules, "hyperopt.app.run", fake)
 
     def launcher(*argv: str) -> Launch:
         runs.clear()

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
+from hyperopt.app.run import run
+from hyperopt.app.schema import register
 from hyperopt.core import distributed
 from hyperopt.data.synthetic import Synthetic
-from hyperopt.run import run
-from hyperopt.schema import register
 from hyperopt.tasks.equilibrium import EquilibriumTask
 
 register()

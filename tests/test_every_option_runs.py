@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from hyperopt.config import validate
-from hyperopt.run import run
-from hyperopt.schema import SCHEMA, register
+from hyperopt.app.config import validate
+from hyperopt.app.run import run
+from hyperopt.app.schema import SCHEMA, register
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
@@ -74,7 +74,7 @@ SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows h
         *("task.classifier.channels=[8,8,8,8,8]", "task.classifier.dense=[32,32]"),
     ],
 }
-MADE = ("benchopt_ijcnn1",)  # whose files nobody can fetch here; tests/test_libsvm.py makes such files
+MADE = ("benchopt_ijcnn1",)  # whose files nobody can fetch here; tests/data/test_libsvm.py makes such files
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem not in MADE)
 
 START_AT_ZERO = ("SOBA", "SABA", "VPBGD")  # the adjoint variable, or the way between the two copies

@@ -63,7 +63,7 @@ def test_an_installed_command_finds_its_configs(how: str, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = output(python, "-c", "from hyperopt.resolvers import config_path; print(config_path())").strip()
+    where = output(python, "-c", "from hyperopt.app.resolvers import config_path; print(config_path())").strip()
     assert where == str(site / "hyperopt" / "configs" if how == "wheel" else source / "configs")
     command = tmp_path / "venv" / "bin" / "hyperopt"
     assert "anderson, broyden" in output(command, "--help")

@@ -14,8 +14,8 @@ import pytest
 from launcher import Launcher
 
 from hyperopt import load_exported
-from hyperopt.exporting.write import export
-from hyperopt.reporting.command import report
+from hyperopt.app.export.write import export
+from hyperopt.app.report.command import report
 
 
 def test_no_connection_is_opened(command: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from hyperopt.config import Built
+from hyperopt.app.config import Built
+from hyperopt.app.run import run
+from hyperopt.bilevel.outer import LBFGS, SGD, Adam, AdamW, Momentum, OuterOptimizer
+from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core.status import Status
-from hyperopt.optim import LBFGS, SGD, Adam, AdamW, Momentum, OuterOptimizer
-from hyperopt.run import run
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
-from hyperopt.train_settings import TrainerSettings
 
 OPTIMIZERS: dict[str, type[OuterOptimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam, "adamw": AdamW, "lbfgs": LBFGS}
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -155,7 +155,7 @@ def config(
 
 
 def built(cfg: DictConfig, task: Task | None = None) -> Built:
-    """Build by hand what ``hyperopt.config.build`` would."""
+    """Build by hand what ``hyperopt.app.config.build`` would."""
     values: dict[str, Any] = OmegaConf.to_container(cfg.optimizer)  # pyright: ignore[reportAssignmentType]
     optimizer = OPTIMIZERS[values.pop("kind")](**values)
     return Built(task=task or Toy(), optimizer=optimizer, trainer=TrainerSettings(**cfg.trainer))
@@ -178,7 +178,7 @@ class Killed(BaseException):
 
 def go(cfg: DictConfig, out: Path, task: Task | None = None) -> float:
     """Run a config on a toy task."""
-    with mock.patch("hyperopt.run.build", lambda composed: built(composed, task)):
+    with mock.patch("hyperopt.app.run.build", lambda composed: built(composed, task)):
         return run(cfg, out)
 
 

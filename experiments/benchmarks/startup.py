@@ -19,8 +19,8 @@ from facts import facts, store
 FIRST = """
 import time, torch
 start = time.perf_counter()
-from hyperopt.cli import main
-import hyperopt.run as loop, sys
+from hyperopt.app.cli import main
+import hyperopt.app.run as loop, sys
 def stop(*args, **kwargs):
     raise SystemExit(f"first {time.perf_counter() - start}")
 from hyperopt.tasks.equilibrium import EquilibriumTask
@@ -52,7 +52,7 @@ def main() -> None:
     import tempfile
 
     found: dict[str, list[float]] = {}
-    python = [sys.executable, "-m", "hyperopt.cli"]
+    python = [sys.executable, "-m", "hyperopt.app.cli"]
     for k in range(8):
         with tempfile.TemporaryDirectory() as folder:
             times = {

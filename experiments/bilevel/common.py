@@ -27,7 +27,9 @@ def run(directory: Path, *overrides: str) -> list[Row]:
     if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
         command = [*overrides, "threads=1", "device=cpu", f"hydra.run.dir={directory}", "resume=auto", "trainer.progress=false"]
         print("hyperopt", *command, flush=True)
-        subprocess.run([sys.executable, "-m", "hyperopt.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "hyperopt.app.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL
+        )
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 

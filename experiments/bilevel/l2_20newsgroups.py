@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from common import Row, built, save, spread, write_table
 
+from hyperopt.app.loop_state import LoopState
 from hyperopt.data.splits import Rows
-from hyperopt.loop_state import LoopState
 from hyperopt.tasks.linear import L2Task, joined
 
 STRENGTHS = (10.0, 30.0, 100.0, 300.0)  # C

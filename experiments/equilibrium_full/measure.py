@@ -60,7 +60,9 @@ def run(directory: Path, overrides: Sequence[str]) -> list[Row]:
     if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
         command = [EXPERIMENT, *overrides, f"hydra.run.dir={directory}", "resume=auto", "trainer.progress=false"]
         print("hyperopt", *command, flush=True)
-        subprocess.run([sys.executable, "-m", "hyperopt.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "hyperopt.app.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL
+        )
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -43,7 +43,7 @@ def measure(jobs: int, out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "jobs": jobs, "marks": {}}
     with tempfile.TemporaryDirectory() as work:
         sweep = Path(work) / "sweep"
-        command = [sys.executable, "-m", "hyperopt.cli", "-m", f"hydra.sweep.dir={sweep}", f"seed=range({jobs})", *SMALL]
+        command = [sys.executable, "-m", "hyperopt.app.cli", "-m", f"hydra.sweep.dir={sweep}", f"seed=range({jobs})", *SMALL]
         begun = time.monotonic()
         with open(os.devnull, "w") as nowhere:
             process = subprocess.Popen(command, cwd=work, env=env, stdout=nowhere, stderr=nowhere)

@@ -42,7 +42,7 @@ def start(directory: Path, overrides: Sequence[str], **popen: Any) -> subprocess
     """Start ``hyperopt`` in ``directory``."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "hyperopt.cli", f"hydra.run.dir={directory}", *overrides]
+    command = [sys.executable, "-m", "hyperopt.app.cli", f"hydra.run.dir={directory}", *overrides]
     return subprocess.Popen(
         command, cwd=directory.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **popen
     )

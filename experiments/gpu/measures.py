@@ -96,7 +96,7 @@ def right(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def counts(device: torch.device, small: bool) -> Iterator[Row]:
-    """Kernels and host reads an iteration, as ``tests/test_core_counts.py`` counts them, of a map or product of three kernels.
+    """Kernels and host reads an iteration of a map or product of three kernels, as in ``tests/core/test_core_counts.py``.
 
     On a GPU also what its driver is asked for: launches an iteration, copies included, and calls that wait for the device.
     """

@@ -22,7 +22,7 @@ import torch
 from measures import PARTS, Row
 from shared import REPOSITORY, save
 
-from hyperopt.repro import run_facts
+from hyperopt.app.repro import run_facts
 
 ALL = [*PARTS, "tests"]
 

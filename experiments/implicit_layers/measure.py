@@ -191,7 +191,7 @@ def main() -> None:
         if not options.collect:
             print("hyperopt", *command, flush=True)
             subprocess.run(
-                [sys.executable, "-m", "hyperopt.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL
+                [sys.executable, "-m", "hyperopt.app.cli", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL
             )
     done = jobs(runs)
     order = [*GOALS, "anderson implicit"]

@@ -42,9 +42,9 @@ def work(name: str, rows: int, rank: int, world: int, store: str) -> dict[str, f
     import torch.distributed as dist
     from hydra import compose, initialize_config_dir
 
-    from hyperopt.config import build
+    from hyperopt.app.config import build
+    from hyperopt.app.schema import register
     from hyperopt.core import distributed
-    from hyperopt.schema import register
     from hyperopt.tasks.base import Environment
 
     torch.set_num_threads(1)

@@ -111,7 +111,7 @@ def by_command_line(start: float, rounds: int, seeds: int, runs: Path) -> dict[s
                 "trainer.progress=false",
                 "threads=1",
             ]
-            command = [sys.executable, "-m", "hyperopt.cli", *overrides]
+            command = [sys.executable, "-m", "hyperopt.app.cli", *overrides]
             subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         after = [line for line in lines if line["stn/warming"] == 0]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tables import save, write_table
 
-from hyperopt.optim import Adam
+from hyperopt.bilevel.outer import Adam
+from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.stn import Positive
 from hyperopt.stn.settings import MODES
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.stn_ridge import StnRidgeTask
 from hyperopt.tasks.stn_settings import SelfTuningOptions
-from hyperopt.train_settings import SchedulerSettings, TrainerSettings
 
 UPDATES, SEEDS = 1500, range(6)
 

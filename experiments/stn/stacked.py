@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperopt import stn
-from hyperopt.optim import Adam
+from hyperopt.bilevel.outer import Adam
+from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.stn.kinds import KINDS
 from hyperopt.stn.response import Response
 from hyperopt.tasks.stn_quadratic import ACTIVATION
-from hyperopt.train_settings import SchedulerSettings, TrainerSettings
 
 DOUBLE = torch.float64
 REACH, BATCH, CLOSE = 2.0, 100, 0.05

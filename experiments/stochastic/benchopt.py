@@ -26,8 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import shared
 
 from hyperopt import InnerLBFGS, SolveError
+from hyperopt.bilevel.outer import Schedule
 from hyperopt.data.mnist import MNIST
-from hyperopt.optim import Schedule
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.tasks.bilevel import BilevelTask
 

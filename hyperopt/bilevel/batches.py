@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from hyperopt.bilevel.loaders import LoaderBatches
 from hyperopt.core.state import check_entries
 from hyperopt.data.batches import Batches
-from hyperopt.nn.sparse import SparseRows
+from hyperopt.data.sparse import SparseRows
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import torch
 
 from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Composite, Loss, SameBatch, rows_of
 from hyperopt.core import distributed
-from hyperopt.nn.sparse import SparseRows
+from hyperopt.data.sparse import SparseRows
 
 
 def over_ranks(problem: BilevelProblem) -> BilevelProblem:

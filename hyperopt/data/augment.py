@@ -1,6 +1,6 @@
 """Standard augmentation of a batch of images, on its device: a random crop of the padded image, and a random flip.
 
-What happens to an example depends on the seed, the epoch and the example's own number alone: see ``hyperopt.data.counter``.
+What happens to an example depends on the seed, the epoch and the example's own number alone: see ``hyperopt.core.random``.
 
     augment = Augment(padding=4, flip=0.5)
     images = rows.x[batch].unflatten(1, splits.shape)
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperopt.data.counter import BITS, Keys, Stream
+from hyperopt.core.random import BITS, Keys, Stream
 from hyperopt.data.settings import AugmentSettings
 
 

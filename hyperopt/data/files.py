@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hyperopt.core.text import one_line
 from hyperopt.data.errors import DataError
-from hyperopt.reading import UnreadableError, read_bytes
+from hyperopt.data.reading import UnreadableError, read_bytes
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from hyperopt.data.files import md5, read_tar, unpack
 from hyperopt.data.pickles import unpickle
 from hyperopt.data.settings import NewsgroupsSettings
 from hyperopt.data.sources import Folder, obtain
+from hyperopt.data.sparse import compressed_rows
 from hyperopt.data.splits import Rows, Splits, draw_rows
-from hyperopt.nn.sparse import compressed_rows
 
 URL = "https://ndownloader.figshare.com/files/5975967"
 ARCHIVE, CACHE = "20news-bydate.tar.gz", "20news-bydate_py3.pkz"

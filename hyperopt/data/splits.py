@@ -10,7 +10,7 @@ import torch
 
 from hyperopt.data.errors import DataError
 from hyperopt.data.settings import DatasetSettings
-from hyperopt.nn.sparse import compressed_rows
+from hyperopt.data.sparse import compressed_rows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hyperopt.lazy import lazily
+from hyperopt.core.lazy import lazily
 
 _PUBLIC = {
     "DEQ": "hyperopt.nn.deq",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hyperopt.lazy import lazily
+from hyperopt.core.lazy import lazily
 
 _PUBLIC = {
     "Bounded": "hyperopt.stn.declare",
@@ -21,7 +21,7 @@ _PUBLIC = {
     "SelfTuning": "hyperopt.stn.step",
     "Round": "hyperopt.stn.step",
     "SelfTuningSettings": "hyperopt.stn.settings",
-    "TuningError": "hyperopt.stn.guards",
+    "TuningError": "hyperopt.stn.warnings",
     "TunedSchedule": "hyperopt.stn.schedule",
     "replay": "hyperopt.stn.schedule",
 }
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from hyperopt.stn.declare import Tuned as Tuned
     from hyperopt.stn.draw import Draw as Draw
     from hyperopt.stn.dropout import Dropout as Dropout
-    from hyperopt.stn.guards import TuningError as TuningError
     from hyperopt.stn.kinds import KINDS as KINDS
     from hyperopt.stn.layer import HyperLayer as HyperLayer
     from hyperopt.stn.network import STN as STN
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from hyperopt.stn.space import HyperSpace as HyperSpace
     from hyperopt.stn.step import Round as Round
     from hyperopt.stn.step import SelfTuning as SelfTuning
+    from hyperopt.stn.warnings import TuningError as TuningError
 
 
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, also=", and its modules")

@@ -1,4 +1,4 @@
-"""Hyperparameters to tune: a space of ``hyperopt.spaces`` with the scale at which it is perturbed.
+"""Hyperparameters to tune: a space of ``hyperopt.spaces.space`` with the scale at which it is perturbed.
 
 Two views of one number: in its own units (h-space), where data, regulariser and network use it, and in R (m-space), where it is
 moved and perturbed, and where weights respond to it. The map between them is that of the space.
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hyperopt import spaces
+from hyperopt.spaces import space as spaces
 from hyperopt.stn.settings import TunedBoundedSettings, TunedDiscreteSettings, TunedPositiveSettings
 
 NEAR = math.log(999)  # a sigmoid is within 1e-3 of its end from here on

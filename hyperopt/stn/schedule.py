@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.files import write_text
-from hyperopt.optim import Adam, OuterOptimizer
-from hyperopt.reading import UnreadableError, read_json
+from hyperopt.bilevel.outer import Adam, OuterOptimizer
+from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
 from hyperopt.stn.space import HyperSpace
@@ -55,8 +55,10 @@ class TunedSchedule:
         return [u for steps, u in zip(self.steps, self.raw, strict=True) for _ in range(steps)]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_text(path, json.dumps({name: getattr(self, name) for name in ("names", "steps", "raw", "values")}))
+        """Write it as JSON: the file is whole, or what was there before."""
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({name: getattr(self, name) for name in ("names", "steps", "raw", "values")}), encoding="utf-8")
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path) -> TunedSchedule:

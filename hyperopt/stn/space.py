@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import SoftplusTransform
 from torch.nn import functional
 
-from hyperopt import spaces
+from hyperopt.spaces import space as spaces
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 

@@ -22,15 +22,15 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.outer import Adam, OuterOptimizer, Schedule
+from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core import distributed
 from hyperopt.core.state import check_entries, check_tensors
-from hyperopt.optim import Adam, OuterOptimizer, Schedule
 from hyperopt.stn.draw import Draw
-from hyperopt.stn.guards import Watch
 from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.settings import SelfTuningSettings
-from hyperopt.train_settings import TrainerSettings
+from hyperopt.stn.warnings import Watch
 
 TrainLoss = Callable[[STN, Any, Draw], Tensor]
 """``train_loss(model, batch, draw)``: makes the data that ``draw.h`` asks for, calls ``model(x, draw)``, adds the regulariser."""

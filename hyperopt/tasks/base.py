@@ -1,4 +1,4 @@
-"""What the outer loop drives: a ``Task`` does one outer step and one evaluation; ``hyperopt.run`` owns everything else."""
+"""What the outer loop drives: a ``Task`` does one outer step and one evaluation; ``hyperopt.app.run`` owns everything else."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
-from hyperopt.tasks.learned import Learned
-from hyperopt.train_settings import TrainerSettings
+from hyperopt.tasks.exports import Learned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

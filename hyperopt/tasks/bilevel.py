@@ -36,14 +36,14 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.hyperparameters import Hyperparameters
+from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.settings import BilevelTaskSettings, TunedSettings
 
 if TYPE_CHECKING:
-    from hyperopt.spaces import Space
+    from hyperopt.spaces.space import Space
 
 Found = TypeVar("Found")
 

@@ -25,10 +25,10 @@ from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
 from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.outer_update import SolvingTask
 from hyperopt.tasks.settings import CoupledSettings
-from hyperopt.tasks.solves import residual_figure
-from hyperopt.tasks.solving import SolvingTask
+from hyperopt.tasks.solve_figures import residual_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

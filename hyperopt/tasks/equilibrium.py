@@ -31,9 +31,9 @@ from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.equilibrium_report import spectrum_figure
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.settings import EquilibriumSettings
-from hyperopt.tasks.solves import residual_figure
+from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.tolerance import GradientTolerance
 from hyperopt.tasks.warm import WarmStart, WarmStore

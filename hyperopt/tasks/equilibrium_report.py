@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hyperopt.nn.contractive import ContractiveMatrix
-from hyperopt.tasks.solves import axes_of
+from hyperopt.tasks.solve_figures import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,12 +33,12 @@ from hyperopt.nn.factories import Methods, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.drawing import drawing
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.misclassified import wrong_figure
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.settings import ImplicitTaskSettings
-from hyperopt.tasks.solves import residual_figure
+from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
-from hyperopt.tasks.wrong import wrong_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem, Composite, InnerConstants
+from hyperopt.data.sparse import SparseRows
 from hyperopt.data.splits import Rows
-from hyperopt.nn.sparse import SparseRows
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of

@@ -25,9 +25,9 @@ from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.data.splits import Rows
-from hyperopt.hyperparameters import Hyperparameters
 from hyperopt.nn.equilibrium import draw
-from hyperopt.spaces import Real
+from hyperopt.spaces.hyperparameters import Hyperparameters
+from hyperopt.spaces.space import Real
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of

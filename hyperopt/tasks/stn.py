@@ -30,7 +30,7 @@ from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
 from hyperopt.tasks.drawing import drawing
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.stn_figures import trajectory_figure
 from hyperopt.tasks.stn_settings import SelfTuningOptions, SelfTuningTaskSettings
 

@@ -21,7 +21,7 @@ from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.learned import Learned
+from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
 from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise

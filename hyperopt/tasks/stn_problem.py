@@ -3,7 +3,7 @@
     train    mean cross_entropy(f(w(lam'), a(x, lam')), y) + mean decay' |w(lam')|^2 / 2
     valid    mean cross_entropy(f(w(lam'), x), y)
 
-``a`` is the pipeline of ``hyperopt.regularise`` and the dropout inside of ``f``, each example under hyperparameters of its own.
+``a`` is the pipeline of ``hyperopt.nn.regularise`` and the dropout inside of ``f``, each example under its own hyperparameters.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyperopt.core.random import Keys
 from hyperopt.data.batches import Batches
-from hyperopt.data.counter import Keys
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.regularise.keyed import keyed
-from hyperopt.regularise.pipeline import RANGES, Pipeline, check_range
+from hyperopt.nn.regularise.keyed import keyed
+from hyperopt.nn.regularise.pipeline import RANGES, Pipeline, check_range
 from hyperopt.stn.declare import Bounded, Discrete, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN

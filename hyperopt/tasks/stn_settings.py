@@ -109,7 +109,7 @@ class StnImagesSettings(SelfTuningTaskSettings):
     Attributes:
         classifier: the network (None: two dense layers of 200).
         tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... where the network has places for them, those of
-            ``hyperopt.regularise.pipeline.RANGES`` that change the images, and ``weight_decay``.
+            ``hyperopt.nn.regularise.pipeline.RANGES`` that change the images, and ``weight_decay``.
         batch_size: training rows of one update of the weights.
         val_batch_size: validation rows of one update of the hyperparameters.
         eval_rows: ``outer/*`` are measured on the first so many training rows (None: on all of them).

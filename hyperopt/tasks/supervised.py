@@ -12,9 +12,9 @@ from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Rows, Splits
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.outer_update import SolvingTask
 from hyperopt.tasks.scores import ROWS, scores
 from hyperopt.tasks.settings import SupervisedSettings
-from hyperopt.tasks.solving import SolvingTask
 
 
 class SupervisedTask(SupervisedSettings, SolvingTask):

@@ -23,6 +23,7 @@ from hyperopt.core.adjoints.parts import graph_part
 from hyperopt.core.adjoints.settings import ImplicitSettings
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
 from hyperopt.core.differentiate import System, attach
+from hyperopt.core.forward import solve_forward
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.fallback import solve_chain
@@ -32,7 +33,6 @@ from hyperopt.core.linear.normal_cg import NormalCG
 from hyperopt.core.loop import rounding_floor
 from hyperopt.core.operator import Linearization, LinearOperator
 from hyperopt.core.policy import report, report_floor
-from hyperopt.core.solvers.forward import solve_forward
 from hyperopt.core.solvers.iterate import Iterate
 from hyperopt.core.status import AdjointBox, Solution, SolveStats
 

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.settings import UnrolledSettings
 from hyperopt.core.captured import functorch_level, seen, transformed, underived
+from hyperopt.core.forward import solve_forward
 from hyperopt.core.loop import relative, rounding_floor
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.forward import solve_forward
 from hyperopt.core.solvers.iterate import Iterate, following, iterate
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.solvers.point import Cost, Point

@@ -1,0 +1,61 @@
+"""``mode=check``: is the hypergradient of this experiment right, and what do other adjoints cost here?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra.utils import get_object
+
+from hyperopt.app.files import write_json
+from hyperopt.app.schema import LINEAR_SOLVERS, SCHEMA
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.verify import check_hypergradient, compare_adjoints
+from hyperopt.tasks.base import HypergradientError, Task
+
+SINGLE_LOOP = ("soba", "saba", "stocbio", "f2sa", "v_pbgd")  # no adjoints of a fixed point at all
+# One of the others by turns; for symmetric maps only; with solvers that keep an inverse only; for trained problems only.
+PARTICULAR = ("auto", "cg", "nystrom", "shine", "t1t2", "finite_difference", *SINGLE_LOOP)
+
+
+def adjoints(own: Adjoint) -> dict[str, Adjoint]:
+    """Return the task's own adjoint and, each at its own defaults, those options that any map and solver can have."""
+    found = {"this experiment's": own}
+    for option, node in SCHEMA.items():
+        group, _, name = option.rpartition("/")
+        if group == "adjoint" and name not in PARTICULAR:
+            made = get_object(node._target_)
+            linear = LINEAR_SOLVERS.get(name)
+            found[name] = made() if linear is None else made(get_object(linear._target_)(), policy="ignore")
+    return found
+
+
+def check(task: Task, out: Path) -> float:
+    """Check a task that is set up: print two tables, write ``check.json`` and ``figures/adjoints.png``.
+
+    Returns:
+        The largest relative error over the references.
+
+    Raises:
+        HypergradientError: the hypergradient does not agree with them.
+        NotImplementedError: the task offers no ``objective``.
+    """
+    solver, adjoint = getattr(task, "solver", None), getattr(task, "adjoint", None) or Implicit()
+    if not isinstance(adjoint, Adjoint):
+        raise NotImplementedError(
+            f"mode=check is about the adjoint of a fixed point; {type(adjoint).__name__} trains the model itself and is right "
+            "only in its limit. Use adjoint=auto"
+        )
+    found = check_hypergradient(task.objective, task.groups(), solver=solver, adjoint=adjoint)
+    print(found)
+    compared = compare_adjoints(task.objective, task.groups(), adjoints(adjoint), solver=solver)
+    print(f"\n{compared}")
+    rows = {"against": [asdict(row) for row in found.rows], "adjoints": [asdict(row) for row in compared.rows]}
+    write_json(out / "check.json", {"passed": found.passed, "tolerance": found.tolerance, "norm": found.norm, **rows})
+    (out / "figures").mkdir(exist_ok=True)
+    compared.figure().savefig(out / "figures" / "adjoints.png", dpi=120)
+    if not found.passed:
+        raise HypergradientError(f"the hypergradient does not pass its check; see {out / 'check.json'}, solver and adjoint")
+    return max(row.error for row in found.rows if not math.isnan(row.error))

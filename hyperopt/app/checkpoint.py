@@ -1,0 +1,195 @@
+"""Checkpoints: plain containers and tensors, replaced as a whole, and read without running any code.
+
+A file is written beside its place, flushed to the disk and moved there by ``os.replace``, so a kill at any moment leaves a whole
+file; the ``last.pt`` before it stays as ``last.prev.pt`` in case the disk damages the newer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from hyperopt.app import tensor_files
+from hyperopt.app.experiment import differences
+from hyperopt.app.files import fsync_directory, make_directory, write_bytes, writing
+from hyperopt.app.loop_state import LoopState
+from hyperopt.app.rows import check_position
+from hyperopt.core.text import printable
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+LAST, PREVIOUS, BEST = "last.pt", "last.prev.pt", "best.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, unsafe or of another experiment; the message names the file and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written. Another one may stand in for it, which must not happen for one that is unsafe."""
+
+
+def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
+    """Write ``content`` to ``path``, as a whole or not at all.
+
+    Args:
+        path: where to.
+        content: plain containers and tensors.
+        keep_previous: keep the file that is replaced as ``last.prev.pt``.
+
+    Raises:
+        WriteError: it could not be written; the files that were there are still there.
+    """
+    # To memory first: torch turns a failed write to a file into an error of its own, which hides the reason.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    with writing(path):
+        make_directory(path.parent)
+        write_bytes(path, buffer.getbuffer(), keep=path.with_name(PREVIOUS) if keep_previous else None)
+        fsync_directory(path.parent)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU.
+
+    Raises:
+        DamagedError: not as it was written: cut short, a flipped bit, or no checkpoint at all.
+        CheckpointError: no such file, one that holds more than plain data, or of another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; change ckpt_path, or set resume=never to start anew")
+    try:
+        with open(path, "rb") as file:
+            content = _read(path, file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and torch have a dozen kinds for damage
+        raise DamagedError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"the checkpoint {path} has format {found!r:.40}, but this version reads {FORMAT}; change ckpt_path"
+        )
+    return content
+
+
+def _read(path: Path, file: IO[bytes]) -> Any:
+    """Return what a file holds, once its checksums are found right and it asks for no more memory than it has bytes."""
+    head = file.read(2)
+    if head[:1] == b"\x80":  # a bare pickle, which is never ours; nothing of it is read
+        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
+    if head not in (b"", b"P", b"PK"):
+        raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set ckpt_path to another one")
+    try:
+        return tensor_files.read(file)
+    except tensor_files.UnsafeError as error:
+        raise CheckpointError(f"the checkpoint {path}: {error}; set ckpt_path to one written by this program") from error
+
+
+def load_last(directory: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the newest whole checkpoint of a run, or None where it has none yet.
+
+    A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning. One that is unsafe or
+    of another format is an error: no disk makes it so, and whoever put it there should be noticed.
+
+    Args:
+        directory: the run's ``checkpoints/``.
+        quiet: leave the warning out.
+
+    Raises:
+        CheckpointError: see ``load``; also when both files are damaged.
+    """
+    last, previous = directory / LAST, directory / PREVIOUS
+    what = "is missing"
+    if last.exists():
+        try:
+            return last, load(last)
+        except DamagedError:
+            if not previous.exists():
+                raise
+            what = "is truncated or damaged"
+    if not previous.exists():
+        return None
+    content = load(previous)
+    with fitting(previous):
+        step = int(content["state"]["step"])
+    if not quiet:
+        log.warning(
+            "the checkpoint %s %s; going on from the one before it, after %d steps: step %d is repeated, and those after it",
+            last,
+            what,
+            step,
+            step,
+        )
+    return previous, content
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in the block, which uses what the checkpoint at ``path`` holds, into a ``CheckpointError``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        why = printable(f"{type(error).__name__}: {error}")[:300]
+        raise CheckpointError(
+            f"the checkpoint {path} holds what does not fit this run ({why}); set ckpt_path to another one"
+        ) from error
+
+
+def check_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of the right format that no run has written, before anything of it is used.
+
+    Raises:
+        CheckpointError: names what is wrong.
+    """
+    kinds = {**dict.fromkeys(("task", "optimizer", "schedule", "rng", "config"), dict), "generator": torch.Tensor}
+    with fitting(path):
+        LoopState.of(content.get("state"))
+        check_position(content.get("position"))
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"{name} is {content.get(name)!r:.40}")
+        if not all(isinstance(key, str) for key in content["config"]):
+            raise ValueError("config has keys that are no names")
+        name, keys, place, *_ = content["rng"]["numpy"]
+        if name != "MT19937" or keys.shape != (624,) or not 0 <= place <= 624:  # numpy takes any place, and reads there
+            raise ValueError("rng.numpy is no state of numpy's generator")
+
+
+def promote(directory: Path, path: Path, content: Mapping[str, Any]) -> None:
+    """Make a checkpoint that is not ``last.pt`` the last one of a run, which goes on from it.
+
+    Args:
+        directory: the run's ``checkpoints/``.
+        path: where the checkpoint came from. Unless that is ``last.prev.pt`` itself, this file is removed, since it belongs to
+            steps that the run takes anew.
+        content: the checkpoint.
+    """
+    save(directory / LAST, content)
+    if path.name != PREVIOUS or path.resolve().parent != directory.resolve():
+        (directory / PREVIOUS).unlink(missing_ok=True)
+
+
+def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
+    """Refuse a checkpoint whose configuration differs in more than where it runs, how long, and what it shows.
+
+    Args:
+        path: named in the message.
+        saved: the flat configuration in the checkpoint.
+        config: the flat configuration now.
+        evaluate: compare only what says which data and which model it is: another solver may evaluate it.
+
+    Raises:
+        CheckpointError: lists each key with the value there and here.
+    """
+    if found := differences(saved, config, evaluate=evaluate):
+        raise CheckpointError(f"the checkpoint {path} is of another experiment: {found}; make these equal or change ckpt_path")

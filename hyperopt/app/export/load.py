@@ -1,0 +1,134 @@
+"""``load_exported``: an export becomes a model that predicts, with its hyperparameters and its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from hyperopt.app.config import Built, ConfigError, build, build_task, plain_config
+from hyperopt.app.export.bounded import Bounded
+from hyperopt.app.export.file import ExportError, read
+from hyperopt.app.repro import resolve_precision
+from hyperopt.app.schema import register
+from hyperopt.core.text import one_line
+from hyperopt.data.reading import UnreadableError, parse_yaml
+from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.scores import classes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model as a run left it.
+
+    Attributes:
+        module: from rows to outputs, in eval mode. The number of parameters, devices and so on are as with any other module.
+        hyperparameters: by name, in their own units; where they are the model itself, its parameters.
+        card: task, dataset with its checksums, metrics, certificate, config and versions, as plain data.
+    """
+
+    module: nn.Module
+    hyperparameters: dict[str, Tensor]
+    card: dict[str, Any]
+
+    def prepare(self, raw: Any) -> Tensor:
+        """Return raw inputs as the model takes them: ``(raw / largest - mean) / std``, flattened. shape: (n, features).
+
+        Args:
+            raw: numbers as the dataset has them (pixels 0 to 255 of an image, 0 to 16 for digits). shape: (n, *shape)
+
+        Raises:
+            ExportError: inputs of another shape, or of a dataset whose rows are made in another way.
+        """
+        shape, scaling = tuple(self.card["input"]["shape"]), self.card["input"]["scaling"]
+        if scaling is None:
+            raise ExportError(
+                f"rows of {self.card['dataset']['name']} are not made by scaling; give module the dataset's own rows"
+            )
+        like = next(self.module.parameters())
+        x = torch.as_tensor(raw).to(like)
+        if x.shape[1:] != shape and x.shape[1:].numel() != torch.Size(shape).numel():
+            raise ExportError(f"inputs have shape {tuple(x.shape)}, but the model takes (n, {', '.join(map(str, shape))})")
+        largest, mean, std = (
+            x.new_tensor(scaling[name]).view(-1, *[1] * (len(shape) - 1)) for name in ("largest", "mean", "std")
+        )
+        return ((x.view(-1, *shape) / largest - mean) / std).flatten(1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Any:
+        """Return the class of each row, or the numbers where there are no classes. shape of x: (n, features)."""
+        out = self.module(x)
+        return classes(out) if self.card["classes"] else out
+
+
+def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
+    """Read what ``hyperopt-export`` wrote.
+
+    Nothing of the file is run. Its config may name registered settings of this package, with plain values. Only ``allow_targets``
+    allows more, and nothing in the file can. Of all that, only what the model needs is built.
+
+    Args:
+        path: ``model.pt`` or ``model.safetensors``.
+        allow_targets: packages of yours that hold the task, the cell or the network.
+
+    Raises:
+        ExportError: no such file, no export, or one of a config that this version cannot build.
+
+    Example:
+        model = hyperopt.load_exported("outputs/mine/export/model.pt")
+        print(model.predict(model.prepare(images)), model.card["metrics"])
+    """
+    path = Path(path)
+    tensors, card = read(path)
+    try:
+        config = plain_config(parse_yaml(card["config"], "its config"), "its config")
+        task = build_task(config, NOT_OF_THE_MODEL, allow_targets)
+        found: dict[str, dict[str, Tensor]] = {"model": {}, "hyperparameters": {}}
+        for name, tensor in tensors.items():
+            kind, _, own = name.partition(".")
+            found[kind][own] = tensor
+        dtype, shape = resolve_precision(card["precision"]), tuple(card["input"]["shape"])
+        with drawing(torch.Generator().manual_seed(0)), Bounded(tensors.values()):  # initial values, all of which are replaced
+            module = task.predictor(shape, card["classes"], found["hyperparameters"])
+        module.to(dtype).load_state_dict(found["model"])
+    except Exception as error:  # a config that is not what a run wrote makes errors of every kind
+        by = card["versions"].get("hyperopt-bilevel")
+        raise ExportError(f"{path}, written by version {by}, cannot be built here: {explained(error)}") from error
+    module.eval()
+    return Exported(module, found["hyperparameters"] or dict(module.named_parameters()), card)
+
+
+NOT_OF_THE_MODEL = ("dataset", "augment", "inner", "stn")
+"""Settings of tasks that a prediction does not need: they are not built."""
+
+
+def explained(error: Exception) -> str:
+    """Return what an error of a config says, in one line; its kind too, unless it is made to be read."""
+    text = one_line(error, 400)
+    return text if isinstance(error, ConfigError | ExportError | UnreadableError) else f"{type(error).__name__}: {text}"
+
+
+def built_from(cfg: Any, allow_targets: Sequence[str], *, download: bool = False) -> Built:
+    """Build what the resolved config of a run describes, on the CPU, whatever that run was started for.
+
+    Args:
+        cfg: of a run, which may come from elsewhere.
+        allow_targets: packages that it may name; those that the file itself allows do not count.
+        download: whether a dataset that is not there may be fetched; what the file says does not count.
+
+    Raises:
+        ConfigError: see ``build``.
+    """
+    register()
+    here = {"ckpt_path": None, "mode": "train", "resume": "never", "device": "cpu", "compile": False, "threads": None}
+    whole = OmegaConf.merge(cfg, here, {"allow_targets": list(allow_targets)})
+    for key, value in {"dataset.download": download, "task.dataset.download": download, "task.workers": 0}.items():
+        if OmegaConf.select(whole, key) is not None:
+            OmegaConf.update(whole, key, value)
+    assert isinstance(whole, DictConfig)
+    return build(whole)

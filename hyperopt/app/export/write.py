@@ -1,0 +1,115 @@
+"""``export``: the files of a run's directory become one file, a card and, where it is asked for and works, a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optree
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from hyperopt.app import checkpoint as checkpoints
+from hyperopt.app.config import ConfigError, plain_config
+from hyperopt.app.directory import CHECKPOINTS
+from hyperopt.app.export.bounded import Bounded
+from hyperopt.app.export.card import card_of, page
+from hyperopt.app.export.file import ExportError, write
+from hyperopt.app.export.load import built_from, explained, load_exported
+from hyperopt.app.export.program import write_program
+from hyperopt.app.files import WriteError, write_text, writing
+from hyperopt.app.repro import configure, preserved_global_state, resolve_precision, seed_everything
+from hyperopt.data.errors import DataError
+from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text
+from hyperopt.tasks.base import Environment
+
+REFUSALS = (
+    *(ExportError, UnreadableError, ConfigError, DataError, WriteError, NotImplementedError),
+    checkpoints.CheckpointError,
+)
+"""What ``export`` says in one line."""
+CARD = "MODEL_CARD.md"
+
+
+def export(
+    run: Path,
+    out: Path | None = None,
+    *,
+    checkpoint: str = "best",
+    form: str = "pt",
+    data: str | None = None,
+    download: bool = False,
+    program: bool = False,
+    steps: int | None = None,
+    allow_targets: Sequence[str] = (),
+) -> list[Path]:
+    """Write what a run has learned.
+
+    The task is built once more with its data and evaluated, so that the metrics of the card are those of what is written.
+
+    Args:
+        run: a run directory.
+        out: where to (None: ``run/export``); files there are replaced.
+        checkpoint: ``best`` or ``last``.
+        form: ``pt`` or ``safetensors``.
+        data: the dataset's directory, if it is not where the run found it.
+        download: whether to fetch a dataset that is not there; what the run's config says of it does not count.
+        program: write ``program.pt2`` too, see ``write_program``.
+        steps: of the solver in it.
+        allow_targets: packages of yours that the config names.
+
+    Returns:
+        The files.
+
+    Raises:
+        ExportError: no run, or something in the way that the message names.
+        UnreadableError: a file of the run is not what this program writes.
+        CheckpointError: no such checkpoint, or an unsafe or damaged one.
+        NotImplementedError: the task has nothing that predicts.
+    """
+    try:
+        text = read_text(run / "config.yaml")
+    except FileNotFoundError as error:
+        raise ExportError(f"{run} holds no run: there is no {run / 'config.yaml'}; name the directory of a run") from error
+    cfg = plain_config(parse_yaml(text, str(run / "config.yaml")), str(run / "config.yaml"))
+    if data is not None:
+        if OmegaConf.select(cfg, "dataset.root") is None:
+            raise ExportError(f"--data={data}, but this run's dataset has no root; drop --data")
+        OmegaConf.update(cfg, "dataset.root", data)
+        OmegaConf.update(cfg, "task.dataset.root", data)
+    saved = checkpoints.load(run / CHECKPOINTS / f"{checkpoint}.pt")
+    try:
+        facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+        rows = list(read_json_lines(run / "metrics.jsonl"))
+        with preserved_global_state():
+            device, dtype = torch.device("cpu"), resolve_precision(cfg.precision)
+            configure(device, dtype, None)
+            generator = seed_everything(cfg.seed)
+            built = built_from(cfg, allow_targets, download=download)
+            tensors: Any = [leaf for leaf in optree.tree_leaves(saved["task"]) if isinstance(leaf, Tensor)]
+            with Bounded(tensors, numbers=500_000_000, calls=100_000):  # the rows of the dataset are made here too
+                built.task.setup(Environment(device, dtype, cfg.seed, False, generator, built.trainer))
+            built.task.load_state_dict(saved["task"])
+            learned = built.task.learned()
+            card = card_of(built.task, learned, text, cfg, facts, rows, saved["state"]["step"] - 1, checkpoint)
+    except REFUSALS:
+        raise
+    except Exception as error:  # a run that is not what this program wrote makes errors of every kind
+        raise ExportError(f"{run} cannot be built here: {explained(error)}") from error
+    if out is None:
+        out = run / "export"
+        if out.is_symlink():  # made by whoever made the run, who shall not choose which files are replaced
+            raise ExportError(f"{out} is a link to {out.readlink()}; remove it, or name a directory by --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    file = out / f"model.{form}"
+    tensors = {f"model.{name}": tensor for name, tensor in learned.weights.items()}
+    tensors |= {f"hyperparameters.{name}": tensor for name, tensor in learned.hyperparameters.items()}
+    write(file, tensors, card)
+    write_text(out / CARD, page(card, file.name))
+    written = [file, out / CARD]
+    if program:
+        written.append(write_program(load_exported(file, allow_targets=allow_targets), out / "program.pt2", steps))
+    return written

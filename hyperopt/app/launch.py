@@ -1,0 +1,82 @@
+"""One job on all ranks that ``torchrun`` has started: rank 0 leads, the others follow.
+
+    torchrun --nproc-per-node 2 -m hyperopt.app.cli experiment=equilibrium_mnist
+
+Rank 0 is the command line: it composes, refuses, chooses the run directory and writes to it. The others wait for its config, and
+then run the very same loop, which writes into a directory of their own that is thrown away. Free of torch until a job starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+_connection = contextlib.ExitStack()
+
+
+def ranks() -> int:
+    """Number of ranks that were started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def follows() -> bool:
+    """Whether this process is a rank that follows."""
+    return ranks() > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def lead(cfg: DictConfig, out: Path) -> float:
+    """``hyperopt.app.run.run(cfg, out)``, on all ranks.
+
+    An error on this rank ends the program, and the others with it.
+    """
+    from hyperopt.app.run import run
+
+    if ranks() > 1:
+        from hyperopt.core import distributed
+
+        _connection.enter_context(distributed.connected())
+        distributed.from_first(OmegaConf.to_container(cfg, resolve=True))
+    return run(cfg, out)
+
+
+def dismiss() -> None:
+    """Let the other ranks end: there are no more jobs."""
+    if ranks() > 1:
+        from hyperopt.core import distributed
+
+        with _connection, distributed.connected():
+            distributed.from_first(None)
+
+
+def leave() -> None:
+    """End a rank whose work is done, with status 0 and without taking the interpreter down.
+
+    Threads of gloo can outlive the group that was destroyed, and then abort the process at the interpreter's very end, about once
+    in ten runs (torch 2.14; pytorch/pytorch issue 190489): ``torchrun`` would call a complete run a failed one.
+    """
+    if ranks() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
+
+
+def follow() -> None:
+    """Run the jobs of rank 0 with it, in silence."""
+    from hyperopt.app.run import run
+    from hyperopt.core import distributed
+
+    logging.disable(logging.WARNING)  # rank 0 says it
+    with warnings.catch_warnings(), distributed.connected():
+        warnings.simplefilter("ignore")
+        while (sent := distributed.from_first(None)) is not None:
+            cfg = DictConfig(sent)
+            cfg.trainer.progress = False
+            with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                run(cfg, Path(out))

@@ -1,0 +1,133 @@
+"""Where the outer loop stands: plain values, part of every checkpoint, and the rules for the best step and for stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hyperopt.bilevel.outer_settings import TrainerSettings
+from hyperopt.tasks.base import HypergradientError
+
+
+class MonitorError(ValueError):
+    """``trainer.monitor`` names nothing that the task measures."""
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands.
+
+    Attributes:
+        step: outer steps done.
+        best: the best monitored value so far (None before the first finite one), of step ``best_step``.
+        best_metrics: the row of that step.
+        bad: evaluations in a row without improvement.
+        evaluations: calls of the map so far.
+        vjps: vector-Jacobian products so far.
+        jvps: Jacobian-vector products so far.
+        seconds: training time so far, over all sessions.
+        row: metrics of the last step done.
+        evaluated: whether that row holds an evaluation.
+        lost_rows: ``[first, last]`` step of rows that were lost from the run's ``metrics.jsonl``.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    bad: int = 0
+    evaluations: float = 0
+    vjps: float = 0
+    jvps: float = 0
+    seconds: float = 0.0
+    row: dict[str, float] = field(default_factory=dict)
+    evaluated: bool = False
+    lost_rows: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: Any) -> LoopState:
+        """Return the state that a checkpoint holds.
+
+        Raises:
+            ValueError: it is none; says which value is wrong.
+        """
+
+        def is_number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        def is_count(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+        def is_row(value: Any) -> bool:
+            return isinstance(value, dict) and all(isinstance(name, str) and is_number(value[name]) for name in value)
+
+        checks = {
+            **dict.fromkeys(("step", "bad"), is_count),
+            **dict.fromkeys(("evaluations", "vjps", "jvps", "seconds"), lambda value: is_number(value) and value >= 0),
+            "best": lambda value: value is None or is_number(value),
+            "best_step": lambda value: value is None or is_count(value),
+            "best_metrics": is_row,
+            "row": lambda value: is_row(value) and "outer/step_loss" in value,
+            "evaluated": lambda value: isinstance(value, bool),
+            "lost_rows": lambda value: (
+                isinstance(value, list)
+                and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in value)
+            ),
+        }
+        if not isinstance(saved, dict) or not saved.keys() <= checks.keys():
+            raise ValueError("state is not that of a run")
+        found = cls(**saved)
+        for item in fields(cls):
+            if not checks[item.name](getattr(found, item.name)):
+                raise ValueError(f"state.{item.name} is {getattr(found, item.name)!r:.40}")
+        if found.step < 1:
+            raise ValueError("state.step is 0, before the first checkpoint")
+        return found
+
+    def note(self, metrics: Mapping[str, float], trainer: TrainerSettings) -> bool:
+        """Add the evaluation of the last step to its row, and keep it if it is the best; one that is not finite never is.
+
+        Returns:
+            Whether it is the best so far.
+
+        Raises:
+            MonitorError: the evaluation lacks ``trainer.monitor``.
+            HypergradientError: the outer loss is not finite.
+        """
+        value = monitored(metrics, trainer)
+        if not math.isfinite(metrics.get("outer/loss", 0.0)):
+            loss = metrics["outer/loss"]
+            what = f"step {self.step - 1}: outer/loss is {loss} after the update"
+            raise HypergradientError(f"{what}; lower optimizer.lr or check the data")
+        self.row.update({name: float(number) for name, number in metrics.items()})
+        self.evaluated = True
+        sign = 1 if trainer.mode == "min" else -1
+        if not math.isfinite(value) or (self.best is not None and sign * value >= sign * self.best):
+            self.bad += 1
+            return False
+        self.best, self.best_step, self.best_metrics, self.bad = value, self.step - 1, dict(self.row), 0
+        return True
+
+    def stop_reason(self, trainer: TrainerSettings) -> str | None:
+        """Return the key that says why the loop ends now, or None."""
+        if self.step >= trainer.max_steps:
+            return "trainer.max_steps"
+        if trainer.patience is not None and self.bad >= trainer.patience:
+            return "trainer.patience"
+        if trainer.max_seconds is not None and self.seconds >= trainer.max_seconds:
+            return "trainer.max_seconds"
+        return None
+
+
+def monitored(metrics: Mapping[str, float], trainer: TrainerSettings) -> float:
+    """Return the monitored quantity of an evaluation.
+
+    Raises:
+        MonitorError: the evaluation does not have it.
+    """
+    if trainer.monitor not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise MonitorError(f"trainer.monitor={trainer.monitor!r} is none of the task's metrics {known}; change trainer.monitor")
+    return float(metrics[trainer.monitor])

@@ -1,0 +1,294 @@
+"""What a launch is checked for before Hydra writes anything: values, packages, devices, run directories, launchers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from hyperopt.app import directory, sweep
+from hyperopt.app.config import ConfigError, validate
+from hyperopt.app.errors import explain
+from hyperopt.app.experiment import differences, experiment, experiment_of
+from hyperopt.app.schema import KEYS
+from hyperopt.app.workers import prepare
+from hyperopt.core.text import why_no_component
+
+_validate_batch = Sweeper.validate_batch_is_legal
+
+
+def _validate_other(self: Sweeper, batch: Any) -> None:
+    """Spare Hydra's own sweeper to compose all jobs once more before the first, which ``Preflight`` has just done."""
+    if type(self).__name__ != BasicSweeper.__name__:  # by name: Hydra loads its plugins' modules anew
+        _validate_batch(self, batch)
+
+
+Sweeper.validate_batch_is_legal = _validate_other
+
+
+MARKS = (*directory.RUN_FILES, "config.yaml", ".hydra", "multirun.yaml", sweep.INDEX)
+"""What a run or a sweep leaves in its directory."""
+
+
+class Refusal(SystemExit):
+    """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but lets an exit through."""
+
+    def __init__(self, error: Exception) -> None:
+        """Keep the error for ``main``; the exit status is 1."""
+        super().__init__(1)
+        self.error = error
+
+
+class Preflight(Callback):
+    """Refuses bad values and used run directories before Hydra writes anything, and shows a sweep's failures as they happen.
+
+    Attributes:
+        launched: directory of the sweep that this process has launched, and how many jobs it has, if that is known.
+    """
+
+    launched: tuple[Path, int | None] | None = None  # Hydra builds the callback, so main can only read it from the class
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check a single run."""
+        self._check(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check every job of a sweep before its first."""
+        self._check(config, "hydra.sweep.dir")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Show at once that a job of a sweep failed; the others go on.
+
+        Hydra keeps what every job returns to the end of a sweep: without their configs, a third of a megabyte each.
+        """
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        job_return.cfg = job_return.hydra_cfg = None
+        if job_return.status != JobStatus.FAILED:
+            return
+        error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
+        number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
+        message = explain(error, KEYS)
+        if message is None:
+            traceback.print_exception(error)
+        print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
+        print(f"hyperopt: see {config.hydra.runtime.output_dir}/{sweep.FAILED}", file=sys.stderr)
+
+    @classmethod
+    def failures(cls) -> list[int]:
+        """Numbers of the failed jobs of the sweep that this process has launched, whatever processes they ran in."""
+        return [] if cls.launched is None else sweep.failures(*cls.launched)
+
+    @staticmethod
+    def _check(config: DictConfig, key: str) -> None:
+        """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
+        try:
+            _check_places(config, key)
+            where, known = Path(OmegaConf.select(config, key)), key == "hydra.run.dir" or _listed(config)
+            if key == "hydra.sweep.dir":
+                _check_sweep(where, known)
+            jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
+            for each, out in jobs:
+                _check_launch(config, each)
+                _check_places(each, key, str(each.hydra.sweep.subdir) if out != where else None)
+                _check_values(each)
+                _check_directory(each, where, out, key)
+                count += 1
+            directory.acquire(where, key)
+            _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
+            if key == "hydra.sweep.dir":
+                prepare(config, count if known else sys.maxsize)
+                Preflight.launched = where, count if known else None
+        except Exception as error:
+            raise Refusal(error) from error
+
+
+def _listed(config: DictConfig) -> bool:
+    """Whether the sweeper is Hydra's own, which knows all its jobs beforehand."""
+    return config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+
+
+def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
+    """Yield config and directory of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base."""
+    if not _listed(config):
+        yield config, where
+        return
+    swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}
+    overrides = OverridesParser.create().parse_overrides([*swept.values(), *config.hydra.overrides.task])
+    twice = [each.input_line for each in overrides[len(swept) :] if each.key_or_group in swept]
+    if twice:  # Hydra would run the same job once for each value of the file
+        key = str(twice[0]).partition("=")[0]
+        raise ConfigError(
+            f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
+        )
+    composer = _Composer(config)
+    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
+        each = composer.compose(list(job_overrides))
+        with open_dict(each):
+            each.hydra.job.num = each.hydra.job.id = number
+        yield each, where / str(each.hydra.sweep.subdir)
+
+
+class _Composer:
+    """Composes the jobs of a sweep. Jobs that differ in values alone, not in what is composed, are copies of one of them.
+
+    Args:
+        config: of the sweep.
+    """
+
+    KEPT = 32  # configs to copy from, a third of a megabyte each
+
+    def __init__(self, config: DictConfig) -> None:
+        """Nothing is composed yet."""
+        self.config, self.parser = config, OverridesParser.create()
+        self.made: dict[tuple[str, ...], DictConfig] = {}
+        where: Any = OmegaConf.to_container(config.hydra.sweep)
+        self.copies = where["subdir"] == "${hydra.job.num}"  # which may else depend on how the job was composed
+
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """The config of the job with these overrides."""
+        parsed = self.parser.parse_overrides(overrides)
+        values = {each.key_or_group: each for each in parsed if self._is_value(each)}
+        kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
+        if self.copies and kind in self.made:
+            found = copy.deepcopy(self.made[kind])
+            try:
+                for key, each in values.items():
+                    OmegaConf.update(found, key, each.value())
+            except OmegaConfBaseException:
+                return self._whole(overrides)  # says it in Hydra's words
+            found.hydra.overrides.task = overrides
+            return found
+        if len(self.made) == self.KEPT:
+            self.made.clear()
+        found = self._whole(overrides)
+        self.made[kind] = copy.deepcopy(found)
+        return found
+
+    def _whole(self, overrides: list[str]) -> DictConfig:
+        """Composed from the files."""
+        given = list(self.config.hydra.overrides.hydra)
+        return hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether it sets one value of a config, and chooses no config."""
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
+            return False
+        here = OmegaConf.select(self.config, key)
+        return here is not None and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
+
+
+def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:
+    """Refuse names by which Hydra would write into the working directory, or outside of the directory of the run or the sweep.
+
+    Args:
+        config: of the job.
+        key: the key of that directory.
+        subdir: of the job in it (None: of a single run, or not known yet).
+    """
+    if not str(OmegaConf.select(config, key) or "").strip():
+        raise ConfigError(f"{key} is empty, which is the working directory; set {key} to a directory")
+    names = {"hydra.job.name": str(config.hydra.job.name)}
+    if config.hydra.output_subdir is not None:
+        names["hydra.output_subdir"] = str(config.hydra.output_subdir)
+    for name, value in names.items():
+        if (why := why_no_component(value)) is not None:
+            raise ConfigError(f"{name}={value!r:.120} {why}; change {name}")
+    if subdir is not None and (not subdir.strip() or Path(subdir).is_absolute() or {"..", "."} & set(subdir.split("/"))):
+        raise ConfigError(f"hydra.sweep.subdir={subdir!r:.120} is no directory within {key}; change hydra.sweep.subdir")
+
+
+def _check_sweep(where: Path, known: bool) -> None:
+    """Refuse a sweep's directory in which something leads elsewhere.
+
+    Args:
+        where: the directory.
+        known: whether each job's own directory will be looked at; else all that are there are looked at now.
+    """
+    directory.check_own(where, ())
+    for found, folders, _ in os.walk(where) if not known else ():
+        folders[:] = [each for each in folders if each not in (*directory.FOLDERS, ".submitit")]
+        directory.check_own(Path(found))
+
+
+def _check_launch(config: DictConfig, job: DictConfig) -> None:
+    """Refuse a job that chooses its own launcher or sweeper: Hydra has chosen both by then, and would say nothing."""
+    for group in ("launcher", "sweeper"):
+        if job.hydra[group] == config.hydra[group]:
+            continue
+        overrides, target = " ".join(job.hydra.overrides.task), job.hydra[group].get("_target_")
+        raise ConfigError(
+            f"job {job.hydra.job.num} ({overrides}) sets hydra.{group} ({target}), which has no effect within a sweep; "
+            f"set hydra/{group}=... on the command line, or choose one experiment and one sweep at a time"
+        )
+
+
+def _check_values(config: DictConfig) -> None:
+    """Refuse values that cannot work, a package that the command line does not allow, and a GPU that is not there."""
+    given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
+    if config.allow_targets and "allow_targets" not in given:
+        packages = list(config.allow_targets)
+        raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
+    validate(config)
+    if config.device.startswith("cuda"):
+        from hyperopt.app.repro import resolve_device
+
+        try:
+            resolve_device(config.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> None:
+    """Refuse a directory that holds something, unless the job goes on from it; it is not touched.
+
+    Args:
+        config: of the job.
+        where: the directory that ``key`` sets, of the run or of the whole sweep.
+        out: that of the job: ``where`` itself, or one in it.
+        key: ``hydra.run.dir`` or ``hydra.sweep.dir``.
+    """
+    given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.hydra}
+    if config.resume == "auto" and key not in given:
+        raise ConfigError(f"resume=auto has no run to look for, since every launch has a new directory; set {key} to the run's")
+    if where.exists() and not where.is_dir():
+        raise ConfigError(f"{key}={str(where)!r} is not a directory; change {key}")
+    resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
+    if not resuming and directory.used(where):
+        raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
+    here = where.resolve() == Path.cwd() and not any((where / each).exists() for each in MARKS)
+    if resuming and here and directory.used(where):
+        raise ConfigError(f"{key}={str(where)!r} is the working directory, which holds files and no run; change {key}")
+    for folder in list(out.relative_to(where).parents)[:-1]:  # between the sweep's directory and the job's
+        directory.check_own(where / folder, ())
+    subdir = config.hydra.output_subdir
+    directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})
+    flat = experiment(config)
+    if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
+        job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
+        raise ConfigError(
+            f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
+            f"directory"
+        )
+    done = out != where and config.resume == "auto" and sweep.finished(config, out) is not None
+    if resuming and not done and any((out / each).exists() for each in directory.RUN_FILES):
+        from hyperopt.app.resume import find_checkpoint
+
+        find_checkpoint(config, out, quiet=True)

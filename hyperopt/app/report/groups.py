@@ -1,0 +1,139 @@
+"""Runs that differ only in their seed are one group; what tells the groups apart, and their statistics. Free of torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from hyperopt.app.report.read import Run
+from hyperopt.core.text import printable
+
+ENDED = ("completed", "evaluated")
+"""Runs that count in a mean; the others are counted beside it."""
+# Of no effect on a run's numbers. Unlike for a sweep's resume the seed is one of them: that is what makes a group.
+INDIFFERENT = ("accept_lost_rows", "allow_targets", "ckpt_path", "device", "mode", "name", "paths", "resume", "seed", "threads")
+UNSET = "-"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one config and several seeds.
+
+    Attributes:
+        settings: what tells it from the other groups, ``{key: value}``, with the same keys in every group.
+        runs: all of them, failed ones too.
+    """
+
+    settings: Mapping[str, Any]
+    runs: Sequence[Run]
+
+    @property
+    def label(self) -> str:
+        """Its settings in one line."""
+        return ", ".join(f"{printable(key)}={shown(value)}" for key, value in self.settings.items()) or "all runs"
+
+    @property
+    def statuses(self) -> str:
+        """How many runs ended how."""
+        return ", ".join(
+            f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in self.runs).items())
+        )
+
+    def values(self, metric: str) -> list[float]:
+        """``metric`` at the best evaluation of each run that ended well and measured a finite one."""
+        found = [run.best(metric) for run in self.runs if run.status in ENDED]
+        return [value for value in found if math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, sample standard deviation (NaN of one value) and best of ``count`` values; NaN of none."""
+
+    count: int
+    mean: float
+    deviation: float
+    best: float
+
+
+def spread(values: Sequence[float], better: Callable[[Sequence[float]], float]) -> Spread:
+    """Return the statistics of ``values``; ``better`` is ``min`` or ``max``."""
+    if not values:
+        return Spread(0, math.nan, math.nan, math.nan)
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(len(values), statistics.fmean(values), deviation, better(values))
+
+
+def shown(value: Any) -> str:
+    """Return a setting as text."""
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Return the groups, in the order of their first runs."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(repr(sorted(relevant(run).items(), key=itemgetter(0))), []).append(run)
+    groups = list(members.values())
+    settings = by_overrides(groups) or by_config(groups)
+    return [Group(each, found) for each, found in zip(settings, groups, strict=True)]
+
+
+def relevant(run: Run) -> dict[str, Any]:
+    """Return what must be equal within a group.
+
+    The seed is not part of it, nor another seed that follows it (``dataset.seed: ${seed}``), unless that one was set by itself.
+    """
+
+    def follows(key: str, value: Any) -> bool:
+        return key.endswith(".seed") and value == run.config.get("seed") and key.removeprefix("task.") not in run.overrides
+
+    config = run.config.items()
+    return {key: value for key, value in config if key.partition(".")[0] not in INDIFFERENT and not follows(key, value)}
+
+
+def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None:
+    """Return what was swept on the command line, in a person's words; None where that does not tell the groups apart.
+
+    ``solver=anderson`` says more than the dozen keys that come with it.
+    """
+    first = [found[0].overrides for found in groups]
+    keys = dict.fromkeys(key for each in first for key in each if key.partition(".")[0] not in INDIFFERENT)
+    swept = [key for key in keys if len({each.get(key) for each in first}) > 1]
+    settings = [{key: value_of(each.get(key)) for key in swept} for each in first]
+    same = all(
+        run.overrides.get(key) == each.get(key)
+        for key in swept
+        for found, each in zip(groups, first, strict=True)
+        for run in found
+    )
+    return settings if same and len({tuple(each.items()) for each in settings}) == len(groups) else None
+
+
+def value_of(text: str | None) -> Any:
+    """Return an override's value as a number where it is one."""
+    if text is None:
+        return UNSET
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def by_config(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
+    """Return the keys of the configs that differ; a ``_target_`` by the name of its class, at the key that it is built for."""
+    configs = [relevant(found[0]) for found in groups]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    swept = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+
+    def value(config: Mapping[str, Any], key: str) -> Any:
+        found = config.get(key, UNSET)
+        if key.endswith("_target_"):
+            return str(found).rpartition(".")[2]
+        return found if isinstance(found, int | float) and not isinstance(found, bool) else str(found)
+
+    return [{key.removesuffix("._target_"): value(config, key) for key in swept} for config in configs]

@@ -1,0 +1,369 @@
+"""The outer loop, read top to bottom: build, resume, then step, evaluate, checkpoint, track, stop.
+
+Bit for bit: a checkpoint holds the state after an outer step and the row of that step, before anything that depends on the run's
+end (the evaluation of a last step that was not due for one), so that a run stopped anywhere and resumed writes the same rows as
+one never stopped, ``time/*`` aside, whatever made it stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hyperopt.app import checkpoint
+from hyperopt.app.checking import check
+from hyperopt.app.config import Built, build
+from hyperopt.app.directory import CHECKPOINTS, FAILED, JOB, RUN_FILES, check_directory, locked
+from hyperopt.app.errors import with_keys
+from hyperopt.app.experiment import experiment
+from hyperopt.app.files import WriteError, remove_leftovers, write_text
+from hyperopt.app.loop_state import LoopState, monitored
+from hyperopt.app.nonfinite import HypergradientGuard
+from hyperopt.app.report.read import overrides_of
+from hyperopt.app.repro import (
+    configure,
+    preserved_global_state,
+    resolve_device,
+    resolve_precision,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+)
+from hyperopt.app.resume import Found, find_checkpoint, is_own
+from hyperopt.app.schema import KEYS
+from hyperopt.app.summary import progress, show, summarize, table, write_facts
+from hyperopt.app.track import START, Tracker, hparams, swept, write_config
+from hyperopt.app.workers import queue_signal
+from hyperopt.bilevel.outer import Schedule
+from hyperopt.bilevel.outer_settings import TrainerSettings
+from hyperopt.core import distributed
+from hyperopt.core.policy import repeated, reset_warnings
+from hyperopt.core.status import Status
+from hyperopt.data.reading import UnreadableError
+from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, out: Path) -> float:
+    """Train or evaluate as ``cfg`` says, in the run directory ``out``, and leave the process as it was.
+
+    Args:
+        cfg: the composed config of ``configs/train.yaml``.
+        out: the run directory: one without a run's files, or the one that is resumed.
+
+    Returns:
+        The best value of ``trainer.monitor``, for sweepers; its value now under ``mode=evaluate``, the largest relative error
+        of the hypergradient under ``mode=check``.
+
+    Raises:
+        RunDirectoryError: ``out`` holds a run and nothing says to resume it, something in it leads elsewhere, or another process
+            is writing there; it is left untouched.
+        CheckpointError: no such checkpoint, a damaged or unsafe one, one of another experiment or that does not fit, or rows that
+            it knows of are lost; a run that ``out`` holds is left untouched.
+        UnreadableError: a file of the run that ``out`` holds cannot be read; it is left untouched.
+        WriteError: a file could not be written; all that was written before is whole, and ``resume=auto`` goes on from it.
+        SystemExit: SIGINT, SIGTERM or the queue's signal came: code 128 + its number, after the checkpoint was written.
+        Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
+    """
+    check_directory(cfg, out)
+    state = LoopState()
+    with locked(out), preserved_global_state():
+        check_directory(cfg, out)  # once more: another run may have come and gone meanwhile
+        held = any((out / name).exists() for name in RUN_FILES)
+        # A run that is there already is changed once its checkpoint was put back, and nothing about it can be refused any more.
+        begin = functools.partial(begin_writing, cfg, out) if held else lambda: None
+        try:
+            found = distributed.from_first(find_checkpoint(cfg, out) if distributed.rank() == 0 else None)
+            overrides = overrides_of(out)
+            if not held:
+                begin_writing(cfg, out)
+            reset_warnings()  # a sweep's jobs share a process: each has its own first warning
+            device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)
+            configure(device, dtype, cfg.threads)
+            generator = seed_everything(cfg.seed)
+            built = build(cfg)
+            env = Environment(device, dtype, cfg.seed, cfg.compile, generator, built.trainer)
+            if cfg.mode == "evaluate":
+                return evaluate(built, out, env, found, begin)
+            if cfg.mode == "check":
+                return check_task(built, out, env, found, begin)
+            return train(built, cfg, out, env, state, found, overrides, begin)
+        except Exception as error:
+            if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
+                with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
+                    write_text(out / FAILED, traceback.format_exc())
+                    summarize(out, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", KEYS))
+            raise
+
+
+def begin_writing(cfg: DictConfig, out: Path) -> None:
+    """Take away what a try before has left, and write ``config.yaml``."""
+    (out / FAILED).unlink(missing_ok=True)
+    remove_leftovers(out, out / CHECKPOINTS, out / "figures")
+    write_config(out, cfg)
+
+
+def train(
+    built: Built,
+    cfg: DictConfig,
+    out: Path,
+    env: Environment,
+    state: LoopState,
+    resumed: Found | None,
+    overrides: Iterable[str],
+    begin: Callable[[], None],
+) -> float:
+    """Run the outer loop; see ``run``. ``state`` is filled in place, so that a failure can be summarized.
+
+    Args:
+        built: what the config describes.
+        cfg: the config.
+        out: the run directory.
+        env: what the task is set up with.
+        state: a new one.
+        resumed: the checkpoint to go on from.
+        overrides: keys that the command line has set, shown first in TensorBoard.
+        begin: is called before the first change to ``out``.
+    """
+    task, trainer = built.task, built.trainer
+    config = experiment(cfg)
+    task.setup(env)
+    optimizer = built.optimizer.build(task.groups())
+    schedule = Schedule(built.optimizer.scheduler, optimizer, trainer)
+    guard = HypergradientGuard(built.optimizer.clip_norm)
+    position = START  # where the row of the last step begins, or will begin, in the files
+    if resumed is not None:
+        path, saved = resumed
+        with checkpoint.fitting(path):
+            vars(state).update(saved["state"])
+            task.load_state_dict(saved["task"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            env.generator.set_state(saved["generator"])
+            set_rng_state(saved["rng"])
+    begin()
+    if resumed is not None:
+        path, saved = resumed
+        own = is_own(path, out)
+        position = saved["position"] if own else START  # a run that goes on from elsewhere has no rows here
+        state.lost_rows = list(state.lost_rows) if own else []
+        if not own or path.name != checkpoint.LAST:
+            checkpoint.promote(out / CHECKPOINTS, path, {**saved, "position": position})
+
+    def save(name: str) -> None:
+        """Write a checkpoint."""
+        tracker.sync()
+        content = {
+            "state": asdict(state),
+            "task": task.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "generator": env.generator.get_state(),
+            "rng": rng_state(),
+            "position": position,
+            "config": config,
+        }
+        checkpoint.save(out / CHECKPOINTS / name, content, keep_previous=name == checkpoint.LAST)
+
+    write_facts(out, env, task.describe(), None if resumed is None else state.step)
+    started = time.perf_counter() - state.seconds
+    tracker = Tracker(out) if resumed is None else Tracker(out, position, state.step - 1)
+    state.lost_rows += tracker.lost
+    with (
+        contextlib.closing(tracker),
+        rescued(out, tracker, state, save),
+        stop_signals() as signals,
+        progress(trainer, state) as bar,
+    ):
+        summarize(out, "running", state)
+        if resumed is None or not position["events"] or resumed[1]["config"] != config:
+            tracker.config((out / "config.yaml").read_text(), max(state.step - 1, 0))
+        again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
+        reason, stopped = None, []
+        while reason is None:
+            if not again:
+                # 1. One outer step; k is its index, state.step the number of them done.
+                k = state.step
+                lr = optimizer.param_groups[0]["lr"]
+                guard.begin(k)
+                before = time.perf_counter()
+                record = task.step(optimizer, guard)
+                step_seconds = time.perf_counter() - before
+                check_record(k, record, guard, trainer)
+                schedule.after_step()
+                state.step = k + 1
+                state.evaluated = False
+                state.evaluations += record.metrics.get("cost/evaluations", 0)
+                state.vjps += record.metrics.get("cost/vjps", 0)
+                state.jvps += record.metrics.get("cost/jvps", 0)
+                state.row = {
+                    "outer/step_loss": float(record.loss),
+                    **{name: float(value) for name, value in record.metrics.items()},
+                    **guard.norms,
+                    **{f"{name}/status": int(status) for name, status in record.statuses.items()},
+                    "cost/evaluations": state.evaluations,
+                    "cost/vjps": state.vjps,
+                    "cost/jvps": state.jvps,
+                    "optimizer/lr": float(lr),
+                    "time/step_seconds": step_seconds,
+                }
+                position = tracker.position
+
+                # 2. Evaluate.
+                if k % trainer.eval_every == 0:
+                    best = state.note(task.evaluate(), trainer)
+                    schedule.after_evaluation(state.row[trainer.monitor])
+                    if best:
+                        save(checkpoint.BEST)
+                    check_monitor(k, state.row[trainer.monitor], trainer)
+                state.seconds = time.perf_counter() - started
+
+            # 3. Stop? If so, and from time to time, write a checkpoint.
+            k = state.step - 1
+            told = distributed.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have come to one rank only
+            stopped = [number for numbers, _ in told for number in numbers]
+            reason = "signal" if stopped else told[0][1]
+            if not position["rows"]:  # the first row in this directory
+                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides))
+            if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
+                save(checkpoint.LAST)
+
+            # 4. A last step that was not due for an evaluation gets one, after its checkpoint: a longer run would not have it.
+            ended = reason is not None and reason != "signal"
+            if ended and not state.evaluated and state.note(task.evaluate(), trainer):
+                save(checkpoint.BEST)
+
+            # 5. Track.
+            tracker.log(k, state.row)
+            if ended or (trainer.figures_every is not None and state.step % trainer.figures_every == 0):
+                tracker.figures(k, task.figures())
+            show(bar, state)
+            again = False
+        if reason != "signal":
+            tracker.hparams_end()
+
+    if reason == "signal":
+        summarize(out, "interrupted", state, reason=signal.Signals(stopped[0]).name)
+        again = "on the sweep's command line" if (out / JOB).exists() else f"hydra.run.dir={out}"
+        log.warning("interrupted after %d steps; continue with resume=auto %s", state.step, again)
+        raise SystemExit(128 + stopped[0])
+    state.seconds = time.perf_counter() - started
+    summarize(out, "completed", state, reason=reason)
+    print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
+    print(f"ended by {reason}; to look at it: tensorboard --logdir {out}")
+    return math.nan if state.best is None else state.best
+
+
+def evaluate(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+    """Evaluate the checkpoint ``found``: print the table and write ``summary.json``; see ``run`` and ``train``."""
+    if found is None:
+        raise checkpoint.CheckpointError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
+    path, saved = found
+    started = time.perf_counter()
+    built.task.setup(env)
+    with checkpoint.fitting(path):
+        built.task.load_state_dict(saved["task"])
+    begin()
+    metrics = built.task.evaluate()
+    state = LoopState(step=saved["state"]["step"], row=metrics, seconds=time.perf_counter() - started)
+    value = monitored(metrics, built.trainer)
+    write_facts(out, env, built.task.describe(), None)
+    summarize(out, "evaluated", state, reason=str(path))
+    print(table(metrics, state.step - 1, {}, None, state.seconds))
+    return value
+
+
+def check_task(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+    """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
+    started = time.perf_counter()
+    built.task.setup(env)
+    if found is not None:
+        with checkpoint.fitting(found[0]):
+            built.task.load_state_dict(found[1]["task"])
+    begin()
+    write_facts(out, env, built.task.describe(), None)
+    value = check(built.task, out)
+    step = 0 if found is None else found[1]["state"]["step"]
+    state = LoopState(step=step, row={"hypergrad/error": value}, seconds=time.perf_counter() - started)
+    summarize(out, "checked", state, reason=None if found is None else str(found[0]))
+    return value
+
+
+def check_record(k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings) -> None:
+    """Stop on a loss or a solve that cannot be used; warn of one that should be looked at, again at its 10th, 100th, ... time.
+
+    Raises:
+        HypergradientError: the outer loss is not finite, or a solve diverged (the latter under ``trainer.on_failure=raise``).
+        RuntimeError: the task never called the guard.
+    """
+    if not math.isfinite(record.loss):
+        raise HypergradientError(f"step {k}: the outer loss is {record.loss}; lower optimizer.lr or check the data")
+    if not guard.norms:
+        raise RuntimeError("Task.step did not call its guard after backward: the hypergradient went unchecked; see Task.step")
+    for name, status in record.statuses.items():
+        if not status.failed:
+            continue
+        what = f"step {k}: the {name} solve ended as {status.name}: {status.message}"
+        if status >= Status.diverged and trainer.on_failure == "raise":
+            raise HypergradientError(f"{what}; trainer.on_failure=warn goes on in spite of it")
+        again = repeated("run", name, status.name)
+        if again is not None:
+            log.warning("%s%s", what, again)
+
+
+def check_monitor(k: int, value: float, trainer: TrainerSettings) -> None:
+    """Warn of a monitored quantity that is not finite, which is never the best one; again at its 10th, 100th, ... time."""
+    again = None if math.isfinite(value) else repeated("run", trainer.monitor)
+    if again is not None:
+        what = "which is never the best; check its rows, or lower optimizer.lr"
+        log.warning("step %d: %s is %s, %s%s", k, trainer.monitor, value, what, again)
+
+
+@contextlib.contextmanager
+def rescued(out: Path, tracker: Tracker, state: LoopState, save: Callable[[str], None]) -> Iterator[None]:
+    """If the run directory is removed while the run writes to it, write there again what it takes to resume."""
+    try:
+        yield
+    except WriteError:
+        if state.step and tracker.removed:
+            tracker.rescue()
+            save(checkpoint.LAST)
+            log.error("files were removed from %s; rows and the state after %d steps are there again", out, state.step)
+        raise
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and the queue's signal, so that the step under way can end; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    queue = queue_signal()
+    numbers = (signal.SIGINT, signal.SIGTERM, *([] if queue is None else [signal.Signals(queue)]))
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

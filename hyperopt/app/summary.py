@@ -1,0 +1,105 @@
+"""What a run shows and says about itself: the progress line, the closing table, ``run.json`` and ``summary.json``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hyperopt.app.files import write_json
+from hyperopt.app.loop_state import LoopState
+from hyperopt.app.repro import run_facts
+from hyperopt.bilevel.outer_settings import TrainerSettings
+from hyperopt.core.text import aligned
+from hyperopt.data.reading import UnreadableError, read_json
+from hyperopt.tasks.base import Environment
+
+TABLE = ("accuracy", "loss")
+SPLITS = ("test", "val", "outer")
+
+
+def progress(trainer: TrainerSettings, state: LoopState) -> tqdm:
+    """Return the live line on stderr; where that is no terminal it moves every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
+    # By the wall clock, its default, the line would stand still when that is set back.
+    bar._time = time.monotonic  # pyright: ignore[reportAttributeAccessIssue]
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar
+
+
+def show(bar: tqdm, state: LoopState) -> None:
+    """Move the progress line: outer loss, accuracy on the rows selected on as last evaluated, and iterations."""
+    latest = {**state.best_metrics, **state.row}
+    shown = {"loss": f"{state.row['outer/step_loss']:.4f}"}
+    for label, name in (("val", "val/accuracy"), ("inner", "inner/iterations"), ("adjoint", "adjoint/iterations")):
+        if name in latest:
+            shown[label] = f"{latest[name]:.4g}"
+    bar.set_postfix(shown, refresh=False)
+    bar.update(state.step - bar.n)
+
+
+def table(row: Mapping[str, float], step: int, best: Mapping[str, float], best_step: int | None, seconds: float) -> str:
+    """Return the short table that ends a run: the last step beside the best one.
+
+    Args:
+        row: metrics of the last step.
+        step: its index.
+        best: metrics at the best evaluation (empty where there was none).
+        best_step: its index.
+        seconds: of the whole run.
+    """
+    names = [f"{split}/{kind}" for kind in TABLE for split in SPLITS] + ["inner/iterations", "adjoint/iterations"]
+    lines = [["", f"last (step {step})", f"best (step {best_step})" if best else ""]]
+    for name in names:
+        if name in row or name in best:
+            lines.append([name, *(f"{column[name]:.6g}" if name in column else "" for column in (row, best))])
+    lines.append(["worst residual", *(_worst_residual(column) for column in (row, best))])
+    lines.append(["seconds", f"{seconds:.1f}", ""])
+    return aligned(lines)
+
+
+def _worst_residual(row: Mapping[str, float]) -> str:
+    """Return the larger of the inner and the adjoint residual, NaN counted as the worst; empty where none was measured."""
+    found = [row[name] for name in ("inner/residual", "adjoint/residual") if name in row]
+    return f"{max(found, key=lambda value: math.inf if math.isnan(value) else value):.1e}" if found else ""
+
+
+def write_facts(out: Path, env: Environment, task: dict[str, Any], resumed_from: int | None) -> None:
+    """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``."""
+    path = out / "run.json"
+    facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
+    if resumed_from is not None and path.is_file():
+        try:
+            first = read_json(path)
+        except UnreadableError:  # a disk damaged it: no reason not to go on
+            first = {}
+        before = first.get("resumed", [])
+        facts = {**first, "resumed": [*(before if isinstance(before, list) else []), {"after_steps": resumed_from, **facts}]}
+    write_json(path, facts)
+
+
+def summarize(out: Path, status: str, state: LoopState, reason: str | None = None) -> None:
+    """Write ``summary.json``; its ``lost_rows`` are pairs of a first and a last step, and there only where rows were lost.
+
+    Args:
+        out: the run directory.
+        status: ``running``, ``completed``, ``interrupted``, ``failed`` or ``evaluated``.
+        state: gives the steps, the seconds, and the metrics of the last and of the best step.
+        reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
+    """
+    best = {"step": state.best_step, "metrics": state.best_metrics} if state.best_metrics else None
+    content = {
+        "status": status,
+        "reason": reason,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "metrics": state.row,
+        "best": best,
+    }
+    write_json(out / "summary.json", content | ({"lost_rows": state.lost_rows} if state.lost_rows else {}))

@@ -1,0 +1,75 @@
+"""The chord method: Newton with the factors of an old Jacobian.
+
+    w <- w + (I - J(w_old))^{-1} (phi(w) - w)
+
+Converges linearly, the faster the nearer ``w_old`` is. A step costs one evaluation and ``2 dim^2`` operations a row; a row whose
+residual does not fall fast enough gets new factors, at one more evaluation and ``dim`` vjps of the batch. Also called the
+simplified or modified Newton method.
+
+Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, section 5.4.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hyperopt.core.captured import seen
+from hyperopt.core.newton.dense_jacobian import Factors, check_size, factor, replace_rows, select, solve
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.solvers.point import Point
+from hyperopt.core.solvers.settings import ChordSettings
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a chord step keeps.
+
+    Attributes:
+        factors: of ``I - J``; None before the first step.
+        residual: norm of the last residual, shape (rows,).
+    """
+
+    factors: Factors | None
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class Chord(ChordSettings, FixedPointSolver):
+    """Newton with reused factors; settings in ``ChordSettings``."""
+
+    keeps_inverse: ClassVar[bool] = True
+    rise: ClassVar[float] = 1e9  # as for Newton
+
+    def init(self, w: Tensor) -> Kept:
+        """No factors; check that they will fit."""
+        check_size(self, w)
+        return Kept(None, w.new_full((w.shape[0],), torch.inf))
+
+    def select(self, state: Kept, index: Tensor) -> Kept:
+        """The factors of some rows."""
+        return Kept(None if state.factors is None else select(state.factors, index), state.residual[index])
+
+    def step(self, state: Kept, at: Point) -> tuple[Tensor, Kept]:
+        """One step, after new factors for the rows that need them."""
+        residual = at.residual
+        norm = torch.linalg.vector_norm(residual, dim=1).detach()
+        factors = state.factors
+        stale = ~(norm <= self.refresh * state.residual)
+        stale = stale if at.active is None else stale & at.active
+        if factors is None:
+            factors, at.broken = factor(at)
+        elif bool(seen(stale).any()):
+            new, broken = factor(at)
+            at.broken = None if broken is None else broken & stale
+            factors = replace_rows(stale, new, factors)
+        if at.broken is not None:
+            residual = torch.where(at.broken[:, None], torch.zeros_like(residual), residual)
+        return at.w + solve(factors, residual), Kept(factors, norm)
+
+    def inverse(self, state: Kept, v: Tensor, *, transpose: bool) -> Tensor:
+        """By the factors at hand."""
+        return v if state.factors is None else solve(state.factors, v, transpose=transpose)

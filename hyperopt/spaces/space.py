@@ -1,0 +1,252 @@
+"""Spaces of hyperparameters; ``hyperopt.spaces.hyperparameters.Hyperparameters`` has one for each name.
+
+    raw --(the space's map, or none)--> value
+
+A reparametrised space is open: an initial value on its bound has no place in it. ``torch.distributions`` maps it to -87 or +16 in
+float32, where nothing moves any more; here it is refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import SoftplusTransform, Transform
+
+from hyperopt.spaces.settings import (
+    BoundedSettings,
+    NumberSettings,
+    PositiveSettings,
+    RealSettings,
+    SimplexSettings,
+    SpaceSettings,
+    SpectralBallSettings,
+)
+
+
+class Space(SpaceSettings, ABC):
+    """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves."""
+
+    @abstractmethod
+    def transform(self) -> Transform:
+        """The map from raw to value, onto the interior of the space."""
+
+    @abstractmethod
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """Whether each entry (or vector, or matrix) lies in the space, or in its interior."""
+
+    @abstractmethod
+    def project(self, value: Tensor) -> Tensor:
+        """The nearest point of the space."""
+
+    @property
+    def bounds(self) -> str:
+        """The space, in words."""
+        return "the real numbers"
+
+    def start(self, shape: torch.Size) -> Any:
+        """The initial value, where ``init`` is None."""
+        raise ValueError(f"{type(self).__name__}: init=None; give an initial value")
+
+    def shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the value for a tensor of ``shape``."""
+        return shape
+
+    def raw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str, key: str) -> Tensor:
+        """The initial raw variable.
+
+        Raises:
+            ValueError: ``init`` is outside of the space, or on its bound where that has no place; names ``key`` and the value.
+        """
+        shape = self.shape(shape)
+        given = self.start(shape) if self.init is None else self.init
+        try:
+            exact = torch.as_tensor(given, dtype=torch.float64).expand(shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{key}.init={given!r} does not fit shape {tuple(shape)}; change {key}.init") from error
+        value = exact.to(dtype=dtype, device=device).contiguous()
+        open_ = self.by == "reparametrisation"
+        good = self.inside(value, interior=open_)
+        if not bool(good.all()):
+            bad = exact[tuple((~good).nonzero()[0].tolist())].tolist()
+            where = f"is not inside {self.bounds}" + (": a bound itself has no place there by reparametrisation" if open_ else "")
+            raise ValueError(f"{key}.init={bad} {where}; change {key}.init")
+        if not open_:
+            return value.clone()
+        raw = cast(Tensor, self.transform().inv(value))
+        again = self.value(raw)
+        if not bool(raw.isfinite().all()) or float((again - value).abs().max()) > 1e-3 * float(value.abs().max() + 1e-30):
+            raise ValueError(f"{key}.init={given!r} is too near to a bound of {self.bounds} for {dtype}; change {key}.init")
+        return raw.clone()
+
+    def value(self, raw: Tensor) -> Tensor:
+        """The value in the hyperparameter's own units, differentiable."""
+        return cast(Tensor, self.transform()(raw)) if self.by == "reparametrisation" else raw
+
+
+class Number(NumberSettings, Space):
+    """A space of numbers: entries are apart."""
+
+    def shape(self, shape: torch.Size) -> torch.Size:
+        """One number for the whole tensor, or one for each entry."""
+        return shape if self.per == "element" else torch.Size()
+
+
+@dataclass(frozen=True)
+class Real(RealSettings, Number):
+    """Any number."""
+
+    def transform(self) -> Transform:
+        """The identity."""
+        return biject_to(constraints.real)
+
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """Finite."""
+        return value.isfinite()
+
+    def project(self, value: Tensor) -> Tensor:
+        """The value."""
+        return value
+
+
+@dataclass(frozen=True)
+class Positive(PositiveSettings, Number):
+    """A positive number; settings in ``PositiveSettings``."""
+
+    @property
+    def bounds(self) -> str:
+        """The half-line."""
+        return "(0, inf)"
+
+    def transform(self) -> Transform:
+        """``exp`` or softplus."""
+        return SoftplusTransform() if self.map == "softplus" else biject_to(constraints.positive)
+
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """Above 0."""
+        return value.isfinite() & ((value > 0) if interior else (value >= 0))
+
+    def project(self, value: Tensor) -> Tensor:
+        """At least 0."""
+        return value.clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Bounded(BoundedSettings, Number):
+    """A number in an interval; settings in ``BoundedSettings``."""
+
+    @property
+    def bounds(self) -> str:
+        """The interval."""
+        return f"({self.low:g}, {self.high:g})"
+
+    def start(self, shape: torch.Size) -> Any:
+        """The middle."""
+        return (self.low + self.high) / 2
+
+    def transform(self) -> Transform:
+        """A scaled sigmoid."""
+        return biject_to(constraints.interval(float(self.low), float(self.high)))
+
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """Between the bounds."""
+        if interior:
+            return (value > self.low) & (value < self.high)
+        return (value >= self.low) & (value <= self.high)
+
+    def project(self, value: Tensor) -> Tensor:
+        """Clamped."""
+        return value.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Simplex(SimplexSettings, Space):
+    """Probability vectors; settings in ``SimplexSettings``.
+
+    The projection is Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1.
+    """
+
+    @property
+    def bounds(self) -> str:
+        """The simplex."""
+        return "the simplex (entries above 0 that sum to 1)"
+
+    def start(self, shape: torch.Size) -> Any:
+        """Equal entries."""
+        return 1 / shape[-1]
+
+    def transform(self) -> Transform:
+        """Stick breaking; the raw variable has one entry fewer."""
+        return biject_to(constraints.simplex)
+
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """Entries that sum to 1, shape (...,)."""
+        positive = (value > 0) if interior else (value >= 0)
+        near = (value.sum(-1) - 1).abs() <= 100 * torch.finfo(value.dtype).eps * value.shape[-1]
+        return positive.all(-1) & near
+
+    def project(self, value: Tensor) -> Tensor:
+        """The nearest vector of the simplex, in the Euclidean norm."""
+        ordered = value.sort(-1, descending=True).values
+        counts = torch.arange(1, value.shape[-1] + 1, dtype=value.dtype, device=value.device)
+        excess = (ordered.cumsum(-1) - 1) / counts
+        last = (ordered > excess).sum(-1, keepdim=True) - 1
+        return (value - excess.gather(-1, last)).clamp(min=0)
+
+
+class SpectralBallTransform(Transform):
+    """``A = radius B L^{-T}`` with ``L L^T = I + B^T B``: every matrix B onto the open ball ``|A|_2 < radius``, smoothly.
+
+    For then ``A^T A = radius^2 (I - L^{-1} L^{-T})``. A Cholesky factor has a derivative where an SVD has none: at equal singular
+    values.
+    """
+
+    domain = constraints.independent(constraints.real, 2)
+    codomain = constraints.independent(constraints.real, 2)
+    bijective = True
+
+    def __init__(self, radius: float) -> None:
+        """Keep the radius."""
+        super().__init__()
+        self.radius = radius
+
+    def _call(self, x: Tensor) -> Tensor:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        lower = torch.linalg.cholesky(eye + x.mT @ x)
+        return self.radius * torch.linalg.solve_triangular(lower, x.mT, upper=False).mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        a = y / self.radius
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        lower = torch.linalg.cholesky(eye - a.mT @ a)  # L^{-1}
+        return torch.linalg.solve_triangular(lower, a.mT, upper=False).mT
+
+
+@dataclass(frozen=True)
+class SpectralBall(SpectralBallSettings, Space):
+    """Matrices of a bounded spectral norm; settings in ``SpectralBallSettings``."""
+
+    @property
+    def bounds(self) -> str:
+        """The ball."""
+        return f"the ball of spectral norm {self.radius:g}"
+
+    def transform(self) -> Transform:
+        """See ``SpectralBallTransform``."""
+        return SpectralBallTransform(float(self.radius))
+
+    def inside(self, value: Tensor, *, interior: bool) -> Tensor:
+        """The largest singular value is below the radius, shape (...,)."""
+        norm = torch.linalg.matrix_norm(value.double(), 2)
+        return (norm < self.radius) if interior else (norm <= self.radius)
+
+    def project(self, value: Tensor) -> Tensor:
+        """Singular values clipped: the nearest matrix in the Frobenius norm."""
+        u, s, vh = torch.linalg.svd(value, full_matrices=False)
+        # Rounding may add this much to the norm of the product: the ball is entered by it.
+        slack = 8 * max(value.shape[-2:]) * torch.finfo(value.dtype).eps
+        return value if bool((s <= self.radius).all()) else (u * s.clamp(max=self.radius * (1 - slack))[..., None, :]) @ vh

@@ -1,0 +1,238 @@
+"""The schema, the checks and the one ``instantiate`` call: every config composes, every mistake has its message."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from hyperopt.app.config import ConfigError, build, plain_config, validate
+from hyperopt.app.errors import near
+from hyperopt.app.resolvers import config_path
+from hyperopt.app.schema import GROUPS, SCHEMA, SETTINGS, places, register
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
+OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
+PLACES = {"task/space": "task.l2", "task/tuned": "task.decay"}  # of a group whose place is the task's own name for it
+OWNER = {
+    "task/classifier": ["task=stn_images"],
+    "task/space": ["task=l2"],
+    "task/tuned": ["task=stn_ridge"],
+    "task/network": ["task=implicit"],
+    "task/augment": ["task=implicit"],
+}  # where an option is of another than the default task
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_ready() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def test_a_checkout_reads_its_own_configs() -> None:
+    assert Path(config_path()) == CONFIGS
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_passes_the_checks(option: str) -> None:
+    group, _, name = option.partition("=")
+    place = PLACES.get(group, group.replace("/", "."))
+    cfg = compose("train", [*OWNER.get(group, []), f"{group}@{place}={name}" if group in PLACES else option])
+    validate(cfg)
+    if f"{group}/{name}" in SCHEMA:
+        assert OmegaConf.get_type(OmegaConf.select(cfg, place)) is SCHEMA[f"{group}/{name}"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
+    cfg = compose("train", [f"experiment={name}"])
+    validate(cfg)
+    assert cfg.name == name
+    validate(compose("train", [f"experiment={name}", "debug=default"]))
+
+
+@pytest.mark.parametrize("value", ["1", "0.5", "rate"])
+def test_a_rate_is_a_number_or_a_name(value: str) -> None:
+    cfg = compose("train", ["inner=heavy_ball", f"inner.step_size={value}", "inner.momentum=0"])
+    validate(cfg)
+    assert str(cfg.inner.step_size) == value
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "true", "null"])
+def test_a_rate_out_of_range(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"inner\.step_size=.*; change inner\.step_size"):
+        validate(compose("train", [f"inner.step_size={value}"]))
+
+
+def test_the_default_job() -> None:
+    cfg = compose("train")
+    assert (cfg.trainer.max_steps, cfg.optimizer.lr, cfg.optimizer.momentum) == (200, 0.5, 0.9)
+    assert cfg.task.solver == cfg.solver and cfg.task.dataset == cfg.dataset and cfg.task.adjoint == cfg.adjoint
+
+
+def test_debug_comes_last_and_is_tiny() -> None:
+    cfg = compose("train", ["debug=default", "experiment=equilibrium_mnist"])
+    assert (cfg.trainer.max_steps, cfg.trainer.eval_every, cfg.trainer.progress) == (2, 1, False)
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMA))
+def test_a_yaml_file_shows_every_key_of_its_schema(path: str) -> None:
+    # A key that only the settings class knows could not be found by reading configs/.
+    shown = OmegaConf.load(CONFIGS / f"{path}.yaml")
+    assert isinstance(shown, DictConfig)
+    named = [str(name) for entry in shown.defaults if OmegaConf.is_dict(entry) for name in entry]
+    groups = {name.rpartition("@")[2].partition(".")[0] for name in named if not name.startswith("override ")}
+    keys = {item.name for item in dataclasses.fields(SCHEMA[path])} - {"_target_"}
+    assert {str(key) for key in shown} - {"defaults"} | groups == keys
+
+
+def test_every_target_is_a_class_made_from_its_settings() -> None:
+    for target, settings in SETTINGS.items():
+        assert issubclass(get_object(target), settings), target
+
+
+PLAIN = ("init", "step_size", "momentum", "lr", "options")  # numbers, or names of hyperparameters, and no parts
+
+
+def test_every_field_of_any_type_is_a_place_or_plain() -> None:
+    for settings in SETTINGS.values():
+        untyped = {item.name for item in dataclasses.fields(settings) if "Any" in str(item.type)}
+        assert untyped - set(PLAIN) <= set(places(settings)), settings
+        assert set(places(settings).values()) <= set(GROUPS), settings
+
+
+def test_build_makes_what_the_config_says_and_leaves_it_alone() -> None:
+    methods = ["solver=anderson", "solver.window=3", "optimizer=adam", "optimizer.clip_norm=2"]
+    cfg = compose("train", [*methods, "trainer.max_steps=7"])
+    before = OmegaConf.to_yaml(cfg)
+    built = build(cfg)
+    assert built.trainer.max_steps == 7
+    task, optimizer = vars(built.task), vars(built.optimizer)
+    assert type(built.optimizer).__name__ == "Adam" and (optimizer["clip_norm"], optimizer["betas"]) == (2.0, (0.9, 0.999))
+    assert type(task["solver"]).__name__ == "Anderson" and task["solver"].window == 3
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+BAD = [
+    (["solver.max_steps=0"], "solver.max_steps=0 must be a whole number >= 1; change solver.max_steps"),
+    (["adjoint.linear_solver.max_steps=0"], "adjoint.linear_solver.max_steps=0 must be a whole number >= 1"),
+    (["adjoint=anderson", "adjoint.linear_solver.window=0"], "adjoint.linear_solver.window=0"),
+    (["adjoint.policy=shrug"], "adjoint.policy='shrug' is none of raise, warn, fallback, ignore; change adjoint.policy"),
+    (["adjoint=unrolled", "adjoint.last=0"], "adjoint.last=0"),
+    (["solver.rtol=-1"], "solver.rtol=-1.0 is not in [0.0, inf); change solver.rtol"),
+    (["solver=broyden", "solver.memory=0"], "solver.memory=0 must be a whole number >= 1; change solver.memory"),
+    (["solver=chord", "solver.refresh=2"], "solver.refresh=2.0 is not in (0.0, 1.0]; change solver.refresh"),
+    (["solver=newton", "solver.max_gib=0"], "solver.max_gib=0.0"),
+    (["solver=newton_krylov", "solver.linear_solver.max_steps=0"], "solver.linear_solver.max_steps=0"),
+    (["adjoint=shine", "adjoint.ratio=0"], "adjoint.ratio=0.0 is not in (0.0, inf); change adjoint.ratio"),
+    (["task.policy=shrug"], "task.policy='shrug' is none of raise, warn, fallback, ignore; change task.policy"),
+    (["solver.damping=0"], "solver.damping=0.0 is not in (0.0, 1.0]"),
+    (["optimizer.lr=0"], "optimizer.lr=0.0"),
+    (["optimizer.momentum=1"], "optimizer.momentum=1.0 is not in [0, 1); change optimizer.momentum"),
+    (["optimizer.clip_norm=-1"], "optimizer.clip_norm=-1.0"),
+    (["optimizer=adam", "optimizer.betas=[0.9,1.5]"], "optimizer.betas="),
+    (["optimizer.scheduler.kind=cosin"], "optimizer.scheduler.kind='cosin' is none of none, step, cosine"),
+    (["optimizer.scheduler.gamma=0.5"], "drop optimizer.scheduler.gamma"),
+    (["trainer.max_steps=-3"], "trainer.max_steps=-3"),
+    (["trainer.max_seconds=0"], "trainer.max_seconds=0.0"),
+    (["trainer.mode=best"], "trainer.mode='best' is none of min, max"),
+    (["task.state_size=0"], "task.state_size=0"),
+    (["task.batch_size=0"], "task.batch_size=0 must be a whole number >= 1; change task.batch_size"),
+    (["task=implicit", "task.workers=-1"], "task.workers=-1 must be a whole number >= 0; change task.workers"),
+    (["task=implicit", "task.eval_batch_size=0"], "task.eval_batch_size=0"),
+    (["task=implicit", "task.network.width=0"], "task.network.width=0 must be a whole number >= 1; change task.network.width"),
+    (
+        ["task=implicit", "task/network=deq_resnet", "task.network.norm=batch"],
+        "task.network.norm='batch' is none of None, weight",
+    ),
+    (["task=implicit", "task/augment=crop_flip", "task.augment.flip=2"], "flip=2"),
+    (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
+    (["dataset.train=1500"], "dataset.train"),
+    (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),
+    (["dataset.order=sideways"], "dataset.order='sideways' is none of"),
+    (["seed=-1"], "seed=-1 is not in [0, 4294967295]; change seed"),
+    (["device=tpu"], "device='tpu' is none of auto, cpu, cuda, cuda:N; change device"),
+    (["device=cuda:"], "device='cuda:'"),
+    (["precision=float16"], "precision='float16' is none of float32, float64; change precision"),
+    (["mode=dream"], "mode='dream' is none of train, evaluate, check; change mode"),
+    (["resume=yes_please"], "resume='yes_please' is none of never, auto; change resume"),
+    (["threads=0"], "threads=0 must be at least 1"),
+    (["ckpt_path=nowhere.pt"], "ckpt_path='nowhere.pt' is not a file; change ckpt_path"),
+    (["mode=evaluate"], "mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path"),
+    (["+sede=1"], "sede: there is no such group or key; did you mean seed?"),
+    (["+solver.rtoll=1"], "solver.rtoll: solver has no key 'rtoll'; did you mean rtol"),
+    (["~solver"], "no value for solver"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose("train", overrides))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("task", "os.system"),
+        ("task.cell", "builtins.eval"),
+        ("dataset", "torch.load"),
+        ("solver", "hyperoptic.Picard"),
+        ("adjoint.linear_solver", "system"),
+        ("optimizer", ""),
+        ("trainer", "os.system"),
+    ],
+)
+def test_a_target_outside_the_project_is_refused(key: str, target: str) -> None:
+    with pytest.raises(ConfigError, match="is outside hyperopt"):
+        validate(compose("train", [f"{key}._target_='{target}'"]))
+
+
+def test_a_target_hidden_in_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"adjoint\.fallback\.0\._target_='os\.system' is outside hyperopt"):
+        validate(compose("train", ["adjoint.fallback=[{_target_: os.system}]"]))
+
+
+def test_a_target_of_an_allowed_package_passes_and_no_other() -> None:
+    validate(compose("train", ["task._target_=mine.Task", "allow_targets=[mine]"]))
+    with pytest.raises(ConfigError, match=r"allow_targets=\[mine\]"):
+        validate(compose("train", ["task._target_=mine.Task", "allow_targets=[min]"]))
+
+
+def test_a_target_that_only_passes_through_the_project_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'hyperopt\.config\.copy\.deepcopy' is no solver; choices: "):
+        validate(compose("train", ["solver._target_=hyperopt.app.config.copy.deepcopy"]))
+
+
+def test_a_target_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"task\._target_='no_such_package\.Task' cannot be imported"):
+        build(compose("train", ["task._target_=no_such_package.Task", "allow_targets=[no_such_package]"]))
+
+
+def test_near_misses() -> None:
+    assert near("andersen", ["picard", "anderson"]) == "did you mean anderson? choices: anderson, picard"
+    assert near("xyz", ["picard", "anderson"]) == "choices: anderson, picard"
+    assert near("xyz", []) == "choices: none"
+
+
+def test_settings_keep_their_class_in_other_processes() -> None:
+    # A launcher sends the schema to its workers; a class that is copied on the way comes back as another one.
+    assert all(pickle.loads(pickle.dumps(node)) is node for node in SCHEMA.values())
+
+
+def test_a_file_written_before_classes_moved_names_them_still() -> None:
+    old = {"solver": {"_target_": "hyperopt.solvers.picard.Picard"}, "parts": [{"_target_": "hyperopt.linsolve.gmres.GMRES"}]}
+    cfg = plain_config(old, "config.yaml")
+    assert cfg.solver._target_ == "hyperopt.core.solvers.picard.Picard"
+    assert cfg.parts[0]._target_ == "hyperopt.core.linear.gmres.GMRES"
+    assert old["solver"]["_target_"] == "hyperopt.solvers.picard.Picard"

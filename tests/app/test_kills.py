@@ -1,0 +1,81 @@
+"""SIGKILL at random moments and at every write: what is resumed equals what nothing stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def kill_often(where: Path, first: int, step: int) -> dict[str, Any]:
+    """Kill a forked run of the toy task at each of its changes to the file system; see ``kill_often.py``."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, str(ROOT / "tests" / "kill_often.py"), str(where), str(first), str(step)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def measure() -> ModuleType:
+    """Load the script that measures the faults of real ``hyperopt`` processes."""
+    spec = importlib.util.spec_from_file_location("faults", ROOT / "experiments" / "faults" / "measure.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_killed_at_some_writes(tmp_path: Path) -> None:
+    found = kill_often(tmp_path, first=7, step=17)
+    assert found["wrong"] == [] and found["kills"] >= 4
+
+
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path: Path) -> None:
+    found = kill_often(tmp_path, first=1, step=1)
+    assert found["wrong"] == [] and found["kills"] > 50
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_the_real_command(tmp_path: Path) -> None:
+    found = measure().kills(tmp_path, seed=0, count=50)
+    assert sum(case["signals"] for case in found.values()) == 60  # a SIGTERM and a SIGINT for each optimizer as well
+    assert [case["differences"] for case in found.values()] == [[]] * 5
+
+
+@pytest.mark.slow
+def test_two_launches_at_the_same_moment(tmp_path: Path) -> None:
+    found = measure().together(tmp_path, seed=0, count=20)
+    assert found["exit statuses and refusals"]["[0, 1]"] == 4 and found["runs with a number that is not theirs"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which takes root")
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    found = measure().disk(tmp_path, seed=0, count=50)
+    assert found["torn lines"] == found["rows differ"] == 0 and found["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="chattr takes root")
+def test_a_directory_that_is_removed_moved_or_locked(tmp_path: Path) -> None:
+    found = measure().directory(tmp_path, seed=0, count=50)
+    assert [each["differences"] for each in found.values()] == [[]] * 3
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
+    found = measure().long(tmp_path, seed=0, count=50)
+    early, *_, late = found["marks"].values()
+    assert found["steps"] == 100_000 and late["resident MiB"] < 1.02 * early["resident MiB"]
+    assert late["bytes"]["checkpoints/last.pt"] < 1.1 * early["bytes"]["checkpoints/last.pt"]
+    assert found["bytes a step"]["metrics.jsonl"] < 600 and found["bytes a step"]["tb/*"] < 600 and found["files"] < 20

@@ -1,0 +1,160 @@
+"""Runs on several ranks: the numbers of one rank, checkpoints for any number of ranks, and failures of one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from rank_runs import CASES, COMMON, CONFIGS, run_all
+
+from hyperopt.app.run import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
+RUNS = Path(__file__).parents[1].joinpath("rank_runs.py")
+ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/adjoint", "hypergrad/error", "hypergrad/is_bound")
+"""Costs are those of all ranks together; residuals are what is left at the tolerance."""
+
+
+def start(world: int, folder: Path) -> None:
+    """Run all cases on so many processes."""
+    commands = [[sys.executable, str(RUNS), str(rank), str(world), str(folder / "store"), str(folder)] for rank in range(world)]
+    processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(expected: list[dict[str, float]], found: list[dict[str, float]], tolerance: float = 1e-12) -> None:
+    assert len(found) == len(expected) == 10
+    for one, other in zip(expected, found, strict=True):
+        assert set(one) == set(other)
+        for name, value in one.items():
+            if not name.startswith(ONE_RANK):
+                assert other[name] == pytest.approx(value, rel=tolerance, abs=1e-14), (one["step"], name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    start(2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_and_two_ranks_agree_after_ten_steps(one, two, name):
+    expected = rows(one / name)
+    assert expected[-1]["outer/step_loss"] != expected[0]["outer/step_loss"]
+    compare(expected, rows(two / "0" / name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_has_the_same_numbers(two, name):
+    first, second = ([{k: v for k, v in row.items() if k[:5] != "time/"} for row in rows(two / r / name)] for r in "01")
+    assert first == second
+
+
+def test_a_nan_in_one_share_stops_all_ranks_and_a_slow_one_none(two):
+    first, second = (json.loads((two / rank / "said.json").read_text()) for rank in "01")
+    assert first == second and first["slow"] == ""
+    for name in ("nan, equilibrium", "nan, trained"):
+        assert "nan" in first[name] or "not finite" in first[name], first[name]
+        assert json.loads((two / "0" / name / "summary.json").read_text())["status"] == "failed"
+    assert len(rows(two / "0" / "slow")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_four_ranks_agree(one, tmp_path_factory, name):
+    folder = tmp_path_factory.getbasetemp() / "four"
+    if not folder.exists():
+        folder.mkdir()
+        start(4, folder)
+    compare(rows(one / name), rows(folder / "0" / name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
+        cfg = compose("train", overrides=[*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"])
+    run(cfg, tmp_path)
+    found = rows(tmp_path)
+    begun = int(found[0]["step"])
+    assert begun in (0, 4)
+    compare(rows(one / name), rows(one / name)[:begun] + found)
+
+
+# ---- the command line under torchrun
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hyperopt.app.cli"]
+SMALL = ["precision=float64", "dataset.train=60", "dataset.val=30", "task.state_size=10", "trainer.progress=false", "device=cpu"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HYPEROPT_RANK_TIMEOUT": "30"}
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, *SMALL, "trainer.max_steps=3", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(folder)) == 3 and done.stdout.count("ended by trainer.max_steps") == 1
+    assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_refused_launch_ends_all_ranks(tmp_path):
+    command = [*TORCHRUN, *SMALL, "solver=andersen", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "did you mean anderson?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_one_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path, number):
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, *SMALL, "trainer.checkpoint_every=5", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen([*command, "trainer.max_steps=100000"], env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 20:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    victim = followers(process.pid)
+    assert len(victim) == 1
+    os.kill(victim[0], number)
+    assert process.wait(timeout=150) != 0
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    again = [*command, f"trainer.max_steps={steps + 5}", "resume=auto"]
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(folder)] == list(range(steps + 5))
+
+
+def followers(parent: int) -> list[int]:
+    """Processes that ``parent`` started as another rank than the first."""
+    found = []
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit() and f"PPid:\t{parent}\n" in (path / "status").read_text():
+                if b"\0RANK=1\0" in b"\0" + (path / "environ").read_bytes():
+                    found.append(int(path.name))
+        except OSError:
+            continue
+    return found

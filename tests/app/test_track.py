@@ -1,0 +1,237 @@
+"""What a run writes: one line and one scalar a number and step, one HParams row, figures, and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from event_files import PluginData, events, session_starts
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
+from toy_task import Killed, config, go, raise_at, rows, signal_at
+
+from hyperopt.app.experiment import flatten
+from hyperopt.app.files import write_json
+from hyperopt.app.schema import SCHEMA, register
+from hyperopt.app.track import START, Tracker, hparams, swept
+
+
+def strict(text: str) -> Any:
+    """Parse JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_event_file_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    go(config(trainer={"figures_every": 5}), tmp_path)
+    found = events(tmp_path / "tb")
+    for tag in ("hypergrad/norm", "hypergrad/norm/a", "cost/evaluations", "inner/iterations", "outer/step_loss"):
+        assert [event.step for event in found.Scalars(tag)] == list(range(12))
+    for row in rows(tmp_path):
+        for name, value in row.items():
+            if name != "step":
+                (event,) = [event for event in found.Scalars(name) if event.step == row["step"]]
+                assert math.isnan(event.value) if value is None else event.value == pytest.approx(value, rel=1e-6)
+    assert len(found.Scalars("time/step_seconds")) == 12
+    assert [image.step for image in found.Images("figures/residual")] == [4, 9, 11]
+    assert (tmp_path / "figures" / "residual.png").read_bytes().startswith(b"\x89PNG")
+    assert b"max_steps: 12" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    assert "max_steps: 12" in (tmp_path / "config.yaml").read_text()
+    assert session_starts(tmp_path) == 1
+
+
+def test_resume_leaves_no_event_twice(tmp_path: Path) -> None:
+    go(config(), tmp_path / "whole")
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        go(config(), out, raise_at(7, Killed()))
+    with pytest.raises(SystemExit):
+        go(config(resume="auto"), out, signal_at(9, signal.SIGTERM))
+    go(config(resume="auto"), out)
+    whole, found = events(tmp_path / "whole" / "tb"), events(out / "tb")
+    assert found.Tags()["scalars"] == whole.Tags()["scalars"]
+    for tag in found.Tags()["scalars"]:
+        if not tag.startswith("time/"):
+            pair = [[(event.step, repr(event.value)) for event in each.Scalars(tag)] for each in (found, whole)]
+            assert pair[0] == pair[1], tag
+    assert session_starts(out) == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_events(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        go(config(), tmp_path, raise_at(0, Killed()))
+    go(config(resume="auto"), tmp_path)
+    assert [event.step for event in events(tmp_path / "tb").Scalars("outer/step_loss")] == list(range(12))
+    assert session_starts(tmp_path) == 1
+
+
+def test_a_run_killed_in_its_first_checkpoint_leaves_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if str(target).endswith("last.pt"):
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        go(config(), tmp_path)
+    assert session_starts(tmp_path) == 1
+    go(config(resume="auto"), tmp_path)
+    assert session_starts(tmp_path) == 1
+
+
+def test_hparams_have_the_same_keys_in_every_run_of_a_sweep(tmp_path: Path) -> None:
+    from event_files import hparams_of
+
+    found = []
+    for number, optimizer in enumerate(("sgd", "adam", "lbfgs")):
+        go(config(optimizer, seed=number), tmp_path / str(number))
+        found.append(hparams_of(tmp_path / str(number)))
+    for keys, metrics, values in found:
+        assert keys == found[0][0] and set(values) == set(keys)
+        assert metrics == ["outer/loss", "test/loss", "val/loss"] == found[0][1]
+    assert [values["optimizer.kind"] for *_, values in found] == ["sgd", "adam", "lbfgs"]
+    assert [values["seed"] for *_, values in found] == [0.0, 1.0, 2.0]
+    assert "optimizer.history_size" in found[0][0] and math.isnan(found[0][2]["optimizer.history_size"])
+
+
+@pytest.mark.parametrize("group", ["solver", "adjoint", "optimizer"])
+def test_hparams_keys_do_not_depend_on_the_choice(group: str) -> None:
+    found = []
+    for option, settings in SCHEMA.items():
+        if option.startswith(f"{group}/"):
+            cfg = OmegaConf.create({"seed": 1})
+            cfg[group] = OmegaConf.structured(settings)
+            found.append(hparams(cfg))
+    assert len(found) > 1 and all(row.keys() == found[0].keys() for row in found)
+    texts = [{key for key, value in row.items() if isinstance(value, str)} for row in found]
+    assert all(each == texts[0] for each in texts)
+
+
+def test_what_was_overridden_comes_first(tmp_path: Path) -> None:
+    assert swept(["seed", "task/cell", "optimizer.lr"]) == {"seed", "task.cell", "optimizer.lr"}
+    assert swept(["adjoint"]) == {"adjoint", "adjoint.linear_solver"}
+    write_json(tmp_path / "job.json", {"number": 0, "overrides": ["seed=1", "optimizer.lr=0.5"]})
+    go(config("sgd", seed=1), tmp_path)
+    content = events(tmp_path / "tb").PluginTagToContent("hparams")[EXPERIMENT_TAG]
+    infos = PluginData.FromString(content).experiment.hparam_infos
+    assert {info.name for info in infos if info.differs} == {"seed", "optimizer.lr"} and len(infos) > 10
+
+
+def test_hparams_of_the_real_configs_have_the_same_keys_and_types() -> None:
+    register()
+    changes = ["solver=anderson", "adjoint=anderson", "adjoint=unrolled", "optimizer=lbfgs", "optimizer=adam", "threads=2"]
+    changes += ["task/cell=householder", "dataset=mnist", "optimizer.clip_norm=1", "trainer.patience=3"]
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
+        plain, *others = [hparams(compose("train", overrides=[each])) for each in ("seed=1", *changes)]
+    for change, row in zip(changes, others, strict=True):
+        assert row.keys() == plain.keys(), change
+        assert [key for key in row if isinstance(row[key], str) != isinstance(plain[key], str)] == [], change
+
+
+def test_flatten_keeps_values_once_and_drops_hydra() -> None:
+    task = {"solver": "${solver}", "seed": "${seed}"}
+    cfg = OmegaConf.create({"hydra": {"a": 1}, "solver": {"rtol": 1e-3, "steps": [1, 2]}, "task": task, "seed": 5})
+    assert flatten(cfg) == {"solver.rtol": 1e-3, "solver.steps": [1, 2], "task.seed": 5, "seed": 5}
+    dataset = {"root": "${paths.data}", "train": 3}
+    row = hparams(OmegaConf.create({"paths": {"data": "x"}, "dataset": dataset, "compile": False, "none": None}))
+    assert "paths.data" not in row and "dataset.root" not in row
+    assert row["dataset.train"] == 3 and row["compile"] == "False" and row["none"] == "-"
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, 1.0], "z": {"w": -math.inf}})
+    assert strict((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.0], "z": {"w": None}}
+    tracker = Tracker(tmp_path)
+    tracker.log(3, {"inner/contraction": math.nan, "outer/loss": 0.1})
+    tracker.close()
+    assert strict((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "inner/contraction": None, "outer/loss": 0.1}
+
+
+def test_floats_survive_to_the_last_bit(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(0, {"outer/loss": 0.1 + 0.2})
+    tracker.close()
+    assert rows(tmp_path)[0]["outer/loss"] == 0.1 + 0.2
+
+
+def test_cut_back_to_the_offset(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(0, {"x": 1.0})
+    position = tracker.position
+    tracker.log(1, {"x": 2.0})
+    tracker.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "x"')  # a line cut short by a kill
+    tracker = Tracker(tmp_path, position, 1)
+    tracker.log(1, {"x": 5.0})
+    tracker.close()
+    assert rows(tmp_path) == [{"step": 0, "x": 1.0}, {"step": 1, "x": 5.0}]
+
+
+def test_lost_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    Tracker(tmp_path, {**START, "rows": 400}, 5).close()
+    assert "has lost its rows of steps 0 to 4" in caplog.text  # a checkpoint of an older version knew the length alone
+
+
+def test_figures_are_closed(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    tracker = Tracker(tmp_path)
+    figure = pyplot.figure(figsize=(1, 1))
+    assert isinstance(figure, Figure)
+    tracker.figures(0, {"spectrum": figure})
+    tracker.close()
+    assert not pyplot.get_fignums() and (tmp_path / "figures" / "spectrum.png").stat().st_size > 100
+
+
+def test_hparams_name_the_choices() -> None:
+    register()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
+        row = hparams(compose("train", overrides=["solver=anderson"]))
+    assert row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann" and row["adjoint"] == "Implicit"
+    assert not [key for key in row if "_target_" in key]
+
+
+def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
+    done, errors, seen = threading.Event(), [], []
+
+    def read() -> None:
+        """As TensorBoard does: one reader goes on where it stood, and another starts anew."""
+        kept = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
+        try:
+            while not done.is_set():
+                for reader in (kept, events(tmp_path / "tb")):
+                    reader.Reload()
+                    found = [each.step for each in reader.Scalars("val/loss")] if "val/loss" in reader.Tags()["scalars"] else []
+                    assert found == list(range(len(found)))
+                    seen.append(len(found))
+        except Exception as error:
+            errors.append(error)
+
+    tracker = Tracker(tmp_path)
+    reader = threading.Thread(target=read)
+    reader.start()
+    for step in range(300):
+        tracker.log(step, {"val/loss": float(step)})
+        time.sleep(0.002)
+    done.set()
+    reader.join()
+    tracker.close()
+    assert errors == [] and len(set(seen)) > 2  # it did look in between
+    assert [each.step for each in events(tmp_path / "tb").Scalars("val/loss")] == list(range(300))
