@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from hyperopt.app.config import Built, build
 from hyperopt.app.repro import seed_everything
-from hyperopt.app.schema import register
+from hyperopt.app.resolvers import register
 from hyperopt.tasks.base import Environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.core import distributed
 from hyperopt.data.synthetic import Synthetic
 from hyperopt.tasks.equilibrium import EquilibriumTask

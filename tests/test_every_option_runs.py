@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from hyperopt.app.config import validate
+from hyperopt.app.options import own
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import SCHEMA, register
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
@@ -31,7 +32,7 @@ TRAINED = ("adjoint/t1t2", "adjoint/finite_difference", *STOCHASTIC)  # of train
 SPACES = ("task/space/", "task/tuned/")  # those of one setting each: see the tests of the spaces
 OPTIONS = [
     "=".join(option.rsplit("/", 1))
-    for option in SCHEMA
+    for option in own()
     if option.split("/")[0] in GROUPS and option not in TRAINED and not option.startswith(SPACES)
 ]
 FOLDERS = {  # of the datasets that lie in files
@@ -123,7 +124,7 @@ def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) ->
 
 BILEVEL = {  # every way through a trained problem, on rows that need no files
     "inner": ["gradient_descent", "heavy_ball", "adam", "torch_optimizer", "lbfgs"],
-    "adjoint": [option.partition("/")[2] for option in SCHEMA if option.startswith("adjoint/") and option != "adjoint/shine"],
+    "adjoint": [option.partition("/")[2] for option in own() if option.startswith("adjoint/") and option != "adjoint/shine"],
 }
 
 

@@ -43,7 +43,7 @@ def work(name: str, rows: int, rank: int, world: int, store: str) -> dict[str, f
     from hydra import compose, initialize_config_dir
 
     from hyperopt.app.config import build
-    from hyperopt.app.schema import register
+    from hyperopt.app.resolvers import register
     from hyperopt.core import distributed
     from hyperopt.tasks.base import Environment
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from hydra.utils import get_object
+from hydra.utils import get_class
 
 from hyperopt.app.files import write_json
-from hyperopt.app.schema import LINEAR_SOLVERS, SCHEMA
+from hyperopt.app.options import targets
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.verify import check_hypergradient, compare_adjoints
@@ -23,12 +23,10 @@ PARTICULAR = ("auto", "cg", "nystrom", "shine", "t1t2", "finite_difference", *SI
 def adjoints(own: Adjoint) -> dict[str, Adjoint]:
     """Return the task's own adjoint and, each at its own defaults, those options that any map and solver can have."""
     found = {"this experiment's": own}
-    for option, node in SCHEMA.items():
-        group, _, name = option.rpartition("/")
-        if group == "adjoint" and name not in PARTICULAR:
-            made = get_object(node._target_)
-            linear = LINEAR_SOLVERS.get(name)
-            found[name] = made() if linear is None else made(get_object(linear._target_)(), policy="ignore")
+    for name, (target, *inside) in targets("adjoint").items():
+        if name not in PARTICULAR:
+            made = get_class(target)
+            found[name] = made(get_class(inside[0])(), policy="ignore") if inside and issubclass(made, Implicit) else made()
     return found
 
 

@@ -38,9 +38,9 @@ def help_text() -> str:
     """Return the text of ``--help``, written in ``configs/hydra``; Hydra would first list every group twice, a second's work."""
     from omegaconf import OmegaConf
 
-    from hyperopt.app.resolvers import config_root, register_resolvers
+    from hyperopt.app.resolvers import config_root, register
 
-    register_resolvers(config_root())
+    register()
     text = config_root().joinpath("hydra", "default.yaml").read_text(encoding="utf-8")
     return str(OmegaConf.create(text).help.template)
 

@@ -8,24 +8,19 @@ import traceback
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from hyperopt.app import directory, sweep
-from hyperopt.app.config import register
 from hyperopt.app.errors import explain, keys_in
 from hyperopt.app.launch import lead
+from hyperopt.app.options import choices
 from hyperopt.app.preflight import Preflight, Refusal
-from hyperopt.app.resolvers import config_path
-from hyperopt.app.schema import KEYS
+from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.workers import LAUNCHER, THREADS
 
 register()
-# Hydra copies the whole store for every group that it looks at, though it also copies each node that it hands out: sharing the
-# store takes completing a bare `hyperopt` from 0.7 to 0.5 s.
-ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="train")
@@ -60,11 +55,11 @@ def launch() -> None:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    message = explain(error, KEYS)
+    message = explain(error, choices())
     failed = Preflight.failures()
     if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)
-        if message is None and (told := keys_in(str(error), KEYS)):
+        if message is None and (told := keys_in(str(error), choices())):
             print(f"hyperopt: {told}", file=sys.stderr)
     if failed:
         message = f"{len(failed)} of this sweep's jobs failed: {', '.join(map(str, failed))}"

@@ -1,33 +1,32 @@
-"""The checks of a composed config before any work, and the single ``instantiate`` call.
+"""The checks of a composed config before any work, and the building of what it describes.
 
-Free of torch up to ``build``: everything before it runs at the speed of tab completion.
+A config is built part by part: each node with a ``_target_`` becomes an object of that class, whose own checks say what is wrong
+with a value. What may be named is known from the options in ``configs/`` (``hyperopt.app.options``) and from the command line.
+What may stand where is the type of the argument that takes it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.errors import near
-from hyperopt.app.schema import GROUPS, SCHEMA, SETTINGS, SEVERAL, TrainConfig, places, register
-from hyperopt.core.text import why_no_component
+from hyperopt.app.options import element, hints, kinds, registered
+from hyperopt.core.text import one_line, why_no_component
 
 if TYPE_CHECKING:
     from hyperopt.bilevel.outer import OuterOptimizer
     from hyperopt.bilevel.outer_settings import TrainerSettings
     from hyperopt.tasks.base import Task
-
-__all__ = ["SCHEMA", "Built", "ConfigError", "build", "build_task", "plain_config", "register", "validate"]
 
 
 class ConfigError(ValueError):
@@ -40,7 +39,10 @@ PRECISIONS = ("float32", "float64")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 HYDRA = re.compile(r"_[a-z]+_")
 """Keys that Hydra's ``instantiate`` would read: ``_target_``, which is checked, and others, which no node needs."""
-ANY = "any"
+VALUES = ("name", "seed", "device", "precision", "compile", "mode", "ckpt_path", "resume", "accept_lost_rows", "threads")
+PARTS = ("solver", "adjoint", "inner", "dataset", "stn", "optimizer", "trainer", "task")
+"""The groups that are parts; ``task`` comes last, for it holds others by interpolation, and a user sets their own keys."""
+KEYS = (*VALUES, *PARTS, "allow_targets", "paths")
 MOVED = {
     "hyperopt.solvers.newton": "hyperopt.core.newton.newton",
     "hyperopt.solvers.newton_krylov": "hyperopt.core.newton.newton_krylov",
@@ -76,86 +78,127 @@ class Built:
     trainer: TrainerSettings
 
 
-@dataclass(frozen=True)
-class Part:
-    """A node of a config that names what is to be built.
-
-    Attributes:
-        key: where it is.
-        group: of ``hyperopt.app.schema.GROUPS``, what belongs there; ``ANY`` inside of a part from an allowed package, whose
-            places are its own; empty where only plain values belong.
-        target: its ``_target_``.
-        values: the other keys.
-    """
-
-    key: str
-    group: str
-    target: Any
-    values: dict[str, Any]
-
-
-def parts(value: Any, key: str, group: str, *, several: bool = False) -> Iterator[Part]:
-    """Yield every part in a plain value of a config, outermost first.
+def parts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield key and ``_target_`` of every part in a plain value of a config.
 
     Args:
         value: mappings, lists and scalars.
         key: where it is.
-        group: what belongs there, see ``Part``.
-        several: whether the place holds a list or a mapping of parts.
 
     Raises:
-        ConfigError: a key that is for Hydra and no setting (``_args_``, ``_partial_``, ...), or no part where one belongs.
+        ConfigError: a key that is for Hydra and no setting (``_args_``, ``_partial_``, ...).
     """
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for name in value:
             if isinstance(name, str) and HYDRA.fullmatch(name) and name != "_target_":
                 raise ConfigError(f"{key}.{name}: a node has a _target_ and plain settings; drop {name}")
-    if isinstance(value, dict) and "_target_" in value:
-        target = value["_target_"]
-        inside = {str(name): child for name, child in value.items() if name != "_target_"}
-        yield Part(key, group, target, inside)
-        held = places(SETTINGS[target]) if _registered(target) else dict.fromkeys(inside, ANY)
-        for name, child in inside.items():
-            yield from parts(child, f"{key}.{name}", held.get(name, ""), several=name in SEVERAL)
-    elif isinstance(value, dict | list) and (several or group in ("", ANY)):
-        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from parts(child, f"{key}.{name}", group)
-    elif value is not None and group not in ("", ANY):
-        raise ConfigError(f"{key}={_short(value)} names no {group}: it has no _target_; change {key}")
+        if "_target_" in value:
+            yield key, value["_target_"]
+    if isinstance(value, Mapping | list):
+        for name, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from parts(child, f"{key}.{name}")
 
 
-def all_parts(values: Mapping[str, Any]) -> Iterator[Part]:
-    """Yield every part of a whole config of plain values; see ``parts``."""
-    held = places(TrainConfig)
-    return itertools.chain.from_iterable(parts(value, str(name), held.get(name, "")) for name, value in values.items())
+def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Refuse a ``_target_`` that is neither a class of an option nor in an allowed package; nothing is imported.
+
+    Args:
+        values: a whole config of plain values.
+        allowed: top-level packages that may be named beside the options' classes.
+
+    Raises:
+        ConfigError: names the key, the value seen and what to change.
+    """
+    for name, value in values.items():
+        for key, target in parts(value, str(name)):
+            top = target.partition(".")[0] if isinstance(target, str) else ""
+            if isinstance(target, str) and target in registered():
+                continue
+            if top == "hyperopt":
+                raise ConfigError(f"{key}._target_={_short(target)} is no class of an option; {near(target, registered())}")
+            if top not in allowed:
+                hint = f"; if you trust it, add 'allow_targets=[{top}]' to the command line" if top.isidentifier() else ""
+                raise ConfigError(f"{key}._target_={_short(target)} is outside hyperopt{hint}")
 
 
-def _registered(target: Any) -> bool:
-    return isinstance(target, str) and target in SETTINGS
+def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
+    """Return what a plain value of a config stands for: a part is built, anything else is as it is.
+
+    Args:
+        value: has passed ``check_targets``.
+        key: where it is.
+        hint: the type of the argument that takes it, ``Any`` if that is not known.
+        allowed: see ``check_targets``.
+
+    Raises:
+        ConfigError: a part where none belongs, one of another kind or one that cannot be imported, no part where one belongs,
+            or a key or a value that the class refuses.
+    """
+    expected = kinds(hint)
+    if isinstance(value, list):
+        inside = element(hint, list | tuple)
+        return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
+    if not isinstance(value, Mapping):
+        if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise ConfigError(f"{key}={_short(value)} names no {names}: it has no _target_; change {key}")
+        return value
+    if "_target_" not in value:
+        inside = element(hint, dict)
+        return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
+    target = value["_target_"]
+    kind = _imported(key, target, allowed)
+    if target in registered():
+        _check_kind(key, target, kind, hint)
+    known = hints(target)
+    given = {str(name): child for name, child in value.items() if name != "_target_"}
+    for name in given:
+        if known and name not in known:
+            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, known)}")
+    made = {name: make(child, f"{key}.{name}", known.get(name, Any), allowed) for name, child in given.items()}
+    try:
+        return kind(**made)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(_with_keys(str(error), key, kind)) from error
+
+
+def _plain(hint: Any) -> bool:
+    """Whether a value of this type may also be a number or a text: ``float | Space``."""
+    return any(each in (int, float, str, bool) for each in getattr(hint, "__args__", ()))
+
+
+def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
+    """Refuse a class of ours where another kind belongs."""
+    expected = kinds(hint)
+    if hint is Any or (expected and issubclass(kind, expected)):
+        return
+    if not expected:
+        raise ConfigError(f"{key} holds plain values, but has _target_={_short(target)}; drop {key}._target_")
+    names = " or ".join(each.__name__ for each in expected)
+    able = [each for each in registered() if issubclass(get_class(each), expected)]
+    raise ConfigError(f"{key}._target_={_short(target)} is no {names}; {near(target, able)}")
+
+
+def _with_keys(text: str, key: str, kind: type) -> str:
+    """Return what a class said about a value, with the names that its arguments have in the config.
+
+    ``Picard: rtol=-1 is not in [0, inf); change rtol`` becomes ``solver.rtol=-1 is not in [0, inf); change solver.rtol``.
+    """
+    owners = {kind.__name__: key}
+    if dataclasses.is_dataclass(kind):
+        for item in dataclasses.fields(kind):
+            if isinstance(item.default_factory, type):
+                owners[item.default_factory.__name__] = f"{key}.{item.name}"
+    owners.update({each.__name__: key for each in kind.__mro__ if each.__name__ not in owners})
+    owner, found, rest = text.partition(": ")
+    if not found or owner not in owners:
+        return f"{key}: {text}"
+    return re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {owners[owner]}.", f"{owners[owner]}.{rest}")
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def check_parts(found: Iterable[Part], allowed: Collection[str]) -> None:
-    """Refuse a part that may not be named, that belongs elsewhere, or whose settings refuse its values.
-
-    Args:
-        found: as ``parts`` yields them.
-        allowed: top-level packages that may be named beside the registered settings.
-
-    Raises:
-        ConfigError: names the key, the value seen and what to change.
-    """
-    # Outermost first: task holds the solver and the rest by interpolation, and solver.rtol is the key that a user set.
-    found = sorted(found, key=lambda part: part.key.count("."))
-    for part in found:
-        _check_target(part, allowed)
-    for part in found:
-        if _registered(part.target):
-            _check_values(part.key, SETTINGS[part.target], part.values)
 
 
 def _own(cfg: DictConfig) -> DictConfig:
@@ -172,12 +215,16 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigError: names the key, the value seen and what to change.
     """
+    build(cfg)
+
+
+def _plain_values(cfg: DictConfig) -> dict[str, Any]:
+    """Return the plain values of a whole config whose top level is right."""
     cfg = _own(cfg)
-    known = [item.name for item in dataclasses.fields(TrainConfig)]
-    unknown = [str(key) for key in cfg if key not in known]
+    unknown = [str(key) for key in cfg if key not in KEYS]
     if unknown:
-        raise ConfigError(f"{unknown[0]}: there is no such group or key; {near(unknown[0], known)}")
-    missing = [key for key in known if key not in cfg or OmegaConf.is_missing(cfg, key)]
+        raise ConfigError(f"{unknown[0]}: there is no such group or key; {near(unknown[0], KEYS)}")
+    missing = [key for key in KEYS if key not in cfg or OmegaConf.is_missing(cfg, key)]
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}; choose an option of the group or set the key")
     OmegaConf.resolve(cfg)
@@ -186,77 +233,72 @@ def validate(cfg: DictConfig) -> None:
     for name in (item.name for item in dataclasses.fields(Built)):
         if values[name] is None:
             raise ConfigError(f"{name}=None: a run has one; choose an option of the group {name}")
-    check_parts(all_parts(values), tuple(cfg.allow_targets))
-
-
-def _check_values(key: str, settings: type, values: dict[str, Any]) -> None:
-    """Refuse values that the settings class of a node refuses, under the names that they have in the config."""
-    names = [item.name for item in dataclasses.fields(settings)]
-    for name in values:
-        if name not in names:
-            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, names)}")
-    try:
-        settings(**values)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        owners = {item.default_factory: f"{key}.{item.name}" for item in dataclasses.fields(settings)}
-        paths = {owner.__name__: path for owner, path in {**owners, settings: key}.items() if isinstance(owner, type)}
-        owner, found, text = str(error).partition(": ")
-        if found and owner in paths:  # "PicardSettings: rtol=-1 ...; change rtol"
-            text = re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {paths[owner]}.", f"{paths[owner]}.{text}")
-        raise ConfigError(text if found and owner in paths else str(error)) from error
+    return values
 
 
 def _check_top(cfg: DictConfig) -> None:
     """Refuse top-level values out of range."""
-    if (why := why_no_component(cfg.name)) is not None:
+    if (why := why_no_component(str(cfg.name))) is not None:
         raise ConfigError(f"name={cfg.name!r:.120} {why}; change name")
     for key, choices in (("mode", MODES), ("resume", RESUME), ("precision", PRECISIONS)):
         if cfg[key] not in choices:
             raise ConfigError(f"{key}={cfg[key]!r} is none of {', '.join(choices)}; change {key}")
-    if not DEVICE.fullmatch(cfg.device):
+    for key in ("compile", "accept_lost_rows"):
+        if not isinstance(cfg[key], bool):
+            raise ConfigError(f"{key}={cfg[key]!r} must be true or false; change {key}")
+    if not DEVICE.fullmatch(str(cfg.device)):
         raise ConfigError(f"device={cfg.device!r} is none of auto, cpu, cuda, cuda:N; change device")
-    if not 0 <= cfg.seed < 2**32:
-        raise ConfigError(f"seed={cfg.seed} is not in [0, {2**32 - 1}]; change seed")
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ConfigError(f"threads={cfg.threads} must be at least 1, or null for torch's choice; change threads")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed={cfg.seed!r} is not a whole number in [0, {2**32 - 1}]; change seed")
+    if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
+        raise ConfigError(f"threads={cfg.threads!r} must be a whole number >= 1, or null for torch's choice; change threads")
     if cfg.threads is not None and cfg.threads > (cores := os.cpu_count() or 1):
         raise ConfigError(f"threads={cfg.threads} is more than the {cores} cores of this machine; change threads")
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+    if not OmegaConf.is_list(cfg.allow_targets):
+        raise ConfigError(f"allow_targets={cfg.allow_targets!r} must list packages, as [mine]; change allow_targets")
+    if cfg.ckpt_path is not None and not Path(str(cfg.ckpt_path)).is_file():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path!r} is not a file; change ckpt_path")
     if cfg.mode == "evaluate" and cfg.ckpt_path is None:
         raise ConfigError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
 
 
-def _check_target(part: Part, allowed: Collection[str]) -> None:
-    """Refuse a ``_target_`` that is no registered setting of its place, unless it is in an allowed package."""
-    key, target = part.key, part.target
-    top = target.partition(".")[0] if isinstance(target, str) else ""
-    if not part.group:
-        raise ConfigError(f"{key} holds plain values, but has _target_={_short(target)}; drop {key}._target_")
-    choices = SETTINGS if part.group == ANY else GROUPS[part.group]
-    if target in choices if _registered(target) else top != "hyperopt" and top in allowed:
-        return
-    if _registered(target) or top == "hyperopt":
-        what = "setting of hyperopt" if part.group == ANY else f"{part.group}; {near(target, choices)}"
-        raise ConfigError(f"{key}._target_={_short(target)} is no {what}")
-    hint = f"; if you trust it, add 'allow_targets=[{top}]' to the command line" if top.isidentifier() else ""
-    raise ConfigError(f"{key}._target_={_short(target)} is outside hyperopt{hint}")
-
-
 def build(cfg: DictConfig) -> Built:
-    """Build the task, the optimizer and the trainer that a config describes.
+    """Build the task, the optimizer and the trainer that a config describes, and every other part to check its values.
 
     Args:
         cfg: a composed config; it is not changed.
 
     Raises:
-        ConfigError: the config does not pass ``validate``, or a target is not there or not of the package that it names.
+        ConfigError: a value, a key or a target that cannot work; names the key, the value seen and what to change.
     """
-    validate(cfg)
-    whole = _own(cfg)
-    OmegaConf.resolve(whole)
-    names = [item.name for item in dataclasses.fields(Built)]
-    return Built(**_instantiate(OmegaConf.masked_copy(whole, names), tuple(cfg.allow_targets)))
+    values = _plain_values(cfg)
+    allowed = tuple(cfg.allow_targets)
+    check_targets(values, allowed)
+    made = {name: make(values[name], name, _group(name), allowed) for name in PARTS}
+    return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
+
+
+def _group(name: str) -> Any:
+    """Return the type of the parts of a group at the top level."""
+    from hyperopt.bilevel.estimator import Estimator
+    from hyperopt.bilevel.inner.base import InnerSolver
+    from hyperopt.bilevel.outer import OuterOptimizer
+    from hyperopt.bilevel.outer_settings import TrainerSettings
+    from hyperopt.core.adjoints.base import Adjoint
+    from hyperopt.core.solvers.base import FixedPointSolver
+    from hyperopt.tasks.base import Task
+    from hyperopt.tasks.stn_settings import SelfTuningOptions
+
+    found: dict[str, Any] = {
+        "solver": FixedPointSolver | None,
+        "adjoint": Adjoint | Estimator | None,
+        "inner": InnerSolver | None,
+        "stn": SelfTuningOptions | None,
+        "optimizer": OuterOptimizer,
+        "trainer": TrainerSettings,
+        "task": Task,
+    }
+    return found.get(name, Any)
 
 
 def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[str]) -> Task:
@@ -265,36 +307,29 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     Args:
         cfg: see ``plain_config``.
         unneeded: settings of the task that are left None.
-        allowed: see ``check_parts``.
+        allowed: see ``check_targets``.
 
     Raises:
         ConfigError: see ``build``.
     """
     values: Any = OmegaConf.to_container(cfg)
-    check_parts(all_parts(values), allowed)
+    check_targets(values, allowed)
     task = {name: None if name in unneeded else value for name, value in values["task"].items()}
-    return _instantiate(OmegaConf.create({"task": task}), allowed)["task"]
+    return make(task, "task", _group("task"), allowed)
 
 
-def _instantiate(cfg: DictConfig, allowed: Collection[str]) -> dict[str, Any]:
-    """Build the parts of a resolved config whose parts have passed ``check_parts``."""
-    values: Any = OmegaConf.to_container(cfg)
-    for name, value in values.items():
-        for part in parts(value, name, name):
-            if not _registered(part.target):
-                _check_import(part.key, part.target, allowed)
-    return instantiate(cfg, _convert_="all")
-
-
-def _check_import(key: str, target: str, allowed: Collection[str]) -> None:
-    """Refuse a target that is not there, or that only passes through an allowed package (``mine.os.system``)."""
+def _imported(key: str, target: str, allowed: Collection[str]) -> Any:
+    """Return the class of a target; refuse one that only passes through an allowed package (``mine.os.system``)."""
     try:
         found = get_object(target)
     except ImportError as error:
-        raise ConfigError(f"{key}._target_={target!r} cannot be imported: {error}; change {key}._target_") from error
+        raise ConfigError(f"{key}._target_={target!r} cannot be imported: {one_line(error)}; change {key}._target_") from error
+    if target in registered():
+        return found
     home = str(getattr(found, "__module__", None) or type(found).__module__).partition(".")[0]
     if home == "hyperopt" or home not in allowed:
         raise ConfigError(f"{key}._target_={target!r} is defined in {home}, which is not allowed; change {key}._target_")
+    return found
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, FloatNode, IntegerNode, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.core.text import printable
 from hyperopt.data.reading import read_yaml
@@ -19,8 +19,8 @@ DATA_AND_MODEL = ("seed", "dataset", "task")
 MOST = 20  # differences that are named
 
 
-def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield ``(dotted key, resolved value, whether the schema says number)``.
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, resolved value)``.
 
     A node that is an interpolation of another one (``task.solver: ${solver}``) is left out, since its values are already there,
     and so is Hydra's part.
@@ -28,20 +28,19 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]
     for name in map(str, node):
         if not prefix and name == "hydra":
             continue
-        key, child = f"{prefix}{name}", node._get_node(name)
+        key = f"{prefix}{name}"
         if OmegaConf.is_missing(node, name) or (OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name])):
             continue
         value = node[name]
         if isinstance(value, DictConfig):
             yield from leaves(value, f"{key}.")
         else:
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
-            yield key, value, isinstance(child, FloatNode | IntegerNode)
+            yield key, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
 
 
 def flatten(cfg: DictConfig) -> dict[str, Any]:
     """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``."""
-    return {key: value for key, value, _ in leaves(cfg)}
+    return dict(leaves(cfg))
 
 
 def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from hyperopt.app import directory, sweep
 from hyperopt.app.config import ConfigError, validate
 from hyperopt.app.errors import explain
 from hyperopt.app.experiment import differences, experiment, experiment_of
-from hyperopt.app.schema import KEYS
+from hyperopt.app.options import choices
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
 
@@ -84,7 +84,7 @@ class Preflight(Callback):
             return
         error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
         number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
-        message = explain(error, KEYS)
+        message = explain(error, choices())
         if message is None:
             traceback.print_exception(error)
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)

@@ -42,11 +42,7 @@ def config_groups(root: Traversable, parent: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def register_resolvers(root: Traversable) -> None:
-    """Register ``${config_groups:}`` and ``${run_stamp:}``, which is one value per composed config, shared by a sweep's jobs.
-
-    Args:
-        root: the directory of the configs.
-    """
-    OmegaConf.register_new_resolver("config_groups", lambda: config_groups(root), replace=True)
+def register() -> None:
+    """Register ``${config_groups:}`` and ``${run_stamp:}``, which is one value per composed config, shared by a sweep's jobs."""
+    OmegaConf.register_new_resolver("config_groups", lambda: config_groups(config_root()), replace=True)
     OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)

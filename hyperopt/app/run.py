@@ -31,6 +31,7 @@ from hyperopt.app.experiment import experiment
 from hyperopt.app.files import WriteError, remove_leftovers, write_text
 from hyperopt.app.loop_state import LoopState, monitored
 from hyperopt.app.nonfinite import HypergradientGuard
+from hyperopt.app.options import choices
 from hyperopt.app.report.read import overrides_of
 from hyperopt.app.repro import (
     configure,
@@ -42,7 +43,6 @@ from hyperopt.app.repro import (
     set_rng_state,
 )
 from hyperopt.app.resume import Found, find_checkpoint, is_own
-from hyperopt.app.schema import KEYS
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker, hparams, swept, write_config
 from hyperopt.app.workers import queue_signal
@@ -105,7 +105,7 @@ def run(cfg: DictConfig, out: Path) -> float:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
                     write_text(out / FAILED, traceback.format_exc())
-                    summarize(out, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", KEYS))
+                    summarize(out, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", choices()))
             raise
 
 

@@ -5,6 +5,7 @@ One name a quantity in all of them. A number that is not finite is ``null`` in J
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -21,10 +22,10 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
 from hyperopt.app.events import EventFiles
-from hyperopt.app.experiment import leaves
+from hyperopt.app.experiment import flatten
 from hyperopt.app.files import AppendFile, make_directory, plain, write_bytes, write_text
+from hyperopt.app.options import leaves, options
 from hyperopt.app.rows import METRICS, Mark, add_mark, check_rows
-from hyperopt.app.schema import SCHEMA
 from hyperopt.core.text import printable
 
 if TYPE_CHECKING:
@@ -47,15 +48,16 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
     ``solver._target_`` becomes ``solver: Picard``.
     """
     row: dict[str, float | str] = {}
-    for option, settings in SCHEMA.items():
+    for option in options():
         group = option.rpartition("/")[0].replace("/", ".")  # task/cell/projected describes task.cell
-        if OmegaConf.select(cfg, group) is not None:
-            for key, _, number in leaves(OmegaConf.structured(settings), f"{group}."):
+        if group and OmegaConf.select(cfg, group) is not None:
+            for key, _, number in _of_option(option):
                 if not OmegaConf.is_dict(OmegaConf.select(cfg, key)):
                     row.setdefault(key, math.nan if number else "-")
-    for key, value, number in leaves(cfg):
+    numbers = {key: number for key, _, number in leaves(_plain(cfg), known={"threads": int | None})}
+    for key, value in flatten(cfg).items():
         if value is None:
-            row[key] = math.nan if number else "-"
+            row[key] = math.nan if numbers[key] else "-"
         else:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
     named: dict[str, float | str] = {}
@@ -74,12 +76,23 @@ def swept(overridden: Iterable[str]) -> set[str]:
     """
     keys = {each.replace("/", ".") for each in overridden}
     found = set(keys)
-    for option, settings in SCHEMA.items():
-        group = option.rpartition("/")[0].replace("/", ".")
-        if group in keys:
-            inside = [key for key, *_ in leaves(OmegaConf.structured(settings), f"{group}.")]
-            found |= {key.removesuffix("._target_") for key in inside if key.endswith("._target_")}
+    for option in options():
+        if option.rpartition("/")[0].replace("/", ".") in keys:
+            found |= {key.removesuffix("._target_") for key, *_ in _of_option(option) if key.endswith("._target_")}
     return found
+
+
+@functools.cache
+def _of_option(option: str) -> tuple[tuple[str, Any, bool], ...]:
+    """The leaves of an option's own file, under the keys of its group; see ``hyperopt.app.options.leaves``."""
+    values: Any = OmegaConf.to_container(OmegaConf.create(options()[option]))
+    own = {name: value for name, value in values.items() if name != "defaults"}
+    return tuple(leaves(own, f"{option.rpartition('/')[0].replace('/', '.')}."))
+
+
+def _plain(cfg: DictConfig) -> Any:
+    """The resolved values of a config, without Hydra's part."""
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
 
 
 def write_config(out: Path, cfg: DictConfig) -> str:

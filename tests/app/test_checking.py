@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hyperopt.app import cli
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.app.sweep import finished
 from hyperopt.tasks.base import HypergradientError
 

@@ -22,8 +22,8 @@ from hyperopt.app.export.command import main
 from hyperopt.app.export.file import ExportError
 from hyperopt.app.export.load import built_from
 from hyperopt.app.export.write import export
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.data.splits import Rows
 from hyperopt.tasks.scores import scores
 

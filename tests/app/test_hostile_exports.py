@@ -29,8 +29,8 @@ from hyperopt import load_exported
 from hyperopt.app.export.command import main
 from hyperopt.app.export.file import ExportError
 from hyperopt.app.export.write import export
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["device=cpu", "trainer.progress=false", "trainer.max_steps=1", "debug=none"]

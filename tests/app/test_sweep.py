@@ -21,8 +21,7 @@ from toy_task import rows
 from hyperopt.app import sweep
 from hyperopt.app.files import write_json
 from hyperopt.app.preflight import Preflight, _Composer
-from hyperopt.app.resolvers import config_path
-from hyperopt.app.schema import register
+from hyperopt.app.resolvers import config_path, register
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ["-m", "hydra.sweep.dir=mine"]

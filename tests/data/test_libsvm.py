@@ -15,7 +15,7 @@ from sklearn.datasets import dump_svmlight_file
 
 from hyperopt.app.config import build
 from hyperopt.app.repro import seed_everything
-from hyperopt.app.schema import register
+from hyperopt.app.resolvers import register
 from hyperopt.data import DataError
 from hyperopt.data.libsvm import Libsvm
 from hyperopt.tasks.base import Environment

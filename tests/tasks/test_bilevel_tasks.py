@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hyperopt.app.config import build
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.t1t2 import T1T2

@@ -17,8 +17,8 @@ import hyperopt
 from hyperopt import SOBA, Bounded, Positive
 from hyperopt.app.config import validate
 from hyperopt.app.repro import seed_everything
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.data.digits import Digits
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.cleaning import CleaningTask, found_clean, replaced

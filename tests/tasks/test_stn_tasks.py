@@ -18,8 +18,8 @@ from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.config import build, validate
 from hyperopt.app.experiment import experiment
+from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.bilevel.outer import SGD, Adam
 from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.core import distributed

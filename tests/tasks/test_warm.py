@@ -16,9 +16,8 @@ from test_equilibrium_task import matrix, no_guard, sgd, task
 from torch import Tensor
 
 from hyperopt.app.loop_state import MonitorError
-from hyperopt.app.resolvers import config_path
+from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.run import run
-from hyperopt.app.schema import register
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.linear.neumann import Neumann

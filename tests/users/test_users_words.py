@@ -10,12 +10,12 @@ import pytest
 
 import hyperopt
 from hyperopt.app import errors as messages
-from hyperopt.app.schema import KEYS, SCHEMA
+from hyperopt.app.options import choices, own
 
 PACKAGE = Path(hyperopt.__file__).parent
 KEY = re.compile(r"\b(?:adjoint|inner|solver|task|dataset|trainer|precision)(?:=[a-z]|\.[a-z])")
 """A key of a config, or an option of a group."""
-PLACES = ("core", "bilevel", "nn", "stn", "regularise")
+PLACES = ("core", "bilevel", "nn", "stn")
 NOT_YET: tuple[str, ...] = ()
 
 
@@ -47,10 +47,10 @@ def test_no_message_of_the_library_names_a_key(place):
 
 
 def test_every_method_that_a_message_may_name_has_a_key():
-    options = {option.partition("/")[2] for option in SCHEMA if option.partition("/")[0] in ("solver", "adjoint", "inner")}
-    told = {key.partition("=")[2].partition(" ")[0] for key in KEYS.values()}
+    options = {option.partition("/")[2] for option in own() if option.partition("/")[0] in ("solver", "adjoint", "inner")}
+    told = {key.partition("=")[2].partition(" ")[0] for key in choices().values()}
     assert options <= told
-    for name in set(KEYS) - {"float64"}:
+    for name in set(choices()) - {"float64"}:
         assert hasattr(hyperopt, name)
 
 
@@ -65,10 +65,10 @@ def test_every_method_that_a_message_may_name_has_a_key():
     ],
 )
 def test_the_command_line_adds_the_key(text, told):
-    found = messages.explain(hyperopt.SolveError(text), KEYS)
+    found = messages.explain(hyperopt.SolveError(text), choices())
     assert found == f"{text}\non the command line: {told}"
     assert messages.explain(hyperopt.SolveError(text)) == text
 
 
 def test_a_message_that_names_no_method_is_left_as_it_is():
-    assert messages.explain(hyperopt.SolveError("the Newtonian CGS"), KEYS) == "the Newtonian CGS"
+    assert messages.explain(hyperopt.SolveError("the Newtonian CGS"), choices()) == "the Newtonian CGS"

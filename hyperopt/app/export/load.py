@@ -15,7 +15,7 @@ from hyperopt.app.config import Built, ConfigError, build, build_task, plain_con
 from hyperopt.app.export.bounded import Bounded
 from hyperopt.app.export.file import ExportError, read
 from hyperopt.app.repro import resolve_precision
-from hyperopt.app.schema import register
+from hyperopt.app.resolvers import register
 from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError, parse_yaml
 from hyperopt.tasks.drawing import drawing

@@ -1,0 +1,137 @@
+"""The options in ``configs/``: which classes a config may name, and which option of the command line chooses each.
+
+An option is a plain YAML file with a ``_target_`` and the values that may be overridden; the class that it names owns the keys,
+their types, defaults and ranges. The classes that the files name are all that a config may name inside of ``hyperopt``. Free of
+torch, but for ``kinds`` and ``numbers``, which import the class that they are asked about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.utils import get_class
+
+from hyperopt.app.resolvers import config_root
+
+TARGET = re.compile(r"^\s*(?:- )?_target_:\s*([\w.]+)", re.MULTILINE)
+PLAIN = (int, float, str, bool, list, dict, tuple, type(None))
+IMPLICIT = "hyperopt.core.adjoints.implicit.Implicit"
+
+
+@functools.cache
+def options() -> dict[str, str]:
+    """Return the text of every option by its name, ``{"adjoint/cg": ...}``, of groups in groups too."""
+    found: dict[str, str] = {}
+    folders = [("", config_root())]
+    while folders:
+        prefix, folder = folders.pop()
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", entry))
+            elif entry.name.endswith(".yaml"):
+                found[f"{prefix}{entry.name.removesuffix('.yaml')}"] = entry.read_text(encoding="utf-8")
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def targets(group: str) -> dict[str, tuple[str, ...]]:
+    """Return the class of each option of a group and the classes inside of it: ``{"cg": (Implicit, CG)}``.
+
+    Options that only change values of another one (``cg_rough``) name no class of their own, and are left out.
+    """
+    of = {path.rpartition("/")[2]: text for path, text in options().items() if path.rpartition("/")[0] == group}
+    return {
+        name: tuple(TARGET.findall(text)) for name, text in of.items() if text.startswith("_target_:") or "\n_target_:" in text
+    }
+
+
+def own() -> tuple[str, ...]:
+    """Return the options that name a class of their own, ``("adjoint/cg", ...)``."""
+    return tuple(path for path in options() if path.rpartition("/")[2] in targets(path.rpartition("/")[0]))
+
+
+@functools.cache
+def registered() -> frozenset[str]:
+    """Return every class of ``hyperopt`` that an option names: all that a config may build inside of this package."""
+    return frozenset(name for text in options().values() for name in TARGET.findall(text) if name.startswith("hyperopt."))
+
+
+@functools.cache
+def choices() -> dict[str, str]:
+    """Return how the command line chooses what the library's messages name; see ``hyperopt.app.errors.explain``.
+
+    The option of each solver, adjoint and inner solver by the name of its class; of a linear solver, the adjoint with it.
+    """
+    found = {"float64": "precision=float64"}
+    for group in ("solver", "adjoint", "inner"):
+        for option, (own, *inside) in targets(group).items():
+            linear = own == IMPLICIT
+            place = "adjoint.linear_solver" if linear else group
+            kind = (inside[0] if linear else own).rpartition(".")[2]
+            found.setdefault(kind, f"{group}={option} (its arguments are keys of {place})")
+    return found
+
+
+@functools.cache
+def hints(target: str) -> Mapping[str, Any]:
+    """Return the arguments of a class and their types, ``Any`` where none is given; empty if it takes any keyword."""
+    kind = get_class(target)
+    parameters = inspect.signature(kind).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return {}
+    known = typing.get_type_hints(kind)
+    known.update({} if dataclasses.is_dataclass(kind) else typing.get_type_hints(kind.__init__))
+    return {name: known.get(name, Any) for name in parameters}
+
+
+def kinds(hint: Any) -> tuple[type, ...]:
+    """Return the classes of which a value with this type may be a part, inside of unions, lists and mappings; see ``hints``."""
+    if hint is Any:
+        return (object,)
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return () if hint in PLAIN else (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        return ()
+    return tuple(kind for each in typing.get_args(hint) for kind in kinds(each))
+
+
+def element(hint: Any, container: Any) -> Any:
+    """Return the type of what a list or a mapping of this type holds, ``Any`` if it does not say; see ``hints``."""
+    for each in (hint, *typing.get_args(hint)):
+        origin = typing.get_origin(each)
+        if isinstance(origin, type) and issubclass(origin, container):
+            return typing.get_args(each)[0 if origin in (list, tuple) else 1]
+    return Any
+
+
+def is_number(hint: Any) -> bool:
+    """Whether values of this type are numbers, or None where there is none."""
+    inside = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return set(inside) <= {int, float, type(None)} and set(inside) != {type(None)}
+
+
+def leaves(
+    values: Mapping[Any, Any], prefix: str = "", known: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Any, bool]]:
+    """Yield ``(dotted key, value, whether it is a number or None in place of one)`` of the plain values of a config.
+
+    Args:
+        values: mappings, lists and scalars; a list is a value.
+        prefix: where they are.
+        known: types of the keys; those of a part are those of its class.
+    """
+    target = values.get("_target_")
+    known = hints(target) if isinstance(target, str) and target in registered() else known or {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            yield f"{prefix}{name}", value, is_number(known[name]) if name in known and not plain else plain
