@@ -89,6 +89,10 @@ def shown(option: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(options()[option]))  # pyright: ignore[reportReturnType]
 
 
+REPLACED = tuple(f"solver/newton_krylov.linear_solver.{name}" for name in ("rtol", "atol", "relative_to"))
+"""Arguments that the solver sets itself, so that a value of a user would do nothing."""
+
+
 def differing(values: dict[str, Any], where: str, own: bool = True) -> list[str]:
     """Keys that a file has and its class does not or the other way round, and values that are not the defaults of the class.
 
@@ -97,7 +101,7 @@ def differing(values: dict[str, Any], where: str, own: bool = True) -> list[str]
     found: list[str] = []
     known = hints(values["_target_"])
     defaults = {name: each.default for name, each in inspect.signature(get_class(values["_target_"])).parameters.items()}
-    found += [f"{where}.{name}" for name in known if name not in values]
+    found += [f"{where}.{name}" for name in known if name not in values and f"{where}.{name}" not in REPLACED]
     for name, value in values.items():
         if name == "_target_":
             continue
