@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.app.config import Built, build
+from hyperopt.app.building import Built, build
 from hyperopt.app.repro import seed_everything
 from hyperopt.app.resolvers import register
 from hyperopt.tasks.base import Environment

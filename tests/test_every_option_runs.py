@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from hyperopt.app.config import validate
+from hyperopt.app.building import validate
 from hyperopt.app.options import own
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run

@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.app.config import validate
+from hyperopt.app.building import validate
 from hyperopt.app.resolvers import register
 
 ROOT = Path(__file__).resolve().parents[1]

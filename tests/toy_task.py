@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from optimizers import KINDS, optimizer, scheduler
 
-from hyperopt.app.config import Built
+from hyperopt.app.building import Built
 from hyperopt.app.run import run
-from hyperopt.bilevel.outer import LBFGS, SGD, Adam, AdamW, Momentum, OuterOptimizer
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core.status import Status
 from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
+from hyperopt.tasks.trainer import TrainerSettings
 
-OPTIMIZERS: dict[str, type[OuterOptimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam, "adamw": AdamW, "lbfgs": LBFGS}
+OPTIMIZERS = tuple(KINDS)
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
     "step": {"kind": "step", "step_size": 3, "gamma": 0.5},
-    "cosine": {"kind": "cosine", "t_max": 12},
+    "cosine": {"kind": "cosine", "T_max": 12},
     "exponential": {"kind": "exponential", "gamma": 0.9},
     "power": {"kind": "power", "decay": 0.5},
     "plateau": {"kind": "plateau", "factor": 0.5, "patience": 0},
@@ -124,8 +124,8 @@ class Toy(Task):
 
 
 def config(
-    optimizer: str = "momentum",
-    scheduler: str = "none",
+    kind: str = "momentum",
+    schedule: str = "none",
     trainer: Mapping[str, Any] | None = None,
     over: Mapping[str, Any] | None = None,
     **top: Any,
@@ -144,7 +144,7 @@ def config(
             "threads": 1,
             "solver": {"rtol": 1e-6},
             "task": {"kind": "toy", "solver": "${solver}"},
-            "optimizer": {"kind": optimizer, "lr": SMALL[optimizer], "scheduler": SCHEDULERS[scheduler]},
+            "optimizer": {"kind": kind, "lr": SMALL[kind], "scheduler": SCHEDULERS[schedule]},
             "trainer": {"max_steps": 12, "eval_every": 2, "checkpoint_every": 4, "progress": False, **(trainer or {})},
             "paths": {"data": "somewhere"},
         }
@@ -155,10 +155,10 @@ def config(
 
 
 def built(cfg: DictConfig, task: Task | None = None) -> Built:
-    """Build by hand what ``hyperopt.app.config.build`` would."""
+    """Build by hand what ``hyperopt.app.building.build`` would."""
     values: dict[str, Any] = OmegaConf.to_container(cfg.optimizer)  # pyright: ignore[reportAssignmentType]
-    optimizer = OPTIMIZERS[values.pop("kind")](**values)
-    return Built(task=task or Toy(), optimizer=optimizer, trainer=TrainerSettings(**cfg.trainer))
+    made = optimizer(**{**values, "scheduler": scheduler(**values["scheduler"])})
+    return Built(task=task or Toy(), optimizer=made, trainer=TrainerSettings(**cfg.trainer))
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -30,10 +30,27 @@ Row = dict[str, Any]
 SHORT = ["task.state_size=20", "task.warm_start=true", "trainer.max_steps=64", "trainer.eval_every=4"]
 SHORT += ["trainer.checkpoint_every=3", "trainer.figures_every=16", "trainer.progress=false", "device=cpu", "threads=1"]
 CASES = {
-    "sgd, step": ["optimizer=sgd", "optimizer.lr=0.3", "optimizer.scheduler={kind: step, step_size: 9, gamma: 0.7}"],
-    "momentum, cosine": ["optimizer=momentum", "optimizer.lr=0.3", "optimizer.scheduler.kind=cosine"],
-    "adam, exponential": ["optimizer=adam", "optimizer.lr=0.03", "optimizer.scheduler={kind: exponential, gamma: 0.97}"],
-    "adamw, plateau": ["optimizer=adamw", "optimizer.lr=0.03", "optimizer.scheduler={kind: plateau, factor: 0.5, patience: 0}"],
+    "sgd, step": [
+        "optimizer=sgd",
+        "optimizer.lr=0.3",
+        "optimizer/scheduler=step",
+        "optimizer.scheduler.step_size=9",
+        "optimizer.scheduler.gamma=0.7",
+    ],
+    "momentum, cosine": ["optimizer=momentum", "optimizer.lr=0.3", "optimizer/scheduler=cosine"],
+    "adam, exponential": [
+        "optimizer=adam",
+        "optimizer.lr=0.03",
+        "optimizer/scheduler=exponential",
+        "optimizer.scheduler.gamma=0.97",
+    ],
+    "adamw, plateau": [
+        "optimizer=adamw",
+        "optimizer.lr=0.03",
+        "optimizer/scheduler=plateau",
+        "optimizer.scheduler.factor=0.5",
+        "optimizer.scheduler.patience=0",
+    ],
     "lbfgs, none": ["optimizer=lbfgs", "optimizer.lr=0.3"],
 }
 
@@ -220,7 +237,7 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None
 
 def directory(work: Path, seed: int, count: int) -> Row:
     """The run directory is removed, moved away or made immutable (``chattr +i``, needs root) while the run writes to it."""
-    overrides = [*SHORT, *CASES["momentum, cosine"], "trainer.max_steps=200", "optimizer.scheduler.t_max=64"]
+    overrides = [*SHORT, *CASES["momentum, cosine"], "trainer.max_steps=200", "optimizer.scheduler.T_max=64"]
     (work / "directory").mkdir(parents=True)
     whole, _ = reference(work / "directory", overrides)
     result: Row = {}

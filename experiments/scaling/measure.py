@@ -42,7 +42,7 @@ def work(name: str, rows: int, rank: int, world: int, store: str) -> dict[str, f
     import torch.distributed as dist
     from hydra import compose, initialize_config_dir
 
-    from hyperopt.app.config import build
+    from hyperopt.app.building import build
     from hyperopt.app.resolvers import register
     from hyperopt.core import distributed
     from hyperopt.tasks.base import Environment

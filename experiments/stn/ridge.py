@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from tables import save, write_table
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from hyperopt.bilevel.outer import Adam
-from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
+from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.stn import Positive
 from hyperopt.stn.settings import MODES
 from hyperopt.tasks.base import Environment
@@ -28,11 +29,11 @@ UPDATES, SEEDS = 1500, range(6)
 
 def measure(mode: str, scale: float, seed: int) -> dict[str, float]:
     """Train at a strength of 0.3, and compare."""
-    weights = Adam(lr=0.03, scheduler=SchedulerSettings("cosine"))
+    weights = OuterOptimizer(partial(torch.optim.Adam, lr=0.03), partial(CosineAnnealingLR, T_max=UPDATES))
     options = SelfTuningOptions(mode=mode, warmup=UPDATES, train_steps=1, weights=weights)
     task = StnRidgeTask(stn=options, decay=Positive(0.3, scale=scale), features=8, rows=40, noise=2.0)
     generator = torch.Generator().manual_seed(seed)
-    task.setup(Environment(torch.device("cpu"), torch.float64, seed, False, generator, TrainerSettings(max_steps=UPDATES)))
+    task.setup(Environment(torch.device("cpu"), torch.float64, seed, False, generator))
     for _ in range(UPDATES):
         task.tuning.round(task.parts.train.draw, task.parts.valid.draw)
     return {name[6:]: value for name, value in task.evaluate().items() if name.startswith("ridge/")}

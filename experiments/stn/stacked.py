@@ -7,15 +7,17 @@ space, same draws, same step, same modes. What takes 20 runs takes about three t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ExponentialLR
 
 from hyperopt import stn
-from hyperopt.bilevel.outer import Adam
-from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
+from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.stn.kinds import KINDS
 from hyperopt.stn.response import Response
 from hyperopt.tasks.stn_quadratic import ACTIVATION
@@ -183,17 +185,16 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         for gradient in gradients["values"] if plan.clip is not None else ():
             gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
 
-    falling = SchedulerSettings() if plan.values_gamma is None else SchedulerSettings("exponential", gamma=plan.values_gamma)
+    falling = None if plan.values_gamma is None else partial(ExponentialLR, gamma=plan.values_gamma)
     warm_rounds = -(-plan.warmup // plan.train_steps)
     tuning = stn.SelfTuning(
         model,
         train_loss,
         valid_loss,
         stn.SelfTuningSettings(plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update),
-        weights=Adam(lr=plan.lr),
-        values=Adam(lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas, scheduler=falling),
-        scales=Adam(lr=1e-300 if plan.frozen else plan.scales_lr),
-        trainer=TrainerSettings(max_steps=warm_rounds + plan.rounds),
+        weights=partial(Adam, lr=plan.lr),
+        values=OuterOptimizer(partial(Adam, lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas), falling),
+        scales=partial(Adam, lr=1e-300 if plan.frozen else plan.scales_lr),
         seed=seeds[0],
     )
 

@@ -41,7 +41,7 @@ SECONDS = {"quadratic": 8.0, "ijcnn1": 30.0, "mnist_odd_even": 8.0}  # of the ou
 LOOKS = 16  # at the suboptimality in a run
 WHOLE = ("task.batch_size=null", "task.val_batch_size=null")
 DESCENT = ("inner=gradient_descent", "inner.max_steps=10")
-FALLING = ("optimizer.scheduler.kind=power", "optimizer.scheduler.decay=0.5")
+FALLING = ("optimizer/scheduler=power", "optimizer.scheduler.decay=0.5")
 SOLVED = {  # methods that solve the inner problem in each outer step, on all rows
     "implicit, CG": ("adjoint=cg",),
     "implicit, Neumann": ("adjoint=neumann",),
@@ -105,7 +105,7 @@ def measured(problem: str, method: str, seed: int, data: Path) -> Row:
     made = shared.built(*overrides(problem, method, seed, data))
     task, optimizer = made.task, made.optimizer.build(made.task.groups())
     assert isinstance(task, BilevelTask)
-    schedule = Schedule(made.optimizer.scheduler, optimizer, made.trainer)
+    schedule = Schedule(made.optimizer.scheduler, optimizer)
     sizes = [len(source.tensors[1]) for source in (task.parts.problem.inner_batches, task.parts.problem.outer_batches)]
     batches = [min(size, given or size) for size, given in zip(sizes, (task.batch_size, task.val_batch_size), strict=True)]
     inner, spent, rows, steps, stopped = task.inner, 0.0, 0.0, 0, ""

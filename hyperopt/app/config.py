@@ -1,32 +1,22 @@
-"""The checks of a composed config before any work, and the building of what it describes.
-
-A config is built part by part: each node with a ``_target_`` becomes an object of that class, whose own checks say what is wrong
-with a value. What may be named is known from the options in ``configs/`` (``hyperopt.app.options``) and from the command line.
-What may stand where is the type of the argument that takes it.
-"""
+"""What is checked of a composed config before anything is built: its top level, and which classes it names. Free of torch."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.errors import near
-from hyperopt.app.options import element, hints, kinds, registered
-from hyperopt.core.text import one_line, why_no_component
+from hyperopt.app.options import registered
+from hyperopt.core.text import why_no_component
 
 if TYPE_CHECKING:
-    from hyperopt.bilevel.outer import OuterOptimizer
-    from hyperopt.bilevel.outer_settings import TrainerSettings
-    from hyperopt.tasks.base import Task
+    pass
 
 
 class ConfigError(ValueError):
@@ -37,6 +27,8 @@ MODES = ("train", "evaluate", "check")
 RESUME = ("never", "auto")
 PRECISIONS = ("float32", "float64")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+TORCH = re.compile(r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*")
+"""Optimizers and schedules of torch, which are what they are called."""
 HYDRA = re.compile(r"_[a-z]+_")
 """Keys that Hydra's ``instantiate`` would read: ``_target_``, which is checked, and others, which no node needs."""
 VALUES = ("name", "seed", "device", "precision", "compile", "mode", "ckpt_path", "resume", "accept_lost_rows", "threads")
@@ -54,8 +46,7 @@ MOVED = {
     "hyperopt.linsolve": "hyperopt.core.linear",
     "hyperopt.adjoints": "hyperopt.core.adjoints",
     "hyperopt.spaces": "hyperopt.spaces.space",
-    "hyperopt.optim": "hyperopt.bilevel.outer",
-    "hyperopt.train_settings": "hyperopt.bilevel.outer_settings",
+    "hyperopt.train_settings": "hyperopt.tasks.trainer",
 }
 """Where the modules of classes lay when older files named them, and where they lie now."""
 
@@ -67,15 +58,6 @@ def _present(target: str) -> str:
         if module == old or (module.startswith(f"{old}.") and not module.startswith(new)):
             return f"{new}{module.removeprefix(old)}.{name}"
     return target
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a config describes, built."""
-
-    task: Task
-    optimizer: OuterOptimizer
-    trainer: TrainerSettings
 
 
 def parts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -112,91 +94,17 @@ def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
     for name, value in values.items():
         for key, target in parts(value, str(name)):
             top = target.partition(".")[0] if isinstance(target, str) else ""
-            if isinstance(target, str) and target in registered():
+            if isinstance(target, str) and (target in registered() or TORCH.fullmatch(target)):
                 continue
             if top == "hyperopt":
-                raise ConfigError(f"{key}._target_={_short(target)} is no class of an option; {near(target, registered())}")
+                raise ConfigError(f"{key}._target_={short(target)} is no class of an option; {near(target, registered())}")
             if top not in allowed:
                 hint = f"; if you trust it, add 'allow_targets=[{top}]' to the command line" if top.isidentifier() else ""
-                raise ConfigError(f"{key}._target_={_short(target)} is outside hyperopt{hint}")
+                raise ConfigError(f"{key}._target_={short(target)} is outside hyperopt{hint}")
 
 
-def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
-    """Return what a plain value of a config stands for: a part is built, anything else is as it is.
-
-    Args:
-        value: has passed ``check_targets``.
-        key: where it is.
-        hint: the type of the argument that takes it, ``Any`` if that is not known.
-        allowed: see ``check_targets``.
-
-    Raises:
-        ConfigError: a part where none belongs, one of another kind or one that cannot be imported, no part where one belongs,
-            or a key or a value that the class refuses.
-    """
-    expected = kinds(hint)
-    if isinstance(value, list):
-        inside = element(hint, list | tuple)
-        return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
-    if not isinstance(value, Mapping):
-        if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
-            names = " or ".join(kind.__name__ for kind in expected)
-            raise ConfigError(f"{key}={_short(value)} names no {names}: it has no _target_; change {key}")
-        return value
-    if "_target_" not in value:
-        inside = element(hint, dict)
-        return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
-    target = value["_target_"]
-    kind = _imported(key, target, allowed)
-    if target in registered():
-        _check_kind(key, target, kind, hint)
-    known = hints(target)
-    given = {str(name): child for name, child in value.items() if name != "_target_"}
-    for name in given:
-        if known and name not in known:
-            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, known)}")
-    made = {name: make(child, f"{key}.{name}", known.get(name, Any), allowed) for name, child in given.items()}
-    try:
-        return kind(**made)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ConfigError(_with_keys(str(error), key, kind)) from error
-
-
-def _plain(hint: Any) -> bool:
-    """Whether a value of this type may also be a number or a text: ``float | Space``."""
-    return any(each in (int, float, str, bool) for each in getattr(hint, "__args__", ()))
-
-
-def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
-    """Refuse a class of ours where another kind belongs."""
-    expected = kinds(hint)
-    if hint is Any or (expected and issubclass(kind, expected)):
-        return
-    if not expected:
-        raise ConfigError(f"{key} holds plain values, but has _target_={_short(target)}; drop {key}._target_")
-    names = " or ".join(each.__name__ for each in expected)
-    able = [each for each in registered() if issubclass(get_class(each), expected)]
-    raise ConfigError(f"{key}._target_={_short(target)} is no {names}; {near(target, able)}")
-
-
-def _with_keys(text: str, key: str, kind: type) -> str:
-    """Return what a class said about a value, with the names that its arguments have in the config.
-
-    ``Picard: rtol=-1 is not in [0, inf); change rtol`` becomes ``solver.rtol=-1 is not in [0, inf); change solver.rtol``.
-    """
-    owners = {kind.__name__: key}
-    if dataclasses.is_dataclass(kind):
-        for item in dataclasses.fields(kind):
-            if isinstance(item.default_factory, type):
-                owners[item.default_factory.__name__] = f"{key}.{item.name}"
-    owners.update({each.__name__: key for each in kind.__mro__ if each.__name__ not in owners})
-    owner, found, rest = text.partition(": ")
-    if not found or owner not in owners:
-        return f"{key}: {text}"
-    return re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {owners[owner]}.", f"{owners[owner]}.{rest}")
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -206,19 +114,7 @@ def _own(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(copy.deepcopy(cfg), [str(key) for key in cfg if key != "hydra"])
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check all that can be checked before any work: ranges, choices, targets, and keys that depend on each other.
-
-    Args:
-        cfg: a composed config; it is not changed.
-
-    Raises:
-        ConfigError: names the key, the value seen and what to change.
-    """
-    build(cfg)
-
-
-def _plain_values(cfg: DictConfig) -> dict[str, Any]:
+def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """Return the plain values of a whole config whose top level is right."""
     cfg = _own(cfg)
     unknown = [str(key) for key in cfg if key not in KEYS]
@@ -228,9 +124,11 @@ def _plain_values(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}; choose an option of the group or set the key")
     OmegaConf.resolve(cfg)
+    if unset := sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"no value for {unset[0]}; set {unset[0]}")
     _check_top(cfg)
     values: Any = OmegaConf.to_container(cfg)
-    for name in (item.name for item in dataclasses.fields(Built)):
+    for name in ("task", "optimizer", "trainer"):
         if values[name] is None:
             raise ConfigError(f"{name}=None: a run has one; choose an option of the group {name}")
     return values
@@ -262,76 +160,6 @@ def _check_top(cfg: DictConfig) -> None:
         raise ConfigError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
 
 
-def build(cfg: DictConfig) -> Built:
-    """Build the task, the optimizer and the trainer that a config describes, and every other part to check its values.
-
-    Args:
-        cfg: a composed config; it is not changed.
-
-    Raises:
-        ConfigError: a value, a key or a target that cannot work; names the key, the value seen and what to change.
-    """
-    values = _plain_values(cfg)
-    allowed = tuple(cfg.allow_targets)
-    check_targets(values, allowed)
-    made = {name: make(values[name], name, _group(name), allowed) for name in PARTS}
-    return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
-
-
-def _group(name: str) -> Any:
-    """Return the type of the parts of a group at the top level."""
-    from hyperopt.bilevel.estimator import Estimator
-    from hyperopt.bilevel.inner.base import InnerSolver
-    from hyperopt.bilevel.outer import OuterOptimizer
-    from hyperopt.bilevel.outer_settings import TrainerSettings
-    from hyperopt.core.adjoints.base import Adjoint
-    from hyperopt.core.solvers.base import FixedPointSolver
-    from hyperopt.tasks.base import Task
-    from hyperopt.tasks.stn_settings import SelfTuningOptions
-
-    found: dict[str, Any] = {
-        "solver": FixedPointSolver | None,
-        "adjoint": Adjoint | Estimator | None,
-        "inner": InnerSolver | None,
-        "stn": SelfTuningOptions | None,
-        "optimizer": OuterOptimizer,
-        "trainer": TrainerSettings,
-        "task": Task,
-    }
-    return found.get(name, Any)
-
-
-def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[str]) -> Task:
-    """Check all parts of a config and build its task alone.
-
-    Args:
-        cfg: see ``plain_config``.
-        unneeded: settings of the task that are left None.
-        allowed: see ``check_targets``.
-
-    Raises:
-        ConfigError: see ``build``.
-    """
-    values: Any = OmegaConf.to_container(cfg)
-    check_targets(values, allowed)
-    task = {name: None if name in unneeded else value for name, value in values["task"].items()}
-    return make(task, "task", _group("task"), allowed)
-
-
-def _imported(key: str, target: str, allowed: Collection[str]) -> Any:
-    """Return the class of a target; refuse one that only passes through an allowed package (``mine.os.system``)."""
-    try:
-        found = get_object(target)
-    except ImportError as error:
-        raise ConfigError(f"{key}._target_={target!r} cannot be imported: {one_line(error)}; change {key}._target_") from error
-    if target in registered():
-        return found
-    home = str(getattr(found, "__module__", None) or type(found).__module__).partition(".")[0]
-    if home == "hyperopt" or home not in allowed:
-        raise ConfigError(f"{key}._target_={target!r} is defined in {home}, which is not allowed; change {key}._target_")
-    return found
-
-
 def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
     """Return what was read from a file as a config, in which nothing is left to resolve, and every part has its present name.
 
@@ -347,7 +175,7 @@ def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
     while stack:
         key, value = stack.pop()
         if isinstance(value, str) and ("${" in value or value == "???"):
-            raise ConfigError(f"{where}: {key[1:]}={_short(value)} is no plain value; write the value itself there")
+            raise ConfigError(f"{where}: {key[1:]}={short(value)} is no plain value; write the value itself there")
         if isinstance(value, dict | list):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(f"{key}.{name}", child) for name, child in pairs]

@@ -39,7 +39,7 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flatten(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``."""
+    """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``, by which experiments are told apart."""
     return dict(leaves(cfg))
 
 
@@ -55,20 +55,6 @@ def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
-def experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Return the flat config as a checkpoint keeps it, to tell one experiment from another."""
-    return _with_lengths(flatten(cfg))
-
-
-def _with_lengths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat config with the length of each cosine schedule filled in."""
-    for key in [key for key, value in config.items() if key.endswith("scheduler.kind") and value == "cosine"]:
-        length = f"{key.removesuffix('kind')}t_max"
-        if config.get(length) is None:
-            config[length] = config.get("trainer.max_steps")  # its default: here the length matters
-    return config
-
-
 def experiment_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the flat config of the run in ``directory``, from its ``config.yaml``; None where there is none.
 
@@ -81,7 +67,7 @@ def experiment_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] 
         UnreadableError: the file is there, and is no config.
     """
     try:
-        found = _with_lengths(dict(plain_leaves(read_yaml(directory / "config.yaml"))))
+        found = dict(plain_leaves(read_yaml(directory / "config.yaml")))
     except FileNotFoundError:
         return None
     return {key: found[key] for key in found if key in config or not any(key.endswith(f".{own}") for own in config)}

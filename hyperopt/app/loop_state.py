@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.tasks.base import HypergradientError
+from hyperopt.tasks.trainer import TrainerSettings
 
 
 class MonitorError(ValueError):

@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from hyperopt.app import directory, sweep
-from hyperopt.app.config import ConfigError, validate
+from hyperopt.app.config import ConfigError
 from hyperopt.app.errors import explain
-from hyperopt.app.experiment import differences, experiment, experiment_of
+from hyperopt.app.experiment import differences, experiment_of, flatten
 from hyperopt.app.options import choices
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
@@ -246,6 +246,8 @@ def _check_values(config: DictConfig) -> None:
     if config.allow_targets and "allow_targets" not in given:
         packages = list(config.allow_targets)
         raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
+    from hyperopt.app.building import validate
+
     validate(config)
     if config.device.startswith("cuda"):
         from hyperopt.app.repro import resolve_device
@@ -280,7 +282,7 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
         directory.check_own(where / folder, ())
     subdir = config.hydra.output_subdir
     directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})
-    flat = experiment(config)
+    flat = flatten(config)
     if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
         job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
         raise ConfigError(

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from hyperopt.app import checkpoint
 from hyperopt.app.directory import CHECKPOINTS, from_own_checkpoint
-from hyperopt.app.experiment import experiment
+from hyperopt.app.experiment import flatten
 from hyperopt.app.rows import METRICS, check_rows
 
 Found = tuple[Path, dict[str, Any]]
@@ -41,7 +41,7 @@ def find_checkpoint(cfg: DictConfig, out: Path, quiet: bool = False) -> Found | 
         found = checkpoint.load_last(path.parent, quiet) if last else (path, checkpoint.load(path))
     if found is not None:
         checkpoint.check_content(*found)
-        checkpoint.check_same_experiment(found[0], found[1]["config"], experiment(cfg), evaluate=not train)
+        checkpoint.check_same_experiment(found[0], found[1]["config"], flatten(cfg), evaluate=not train)
     if train and not cfg.get("accept_lost_rows", False):
         _check_rows(out / METRICS, found, out)
     return found

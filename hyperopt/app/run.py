@@ -23,11 +23,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hyperopt.app import checkpoint
+from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
-from hyperopt.app.config import Built, build
 from hyperopt.app.directory import CHECKPOINTS, FAILED, JOB, RUN_FILES, check_directory, locked
 from hyperopt.app.errors import with_keys
-from hyperopt.app.experiment import experiment
+from hyperopt.app.experiment import flatten
 from hyperopt.app.files import WriteError, remove_leftovers, write_text
 from hyperopt.app.loop_state import LoopState, monitored
 from hyperopt.app.nonfinite import HypergradientGuard
@@ -47,12 +47,12 @@ from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker, hparams, swept, write_config
 from hyperopt.app.workers import queue_signal
 from hyperopt.bilevel.outer import Schedule
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core import distributed
 from hyperopt.core.policy import repeated, reset_warnings
 from hyperopt.core.status import Status
 from hyperopt.data.reading import UnreadableError
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
+from hyperopt.tasks.trainer import TrainerSettings
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +139,10 @@ def train(
         begin: is called before the first change to ``out``.
     """
     task, trainer = built.task, built.trainer
-    config = experiment(cfg)
+    config = flatten(cfg)
     task.setup(env)
     optimizer = built.optimizer.build(task.groups())
-    schedule = Schedule(built.optimizer.scheduler, optimizer, trainer)
+    schedule = Schedule(built.optimizer.scheduler, optimizer)
     guard = HypergradientGuard(built.optimizer.clip_norm)
     position = START  # where the row of the last step begins, or will begin, in the files
     if resumed is not None:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from hyperopt.app.files import write_json
 from hyperopt.app.loop_state import LoopState
 from hyperopt.app.repro import run_facts
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core.text import aligned
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.trainer import TrainerSettings
 
 TABLE = ("accuracy", "loss")
 SPLITS = ("test", "val", "outer")

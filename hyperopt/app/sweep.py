@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hyperopt.app.directory import FAILED, JOB, RunDirectoryError, status_of
-from hyperopt.app.experiment import experiment, experiment_of
+from hyperopt.app.experiment import experiment_of, flatten
 from hyperopt.app.files import open_own, write_json, write_text, writing
 from hyperopt.app.launch import lead
 from hyperopt.app.report.read import overrides_in, summary_in
@@ -114,7 +114,7 @@ def finished(cfg: DictConfig, out: Path) -> float | None:
     summary = read_summary(out)
     if summary.get("status") != {"train": "completed", "evaluate": "evaluated", "check": "checked"}[cfg.mode]:
         return None
-    config = experiment(cfg)
+    config = flatten(cfg)
     saved = experiment_of(out, config)
 
     def relevant(flat: dict[str, Any]) -> dict[str, Any]:

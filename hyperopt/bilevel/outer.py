@@ -1,36 +1,55 @@
-"""Optimizers and their schedules, made from settings on ``torch.optim``."""
+"""Outer optimizers: those of ``torch.optim`` over named groups of hyperparameters, with a schedule and a bound on the gradient.
+
+optimizer = OuterOptimizer(functools.partial(torch.optim.Adam, lr=0.01), clip_norm=1.0)
+made = optimizer.build({"decay": [raw]})        # a torch.optim.Adam
+schedule = Schedule(optimizer.scheduler, made)  # stepped by the loop
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import functools
+import inspect
+import math
+import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from hyperopt.bilevel.outer_settings import (
-    AdamSettings,
-    AdamWSettings,
-    LBFGSSettings,
-    MomentumSettings,
-    OptimizerSettings,
-    SchedulerSettings,
-    SGDSettings,
-    TrainerSettings,
-)
+from hyperopt.core.checks import check_optional
+
+Make = Callable[..., torch.optim.Optimizer]
+"""Parameter groups in, an optimizer out: ``functools.partial(torch.optim.Adam, lr=0.01)``."""
+MakeScheduler = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
+"""An optimizer in, its schedule out: ``functools.partial(torch.optim.lr_scheduler.StepLR, step_size=30)``."""
 
 
-class OuterOptimizer(OptimizerSettings, ABC):
-    """Optimizer settings that can build their optimizer; what ``optimizer._target_`` names, also for one of your own."""
+@dataclass(frozen=True)
+class OuterOptimizer:
+    """How hyperparameters are moved, before there are any.
 
-    @abstractmethod
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return the optimizer over ``params``, one ``{"params": tensors, "name": group}`` a group."""
+    Attributes:
+        make: makes the optimizer of ``[{"params": tensors, "name": group}, ...]``.
+        scheduler: makes its schedule (None: the learning rate stays).
+        clip_norm: largest 2-norm of the gradient over all groups together; a longer one is scaled down (None: no clipping).
+    """
+
+    make: Make
+    scheduler: MakeScheduler | None = None
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the bound."""
+        check_optional(self, "clip_norm", 0.0, open_low=True)
 
     def build(self, groups: Mapping[str, Sequence[Tensor]]) -> torch.optim.Optimizer:
         """Return the optimizer over named groups of hyperparameters; each ``param_group`` carries its ``name``.
+
+        LBFGS has one curvature model of everything, so for it all groups become one, named ``all``.
 
         Raises:
             ValueError: no hyperparameters, or one of them twice.
@@ -38,104 +57,132 @@ class OuterOptimizer(OptimizerSettings, ABC):
         params: list[dict[str, Any]] = [{"params": list(group), "name": name} for name, group in groups.items() if len(group)]
         if not params:
             raise ValueError("the task has no hyperparameters to optimize: its groups() are empty; change task")
+        if getattr(self.make, "func", self.make) is torch.optim.LBFGS:
+            params = [{"params": [tensor for group in params for tensor in group["params"]], "name": "all"}]
         return self.make(params)
 
 
-class SGD(SGDSettings, OuterOptimizer):
-    """``torch.optim.SGD`` without momentum."""
-
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build it."""
-        return torch.optim.SGD(params, lr=self.lr, weight_decay=self.weight_decay)
-
-
-class Momentum(MomentumSettings, OuterOptimizer):
-    """``torch.optim.SGD`` with momentum."""
-
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build it."""
-        return torch.optim.SGD(params, self.lr, self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+def outer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
+    """Return what is given as an ``OuterOptimizer``: a function that makes an optimizer, or None for Adam with this rate."""
+    if isinstance(optimizer, OuterOptimizer):
+        return optimizer
+    return OuterOptimizer(optimizer or functools.partial(torch.optim.Adam, lr=lr))
 
 
-class Adam(AdamSettings, OuterOptimizer):
-    """``torch.optim.Adam``."""
+class PowerLR(lr_scheduler.LambdaLR):
+    """The learning rate times ``(1 + t / horizon)^-decay`` in step t, as the analyses of single-loop methods ask for.
 
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build it."""
-        return torch.optim.Adam(params, self.lr, self.betas, self.eps, self.weight_decay)
+    Args:
+        optimizer: whose rate moves.
+        decay: exponent, in (0, 1].
+        horizon: steps until the fall sets in, above 0.
+    """
 
-
-class AdamW(AdamWSettings, OuterOptimizer):
-    """``torch.optim.AdamW``."""
-
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build it."""
-        return torch.optim.AdamW(params, self.lr, self.betas, self.eps, self.weight_decay)
-
-
-class LBFGS(LBFGSSettings, OuterOptimizer):
-    """``torch.optim.LBFGS``, which has one curvature model of everything: all groups become one, named ``all``."""
-
-    def make(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build it."""
-        return torch.optim.LBFGS(
-            [{"params": [tensor for group in params for tensor in group["params"]], "name": "all"}],
-            lr=self.lr,
-            max_iter=self.max_iter,
-            max_eval=self.max_eval,
-            tolerance_grad=self.tolerance_grad,
-            tolerance_change=self.tolerance_change,
-            history_size=self.history_size,
-            line_search_fn=self.line_search_fn,
-        )
+    def __init__(self, optimizer: torch.optim.Optimizer, decay: float, horizon: float = 1.0) -> None:
+        """Check the ranges."""
+        if not 0 < decay <= 1:
+            raise ValueError(f"PowerLR: decay={decay!r} is not in (0, 1]; change decay")
+        if not 0 < horizon < math.inf:
+            raise ValueError(f"PowerLR: horizon={horizon!r} is not in (0, inf); change horizon")
+        super().__init__(optimizer, lambda t: (1 + t / horizon) ** -decay)
 
 
 class Schedule:
-    """A learning-rate schedule that is stepped by the loop: every outer step, and, for ``plateau``, at every evaluation.
+    """A learning-rate schedule that is stepped by the loop: every outer step, and, for ``ReduceLROnPlateau``, every evaluation.
 
     Args:
-        settings: kind and numbers.
+        make: makes it (None: the learning rate stays).
         optimizer: whose learning rates move.
-        trainer: gives ``cosine`` its default length, and ``plateau`` the direction of the monitored quantity.
     """
 
-    def __init__(self, settings: SchedulerSettings, optimizer: torch.optim.Optimizer, trainer: TrainerSettings) -> None:
-        """Build the scheduler of ``torch.optim.lr_scheduler``."""
-        s = settings
-        make: dict[str, Callable[[], Any]] = {
-            "none": lambda: None,
-            "step": lambda: lr_scheduler.StepLR(optimizer, s.step_size or 1, 0.1 if s.gamma is None else s.gamma),
-            "exponential": lambda: lr_scheduler.ExponentialLR(optimizer, 1.0 if s.gamma is None else s.gamma),
-            "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, s.t_max or trainer.max_steps, s.eta_min or 0.0),
-            "power": lambda: lr_scheduler.LambdaLR(optimizer, lambda t: (1 + t / (s.horizon or 1.0)) ** -(s.decay or 0.0)),
-            "plateau": lambda: lr_scheduler.ReduceLROnPlateau(
-                optimizer,
-                "max" if trainer.mode == "max" else "min",
-                factor=0.1 if s.factor is None else s.factor,
-                patience=10 if s.patience is None else s.patience,
-            ),
-        }
-        self.kind = settings.kind
-        self._optimizer = optimizer
-        self._scheduler = make[settings.kind]()
+    def __init__(self, make: MakeScheduler | None, optimizer: torch.optim.Optimizer) -> None:
+        """Build the scheduler."""
+        self._scheduler = None if make is None else make(optimizer)
+
+    @property
+    def by_evaluation(self) -> bool:
+        """Whether it goes by evaluations and not by steps."""
+        return isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau)
 
     def after_step(self) -> None:
         """Advance a schedule that counts outer steps."""
-        if self._scheduler is not None and self.kind != "plateau":
-            # torch warns of a schedule that is ahead of its optimizer, which stands still while a self-tuning network warms up.
-            vars(self._optimizer)["_opt_called"] = True
-            self._scheduler.step()
+        if self._scheduler is not None and not self.by_evaluation:
+            with warnings.catch_warnings():  # its optimizer may stand still while a self-tuning network warms up
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self._scheduler.step()
 
     def after_evaluation(self, monitored: float) -> None:
-        """Show a ``plateau`` schedule the monitored quantity."""
-        if self.kind == "plateau":
+        """Show a schedule that goes by evaluations the monitored quantity."""
+        if isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step(monitored)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain containers (empty for ``none``)."""
+        """Return the state as plain containers (empty without a schedule)."""
         return {} if self._scheduler is None else self._scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned."""
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state)
+
+
+def with_values(kind: type, values: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a class of torch with the values of a config as its arguments, tried once on a parameter of its own.
+
+    Args:
+        kind: an optimizer or a schedule.
+        values: its arguments, the parameters or the optimizer left out; a list becomes a tuple.
+
+    Raises:
+        ValueError: names the argument that the class refuses, its value and what the class says.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    hints = typing.get_type_hints(kind.__init__)
+    for name, value in given.items():
+        _check_type(kind, name, value, hints.get(name))
+    if "lr" in given and not (isinstance(given["lr"], int | float) and 0 < given["lr"] < math.inf):
+        raise ValueError(f"{kind.__name__}: lr={given['lr']!r} is not in (0, inf); change lr")
+    try:
+        _try(kind, given)
+    except Exception as error:
+        needed = {name: given[name] for name in given if _needed(kind, name)}
+        for name in given:
+            try:
+                _try(kind, {**needed, name: given[name]})
+            except Exception as alone:
+                text = str(alone).rstrip(".")
+                if text.startswith(f"{kind.__name__}: "):
+                    raise
+                raise ValueError(f"{kind.__name__}: {name}={given[name]!r} is refused: {text}; change {name}") from error
+        raise ValueError(f"{kind.__name__}: {error}") from error
+    return functools.partial(kind, **given)
+
+
+def _needed(kind: type, name: str) -> bool:
+    """Whether an argument of a class has no default."""
+    found = inspect.signature(kind).parameters.get(name)
+    return found is not None and found.default is inspect.Parameter.empty
+
+
+def _check_type(kind: type, name: str, value: Any, hint: Any) -> None:
+    """Refuse a value that is no number, no text, or neither true nor false, where its argument is annotated so."""
+    allowed = {each for each in (hint, *typing.get_args(hint)) if each in (int, float, bool, str, type(None))}
+    if not allowed or value is None:
+        return
+    allowed |= {int} if float in allowed else set()
+    if type(value) not in allowed and not (isinstance(value, tuple) and any(typing.get_args(hint))):
+        names = " or ".join(sorted(each.__name__ for each in allowed if each is not type(None)))
+        raise ValueError(f"{kind.__name__}: {name}={value!r} is no {names}; change {name}")
+
+
+def _try(kind: type, values: Mapping[str, Any]) -> None:
+    """Build a class of torch, and make two steps with it."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    if issubclass(kind, torch.optim.Optimizer):
+        kind([parameter], **values)  # pyright: ignore[reportCallIssue]
+        return
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = Schedule(functools.partial(kind, **values), optimizer)
+    for _ in range(2):
+        schedule.after_step()
+        schedule.after_evaluation(1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.outer import Adam, OuterOptimizer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, outer
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
@@ -92,7 +92,7 @@ def replay(
     space: HyperSpace,
     train_loss: Callable[[STN, Any, Draw], Tensor],
     train: Callable[[], Any],
-    weights: OuterOptimizer | None = None,
+    weights: OuterOptimizer | Make | None = None,
     rows: Callable[[Any], int] = leading,
 ) -> STN:
     """Train a plain network under the schedule of a self-tuning one: the same loss, no response, no perturbation.
@@ -117,7 +117,7 @@ def replay(
             f"the schedule is of {', '.join(schedule.names)}, the space of {', '.join(space.names)}; declare the same"
         )
     model = convert(module, space, respond=False)
-    optimizer = (weights or Adam(lr=0.01)).build({"weights": model.base_parameters()})
+    optimizer = outer(weights, 0.01).build({"weights": model.base_parameters()})
     model.train()
     for u in schedule.each():
         batch = train()

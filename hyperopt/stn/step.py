@@ -22,8 +22,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.outer import Adam, OuterOptimizer, Schedule
-from hyperopt.bilevel.outer_settings import TrainerSettings
+from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, outer
 from hyperopt.core import distributed
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
@@ -89,7 +88,6 @@ class SelfTuning:
         values: optimizer of the hyperparameters (None: Adam, 0.003); ``round`` may get another one.
         scales: optimizer of the scales (None: Adam, 0.003).
         response: optimizer of the response parameters (None: that of the weights).
-        trainer: how many rounds there will be, for schedules that ask.
         seed: of the perturbations. Rows that are drawn by a generator of the same seed would be functions of them: give another.
         rows: how many rows a batch has.
 
@@ -123,11 +121,10 @@ class SelfTuning:
         valid_loss: ValidLoss,
         settings: SelfTuningSettings | None = None,
         *,
-        weights: OuterOptimizer | None = None,
-        values: OuterOptimizer | None = None,
-        scales: OuterOptimizer | None = None,
-        response: OuterOptimizer | None = None,
-        trainer: TrainerSettings | None = None,
+        weights: OuterOptimizer | Make | None = None,
+        values: OuterOptimizer | Make | None = None,
+        scales: OuterOptimizer | Make | None = None,
+        response: OuterOptimizer | Make | None = None,
         seed: int = SEED,
         rows: Callable[[Any], int] = leading,
     ) -> None:
@@ -145,14 +142,13 @@ class SelfTuning:
         if response is None:
             groups["response"] = self._response
         else:
-            made["response"] = response, {"response": self._response}
-        made["weights"] = weights or Adam(lr=0.01), groups
-        made["scales"] = scales or Adam(lr=0.003), {"scales": [self.space.s]}
-        made["values"] = values or Adam(lr=0.003), self.groups()
+            made["response"] = outer(response, 0.01), {"response": self._response}
+        made["weights"] = outer(weights, 0.01), groups
+        made["scales"] = outer(scales, 0.003), {"scales": [self.space.s]}
+        made["values"] = outer(values, 0.003), self.groups()
         self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
         self._clip = {name: each.clip_norm for name, (each, _) in made.items()}
-        length = trainer or TrainerSettings()
-        self._schedules = {name: Schedule(made[name][0].scheduler, each, length) for name, each in self.optimizers.items()}
+        self._schedules = {name: Schedule(made[name][0].scheduler, each) for name, each in self.optimizers.items()}
         for name, each in self.optimizers.items():
             _check_optimizer(name, each, self._schedules[name])
         self.generator = torch.Generator(self.space.u.device).manual_seed(seed)
@@ -392,5 +388,5 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Sche
     """Refuse what needs one loss evaluated many times, or evaluations."""
     if isinstance(optimizer, torch.optim.LBFGS) and name != "values":
         raise ValueError(f"the optimizer of the {name} is LBFGS, which needs one function, and batches differ; use adam or sgd")
-    if schedule.kind == "plateau":
-        raise ValueError(f"the schedule of the {name} is plateau, which needs evaluations; use cosine, step or exponential")
+    if schedule.by_evaluation:
+        raise ValueError(f"the schedule of the {name} goes by evaluations (ReduceLROnPlateau); use one that counts steps")

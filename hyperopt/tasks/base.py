@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.trainer import TrainerSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

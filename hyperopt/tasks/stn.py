@@ -127,7 +127,6 @@ class SelfTuningTask(SelfTuningTaskSettings, Task):
             weights=options.weights,
             scales=options.scales,
             response=options.response,
-            trainer=env.trainer,
             seed=int(torch.randint(2**31, (), generator=env.generator)),
         )
 

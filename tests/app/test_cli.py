@@ -23,7 +23,7 @@ MISTAKES = [
     ("experiment=equilibrium_mnst", ["did you mean equilibrium_mnist", "equilibrium_mnist_projected"]),
     ("dataset=cifar", ["dataset has no option 'cifar'", "digits, fashion_mnist, libsvm, mnist"]),
     ("optimizer.lrr=1", ["optimizer has no key 'lrr'", "did you mean lr?", "momentum, nesterov"]),
-    ("optimizer.scheduler.kindd=step", ["optimizer.scheduler has no key 'kindd'", "did you mean kind?"]),
+    ("optimizer/scheduler=cosin", ["optimizer/scheduler has no option 'cosin'", "did you mean cosine?"]),
     ("adjoint.linear_solver.max_step=3", ["adjoint.linear_solver has no key 'max_step'", "did you mean max_steps?"]),
     ("trainer.max_steps=abc", ["trainer.max_steps=abc", "could not be converted to Integer"]),
     ("compile=maybe", ["compile=maybe", "not a valid bool"]),

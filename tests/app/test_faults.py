@@ -28,8 +28,8 @@ from hyperopt.app.directory import RunDirectoryError
 from hyperopt.app.files import WriteError, write_text
 from hyperopt.app.loop_state import LoopState
 from hyperopt.app.summary import progress
-from hyperopt.bilevel.outer_settings import TrainerSettings
 from hyperopt.tasks.base import HypergradientError
+from hyperopt.tasks.trainer import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 

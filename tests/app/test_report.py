@@ -31,7 +31,7 @@ def make(path: Path, seed: int, losses: list[float], lr: float = 0.1, **changes:
         "seed": seed,
         "task": {"dataset": {"seed": seed, "rows": 8}},
         "dataset": {"seed": seed, "rows": 8},
-        "optimizer": {"lr": lr, "_target_": changes.get("target", "hyperopt.bilevel.outer.SGD")},
+        "optimizer": {"lr": lr, "_target_": changes.get("target", "torch.optim.SGD")},
         "trainer": {"monitor": "val/loss", "mode": "min"},
     }
     OmegaConf.save(OmegaConf.create(config), path / "config.yaml")
@@ -71,8 +71,8 @@ def test_seeds_are_one_group_with_the_statistics_of_its_best_evaluations(tmp_pat
 
 def test_without_overrides_the_configs_tell_the_groups_apart(tmp_path: Path) -> None:
     make(tmp_path / "a", 0, [1.0])
-    make(tmp_path / "b", 1, [1.0], target="hyperopt.bilevel.outer.Adam")
-    make(tmp_path / "c", 2, [1.0], target="hyperopt.bilevel.outer.Adam")
+    make(tmp_path / "b", 1, [1.0], target="torch.optim.Adam")
+    make(tmp_path / "c", 2, [1.0], target="torch.optim.Adam")
     groups = group(find([tmp_path])[0])
     assert [(each.label, len(each.runs)) for each in groups] == [("optimizer=SGD", 1), ("optimizer=Adam", 2)]
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from toy_task import OPTIMIZERS, SCHEDULERS
+from optimizers import KINDS, adam, optimizer, scheduler, sgd
+from toy_task import OPTIMIZERS
 
 from hyperopt.app.nonfinite import HypergradientGuard
-from hyperopt.bilevel.outer import LBFGS, SGD, Adam, AdamW, Momentum, Schedule
-from hyperopt.bilevel.outer_settings import OptimizerSettings, SchedulerSettings, TrainerSettings
+from hyperopt.bilevel.outer import OuterOptimizer, PowerLR, Schedule, outer, with_values
 from hyperopt.tasks.base import HypergradientError
+from hyperopt.tasks.trainer import TrainerSettings
 
 
 def parameters() -> dict[str, list[torch.Tensor]]:
@@ -26,22 +27,22 @@ def objective(groups: dict[str, list[torch.Tensor]]) -> torch.Tensor:
     return (lam.cosh() * torch.arange(1.0, 7.0, dtype=torch.float64)).sum()
 
 
-REFERENCE: dict[str, tuple[OptimizerSettings, Any]] = {
-    "sgd": (SGD(lr=0.01, weight_decay=0.1), lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1)),
+REFERENCE: dict[str, tuple[dict[str, Any], Any]] = {
+    "sgd": ({"lr": 0.01, "weight_decay": 0.1}, lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1)),
     "momentum": (
-        Momentum(lr=0.02, momentum=0.7, nesterov=True, weight_decay=0.1),
+        {"lr": 0.02, "momentum": 0.7, "nesterov": True, "weight_decay": 0.1},
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.7, nesterov=True, weight_decay=0.1),
     ),
     "adam": (
-        Adam(lr=0.03, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1),
+        {"lr": 0.03, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.1},
         lambda p: torch.optim.Adam(p, lr=0.03, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1),
     ),
     "adamw": (
-        AdamW(lr=0.03, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1),
+        {"lr": 0.03, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.1},
         lambda p: torch.optim.AdamW(p, lr=0.03, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1),
     ),
     "lbfgs": (
-        LBFGS(lr=0.5, max_iter=3, max_eval=4, history_size=2, tolerance_grad=1e-4, tolerance_change=1e-5, line_search_fn=None),
+        {"lr": 0.5, "max_iter": 3, "max_eval": 4, "history_size": 2, "tolerance_grad": 1e-4, "tolerance_change": 1e-5},
         lambda p: torch.optim.LBFGS(p, 0.5, 3, 4, 1e-4, 1e-5, 2),
     ),
 }
@@ -49,7 +50,8 @@ REFERENCE: dict[str, tuple[OptimizerSettings, Any]] = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_setting_reaches_torch(kind: str) -> None:
-    settings, make = REFERENCE[kind]
+    values, make = REFERENCE[kind]
+    settings = OuterOptimizer(with_values(KINDS[kind][0], values))
     results = []
     for build in (lambda groups: settings.build(groups), lambda groups: make([*groups["a"], *groups["b"]])):  # type: ignore
         groups = parameters()
@@ -68,38 +70,38 @@ def test_every_setting_reaches_torch(kind: str) -> None:
 
 
 def test_groups_carry_their_names() -> None:
-    assert [group["name"] for group in Adam().build(parameters()).param_groups] == ["a", "b"]
-    assert [group["name"] for group in LBFGS().build(parameters()).param_groups] == ["all"]
+    assert [group["name"] for group in adam().build(parameters()).param_groups] == ["a", "b"]
+    assert [group["name"] for group in optimizer("lbfgs").build(parameters()).param_groups] == ["all"]
     with pytest.raises(ValueError, match="no hyperparameters"):
-        SGD().build({"a": []})
+        sgd().build({"a": []})
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "want"),
+    ("schedule", "want"),
     [
         ({"kind": "none"}, lambda k: 1.0),
         ({"kind": "step", "step_size": 3}, lambda k: 0.1 ** (k // 3)),
         ({"kind": "exponential", "gamma": 0.9}, lambda k: 0.9**k),
         ({"kind": "power", "decay": 0.5, "horizon": 2.0}, lambda k: (1 + k / 2) ** -0.5),
-        ({"kind": "cosine"}, lambda k: (1 + math.cos(math.pi * k / 10)) / 2),
-        ({"kind": "cosine", "t_max": 20, "eta_min": 0.5}, lambda k: 0.5 + 0.25 * (1 + math.cos(math.pi * k / 20))),
+        ({"kind": "cosine", "T_max": 10}, lambda k: (1 + math.cos(math.pi * k / 10)) / 2),
+        ({"kind": "cosine", "T_max": 20, "eta_min": 0.5}, lambda k: 0.5 + 0.25 * (1 + math.cos(math.pi * k / 20))),
         ({"kind": "plateau", "factor": 0.5, "patience": 1}, lambda k: 0.5 ** max(0, (k - 1) // 2)),
     ],
 )
-def test_learning_rate_over_the_steps(scheduler: dict[str, Any], want: Any) -> None:
-    optimizer = SGD(lr=1.0).build(parameters())
-    schedule = Schedule(SchedulerSettings(**scheduler), optimizer, TrainerSettings(max_steps=10))
+def test_learning_rate_over_the_steps(schedule: dict[str, Any], want: Any) -> None:
+    optimizer = sgd(lr=1.0).build(parameters())
+    made = Schedule(scheduler(**schedule), optimizer)
     for k in range(10):
         assert optimizer.param_groups[1]["lr"] == pytest.approx(want(k), rel=1e-12), k
         optimizer.step()
-        schedule.after_step()
-        schedule.after_evaluation(5.0)
+        made.after_step()
+        made.after_evaluation(5.0)
 
 
-def test_plateau_goes_by_the_trainers_mode() -> None:
+def test_plateau_goes_by_its_mode() -> None:
     for mode, dropped in (("min", True), ("max", False)):
-        optimizer = SGD(lr=1.0).build(parameters())
-        schedule = Schedule(SchedulerSettings(kind="plateau", patience=0), optimizer, TrainerSettings(mode=mode))
+        optimizer = sgd(lr=1.0).build(parameters())
+        schedule = Schedule(scheduler("plateau", patience=0, mode=mode), optimizer)
         for value in (1.0, 2.0, 3.0):
             schedule.after_evaluation(value)
         assert (optimizer.param_groups[0]["lr"] < 1) is dropped
@@ -108,31 +110,24 @@ def test_plateau_goes_by_the_trainers_mode() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SGD(lr=0.0), "lr=0.0"),
-        (lambda: SGD(lr=-1.0), "lr=-1.0"),
-        (lambda: SGD(lr=math.nan), "lr=nan"),
-        (lambda: SGD(weight_decay=-0.1), "weight_decay=-0.1"),
-        (lambda: SGD(clip_norm=0.0), "clip_norm=0.0"),
-        (lambda: Momentum(momentum=1.0), r"momentum=1.0 is not in \[0, 1\)"),
-        (lambda: Momentum(momentum=-0.1), "momentum=-0.1"),
-        (lambda: Momentum(momentum=0.0, nesterov=True), "nesterov=True needs momentum"),
-        (lambda: Adam(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\)"),
-        (lambda: Adam(betas=(0.9,)), "not a pair"),  # pyright: ignore[reportArgumentType]
-        (lambda: Adam(eps=0.0), "eps=0.0"),
-        (lambda: AdamW(weight_decay=-1.0), "weight_decay=-1.0"),
-        (lambda: LBFGS(max_iter=0), "max_iter=0"),
-        (lambda: LBFGS(history_size=0), "history_size=0"),
-        (lambda: LBFGS(line_search_fn="armijo"), "line_search_fn='armijo' is none of strong_wolfe"),
-        (lambda: SchedulerSettings(kind="linear"), "kind='linear' is none of none, step, cosine"),
-        (lambda: SchedulerSettings(kind="step"), "kind='step' needs step_size"),
-        (lambda: SchedulerSettings(kind="exponential"), "needs gamma"),
-        (lambda: SchedulerSettings(kind="power", horizon=3.0), "needs decay"),
-        (lambda: SchedulerSettings(kind="power", decay=1.5), "decay=1.5"),
-        (lambda: SchedulerSettings(kind="cosine", gamma=0.5), "kind='cosine' uses t_max, eta_min, but gamma=0.5"),
-        (lambda: SchedulerSettings(kind="step", step_size=0), "step_size=0"),
-        (lambda: SchedulerSettings(kind="exponential", gamma=1.5), "gamma=1.5"),
-        (lambda: SchedulerSettings(kind="plateau", factor=1.0), "factor=1.0"),
-        (lambda: SchedulerSettings(step_size=3), "kind='none' uses no numbers, but step_size=3"),
+        (lambda: with_values(torch.optim.SGD, {"lr": 0.0}), "SGD: lr=0.0 is not in"),
+        (lambda: with_values(torch.optim.SGD, {"lr": -1.0}), "lr=-1.0"),
+        (lambda: with_values(torch.optim.SGD, {"lr": math.nan}), "lr=nan"),
+        (lambda: with_values(torch.optim.SGD, {"lr": math.inf}), "lr=inf"),
+        (lambda: with_values(torch.optim.SGD, {"weight_decay": -0.1}), "weight_decay=-0.1 is refused"),
+        (lambda: sgd(clip_norm=0.0), "clip_norm=0.0"),
+        (lambda: with_values(torch.optim.SGD, {"momentum": -0.1}), "momentum=-0.1"),
+        (lambda: with_values(torch.optim.SGD, {"momentum": 0.0, "nesterov": True}), "Nesterov momentum requires a momentum"),
+        (lambda: with_values(torch.optim.Adam, {"betas": [0.9, 1.0]}), r"betas=\(0.9, 1.0\)"),
+        (lambda: with_values(torch.optim.Adam, {"betas": [0.9]}), r"betas=\(0.9,\)"),
+        (lambda: with_values(torch.optim.Adam, {"eps": -1.0}), "eps=-1.0"),
+        (lambda: with_values(torch.optim.AdamW, {"weight_decay": "much"}), "weight_decay='much' is no float"),
+        (lambda: with_values(torch.optim.lr_scheduler.StepLR, {"step_size": 0}), "StepLR: step_size=0"),
+        (lambda: with_values(torch.optim.lr_scheduler.StepLR, {}), "step_size"),
+        (lambda: with_values(PowerLR, {"decay": 1.5}), "PowerLR: decay=1.5 is not in"),
+        (lambda: with_values(PowerLR, {"decay": 0.5, "horizon": 0.0}), "PowerLR: horizon=0.0 is not in"),
+        (lambda: with_values(torch.optim.lr_scheduler.ReduceLROnPlateau, {"factor": 1.0}), "factor=1.0"),
+        (lambda: with_values(torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 0}), "T_max=0"),
         (lambda: TrainerSettings(max_steps=0), "max_steps=0"),
         (lambda: TrainerSettings(eval_every=-1), "eval_every=-1"),
         (lambda: TrainerSettings(checkpoint_every=0), "checkpoint_every=0"),
@@ -149,17 +144,11 @@ def test_bad_settings_name_key_and_value(make: Any, message: str) -> None:
         make()
 
 
-def test_a_field_of_another_optimizer_is_refused() -> None:
-    with pytest.raises(TypeError, match="momentum"):
-        SGD(momentum=0.9)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="warmup"):
-        SGD(scheduler={"kind": "none", "warmup": 3})  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values())
-def test_composed_mappings_become_settings(scheduler: dict[str, Any]) -> None:
-    settings = Adam(betas=[0.5, 0.6], scheduler=scheduler)  # pyright: ignore[reportArgumentType]
-    assert settings.betas == (0.5, 0.6) and settings.scheduler == SchedulerSettings(**scheduler)
+def test_a_function_that_makes_an_optimizer_will_do() -> None:
+    made = outer(lambda params: torch.optim.RMSprop(params, lr=0.2), lr=0.1).build(parameters())
+    assert isinstance(made, torch.optim.RMSprop) and [group["name"] for group in made.param_groups] == ["a", "b"]
+    assert outer(None, lr=0.1).build(parameters()).param_groups[0]["lr"] == 0.1
+    assert outer(kept := sgd(), lr=0.1) is kept
 
 
 def test_guard_measures_and_clips_in_place() -> None:

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from sklearn.datasets import dump_svmlight_file
 
-from hyperopt.app.config import build
+from hyperopt.app.building import build
 from hyperopt.app.repro import seed_everything
 from hyperopt.app.resolvers import register
 from hyperopt.data import DataError

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import adam
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.bilevel.outer import Adam
 from hyperopt.core.random import Keys, Stream
 from hyperopt.data.digits import Digits
 from hyperopt.nn.regularise.dropout import dropout
@@ -134,7 +134,7 @@ def test_a_batch_split_in_two_is_trained_on_the_same_images() -> None:
 @pytest.mark.parametrize("mode", ["classic", "centred", "delta", "delta_linear"])
 def test_rounds_learn_and_resume_bit_for_bit(mode: str) -> None:
     made = task(mode=mode)
-    optimizer = Adam(lr=0.05).build(made.groups())
+    optimizer = adam(lr=0.05).build(made.groups())
     before, start = made.evaluate(), made.model.space.values()
 
     def rounds(of: StnImagesTask, moved: torch.optim.Optimizer, count: int) -> list[float]:
@@ -145,7 +145,7 @@ def test_rounds_learn_and_resume_bit_for_bit(mode: str) -> None:
     kept, moments = torch.load(_saved(kept), weights_only=True), torch.load(_saved(moments), weights_only=True)
     went_on = rounds(made, optimizer, 4)
     again = task(mode=mode)
-    other = Adam(lr=0.05).build(again.groups())
+    other = adam(lr=0.05).build(again.groups())
     again.load_state_dict(kept)
     other.load_state_dict(moments)
     assert rounds(again, other, 4) == went_on

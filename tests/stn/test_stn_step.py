@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import adam, optimizer, scheduler, sgd
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.outer import LBFGS, SGD, Adam
-from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.core.policy import reset_warnings
 from hyperopt.stn import (
     STN,
@@ -111,7 +110,7 @@ def validation(tuning: SelfTuning, u: Tensor, s: Tensor, eps: Tensor, centre: Te
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_hypergradients_are_those_of_finite_differences(mode: str, direct: bool) -> None:
-    tuning = made(mode, direct_grad=direct, entropy=0.05, values=SGD(lr=1.0), scales=SGD(lr=1.0), max_scale=50.0)
+    tuning = made(mode, direct_grad=direct, entropy=0.05, values=sgd(lr=1.0), scales=sgd(lr=1.0), max_scale=50.0)
     space = tuning.space
     eps = space.noise(len(X), torch.Generator().manual_seed(0))
     u, s = space.u.detach().clone(), space.s.detach().clone()
@@ -142,7 +141,7 @@ def test_the_validation_loss_does_not_see_what_it_must_not() -> None:
 
 
 def test_the_entropy_moves_the_scales_alone_in_closed_form() -> None:
-    tuning = made(valid=lambda model, batch, draw: model(batch[0]).sum() * 0, entropy=0.3, values=SGD(lr=1.0), scales=SGD(lr=1.0))
+    tuning = made(valid=lambda model, batch, draw: model(batch[0]).sum() * 0, entropy=0.3, values=sgd(lr=1.0), scales=sgd(lr=1.0))
     space = tuning.space
     u, s = space.u.detach().clone(), space.s.detach().clone()
     tuning.hyper_step((X, Y), tuning.optimizers["values"])
@@ -153,7 +152,7 @@ def test_the_entropy_moves_the_scales_alone_in_closed_form() -> None:
 
 
 def test_sequential_moves_the_value_first_then_the_scale_on_the_same_noise() -> None:
-    tuning = made(update="sequential", entropy=0.0, values=SGD(lr=0.5), scales=SGD(lr=0.5))
+    tuning = made(update="sequential", entropy=0.0, values=sgd(lr=0.5), scales=sgd(lr=0.5))
     by_hand = copy.deepcopy(tuning.model)
     tuning.generator.manual_seed(3)
     tuning.hyper_step((X, Y), tuning.optimizers["values"])
@@ -170,7 +169,7 @@ def test_sequential_moves_the_value_first_then_the_scale_on_the_same_noise() -> 
 
 @pytest.mark.parametrize("mode", ["delta", "delta_linear"])
 def test_delta_trains_the_base_weights_as_a_plain_network_at_lam(mode: str) -> None:
-    tuning = made(mode, weights=SGD(lr=0.1))
+    tuning = made(mode, weights=sgd(lr=0.1))
     plain, space = tuning.model.collapse(), tuning.space
     h = {name: torch.tensor(value, dtype=DOUBLE) for name, value in space.values().items()}
     for _ in range(3):
@@ -198,7 +197,7 @@ def test_a_warm_up_moves_no_hyperparameter_and_is_as_long_as_asked() -> None:
 
 
 def test_the_response_may_have_an_optimizer_of_its_own() -> None:
-    tuning = made(weights=SGD(lr=0.1), response=SGD(lr=1e-300))
+    tuning = made(weights=sgd(lr=0.1), response=sgd(lr=1e-300))
     before = snapshot(tuning)
     tuning.weight_step((X, Y))
     assert moved(before, snapshot(tuning)) == {"base"}
@@ -206,7 +205,7 @@ def test_the_response_may_have_an_optimizer_of_its_own() -> None:
 
 def test_scales_stay_between_floor_and_ceiling_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     reset_warnings()
-    tuning = made(min_scale=0.55, max_scale=0.65, scales=Adam(lr=1.0), entropy=0.0)
+    tuning = made(min_scale=0.55, max_scale=0.65, scales=adam(lr=1.0), entropy=0.0)
     with caplog.at_level(logging.WARNING):
         rounds(tuning, 6)
     assert all(0.55 - 1e-12 <= scale <= 0.65 + 1e-12 for scale in tuning.space.scales().values())
@@ -216,7 +215,7 @@ def test_scales_stay_between_floor_and_ceiling_and_it_is_said(caplog: pytest.Log
 
 def test_a_saturated_hyperparameter_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     reset_warnings()
-    tuning = made(values=SGD(lr=1e-6))
+    tuning = made(values=sgd(lr=1e-6))
     with torch.no_grad():
         tuning.space.u[0] = 9.0
     with caplog.at_level(logging.WARNING):
@@ -229,7 +228,7 @@ def test_a_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
         return 1e-6 * train_loss(model, batch, draw)
 
     reset_warnings()
-    tuning = made(train=trivial, weights=SGD(lr=1e-9), values=SGD(lr=1e-9), scales=SGD(lr=1e-9), train_steps=1)
+    tuning = made(train=trivial, weights=sgd(lr=1e-9), values=sgd(lr=1e-9), scales=sgd(lr=1e-9), train_steps=1)
     with caplog.at_level(logging.WARNING):
         rounds(tuning, 199)
         assert caplog.messages == []
@@ -248,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(kind: str) -> None:
 
 
 def test_a_hyperparameter_that_is_not_finite_stops_the_run() -> None:
-    tuning = made(values=SGD(lr=1e308))
+    tuning = made(values=sgd(lr=1e308))
     with pytest.raises(
         TuningError, match=r"the value of (noise|decay) is .* in R .*lower the learning rate of the optimizer of the hyper"
     ):
@@ -276,10 +275,10 @@ def test_a_dropout_inside_of_the_network_counts_as_a_reader() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_bit_for_bit_with_all_optimizers(mode: str) -> None:
     how: dict[str, Any] = {
-        "weights": Adam(lr=0.02, scheduler=SchedulerSettings("cosine", t_max=9)),
-        "response": Adam(lr=0.05, scheduler=SchedulerSettings("step", step_size=2)),
-        "scales": Adam(lr=0.01, clip_norm=0.1),
-        "values": Adam(lr=0.03, scheduler=SchedulerSettings("exponential", gamma=0.9)),
+        "weights": adam(lr=0.02, scheduler=scheduler("cosine", T_max=9)),
+        "response": adam(lr=0.05, scheduler=scheduler("step", step_size=2)),
+        "scales": adam(lr=0.01, clip_norm=0.1),
+        "values": adam(lr=0.03, scheduler=scheduler("exponential", gamma=0.9)),
         "warmup": 3,
     }
     whole, given = made(mode, **how), sources()
@@ -299,9 +298,9 @@ def test_resume_bit_for_bit_with_all_optimizers(mode: str) -> None:
 @pytest.mark.parametrize("name", ["weights", "scales", "response"])
 def test_an_optimizer_that_needs_one_function_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"optimizer of the {name} is LBFGS"):
-        made(**{name: LBFGS()})
+        made(**{name: optimizer("lbfgs")})
     with pytest.raises(ValueError, match=f"schedule of the {name} is plateau"):
-        made(**{name: Adam(scheduler=SchedulerSettings("plateau"))})
+        made(**{name: adam(scheduler=scheduler("plateau"))})
 
 
 @pytest.mark.parametrize("key", ["train_steps", "valid_steps"])
@@ -313,7 +312,7 @@ def test_zero_steps_are_refused(key: str) -> None:
 
 
 def test_a_schedule_is_replayed_on_a_plain_network(tmp_path: Path) -> None:
-    tuning = made(std=0.0, train_steps=2, valid_steps=1, values=Adam(lr=0.2))
+    tuning = made(std=0.0, train_steps=2, valid_steps=1, values=adam(lr=0.2))
     plain = copy.deepcopy(tuning.model.collapse())
     rounds(tuning, 4)
     schedule = tuning.schedule()
@@ -323,7 +322,7 @@ def test_a_schedule_is_replayed_on_a_plain_network(tmp_path: Path) -> None:
     assert schedule.values[0] == pytest.approx((0.2, 0.01), rel=1e-12)
     hyper = HyperSpace(tuning.space.declared, dtype=DOUBLE)
     train = sources()[0]
-    found = replay(schedule, plain, hyper, train_loss, train.draw, weights=SGD(lr=0.1))
+    found = replay(schedule, plain, hyper, train_loss, train.draw, weights=sgd(lr=0.1))
     by_hand, train = copy.deepcopy(plain), sources()[0]
     for k in range(8):
         x, y = train.draw()
@@ -351,9 +350,8 @@ def test_a_whole_number_is_moved_by_the_response() -> None:
         train,
         lambda model, batch, draw: (model(batch) - 3.5).square().mean(),
         SelfTuningSettings(warmup=50, max_scale=1.5),
-        values=Adam(lr=0.02),
-        weights=Adam(lr=0.05),
-        trainer=TrainerSettings(),
+        values=adam(lr=0.02),
+        weights=adam(lr=0.05),
     )
     for _ in range(150):
         tuning.round(lambda: zeros, lambda: zeros)

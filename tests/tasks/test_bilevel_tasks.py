@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hyperopt.app.config import build
+from hyperopt.app.building import build
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.bilevel.functional import Functional

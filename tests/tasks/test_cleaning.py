@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import hyperopt
 from hyperopt import SOBA, Bounded, Positive
-from hyperopt.app.config import validate
+from hyperopt.app.building import validate
 from hyperopt.app.repro import seed_everything
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run

@@ -11,7 +11,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from hyperopt.app.config import Built, ConfigError, build, build_task, plain_config
+from hyperopt.app.building import Built, build, build_task
+from hyperopt.app.config import ConfigError, plain_config
 from hyperopt.app.export.bounded import Bounded
 from hyperopt.app.export.file import ExportError, read
 from hyperopt.app.repro import resolve_precision

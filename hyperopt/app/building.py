@@ -1,0 +1,216 @@
+"""What a config describes, built part by part before anything else is done.
+
+Each node with a ``_target_`` becomes an object of that class, whose own checks say what is wrong with a value. What may be named
+is known from the options in ``configs/`` (``hyperopt.app.options``) and from the command line. What may stand where is the type
+of the argument that takes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import get_class, get_object
+from omegaconf import DictConfig, OmegaConf
+
+from hyperopt.app.config import PARTS, TORCH, ConfigError, check_targets, plain_values, short
+from hyperopt.app.errors import near
+from hyperopt.app.options import element, hints, kinds, registered
+from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.inner.base import InnerSolver
+from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.text import one_line
+from hyperopt.tasks.base import Task
+from hyperopt.tasks.stn_settings import SelfTuningOptions
+from hyperopt.tasks.trainer import TrainerSettings
+
+TORCHS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+GROUPS: dict[str, Any] = {
+    "solver": FixedPointSolver | None,
+    "adjoint": Adjoint | Estimator | None,
+    "inner": InnerSolver | None,
+    "dataset": Any,
+    "stn": SelfTuningOptions | None,
+    "optimizer": OuterOptimizer,
+    "trainer": TrainerSettings,
+    "task": Task,
+}
+"""The kind of each group's parts."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a config describes, built."""
+
+    task: Task
+    optimizer: OuterOptimizer
+    trainer: TrainerSettings
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check all that can be checked before any work: ranges, choices, targets, and keys that depend on each other.
+
+    Args:
+        cfg: a composed config; it is not changed.
+
+    Raises:
+        ConfigError: names the key, the value seen and what to change.
+    """
+    build(cfg)
+
+
+def build(cfg: DictConfig) -> Built:
+    """Build the task, the optimizer and the trainer that a config describes, and every other part to check its values.
+
+    Args:
+        cfg: a composed config; it is not changed.
+
+    Raises:
+        ConfigError: a value, a key or a target that cannot work; names the key, the value seen and what to change.
+    """
+    values = plain_values(cfg)
+    allowed = tuple(cfg.allow_targets)
+    check_targets(values, allowed)
+    made = {name: make(values[name], name, GROUPS[name], allowed) for name in PARTS}
+    return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
+
+
+def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[str]) -> Task:
+    """Check all parts of a config and build its task alone.
+
+    Args:
+        cfg: see ``plain_config``.
+        unneeded: settings of the task that are left None.
+        allowed: see ``check_targets``.
+
+    Raises:
+        ConfigError: see ``build``.
+    """
+    values: Any = OmegaConf.to_container(cfg)
+    check_targets(values, allowed)
+    task = {name: None if name in unneeded else value for name, value in values["task"].items()}
+    return make(task, "task", GROUPS["task"], allowed)
+
+
+def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
+    """Return what a plain value of a config stands for: a part is built, anything else is as it is.
+
+    Args:
+        value: has passed ``check_targets``.
+        key: where it is.
+        hint: the type of the argument that takes it, ``Any`` if that is not known.
+        allowed: see ``check_targets``.
+
+    Raises:
+        ConfigError: a part where none belongs, one of another kind or one that cannot be imported, no part where one belongs,
+            or a key or a value that the class refuses.
+    """
+    expected = kinds(hint)
+    if isinstance(value, list):
+        inside = element(hint, list | tuple)
+        return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
+    if not isinstance(value, Mapping):
+        if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise ConfigError(f"{key}={short(value)} names no {names}: it has no _target_; change {key}")
+        return value
+    if not value and expected:
+        return None  # an option without anything in it, such as optimizer/scheduler=none
+    if "_target_" not in value:
+        inside = element(hint, dict)
+        return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
+    target = value["_target_"]
+    kind = _imported(key, target, allowed)
+    given = {str(name): child for name, child in value.items() if name != "_target_"}
+    if isinstance(kind, type) and issubclass(kind, TORCHS):
+        return _of_torch(key, target, kind, given, hint, allowed)
+    if target in registered():
+        _check_kind(key, target, kind, hint)
+    known = hints(target)
+    for name in given:
+        if known and name not in known:
+            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, known)}")
+    made = {name: make(child, f"{key}.{name}", known.get(name, Any), allowed) for name, child in given.items()}
+    try:
+        return kind(**made)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(_with_keys(str(error), key, kind)) from error
+
+
+def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: Any, allowed: Collection[str]) -> Any:
+    """Return how an optimizer or a schedule of torch is made, once its parameters are there; see ``hyperopt.bilevel.outer``."""
+    takes_schedule = issubclass(kind, torch.optim.Optimizer)
+    _check_kind(key, target, OuterOptimizer if takes_schedule else kind, hint)
+    own = {name: given.pop(name) for name in ("scheduler", "clip_norm") if takes_schedule and name in given}
+    known = [name for name in inspect.signature(kind).parameters if name not in ("params", "optimizer")]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{key}.{name}: {target} takes no {name!r}; {near(name, known)}")
+    try:
+        made = with_values(kind, given)
+        if not takes_schedule:
+            return made
+        scheduler = make(own.get("scheduler"), f"{key}.scheduler", MakeScheduler | None, allowed)
+        return OuterOptimizer(made, scheduler, own.get("clip_norm"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error).replace(f"{OuterOptimizer.__name__}: ", f"{kind.__name__}: ", 1)
+        raise ConfigError(_with_keys(text, key, kind)) from error
+
+
+def _plain(hint: Any) -> bool:
+    """Whether a value of this type may also be a number or a text: ``float | Space``."""
+    return any(each in (int, float, str, bool) for each in getattr(hint, "__args__", ()))
+
+
+def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
+    """Refuse a class of ours where another kind belongs."""
+    expected = kinds(hint)
+    if hint is Any or (expected and issubclass(kind, expected)):
+        return
+    if not expected:
+        raise ConfigError(f"{key} holds plain values, but has _target_={short(target)}; drop {key}._target_")
+    names = " or ".join(each.__name__ for each in expected)
+    able = [each for each in registered() if issubclass(get_class(each), expected)]
+    raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, able)}")
+
+
+def _with_keys(text: str, key: str, kind: type) -> str:
+    """Return what a class said about a value, with the names that its arguments have in the config.
+
+    ``Picard: rtol=-1 is not in [0, inf); change rtol`` becomes ``solver.rtol=-1 is not in [0, inf); change solver.rtol``.
+    """
+    owners = {kind.__name__: key}
+    if dataclasses.is_dataclass(kind):
+        for item in dataclasses.fields(kind):
+            if isinstance(item.default_factory, type):
+                owners[item.default_factory.__name__] = f"{key}.{item.name}"
+    owners.update({each.__name__: key for each in kind.__mro__ if each.__name__ not in owners})
+    owner, found, rest = text.partition(": ")
+    if not found or owner not in owners:
+        return f"{key}: {text}"
+    return re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {owners[owner]}.", f"{owners[owner]}.{rest}")
+
+
+def _imported(key: str, target: str, allowed: Collection[str]) -> Any:
+    """Return the class of a target; refuse one that only passes through an allowed package (``mine.os.system``)."""
+    try:
+        found = get_object(target)
+    except ImportError as error:
+        raise ConfigError(f"{key}._target_={target!r} cannot be imported: {one_line(error)}; change {key}._target_") from error
+    if target in registered():
+        return found
+    if TORCH.fullmatch(target) and isinstance(found, type) and issubclass(found, TORCHS):
+        return found
+    home = str(getattr(found, "__module__", None) or type(found).__module__).partition(".")[0]
+    if home == "hyperopt" or home not in allowed:
+        raise ConfigError(f"{key}._target_={target!r} is defined in {home}, which is not allowed; change {key}._target_")
+    return found
