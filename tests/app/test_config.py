@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from hyperopt.app.building import build, validate
+from hyperopt.app.building import TORCHS, build, validate
 from hyperopt.app.config import ConfigError, plain_config
 from hyperopt.app.errors import near
 from hyperopt.app.options import hints, kinds, options, own, registered, targets
@@ -122,7 +122,7 @@ def differing(values: dict[str, Any], where: str, own: bool = True) -> list[str]
 @pytest.mark.parametrize("option", own())
 def test_an_option_shows_the_keys_and_the_defaults_of_its_class(option: str) -> None:
     values = shown(option)
-    if values["_target_"].startswith("torch."):
+    if issubclass(get_class(values["_target_"]), TORCHS):
         return  # its defaults are torch's, and ours are for hyperparameters
     named = [str(name) for entry in values.pop("defaults", []) if isinstance(entry, dict) for name in entry]
     groups = {name.rpartition("@")[2].partition(".")[0] for name in named if not name.startswith("override ")}
@@ -184,7 +184,11 @@ BAD = [
     (["+optimizer.alpha=0.5"], "optimizer.alpha: torch.optim.SGD takes no 'alpha'; choices: dampening"),
     (["optimizer.clip_norm=-1"], "optimizer.clip_norm=-1"),
     (["optimizer=adam", "optimizer.betas=[0.9,1.5]"], "optimizer.betas="),
-    (["optimizer/scheduler=step"], "no value for optimizer.scheduler.step_size; set optimizer.scheduler.step_size"),
+    (["optimizer.lr=???"], "no value for optimizer.lr; set optimizer.lr"),
+    (
+        ["optimizer/scheduler=step", "optimizer.scheduler.step_size=???"],
+        "no value for optimizer.scheduler.step_size; set optimizer.scheduler.step_size",
+    ),
     (["optimizer/scheduler=step", "optimizer.scheduler.step_size=0"], "optimizer.scheduler.step_size=0 is refused"),
     (["optimizer/scheduler=power", "optimizer.scheduler.decay=2"], "optimizer.scheduler.decay=2 is not in (0, 1]"),
     (["optimizer/scheduler=plateau", "optimizer.scheduler.factor=1"], "optimizer.scheduler.factor=1 is refused"),
