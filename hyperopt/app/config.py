@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from hyperopt.app.errors import near
 from hyperopt.app.options import registered
@@ -109,25 +110,24 @@ def short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _own(cfg: DictConfig) -> DictConfig:
-    """Return a copy of ``cfg`` without Hydra's own node."""
-    return OmegaConf.masked_copy(copy.deepcopy(cfg), [str(key) for key in cfg if key != "hydra"])
-
-
 def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """Return the plain values of a whole config whose top level is right."""
-    cfg = _own(cfg)
-    unknown = [str(key) for key in cfg if key not in KEYS]
+    unknown = [str(key) for key in cfg if key not in (*KEYS, "hydra")]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such group or key; {near(unknown[0], KEYS)}")
     missing = [key for key in KEYS if key not in cfg or OmegaConf.is_missing(cfg, key)]
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}; choose an option of the group or set the key")
-    OmegaConf.resolve(cfg)
-    if unset := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(f"no value for {unset[0]}; set {unset[0]}")
     _check_top(cfg)
-    values: Any = OmegaConf.to_container(cfg)
+    values: dict[str, Any] = {}
+    for key in KEYS:
+        value = cfg[key]
+        try:
+            values[key] = (
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+            )
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"no value for {error.full_key}; set {error.full_key}") from error
     for name in ("task", "optimizer", "trainer"):
         if values[name] is None:
             raise ConfigError(f"{name}=None: a run has one; choose an option of the group {name}")

@@ -128,7 +128,11 @@ def leaves(
         known: types of the keys; those of a part are those of its class.
     """
     target = values.get("_target_")
-    known = hints(target) if isinstance(target, str) and target in registered() else known or {}
+    if isinstance(target, str) and target.startswith("torch.optim."):
+        known = {**hints(target), **hints("hyperopt.bilevel.outer.OuterOptimizer")}
+    elif isinstance(target, str) and target in registered():
+        known = hints(target)
+    known = known or {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")

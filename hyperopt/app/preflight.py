@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import traceback
@@ -17,10 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from hyperopt.app import directory, sweep
 from hyperopt.app.config import ConfigError
@@ -30,18 +27,7 @@ from hyperopt.app.options import choices
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
 
-_validate_batch = Sweeper.validate_batch_is_legal
-
-
-def _validate_other(self: Sweeper, batch: Any) -> None:
-    """Spare Hydra's own sweeper to compose all jobs once more before the first, which ``Preflight`` has just done."""
-    if type(self).__name__ != BasicSweeper.__name__:  # by name: Hydra loads its plugins' modules anew
-        _validate_batch(self, batch)
-
-
-Sweeper.validate_batch_is_legal = _validate_other
-
-
+GRID = "hydra_plugins.hyperopt_sweeper.GridSweeper"
 MARKS = (*directory.RUN_FILES, "config.yaml", ".hydra", "multirun.yaml", sweep.INDEX)
 """What a run or a sweep leaves in its directory."""
 
@@ -120,8 +106,8 @@ class Preflight(Callback):
 
 
 def _listed(config: DictConfig) -> bool:
-    """Whether the sweeper is Hydra's own, which knows all its jobs beforehand."""
-    return config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+    """Whether the sweeper makes a grid, and so knows all its jobs beforehand."""
+    return config.hydra.sweeper._target_ in (GRID, f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
 
 
 def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
@@ -146,53 +132,49 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
 
 
 class _Composer:
-    """Composes the jobs of a sweep. Jobs that differ in values alone, not in what is composed, are copies of one of them.
+    """Composes the jobs of a sweep one after another.
+
+    Jobs that differ in values alone, not in what is composed, are one config whose values are set in turn: it is good until the
+    next job is asked for.
 
     Args:
         config: of the sweep.
     """
 
-    KEPT = 32  # configs to copy from, a third of a megabyte each
+    KEPT = 32  # configs, a third of a megabyte each
 
     def __init__(self, config: DictConfig) -> None:
         """Nothing is composed yet."""
         self.config, self.parser = config, OverridesParser.create()
         self.made: dict[tuple[str, ...], DictConfig] = {}
         where: Any = OmegaConf.to_container(config.hydra.sweep)
-        self.copies = where["subdir"] == "${hydra.job.num}"  # which may else depend on how the job was composed
+        self.reuses = where["subdir"] == "${hydra.job.num}"  # which may else depend on how the job was composed
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """The config of the job with these overrides."""
         parsed = self.parser.parse_overrides(overrides)
         values = {each.key_or_group: each for each in parsed if self._is_value(each)}
         kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
-        if self.copies and kind in self.made:
-            found = copy.deepcopy(self.made[kind])
-            try:
-                for key, each in values.items():
-                    OmegaConf.update(found, key, each.value())
-            except OmegaConfBaseException:
-                return self._whole(overrides)  # says it in Hydra's words
+        if self.reuses and kind in self.made:
+            found = self.made[kind]
+            for key, each in values.items():
+                OmegaConf.update(found, key, each.value())
             found.hydra.overrides.task = overrides
             return found
         if len(self.made) == self.KEPT:
             self.made.clear()
-        found = self._whole(overrides)
-        self.made[kind] = copy.deepcopy(found)
-        return found
-
-    def _whole(self, overrides: list[str]) -> DictConfig:
-        """Composed from the files."""
         given = list(self.config.hydra.overrides.hydra)
-        return hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
+        found = hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
+        self.made[kind] = found
+        return found
 
     def _is_value(self, override: Override) -> bool:
         """Whether it sets one value of a config, and chooses no config."""
         key = override.key_or_group
         if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
             return False
-        here = OmegaConf.select(self.config, key)
-        return here is not None and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
+        here = OmegaConf.select(self.config, key, default=OmegaConf)  # which no config holds
+        return here is not OmegaConf and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
 
 
 def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:
@@ -282,7 +264,7 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
         directory.check_own(where / folder, ())
     subdir = config.hydra.output_subdir
     directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})
-    flat = flatten(config)
+    flat = flatten(config) if out.exists() else {}
     if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
         job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,7 @@ SPLITS = ("test", "val", "outer")
 def progress(trainer: TrainerSettings, state: LoopState) -> tqdm:
     """Return the live line on stderr; where that is no terminal it moves every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
-    # By the wall clock, its default, the line would stand still when that is set back.
-    bar._time = time.monotonic  # pyright: ignore[reportAttributeAccessIssue]
-    bar.start_t = bar.last_print_t = time.monotonic()
-    return bar
+    return tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
 
 
 def show(bar: tqdm, state: LoopState) -> None:

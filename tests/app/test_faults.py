@@ -26,10 +26,7 @@ from hyperopt.app import checkpoint, directory
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.directory import RunDirectoryError
 from hyperopt.app.files import WriteError, write_text
-from hyperopt.app.loop_state import LoopState
-from hyperopt.app.summary import progress
 from hyperopt.tasks.base import HypergradientError
-from hyperopt.tasks.trainer import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,12 +172,6 @@ def test_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 < summary(out)["seconds"] < 600
     for line in (out / "metrics.jsonl").read_text().splitlines():
         assert 0 <= float(re.findall(r'"time/step_seconds": ([^,}]+)', line)[0]) < 600
-
-
-def test_a_progress_line_does_not_stand_still_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    with progress(TrainerSettings(), LoopState()) as bar:
-        monkeypatch.setattr("tqdm.std.time", lambda: -1e9)
-        assert 0 <= bar.format_dict["elapsed"] < 60
 
 
 def test_a_damaged_run_json_does_not_stop_a_resume(tmp_path: Path) -> None:
