@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.config import PARTS, TORCH, ConfigError, check_targets, plain_values, short
 from hyperopt.app.errors import near
-from hyperopt.app.options import element, hints, kinds, registered
+from hyperopt.app.options import element, hints, kinds, registered, targets
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
@@ -78,7 +78,18 @@ def build(cfg: DictConfig) -> Built:
     values = plain_values(cfg)
     allowed = tuple(cfg.allow_targets)
     check_targets(values, allowed)
-    made = {name: make(values[name], name, GROUPS[name], allowed) for name in PARTS}
+    # What a task has by interpolation is named by the key that a user sets: solver.rtol, and not task.solver.rtol.
+    task = {str(name): cfg.task._get_node(name) for name in cfg.task} if OmegaConf.is_config(cfg.task) else {}
+    shared = {
+        f"task.{name}": str(node._value())[2:-1] for name, node in task.items() if OmegaConf.is_interpolation(cfg.task, name)
+    }
+    try:
+        made = {name: make(values[name], name, GROUPS[name], allowed) for name in PARTS}
+    except ConfigError as error:
+        where = re.match(r"task\.\w+", text := str(error))
+        if where is None or where[0] not in shared:
+            raise
+        raise ConfigError(text.replace(where[0], shared[where[0]])) from error
     return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
 
 
@@ -179,8 +190,12 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
     if not expected:
         raise ConfigError(f"{key} holds plain values, but has _target_={short(target)}; drop {key}._target_")
     names = " or ".join(each.__name__ for each in expected)
-    able = [each for each in registered() if issubclass(get_class(each), expected)]
-    raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, able)}")
+    group = key.rpartition(".")[2]
+    able = [name for name, (own, *_) in targets(group).items() if issubclass(get_class(own), expected)]
+    if able and (option := next((name for name, (own, *_) in targets(group).items() if own == target), None)):
+        raise ConfigError(f"{key}={option} is no {names}, and nothing else fits here; choices: {', '.join(able)}; change {key}")
+    fitting = [each for each in registered() if issubclass(get_class(each), expected)]
+    raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, fitting)}")
 
 
 def _with_keys(text: str, key: str, kind: type) -> str:

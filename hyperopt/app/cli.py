@@ -6,10 +6,22 @@ answer at once.
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Sequence
 
 from hyperopt import __version__
 from hyperopt.app.launch import dismiss, follow, follows, leave
+
+CHECK = """usage: hyperopt check [group=option ...] [key=value ...]
+
+Is the hypergradient of an experiment right? It is compared with other adjoints and with finite differences in float64 (or the
+precision that is given), and a table says what each adjoint costs. check.json and a figure are left in the run's directory.
+
+examples:
+  hyperopt check                                         the default job
+  hyperopt check experiment=l2_ridge adjoint=neumann     another experiment and adjoint
+"""
 
 
 def main() -> None:
@@ -17,21 +29,62 @@ def main() -> None:
     if follows():
         follow()
     else:
-        command_line()
+        command_line(sys.argv[1:])
         dismiss()
     leave()
 
 
-def command_line() -> None:
-    """Print the help or the version, or launch what is asked for."""
-    if "--version" in sys.argv[1:]:
+def command_line(argv: Sequence[str]) -> None:
+    """Print the help or the version, run a subcommand, or launch what is asked for."""
+    name = argv[0] if argv else ""
+    if name in SUBCOMMANDS:
+        SUBCOMMANDS[name](argv[1:])
+    elif name and name[0] not in "-+~" and "=" not in name:
+        near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join(SUBCOMMANDS)
+        print(f"hyperopt: {name!r} is no subcommand; {hint}subcommands: {known}; values are key=value", file=sys.stderr)
+        sys.exit(1)
+    elif "--version" in argv:
         print(f"hyperopt-bilevel {__version__}")
-    elif {"--help", "-h"} & set(sys.argv[1:]):
+    elif {"--help", "-h"} & set(argv):
         print(help_text())
     else:
-        from hyperopt.app.command import launch
+        launch(argv)
 
-        launch()
+
+def launch(argv: Sequence[str]) -> None:
+    """Run a job or a sweep; flags and overrides may come in any order, which Hydra's own parser does not take."""
+    from hyperopt.app.command import launch as start
+
+    overrides = [each for each in argv if each[:1] == "~" or (each[:1] != "-" and "=" in each)]
+    start(overrides, [each for each in argv if each not in overrides])
+
+
+def check(argv: Sequence[str]) -> None:
+    """``hyperopt check ...`` is ``hyperopt mode=check precision=float64 ...``."""
+    if {"--help", "-h"} & set(argv):
+        print(CHECK, end="")
+        return
+    given = {argument.partition("=")[0] for argument in argv}
+    launch(["mode=check", *([] if "precision" in given else ["precision=float64"]), *argv])
+
+
+def report(argv: Sequence[str]) -> None:
+    """Compare runs."""
+    from hyperopt.app.report.command import main
+
+    main(argv)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write what a run has learned."""
+    from hyperopt.app.export.command import main
+
+    main(argv)
+
+
+SUBCOMMANDS = {"check": check, "report": report, "export": export}
 
 
 def help_text() -> str:
@@ -43,13 +96,6 @@ def help_text() -> str:
     register()
     text = config_root().joinpath("hydra", "default.yaml").read_text(encoding="utf-8")
     return str(OmegaConf.create(text).help.template)
-
-
-def check() -> None:
-    """``hyperopt-check ...`` is ``hyperopt mode=check precision=float64 ...``."""
-    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-    sys.argv[1:1] = ["mode=check", *([] if "precision" in given else ["precision=float64"])]
-    main()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -17,6 +19,7 @@ from hyperopt.app.errors import explain, keys_in
 from hyperopt.app.launch import lead
 from hyperopt.app.options import choices
 from hyperopt.app.preflight import Preflight, Refusal
+from hyperopt.app.report.read import given_overrides
 from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.workers import LAUNCHER, THREADS
 
@@ -33,7 +36,29 @@ def job(cfg: DictConfig) -> float:
     return lead(cfg, out)
 
 
-def launch() -> None:
+OF_THE_LAUNCH = ("accept_lost_rows", "allow_targets", "ckpt_path", "device", "hydra", "mode", "paths", "resume", "threads")
+"""What says how one launch is made, and is not taken over from a run that is evaluated."""
+
+
+def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
+    """Return overrides that evaluate a checkpoint, with those of the run that wrote it before them, so that none is repeated.
+
+    Args:
+        overrides: of this launch. What they set counts; others than ``mode=evaluate ckpt_path=RUN/checkpoints/...`` are returned
+            as they are. What the file holds is checked as if it were given here, resolves nothing and allows no package.
+    """
+    given = {key: value for key, _, value in (each.lstrip("+~").partition("=") for each in overrides)}
+    if given.get("mode") != "evaluate" or "ckpt_path" not in given:
+        return list(overrides)
+    kept = []
+    for each in given_overrides(Path(given["ckpt_path"]).parent.parent):
+        key = each.lstrip("+~").partition("=")[0]
+        if key not in given and re.split(r"[./@]", key)[0] not in OF_THE_LAUNCH and "${" not in each:
+            kept.append(each)
+    return [*kept, *overrides]
+
+
+def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     """Run what the command line asks for; exit with status 1 after a refused launch or a failed job.
 
     An error that the command line can mend is printed in a few lines, any other with its traceback; ``HYDRA_FULL_ERROR=1`` asks
@@ -43,6 +68,7 @@ def launch() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
     Preflight.launched = None
     try:
+        sys.argv[1:] = [*with_those_of_the_run(overrides), *flags]
         job()
         return
     except Refusal as refusal:

@@ -38,7 +38,7 @@ def config_groups(root: Traversable, parent: str = "") -> str:
         group = f"{parent}{folder.name}"
         options = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
         if group != "hydra" and options:
-            lines += [f"  {group:<11}{', '.join(options)}", config_groups(folder, f"{group}/")]
+            lines += [f"  {group:<20}{', '.join(options)}", config_groups(folder, f"{group}/")]
     return "\n".join(line for line in lines if line)
 
 

@@ -148,7 +148,7 @@ class Task(ABC):
         raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
 
     def learned(self) -> Learned:
-        """Return what ``hyperopt-export`` keeps: what the metrics of an evaluation at the present state are measured on.
+        """Return what ``hyperopt export`` keeps: what the metrics of an evaluation at the present state are measured on.
 
         Raises:
             NotImplementedError: the task has nothing that predicts.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,6 @@ def test_an_inexact_adjoint_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("argv", "given"), [([], "float64"), (["precision=float32"], None)])
 def test_the_command_is_the_mode_in_float64(argv: list[str], given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["hyperopt-check", *argv])
-    monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv[1:]))
-    cli.check()
+    monkeypatch.setattr(cli, "launch", seen.append)
+    cli.check(argv)
     assert seen == [["mode=check", *([f"precision={given}"] if given else []), *argv]]

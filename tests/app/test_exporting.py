@@ -220,7 +220,7 @@ def test_files_that_are_none(runs: Any, tmp_path: Path) -> None:
 
 def test_the_command_line(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def command(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hyperopt-export", *argv])
+        monkeypatch.setattr(sys, "argv", ["hyperopt export", *argv])
         status = 0
         try:
             main()
@@ -242,7 +242,7 @@ def test_the_command_line(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_help_and_import_are_free_of_torch() -> None:
-    code = "import sys; from hyperopt.app.export import command; sys.argv = ['hyperopt-export', '--help']\n"
+    code = "import sys; from hyperopt.app.export import command; sys.argv = ['hyperopt export', '--help']\n"
     code += "try:\n    command.main()\nexcept SystemExit:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.rstrip().endswith("False") and "--program" in done.stdout

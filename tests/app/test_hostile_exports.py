@@ -169,8 +169,8 @@ def test_a_config_in_an_export(row: str, honest: dict[str, Path], place: Place) 
 
 
 def exported(argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """Run ``hyperopt-export``, and return what it refuses."""
-    monkeypatch.setattr(sys, "argv", ["hyperopt-export", *argv])
+    """Run ``hyperopt export``, and return what it refuses."""
+    monkeypatch.setattr(sys, "argv", ["hyperopt export", *argv])
     capfd.readouterr()
     try:
         main()

@@ -70,8 +70,8 @@ def resume(place: Place, **over: Any) -> str:
 
 
 def reported(place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
-    """Run ``hyperopt-report`` in this process; return its status and what it prints."""
-    monkeypatch.setattr(sys, "argv", ["hyperopt-report", str(place.work), "--metric", "val/loss", *more])
+    """Run ``hyperopt report`` in this process; return its status and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["hyperopt report", str(place.work), "--metric", "val/loss", *more])
     status = 0
     try:
         main()

@@ -111,7 +111,7 @@ def test_error_is_held_against_the_cost_of_a_step(tmp_path: Path) -> None:
 
 
 def test_the_page_and_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["hyperopt-report", str(sweep(tmp_path / "sweep"))])
+    monkeypatch.setattr(sys, "argv", ["hyperopt report", str(sweep(tmp_path / "sweep"))])
     main()
     said, out = capsys.readouterr().out, tmp_path / "sweep" / "report"
     assert said.splitlines()[1].split()[:6] == ["0.1", "3", "completed", "1.1", "0.1", "1"]
@@ -196,12 +196,12 @@ def test_nothing_to_report_on_is_said_in_a_line(
         (make(where, 0, [1.0]) / "summary.json").write_text("")
     elif what == "metric":
         more = ["--metric", "val/nothing", str(make(where, 0, [1.0]))]
-    monkeypatch.setattr(sys, "argv", ["hyperopt-report", str(where), *more])
+    monkeypatch.setattr(sys, "argv", ["hyperopt report", str(where), *more])
     with pytest.raises(SystemExit) as end:
         main()
     said = {"missing": "there is no directory", "empty": "holds no run", "broken": "none of the runs", "metric": "set --metric"}
     error = capsys.readouterr().err
-    assert end.value.code == 1 and error.startswith("hyperopt-report: ") and said[what] in error and error.count("\n") == 1
+    assert end.value.code == 1 and error.startswith("hyperopt report: ") and said[what] in error and error.count("\n") == 1
     with pytest.raises(ReportError):
         find([tmp_path / "nothing"])
 

@@ -19,7 +19,7 @@ from hyperopt.tasks.exports import Learned
 CERTIFICATE = ("hypergrad/error_estimate", "hypergrad/is_bound", "hypergrad/norm")
 PAGE = """# {name}
 
-What `hyperopt-export` took from a run of the task {task}, `checkpoints/{checkpoint}.pt`, after {steps} outer steps.
+What `hyperopt export` took from a run of the task {task}, `checkpoints/{checkpoint}.pt`, after {steps} outer steps.
 
 ```python
 import hyperopt

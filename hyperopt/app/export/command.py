@@ -1,18 +1,19 @@
-"""``hyperopt-export RUN``: what a run has learned, as one file and a card. Free of torch until there is something to do."""
+"""``hyperopt export RUN``: what a run has learned, as one file and a card. Free of torch until there is something to do."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hyperopt.core.text import one_line
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 1, and one line, where there is nothing that could be exported."""
     parser = argparse.ArgumentParser(
-        prog="hyperopt-export",
+        prog="hyperopt export",
         description="Write the learned hyperparameters and the model of a run as one file of plain tensors, with a card. "
         "hyperopt.load_exported reads it back, ready to predict.",
     )
@@ -29,7 +30,10 @@ def main() -> None:
     parser.add_argument(
         "--allow-targets", nargs="+", default=(), metavar="PACKAGE", help="packages of yours that the config names"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    if not (given.run / "config.yaml").is_file():  # said before torch is imported
+        print(f"hyperopt export: {given.run} is no directory of a run: it has no config.yaml", file=sys.stderr)
+        sys.exit(1)
 
     from hyperopt.app.export.write import REFUSALS, export
 
@@ -46,7 +50,7 @@ def main() -> None:
             allow_targets=given.allow_targets,
         )
     except REFUSALS as error:
-        print(f"hyperopt-export: {one_line(error)}", file=sys.stderr)
+        print(f"hyperopt export: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     for path in written:
         print(path)

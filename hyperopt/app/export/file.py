@@ -31,7 +31,7 @@ MISSING = "format safetensors needs the package safetensors: pip install 'hypero
 
 
 CHECKSUM = "sha256"
-AGAIN = "name the model.pt or model.safetensors that hyperopt-export wrote, or write it again"
+AGAIN = "name the model.pt or model.safetensors that hyperopt export wrote, or write it again"
 LONGEST = 10_000
 """Characters of a text in a card, but for the config."""
 CARD: dict[str, type] = {
@@ -129,7 +129,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ExportError: no such file, or one that is no export, is damaged, or holds more than tensors and a card.
     """
     if not path.is_file():
-        raise ExportError(f"there is no file {path}; name the model.pt or model.safetensors that hyperopt-export wrote")
+        raise ExportError(f"there is no file {path}; name the model.pt or model.safetensors that hyperopt export wrote")
     try:
         with path.open("rb") as file:
             tensors, text, expected = _from_zip(file) if zipfile.is_zipfile(file) else _from_safetensors(path)

@@ -68,7 +68,7 @@ class Exported:
 
 
 def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
-    """Read what ``hyperopt-export`` wrote.
+    """Read what ``hyperopt export`` wrote.
 
     Nothing of the file is run. Its config may name registered settings of this package, with plain values. Only ``allow_targets``
     allows more, and nothing in the file can. Of all that, only what the model needs is built.

@@ -1,1 +1,1 @@
-"""``hyperopt-report``: one page, and its figures, that compare runs and sweeps. Free of torch."""
+"""``hyperopt report``: one page, and its figures, that compare runs and sweeps. Free of torch."""

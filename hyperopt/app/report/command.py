@@ -1,4 +1,4 @@
-"""``hyperopt-report DIR...``: compare runs and sweeps in one HTML page, with its figures as PNGs beside it. Free of torch."""
+"""``hyperopt report DIR...``: compare runs and sweeps in one HTML page, with its figures as PNGs beside it. Free of torch."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ CAPTION = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 1, and one line, where there is nothing to report on."""
     parser = argparse.ArgumentParser(
-        prog="hyperopt-report", description="Compare runs and sweeps in one HTML page that needs no network."
+        prog="hyperopt report", description="Compare runs and sweeps in one HTML page that needs no network."
     )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run, of a sweep, or of several")
     parser.add_argument("--out", type=Path, help="directory to write to (default: report/ in DIR; here, where several are given)")
     parser.add_argument("--metric", help="what to compare by (default: trainer.monitor of the runs)")
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(argv)
     out = given.out or (given.directories[0] if len(given.directories) == 1 else Path()) / "report"
     try:
         if given.out is None and out.is_symlink():
             raise ReportError(f"{out} is a link, and was left untouched; remove it, or set --out to a directory")
         print(report(given.directories, out, given.metric))
     except (ReportError, WriteError) as error:
-        print(f"hyperopt-report: {printable(str(error))}", file=sys.stderr)
+        print(f"hyperopt report: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -178,21 +178,25 @@ def copied(key: str, flat: Mapping[str, Any]) -> bool:
 
 
 def overrides_of(path: Path) -> dict[str, str]:
+    """Return the overrides that made a run by their keys; see ``given_overrides``."""
+    parts = [each.lstrip("+").partition("=") for each in given_overrides(path)]
+    return {key: value for key, _, value in parts}
+
+
+def given_overrides(path: Path) -> list[str]:
     """Return the overrides that made a run, from ``job.json`` or else from what Hydra keeps; none where neither is there.
 
     Raises:
         UnreadableError: ``job.json`` is damaged. Of a run without it the config tells it apart.
     """
     try:
-        given = overrides_in(read_json(path / "job.json"))
+        return overrides_in(read_json(path / "job.json"))
     except FileNotFoundError:
         try:
             text = read_text(path / ".hydra" / "overrides.yaml")
-            given = overrides_in(parse_yaml(f"overrides:\n{text}", str(path)))
+            return overrides_in(parse_yaml(f"overrides:\n{text}", str(path)))
         except (FileNotFoundError, UnreadableError):
-            given = []
-    parts = [each.lstrip("+").partition("=") for each in given]
-    return {key: value for key, _, value in parts}
+            return []
 
 
 def overrides_in(job: Any) -> list[str]:
