@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hyperopt.app import directory, sweep
-from hyperopt.app.config import ConfigError
+from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.experiment import differences, experiment_of, flatten
 from hyperopt.app.options import choices
@@ -228,6 +228,7 @@ def _check_values(config: DictConfig) -> None:
     if config.allow_targets and "allow_targets" not in given:
         packages = list(config.allow_targets)
         raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
+    check_targets(plain_values(config), tuple(config.allow_targets))  # without torch, as far as that goes
     from hyperopt.app.building import validate
 
     validate(config)

@@ -25,12 +25,15 @@ MISTAKES = [
     ("optimizer.lrr=1", ["optimizer has no key 'lrr'", "did you mean lr?", "momentum, nesterov"]),
     ("optimizer/scheduler=cosin", ["optimizer/scheduler has no option 'cosin'", "did you mean cosine?"]),
     ("adjoint.linear_solver.max_step=3", ["adjoint.linear_solver has no key 'max_step'", "did you mean max_steps?"]),
-    ("trainer.max_steps=abc", ["trainer.max_steps=abc", "could not be converted to Integer"]),
-    ("compile=maybe", ["compile=maybe", "not a valid bool"]),
+    ("trainer.max_steps=abc", ["trainer.max_steps='abc' must be a whole number >= 1; change trainer.max_steps"]),
+    ("compile=maybe", ["compile='maybe' must be true or false; change compile"]),
     ("+foo=1", ["foo: there is no such group or key", "choices: accept_lost_rows, adjoint"]),
     ("paths.dta=x", ["did you mean data?"]),
     ("hydra.rn.dir=x", ["hydra has no key 'rn'", "did you mean run?"]),
-    ("solver", ["cannot read 'solver'", "write key=value"]),
+    ("solver", ["'solver' is no subcommand", "check, report, export; values are key=value"]),
+    ("optimizer.lr=fast", ["optimizer.lr='fast' is no float or int; change optimizer.lr"]),
+    ("adjoint=soba", ["adjoint=soba is no Adjoint", "choices: anderson, bicgstab", "change adjoint"]),
+    ("adjoint=t1t2", ["adjoint=t1t2 is no Adjoint", "change adjoint"]),
     ("seed=[", ["cannot read 'seed=['"]),
     ("task=null", ["Config group override"]),
     ("solver.max_steps=0", ["solver.max_steps=0 must be a whole number >= 1; change solver.max_steps"]),
@@ -39,7 +42,7 @@ MISTAKES = [
     ("resume=auto", ["resume=auto has no run to look for", "set hydra.run.dir"]),
     ("hydra.run.dir=a_file", ["hydra.run.dir='a_file' is not a directory"]),
     ("-m solver=picard,andersen", ["solver has no option 'andersen'", "did you mean anderson?"]),
-    ("-m seed=1,-1", ["seed=-1 is not in [0"]),
+    ("-m seed=1,-1", ["seed=-1 is not a whole number in [0"]),
     ("-m resume=auto seed=1,2", ["set hydra.sweep.dir"]),
 ]
 
@@ -311,3 +314,54 @@ def test_a_sweep_of_two_by_two_for_real(tmp_path: Path) -> None:
         out = tmp_path / "sweep" / str(number)
         assert json.loads((out / "summary.json").read_text())["status"] == "completed"
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_flags_and_overrides_come_in_any_order(launch: Launcher) -> None:
+    done = launch("solver=anderson", "-m", "seed=0,1", "trainer.max_steps=3")
+    assert done.status == 0, done.err
+    assert [(cfg.seed, cfg.trainer.max_steps) for cfg, _ in done.runs] == [(0, 3), (1, 3)]
+    assert "name: train" in launch("seed=1", "--cfg", "job", "solver=rre").out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["chek"], "'chek' is no subcommand; did you mean check? subcommands: check, report, export; values are key=value"),
+        (["export", "nowhere"], "hyperopt export: nowhere is no directory of a run: it has no config.yaml"),
+        (["report", "nowhere"], "hyperopt report: there is no directory nowhere"),
+    ],
+)
+def test_a_subcommand_refuses_in_one_line(launch: Launcher, argv: list[str], said: str) -> None:
+    done = launch(*argv)
+    assert done.status == 1 and said in done.err and len(done.err.splitlines()) == 1 and not done.out
+
+
+@pytest.mark.parametrize("name", ["check", "report", "export"])
+def test_a_subcommand_has_its_own_help(launch: Launcher, name: str) -> None:
+    done = launch(name, "--help")
+    assert done.status == 0 and done.out.startswith(f"usage: hyperopt {name}")
+
+
+def test_an_evaluation_takes_everything_from_the_run(launch: Launcher) -> None:
+    made = launch("solver=anderson", "task.state_size=7", "seed=5", "device=cpu", "threads=1", "hydra.run.dir=one")
+    assert made.status == 0, made.err
+    (Path("one/checkpoints")).mkdir()
+    Path("one/checkpoints/best.pt").write_bytes(b"")
+    done = launch("mode=evaluate", "ckpt_path=one/checkpoints/best.pt", "hydra.run.dir=two", "seed=6")
+    assert done.status == 0, done.err
+    [(cfg, out)] = done.runs
+    assert (cfg.solver._target_.rpartition(".")[2], cfg.task.state_size, cfg.seed) == ("Anderson", 7, 6)
+    assert cfg.threads is None and out.name == "two"  # what says how a launch is made is not taken over
+
+
+def test_an_evaluation_of_a_run_from_elsewhere_allows_and_resolves_nothing(launch: Launcher) -> None:
+    Path("one/.hydra").mkdir(parents=True)
+    Path("one/checkpoints").mkdir()
+    Path("one/checkpoints/best.pt").write_bytes(b"")
+    evil = ["allow_targets=[os]", "name=${oc.env:HOME}", "hydra.callbacks={a: {_target_: os.system}}", "seed=4"]
+    Path("one/.hydra/overrides.yaml").write_text("".join(f"- {each}\n" for each in map(json.dumps, evil)))
+    [(cfg, _)] = launch("mode=evaluate", "ckpt_path=one/checkpoints/best.pt").runs
+    assert (list(cfg.allow_targets), cfg.name, cfg.seed) == ([], "train", 4)
+    Path("one/.hydra/overrides.yaml").write_text("- task._target_=os.system\n")
+    done = launch("mode=evaluate", "ckpt_path=one/checkpoints/best.pt")
+    assert done.status == 1 and "task._target_='os.system' is outside hyperopt" in done.err and not done.runs
