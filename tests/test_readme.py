@@ -17,12 +17,14 @@ from hyperopt.app.building import validate
 from hyperopt.app.resolvers import register
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = [(ROOT / "experiments" / name / "README.md").read_text(encoding="utf-8") for name in ("bilevel", "stn")]
+PAGES = [Path("README.md"), *(Path(name, "README.md") for name in ("hyperopt", "configs", "experiments", "tests"))]
+EXAMPLES = [Path("experiments", name, "README.md") for name in ("bilevel", "stn")]
+TEXTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in (*PAGES, *EXAMPLES)}
+README = TEXTS[Path("README.md")]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join([README, *EXAMPLES]), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join(TEXTS.values()), re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:
@@ -52,7 +54,13 @@ def test_the_commands_compose(argv: list[str]) -> None:
         validate(compose("train", overrides=overrides))
 
 
-def test_the_pictures_and_links_are_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_pictures_and_links_are_there(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]) if "://" not in link]
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (ROOT / page.parent / link).exists()] == []
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150 and len(README.split()) <= 1300
+    assert README.splitlines().index("```python") < 65
