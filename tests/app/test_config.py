@@ -261,3 +261,21 @@ def test_a_file_written_before_classes_moved_names_them_still() -> None:
     assert cfg.solver._target_ == "hyperopt.core.solvers.picard.Picard"
     assert cfg.parts[0]._target_ == "hyperopt.core.linear.gmres.GMRES"
     assert old["solver"]["_target_"] == "hyperopt.solvers.picard.Picard"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("hyperopt.bilevel.settings.ProductSettings", "hyperopt.bilevel.implicit.ProductSettings"),
+        ("hyperopt.bilevel.settings.PowerSettings", "hyperopt.bilevel.step_map.PowerSettings"),
+        ("hyperopt.solvers.newton_krylov.NewtonKrylov", "hyperopt.core.newton.newton_krylov.NewtonKrylov"),
+        ("hyperopt.core.solvers.newton.Newton", "hyperopt.core.newton.newton.Newton"),
+        ("hyperopt.spaces.Positive", "hyperopt.spaces.space.Positive"),
+        ("hyperopt.spaces.space.Positive", "hyperopt.spaces.space.Positive"),
+        ("hyperopt.optim.Adam", "hyperopt.bilevel.outer.Adam"),
+        ("hyperopt.bilevel.settings_of_mine.Part", "hyperopt.bilevel.settings_of_mine.Part"),
+    ],
+)
+def test_where_a_class_lies_now(old: str, new: str) -> None:
+    """A class is found by the name of its module or by its own, and never by the beginning of another name."""
+    assert plain_config({"part": {"_target_": old}}, "config.yaml").part._target_ == new
