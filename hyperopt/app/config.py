@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,7 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     """
     expected = kinds(hint)
     if isinstance(value, list):
-        inside = element(hint, list | tuple)
+        inside = element(hint, Sequence)
         return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
@@ -145,7 +145,7 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
             raise ConfigError(f"{key}={_short(value)} names no {names}: it has no _target_; change {key}")
         return value
     if "_target_" not in value:
-        inside = element(hint, dict)
+        inside = element(hint, Mapping)
         return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
     target = value["_target_"]
     kind = _imported(key, target, allowed)

@@ -84,6 +84,21 @@ def check_flag(owner: Any, name: str) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
 
 
+def check_kind(owner: Any, name: str, kind: type, *, optional: bool = False) -> None:
+    """Refuse a field of ``owner`` that is no ``kind``; with ``optional`` it may be None."""
+    value = getattr(owner, name)
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise TypeError(f"{type(owner).__name__}: {name}={value!r} is no {kind.__name__}; change {name}")
+
+
+def check_kinds(owner: Any, name: str, kind: type) -> None:
+    """Refuse a field of ``owner`` that is no list of ``kind``; a list (of a config) becomes a tuple."""
+    given = getattr(owner, name)
+    if not isinstance(given, list | tuple) or not all(isinstance(each, kind) for each in given):
+        raise TypeError(f"{type(owner).__name__}: {name}={given!r} is no list of {kind.__name__}; change {name}")
+    object.__setattr__(owner, name, tuple(given))
+
+
 def check_open_unit(owner: Any, name: str) -> None:
     """Refuse a field of ``owner`` that is not in (0, 1)."""
     value = taken(owner, name)

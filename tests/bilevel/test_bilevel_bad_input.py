@@ -312,6 +312,8 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),
         (lambda: InnerAdam(betas=(0.9, 1.0)), ValueError, r"betas=\(0\.9, 1\.0\) is not in \[0, 1\); change betas"),
         (lambda: InnerAdam(lr=-1.0), ValueError, r"lr=-1\.0 is not in"),
+        (lambda: TorchOptimizer(optimizer=3), TypeError, "TorchOptimizer: optimizer=3 is no str; change optimizer"),  # type: ignore
+        (lambda: TorchOptimizer(options=None), TypeError, "options=None is no dict; change options"),  # type: ignore
         (lambda: hyperopt.Nystrom(rank=0), ValueError, "rank=0 must be a whole number >= 1"),
         (lambda: hyperopt.Nystrom(rho=0.0), ValueError, r"rho=0\.0 is not in \(0\.0"),
         (lambda: InnerConstants(2.0, 1.0, 1.0), ValueError, "strong_convexity=2.0 is above smoothness=1.0"),

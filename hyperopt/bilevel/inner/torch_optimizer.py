@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.core.checks import check_flag, check_number
+from hyperopt.core.checks import check_flag, check_kind, check_number
 
 DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is no part of the gradient
 
@@ -40,6 +40,8 @@ class TorchOptimizer(InnerSolver):
         """Check the ranges."""
         super().__post_init__()
         check_number(self, "lr", 0.0, open_low=True)
+        check_kind(self, "optimizer", str)
+        check_kind(self, "options", dict)
         check_flag(self, "keep")
 
     def objective(self, problem: BilevelProblem) -> BilevelProblem:

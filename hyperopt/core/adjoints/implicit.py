@@ -21,7 +21,7 @@ from torch import Tensor
 from hyperopt.core.adjoints.base import Adjoint, Bound, Problem
 from hyperopt.core.adjoints.parts import graph_part
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
-from hyperopt.core.checks import POLICIES, check_choice, check_flag
+from hyperopt.core.checks import POLICIES, check_choice, check_flag, check_kind, check_kinds
 from hyperopt.core.differentiate import System, attach
 from hyperopt.core.forward import solve_forward
 from hyperopt.core.jacobian import Jacobian
@@ -124,9 +124,8 @@ class Implicit(ImplicitAdjoint):
         """Check the choices and the types."""
         check_choice(self, "policy", POLICIES)
         check_flag(self, "allow_inexact")
-        for solver in (self.linear_solver, *self.fallback):
-            if not isinstance(solver, LinearSolver):
-                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
+        check_kind(self, "linear_solver", LinearSolver)
+        check_kinds(self, "fallback", LinearSolver)
         if self.fallback and self.policy != "fallback":
             raise ValueError(
                 f"Implicit: fallback is only used under policy='fallback', but policy={self.policy!r}; change one of them"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.base import Problem
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
-from hyperopt.core.checks import POLICIES, check_choice, check_number
+from hyperopt.core.checks import POLICIES, check_choice, check_kind, check_number
 from hyperopt.core.differentiate import InexactError
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.loop import relative
@@ -52,8 +52,7 @@ class Shine(ImplicitAdjoint):
         """Check the ranges and the type."""
         check_number(self, "ratio", 0.0, open_low=True)
         check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
-        if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
-            raise TypeError(f"Shine: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+        check_kind(self, "linear_solver", LinearSolver, optional=True)
 
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the solver's inverse estimate and the graph of the last evaluation.

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hyperopt.core.checks import check_flag, check_number
+from hyperopt.core.checks import check_flag, check_kind, check_number
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.loop import rounding_floor
@@ -66,8 +66,7 @@ class NewtonKrylov(FixedPointSolver):
         super().__post_init__()
         check_number(self, "forcing", 0.0, 1.0, open_low=True)
         check_flag(self, "line_search")
-        if not isinstance(self.linear_solver, LinearSolver):
-            raise TypeError(f"NewtonKrylov: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+        check_kind(self, "linear_solver", LinearSolver)
 
     def init(self, w: Tensor) -> Progress:
         """No steps yet."""
