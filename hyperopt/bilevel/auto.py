@@ -102,7 +102,7 @@ class AutoEstimator(ImplicitEstimator):
     """The estimator behind ``adjoint="auto"``.
 
     Attributes:
-        auto: its settings.
+        auto: what it was given.
     """
 
     auto: Auto = Auto()

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.core.checks import check_number
 
 
 class Estimator(ABC):
@@ -29,21 +28,6 @@ class Estimator(ABC):
             lam: the hyperparameters, a tree of tensors, in the units of the losses.
             state: what the method remembers; changed in place.
         """
-
-
-@dataclass(frozen=True)
-class Stochastic(Estimator):
-    """A method that trains ``w`` itself, some gradient steps in each outer step.
-
-    Args:
-        step_size: of the gradient steps in ``w``, above 0.
-    """
-
-    step_size: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        check_number(self, "step_size", 0.0, open_low=True)
 
 
 def refuse_ignored(method: object, inner: object, products: Any, unused: Iterable[str]) -> None:

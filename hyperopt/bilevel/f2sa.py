@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Stochastic
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 

@@ -35,7 +35,7 @@ from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.step_map import PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.core.certificate import Certificate
-from hyperopt.core.checks import check_choice, check_flag, check_optional
+from hyperopt.core.checks import check_choice, check_flag, check_kind, check_optional
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.policy import note_once
 from hyperopt.core.status import AdjointBox, SolveStats, Status
@@ -71,6 +71,7 @@ class ProductSettings:
         check_flag(self, "warm")
         check_choice(self, "curvature", CURVATURES)
         check_flag(self, "resample")
+        check_kind(self, "power", PowerSettings)
 
 
 @dataclass(frozen=True)

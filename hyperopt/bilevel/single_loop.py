@@ -22,10 +22,9 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Stochastic
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved, same_hyperparameters
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
 from hyperopt.core.checks import check_number, check_optional
 from hyperopt.core.tree import layout_of, leaves_of
 

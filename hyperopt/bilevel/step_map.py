@@ -40,7 +40,7 @@ class StepMap(Complement):
 
 @dataclass(frozen=True)
 class PowerSettings:
-    """How power iteration is done.
+    """Tolerance and budget of a power iteration.
 
     Args:
         rtol: it stops when the estimate changes by less than this part; at least 0.

@@ -18,12 +18,11 @@ import torch
 
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Stochastic
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, later, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later, moved
 from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import layout_of, tree_norm
 

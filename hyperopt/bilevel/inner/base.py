@@ -98,7 +98,7 @@ class DifferentiableSolver(InnerSolver):
 
     Attributes:
         keeps_buffers: whether it keeps tensors beside ``w``.
-        rate_names: its settings that may be hyperparameters, one for all weights or one for each; see ``rates``.
+        rate_names: its arguments that may be hyperparameters, one for all weights or one for each; see ``rates``.
     """
 
     keeps_buffers: ClassVar[bool] = False
