@@ -65,7 +65,7 @@ _PUBLIC = {
     "GradientMap": "hyperopt.bilevel.gradient_map",
     "InnerConstants": "hyperopt.bilevel.problem",
     "Minibatches": "hyperopt.bilevel.batches",
-    "ProductSettings": "hyperopt.bilevel.settings",
+    "ProductSettings": "hyperopt.bilevel.implicit",
     "SparseRows": "hyperopt.data.sparse",
     "GradientDescent": "hyperopt.bilevel.inner.gradient_descent",
     "HeavyBall": "hyperopt.bilevel.inner.heavy_ball",
@@ -116,6 +116,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.gradient_map import GradientMap as GradientMap
     from hyperopt.bilevel.hypergradient import Bilevel as Bilevel
     from hyperopt.bilevel.hypergradient import hypergradient as hypergradient
+    from hyperopt.bilevel.implicit import ProductSettings as ProductSettings
     from hyperopt.bilevel.inner.adam import InnerAdam as InnerAdam
     from hyperopt.bilevel.inner.gradient_descent import GradientDescent as GradientDescent
     from hyperopt.bilevel.inner.heavy_ball import HeavyBall as HeavyBall
@@ -126,7 +127,6 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.problem import Composite as Composite
     from hyperopt.bilevel.problem import InnerConstants as InnerConstants
     from hyperopt.bilevel.saba import SABA as SABA
-    from hyperopt.bilevel.settings import ProductSettings as ProductSettings
     from hyperopt.bilevel.soba import SOBA as SOBA
     from hyperopt.bilevel.stocbio import StocBiO as StocBiO
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2

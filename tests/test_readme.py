@@ -30,7 +30,11 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """The ``hyperopt`` commands of the bash blocks that run a job, without the program's name."""
     lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    jobs = [words[1:] for words in lines if words[:1] == ["hyperopt"] and words[1:2] not in (["--cfg"], ["--help"], ["report"], ["export"])]
+    jobs = [
+        words[1:]
+        for words in lines
+        if words[:1] == ["hyperopt"] and words[1:2] not in (["--cfg"], ["--help"], ["report"], ["export"])
+    ]
     return [words[1:] if words[:1] == ["check"] else words for words in jobs]
 
 

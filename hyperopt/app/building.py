@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     """
     expected = kinds(hint)
     if isinstance(value, list):
-        inside = element(hint, list | tuple)
+        inside = element(hint, Sequence)
         return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
@@ -135,7 +135,7 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     if not value and expected:
         return None  # an option without anything in it, such as optimizer/scheduler=none
     if "_target_" not in value:
-        inside = element(hint, dict)
+        inside = element(hint, Mapping)
         return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
     target = value["_target_"]
     kind = _imported(key, target, allowed)

@@ -48,16 +48,17 @@ MOVED = {
     "hyperopt.adjoints": "hyperopt.core.adjoints",
     "hyperopt.spaces": "hyperopt.spaces.space",
     "hyperopt.train_settings": "hyperopt.tasks.trainer",
+    "hyperopt.bilevel.settings.PowerSettings": "hyperopt.bilevel.step_map.PowerSettings",
+    "hyperopt.bilevel.settings": "hyperopt.bilevel.implicit",
 }
-"""Where the modules of classes lay when older files named them, and where they lie now."""
+"""Where classes, or the modules of classes, lay when older files named them, and where they lie now."""
 
 
 def _present(target: str) -> str:
     """Return the present name of a class that an older file names."""
-    module, _, name = target.rpartition(".")
     for old, new in MOVED.items():
-        if module == old or (module.startswith(f"{old}.") and not module.startswith(new)):
-            return f"{new}{module.removeprefix(old)}.{name}"
+        if f"{target}.".startswith(f"{old}.") and not f"{target}.".startswith(f"{new}."):
+            return f"{new}{target.removeprefix(old)}"
     return target
 
 

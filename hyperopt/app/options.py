@@ -13,7 +13,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.utils import get_class
@@ -102,12 +102,12 @@ def kinds(hint: Any) -> tuple[type, ...]:
     return tuple(kind for each in typing.get_args(hint) for kind in kinds(each))
 
 
-def element(hint: Any, container: Any) -> Any:
+def element(hint: Any, container: type[Sequence[Any]] | type[Mapping[Any, Any]]) -> Any:
     """Return the type of what a list or a mapping of this type holds, ``Any`` if it does not say; see ``hints``."""
     for each in (hint, *typing.get_args(hint)):
         origin = typing.get_origin(each)
         if isinstance(origin, type) and issubclass(origin, container):
-            return typing.get_args(each)[0 if origin in (list, tuple) else 1]
+            return typing.get_args(each)[0 if container is Sequence else 1]
     return Any
 
 

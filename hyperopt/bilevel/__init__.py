@@ -38,7 +38,7 @@ A model: ``model = Functional(module)``, then ``model(w, x)`` in the losses and 
 without, ``batch`` is None and the losses have their data themselves. Configs: ``inner: ${inner}`` and ``adjoint: ${adjoint}`` in
 the task's YAML, and ``products`` typed by ``ProductSettings``.
 
-``adjoint`` takes the same settings as ``hyperopt.fixed_point`` (``Implicit`` with any linear solver, ``OneStep``, ``Phantom``,
+``adjoint`` takes the same adjoints as ``hyperopt.fixed_point`` (``Implicit`` with any linear solver, ``OneStep``, ``Phantom``,
 ``Unrolled``, ``Checkpointed``), ``T1T2``, ``FiniteDifference``, and every ``Estimator``. ``SOBA``, ``SABA``, ``StocBiO``,
 ``F2SA`` and ``VPBGD`` are such: they train the weights themselves, a few steps at a time, and take no ``inner``. A method of
 your own is a class with one function, ``estimate(problem, lam, state)``, which keeps what it must remember in ``state``.

@@ -46,9 +46,9 @@ from hyperopt.bilevel.estimate import Choice, State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.implicit import ImplicitEstimator, Point, Solved
 from hyperopt.bilevel.problem import Composite
-from hyperopt.bilevel.settings import AutoSettings
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
+from hyperopt.core.checks import check_count, check_number, check_optional_count
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.linear.minres import MINRES
@@ -66,14 +66,29 @@ LONGEST = 32  # most outer steps between two attempts by CG
 
 
 @dataclass(frozen=True)
-class Auto(AutoSettings, ImplicitAdjoint):
-    """Chooses by what it meets; settings in ``AutoSettings``, the rule in ``hyperopt.bilevel.auto``.
+class Auto(ImplicitAdjoint):
+    """CG, MINRES or a truncated Neumann series, chosen by what it meets; the rule is that of ``hyperopt.bilevel.auto``.
 
     As the adjoint of ``hyperopt.fixed_point``, at a solution, it is exact: CG, then MINRES, then GMRES.
+
+    Args:
+        rtol: relative tolerance of CG and MINRES, above 0.
+        max_steps: most products of one attempt by CG or MINRES, at least 1.
+        terms: most terms of the Neumann series (None: as many as ``inner`` takes steps, at least 20 and at most 100).
     """
+
+    rtol: float = 1e-6
+    max_steps: int = 100
+    terms: int | None = None
 
     exact = True
     iterates = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "rtol", 0.0, open_low=True)
+        check_count(self, "max_steps")
+        check_optional_count(self, "terms")
 
     def solve(self, system: LinearSystem) -> Tensor:
         """Solve to the tolerance by the first of the three that can."""
@@ -87,7 +102,7 @@ class AutoEstimator(ImplicitEstimator):
     """The estimator behind ``adjoint="auto"``.
 
     Attributes:
-        auto: its settings.
+        auto: what it was given.
     """
 
     auto: Auto = Auto()

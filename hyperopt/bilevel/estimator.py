@@ -14,7 +14,6 @@ from typing import Any
 
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.bilevel.settings import ProductSettings
 
 
 class Estimator(ABC):
@@ -31,13 +30,13 @@ class Estimator(ABC):
         """
 
 
-def refuse_ignored(method: object, inner: object, products: ProductSettings, unused: Iterable[str]) -> None:
+def refuse_ignored(method: object, inner: object, products: Any, unused: Iterable[str]) -> None:
     """Refuse what was given to a method that has no use for it, rather than ignore it.
 
     Args:
         method: the method.
         inner: the inner solver, where the method trains the weights itself; else None.
-        products: how products are to be taken.
+        products: how products are to be taken, a ``ProductSettings``.
         unused: the fields of ``products`` that the method does not use.
 
     Raises:
@@ -49,6 +48,7 @@ def refuse_ignored(method: object, inner: object, products: ProductSettings, unu
             f"{name} trains the weights itself and would ignore inner={type(inner).__name__}(...); leave inner out, and set the "
             f"steps of {name}"
         )
-    for field, default in ((f.name, getattr(ProductSettings(), f.name)) for f in fields(ProductSettings) if f.name in unused):
-        if getattr(products, field) != default:
+    default = type(products)()
+    for field in (f.name for f in fields(products) if f.name in unused):
+        if getattr(products, field) != getattr(default, field):
             raise ValueError(f"{name} has no use for {field}={getattr(products, field)!r}; leave {field} out")

@@ -21,17 +21,42 @@ from typing import Any
 import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.single_loop_settings import F2SASettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
-class F2SA(F2SASettings, Estimator):
-    """F2SA; settings in ``F2SASettings``."""
+class F2SA(Stochastic):
+    """Two copies of the weights, and a penalty that grows by the same amount in every outer step, without end.
+
+    Args:
+        steps: of both copies of ``w`` per outer step (T), at least 1.
+        multiplier: the first penalty, ``lambda_0``, above 0; the bias of the hypergradient is ``O(1 / lambda)``.
+        growth: what it grows by in every outer step, ``delta``, above 0.
+    """
+
+    steps: int = 10
+    multiplier: float = 1.0
+    growth: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the penalty grows."""
+        super().__post_init__()
+        check_count(self, "steps")
+        check_number(self, "multiplier", 0.0, open_low=True)
+        check_number(self, "growth", float("-inf"))
+        if not self.growth > 0:
+            raise ValueError(
+                f"F2SA: growth={self.growth!r}: the penalty does not grow, and the bias of the hypergradient, O(1 / penalty), "
+                "does not vanish; set growth above 0"
+            )
+
+    def penalty(self, t: int) -> float:
+        """The penalty in outer step ``t``."""
+        return self.multiplier + self.growth * t
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Move both copies, and return the hypergradient where they end; see ``Estimator``.

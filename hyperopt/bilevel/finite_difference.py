@@ -10,12 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hyperopt.bilevel.settings import FiniteDifferenceSettings
 from hyperopt.core.adjoints.onestep import OneStep
+from hyperopt.core.checks import check_optional
 
 
 @dataclass(frozen=True)
-class FiniteDifference(FiniteDifferenceSettings, OneStep):
-    """One-step differentiation with the products of ``hyperopt.bilevel.finite_differences``."""
+class FiniteDifference(OneStep):
+    """One-step differentiation with the products of ``hyperopt.bilevel.finite_differences``.
+
+    Args:
+        length: of the difference's step in ``w``, above 0 (None: where truncation and rounding balance; DARTS: 0.01).
+    """
+
+    length: float | None = None
 
     curvature: ClassVar[str] = "finite_differences"
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check_optional(self, "length", 0.0, open_low=True)

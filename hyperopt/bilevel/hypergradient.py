@@ -17,11 +17,10 @@ from hyperopt.bilevel.estimator import Estimator, refuse_ignored
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.gradient_map import GradientMap
-from hyperopt.bilevel.implicit import ImplicitEstimator
+from hyperopt.bilevel.implicit import ImplicitEstimator, ProductSettings
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, named
-from hyperopt.bilevel.settings import ProductSettings
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.tied import Tied
 from hyperopt.bilevel.unrolled import UnrolledEstimator

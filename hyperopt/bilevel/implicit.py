@@ -32,16 +32,46 @@ from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.settings import ProductSettings
-from hyperopt.bilevel.step_map import StepMap, largest_curvature
+from hyperopt.bilevel.step_map import PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.core.certificate import Certificate
+from hyperopt.core.checks import check_choice, check_flag, check_kind, check_optional
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.policy import note_once
 from hyperopt.core.status import AdjointBox, SolveStats, Status
 from hyperopt.core.tree import tree_norm
 
 log = logging.getLogger(__name__)
+
+CURVATURES = ("hessian", "gauss_newton", "finite_differences")
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """How an implicit hypergradient takes its products.
+
+    Args:
+        step: of the gradient-step map, above 0, for adjoints that iterate it (None: the inner solver's, else from declared
+            constants, else ``1 / L`` by power iteration).
+        warm: start the adjoint, and the power iteration, where those of the last outer step ended.
+        curvature: ``hessian``, ``gauss_newton`` (which needs an inner loss that is a ``Composite``) or ``finite_differences``.
+        resample: a batch of its own for each product.
+        power: the power iteration.
+    """
+
+    step: float | None = None
+    warm: bool = True
+    curvature: str = "hessian"
+    resample: bool = False
+    power: PowerSettings = field(default_factory=PowerSettings)
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        check_optional(self, "step", 0.0, open_low=True)
+        check_flag(self, "warm")
+        check_choice(self, "curvature", CURVATURES)
+        check_flag(self, "resample")
+        check_kind(self, "power", PowerSettings)
 
 
 @dataclass(frozen=True)
@@ -95,9 +125,9 @@ class Solved:
 
 @dataclass(frozen=True)
 class ImplicitEstimator(ProductSettings, Estimator):
-    """Any implicit adjoint on the gradient-step map; settings in ``ProductSettings``.
+    """Any implicit adjoint on the gradient-step map; see ``ProductSettings`` for its further arguments.
 
-    Attributes:
+    Args:
         adjoint: how the adjoint system is solved.
         inner: trains ``w`` first (None: it is trained already).
     """

@@ -26,7 +26,7 @@ from torch import Tensor
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BatchSource, NoBatches
 from hyperopt.bilevel.single_loop import At, SingleLoop, Terms
-from hyperopt.bilevel.single_loop_settings import SABASettings
+from hyperopt.core.checks import check_count
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,19 @@ class Table:
 
 
 @dataclass(frozen=True)
-class SABA(SABASettings, SingleLoop):
-    """SABA; settings in ``SABASettings``."""
+class SABA(SingleLoop):
+    """The single loop with tables of the last terms of every batch.
+
+    Args:
+        seed: of the order in which batches are visited, at least 0.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "seed", 0)
 
     def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
         """Those of one batch of each loss, corrected by the tables.

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
-from hyperopt.bilevel.single_loop_settings import SOBASettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, moved, same_hyperparameters
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
+from hyperopt.core.checks import check_number, check_optional
 from hyperopt.core.tree import layout_of, leaves_of
 
 
@@ -102,8 +101,30 @@ class At:
         return float(loss), self.weights.matrix(self.w.like(in_w)), self.hyper.matrix(self.lam.like(in_lam))
 
 
-class SingleLoop(SOBASettings, Estimator):
-    """The loop; a method says where its terms come from."""
+@dataclass(frozen=True)
+class SingleLoop(Stochastic):
+    """The loop; a method says where its terms come from.
+
+    Args:
+        adjoint_step: of the steps in ``u``, above 0 (None: ``step_size``).
+        decay: both steps are multiplied by ``(1 + t / horizon)^-decay`` in outer step ``t``; in [0, 1], and 0 keeps them.
+        horizon: see ``decay``, in outer steps, above 0.
+    """
+
+    adjoint_step: float | None = None
+    decay: float = 0.0
+    horizon: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_optional(self, "adjoint_step", 0.0, open_low=True)
+        check_number(self, "decay", 0.0, 1.0)
+        check_number(self, "horizon", 0.0, open_low=True)
+
+    def factor(self, t: int) -> float:
+        """What the steps are multiplied by in outer step ``t``."""
+        return (1 + t / self.horizon) ** -self.decay
 
     @abstractmethod
     def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:

@@ -18,7 +18,7 @@ from hyperopt.bilevel.single_loop import At, SingleLoop, Terms
 
 @dataclass(frozen=True)
 class SOBA(SingleLoop):
-    """SOBA; settings in ``SOBASettings``."""
+    """The single loop on minibatches; its arguments are those of ``SingleLoop``."""
 
     def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
         """On the next batches."""

@@ -8,11 +8,13 @@ step; only methods that iterate the map (Neumann, Anderson, one-step) need one b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature
-from hyperopt.bilevel.settings import PowerSettings
+from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.operator import Complement, FunctionOperator
 
 
@@ -34,6 +36,24 @@ class StepMap(Complement):
         image = self.curvature.matvec(v)
         self.largest = torch.fmax(self.largest, torch.linalg.vector_norm(image) / torch.linalg.vector_norm(v))
         return image
+
+
+@dataclass(frozen=True)
+class PowerSettings:
+    """Tolerance and budget of a power iteration.
+
+    Args:
+        rtol: it stops when the estimate changes by less than this part; at least 0.
+        max_steps: most products, at least 1.
+    """
+
+    rtol: float = 1e-2
+    max_steps: int = 30
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "rtol", 0.0)
+        check_count(self, "max_steps")
 
 
 def largest_curvature(

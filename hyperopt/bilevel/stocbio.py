@@ -18,19 +18,35 @@ import torch
 
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.single_loop_settings import StocBiOSettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, later, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later, moved
+from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import layout_of, tree_norm
 
 
 @dataclass(frozen=True)
-class StocBiO(StocBiOSettings, Estimator):
-    """stocBiO; settings in ``StocBiOSettings``."""
+class StocBiO(Stochastic):
+    """Some steps of training, then a Neumann series with a batch for each of its terms.
+
+    Args:
+        steps: of training per outer step (D), at least 1.
+        terms: products with the Hessian (Q), at least 1.
+        adjoint_step: of the series, ``eta``, above 0 (None: ``step_size``).
+    """
+
+    steps: int = 10
+    terms: int = 10
+    adjoint_step: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "steps")
+        check_count(self, "terms")
+        check_optional(self, "adjoint_step", 0.0, open_low=True)
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Train from where the weights are, and sum the series there; see ``Estimator``.

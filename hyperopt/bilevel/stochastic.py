@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
+from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.certificate import Certificate
+from hyperopt.core.checks import check_number
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
 from hyperopt.core.tree import tree_norm
@@ -24,6 +27,21 @@ from hyperopt.core.tree import tree_norm
 RISE = 1e3  # a residual this many times the largest sound one is looked into
 SLACK = 1e-4  # a step that makes the residual larger by no more than this part may do so by rounding
 NONE = Certificate(math.nan, False, math.nan)  # nothing is solved to a tolerance, so nothing is known about the error
+
+
+@dataclass(frozen=True)
+class Stochastic(Estimator):
+    """A method that trains ``w`` itself, some gradient steps in each outer step.
+
+    Args:
+        step_size: of the gradient steps in ``w``, above 0.
+    """
+
+    step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check_number(self, "step_size", 0.0, open_low=True)
 
 
 class Growth:

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.settings import T1T2Settings
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.onestep import truncated
 
 
 @dataclass(frozen=True)
-class T1T2(T1T2Settings, ImplicitAdjoint):
-    """The T1-T2 adjoint of a trained problem; it has no settings."""
+class T1T2(ImplicitAdjoint):
+    """The T1-T2 adjoint of a trained problem; it takes no arguments."""
 
     exact = False
     iterates = False

@@ -27,17 +27,47 @@ from typing import Any
 import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.single_loop_settings import VPBGDSettings
-from hyperopt.bilevel.stochastic import NONE, Growth, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.core.checks import check_count, check_number, check_optional
 from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
-class VPBGD(VPBGDSettings, Estimator):
-    """V-PBGD; settings in ``VPBGDSettings``."""
+class VPBGD(Stochastic):
+    """Two copies of the weights, and a penalty that grows linearly from ``start`` to ``end`` and stays there.
+
+    Args:
+        steps: of the copy of ``w`` that solves the inner problem, per outer step (T), at least 1; more than 1 only on one batch.
+        inner_step: of those steps, above 0 (None: ``step_size``, which is that of the penalised copy).
+        start: the first penalty, ``gamma``, at least 0.
+        end: the last, above ``start``; the bias of the hypergradient is ``O(1 / end)``.
+        ramp: outer steps from one to the other, at least 1.
+    """
+
+    steps: int = 1
+    inner_step: float | None = None
+    start: float = 1.0
+    end: float = 10.0
+    ramp: int = 1000
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the penalty grows."""
+        super().__post_init__()
+        check_count(self, "steps")
+        check_optional(self, "inner_step", 0.0, open_low=True)
+        check_number(self, "start", 0.0)
+        check_number(self, "end", 0.0)
+        check_count(self, "ramp")
+        if not self.end > self.start:
+            raise ValueError(
+                f"VPBGD: end={self.end!r}: the penalty does not grow, from start={self.start!r}; set end above start"
+            )
+
+    def penalty(self, t: int) -> float:
+        """The penalty in outer step ``t``."""
+        return self.start + (self.end - self.start) * min(t / self.ramp, 1.0)
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Move ``w``, return the hypergradient before its last move, and move ``y``; see ``Estimator``.

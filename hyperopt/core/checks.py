@@ -1,11 +1,4 @@
-"""Checks of settings' values, and what every iterative method has; free of torch.
-
-Names shared by all iterative methods:
-    rtol: relative tolerance on the true residual, row by row; 0 with ``atol=0`` means "exactly ``max_steps``".
-    atol: absolute tolerance on the true residual; a row stops at ``residual <= atol + rtol * scale``.
-    max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K): a vjp each, unless a method says
-        otherwise.
-"""
+"""Checks of the values of a class's fields, and what every iterative method has; free of torch."""
 
 from __future__ import annotations
 
@@ -91,6 +84,21 @@ def check_flag(owner: Any, name: str) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} must be true or false; change {name}")
 
 
+def check_kind(owner: Any, name: str, kind: type, *, optional: bool = False) -> None:
+    """Refuse a field of ``owner`` that is no ``kind``; with ``optional`` it may be None."""
+    value = getattr(owner, name)
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise TypeError(f"{type(owner).__name__}: {name}={value!r} is no {kind.__name__}; change {name}")
+
+
+def check_kinds(owner: Any, name: str, kind: type) -> None:
+    """Refuse a field of ``owner`` that is no list of ``kind``; a list (of a config) becomes a tuple."""
+    given = getattr(owner, name)
+    if not isinstance(given, list | tuple) or not all(isinstance(each, kind) for each in given):
+        raise TypeError(f"{type(owner).__name__}: {name}={given!r} is no list of {kind.__name__}; change {name}")
+    object.__setattr__(owner, name, tuple(given))
+
+
 def check_open_unit(owner: Any, name: str) -> None:
     """Refuse a field of ``owner`` that is not in (0, 1)."""
     value = taken(owner, name)
@@ -115,8 +123,15 @@ def check_betas(owner: Any) -> None:
 
 
 @dataclass(frozen=True)
-class IterativeSettings:
-    """What every iterative method has: tolerances and a budget."""
+class IterativeMethod:
+    """What every iterative method has: tolerances and a budget.
+
+    Args:
+        rtol: relative tolerance on the true residual, row by row, at least 0; 0 with ``atol=0`` means exactly ``max_steps``.
+        atol: absolute tolerance, at least 0; a row stops at ``residual <= atol + rtol * scale``.
+        max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K), at least 1; a step of a linear
+            solver is one vjp, unless the method says otherwise.
+    """
 
     rtol: float = 1e-5
     atol: float = 0.0
@@ -132,3 +147,8 @@ class IterativeSettings:
     def fixed(self) -> bool:
         """Whether exactly ``max_steps`` steps are asked for."""
         return self.rtol == 0 and self.atol == 0
+
+    @property
+    def name(self) -> str:
+        """The method's name in statistics and messages."""
+        return type(self).__name__

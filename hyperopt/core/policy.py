@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import Counter
 
-from hyperopt.core.checks import IterativeSettings
+from hyperopt.core.checks import IterativeMethod
 from hyperopt.core.status import SolveStats
 
 log = logging.getLogger("hyperopt")
@@ -67,17 +67,16 @@ def report(stats: SolveStats, policy: str, what: str) -> None:
         warn(text + again)
 
 
-def report_floor(settings: IterativeSettings, floor: float, dtype: object, policy: str, what: str) -> None:
+def report_floor(method: IterativeMethod, floor: float, dtype: object, policy: str, what: str) -> None:
     """Warn, once a run and kind, of an ``rtol`` below ``floor``, what rounding leaves in ``dtype``: the floor is used instead.
 
     Not of a method's default, which nobody has asked for, nor where ``atol`` may be what is meant to stop the solve.
     """
-    if policy == "ignore" or settings.atol or settings.rtol == type(settings).rtol or not 0 < settings.rtol < floor:
+    if policy == "ignore" or method.atol or method.rtol == type(method).rtol or not 0 < method.rtol < floor:
         return
-    name = type(settings).__name__
-    if count(what, name, f"floor of {dtype}") == 1:
+    if count(what, method.name, f"floor of {dtype}") == 1:
         warn(
-            f"{what} solve: rtol={settings.rtol:.1e} of {name} is below the rounding floor of {dtype}"
+            f"{what} solve: rtol={method.rtol:.1e} of {method.name} is below the rounding floor of {dtype}"
             f"{' with its products in lower precision' if floor > LOW else ''}, so {floor:.1e} is used; "
             "raise rtol or compute in float64"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hyperopt.bilevel.settings import ProductSettings
+from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.core.checks import (
     POLICIES,
     check_choice,

@@ -214,7 +214,8 @@ def test_version(launch: Launcher) -> None:
 def test_tab_completion_offers_options_and_no_schema_nodes(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_LINE", "hyperopt solver=")
     monkeypatch.setenv("COMP_POINT", "16")
-    solvers = ("anderson", "broyden", "chord", "newton", "newton_krylov", "picard", "rre")
+    solvers = sorted(path.stem for path in (ROOT / "configs" / "solver").glob("*.yaml"))
+    assert "anderson" in solvers
     assert launch("-sc", "query=bash").out.split() == [f"solver={name}" for name in solvers]
 
 

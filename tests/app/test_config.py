@@ -232,6 +232,38 @@ def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], messa
     assert message in str(caught.value)
 
 
+PICARD, CG, ONE_STEP = (f"hyperopt.core.{name}" for name in ("solvers.picard.Picard", "linear.cg.CG", "adjoints.onestep.OneStep"))
+PRODUCTS, POWER = "hyperopt.bilevel.implicit.ProductSettings", "hyperopt.bilevel.step_map.PowerSettings"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"adjoint.linear_solver._target_={PICARD}"], f"adjoint.linear_solver._target_='{PICARD}' is no LinearSolver; "),
+        ([f"adjoint.linear_solver._target_={ONE_STEP}"], f"adjoint.linear_solver._target_='{ONE_STEP}' is no LinearSolver; "),
+        (["adjoint=shine", f"adjoint.linear_solver={{_target_: {PICARD}}}"], f"'{PICARD}' is no LinearSolver; "),
+        (["solver=newton_krylov", f"solver.linear_solver._target_={PICARD}"], f"'{PICARD}' is no LinearSolver; "),
+        ([f"adjoint.fallback=[{{_target_: {PICARD}}}]"], f"adjoint.fallback.0._target_='{PICARD}' is no LinearSolver; "),
+        ([f"adjoint.fallback=[{{_target_: {CG}}},{{_target_: {ONE_STEP}}}]"], "adjoint.fallback.1._target_="),
+        (["adjoint.fallback=[cg]"], "adjoint.fallback.0='cg' names no LinearSolver: it has no _target_"),
+        ([f"solver._target_={CG}"], f"solver._target_='{CG}' is no FixedPointSolver; "),
+        ([f"solver._target_={ONE_STEP}"], f"solver._target_='{ONE_STEP}' is no FixedPointSolver; "),
+        ([f"adjoint._target_={PICARD}"], f"adjoint._target_='{PICARD}' is no Adjoint or Estimator; "),
+        ([f"inner._target_={PICARD}"], f"inner._target_='{PICARD}' is no InnerSolver; "),
+        (["task=l2", f"task.products._target_={POWER}"], f"task.products._target_='{POWER}' is no ProductSettings; "),
+        (
+            ["task=l2", f"task.products.power._target_={PRODUCTS}"],
+            f"task.products.power._target_='{PRODUCTS}' is no PowerSettings",
+        ),
+    ],
+)
+def test_a_part_of_another_kind_is_refused(overrides: list[str], message: str) -> None:
+    """Inside of a list too, whose entries have the type that the class says."""
+    with pytest.raises(ConfigError) as caught:
+        validate(compose("train", overrides))
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("key", "target"),
     [
@@ -283,3 +315,21 @@ def test_a_file_written_before_classes_moved_names_them_still() -> None:
     assert cfg.solver._target_ == "hyperopt.core.solvers.picard.Picard"
     assert cfg.parts[0]._target_ == "hyperopt.core.linear.gmres.GMRES"
     assert old["solver"]["_target_"] == "hyperopt.solvers.picard.Picard"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("hyperopt.bilevel.settings.ProductSettings", "hyperopt.bilevel.implicit.ProductSettings"),
+        ("hyperopt.bilevel.settings.PowerSettings", "hyperopt.bilevel.step_map.PowerSettings"),
+        ("hyperopt.solvers.newton_krylov.NewtonKrylov", "hyperopt.core.newton.newton_krylov.NewtonKrylov"),
+        ("hyperopt.core.solvers.newton.Newton", "hyperopt.core.newton.newton.Newton"),
+        ("hyperopt.spaces.Positive", "hyperopt.spaces.space.Positive"),
+        ("hyperopt.spaces.space.Positive", "hyperopt.spaces.space.Positive"),
+        ("hyperopt.optim.Adam", "hyperopt.bilevel.outer.Adam"),
+        ("hyperopt.bilevel.settings_of_mine.Part", "hyperopt.bilevel.settings_of_mine.Part"),
+    ],
+)
+def test_where_a_class_lies_now(old: str, new: str) -> None:
+    """A class is found by the name of its module or by its own, and never by the beginning of another name."""
+    assert plain_config({"part": {"_target_": old}}, "config.yaml").part._target_ == new

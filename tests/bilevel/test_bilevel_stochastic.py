@@ -10,7 +10,6 @@ from bilevel_problems import DOUBLE, Logistic, Ridge, central_differences, flatt
 
 import hyperopt
 from hyperopt import F2SA, SABA, SOBA, VPBGD, Bilevel, BilevelProblem, Minibatches, StocBiO
-from hyperopt.bilevel.single_loop_settings import F2SASettings, SOBASettings, VPBGDSettings
 
 PENALTY = 1e5  # the bias of a penalty method is about one part in so many
 METHODS: dict[str, tuple[Any, int, float]] = {  # the method, outer steps at one lam, tolerance
@@ -241,19 +240,19 @@ def flat_memory(memory: Any) -> Any:
 @pytest.mark.parametrize("growth", [0.0, -0.1, float("nan")])
 def test_a_penalty_that_does_not_grow_is_refused(growth):
     with pytest.raises(ValueError, match="growth"):
-        F2SASettings(growth=growth)
+        F2SA(growth=growth)
 
 
 @pytest.mark.parametrize(("start", "end"), [(2.0, 2.0), (2.0, 1.0)])
 def test_a_ramp_that_does_not_grow_is_refused(start, end):
     with pytest.raises(ValueError, match=r"end=.*: the penalty does not grow, from start"):
-        VPBGDSettings(start=start, end=end)
+        VPBGD(start=start, end=end)
 
 
 def test_schedules():
-    assert [VPBGDSettings(start=1, end=5, ramp=4).penalty(t) for t in (0, 1, 4, 9)] == [1, 2, 5, 5]
-    assert F2SASettings(multiplier=2, growth=0.5).penalty(3) == 3.5
-    assert SOBASettings(decay=1.0, horizon=10).factor(30) == 0.25
+    assert [VPBGD(start=1, end=5, ramp=4).penalty(t) for t in (0, 1, 4, 9)] == [1, 2, 5, 5]
+    assert F2SA(multiplier=2, growth=0.5).penalty(3) == 3.5
+    assert SOBA(decay=1.0, horizon=10).factor(30) == 0.25
 
 
 def test_batches_that_cannot_be_visited_again_have_no_table():

@@ -256,6 +256,7 @@ REFUSED = [
     (lambda: NewtonKrylov(line_search=1), "NewtonKrylov: line_search=1"),  # pyright: ignore[reportArgumentType]
     (lambda: Shine(ratio=0.0), "Shine: ratio=0.0"),
     (lambda: Shine(policy="fallback"), "Shine: policy='fallback' is none of raise, warn, ignore"),
+    (lambda: Implicit(allow_inexact="no"), "Implicit: allow_inexact='no' must be true or false"),  # pyright: ignore[reportArgumentType]
     (lambda: fixed_point(torch.cos, torch.zeros(1), policy="wran"), "policy='wran'"),
     (lambda: fixed_point(torch.cos, torch.zeros(1), rows="bach"), "rows='bach'"),
 ]
@@ -265,6 +266,29 @@ REFUSED = [
 def test_16_bad_settings_name_the_field_and_the_value(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+PARTS: list[tuple[Any, str]] = [
+    (lambda: Implicit(Picard()), r"Implicit: linear_solver=Picard\(.*\) is no LinearSolver; change linear_solver"),  # type: ignore
+    (lambda: Implicit(None), "Implicit: linear_solver=None is no LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(Neumann), "is no LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is no list of LinearSolver"),  # type: ignore
+    (lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]), r"fallback=\[.*Picard.*\] is no list of LinearSolver"),  # type: ignore
+    (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is no list of LinearSolver"),  # type: ignore
+    (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is no LinearSolver"),  # type: ignore
+    (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is no LinearSolver"),  # type: ignore
+]
+
+
+@pytest.mark.parametrize(("make", "match"), PARTS, ids=[match for _, match in PARTS])
+def test_16_a_part_of_another_kind_is_refused(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+def test_16_a_list_of_fallbacks_is_kept_as_a_tuple():
+    listed, kept = (Implicit(policy="fallback", fallback=kind([Neumann(), LinearAnderson()])) for kind in (list, tuple))
+    assert listed == kept and hash(listed) == hash(kept)
 
 
 def test_16_unknown_keywords_are_refused_and_nothing_of_the_caller_changes():

@@ -19,16 +19,33 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import rates, spoken
-from hyperopt.bilevel.settings import InnerAdamSettings
+from hyperopt.bilevel.inner.rates import check_rate, rates, spoken
+from hyperopt.core.checks import check_betas, check_number
 
 
 @dataclass(frozen=True)
-class InnerAdam(InnerAdamSettings, DifferentiableSolver):
-    """Adam; settings in ``InnerAdamSettings``."""
+class InnerAdam(DifferentiableSolver):
+    """Adam, which can be differentiated through.
+
+    Args:
+        lr: learning rate, a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
+        betas: how much of the mean and of the mean square of the gradient is kept each step, both in [0, 1).
+        eps: added to the root of the mean square; at least 0.
+    """
+
+    lr: Any = 0.001
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
     keeps_buffers = True
     rate_names = ("lr",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges; a list given as ``betas`` becomes a tuple."""
+        super().__post_init__()
+        check_rate(self, "lr", 0.0, open_low=True)
+        check_betas(self)
+        check_number(self, "eps", 0.0)
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """Both moments of each tensor, and the number of steps taken, a tensor because a state is made of tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import optree
@@ -16,8 +17,8 @@ from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
+from hyperopt.core.checks import IterativeMethod
 from hyperopt.core.loop import rounding_floor, run
 from hyperopt.core.policy import SolveError
 from hyperopt.core.process import Process
@@ -28,13 +29,18 @@ PROBE = 16  # steps between two norms that are judged where no tolerance asks fo
 RISE = 1e3  # a gradient this many times the scale of the problem is no training any more
 
 
-class InnerSolver(InnerSettings, ABC):
-    """A method that minimises the inner loss; a step is one ``update``."""
+@dataclass(frozen=True)
+class InnerSolver(IterativeMethod, ABC):
+    """A method that minimises the inner loss; a step is one ``update``.
 
-    @property
-    def name(self) -> str:
-        """The method's name in statistics and messages."""
-        return type(self).__name__
+    Args:
+        rtol: the solve stops at ``|grad L| <= atol + rtol scale``, where the scale is the larger of ``|grad L(w_0)|`` and
+            ``|H(w_0) w_0|`` at the very first start ``w_0`` of the run, with the Hessian H; 0 with ``atol=0`` means exactly
+            ``max_steps``. It is raised to the rounding floor of the dtype.
+        max_steps: most steps, of one inner gradient each unless a method says otherwise.
+    """
+
+    rtol: float = 0.0
 
     def map_step(self, lam: Any) -> float | None:
         """A step at which the gradient-step map contracts if this solver converges; None: not known."""
@@ -92,7 +98,7 @@ class DifferentiableSolver(InnerSolver):
 
     Attributes:
         keeps_buffers: whether it keeps tensors beside ``w``.
-        rate_names: its settings that may be hyperparameters, one for all weights or one for each; see ``rates``.
+        rate_names: its arguments that may be hyperparameters, one for all weights or one for each; see ``rates``.
     """
 
     keeps_buffers: ClassVar[bool] = False
@@ -254,7 +260,7 @@ class Watch:
         gradients, products: inner gradients and Hessian products that were spent on the scale.
     """
 
-    def __init__(self, solver: InnerSettings, memory: dict[str, Any], w: Leaves) -> None:
+    def __init__(self, solver: InnerSolver, memory: dict[str, Any], w: Leaves) -> None:
         """Nothing seen yet; ``memory`` keeps the scale, and ``w`` is where this training starts."""
         self.solver, self.memory = solver, memory
         self.size = nn.utils.get_total_norm([leaf.detach() for leaf in w.flat])  # it is read only where it matters

@@ -9,15 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import move, plain_rates, rates, smallest, spoken
-from hyperopt.bilevel.settings import GradientDescentSettings
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, smallest, spoken
 
 
 @dataclass(frozen=True)
-class GradientDescent(GradientDescentSettings, DifferentiableSolver):
-    """Gradient descent; settings in ``GradientDescentSettings``."""
+class GradientDescent(DifferentiableSolver):
+    """Gradient descent.
+
+    Args:
+        step_size: a number above 0, or the name of the hyperparameter that holds it (an entry of a mapping ``lam``): one number,
+            or a tree like ``w`` of numbers or of tensors that broadcast to the weights, a rate for each.
+    """
+
+    step_size: Any = 0.1
 
     rate_names = ("step_size",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_rate(self, "step_size", 0.0, open_low=True)
 
     def map_step(self, lam: Any) -> float | None:
         """Its own step, the smallest of all."""

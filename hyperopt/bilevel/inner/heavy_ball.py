@@ -16,16 +16,31 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import move, plain_rates, rates, spoken
-from hyperopt.bilevel.settings import HeavyBallSettings
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, spoken
 
 
 @dataclass(frozen=True)
-class HeavyBall(HeavyBallSettings, DifferentiableSolver):
-    """Gradient descent with momentum; settings in ``HeavyBallSettings``."""
+class HeavyBall(DifferentiableSolver):
+    """Gradient descent with momentum.
+
+    Args:
+        step_size: a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
+        momentum: a number in [0, 1), or the name of the hyperparameter that holds it, in the same way.
+    """
+
+    step_size: Any = 0.1
+    momentum: Any = 0.9
 
     keeps_buffers = True
     rate_names = ("step_size", "momentum")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_rate(self, "step_size", 0.0, open_low=True)
+        check_rate(self, "momentum", 0.0, 1.0)
+        if self.momentum == 1:
+            raise ValueError("HeavyBall: momentum=1 never forgets; change momentum")
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """The momentum of each tensor."""

@@ -18,7 +18,7 @@ from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import InnerSolver, Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.settings import LBFGSSettings
+from hyperopt.core.checks import check_count
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
 from hyperopt.core.tree import tree_norm
@@ -27,8 +27,20 @@ SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype 
 
 
 @dataclass(frozen=True)
-class InnerLBFGS(LBFGSSettings, InnerSolver):
-    """L-BFGS; settings in ``LBFGSSettings``. Its statistics count every gradient, those of the line search among them."""
+class InnerLBFGS(InnerSolver):
+    """L-BFGS with a strong Wolfe line search. Its statistics count every gradient, those of the line search among them.
+
+    Args:
+        history: pairs of differences that are kept, at least 1.
+    """
+
+    rtol: float = 1e-6
+    history: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "history")
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: Any) -> None:
         """Not used: the line search takes gradients of its own."""

@@ -12,6 +12,16 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_number
+
+
+def check_rate(owner: object, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Like ``check_number``, for a field that may be the name of a hyperparameter instead."""
+    value = getattr(owner, name)
+    if isinstance(value, str) and value and "${" not in value:
+        return
+    check_number(owner, name, low, high, open_low=open_low)
+
 
 def named_rate(value: float | str, lam: Any, key: str) -> Any:
     """A rate of an inner solver: the number, or the hyperparameter of that name.

@@ -7,7 +7,7 @@ the one that is differentiated. One that shrinks the weights beside an adaptive 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +15,34 @@ from torch import Tensor
 
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.bilevel.settings import TorchOptimizerSettings
+from hyperopt.core.checks import check_flag, check_kind, check_number
 
 DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is no part of the gradient
 
 
 @dataclass(frozen=True)
-class TorchOptimizer(TorchOptimizerSettings, InnerSolver):
-    """An optimizer of PyTorch; settings in ``TorchOptimizerSettings``."""
+class TorchOptimizer(InnerSolver):
+    """An optimizer of PyTorch.
+
+    Args:
+        optimizer: its name in ``torch.optim`` (``Adam``, ``AdamW``, ``RMSprop``, ``SGD``, ...).
+        lr: learning rate, above 0.
+        options: its further arguments by name.
+        keep: whether its moments live on from one outer step to the next.
+    """
+
+    optimizer: str = "Adam"
+    lr: float = 0.001
+    options: dict[str, Any] = field(default_factory=dict)
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "lr", 0.0, open_low=True)
+        check_kind(self, "optimizer", str)
+        check_kind(self, "options", dict)
+        check_flag(self, "keep")
 
     def objective(self, problem: BilevelProblem) -> BilevelProblem:
         """The problem with the optimizer's weight decay as a penalty of the inner loss.

@@ -16,15 +16,25 @@ import math
 from dataclasses import dataclass
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
-from hyperopt.core.adjoints.settings import CheckpointedSettings
 from hyperopt.core.adjoints.unrolled import solve_by_steps, unroll
+from hyperopt.core.checks import check_optional_count
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 
 
 @dataclass(frozen=True)
-class Checkpointed(CheckpointedSettings, Adjoint):
-    """Checkpointed backpropagation through the solver; settings in ``CheckpointedSettings``."""
+class Checkpointed(Adjoint):
+    """Checkpointed backpropagation through the solver's own steps.
+
+    Args:
+        segment: steps that are kept at a time, at least 1 (None: the root of the solver's ``max_steps``).
+    """
+
+    segment: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_optional_count(self, "segment")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
         """All steps do."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.base import Adjoint, Bound, Problem
 from hyperopt.core.adjoints.parts import graph_part
-from hyperopt.core.adjoints.settings import ImplicitSettings
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
+from hyperopt.core.checks import POLICIES, check_choice, check_flag, check_kind, check_kinds
 from hyperopt.core.differentiate import System, attach
 from hyperopt.core.forward import solve_forward
 from hyperopt.core.jacobian import Jacobian
@@ -103,18 +103,29 @@ class ImplicitAdjoint(Adjoint):
 
 
 @dataclass(frozen=True)
-class Implicit(ImplicitSettings, ImplicitAdjoint):
-    """The implicit adjoint with any linear solver; settings in ``ImplicitSettings``."""
+class Implicit(ImplicitAdjoint):
+    """The implicit adjoint with any linear solver.
+
+    Args:
+        linear_solver: solves the adjoint system.
+        policy: what to do when it fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
+        fallback: linear solvers tried in turn under ``policy="fallback"``, each for the rows still unsolved (none: GMRES, then
+            NormalCG).
+        allow_inexact: let an adjoint of a fixed number of steps be differentiated again, although its second derivative is not
+            exact.
+    """
 
     linear_solver: LinearSolver = field(default_factory=Neumann)
+    policy: str = "warn"
     fallback: Sequence[LinearSolver] = field(default_factory=tuple)
+    allow_inexact: bool = False
 
     def __post_init__(self) -> None:
-        """Check the types."""
-        super().__post_init__()
-        for solver in (self.linear_solver, *self.fallback):
-            if not isinstance(solver, LinearSolver):
-                raise TypeError(f"Implicit: linear_solver={solver!r} is no LinearSolver; give Neumann(...), GMRES(...), ...")
+        """Check the choices and the types."""
+        check_choice(self, "policy", POLICIES)
+        check_flag(self, "allow_inexact")
+        check_kind(self, "linear_solver", LinearSolver)
+        check_kinds(self, "fallback", LinearSolver)
         if self.fallback and self.policy != "fallback":
             raise ValueError(
                 f"Implicit: fallback is only used under policy='fallback', but policy={self.policy!r}; change one of them"

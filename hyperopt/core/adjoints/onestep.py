@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
-from hyperopt.core.adjoints.settings import OneStepSettings
 from hyperopt.core.loop import relative
 from hyperopt.core.status import SolveStats, Status
 
 
 @dataclass(frozen=True)
-class OneStep(OneStepSettings, ImplicitAdjoint):
-    """The one-step adjoint; it has no settings."""
+class OneStep(ImplicitAdjoint):
+    """The one-step adjoint; it takes no arguments."""
 
     exact = False
     remedy = "OneStep never is; use an exact adjoint, such as Implicit()"

@@ -18,15 +18,28 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.onestep import truncated
-from hyperopt.core.adjoints.settings import PhantomSettings
+from hyperopt.core.checks import check_count, check_number
 
 
 @dataclass(frozen=True)
-class Phantom(PhantomSettings, ImplicitAdjoint):
-    """The phantom gradient; settings in ``PhantomSettings``."""
+class Phantom(ImplicitAdjoint):
+    """The phantom gradient.
+
+    Args:
+        steps: damped steps from ``v = 0``, at least 1.
+        damping: in (0, 1].
+    """
+
+    steps: int = 5
+    damping: float = 0.5
 
     exact = False
     remedy = "Phantom never is; use an exact adjoint, such as Implicit()"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "steps")
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
 
     def solve(self, system: LinearSystem) -> Tensor:
         """The damped steps."""

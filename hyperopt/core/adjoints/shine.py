@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.base import Problem
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
-from hyperopt.core.adjoints.settings import ShineSettings
+from hyperopt.core.checks import POLICIES, check_choice, check_kind, check_number
 from hyperopt.core.differentiate import InexactError
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.loop import relative
@@ -30,22 +30,29 @@ from hyperopt.core.status import Solution, SolveStats, Status
 
 
 @dataclass(frozen=True)
-class Shine(ShineSettings, ImplicitAdjoint):
-    """The shared inverse estimate; settings in ``ShineSettings``.
+class Shine(ImplicitAdjoint):
+    """The inverse estimate that the forward solver has built.
 
     Its statistics: ``iterations`` is 0 in the rows that fell back to ``v = g``; a warm start ``v0`` is not used.
+
+    Args:
+        linear_solver: refines from there (None: no refinement).
+        ratio: a row whose ``|v|`` is more than this many times ``|g|`` takes ``v = g`` instead; above 0.
+        policy: what to do when the refinement fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time) or ``ignore``.
     """
 
     linear_solver: LinearSolver | None = None
+    ratio: float = 10.0
+    policy: str = "warn"
 
     exact = False
     remedy = "SHINE never is; use Implicit()"
 
     def __post_init__(self) -> None:
-        """Check the types."""
-        super().__post_init__()
-        if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
-            raise TypeError(f"Shine: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+        """Check the ranges and the type."""
+        check_number(self, "ratio", 0.0, open_low=True)
+        check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
+        check_kind(self, "linear_solver", LinearSolver, optional=True)
 
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the solver's inverse estimate and the graph of the last evaluation.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
-from hyperopt.core.adjoints.settings import UnrolledSettings
 from hyperopt.core.captured import functorch_level, seen, transformed, underived
+from hyperopt.core.checks import check_optional_count
 from hyperopt.core.forward import solve_forward
 from hyperopt.core.loop import relative, rounding_floor
 from hyperopt.core.policy import report
@@ -30,8 +30,18 @@ from hyperopt.core.status import Solution, SolveStats, Status
 
 
 @dataclass(frozen=True)
-class Unrolled(UnrolledSettings, Adjoint):
-    """Backpropagation through the solver; settings in ``UnrolledSettings``."""
+class Unrolled(Adjoint):
+    """Backpropagation through the solver's own steps.
+
+    Args:
+        last: how many of the last steps are differentiated, at least 1 (None: all).
+    """
+
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_optional_count(self, "last")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
         """All steps do; the last few of them do not."""

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, solve_by_iteration
-from hyperopt.core.linear.settings import LinearAndersonSettings
 from hyperopt.core.linear.start import fitted_start
-from hyperopt.core.solvers.anderson import Anderson
+from hyperopt.core.solvers.anderson import Anderson, AndersonMixing
 from hyperopt.core.status import Status
 
 
 @dataclass(frozen=True)
-class LinearAnderson(LinearAndersonSettings, LinearSolver):
-    """Anderson acceleration of the adjoint iteration; settings in ``LinearAndersonSettings``."""
+class LinearAnderson(LinearSolver, AndersonMixing):
+    """Anderson acceleration of the adjoint iteration; its arguments are those of ``LinearSolver`` and ``AndersonMixing``."""
 
     iterates = True
 

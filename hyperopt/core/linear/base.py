@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hyperopt.core.linear.settings import LinearSettings
+from hyperopt.core.checks import IterativeMethod, check_choice
 from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.iterate import iterate
@@ -18,6 +18,7 @@ from hyperopt.core.status import SolveStats, Status
 
 Products = LinearOperator | Callable[[Tensor], Tensor]
 """``M`` of a system: an operator, or a function ``v -> M v``."""
+RELATIVE_TO = ("row", "batch")
 
 
 @dataclass
@@ -31,24 +32,32 @@ class LinearSolution:
     stats: SolveStats
 
 
-class LinearSolver(LinearSettings, ABC):
+@dataclass(frozen=True)
+class LinearSolver(IterativeMethod, ABC):
     """A method for ``(I - M) v = b``; for the adjoint system ``M = J^T`` and ``b = g``.
 
     A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
-    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``. With ``relative_to="batch"`` the root mean square of
-    ``||b||`` over the rows stands in the place of a smaller ``||b||``.
+    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``.
+
+    Args:
+        relative_to: what ``rtol`` is relative to. ``row``: each row's own ``||b||``. ``batch``: the larger of that and the root
+            mean square over the rows: the residual of all rows together is at most ``sqrt(2) rtol ||b||``, and rows that hardly
+            matter to the hypergradient, such as examples that are fitted already, are solved as little as they matter.
 
     Attributes:
         iterates: whether it iterates ``v <- M v + b``, so that its convergence depends on how ``M`` is scaled: whether
             ``M = I - s A`` converges depends on ``s``, where a Krylov method does the same for every ``s``.
     """
 
+    rtol: float = 1e-6
+    relative_to: str = field(default="row", kw_only=True)
+
     iterates: ClassVar[bool] = False
 
-    @property
-    def name(self) -> str:
-        """The method's name in statistics and messages."""
-        return type(self).__name__
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_choice(self, "relative_to", RELATIVE_TO)
 
     @property
     def by_row(self) -> bool:

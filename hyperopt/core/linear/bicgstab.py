@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.pending import advance
-from hyperopt.core.linear.settings import BiCGStabSettings
 from hyperopt.core.rowwise import combine, dot, dots
 from hyperopt.core.status import Status
 
@@ -30,8 +29,8 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class BiCGStab(BiCGStabSettings, KrylovSolver):
-    """Stabilized biconjugate gradients; settings in ``BiCGStabSettings``."""
+class BiCGStab(KrylovSolver):
+    """Stabilized biconjugate gradients, two vjps a step; its arguments are those of ``LinearSolver``."""
 
     def init(self, run: Recurrence) -> State:
         """The first direction is the residual."""

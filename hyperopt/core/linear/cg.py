@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.pending import advance
-from hyperopt.core.linear.settings import CGSettings
 from hyperopt.core.rowwise import dot, length
 from hyperopt.core.status import Status
 
@@ -33,8 +32,8 @@ State = tuple[Tensor, Tensor, Tensor]  # p, 1 / <r, r>, and the least curvature 
 
 
 @dataclass(frozen=True)
-class CG(CGSettings, KrylovSolver):
-    """Conjugate gradients; settings in ``CGSettings``."""
+class CG(KrylovSolver):
+    """Conjugate gradients, one vjp a step; its arguments are those of ``LinearSolver``."""
 
     def init(self, run: Recurrence) -> State:
         """The first direction is the residual."""

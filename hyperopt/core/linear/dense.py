@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_count
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
-from hyperopt.core.linear.settings import DenseSettings
 
 
 class Refinement(KrylovSolver):
@@ -43,8 +43,22 @@ class Refinement(KrylovSolver):
 
 
 @dataclass(frozen=True)
-class Dense(DenseSettings, Refinement):
-    """Dense LU; settings in ``DenseSettings``."""
+class Dense(Refinement):
+    """LU of the dense ``I - M`` of each row, made by ``dim`` vjps.
+
+    Args:
+        max_steps: solves with the factors: the first, and refinements of it where ``rtol`` asks for more.
+        max_entries: the most numbers (rows x dim x dim) that the matrices may have, at least 1; larger systems are refused.
+    """
+
+    rtol: float = 1e-10
+    max_steps: int = 10
+    max_entries: int = 2**26
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "max_entries")
 
     def correction(self, run: Recurrence) -> Tensor:
         """A solve with the factors; 0 in singular rows.

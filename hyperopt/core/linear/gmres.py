@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_count
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
-from hyperopt.core.linear.settings import GMRESSettings
 from hyperopt.core.rowwise import combine, dots, length
 
 COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
@@ -51,10 +51,21 @@ class Arnoldi:
 
 
 @dataclass(frozen=True)
-class GMRES(GMRESSettings, KrylovSolver):
-    """Restarted GMRES; settings in ``GMRESSettings``."""
+class GMRES(KrylovSolver):
+    """Restarted GMRES, one vjp a step.
+
+    Args:
+        window: vectors that are kept before the space is built anew, at least 1.
+    """
+
+    window: int = 20
 
     apart = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "window")
 
     def init(self, run: Recurrence) -> Arnoldi:
         """The first vector is the residual's direction."""

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.linear.pending import advance
-from hyperopt.core.linear.settings import MINRESSettings
 from hyperopt.core.rowwise import combine, dot, dots
 from hyperopt.core.status import Status
 
@@ -35,8 +34,8 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class MINRES(MINRESSettings, KrylovSolver):
-    """Minimal residuals of a symmetric map; settings in ``MINRESSettings``."""
+class MINRES(KrylovSolver):
+    """Minimal residuals of a symmetric map, one vjp a step; its arguments are those of ``LinearSolver``."""
 
     def init(self, run: Recurrence) -> State:
         """The first vector is the residual's direction, and has no predecessors."""

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, solve_by_iteration
-from hyperopt.core.linear.settings import NeumannSettings
 from hyperopt.core.linear.start import fitted_start
 from hyperopt.core.solvers.picard import Picard
 
 
 @dataclass(frozen=True)
-class Neumann(NeumannSettings, LinearSolver):
-    """The truncated Neumann series; settings in ``NeumannSettings``."""
+class Neumann(LinearSolver):
+    """The truncated Neumann series; its arguments are those of ``LinearSolver``."""
 
     iterates = True
 

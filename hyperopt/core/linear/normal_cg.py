@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
-from hyperopt.core.linear.settings import NormalCGSettings
 
 SINGULAR = 16.0  # times eps |A| |r|: what rounding leaves of an A^T r that is 0
 
@@ -26,8 +25,13 @@ State = tuple[Tensor, Tensor]  # the direction p, and <s, s> of the step before;
 
 
 @dataclass(frozen=True)
-class NormalCG(NormalCGSettings, KrylovSolver):
-    """Conjugate gradients on the normal equations; settings in ``NormalCGSettings``."""
+class NormalCG(KrylovSolver):
+    """Conjugate gradients on the normal equations, one vjp and one jvp a step.
+
+    Its arguments are those of ``LinearSolver``.
+    """
+
+    max_steps: int = 200
 
     def init(self, run: Recurrence) -> State:
         """No direction yet: the first step has to bring it."""

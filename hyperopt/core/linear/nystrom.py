@@ -19,15 +19,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.linear.base import LinearSolution, Products, worse_than_none
 from hyperopt.core.linear.dense import Refinement
 from hyperopt.core.linear.krylov import Recurrence
-from hyperopt.core.linear.settings import NystromSettings
 
 
 @dataclass(frozen=True)
-class Nystrom(NystromSettings, Refinement):
-    """The Nystrom approximation; settings in ``NystromSettings``."""
+class Nystrom(Refinement):
+    """The Nystrom approximation: ``rank`` vjps, and one a step.
+
+    Args:
+        max_steps: applications of the sketch's inverse; 1 with ``rtol=0, atol=0`` is the method as published.
+        rank: columns of ``I - M`` in the sketch, at least 1; at most as many are drawn as there are unknowns.
+        rho: what is added to the sketch's diagonal, above 0, in the units of ``I - M`` (for a trained problem, of the Hessian).
+        seed: draws the columns; at least 0.
+    """
+
+    rtol: float = 0.0
+    max_steps: int = 1
+    rank: int = 20
+    rho: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "rank")
+        check_number(self, "rho", 0.0, open_low=True)
+        check_count(self, "seed", 0)
 
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Apply the sketch's inverse; a row left with more residual than 0 would have is ``diverged``: never silently wrong."""

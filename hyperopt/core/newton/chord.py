@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import seen
-from hyperopt.core.newton.dense_jacobian import Factors, check_size, factor, replace_rows, select, solve
-from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.checks import check_number
+from hyperopt.core.newton.dense_jacobian import DenseSolver, Factors, factor, replace_rows, select, solve
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import ChordSettings
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,26 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Chord(ChordSettings, FixedPointSolver):
-    """Newton with reused factors; settings in ``ChordSettings``."""
+class Chord(DenseSolver):
+    """Newton's method with the factors of an old Jacobian.
+
+    Args:
+        refresh: a row gets new factors when its residual has not fallen below this fraction of the last one; in (0, 1].
+    """
+
+    refresh: float = 0.5
 
     keeps_inverse: ClassVar[bool] = True
     rise: ClassVar[float] = 1e9  # as for Newton
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "refresh", 0.0, 1.0, open_low=True)
+
     def init(self, w: Tensor) -> Kept:
         """No factors; check that they will fit."""
-        check_size(self, w)
+        self.check_size(w)
         return Kept(None, w.new_full((w.shape[0],), torch.inf))
 
     def select(self, state: Kept, index: Tensor) -> Kept:

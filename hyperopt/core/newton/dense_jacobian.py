@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,23 +10,39 @@ from torch import Tensor
 
 from hyperopt.core import legacy
 from hyperopt.core.captured import seen
+from hyperopt.core.checks import check_number
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import DenseSettings
 
 
-def check_size(settings: DenseSettings, w: Tensor) -> None:
-    """Refuse a state whose Jacobians would not fit.
+@dataclass(frozen=True)
+class DenseSolver(FixedPointSolver):
+    """A method that makes the Jacobian of each row.
 
-    Raises:
-        ValueError: they take more than ``settings.max_gib``.
+    Args:
+        max_gib: the most memory that the Jacobians of all rows may take, in GiB, above 0; larger ones are refused.
     """
-    rows, dim = w.shape
-    size = rows * dim * dim * w.element_size() / 2**30
-    if size > settings.max_gib:
-        raise ValueError(
-            f"{type(settings).__name__}: dense Jacobians of {rows} rows of {dim} entries take {size:.3g} GiB, more than "
-            f"max_gib={settings.max_gib}; use NewtonKrylov, which makes none, or raise max_gib"
-        )
+
+    max_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "max_gib", 0.0, open_low=True)
+
+    def check_size(self, w: Tensor) -> None:
+        """Refuse a state whose Jacobians would not fit.
+
+        Raises:
+            ValueError: they take more than ``max_gib``.
+        """
+        rows, dim = w.shape
+        size = rows * dim * dim * w.element_size() / 2**30
+        if size > self.max_gib:
+            raise ValueError(
+                f"{self.name}: dense Jacobians of {rows} rows of {dim} entries take {size:.3g} GiB, more than "
+                f"max_gib={self.max_gib}; use NewtonKrylov, which makes none, or raise max_gib"
+            )
 
 
 class Factors(NamedTuple):

@@ -18,23 +18,34 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import transformed
-from hyperopt.core.newton.dense_jacobian import check_size, factor, solve
-from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.checks import check_flag
+from hyperopt.core.newton.dense_jacobian import DenseSolver, factor, solve
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import NewtonSettings
 
 
 @dataclass(frozen=True)
-class Newton(NewtonSettings, FixedPointSolver):
-    """Dense Newton; settings in ``NewtonSettings``."""
+class Newton(DenseSolver):
+    """Newton's method with dense Jacobians.
+
+    Args:
+        line_search: shorten a step until the residual falls; each try is one evaluation.
+    """
+
+    max_steps: int = 50
+    line_search: bool = False
 
     linearizes: ClassVar[bool] = True
     rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and the next ones come back
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_flag(self, "line_search")
+
     def init(self, w: Tensor) -> Tensor:
         """No residuals for the line search; check that the Jacobians fit."""
-        check_size(self, w)
+        self.check_size(w)
         return w.new_empty((w.shape[0], 0))
 
     def select(self, state: Tensor, index: Tensor) -> Tensor:

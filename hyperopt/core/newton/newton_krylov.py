@@ -13,22 +13,19 @@ Comput. 17, 1996, choice 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_flag, check_kind, check_number
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.loop import rounding_floor
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import NewtonKrylovSettings
-
-_inner: Callable[[], LinearSolver] = lambda: GMRES(window=30, max_steps=60)  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,29 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class NewtonKrylov(NewtonKrylovSettings, FixedPointSolver):
-    """Matrix-free Newton; settings in ``NewtonKrylovSettings``."""
+class NewtonKrylov(FixedPointSolver):
+    """Newton's method without a matrix.
 
-    linear_solver: LinearSolver = field(default_factory=_inner)
+    Args:
+        linear_solver: solves ``(I - J) d = r``; its ``max_steps`` is the most products a step, its tolerances are replaced.
+        forcing: the largest relative residual of that solve, in (0, 1].
+        line_search: shorten a step until the residual falls; each try is one evaluation.
+    """
+
+    max_steps: int = 50
+    linear_solver: LinearSolver = field(default_factory=lambda: GMRES(window=30, max_steps=60))
+    forcing: float = 0.1
+    line_search: bool = True
 
     linearizes: ClassVar[bool] = True
     differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the types."""
+        """Check the ranges and the type."""
         super().__post_init__()
-        if not isinstance(self.linear_solver, LinearSolver):
-            raise TypeError(f"NewtonKrylov: linear_solver={self.linear_solver!r} is no LinearSolver; change linear_solver")
+        check_number(self, "forcing", 0.0, 1.0, open_low=True)
+        check_flag(self, "line_search")
+        check_kind(self, "linear_solver", LinearSolver)
 
     def init(self, w: Tensor) -> Progress:
         """No steps yet."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import IterativeMethod, check_count, check_flag, check_number
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import AndersonSettings
 from hyperopt.core.solvers.window import Window
 
 
@@ -40,8 +40,33 @@ class History:
 
 
 @dataclass(frozen=True)
-class Anderson(AndersonSettings, FixedPointSolver):
-    """Anderson acceleration; settings in ``AndersonSettings``."""
+class AndersonMixing(IterativeMethod):
+    """What Anderson acceleration has, of a map and of a linear system alike (``hyperopt.core.linear.anderson``).
+
+    Args:
+        window: steps that are mixed, at least 1; one larger than ``max_steps`` is never filled, and no error.
+        damping: how much of a residual is added to its iterate, in (0, 1].
+        ridge: at least 0, and relative: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals.
+        restart: forget the whole history when the window is full, instead of its oldest step.
+    """
+
+    window: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-10
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "window")
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
+        check_number(self, "ridge", 0.0)
+        check_flag(self, "restart")
+
+
+@dataclass(frozen=True)
+class Anderson(AndersonMixing, FixedPointSolver):
+    """Anderson acceleration of ``w <- phi(w)``; its arguments are those of ``AndersonMixing``."""
 
     def init(self, w: Tensor) -> History:
         """No history."""

@@ -7,15 +7,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hyperopt.core.checks import IterativeSettings
+from hyperopt.core.checks import IterativeMethod
 from hyperopt.core.solvers.point import Point
 
 
-class FixedPointSolver(IterativeSettings, ABC):
+class FixedPointSolver(IterativeMethod, ABC):
     """A method for ``w = phi(w)`` on a ``(rows, dim)`` matrix whose rows are independent.
 
-    A method is a frozen dataclass of settings with a few pure functions. Nothing in ``step`` may change a tensor in place or mix
-    rows: iterates are kept by reference, unrolling differentiates through ``step``, and one bad row must not spoil another.
+    A method is a frozen dataclass of its arguments with a few pure functions. Nothing in ``step`` may change a tensor in
+    place or mix rows: iterates are kept by reference, unrolling differentiates through ``step``, and one bad row must not spoil
+    another.
 
     Attributes:
         linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
@@ -50,8 +51,3 @@ class FixedPointSolver(IterativeSettings, ABC):
     def inverse(self, state: Any, v: Tensor, *, transpose: bool) -> Tensor:
         """The estimate of ``(I - J)^{-1} v`` or, with ``transpose``, ``(I - J^T)^{-1} v``, shape (rows, dim)."""
         raise NotImplementedError(f"{self.name} keeps no inverse")
-
-    @property
-    def name(self) -> str:
-        """The method's name in statistics and messages."""
-        return type(self).__name__

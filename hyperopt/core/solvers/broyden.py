@@ -26,10 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_count, check_flag
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import BroydenSettings
 from hyperopt.core.solvers.window import Window
 
 
@@ -56,11 +56,25 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Broyden(BroydenSettings, FixedPointSolver):
-    """Limited-memory good Broyden; settings in ``BroydenSettings``."""
+class Broyden(FixedPointSolver):
+    """Limited-memory good Broyden, with an inverse estimate for each row.
+
+    Args:
+        memory: most rank-one terms of the estimate, at least 1; when there are as many, they are reduced to half of them.
+        line_search: shorten a step until the residual falls; each try is one evaluation.
+    """
+
+    memory: int = 20
+    line_search: bool = False
 
     keeps_inverse: ClassVar[bool] = True
     rise: ClassVar[float] = 1e9  # a first guess at a direction may lead far out, and the estimate then knows better
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "memory")
+        check_flag(self, "line_search")
 
     def init(self, w: Tensor) -> Estimate:
         """``H = I``: the first step is a plain one."""

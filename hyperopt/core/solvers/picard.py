@@ -15,17 +15,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_number
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import PicardSettings
 
 
 @dataclass(frozen=True)
-class Picard(PicardSettings, FixedPointSolver):
-    """Damped Picard iteration; settings in ``PicardSettings``."""
+class Picard(FixedPointSolver):
+    """Damped Picard iteration.
+
+    Args:
+        damping: in (0, 1]; 1 is the plain iteration ``w <- phi(w)``.
+    """
+
+    damping: float = 1.0
 
     takes_residual: ClassVar[bool] = False
     holds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "damping", 0.0, 1.0, open_low=True)
 
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
         """One damped step."""

@@ -21,19 +21,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_count
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
-from hyperopt.core.solvers.settings import RRESettings
 from hyperopt.core.solvers.window import Window
 
 RIDGE = 1e-14  # relative, on a system in float64 with a diagonal of 1: what rounding leaves of vectors that depend on each other
 
 
 @dataclass(frozen=True)
-class RRE(RRESettings, FixedPointSolver):
-    """Cyclic reduced rank extrapolation; settings in ``RRESettings``."""
+class RRE(FixedPointSolver):
+    """Cyclic reduced rank extrapolation.
+
+    Args:
+        window: plain steps of a cycle, at least 1; a state of fewer entries takes as many as it has.
+    """
+
+    window: int = 5
 
     rise: ClassVar[float] = 1e9  # where the map does not contract, the plain steps of a cycle lead away before it ends
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "window")
 
     def init(self, w: Tensor) -> Window:
         """No residuals; a cycle has one more of them than extrapolation takes plain steps."""
