@@ -18,7 +18,7 @@ from tables import save, write_table
 from hyperopt.bilevel.outer import Adam
 from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.stn import Positive
-from hyperopt.stn.settings import MODES
+from hyperopt.stn.rounds import MODES
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.stn_ridge import StnRidgeTask
 from hyperopt.tasks.stn_settings import SelfTuningOptions

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyperopt.core.checks import check_choice, check_count, check_number, check_optional_count
-from hyperopt.stn.settings import GATES, SelfTuningSettings
+from hyperopt.stn.network import GATES
+from hyperopt.stn.rounds import SelfTuningSettings
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
 

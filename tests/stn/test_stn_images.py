@@ -16,7 +16,6 @@ from hyperopt.data.digits import Digits
 from hyperopt.nn.regularise.dropout import dropout
 from hyperopt.nn.regularise.keyed import keyed
 from hyperopt.stn import Bounded, Discrete, HyperSpace, Positive, convert
-from hyperopt.stn.classifier_settings import ClassifierSettings
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
@@ -214,4 +213,4 @@ def _standardised() -> Any:
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClassifierSettings(**values)
+        Classifier(**values)
