@@ -20,8 +20,8 @@ from hyperopt.bilevel.outer_settings import SchedulerSettings, TrainerSettings
 from hyperopt.stn import Positive
 from hyperopt.stn.rounds import MODES
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.stn_ridge import StnRidgeTask
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 UPDATES, SEEDS = 1500, range(6)
 

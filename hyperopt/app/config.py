@@ -56,6 +56,7 @@ MOVED = {
     "hyperopt.spaces": "hyperopt.spaces.space",
     "hyperopt.optim": "hyperopt.bilevel.outer",
     "hyperopt.train_settings": "hyperopt.bilevel.outer_settings",
+    "hyperopt.tasks.stn_settings": "hyperopt.tasks.stn",
 }
 """Where the modules of classes lay when older files named them, and where they lie now."""
 
@@ -286,13 +287,15 @@ def _group(name: str) -> Any:
     from hyperopt.bilevel.outer_settings import TrainerSettings
     from hyperopt.core.adjoints.base import Adjoint
     from hyperopt.core.solvers.base import FixedPointSolver
+    from hyperopt.data.splits import Dataset
     from hyperopt.tasks.base import Task
-    from hyperopt.tasks.stn_settings import SelfTuningOptions
+    from hyperopt.tasks.stn import SelfTuningOptions
 
     found: dict[str, Any] = {
         "solver": FixedPointSolver | None,
         "adjoint": Adjoint | Estimator | None,
         "inner": InnerSolver | None,
+        "dataset": Dataset | None,
         "stn": SelfTuningOptions | None,
         "optimizer": OuterOptimizer,
         "trainer": TrainerSettings,

@@ -19,9 +19,9 @@ from hyperopt.stn import Bounded, Discrete, HyperSpace, Positive, convert
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.stn_images import StnImagesTask
 from hyperopt.tasks.stn_problem import ImageProblem
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 SPLITS = Digits(train=60, val=40, test=30).load(torch.float64)

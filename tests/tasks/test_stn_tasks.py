@@ -26,9 +26,8 @@ from hyperopt.core import distributed
 from hyperopt.stn import HyperSpace, Positive
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.stn import check_layers, schedule_of
+from hyperopt.tasks.stn import SelfTuningOptions, check_layers, schedule_of
 from hyperopt.tasks.stn_ridge import Ridge, StnRidgeTask
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 
@@ -161,9 +160,9 @@ def test_the_optimizers_of_the_group_are_swapped_by_one_override() -> None:
         ("stn.train_steps=0", "stn.train_steps=0 must be a whole number >= 1; change stn.train_steps"),
         ("stn.valid_steps=0", "stn.valid_steps=0 must be a whole number >= 1; change stn.valid_steps"),
         ("task.x_range.init=10.0", r"task.x_range.init=10.0 is not inside \(0.01, 10\).*change task.x_range.init"),
-        ("task.x_range.scale=0", "task.x_range.scale=0.0 is not in"),
-        ("task.x_range.low=11", "task.x_range.low=11.0 is not below high=10.0"),
-        ("stn.scales.lr=-1", "stn.scales.lr=-1.0 is not in"),
+        ("task.x_range.scale=0", "task.x_range.scale=0 is not in"),
+        ("task.x_range.low=11", "task.x_range.low=11 is not below high=10.0"),
+        ("stn.scales.lr=-1", "stn.scales.lr=-1 is not in"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_key(override: str, message: str) -> None:
