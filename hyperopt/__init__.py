@@ -90,7 +90,7 @@ _PUBLIC = {
     "HyperSpace": "hyperopt.stn.space",
     "convert": "hyperopt.stn.network",
     "SelfTuning": "hyperopt.stn.step",
-    "SelfTuningSettings": "hyperopt.stn.settings",
+    "SelfTuningSettings": "hyperopt.stn.rounds",
     "load_exported": "hyperopt.app.export.load",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -184,7 +184,7 @@ if TYPE_CHECKING:
     from hyperopt.spaces.space import Space as Space
     from hyperopt.spaces.space import SpectralBall as SpectralBall
     from hyperopt.stn.network import convert as convert
-    from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
+    from hyperopt.stn.rounds import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.space import HyperSpace as HyperSpace
     from hyperopt.stn.step import SelfTuning as SelfTuning
 

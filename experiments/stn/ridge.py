@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.stn import Positive
-from hyperopt.stn.settings import MODES
+from hyperopt.stn.rounds import MODES
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.stn_ridge import StnRidgeTask
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 UPDATES, SEEDS = 1500, range(6)
 

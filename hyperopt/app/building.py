@@ -27,8 +27,9 @@ from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.text import one_line
+from hyperopt.data.splits import Dataset
 from hyperopt.tasks.base import Task
-from hyperopt.tasks.stn_settings import SelfTuningOptions
+from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.trainer import TrainerSettings
 
 TORCHS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
@@ -36,7 +37,7 @@ GROUPS: dict[str, Any] = {
     "solver": FixedPointSolver | None,
     "adjoint": Adjoint | Estimator | None,
     "inner": InnerSolver | None,
-    "dataset": Any,
+    "dataset": Dataset | None,
     "stn": SelfTuningOptions | None,
     "optimizer": OuterOptimizer,
     "trainer": TrainerSettings,

@@ -50,6 +50,9 @@ MOVED = {
     "hyperopt.train_settings": "hyperopt.tasks.trainer",
     "hyperopt.bilevel.settings.PowerSettings": "hyperopt.bilevel.step_map.PowerSettings",
     "hyperopt.bilevel.settings": "hyperopt.bilevel.implicit",
+    "hyperopt.tasks.stn_settings": "hyperopt.tasks.stn",
+    "hyperopt.optim.Momentum": "torch.optim.SGD",
+    "hyperopt.optim": "torch.optim",
 }
 """Where classes, or the modules of classes, lay when older files named them, and where they lie now."""
 

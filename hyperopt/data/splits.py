@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -72,6 +74,33 @@ class Splits:
     name: str
     checksums: dict[str, str]
     scaling: dict[str, list[float]] | None = None
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Where the rows of a task come from: any class with this method, which need not derive from this one."""
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Splits:
+        """Return the splits.
+
+        Args:
+            dtype: floating dtype of the features, and of the targets where they are numbers.
+            device: where the rows go.
+        """
+        ...
+
+    @classmethod
+    def __subclasshook__(cls, other: type, /) -> bool:
+        """Whether a class has a ``load`` that can be called so; tasks have one that takes something else."""
+        if cls is not Dataset:
+            return NotImplemented
+        found = inspect.getattr_static(other, "load", None)
+        bound = isinstance(found, staticmethod | classmethod)
+        try:
+            inspect.signature(getattr(other, "load", None)).bind(*[None] * (2 if bound else 3))  # pyright: ignore
+        except (TypeError, ValueError):
+            return False
+        return True
 
 
 @dataclass(frozen=True)

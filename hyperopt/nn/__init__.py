@@ -12,7 +12,7 @@ _PUBLIC = {
     "ResNetCell": "hyperopt.nn.resnet_cell",
     "MDEQCell": "hyperopt.nn.mdeq",
     "Stabilise": "hyperopt.nn.stabilise",
-    "normalise": "hyperopt.nn.weight_norms",
+    "normalise": "hyperopt.nn.contractive",
     "tanh_network": "hyperopt.nn.networks",
     "resnet_network": "hyperopt.nn.networks",
     "mdeq_network": "hyperopt.nn.networks",
@@ -20,6 +20,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from hyperopt.nn.contractive import normalise as normalise
     from hyperopt.nn.deq import DEQ as DEQ
     from hyperopt.nn.mdeq import MDEQCell as MDEQCell
     from hyperopt.nn.networks import mdeq_network as mdeq_network
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from hyperopt.nn.resnet_cell import ResNetCell as ResNetCell
     from hyperopt.nn.stabilise import Stabilise as Stabilise
     from hyperopt.nn.tanh_layer import TanhFixedPoint as TanhFixedPoint
-    from hyperopt.nn.weight_norms import normalise as normalise
 
 
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, also=", and its modules")

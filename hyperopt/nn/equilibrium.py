@@ -10,14 +10,15 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.operator import ClosedForm
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.nn.contractive import ContractiveMatrix
 from hyperopt.nn.state import zero_state
@@ -192,10 +193,10 @@ class EquilibriumModel(nn.Module):
         self,
         cell: Cell,
         classifier: nn.Linear,
-        solver: Any = None,
-        adjoint: Any = None,
+        solver: FixedPointSolver | None = None,
+        adjoint: Adjoint | None = None,
         policy: str = "warn",
-        fallback: Sequence[Any] = (),
+        fallback: Sequence[FixedPointSolver] = (),
     ) -> None:
         """Check that the sizes meet.
 

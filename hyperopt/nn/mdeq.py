@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyperopt.nn.contractive import normalise
 from hyperopt.nn.resnet_cell import check_groups, check_images, dropout_of
 from hyperopt.nn.state import zero_state
-from hyperopt.nn.weight_norms import normalise
 
 
 class MDEQCell(nn.Module):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hyperopt.nn.contractive import normalise
 from hyperopt.nn.state import zero_state
-from hyperopt.nn.weight_norms import normalise
 
 
 class ResNetCell(nn.Module):

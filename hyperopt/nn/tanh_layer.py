@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.nn.contractive import normalise
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.equilibrium import Cell, TanhAffine, draw
-from hyperopt.nn.weight_norms import normalise
 
 
 class TanhCell(Cell):

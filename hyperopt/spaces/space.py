@@ -17,19 +17,28 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import SoftplusTransform, Transform
 
-from hyperopt.spaces.settings import (
-    BoundedSettings,
-    NumberSettings,
-    PositiveSettings,
-    RealSettings,
-    SimplexSettings,
-    SpaceSettings,
-    SpectralBallSettings,
-)
+from hyperopt.core.checks import check_below, check_choice, check_number
+
+WAYS = ("reparametrisation", "projection")
 
 
-class Space(SpaceSettings, ABC):
-    """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves."""
+@dataclass(frozen=True)
+class Space(ABC):
+    """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves.
+
+    Attributes:
+        init: where the hyperparameter starts, in its own units: a number for all entries, or nested lists with one for each.
+        by: how the space is kept: ``reparametrisation`` (the optimizer moves an unbounded variable, which is mapped into the
+            interior of the space) or ``projection`` (it moves the value itself, which is put back onto the space after every
+            step).
+    """
+
+    init: Any = 0.0
+    by: str = "reparametrisation"
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        check_choice(self, "by", WAYS)
 
     @abstractmethod
     def transform(self) -> Transform:
@@ -88,8 +97,20 @@ class Space(SpaceSettings, ABC):
         return cast(Tensor, self.transform()(raw)) if self.by == "reparametrisation" else raw
 
 
-class Number(NumberSettings, Space):
-    """A space of numbers: entries are apart."""
+@dataclass(frozen=True)
+class Number(Space):
+    """A space of numbers, each of which is mapped on its own.
+
+    Attributes:
+        per: ``tensor``: one number for a whole tensor; ``element``: one for each of its entries.
+    """
+
+    per: str = "tensor"
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        super().__post_init__()
+        check_choice(self, "per", ("tensor", "element"))
 
     def shape(self, shape: torch.Size) -> torch.Size:
         """One number for the whole tensor, or one for each entry."""
@@ -97,8 +118,8 @@ class Number(NumberSettings, Space):
 
 
 @dataclass(frozen=True)
-class Real(RealSettings, Number):
-    """Any number."""
+class Real(Number):
+    """Any number; both ways of keeping it are the same."""
 
     def transform(self) -> Transform:
         """The identity."""
@@ -114,8 +135,20 @@ class Real(RealSettings, Number):
 
 
 @dataclass(frozen=True)
-class Positive(PositiveSettings, Number):
-    """A positive number; settings in ``PositiveSettings``."""
+class Positive(Number):
+    """A number above 0 (by projection: at least 0).
+
+    Attributes:
+        map: ``exp``, whose steps are relative, or ``softplus``, whose steps are absolute for large values.
+    """
+
+    init: Any = 1.0
+    map: str = "exp"
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        super().__post_init__()
+        check_choice(self, "map", ("exp", "softplus"))
 
     @property
     def bounds(self) -> str:
@@ -136,8 +169,25 @@ class Positive(PositiveSettings, Number):
 
 
 @dataclass(frozen=True)
-class Bounded(BoundedSettings, Number):
-    """A number in an interval; settings in ``BoundedSettings``."""
+class Bounded(Number):
+    """A number between ``low`` and ``high``, by a scaled sigmoid.
+
+    Attributes:
+        init: as for every space; None is the middle.
+        low: the lower bound, finite.
+        high: the upper bound, finite and above ``low``.
+    """
+
+    init: Any = None
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "low", float("-inf"))
+        check_number(self, "high", float("-inf"))
+        check_below(self, "low", "high")
 
     @property
     def bounds(self) -> str:
@@ -164,11 +214,16 @@ class Bounded(BoundedSettings, Number):
 
 
 @dataclass(frozen=True)
-class Simplex(SimplexSettings, Space):
-    """Probability vectors; settings in ``SimplexSettings``.
+class Simplex(Space):
+    """Probability vectors: along the last dimension, positive entries that sum to 1.
 
     The projection is Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1.
+
+    Attributes:
+        init: as for every space; None has equal entries.
     """
+
+    init: Any = None
 
     @property
     def bounds(self) -> str:
@@ -227,8 +282,19 @@ class SpectralBallTransform(Transform):
 
 
 @dataclass(frozen=True)
-class SpectralBall(SpectralBallSettings, Space):
-    """Matrices of a bounded spectral norm; settings in ``SpectralBallSettings``."""
+class SpectralBall(Space):
+    """Matrices of a spectral norm below ``radius`` (by projection: at most that).
+
+    Attributes:
+        radius: of the ball, above 0.
+    """
+
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_number(self, "radius", 0.0, open_low=True)
 
     @property
     def bounds(self) -> str:

@@ -19,8 +19,8 @@ _PUBLIC = {
     "HyperLayer": "hyperopt.stn.layer",
     "Dropout": "hyperopt.stn.dropout",
     "SelfTuning": "hyperopt.stn.step",
-    "Round": "hyperopt.stn.step",
-    "SelfTuningSettings": "hyperopt.stn.settings",
+    "Round": "hyperopt.stn.rounds",
+    "SelfTuningSettings": "hyperopt.stn.rounds",
     "TuningError": "hyperopt.stn.warnings",
     "TunedSchedule": "hyperopt.stn.schedule",
     "replay": "hyperopt.stn.schedule",
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from hyperopt.stn.layer import HyperLayer as HyperLayer
     from hyperopt.stn.network import STN as STN
     from hyperopt.stn.network import convert as convert
+    from hyperopt.stn.rounds import Round as Round
+    from hyperopt.stn.rounds import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.schedule import TunedSchedule as TunedSchedule
     from hyperopt.stn.schedule import replay as replay
-    from hyperopt.stn.settings import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.space import HyperSpace as HyperSpace
-    from hyperopt.stn.step import Round as Round
     from hyperopt.stn.step import SelfTuning as SelfTuning
     from hyperopt.stn.warnings import TuningError as TuningError
 

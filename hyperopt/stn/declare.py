@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_below, check_choice, check_count, check_number
 from hyperopt.spaces import space as spaces
-from hyperopt.stn.settings import TunedBoundedSettings, TunedDiscreteSettings, TunedPositiveSettings
 
+PER = ("example", "batch")
 NEAR = math.log(999)  # a sigmoid is within 1e-3 of its end from here on
 FAR = 25.0  # exp: 1e-11 and 1e11
 
@@ -23,12 +25,28 @@ class Tuned(ABC):
     """A hyperparameter to tune.
 
     Attributes:
-        scale: standard deviation of its perturbation at first, in m-space.
-        per: ``example`` or ``batch``: who shares a perturbation.
+        init: where it starts, in its own units; inside of its space, never on a bound.
+        scale: standard deviation of its perturbation at first, in m-space, above 0.
+        per: ``example``: every row of a batch has its own perturbation; ``batch``: all rows share one.
     """
 
+    init: float
     scale: float
     per: str
+
+    def _check(self, low: float, high: float) -> None:
+        """Check what every one has: a start strictly between ``low`` and ``high``, a scale and a sharing."""
+        name, init = type(self).__name__, self.init
+        if isinstance(init, str) and "${" not in init:
+            raise ValueError(
+                f"{name}: init={init!r} is no number: a choice between words has no order in which a response could be learned; "
+                f"try its values in a sweep (hyperopt -m key=a,b); change init"
+            )
+        check_number(self, "init", -math.inf)
+        if isinstance(init, int | float) and not low < init < high:
+            raise ValueError(f"{name}: init={init!r} is not inside ({low:g}, {high:g}), where a bound has no place; change init")
+        check_number(self, "scale", 0.0, open_low=True)
+        check_choice(self, "per", PER)
 
     @property
     @abstractmethod
@@ -48,8 +66,27 @@ class Tuned(ABC):
         return self.space.raw(torch.Size(), dtype, device, key)
 
 
-class Bounded(TunedBoundedSettings, Tuned):
-    """A number in an interval; settings in ``TunedBoundedSettings``."""
+@dataclass(frozen=True)
+class Bounded(Tuned):
+    """A number between ``low`` and ``high``, by a scaled sigmoid.
+
+    Attributes:
+        low: the lower bound, finite.
+        high: the upper bound, finite and above ``low``.
+    """
+
+    init: float = 0.5
+    low: float = 0.0
+    high: float = 1.0
+    scale: float = 0.5
+    per: str = "example"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_number(self, "low", -math.inf)
+        check_number(self, "high", -math.inf)
+        check_below(self, "low", "high")
+        self._check(self.low, self.high)
 
     @property
     def space(self) -> spaces.Bounded:
@@ -61,8 +98,23 @@ class Bounded(TunedBoundedSettings, Tuned):
         return _bound(m, self.low, self.high)
 
 
-class Positive(TunedPositiveSettings, Tuned):
-    """A positive number; settings in ``TunedPositiveSettings``."""
+@dataclass(frozen=True)
+class Positive(Tuned):
+    """A number above 0.
+
+    Attributes:
+        map: ``exp``, whose steps are relative, or ``softplus``, whose steps are absolute for large values.
+    """
+
+    init: float = 1.0
+    scale: float = 0.5
+    per: str = "example"
+    map: str = "exp"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        self._check(0.0, math.inf)
+        check_choice(self, "map", ("exp", "softplus"))
 
     @property
     def space(self) -> spaces.Positive:
@@ -74,12 +126,31 @@ class Positive(TunedPositiveSettings, Tuned):
         return "0" if m < -FAR else "infinity" if m > FAR and self.map == "exp" else None
 
 
-class Discrete(TunedDiscreteSettings, Tuned):
-    """A whole number; settings in ``TunedDiscreteSettings``.
+@dataclass(frozen=True)
+class Discrete(Tuned):
+    """A whole number from ``low`` to ``high``: the floor of a bounded one, which is what is perturbed and moved.
 
     ``floor(b)`` with b in ``(low, high + 1)``, which starts in the middle of its whole number. Its derivative is 0: only the
     weights' response to m moves it.
+
+    Attributes:
+        low: the least value.
+        high: the largest value, above ``low``.
     """
+
+    init: int = 1
+    low: int = 0
+    high: int = 2
+    scale: float = 0.5
+    per: str = "example"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("low", "high"):
+            check_count(self, name, -(2**31))
+        check_below(self, "low", "high")
+        self._check(self.low - 1, self.high + 1)
+        check_count(self, "init", self.low)
 
     @property
     def space(self) -> spaces.Bounded:

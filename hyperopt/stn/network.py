@@ -20,8 +20,10 @@ from hyperopt.stn.dual import Elementary
 from hyperopt.stn.kinds import check_memory, check_wrapper, copied, respond_, weights_of
 from hyperopt.stn.layer import Context, HyperLayer, InContext
 from hyperopt.stn.response import Response, RowsError
-from hyperopt.stn.settings import GATES
 from hyperopt.stn.space import HyperSpace
+
+GATES = ("unit", "scalar")
+"""How many gates the response of a layer has: one for each of its outputs, or one."""
 
 
 class STN(nn.Module):

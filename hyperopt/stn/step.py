@@ -15,8 +15,7 @@ arXiv 2010.13514, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -27,8 +26,8 @@ from hyperopt.core import distributed
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, check_network, leading
+from hyperopt.stn.rounds import Past, Round, SelfTuningSettings
 from hyperopt.stn.schedule import TunedSchedule
-from hyperopt.stn.settings import SelfTuningSettings
 from hyperopt.stn.warnings import Watch
 
 TrainLoss = Callable[[STN, Any, Draw], Tensor]
@@ -38,42 +37,6 @@ ValidLoss = Callable[[STN, Any, Draw | None], Tensor]
 Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
 SEED = 190303088
 """Of the perturbations, by default: a number that nobody seeds data with."""
-
-
-@dataclass
-class Round:
-    """What one round did.
-
-    Attributes:
-        warming: whether it was part of the warm-up, without a step of the hyperparameters.
-        train_loss: mean of its training losses, perturbed, each before its update.
-        valid_loss: its last validation loss, perturbed, before its update, if there was one.
-        metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away, in the user's units; ``stn/scale/<name>``,
-            ``stn/entropy``, ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
-    """
-
-    warming: bool
-    train_loss: float
-    valid_loss: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-class Past(NamedTuple):
-    """What is kept of a round.
-
-    Attributes:
-        steps: updates of the weights.
-        train_loss: see ``Round``.
-        valid_loss: see ``Round``.
-        u: the hyperparameters in R that those updates had.
-        sigma: the scales after the round.
-    """
-
-    steps: int
-    train_loss: float
-    valid_loss: float
-    u: list[float]
-    sigma: list[float]
 
 
 class SelfTuning:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hyperopt.core.policy import note_once
-from hyperopt.stn.settings import SelfTuningSettings
+from hyperopt.stn.rounds import SelfTuningSettings
 from hyperopt.stn.space import HyperSpace
 
 DECAY = 0.95  # of the running means of both losses

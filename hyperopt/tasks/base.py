@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
+from hyperopt.data.splits import Dataset
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.trainer import TrainerSettings
 
@@ -191,3 +193,50 @@ class Task(ABC):
     def gradients(self) -> dict[str, list[Tensor]]:
         """Return ``{group: [p.grad, ...]}``, hyperparameters without a gradient left out."""
         return {name: [p.grad for p in group if p.grad is not None] for name, group in self.groups().items()}
+
+
+class FixedSettings:
+    """A dataclass whose arguments stay as they are, while ``setup`` and the steps set its other attributes.
+
+    What depends on a setting is built once, so that one changed later would do nothing, or half of what it says.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            FrozenInstanceError: it is an argument of a task that has been made.
+        """
+        if name in vars(self) and any(each.name == name and each.init for each in fields(self)):  # pyright: ignore
+            kind = type(self).__name__
+            raise FrozenInstanceError(f"{kind}: {name} is a setting and stays as it is; make another {kind} with {name}=...")
+        super().__setattr__(name, value)
+
+
+def check_dataset(owner: Any) -> None:
+    """Refuse a setting ``dataset`` of a task that is no dataset, before anything is loaded; None is one.
+
+    Raises:
+        TypeError: says what it is and what to give.
+    """
+    given = owner.dataset
+    if given is not None and not issubclass(type(given), Dataset):
+        what = f"the class {given.__name__}, not an object of it" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise TypeError(
+            f"{type(owner).__name__}: dataset is {what}, and has no method load(dtype, device) that returns "
+            "hyperopt.data.splits.Splits; change dataset"
+        )
+
+
+@contextlib.contextmanager
+def drawing(generator: torch.Generator) -> Iterator[None]:
+    """Initial values from ``generator`` alone, in float32 whatever the run's precision: one seed, one network."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

@@ -13,8 +13,8 @@ import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import optree
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel
+from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
 from hyperopt.bilevel.over_ranks import over_ranks
@@ -30,20 +31,25 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.checks import check_count, check_flag
 from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.anderson import Anderson
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.data.digits import Digits
-from hyperopt.data.splits import Rows, Splits
+from hyperopt.data.splits import Dataset, Rows, Splits
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.tasks.base import Environment, Guard, HypergradientError, StepRecord, Task
+from hyperopt.tasks.base import (
+    Environment,
+    FixedSettings,
+    Guard,
+    HypergradientError,
+    StepRecord,
+    Task,
+    check_dataset,
+)
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
-from hyperopt.tasks.settings import BilevelTaskSettings, TunedSettings
-
-if TYPE_CHECKING:
-    from hyperopt.spaces.space import Space
 
 Found = TypeVar("Found")
 
@@ -69,10 +75,16 @@ class Parts:
     whole: BilevelProblem | None = None
 
 
-class BilevelTask(BilevelTaskSettings, Task):
-    """A trained problem; settings in ``BilevelTaskSettings``.
+@dataclass(eq=False)
+class BilevelTask(FixedSettings, Task):
+    """A trained problem.
 
     Attributes:
+        inner: how the model is trained (None: gradient descent).
+        adjoint: how the hypergradient is found (None: chosen by what it meets, see ``hyperopt.bilevel.auto``).
+        products: how an implicit adjoint takes its products.
+        warm_start: train from where the last outer step ended; else from the first weights, every time.
+        dataset: the rows (None: digits).
         solver: of ``mode=check``, which is about the fixed point of the gradient step.
         spaces: names of the settings that are spaces: the hyperparameters.
         hyper: the hyperparameters, after ``setup``.
@@ -81,14 +93,25 @@ class BilevelTask(BilevelTaskSettings, Task):
         splits: the dataset, after ``setup``.
     """
 
+    inner: InnerSolver | None = None
+    adjoint: Adjoint | Estimator | None = None
+    products: ProductSettings = field(default_factory=ProductSettings)
+    warm_start: bool = True
+    dataset: Dataset | None = None
+
     solver: ClassVar[FixedPointSolver] = Anderson(rtol=1e-8, max_steps=1000)
 
     spaces: ClassVar[tuple[str, ...]]
 
-    hyper: Hyperparameters
-    bilevel: Bilevel
-    parts: Parts
-    splits: Splits
+    hyper: Hyperparameters = field(init=False, repr=False)
+    bilevel: Bilevel = field(init=False, repr=False)
+    parts: Parts = field(init=False, repr=False)
+    splits: Splits = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the flag and the dataset."""
+        check_flag(self, "warm_start")
+        check_dataset(self)
 
     @abstractmethod
     def build(self, env: Environment) -> Parts:
@@ -127,7 +150,7 @@ class BilevelTask(BilevelTaskSettings, Task):
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the hyperparameters at their start; called after ``build``."""
-        spaces = {name: cast("Space", getattr(self, name)) for name in self.spaces}
+        spaces = {name: getattr(self, name) for name in self.spaces}
         return Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
 
     @property
@@ -247,8 +270,21 @@ class BilevelTask(BilevelTaskSettings, Task):
                 leaf.copy_(first)
 
 
-class TunedTask(TunedSettings, BilevelTask):
-    """A model that is trained on the training rows and tuned on the validation rows; settings in ``TunedSettings``."""
+@dataclass(eq=False)
+class TunedTask(BilevelTask):
+    """A model that is trained on the training rows and tuned on the validation rows.
+
+    Attributes:
+        selection_rows: the last validation rows, which the hyperparameters are not fitted to: val/* is theirs, and with it the
+            best step and early stopping (0: val/* and outer/* are the same rows).
+    """
+
+    selection_rows: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        super().__post_init__()
+        check_count(self, "selection_rows", 0)
 
     @functools.cached_property
     def fitted(self) -> Rows:

@@ -12,7 +12,7 @@ ICML 2017, arXiv 1703.01785, section 5.1.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,25 +22,42 @@ from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem, Composite
+from hyperopt.core.checks import check_number
+from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts
 from hyperopt.tasks.network import NetworkTask
-from hyperopt.tasks.settings import CleaningSettings
 
 CLEAN = 0.5  # an image of a larger weight counts as clean
 
 
-class CleaningTask(CleaningSettings, NetworkTask):
-    """A weight for each training image; settings in ``CleaningSettings``.
+@dataclass(eq=False)
+class CleaningTask(NetworkTask):
+    """A weight for each training row, some of whose labels are replaced.
 
     Attributes:
+        hidden: as for every network; none by default.
+        weights: space of the weights.
+        corrupted: share of the training labels that are replaced by another class, in [0, 1].
+        decay: strength of the L2 of the model.
         corrupt: which training labels were replaced, after ``setup``. shape: (n,), bool.
     """
 
     name = "data_cleaning"
     spaces = ("weights",)
 
-    corrupt: Tensor
+    hidden: tuple[int, ...] = ()
+    weights: Space | None = None
+    corrupted: float = 0.5
+    decay: float = 0.0
+
+    corrupt: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_number(self, "corrupted", 0.0, 1.0)
+        check_number(self, "decay", 0.0)
 
     def build(self, env: Environment) -> Parts:
         """Replace labels and build the network.

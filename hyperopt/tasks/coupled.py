@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +19,16 @@ from torch import Tensor
 
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.checks import POLICIES, check_choice, check_count, check_number, check_open_unit, plain
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.data.splits import scaled_by
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
-from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.outer_update import SolvingTask
-from hyperopt.tasks.settings import CoupledSettings
 from hyperopt.tasks.solve_figures import residual_figure
 
 if TYPE_CHECKING:
@@ -36,19 +37,55 @@ if TYPE_CHECKING:
 SPLITS = {"outer": "fitted", "val": "selected on", "test": "held out"}
 
 
-class CoupledTask(CoupledSettings, SolvingTask):
+@dataclass(eq=False)
+class CoupledTask(FixedSettings, SolvingTask):
     """One outer step is one hypergradient on all fitted rows and one update.
 
     Attributes:
+        x_size: entries of the one state.
+        y_shape: shape of the other, two numbers.
+        features: entries of one input.
+        rows: examples of each split: fitted, selected on, held out.
+        max_norm: largest spectral norm of the coupling matrix M, in (0, 1); that of the hidden model has 0.9 of it.
+        noise: standard deviation of the noise in the targets.
+        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
+        solver: how the states are found (None: Picard).
+        adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
+        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
         model: the layer, after ``setup``.
         inputs, targets: of each split, after ``setup``.
     """
 
     name = "coupled"
 
-    model: DEQ
-    inputs: dict[str, Tensor]
-    targets: dict[str, State]
+    x_size: int = 5
+    y_shape: tuple[int, int] = (3, 4)
+    features: int = 8
+    rows: int = 100
+    max_norm: float = 0.8
+    noise: float = 0.0
+    certificate_every: int = 10
+    solver: FixedPointSolver | None = None
+    adjoint: Adjoint | None = None
+    policy: str = "warn"
+    fallback: tuple[FixedPointSolver, ...] = ()
+
+    model: DEQ = field(init=False, repr=False)
+    inputs: dict[str, Tensor] = field(init=False, repr=False)
+    targets: dict[str, State] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges; a list given as ``y_shape`` becomes a tuple."""
+        for name in ("x_size", "features", "rows", "certificate_every"):
+            check_count(self, name)
+        sizes = tuple(map(plain, self.y_shape))
+        if len(sizes) != 2 or not all(isinstance(n, int) and n >= 1 for n in sizes):
+            raise ValueError(f"{type(self).__name__}: y_shape={sizes!r} must be two whole numbers >= 1; change y_shape")
+        object.__setattr__(self, "y_shape", sizes)
+        check_open_unit(self, "max_norm")
+        check_number(self, "noise", 0.0)
+        check_choice(self, "policy", POLICIES)
 
     def setup(self, env: Environment) -> None:
         """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""

@@ -10,6 +10,7 @@ distillation, arXiv 1811.10959; J. Lorraine et al., AISTATS 2020, arXiv 1911.025
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import optree
@@ -19,27 +20,48 @@ from torch import Tensor, nn
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.problem import BilevelProblem, Composite
+from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
+from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
 from hyperopt.tasks.network import classifier
 from hyperopt.tasks.scores import loss_of
-from hyperopt.tasks.settings import DataDistillationSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class DataDistillationTask(DataDistillationSettings, BilevelTask):
-    """Learned images, ``images_per_class`` of each class; settings in ``DataDistillationSettings``.
+@dataclass(eq=False)
+class DataDistillationTask(BilevelTask):
+    """Learned training images.
 
     Attributes:
+        images: space of the images.
+        images_per_class: how many of each class.
+        decay: strength of the L2 of the model that is trained on them.
+        hidden: sizes of its hidden layers (none: a linear model).
+        batch_size: real rows of one outer step (None: all).
         model: the model that is trained on them, after ``setup``.
     """
 
     name = "data_distillation"
     spaces = ("images",)
 
-    model: Functional
+    images: Space | None = None
+    images_per_class: int = 1
+    decay: float = 1e-3
+    hidden: tuple[int, ...] = ()
+    batch_size: int | None = None
+
+    model: Functional = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "images_per_class")
+        check_number(self, "decay", 0.0)
+        check_counts(self, "hidden")
+        check_optional_count(self, "batch_size")
 
     def build(self, env: Environment) -> Parts:
         """Build the model.

@@ -13,6 +13,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +22,18 @@ from torch.nn import functional
 
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.checks import check_choice, check_count, check_flag, check_optional
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import tree_norm
 from hyperopt.data.splits import Rows
-from hyperopt.nn.cells import ProjectedCell
+from hyperopt.nn.cells import CellFactory, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.equilibrium_report import spectrum_figure
 from hyperopt.tasks.exports import Learned
-from hyperopt.tasks.settings import EquilibriumSettings
-from hyperopt.tasks.solve_figures import residual_figure
+from hyperopt.tasks.solve_figures import residual_figure, spectrum_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.tolerance import GradientTolerance
 from hyperopt.tasks.warm import WarmStart, WarmStore
@@ -43,11 +43,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOLERANCES = ("fixed", "gradient")
+WARM_DTYPES = (None, "float32", "bfloat16")
 
-class EquilibriumTask(EquilibriumSettings, SupervisedTask):
+
+@dataclass(eq=False)
+class EquilibriumTask(SupervisedTask):
     """One outer step is one hypergradient on a batch of the fitted rows, by default all of them, and one update.
 
     Attributes:
+        state_size: entries of one state ``w_i``.
+        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``.
+        classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
+            ``torch.nn.Linear``'s own initial values for both).
+        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
+            seen last. Keeps two states of memory for every fitted row.
+        warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
+        tolerance: ``fixed``: ``solver.rtol`` in every step. ``gradient``: that is for a hypergradient as large as it ever was;
+            where it is smaller, so is the tolerance, in proportion; see ``hyperopt.tasks.tolerance``.
+        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
+        l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         model: the model, after ``setup``.
         warm: what is kept of the fitted rows under ``warm_start``, after ``setup``; else None.
         forcing: what drives the tolerance under ``tolerance="gradient"``, after ``setup``; else None.
@@ -55,9 +70,34 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
 
     name = "equilibrium"
 
-    model: EquilibriumModel
-    warm: WarmStore | None
-    forcing: GradientTolerance | None
+    state_size: int = 100
+    cell: CellFactory | None = None
+    classifier_scale: float | None = None
+    warm_start: bool = False
+    warm_dtype: str | None = None
+    tolerance: str = "fixed"
+    certificate_every: int = 10
+    l2: dict[str, float] = field(default_factory=dict)
+
+    model: EquilibriumModel = field(init=False, repr=False)
+    warm: WarmStore | None = field(init=False, repr=False)
+    forcing: GradientTolerance | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "state_size")
+        check_optional(self, "classifier_scale", 0.0)
+        check_flag(self, "warm_start")
+        check_choice(self, "warm_dtype", WARM_DTYPES)
+        check_choice(self, "tolerance", TOLERANCES)
+        check_count(self, "certificate_every")
+        name = type(self).__name__
+        if not isinstance(self.l2, Mapping):
+            raise ValueError(f"{name}: l2={self.l2!r} must map groups to strengths, as {{B: 1e-4}}; change l2")
+        for group, strength in self.l2.items():
+            if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+                raise ValueError(f"{name}: l2.{group}={strength!r} is not in [0, inf); change l2")
 
     def setup(self, env: Environment) -> None:
         """Load the rows and build the model; initial values come from ``env.generator`` alone, the order from ``env.seed``.
@@ -134,7 +174,7 @@ class EquilibriumTask(EquilibriumSettings, SupervisedTask):
 
     def _measured(self, fitted: Rows) -> dict[str, float]:
         found = self.certificate(self.certificate_every, lambda: mean_cross_entropy_constants(self.model, fitted.x))
-        if self.forcing is not None:
+        if self.forcing is not None and self.model.solver is not None:
             found["inner/rtol"] = self.model.solver.rtol
             self.forcing.note(tree_norm(self.gradients()))
         return found

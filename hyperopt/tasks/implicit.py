@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,21 +23,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.places import Places
 from hyperopt.core.replay import Replay
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
+from hyperopt.data.augment import Augment
 from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
-from hyperopt.nn.factories import Methods, TanhMLP
+from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
-from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.base import Environment, Guard, StepRecord, drawing
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.misclassified import wrong_figure
 from hyperopt.tasks.running import Running
-from hyperopt.tasks.settings import ImplicitTaskSettings
 from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
 
@@ -44,10 +45,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
+@dataclass(eq=False)
+class ImplicitTask(SupervisedTask):
     """One outer step is one gradient on a minibatch and one update of all parameters.
 
     Attributes:
+        network: what is built, with its own settings (None: the tanh layer in a small MLP); see
+            ``hyperopt.nn.factories.NetworkFactory``.
+        batch_size: as for every supervised task; here 100 by default.
+        eval_batch_size: rows of one forward of an evaluation.
+        augment: how the images of a step are changed at random (None: not); see ``hyperopt.data.augment.Augment``.
+        workers: processes that make the batches ahead of time; 0: none. They change no number.
+        jacobian: weight of the Jacobian penalty in the loss of a step (0: none); see ``hyperopt.nn.stabilise``.
+        pretrain_steps: first outer steps, in which a layer is ``pretrain_iterations`` evaluations of its cell, unrolled.
+        pretrain_iterations: see there.
         model: the network, after ``setup``.
         layers: its implicit layers by their names, after ``setup``.
         loader: makes the batches, after ``setup``.
@@ -56,10 +67,28 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
 
     name = "implicit"
 
-    model: nn.Module
-    layers: dict[str, DEQ]
-    loader: Loader
-    running: Running
+    network: NetworkFactory | None = None
+    batch_size: int | None = 100
+    eval_batch_size: int = 500
+    augment: Augment | None = None
+    workers: int = 0
+    jacobian: float = 0.0
+    pretrain_steps: int = 0
+    pretrain_iterations: int = 8
+
+    model: nn.Module = field(init=False, repr=False)
+    layers: dict[str, DEQ] = field(init=False, repr=False)
+    loader: Loader = field(init=False, repr=False)
+    running: Running = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "eval_batch_size")
+        check_count(self, "workers", 0)
+        check_number(self, "jacobian", 0.0)
+        check_count(self, "pretrain_steps", 0)
+        check_count(self, "pretrain_iterations")
 
     def setup(self, env: Environment) -> None:
         """Load the rows and build the network; its initial values come from ``env.generator`` alone, the order from ``env.seed``.
@@ -68,7 +97,7 @@ class ImplicitTask(ImplicitTaskSettings, SupervisedTask):
             ValueError: a network without an implicit layer, or that does not take these images; no rows to fit, or fewer than
                 ``batch_size``.
         """
-        self.load(env, torch.device("cpu") if self.workers else None)
+        self.load(env, order=torch.device("cpu") if self.workers else None)
         self.evaluation_rows = self.eval_batch_size
         with drawing(env.generator):
             network = self._build(self.splits.shape, self.splits.num_classes)

@@ -16,7 +16,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem, Composite, InnerConstants
+from hyperopt.core.checks import check_flag, check_number, check_optional_count
 from hyperopt.data.sparse import SparseRows
 from hyperopt.data.splits import Rows
+from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
-from hyperopt.tasks.settings import BiasRegularizationSettings, L2Settings
 
 Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
 
@@ -59,12 +60,26 @@ class LinearModel(nn.Module):
         return x @ self.weight
 
 
+@dataclass(eq=False)
 class LinearTask(TunedTask):
-    """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows."""
+    """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows.
 
-    retrain: bool
-    batch_size: int | None
-    val_batch_size: int | None
+    Attributes:
+        retrain: evaluations also train on the training and validation rows together, and test that: ``retrained/*``.
+        batch_size: training rows of one inner gradient (None: all); evaluations train on all of them.
+        val_batch_size: validation rows of one outer gradient (None: all).
+    """
+
+    retrain: bool = False
+    batch_size: int | None = None
+    val_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the flag and the sizes."""
+        super().__post_init__()
+        check_flag(self, "retrain")
+        check_optional_count(self, "batch_size")
+        check_optional_count(self, "val_batch_size")
 
     @abstractmethod
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
@@ -141,11 +156,18 @@ class LinearTask(TunedTask):
         return {f"retrained/{name[5:]}": value for name, value in found.items() if name.startswith("test/")}
 
 
-class L2Task(L2Settings, LinearTask):
-    """One L2 strength for each feature, or one for all (``per: tensor``)."""
+@dataclass(eq=False)
+class L2Task(LinearTask):
+    """One L2 strength for each feature, or one for all (``per: tensor``).
+
+    Attributes:
+        l2: space of the strengths.
+    """
 
     name = "l2"
     spaces = ("l2",)
+
+    l2: Space | None = None
 
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
         """A strength is shared by the outputs of a feature."""
@@ -172,11 +194,25 @@ class L2Task(L2Settings, LinearTask):
         return (rows.x.T @ rows.y / len(rows))[:, None]
 
 
-class BiasRegularizationTask(BiasRegularizationSettings, LinearTask):
-    """L2 of a fixed strength around a learned centre."""
+@dataclass(eq=False)
+class BiasRegularizationTask(LinearTask):
+    """L2 of a fixed strength around a learned centre.
+
+    Attributes:
+        centre: space of the centre.
+        beta: strength of the penalty, above 0.
+    """
 
     name = "bias_regularization"
     spaces = ("centre",)
+
+    centre: Space | None = None
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_number(self, "beta", 0.0, open_low=True)
 
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
         """That of the weights."""

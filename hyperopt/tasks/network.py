@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ from torch.nn import functional
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.problem import BilevelProblem, Composite
+from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
 from hyperopt.data.splits import Rows
 from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.spaces.space import Real
+from hyperopt.spaces.space import Real, Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
-from hyperopt.tasks.settings import AugmentationSettings, WeightDecaySettings
 
 
 def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
@@ -63,18 +64,29 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
                 tensor.copy_(draw(tuple(tensor.shape), module.weight[0].numel(), None, generator))
 
 
+@dataclass(eq=False)
 class NetworkTask(TunedTask):
     """A perceptron, trained on batches of the training rows, tuned on batches of the validation rows.
 
     Attributes:
+        hidden: sizes of the hidden layers (none: a linear model).
+        batch_size: training rows of one inner gradient (None: all).
+        val_batch_size: validation rows of one outer step (None: all).
         model: the perceptron, after ``setup``.
     """
 
-    hidden: tuple[int, ...]
-    batch_size: int | None
-    val_batch_size: int | None
+    hidden: tuple[int, ...] = (100,)
+    batch_size: int | None = None
+    val_batch_size: int | None = None
 
-    model: Functional
+    model: Functional = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        super().__post_init__()
+        check_counts(self, "hidden")
+        check_optional_count(self, "batch_size")
+        check_optional_count(self, "val_batch_size")
 
     def network(self, env: Environment) -> None:
         """Build the perceptron."""
@@ -99,11 +111,18 @@ class NetworkTask(TunedTask):
         return classifier(shape, self.hidden, classes, torch.Generator())
 
 
-class WeightDecayTask(WeightDecaySettings, NetworkTask):
-    """A weight decay for each weight of a network, or (``per: tensor``) for each of its tensors."""
+@dataclass(eq=False)
+class WeightDecayTask(NetworkTask):
+    """A weight decay for each weight of a network, or (``per: tensor``) for each of its tensors.
+
+    Attributes:
+        decay: space of the decays.
+    """
 
     name = "weight_decay"
     spaces = ("decay",)
+
+    decay: Space | None = None
 
     def build(self, env: Environment) -> Parts:
         """Build the network."""
@@ -159,17 +178,29 @@ class Noisy:
         self.generator.set_state(state["generator"])
 
 
-class AugmentationTask(AugmentationSettings, NetworkTask):
+@dataclass(eq=False)
+class AugmentationTask(NetworkTask):
     """The weights of an augmentation network are the hyperparameters of a classifier trained on what it makes of the images.
 
     Attributes:
+        width: channels between the two convolutions of the augmentation network.
+        scale: factor of what it adds to an image, above 0.
         augmenter: the augmentation network, after ``setup``.
     """
 
     name = "augmentation"
     spaces = ()
 
-    augmenter: Functional
+    width: int = 8
+    scale: float = 1.0
+
+    augmenter: Functional = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_count(self, "width")
+        check_number(self, "scale", 0.0, open_low=True)
 
     def build(self, env: Environment) -> Parts:
         """Build both networks.

@@ -13,7 +13,7 @@ Reference: M. Dagreou, P. Ablin, S. Vaiter and T. Moreau, NeurIPS 2022, arXiv 22
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.core.checks import check_count, check_number, check_optional_count
+from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
-from hyperopt.tasks.quadratic_settings import QuadraticSettings
 
 DRAWS = 20  # tries at a value function with a minimum
 DOUBLE = torch.float64
@@ -50,10 +51,21 @@ class Terms:
         return (self.x, self.g, self.a, self.b, self.c, self.d)
 
 
-class QuadraticTask(QuadraticSettings, BilevelTask):
-    """Random quadratics; settings in ``QuadraticSettings``.
+@dataclass(eq=False)
+class QuadraticTask(BilevelTask):
+    """Two finite sums of random quadratics.
 
     Attributes:
+        lam: space of the hyperparameters.
+        rows: terms of the inner loss.
+        val_rows: terms of the outer loss.
+        dim: inner variables.
+        hyper_dim: hyperparameters.
+        least: least eigenvalue of the mean Hessians, and least singular value of the mean cross terms.
+        largest: largest eigenvalue of the mean Hessians.
+        cross: largest singular value of the mean cross terms.
+        batch_size: terms of one inner gradient (None: all).
+        val_batch_size: terms of one outer gradient (None: all).
         curvature: Hessian of ``h``, after ``setup``. shape: (hyper_dim, hyper_dim)
         best: its minimum. shape: (hyper_dim,)
         least_value: ``min h``.
@@ -62,9 +74,32 @@ class QuadraticTask(QuadraticSettings, BilevelTask):
     name = "quadratic"
     spaces = ("lam",)
 
-    curvature: Tensor
-    best: Tensor
-    least_value: float
+    lam: Space | None = None
+    rows: int = 32768
+    val_rows: int = 1024
+    dim: int = 100
+    hyper_dim: int = 10
+    least: float = 0.1
+    largest: float = 1.0
+    cross: float = 0.1
+    batch_size: int | None = 64
+    val_batch_size: int | None = 64
+
+    curvature: Tensor = field(init=False, repr=False)
+    best: Tensor = field(init=False, repr=False)
+    least_value: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("rows", "val_rows", "dim", "hyper_dim"):
+            check_count(self, name)
+        for name in ("least", "largest", "cross"):
+            check_number(self, name, 0.0, open_low=True)
+        for name in ("batch_size", "val_batch_size"):
+            check_optional_count(self, name)
+        if self.least > self.largest:
+            raise ValueError(f"{type(self).__name__}: least={self.least!r} is above largest={self.largest!r}; lower least")
 
     def load(self, env: Environment) -> None:
         """Draw the rows.

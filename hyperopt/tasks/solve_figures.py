@@ -1,13 +1,15 @@
-"""What a task shows of its solves: the numbers of a step, and the figure of the residuals."""
+"""What a task shows of its solves: the numbers of a step, the figure of the residuals, and that of its matrix."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from hyperopt.core.status import Solution, SolveStats, Status
+from hyperopt.nn.contractive import ContractiveMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,3 +75,17 @@ def axes_of(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def spectrum_figure(matrix: ContractiveMatrix) -> Figure:
+    """Return the eigenvalues of A in the complex plane, the unit circle and the circle of the norm's bound."""
+    figure, axes = axes_of("real part", "imaginary part")
+    values = torch.linalg.eigvals(matrix.matrix().detach().double().cpu()).numpy()
+    bound = float(matrix.norm_bound())
+    angle = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)
+    for radius, style, label in ((1.0, "-", "unit circle"), (bound, "--", f"norm bound {bound:.3g}")):
+        axes.plot(radius * angle.cos().numpy(), radius * angle.sin().numpy(), style, color="gray", linewidth=1, label=label)
+    axes.plot(values.real, values.imag, ".", label="eigenvalues of A")
+    axes.set_aspect("equal")
+    axes.legend(loc="upper right")
+    return figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,21 +18,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.core import distributed
+from hyperopt.core.checks import check_choice, check_number
 from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dropout import Dropout
-from hyperopt.stn.network import STN, convert
+from hyperopt.stn.network import GATES, STN, convert
+from hyperopt.stn.rounds import SelfTuningSettings
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
-from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
-from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord, Task, drawing
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.stn_figures import trajectory_figure
-from hyperopt.tasks.stn_settings import SelfTuningOptions, SelfTuningTaskSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,18 +72,47 @@ class StnParts:
     skip: tuple[str, ...] = ()
 
 
-class SelfTuningTask(SelfTuningTaskSettings, Task):
-    """A network that tunes its hyperparameters; settings in ``SelfTuningTaskSettings``.
+@dataclass(frozen=True)
+class SelfTuningOptions(SelfTuningSettings):
+    """All of the ``stn`` group: the step, the gates of the hyper-layers, and the optimizers beside the outer one.
 
     Attributes:
+        gate: ``unit``: a gate for each output of a layer; ``scalar``: one for the layer.
+        gate_std: standard deviation of the gates at first.
+        weights: optimizer of the weights, and of the response if that has none of its own (None: Adam, 0.01).
+        scales: optimizer of the scales (None: Adam, 0.003).
+        response: optimizer of the response (None: that of the weights).
+    """
+
+    gate: str = "unit"
+    gate_std: float = 0.0
+    weights: OuterOptimizer | None = None
+    scales: OuterOptimizer | None = None
+    response: OuterOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        """Check the choices and ranges."""
+        super().__post_init__()
+        check_choice(self, "gate", GATES)
+        check_number(self, "gate_std", 0.0)
+
+
+@dataclass(eq=False)
+class SelfTuningTask(FixedSettings, Task):
+    """A network that tunes its hyperparameters.
+
+    Attributes:
+        stn: how (None: the defaults).
         parts: what the subclass has built, after ``setup``.
         model: the self-tuning network, after ``setup``.
         tuning: its step, after ``setup``.
     """
 
-    parts: StnParts
-    model: STN
-    tuning: SelfTuning
+    stn: SelfTuningOptions | None = None
+
+    parts: StnParts = field(init=False, repr=False)
+    model: STN = field(init=False, repr=False)
+    tuning: SelfTuning = field(init=False, repr=False)
 
     @abstractmethod
     def build(self, env: Environment) -> StnParts:

@@ -10,36 +10,62 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from hyperopt.core.checks import check_count, check_optional_count
 from hyperopt.data.digits import Digits
-from hyperopt.data.splits import Splits
+from hyperopt.data.splits import Dataset, Splits
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import Environment, check_dataset
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
 from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise
-from hyperopt.tasks.stn_settings import StnImagesSettings
 
 
-class StnImagesTask(StnImagesSettings, SelfTuningTask):
-    """One outer step is one round on batches of images; settings in ``StnImagesSettings``.
+@dataclass(eq=False)
+class StnImagesTask(SelfTuningTask):
+    """One outer step is one round on batches of images.
 
     Attributes:
+        classifier: the network (None: two dense layers of 200).
+        tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... where the network has places for them, those of
+            ``hyperopt.nn.regularise.pipeline.RANGES`` that change the images, and ``weight_decay``.
+        batch_size: training rows of one update of the weights.
+        val_batch_size: validation rows of one update of the hyperparameters.
+        eval_rows: ``outer/*`` are measured on the first so many training rows (None: on all of them).
+        eval_batch_size: rows of one forward of an evaluation.
+        dataset: the rows (None: digits).
         splits: the dataset, after ``setup``.
         problem: its batches and losses, after ``setup``.
     """
 
     name = "stn_images"
 
-    splits: Splits
-    problem: ImageProblem
+    classifier: Classifier | None = None
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+    batch_size: int = 100
+    val_batch_size: int = 100
+    eval_rows: int | None = None
+    eval_batch_size: int = 1000
+    dataset: Dataset | None = None
+
+    splits: Splits = field(init=False, repr=False)
+    problem: ImageProblem = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "batch_size")
+        check_count(self, "val_batch_size")
+        check_optional_count(self, "eval_rows")
+        check_count(self, "eval_batch_size")
+        check_dataset(self)
 
     def build(self, env: Environment) -> StnParts:
         """Load the rows and build the network.

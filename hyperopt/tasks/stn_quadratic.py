@@ -9,18 +9,19 @@ The range appears in the data alone: a narrow one makes training easy and valida
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hyperopt.core.checks import check_choice, check_count, check_number
 from hyperopt.stn.declare import Bounded, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
 from hyperopt.tasks.stn_figures import fit_animation
-from hyperopt.tasks.stn_settings import StnQuadraticSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,18 +64,40 @@ class Uniform:
         self.generator.set_state(state["generator"])
 
 
-class StnQuadraticTask(StnQuadraticSettings, SelfTuningTask):
-    """``y = x^2`` with a tuned range; settings in ``StnQuadraticSettings``.
+@dataclass(eq=False)
+class StnQuadraticTask(SelfTuningTask):
+    """A small network learns ``y = x^2`` on inputs of a range that is tuned.
 
     Attributes:
+        x_range: the tuned range of the training inputs.
+        activation: of the hidden layers.
+        width: units of a hidden layer.
+        batch_size: rows of a batch of either kind.
+        reach: validation inputs are uniform in ``[-reach, reach]``.
+        frame_every: rounds from one frame of the animation to the next.
         grid: points of ``[-reach, reach]``, after ``setup``. shape: (100, 1)
         frames: of the animation: round, range, and the learned function on the grid.
     """
 
     name = "stn_quadratic"
 
-    grid: Tensor
-    frames: list[list[float]]
+    x_range: Tuned | None = None
+    activation: str = "relu"
+    width: int = 8
+    batch_size: int = 100
+    reach: float = 2.0
+    frame_every: int = 10
+
+    grid: Tensor = field(init=False, repr=False)
+    frames: list[list[float]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_choice(self, "activation", tuple(ACTIVATION))
+        check_count(self, "width")
+        check_count(self, "batch_size")
+        check_count(self, "frame_every")
+        check_number(self, "reach", 0.0, open_low=True)
 
     def build(self, env: Environment) -> StnParts:
         """Build the network, and draw the batches from generators of their own."""

@@ -10,18 +10,18 @@ network learns ``w*`` as an affine function of lam in the neighbourhood that the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hyperopt.core.checks import check_count, check_number
 from hyperopt.stn.declare import Positive, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
-from hyperopt.tasks.stn_settings import StnRidgeSettings
 
 
 class Whole:
@@ -94,18 +94,37 @@ class Ridge:
         return self.x.T @ self.x / len(self.y) + strength * eye
 
 
-class StnRidgeTask(StnRidgeSettings, SelfTuningTask):
-    """A linear model with one L2 strength; settings in ``StnRidgeSettings``.
+@dataclass(eq=False)
+class StnRidgeTask(SelfTuningTask):
+    """A linear model with an L2 strength that is tuned, of which the best response is known.
 
     Attributes:
+        decay: the tuned strength.
+        features: of one row.
+        rows: of each of the two sets.
+        noise: standard deviation of the noise in the targets.
+        draws: strengths in a batch.
         ridge: the closed forms, after ``setup``.
         best: the strength of the least validation loss, after ``setup``.
     """
 
     name = "stn_ridge"
 
-    ridge: Ridge
-    best: float
+    decay: Tuned | None = None
+    features: int = 20
+    rows: int = 40
+    noise: float = 3.0
+    draws: int = 50
+
+    ridge: Ridge = field(init=False, repr=False)
+    best: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_count(self, "features")
+        check_count(self, "rows")
+        check_count(self, "draws")
+        check_number(self, "noise", 0.0)
 
     def build(self, env: Environment) -> StnParts:
         """Draw the rows of a linear model from ``env.generator``."""

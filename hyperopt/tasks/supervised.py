@@ -3,40 +3,77 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.checks import POLICIES, check_choice, check_optional_count
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.digits import Digits
-from hyperopt.data.splits import Rows, Splits
-from hyperopt.tasks.base import Environment
+from hyperopt.data.splits import Dataset, Rows, Splits
+from hyperopt.tasks.base import Environment, FixedSettings, check_dataset
 from hyperopt.tasks.outer_update import SolvingTask
 from hyperopt.tasks.scores import ROWS, scores
-from hyperopt.tasks.settings import SupervisedSettings
+
+SPLITS = ("train", "val")
+LAST_BATCH = ("keep", "drop")
 
 
-class SupervisedTask(SupervisedSettings, SolvingTask):
+@dataclass(eq=False)
+class SupervisedTask(FixedSettings, SolvingTask):
     """A task that fits one split of a dataset, in batches, is selected on another and tested on a third.
 
     Attributes:
+        fitted: the split of the dataset behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
+        batch_size: fitted rows of one outer step, drawn in epochs without replacement (None: all of them, always).
+        last_batch: what becomes of the rows that are left when ``batch_size`` does not divide the fitted rows: ``keep`` makes a
+            shorter batch of them, ``drop`` leaves them out of this epoch.
+        eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with
+            ``dataset.order=shuffled`` these are drawn at random, once.
+        solver: how the states are found (None: Picard).
+        adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
+        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
+        dataset: the rows (None: digits).
         splits: the dataset, after ``load``.
         rows: ``{"outer": fitted, "val": selected on, "test": held out}``, after ``load``; those selected on may be none.
         batches: the order in which the fitted rows are taken, after ``load``.
         evaluation_rows: rows of one forward of an evaluation; bounds its memory, and changes no number.
     """
 
-    splits: Splits
-    rows: dict[str, Rows]
-    batches: Batches
-    evaluation_rows: int = ROWS
+    fitted: str = "train"
+    batch_size: int | None = None
+    last_batch: str = "keep"
+    eval_rows: int | None = None
+    solver: FixedPointSolver | None = None
+    adjoint: Adjoint | None = None
+    policy: str = "warn"
+    fallback: tuple[FixedPointSolver, ...] = ()
+    dataset: Dataset | None = None
+
+    splits: Splits = field(init=False, repr=False)
+    rows: dict[str, Rows] = field(init=False, repr=False)
+    batches: Batches = field(init=False, repr=False)
+    evaluation_rows: int = field(default=ROWS, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_choice(self, "fitted", SPLITS)
+        check_optional_count(self, "batch_size")
+        check_optional_count(self, "eval_rows")
+        check_choice(self, "last_batch", LAST_BATCH)
+        check_choice(self, "policy", POLICIES)
+        check_dataset(self)
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of flattened rows, shape (rows, classes)."""
 
-    def load(self, env: Environment, order: torch.device | None = None) -> None:
+    def load(self, env: Environment, *, order: torch.device | None = None) -> None:
         """Load the rows, and draw their order from ``env.seed``.
 
         Args:

@@ -31,6 +31,7 @@ OWNER = {
     "task/network": ["task=implicit"],
     "task/augment": ["task=implicit"],
 }  # where an option is of another than the default task
+TRAINED = ("f2sa", "saba", "soba", "stocbio", "v_pbgd")  # adjoints that train the weights themselves: for trained problems alone
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -49,7 +50,8 @@ def test_a_checkout_reads_its_own_configs() -> None:
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
-    cfg = compose("train", [*OWNER.get(group, []), f"{group}@{place}={name}" if group in PLACES else option])
+    owner = ["task=l2"] if group == "adjoint" and name.startswith(TRAINED) else OWNER.get(group, [])
+    cfg = compose("train", [*owner, f"{group}@{place}={name}" if group in PLACES else option])
     validate(cfg)
     if f"{group}/{name}" in own():
         assert OmegaConf.select(cfg, f"{place}._target_") == targets(group)[name][0]
@@ -281,6 +283,74 @@ def test_a_target_outside_the_project_is_refused(key: str, target: str) -> None:
         validate(compose("train", [f"{key}._target_='{target}'"]))
 
 
+KINDS = [
+    (["task.cell._target_=hyperopt.nn.factories.TanhMLP"], "task.cell", "CellFactory", "nn.cells.ProjectedCell"),
+    (["task=implicit", "task.network._target_=hyperopt.nn.cells.ProjectedCell"], "task.network", "NetworkFactory", "MDEQ"),
+    (
+        ["task=implicit", "task/augment=crop_flip", "task.augment._target_=hyperopt.data.digits.Digits"],
+        "task.augment",
+        "Augment",
+        "",
+    ),
+    (["task=l2", "task.l2._target_=hyperopt.stn.declare.Positive"], "task.l2", "Space", "hyperopt.spaces.space.Positive"),
+    (["task=weight_decay", "task.decay._target_=hyperopt.stn.declare.Bounded"], "task.decay", "Space", "spaces.space.Bounded"),
+    (["task=stn_ridge", "task.decay._target_=hyperopt.spaces.space.Positive"], "task.decay", "Tuned", "stn.declare.Positive"),
+    (
+        ["task=stn_images", "task.tuned.dropout0._target_=hyperopt.spaces.space.Bounded"],
+        "task.tuned.dropout0",
+        "Tuned",
+        "Bounded",
+    ),
+    (["task=stn_images", "task.classifier._target_=hyperopt.nn.factories.MDEQ"], "task.classifier", "Classifier", ""),
+    (["stn.weights._target_=hyperopt.core.solvers.picard.Picard"], "stn.weights", "OuterOptimizer", "outer.Adam"),
+    (["stn._target_=hyperopt.stn.declare.Positive"], "stn", "SelfTuningOptions", "hyperopt.tasks.stn.SelfTuningOptions"),
+    (["dataset._target_=hyperopt.nn.cells.ProjectedCell"], "dataset", "Dataset", "hyperopt.data.digits.Digits"),
+    (["dataset._target_=hyperopt.tasks.linear.L2Task"], "dataset", "Dataset", "hyperopt.data.mnist.MNIST"),
+    (["dataset._target_=hyperopt.tasks.implicit.ImplicitTask"], "dataset", "Dataset", "hyperopt.data.synthetic.Synthetic"),
+    (["task=l2", "inner._target_=hyperopt.core.solvers.picard.Picard"], "inner", "InnerSolver", "GradientDescent"),
+    (["+task.fallback=[{_target_: hyperopt.core.linear.cg.CG}]"], "task.fallback.0", "FixedPointSolver", "solvers.anderson"),
+    (
+        ["task=coupled", "+task.fallback=[{_target_: hyperopt.core.linear.cg.CG}]"],
+        "task.fallback.0",
+        "FixedPointSolver",
+        "anderson",
+    ),
+    *(
+        ([f"task={task}", f"adjoint={name}"], "task.adjoint", "Adjoint", "Implicit")
+        for task in ("equilibrium", "implicit", "coupled")
+        for name in TRAINED
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "kind", "choice"), KINDS, ids=lambda value: str(value)[:60])
+def test_a_part_of_another_kind_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose("train", [each.removeprefix("+") for each in overrides]))
+    said = str(caught.value)
+    assert said.startswith(f"{key}._target_='hyperopt.") and f" is no {kind}; " in said
+    assert choice in said.partition("choices: ")[2] and "\n" not in said
+
+
+PLAIN_VALUES = [
+    ("task=l2", "task.l2", 0.1),
+    ("task=equilibrium", "task.cell", "householder"),
+    ("task=equilibrium", "dataset", "digits"),
+    ("task=stn_ridge", "task.decay", 3),
+    ("task=stn_images", "task.tuned.dropout0", 0.1),
+    ("task=stn_images", "stn", "centred"),
+    ("task=l2", "inner", True),
+]
+
+
+@pytest.mark.parametrize(("task", "key", "value"), PLAIN_VALUES)
+def test_a_plain_value_in_place_of_a_part_is_refused(task: str, key: str, value: Any) -> None:
+    cfg = compose("train", [task])
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(ConfigError, match=rf"^{key}=.* names no \w+: it has no _target_; change {key}$"):
+        validate(cfg)
+
+
 def test_a_target_hidden_in_a_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"adjoint\.fallback\.0\._target_='os\.system' is outside hyperopt"):
         validate(compose("train", ["adjoint.fallback=[{_target_: os.system}]"]))
@@ -326,10 +396,20 @@ def test_a_file_written_before_classes_moved_names_them_still() -> None:
         ("hyperopt.core.solvers.newton.Newton", "hyperopt.core.newton.newton.Newton"),
         ("hyperopt.spaces.Positive", "hyperopt.spaces.space.Positive"),
         ("hyperopt.spaces.space.Positive", "hyperopt.spaces.space.Positive"),
-        ("hyperopt.optim.Adam", "hyperopt.bilevel.outer.Adam"),
+        ("hyperopt.optim.Adam", "torch.optim.Adam"),
+        ("hyperopt.optim.Momentum", "torch.optim.SGD"),
         ("hyperopt.bilevel.settings_of_mine.Part", "hyperopt.bilevel.settings_of_mine.Part"),
     ],
 )
 def test_where_a_class_lies_now(old: str, new: str) -> None:
     """A class is found by the name of its module or by its own, and never by the beginning of another name."""
     assert plain_config({"part": {"_target_": old}}, "config.yaml").part._target_ == new
+
+
+def test_an_older_file_of_a_self_tuning_run_builds() -> None:
+    cfg = compose("train", ["task=stn_ridge", "stn.warmup=7"])
+    old = OmegaConf.to_container(cfg, resolve=True)
+    for place in (old, old["task"]):  # pyright: ignore
+        place["stn"]["_target_"] = "hyperopt.tasks.stn_settings.SelfTuningOptions"  # pyright: ignore
+    task: Any = build(plain_config(old, "config.yaml")).task  # pyright: ignore
+    assert type(task.stn).__name__ == "SelfTuningOptions" and task.stn.warmup == 7

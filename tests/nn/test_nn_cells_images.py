@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from hyperopt import GMRES, Anderson, Broyden, Implicit, NewtonKrylov, Picard, Unrolled, fixed_point
 from hyperopt.nn import DEQ, MDEQCell, ResNetCell, TanhFixedPoint, mdeq_network, resnet_network, tanh_network
+from hyperopt.nn.contractive import normalise
 from hyperopt.nn.networks import ImageNetwork
-from hyperopt.nn.weight_norms import normalise
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,13 +16,12 @@ from hyperopt.data.digits import Digits
 from hyperopt.nn.regularise.dropout import dropout
 from hyperopt.nn.regularise.keyed import keyed
 from hyperopt.stn import Bounded, Discrete, HyperSpace, Positive, convert
-from hyperopt.stn.classifier_settings import ClassifierSettings
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
+from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.stn_images import StnImagesTask
 from hyperopt.tasks.stn_problem import ImageProblem
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 SPLITS = Digits(train=60, val=40, test=30).load(torch.float64)
@@ -214,4 +213,4 @@ def _standardised() -> Any:
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClassifierSettings(**values)
+        Classifier(**values)

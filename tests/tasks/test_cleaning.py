@@ -104,7 +104,7 @@ def test_what_is_refused(settings, message):
     ("override", "message"),
     [
         ("adjoint.end=0.5", "adjoint.end=0.5: the penalty does not grow, from start=1.0"),
-        ("adjoint=f2sa adjoint.growth=0", "adjoint.growth=0.0: the penalty does not grow"),
+        ("adjoint=f2sa adjoint.growth=0", "adjoint.growth=0: the penalty does not grow"),
     ],
 )
 def test_a_penalty_that_does_not_grow_is_refused_by_its_key(override, message):

@@ -12,7 +12,6 @@ from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, coupled_map
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.coupled import CoupledTask
-from hyperopt.tasks.settings import CoupledSettings
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -91,7 +90,7 @@ def test_bad_input_is_named():
     bad: dict[str, Any]
     for bad in ({"y_shape": (3,)}, {"y_shape": (3, 0)}, {"x_size": 0}, {"max_norm": 1.0}, {"noise": -1.0}, {"rows": 0}):
         name = next(iter(bad))
-        with pytest.raises(ValueError, match=f"CoupledSettings: {name}="):
-            CoupledSettings(**bad)
+        with pytest.raises(ValueError, match=f"CoupledTask: {name}="):
+            CoupledTask(**bad)
     with pytest.raises(ValueError, match="matrix is 4 x 4, but x and y have 8 entries"):
         CoupledCell(3, 2, (2, 3), ProjectedMatrix(4, 0.9, 0.1))

@@ -25,9 +25,8 @@ from hyperopt.core import distributed
 from hyperopt.stn import HyperSpace, Positive
 from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.stn import check_layers, schedule_of
+from hyperopt.tasks.stn import SelfTuningOptions, check_layers, schedule_of
 from hyperopt.tasks.stn_ridge import Ridge, StnRidgeTask
-from hyperopt.tasks.stn_settings import SelfTuningOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 

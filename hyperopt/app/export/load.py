@@ -19,7 +19,7 @@ from hyperopt.app.repro import resolve_precision
 from hyperopt.app.resolvers import register
 from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError, parse_yaml
-from hyperopt.tasks.drawing import drawing
+from hyperopt.tasks.base import drawing
 from hyperopt.tasks.scores import classes
 
 
