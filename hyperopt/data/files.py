@@ -167,9 +167,7 @@ def obtain(settings: FilesSettings, name: str, folders: Sequence[Folder], source
                 files, tried = read_folders(folders, damaged)  # what another process has kept while this one waited
                 files = files or _fetch(*folders[0], sources, staging, tried)
         except OSError as error:
-            held = (
-                f" Another process has held it for {WAIT_SECONDS:.0f} s; end that one." if isinstance(error, TimeoutError) else ""
-            )
+            held = f" Another process has had it for {WAIT_SECONDS:.0f} s: end it." if isinstance(error, TimeoutError) else ""
             files, tried = {}, [*tried, f"cannot write into {folders[0][0]}: {one_line(error)}{held}"]
     if not files:
         do = f"dataset.root=DIR (or HYPEROPT_DATA=DIR) where {places} holds these files, plain or .gz, or can be written"

@@ -146,7 +146,7 @@ def test_a_process_waits_no_longer_than_it_says(tmp_path: Path, monkeypatch: pyt
     source = Source()
     with (
         files.one_writer(tmp_path / "raw"),
-        pytest.raises(DataError, match=r"\.lock'.*nother process.*end that(?s:.*)dataset\.root"),
+        pytest.raises(DataError, match=r"\.lock'.*nother process.*end it(?s:.*)dataset\.root"),
     ):
         obtain(tmp_path, source)
     assert source.asked == 0 and not (tmp_path / "raw").exists()
