@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hyperopt.data import files
 from hyperopt.data.mnist import MNIST
+from hyperopt.data.settings import MNISTSettings
 
 RANDOM = np.random.RandomState(0)
 IMAGES = {
@@ -58,3 +61,20 @@ def serve_to_torchvision(patch: Any, kind: Any, root: Path, url: str) -> None:
     packed = [(f"{name}.gz", md5((root / f"{name}.gz").read_bytes())) for name in FILES]
     patch.setattr(kind, "mirrors", [url])
     patch.setattr(kind, "resources", packed)
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        del data[len(data) // 2 :]
+    elif how == "empty":
+        data.clear()
+    else:
+        data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def obtain(root: Path, *some: Callable[[Path], Path], download: bool = True) -> dict[str, bytes]:
+    sources = {f"source {number}": source for number, source in enumerate(some)}
+    settings = MNISTSettings(root=str(root), download=download)
+    return files.obtain(settings, "MNIST", [(Path("raw"), CHECKSUMS)], sources)

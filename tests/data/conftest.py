@@ -1,16 +1,20 @@
-"""A local web server in the place of the datasets' own."""
+"""What the sources of datasets are tried with: a local web server in the place of the datasets' own, or no network."""
 
 from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hyperopt.data import mnist
 
 
 @dataclass
@@ -45,3 +49,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSer
         found.url = f"http://127.0.0.1:{running.server_port}/"
         yield found
         running.shutdown()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make both network sources fail at once, the one for want of a name server, the other of an index."""
+
+    def no_name(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    def no_index(command: list[str], **_: object) -> Any:
+        return types.SimpleNamespace(returncode=1, stdout="", stderr="ERROR: no matching distribution found")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(mnist.subprocess, "run", no_index)
