@@ -8,9 +8,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from mnist_files import md5
 
 from hyperopt.data.cifar import CIFAR10
-from hyperopt.data.files import md5
 
 RANDOM = np.random.RandomState(1)
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
@@ -60,8 +60,7 @@ class SmallCIFAR10(CIFAR10):
 
     train_images = 20
     test_images = 4
-    python_checksums = {name: md5(data) for name, data in PYTHON.items()}  # noqa: RUF012
-    binary_checksums = {name: md5(data) for name, data in BINARY.items()}  # noqa: RUF012
+    forms = {folder: {name: md5(data) for name, data in found.items()} for folder, found in FOLDERS.items()}  # noqa: RUF012
 
 
 def small(root: Path, kind: type[CIFAR10] = SmallCIFAR10) -> CIFAR10:
@@ -76,16 +75,14 @@ def fill(root: Path, folder: str) -> Path:
     return root / folder
 
 
-def make_tar(path: Path, *extra: tuple[tarfile.TarInfo, bytes], mode: str = "w:gz") -> Path:
-    """Write an archive laid out as the official one, with ``extra`` members before its files."""
-    members = [*extra]
-    for name, data in PYTHON.items():
-        members.append((tarfile.TarInfo(f"cifar-10-batches-py/{name}"), data))
-    with tarfile.open(path, mode) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+def make_tar(path: Path, **files: bytes) -> Path:
+    """Write an archive laid out as the official one, with other ``files`` in the place of some."""
+    with tarfile.open(path, "w:gz") as tar:
         folder = tarfile.TarInfo("cifar-10-batches-py")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        for member, data in members:
-            member.size = len(data) if member.isreg() else 0
+        for name, data in (PYTHON | files).items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return path

@@ -1,6 +1,7 @@
 """What no file and no run may do; each other refusal has its test beside what it is about.
 
-Pickles: ``test_checkpoint.py``, ``test_exporting.py``, ``test_data_cifar.py``. Targets: ``test_config.py``, ``test_exporting``.
+Pickles: ``test_checkpoint.py``, ``test_exporting.py``, ``test_data_cifar.py``, ``test_data_rows.py``.
+Targets: ``test_config.py``, ``test_exporting``.
 What a report shows: ``test_report.py``.
 """
 

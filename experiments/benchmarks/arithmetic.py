@@ -33,7 +33,7 @@ HYPERTORCH = "give --hypertorch PATH, a clone of the repository prolearner/hyper
 
 def problem() -> tuple[dict[str, Tensor], str]:
     """Data and parameters, and what the data are."""
-    from hyperopt.data.errors import DataError
+    from hyperopt.data import DataError
     from hyperopt.data.mnist import MNIST
 
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,6 @@
 ``hyperopt.data.augment.Augment`` changes a batch of images at random. Importing this package imports neither torch nor numpy.
 """
 
-from hyperopt.data.errors import DataError
+from hyperopt.data.reading import DataError
 
 __all__ = ["DataError"]

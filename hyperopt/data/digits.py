@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperopt.data.files import verify
+from hyperopt.data.files import check
 from hyperopt.data.settings import DigitsSettings
 from hyperopt.data.splits import Images, Splits, make_splits
 
@@ -34,18 +34,10 @@ class Digits(DigitsSettings):
             DataError: the installed scikit-learn bundles other data.
         """
         pixels, labels = bundled()
-        checksums = verify({"digits-images": pixels.tobytes(), "digits-labels": labels.tobytes()}, CHECKSUMS, "scikit-learn")
-        return make_splits(
-            self,
-            Images(pixels, labels),
-            None,
-            name="digits",
-            num_classes=10,
-            largest=16,
-            checksums=checksums,
-            dtype=dtype,
-            device=device,
-        )
+        for (name, expected), array in zip(CHECKSUMS.items(), (pixels, labels), strict=True):
+            check(array.tobytes(), expected, f"scikit-learn: {name}")
+        images = Images(pixels, labels), None
+        return make_splits(self, *images, name="digits", largest=16, checksums=dict(CHECKSUMS), dtype=dtype, device=device)
 
 
 def bundled() -> tuple[np.ndarray, np.ndarray]:

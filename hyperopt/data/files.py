@@ -1,219 +1,196 @@
-"""Files of a dataset on disk: of a known size and checksum before anything is made of them, whole or not there when written.
+"""The files of a dataset: found in a folder or fetched into one, and checked before anything parses them.
 
-Whoever hands over a dataset can put anything under the names of its files. So no more of a file is read or unpacked than the
-largest of the dataset's files has, and its checksum is right before anything parses it. Nothing that is read is changed, and a
-file that is half written never bears the name of a file.
+Whoever hands over a data directory can put anything under the names of its files. So no more bytes are read or unpacked than a
+file may have, and only bytes with the right checksum are handed on: what numpy or pickle then reads is the known file.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
 import logging
 import os
-import tarfile
-import uuid
+import shutil
+import socket
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from hyperopt.core.text import one_line
-from hyperopt.data.errors import DataError
-from hyperopt.data.reading import UnreadableError, read_bytes
+from hyperopt.data.reading import DataError, UnreadableError, read_bytes
+from hyperopt.data.settings import FilesSettings
 
 log = logging.getLogger(__name__)
 
-LARGEST = 200_000_000
-"""Bytes of a file, packed or not, whose dataset knows no smaller bound."""
-UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
-    "": lambda data, count: data[:count],
-    ".gz": lambda data, count: gzip.GzipFile(fileobj=io.BytesIO(data)).read(count),
-    ".bz2": lambda data, count: bz2.BZ2File(io.BytesIO(data)).read(count),
-    ".pkz": lambda data, count: zlib.decompressobj().decompress(data, count),
-}
-"""By the end of a file's name: unpacks, and stops after so many bytes."""
+LARGEST = 16 + 60_000 * 28 * 28  # bytes of the largest file of a known dataset, the training images of MNIST with their header
+STAGING = ".hyperopt-download"  # a directory, and with .lock a file, in a dataset's folder while it is fetched
+WAIT_SECONDS = 3600.0  # longer than any download takes; after that the process that holds the lock is stopped or stuck
+STALL_SECONDS = 15.0  # a connection that says nothing for so long is given up
+OPEN: Mapping[str, Callable[..., Any]] = {"": lambda file: file, ".gz": gzip.open, ".bz2": bz2.open}
+
+Folder = tuple[Path, Mapping[str, str]]  # may hold a dataset in one form: md5 or sha256 of each file's unpacked bytes
+Sources = Mapping[str, Callable[[Path], Path]]  # by name: fetches into the given directory and returns the files' folder there
 
 
-def md5(data: bytes) -> str:
-    """Return the md5 of ``data`` in hexadecimal (against accidents, not attacks; allowed where FIPS forbids it for security)."""
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def _fault(data: bytes, expected: str) -> str:
-    """Return what is wrong with the bytes of one file, empty where they are the right ones."""
-    kind, got = ("sha256", hashlib.sha256(data).hexdigest()) if len(expected) == 64 else ("md5", md5(data))
-    return "" if got == expected else f"{kind} {got} of {len(data)} bytes, expected {expected}"
-
-
-def verify(files: Mapping[str, bytes], checksums: Mapping[str, str], where: str) -> dict[str, str]:
-    """Check the unpacked bytes of every file against its checksum.
-
-    Args:
-        files: bytes by file name.
-        checksums: md5 or sha256 by file name, of every file that there must be.
-        where: what to call the place in the error.
-
-    Returns:
-        The checksums.
-
-    Raises:
-        DataError: names the first file that is missing or has other bytes.
-    """
-    for name, expected in checksums.items():
-        fault = _fault(files[name], expected) if name in files else "missing"
-        if fault:
-            raise DataError(f"{where}: {name}: {fault}")
-    return dict(checksums)
-
-
-def unpack(data: bytes, packing: str, largest: int, where: str) -> bytes:
-    """Return the bytes that ``data`` unpacks to; one more than ``largest`` is as far as it goes.
-
-    Args:
-        data: the whole packed file.
-        packing: a key of ``UNPACK``.
-        largest: bytes that the file may have.
-        where: what to call it in an error.
-
-    Raises:
-        DataError: damaged, or more bytes.
-    """
-    try:
-        found = UNPACK[packing](data, largest + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where} cannot be unpacked: {one_line(error)}") from error
-    if len(found) > largest:
-        raise DataError(f"{where} has more than the {largest} bytes that it may have at most")
-    return found
-
-
-def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """Return the bytes of a file as they are, through links too; a pipe or a device is neither read nor waited for.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: no file, one that cannot be read, or one too large for what ``largest`` bytes can be packed to.
-    """
-    try:
-        return read_bytes(path, largest + largest // 1000 + 1000)  # what cannot be packed any smaller grows by its headers
-    except UnreadableError as error:
-        if isinstance(error.__cause__, NotADirectoryError):
-            raise FileNotFoundError(str(path)) from error
-        raise DataError(str(error)) from error
-
-
-def read_known(path: Path, expected: str, largest: int = LARGEST, packing: str = "") -> bytes:
-    """Return the unpacked bytes of a file whose checksum is known.
-
-    Args:
-        path: the file.
-        expected: md5 or sha256 of its unpacked bytes.
-        largest: bytes that it may have, unpacked.
-        packing: a key of ``UNPACK``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: see ``read_file`` and ``unpack``, or another checksum.
-    """
-    data = unpack(read_file(path, largest), packing, largest, str(path))
-    if fault := _fault(data, expected):
-        raise DataError(f"{path}: {fault}")
+def check(data: bytes, expected: str, where: object) -> bytes:
+    """Return ``data`` if its md5 or sha256 is the expected one; else raise a ``DataError`` that begins with ``where``."""
+    kind = "sha256" if len(expected) == 64 else "md5"
+    if (got := hashlib.new(kind, data, usedforsecurity=False).hexdigest()) != expected:  # FIPS forbids md5 for security
+        raise DataError(f"{where}: {kind} {got} of {len(data)} bytes, expected {expected}")
     return data
 
 
-def read_tar(archive: bytes, largest: int, where: str) -> dict[str, bytes]:
-    """Return the files of a ``.tar.gz`` by their paths in it. Call it on bytes whose checksum is right.
-
-    Nothing is written, so it does not matter where a path leads; what is no file (a link, a device) is left out.
-
-    Args:
-        archive: the whole file.
-        largest: bytes that it may have, unpacked.
-        where: what to call it in an error.
+def read_file(path: Path, largest: int = LARGEST, packing: str = "") -> bytes:
+    """Return the bytes of a file, unpacked if ``packing`` is ``.gz`` or ``.bz2``; a pipe or a device is not waited for.
 
     Raises:
-        DataError: no whole archive, or more bytes.
+        FileNotFoundError: there is none.
+        UnreadableError: it is no file, cannot be unpacked, or has more than ``largest`` bytes.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(unpack(archive, ".gz", largest, where)), mode="r:") as members:
-            files = {member.name: members.extractfile(member) for member in members if member.isreg() and not member.issparse()}
-            return {name: file.read() for name, file in files.items() if file is not None}
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{where} is no whole tar archive: {one_line(error)}") from error
+        packed = read_bytes(path, largest + largest // 1000 + 1000)  # what cannot be packed any smaller grows by its headers
+        with OPEN[packing](io.BytesIO(packed)) as file:
+            data = file.read(largest + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise UnreadableError(f"{path} cannot be unpacked: {one_line(error)}") from error
+    if len(data) > largest:
+        raise UnreadableError(f"{path} has more than the {largest} bytes that it may have at most")
+    return data
 
 
-def _read_either(folder: Path, name: str, expected: str, largest: int) -> bytes | None:
-    """Return the unpacked bytes of one file, plain or ``.gz``; None where it is in neither form."""
-    faults = []
-    for path, packing in ((folder / name, ""), (folder / f"{name}.gz", ".gz")):
+def read_folders(folders: Sequence[Folder], advice: str = "") -> tuple[dict[str, bytes], list[str]]:
+    """Return the unpacked bytes by name of the first folder that has all of its files, plain or ``.gz``; or what each lacks.
+
+    Raises:
+        DataError: a file has other bytes, and no other form of it or of all files is whole; ends with ``advice``.
+    """
+    lacks, damage, ignored = [], [], []
+    for folder, checksums in folders:
+        files: dict[str, bytes] = {}
+        for name, expected in checksums.items() if folder.is_dir() else ():
+            faults = []
+            for path, packing in ((folder / name, ""), (folder / f"{name}.gz", ".gz")):
+                try:
+                    files[name] = check(read_file(path, packing=packing), expected, path)
+                    break
+                except FileNotFoundError:
+                    continue
+                except (UnreadableError, DataError) as error:
+                    faults.append(str(error))
+            (ignored if name in files else damage).extend(faults)
+        if files.keys() == checksums.keys():
+            for fault in (*ignored, *damage):
+                log.warning("%s; read %s without it", fault, folder)
+            return files, []
+        lacks.append(f"files in {folder}: no {', '.join(name for name in checksums if name not in files)}")
+    if damage:
+        raise DataError("; ".join(damage) + advice)
+    return {}, lacks
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[Path]:
+    """Give a directory for half-done files in ``folder`` to one process at a time; what is empty at the end is removed.
+
+    The lock is the kernel's, so it goes with its process: one that was killed leaves only files, which the next one removes.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    staging, lock = folder / STAGING, FileLock(folder / f"{STAGING}.lock", timeout=WAIT_SECONDS)
+    try:
+        while not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            log.info("fetching into %s, once no other process does", folder)
+            with contextlib.suppress(FileNotFoundError):  # a process that got nothing has just removed the empty folder
+                lock.acquire()
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+    finally:
+        if lock.is_locked:
+            shutil.rmtree(staging, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: whoever waits for it then makes a new one
+            lock.release()
+        with contextlib.suppress(OSError):  # not empty: the dataset, or another process's lock
+            for each in made:
+                each.rmdir()
+
+
+def torchvision(folder: str, call: Callable[[Any, str], Any]) -> Sources:
+    """Return the source in which ``call(torchvision.datasets, root)`` puts the files into ``folder`` under ``root``."""
+
+    def fetch(staging: Path) -> Path:
+        import torchvision.datasets  # here: seconds to import, and files that are there don't need it
+
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(STALL_SECONDS)  # it sets none, so it would wait for ever where packets are dropped
         try:
-            data = read_known(path, expected, largest, packing)
-        except FileNotFoundError:
-            continue
-        except DataError as error:
-            faults.append(str(error))
-            continue
-        if faults:
-            log.warning("%s; read %s in its place", faults[0], path)
-        return data
-    if faults:
-        do = "move it away (what is missing is downloaded), or change dataset.root"
-        raise DataError(f"{'; '.join(faults)}; it is damaged or not the known file: {do}")
-    return None
+            with warnings.catch_warnings(action="ignore"):  # numpy's, about what Python 2 pickled, and tarfile's
+                call(torchvision.datasets, str(staging))
+        finally:
+            socket.setdefaulttimeout(before)
+        return staging / folder
+
+    return {"torchvision's download": fetch}
 
 
-def read_folder(folder: Path, checksums: Mapping[str, str], largest: int = LARGEST) -> dict[str, bytes]:
-    """Read the files that are in ``folder``, each as it is or packed as ``.gz``; nothing is written.
-
-    A file that is there but holds other bytes is an error and not a missing file: it may be the user's, so it is neither used nor
-    overwritten. Where its other form is good, that one is read.
+def obtain(settings: FilesSettings, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
+    """Return a dataset's files by name, from the first folder that has all or else from the first source that gives them.
 
     Args:
-        folder: the directory of the files; need not exist.
-        checksums: md5 or sha256 of the unpacked bytes by file name.
-        largest: bytes that a file may have, unpacked.
-
-    Returns:
-        The unpacked bytes by name, of the files that are there.
+        settings: ``root`` and ``download``.
+        name: the dataset's name, for messages.
+        folders: where the files may lie, under ``root`` or absolute. What a source gives is kept in the first.
+        sources: by what to call them; asked in their order for the files of the first folder.
 
     Raises:
-        DataError: names the file, its checksum and the one expected.
+        DataError: a damaged file while no folder is complete (it may be the user's own, so it is never overwritten), or a list
+            of all that was tried with each reason, and what to do.
     """
-    files = {name: _read_either(folder, name, expected, largest) for name, expected in checksums.items()}
-    return {name: data for name, data in files.items() if data is not None}
+    places = " or ".join(str("DIR" / path) for path, _ in folders)
+    folders = [(Path(settings.root).expanduser() / path, checksums) for path, checksums in folders]
+    damaged = "; it is damaged or not the known file: move it away (what is missing is downloaded), or change dataset.root"
+    files, tried = read_folders(folders, damaged)
+    if not files and not settings.download:
+        tried += [f"{source}: not tried, dataset.download=false" for source in sources]
+    elif not files:
+        try:
+            with one_writer(folders[0][0]) as staging:
+                files, tried = read_folders(folders, damaged)  # what another process has kept while this one waited
+                files = files or _fetch(*folders[0], sources, staging, tried)
+        except OSError as error:
+            held = f" Another process has had it for {WAIT_SECONDS:.0f} s: end it." if isinstance(error, TimeoutError) else ""
+            files, tried = {}, [*tried, f"cannot write into {folders[0][0]}: {one_line(error)}{held}"]
+    if not files:
+        do = f"dataset.root=DIR (or HYPEROPT_DATA=DIR) where {places} holds these files, plain or .gz, or can be written"
+        do = f"What to do: dataset=digits, which is bundled and needs no files; or {do}."
+        raise DataError("\n  ".join([f"{name}: no source has it. Tried:", *tried]) + f"\n{do}")
+    return files
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files so that every one is whole or not there, whoever else writes the same ones and whenever it is killed.
-
-    A link under the name of a file is replaced; what it leads to stays as it is.
-
-    Raises:
-        DataError: names the folder and why nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            part = folder / f".{name}.{uuid.uuid4().hex}.part"
-            try:
-                with part.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())  # before the rename: else a power cut can leave an empty file under the name
-                os.replace(part, folder / name)
-            finally:
-                part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error}; change dataset.root") from error
-
-
-def why_unwritable(folder: Path) -> str:
-    """Return why ``folder`` can't be made or written into, empty where it can; nothing is made."""
-    nearest = folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        return f"{nearest} is not a directory"
-    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is read-only"
+def _fetch(folder: Path, checksums: Mapping[str, str], sources: Sources, staging: Path, tried: list[str]) -> dict[str, bytes]:
+    """Return the files of the first source that has them, kept in a folder; add to ``tried`` why each of the others has not."""
+    for label, source in sources.items():
+        log.info("not in %s; trying %s", folder, label)
+        try:
+            files, lacks = read_folders([(source(staging), checksums)])
+        except Exception as error:  # a source may fail in any way; each is a reason for the list
+            files, lacks = {}, [f"{type(error).__name__}: {one_line(error)}"]
+        for name in (name for name in files if not (folder / name).exists() and not (folder / f"{name}.gz").exists()):
+            with (whole := staging / "whole").open("wb") as out:
+                out.write(files[name])
+                out.flush()
+                os.fsync(out.fileno())  # before the rename: else a power cut can leave an empty file under the name
+            os.replace(whole, folder / name)
+        if files:
+            return files
+        tried.append(f"{label}: {lacks[0]}")
+    return {}

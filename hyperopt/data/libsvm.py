@@ -11,6 +11,7 @@ IJCNN 2001 neural network competition.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 
 from hyperopt.core.text import one_line
-from hyperopt.data.errors import DataError
-from hyperopt.data.files import md5, read_file, unpack
+from hyperopt.data.files import read_file
+from hyperopt.data.reading import DataError, UnreadableError
 from hyperopt.data.settings import LibsvmSettings
 from hyperopt.data.splits import Rows, Splits
 
@@ -75,11 +76,11 @@ class Libsvm(LibsvmSettings):
         for packing in PACKED:
             path = root / f"{name}{packing}"
             try:
-                data = read_file(path, LARGEST)
-                return path, unpack(data, packing, LARGEST, str(path)), md5(data)
+                checksum = hashlib.md5(read_file(path, LARGEST), usedforsecurity=False).hexdigest()
+                return path, read_file(path, LARGEST, packing), checksum
             except FileNotFoundError:
                 continue
-            except DataError as error:
+            except UnreadableError as error:
                 raise DataError(f"{error}; {CHANGE}") from error
         raise DataError(
             f"there is no {root / name} (nor {name}.bz2 or {name}.gz): put {self.file} and {self.file}.t of the LIBSVM data "

@@ -2,8 +2,9 @@
 
 The posts are read from ``ROOT/20news-bydate.tar.gz``, the archive of their author, which is fetched there if need be. The one
 cache of scikit-learn's whose checksum is known, ``ROOT/20news-bydate_py3.pkz``, is read as well; such a cache is a pickle that
-holds the paths of the machine that made it, so every machine's is another file. The words are those of the training and
-validation posts together; a word that is in the test posts alone is not a feature.
+holds the paths of the machine that made it, so every machine's is another file, and scikit-learn's own download, which keeps
+nothing else, is of no use here. The words are those of the training and validation posts together; a word that is in the test
+posts alone is not a feature.
 
 Reference: K. Lang, NewsWeeder: learning to filter netnews, ICML 1995; the division by date is that of J. Rennie. What is removed
 from a post is what scikit-learn's ``fetch_20newsgroups(remove=("headers", "footers", "quotes"))`` removes.
@@ -11,53 +12,38 @@ from a post is what scikit-learn's ``fetch_20newsgroups(remove=("headers", "foot
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from hyperopt.data.errors import DataError
-from hyperopt.data.fetch import Download
-from hyperopt.data.files import md5, read_tar, unpack
-from hyperopt.data.pickles import unpickle
+from hyperopt.data.files import check, obtain, torchvision
 from hyperopt.data.settings import NewsgroupsSettings
-from hyperopt.data.sources import Folder, obtain
 from hyperopt.data.sparse import compressed_rows
 from hyperopt.data.splits import Rows, Splits, draw_rows
 
 URL = "https://ndownloader.figshare.com/files/5975967"
 ARCHIVE, CACHE = "20news-bydate.tar.gz", "20news-bydate_py3.pkz"
 CHECKSUMS = {"train": "e44f3017b3aafb1e272b5f8aa10dda90", "test": "c5ef221dfd44569ae0c4d8767e25b373"}  # of the posts, as they are
-LARGEST = 60_000_000  # bytes; the unpacked archive has 50 million, the unpacked cache 41
 QUOTE = re.compile(r"writes in|writes:|wrote:|says:|said:|^In article|^Quoted from|^[|>]")
-HINT = (
-    f"What to do: dataset.root=DIR (or HYPEROPT_DATA=DIR) where DIR/{ARCHIVE} lies or can be written, or a machine with network."
-)
 
-Posts = tuple[list[str], np.ndarray]  # the texts and the numbers of their groups
+Posts = dict[str, Any]  # by part, as scikit-learn has them: the texts, ``data``, and the numbers of their groups, ``target``
 
 
-def read_archive(data: bytes) -> dict[str, Posts]:
-    """Return the posts of each part, in the order in which scikit-learn shuffles them."""
-    files = {PurePosixPath(name).parts: text for name, text in read_tar(data, LARGEST, ARCHIVE).items()}
-    parts = {}
-    for part in CHECKSUMS:
-        names = sorted(name for name in files if len(name) == 3 and name[0] == f"20news-bydate-{part}")
-        groups = sorted({name[1] for name in names})
-        order = np.arange(len(names))
-        np.random.RandomState(0).shuffle(order)
-        labels = np.array([groups.index(name[1]) for name in names], np.int64)
-        parts[part] = [files[names[at]].decode("latin-1") for at in order], labels[order]
-    return parts
+def read_archive(data: bytes) -> Posts:
+    """Return the posts of each part as scikit-learn makes them of the archive, whose checksum is right."""
+    from sklearn.datasets import load_files
 
-
-def read_cache(data: bytes) -> dict[str, Posts]:
-    """Return the posts of each part of scikit-learn's cache."""
-    tree = unpickle(unpack(data, ".pkz", LARGEST, CACHE), CACHE)
-    return {part: (tree[part]["data"], tree[part]["target"]) for part in CHECKSUMS}
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(folder, filter="data")
+        return {part: load_files(str(Path(folder, f"20news-bydate-{part}")), encoding="latin1") for part in CHECKSUMS}
 
 
 def strip(text: str) -> str:
@@ -71,8 +57,9 @@ def strip(text: str) -> str:
 class Newsgroups(NewsgroupsSettings):
     """Posts to 20 newsgroups; settings in ``NewsgroupsSettings``."""
 
-    archive_checksums: ClassVar[Mapping[str, str]] = {ARCHIVE: "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"}
-    cache_checksums: ClassVar[Mapping[str, str]] = {CACHE: "38ff3ad44459d11b16f72a67f1d2c58b85527810ad621320a16fd9d5d65fc07a"}
+    archive_checksums: ClassVar = {ARCHIVE: "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"}
+    cache_checksums: ClassVar = {CACHE: "38ff3ad44459d11b16f72a67f1d2c58b85527810ad621320a16fd9d5d65fc07a"}
+    sources: ClassVar = torchvision("", lambda datasets, root: datasets.utils.download_url(URL, root, ARCHIVE))
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits, ``x`` in compressed rows.
@@ -84,11 +71,11 @@ class Newsgroups(NewsgroupsSettings):
         Raises:
             DataError: no file and no download, or another text than that of the dataset.
         """
-        posts = self.posts()  # first: scikit-learn takes seconds to import, and only this dataset needs it
-        from sklearn.feature_extraction.text import CountVectorizer
+        posts = self.posts()
+        from sklearn.feature_extraction.text import CountVectorizer  # here: seconds to import, and only this dataset needs it
         from sklearn.preprocessing import normalize
 
-        texts = {part: [strip(text) for text in posts[part][0]] for part in posts}
+        texts = {part: [strip(text) for text in posts[part]["data"]] for part in posts}
         vectorizer: Any = CountVectorizer()
         counts = {"train": vectorizer.fit_transform(texts["train"]), "test": vectorizer.transform(texts["test"])}
         rows = draw_rows(self)
@@ -101,20 +88,18 @@ class Newsgroups(NewsgroupsSettings):
             parts = [torch.from_numpy(np.asarray(array)) for array in (*places, x.data)]
             with compressed_rows():
                 features = torch.sparse_csr_tensor(*parts, size=x.shape, dtype=dtype, check_invariants=True)
-            y = torch.from_numpy(posts[part][1][at])
+            y = torch.from_numpy(np.asarray(posts[part]["target"])[at])
             return Rows(features.to(device), y.to(device), torch.from_numpy(at.astype(np.int64)).to(device))
 
         shape = (len(vectorizer.vocabulary_),)
         return Splits(split("train"), split("val"), split("test"), 20, shape, "newsgroups", dict(CHECKSUMS))
 
-    def posts(self) -> dict[str, Posts]:
+    def posts(self) -> Posts:
         """Return the posts of each part as they are, whole."""
-        root = Path(self.root).expanduser()
-        folders = [Folder(root, checksums, LARGEST) for checksums in (self.archive_checksums, self.cache_checksums)]
-        source = Download(URL, ARCHIVE, self.archive_checksums[ARCHIVE], LARGEST)
-        files = obtain("20 newsgroups", folders, [source], download=self.download, hint=HINT).files
-        posts = read_archive(files[ARCHIVE]) if ARCHIVE in files else read_cache(files[CACHE])
+        folders = [(Path(), checksums) for checksums in (self.archive_checksums, self.cache_checksums)]
+        files = obtain(self, "newsgroups", folders, self.sources)
+        posts = read_archive(files[ARCHIVE]) if ARCHIVE in files else pickle.loads(zlib.decompress(files[CACHE]))
         for part, expected in CHECKSUMS.items():
-            if (got := md5("\0".join(posts[part][0]).encode("utf-8", "surrogatepass"))) != expected:
-                raise DataError(f"20 newsgroups: the {part} posts in {root} have md5 {got}, expected {expected}")
+            text = "\0".join(posts[part]["data"]).encode("utf-8", "surrogatepass")
+            check(text, expected, f"20 newsgroups: the {part} posts in {self.root}")
         return posts

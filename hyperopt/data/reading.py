@@ -32,6 +32,10 @@ class UnreadableError(ValueError):
     """A file is not what it should be: too large, damaged, or with more than plain data in it. The message names the file."""
 
 
+class DataError(RuntimeError):
+    """A dataset is absent, unreachable or not what it says; the message names the file and the key to change."""
+
+
 class _Loader(yaml.SafeLoader):
     """Plain YAML: mappings, lists, strings, numbers, booleans and null."""
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from hyperopt.data.errors import DataError
+from hyperopt.data.reading import DataError
 from hyperopt.data.settings import DatasetSettings
 from hyperopt.data.sparse import compressed_rows
 
@@ -159,9 +159,9 @@ def make_splits(
     test: Images | None,
     *,
     name: str,
-    num_classes: int,
-    largest: float,
     checksums: dict[str, str],
+    num_classes: int = 10,
+    largest: float = 255,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Splits:
@@ -175,9 +175,9 @@ def make_splits(
         train: the images that train and val are drawn from.
         test: the dataset's own test images; None draws test from ``train`` as well.
         name: the dataset's name.
+        checksums: md5 of each file behind the images.
         num_classes: number of classes.
         largest: the largest possible pixel (16 for digits, 255 for a byte).
-        checksums: md5 of each file behind the images.
         dtype: floating dtype of ``x``.
         device: where the rows go.
 

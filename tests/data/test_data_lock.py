@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
+import json
 import logging
 import os
 import signal
@@ -11,39 +11,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pytest
+from mnist_files import CHECKSUMS, FILES, fill, md5, serve_to_torchvision
 
-from hyperopt.data import DataError, lock, sources
-from hyperopt.data.files import md5, write_folder
-from hyperopt.data.lock import one_process
-from hyperopt.data.mnist import FashionMNIST
+from hyperopt.data import DataError, files
+from hyperopt.data.settings import MNISTSettings
 
 REPOSITORY = Path(__file__).parents[2]
-FILES = {"a": b"first" * 1000, "b": b"second" * 1000}
-CHECKSUMS = {name: md5(data) for name, data in FILES.items()}
-# A process that obtains FILES from a source that takes its time; `started` is a line for each time that a source is asked.
+SIMPLE = {"a": b"first" * 1000, "b": b"second" * 1000}
+SIMPLE_CHECKSUMS = {name: md5(data) for name, data in SIMPLE.items()}
+# A process that obtains SIMPLE from a source that takes its time; `started` is a line for each time that the source is asked, and
+# half of a file is there all that time.
 CODE = """
-import pathlib, sys, time
-from hyperopt.data.sources import Folder, obtain
-from hyperopt.data.files import md5
+import hashlib, pathlib, sys, time
+from hyperopt.data.files import obtain
+from hyperopt.data.settings import MNISTSettings
 FILES = {"a": b"first" * 1000, "b": b"second" * 1000}
 root, seconds, fails = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "fails"
 
-class Slow:
-    name = "a slow source"
-    def fetch(self):
-        with open(root / "started", "a") as file:
-            file.write("asked\\n")
-        time.sleep(seconds)
-        if fails:
-            raise OSError("no network")
-        return FILES
+def slow(staging):
+    (staging / "a").write_bytes(FILES["a"][:10])
+    with open(root / "started", "a") as file:
+        file.write("asked\\n")
+    time.sleep(seconds)
+    if fails:
+        raise OSError("no network")
+    for name, data in FILES.items():
+        (staging / name).write_bytes(data)
+    return staging
 
-folder = Folder(root / "data" / "raw", {name: md5(data) for name, data in FILES.items()})
-print(obtain("NAME", [folder], [Slow()], download=True, hint="pray").files == FILES)
+folder = pathlib.Path("raw"), {name: hashlib.md5(data).hexdigest() for name, data in FILES.items()}
+print(obtain(MNISTSettings(root=str(root / "data")), "NAME", [folder], {"a slow source": slow}) == FILES)
 """
 
 
@@ -66,20 +69,22 @@ def asked(root: Path) -> int:
 
 
 class Source:
-    name = "a source"
+    def __init__(self) -> None:
+        self.asked = 0
 
-    def __init__(self, works: bool = True) -> None:
-        self.works, self.asked = works, 0
-
-    def fetch(self) -> dict[str, bytes]:
+    def __call__(self, staging: Path) -> Path:
         self.asked += 1
-        if not self.works:
-            raise OSError("no network")
-        return FILES
+        for name, data in SIMPLE.items():
+            (staging / name).write_bytes(data)
+        return staging
 
 
-def obtain(folder: Path, source: Source) -> dict[str, bytes]:
-    return sources.obtain("NAME", [sources.Folder(folder, CHECKSUMS)], [source], download=True, hint="pray").files
+def obtain(root: Path, source: Callable[[Path], Path]) -> dict[str, bytes]:
+    return files.obtain(MNISTSettings(root=str(root)), "NAME", [(Path("raw"), SIMPLE_CHECKSUMS)], {"a source": source})
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- several at once -----------------------------------------------------------------------------------------------------------
@@ -90,60 +95,90 @@ def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Pat
     first = start(tmp_path, seconds=0.5)
     wait_for(tmp_path / "started", first)
     source = Source()
-    assert obtain(tmp_path / "data" / "raw", source) == FILES and source.asked == 0
-    assert "another process is fetching" in caplog.text
+    assert obtain(tmp_path / "data", source) == SIMPLE and source.asked == 0
+    assert "once no other process does" in caplog.text
     assert first.communicate()[0] == "True\n"
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "raw").iterdir()} == FILES  # and no lock
+    assert kept(tmp_path / "data" / "raw") == SIMPLE  # and no lock
 
 
-def test_of_many_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
-    processes = [start(tmp_path, seconds=0.3) for _ in range(4)]
-    assert [process.communicate()[0] for process in processes] == ["True\n"] * 4
-    assert asked(tmp_path) == 1
+def test_of_ten_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
+    processes = [start(tmp_path, seconds=0.3) for _ in range(10)]
+    assert [process.communicate()[0] for process in processes] == ["True\n"] * 10
+    assert asked(tmp_path) == 1 and kept(tmp_path / "data" / "raw") == SIMPLE
 
 
-def test_processes_that_all_fail_leave_nothing_behind(tmp_path: Path) -> None:
-    processes = [start(tmp_path, outcome="fails") for _ in range(2)]
+@pytest.mark.slow  # three imports of torchvision
+def test_of_processes_that_load_a_dataset_at_once_one_downloads_it(
+    tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torchvision's own download, from a server of ours; it asks for each file twice, once to see where it is."""
+    import torchvision.datasets
+
+    serve_to_torchvision(monkeypatch, torchvision.datasets.MNIST, server.folder, server.url)
+    code = (
+        "import json, sys, torchvision.datasets\n"
+        "from hyperopt.data.mnist import MNIST\n"
+        "theirs, (mirrors, resources, checksums) = torchvision.datasets.MNIST, json.loads(sys.argv[2])\n"
+        "theirs.mirrors, theirs.resources = mirrors, resources\n"
+        "class Small(MNIST): train_images, test_images = 12, 5\n"
+        "Small.checksums = checksums\n"
+        "print(len(Small(train=4, val=3, root=sys.argv[1]).load().test))"
+    )
+    facts = json.dumps([torchvision.datasets.MNIST.mirrors, torchvision.datasets.MNIST.resources, CHECKSUMS])
+    command = [sys.executable, "-c", code, str(tmp_path / "root"), facts]
+    processes = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [process.communicate()[0] for process in processes] == ["5\n"] * 3
+    assert sorted(server.asked) == sorted(2 * [f"/{name}.gz" for name in FILES])
+    assert kept(tmp_path / "root" / "MNIST" / "raw") == FILES
+
+
+def test_processes_that_all_fail_leave_no_file_behind(tmp_path: Path) -> None:
+    processes = [start(tmp_path, outcome="fails") for _ in range(3)]
     for process in processes:
         assert "a slow source: OSError: no network" in process.communicate()[1] and process.returncode == 1
-    assert not list((tmp_path / "data").rglob("*.lock")) and asked(tmp_path) == 2
+    assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == ["started"] and asked(tmp_path) == 3
 
 
 def test_a_process_waits_no_longer_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.1)
     source = Source()
-    with one_process(tmp_path / "raw"), pytest.raises(DataError, match=r"another process .* end it, .*/raw/\.lock"):
-        obtain(tmp_path / "raw", source)
+    with (
+        files.one_writer(tmp_path / "raw"),
+        pytest.raises(DataError, match=r"\.lock'.*nother process.*end it(?s:.*)dataset\.root"),
+    ):
+        obtain(tmp_path, source)
     assert source.asked == 0 and not (tmp_path / "raw").exists()
-    assert obtain(tmp_path / "raw", source) == FILES  # and the lock that was waited for in vain is in nobody's way
+    assert obtain(tmp_path, source) == SIMPLE  # and the lock that was waited for in vain is in nobody's way
 
 
-def test_a_file_system_without_locks_is_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_locks_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(self: object, **_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.FileLock, "acquire", none)
-    assert obtain(tmp_path / "raw", Source()) == FILES
-    assert "cannot lock" in caplog.text and "No locks available" in caplog.text
+    monkeypatch.setattr(filelock.FileLock, "acquire", none)
+    source = Source()
+    with pytest.raises(DataError, match=rf"cannot write into {tmp_path / 'raw'}: .*No locks available\n.*dataset\.root"):
+        obtain(tmp_path, source)
+    assert source.asked == 0 and not list(tmp_path.iterdir())
 
 
 # --- processes that die --------------------------------------------------------------------------------------------------------
 
 
-def test_the_lock_of_a_killed_process_is_no_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_lock_of_a_killed_process_is_no_lock_and_its_half_files_are_removed(tmp_path: Path) -> None:
     first = start(tmp_path, seconds=600)
     wait_for(tmp_path / "started", first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     folder = tmp_path / "data" / "raw"
-    assert (folder / ".lock").exists()  # the file is left, the lock is gone
-    source = Source()
-    assert obtain(folder, source) == FILES and source.asked == 1
-    assert "waiting" not in caplog.text
-    assert {path.name for path in folder.iterdir()} == set(FILES)
+    # The files are left, the lock is gone; nothing bears the name of a file of the dataset.
+    assert {path.name for path in folder.iterdir()} == {".hyperopt-download", ".hyperopt-download.lock"}
+    assert kept(folder / ".hyperopt-download") == {"a": SIMPLE["a"][:10]}
+    source, started = Source(), time.monotonic()
+    assert obtain(tmp_path / "data", source) == SIMPLE and source.asked == 1 and time.monotonic() - started < 10
+    assert kept(folder) == SIMPLE
 
 
 def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) -> None:
@@ -154,24 +189,52 @@ def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) 
     first.send_signal(signal.SIGKILL)
     assert second.communicate(timeout=60)[0] == "True\n" and asked(tmp_path) == 2
     first.communicate()
+    assert kept(tmp_path / "data" / "raw") == SIMPLE
 
 
-def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path) -> None:
-    """Killed with the first file half way to the disk and the second not begun."""
-    code = (
-        "import os, pathlib, sys, time; from hyperopt.data import files\n"
-        "def hang(descriptor): os.truncate(descriptor, 10); pathlib.Path(sys.argv[1], 'writing').touch(); time.sleep(600)\n"
-        "files.os.fsync = hang\n"
-        "files.write_folder(pathlib.Path(sys.argv[1]), {'a': b'first' * 1000})"
+@pytest.mark.parametrize("moment", ["before the first", "between the two", "after the last"])
+def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, moment: str) -> None:
+    """Killed when the first file is half way to the disk, when it is there and the second is not, and when both are."""
+    function, calls = {"before the first": ("fsync", 1), "between the two": ("fsync", 2), "after the last": ("replace", 2)}[
+        moment
+    ]
+    change = (
+        f"real, calls = files.os.{function}, []\n"
+        "def hang(*arguments):\n"
+        "    calls.append(real(*arguments))\n"
+        f"    if len(calls) == {calls}:\n"
+        f"        {'os.truncate(arguments[0], 10)' if function == 'fsync' else 'pass'}\n"
+        "        (root / 'writing').touch(); time.sleep(600)\n"
+        f"files.os.{function} = hang\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    code = CODE.replace("folder =", f"import os\nfrom hyperopt.data import files\n{change}folder =")
+    command = [sys.executable, "-c", code, str(tmp_path), "0", "works"]
     writer = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "writing", writer)
     writer.send_signal(signal.SIGKILL)
     writer.communicate()
-    assert [path.stat().st_size for path in tmp_path.glob(".a.*.part")] == [10]
+    folder = tmp_path / "data" / "raw"
+    there = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    whole = {"before the first": [], "between the two": ["a"], "after the last": ["a", "b"]}[moment]
+    assert there == {name: SIMPLE[name] for name in whole}
     source = Source()
-    assert obtain(tmp_path, source) == FILES and source.asked == 1
+    assert obtain(tmp_path / "data", source) == SIMPLE and source.asked == (moment != "after the last")
+    assert {name: (folder / name).read_bytes() for name in SIMPLE} == SIMPLE
+
+
+def test_a_reader_never_sees_a_half_file(tmp_path: Path) -> None:
+    """One process fetches again and again while this one reads without a lock: a file is whole or not there."""
+    code = (
+        "import pathlib, shutil, sys; sys.argv[2:] = ['0', 'works']\n" + CODE.rpartition("print")[0] + "for _ in range(40):\n"
+        "    obtain(MNISTSettings(root=str(root / 'data')), 'NAME', [folder], {'a slow source': slow})\n"
+        "    shutil.rmtree(root / 'data')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    writer = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while writer.poll() is None:
+        files.read_folders([(tmp_path / "data" / "raw", SIMPLE_CHECKSUMS)])  # raises on a half-written file
+    assert "Traceback" not in writer.communicate()[1] and writer.returncode == 0
+    assert asked(tmp_path) == 40
 
 
 # --- what cannot be written ----------------------------------------------------------------------------------------------------
@@ -202,19 +265,27 @@ def closed(root: Path) -> Iterator[None]:
 
 
 def test_a_read_only_root_works_when_the_files_are_there(read_only: Path) -> None:
-    write_folder(read_only / "raw", FILES)
+    fill(read_only / "raw")
     source = Source()
     with closed(read_only):
-        assert obtain(read_only / "raw", source) == FILES
+        settings = MNISTSettings(root=str(read_only))
+        assert files.obtain(settings, "NAME", [(Path("raw"), CHECKSUMS)], {"a source": source}) == FILES
     assert source.asked == 0 and {path.name for path in (read_only / "raw").iterdir()} == set(FILES)
 
 
-def test_a_read_only_root_without_the_files_is_said_and_nothing_is_asked(read_only: Path) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_a_read_only_root_without_the_files_is_said_and_nothing_is_asked(read_only: Path, there: bool) -> None:
+    """Whether the dataset's folder is there, empty, or cannot be made."""
+    if there:
+        (read_only / "raw").mkdir()
     source = Source()
     with closed(read_only), pytest.raises(DataError) as error:
-        obtain(read_only / "raw", source)
-    assert f"files in {read_only / 'raw'}: no a, b\n  a source: not tried, {read_only} is read-only\npray" in str(error.value)
-    assert source.asked == 0 and not list(read_only.iterdir())
+        obtain(read_only, source)
+    lines = str(error.value).splitlines()
+    assert lines[1] == f"  files in {read_only / 'raw'}: no a, b"
+    assert lines[2].startswith(f"  cannot write into {read_only / 'raw'}: ") and "ermission denied" in lines[2]
+    assert "dataset.root=DIR" in lines[3] and len(lines) == 4
+    assert source.asked == 0 and [path.name for path in read_only.rglob("*")] == ["raw"] * there
 
 
 def test_an_error_of_the_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,32 +294,6 @@ def test_an_error_of_the_disk_names_the_folder(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "mkdir", full)
     source = Source()
-    with pytest.raises(DataError, match=rf"cannot write into {tmp_path / 'raw'}.*Read-only file system.*dataset\.root"):
-        obtain(tmp_path / "raw", source)
+    with pytest.raises(DataError, match=rf"cannot write into {tmp_path / 'raw'}: .*Read-only file system\n.*dataset\.root"):
+        obtain(tmp_path, source)
     assert source.asked == 0
-
-
-# --- folders of the system -----------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_the_system_is_read_in_place_whatever_the_root(tmp_path: Path) -> None:
-    packaged, root = tmp_path / "share", tmp_path / "root" / "raw"
-    write_folder(packaged, {f"{name}.gz": gzip.compress(data) for name, data in FILES.items()})  # as Debian has them
-    folders = [sources.Folder(root, CHECKSUMS), sources.Folder(packaged, CHECKSUMS)]
-    source = Source()
-    found = sources.obtain("NAME", folders, [source], download=False, hint="pray")
-    assert found.files == FILES and found.folder.path == packaged and source.asked == 0 and not root.parent.exists()
-    write_folder(root, {"a": FILES["a"]})  # half a dataset in the root does not hide it
-    assert sources.obtain("NAME", folders, [source], download=True, hint="pray").folder.path == packaged
-    write_folder(root, {"b": FILES["b"]})
-    assert sources.obtain("NAME", folders, [source], download=True, hint="pray").folder.path == root
-
-
-def test_fashion_mnist_looks_into_debians_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuple(FashionMNIST.packaged) == ("/usr/share/datasets/fashion-mnist",)
-    monkeypatch.setattr(FashionMNIST, "packaged", (str(tmp_path / "share"),))
-    with pytest.raises(DataError) as error:
-        FashionMNIST(root=str(tmp_path / "root"), download=False).load()
-    text = str(error.value)
-    assert f"files in {tmp_path / 'share'}: no train-images" in text and "apt-get install dataset-fashion-mnist" in text
-    assert "torchvision's download: not tried, dataset.download=false" in text

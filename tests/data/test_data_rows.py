@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import zlib
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mnist_files import md5
 
 from hyperopt.data import DataError, newsgroups
 from hyperopt.data.diabetes import Diabetes
-from hyperopt.data.files import md5
 from hyperopt.data.newsgroups import Newsgroups
 from hyperopt.data.synthetic import Synthetic
 
@@ -74,7 +75,7 @@ def packed(files: dict[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
-def test_the_archive_and_the_cache_are_what_scikit_learn_reads(tmp_path: Path) -> None:
+def test_the_archive_and_the_cache_are_what_scikit_learn_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of the posts is that of its ``load_files``; the cache is made as it makes its own."""
     from sklearn.datasets import load_files
 
@@ -92,32 +93,64 @@ def test_the_archive_and_the_cache_are_what_scikit_learn_reads(tmp_path: Path) -
         part: load_files(str(tmp_path / f"20news-bydate-{part}"), encoding="latin1") for part in ("train", "test")
     }
     cache = zlib.compress(pickle.dumps(theirs))
-    for found in (newsgroups.read_archive(packed(files)), newsgroups.read_cache(cache)):
-        for part, (texts, labels) in found.items():
-            assert texts == theirs[part]["data"] and labels.tolist() == theirs[part]["target"].tolist()
+    texts = {part: md5("\0".join(theirs[part]["data"]).encode()) for part in theirs}
+    monkeypatch.setattr(newsgroups, "CHECKSUMS", texts)
+    for kind, name, data in (("archive", newsgroups.ARCHIVE, packed(files)), ("cache", newsgroups.CACHE, cache)):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_bytes(data)
+        monkeypatch.setattr(Newsgroups, f"{kind}_checksums", {name: md5(data)})
+        found = Newsgroups(root=str(tmp_path / kind), download=False).posts()
+        for part, posts in found.items():
+            assert posts["data"] == theirs[part]["data"] and posts["target"].tolist() == theirs[part]["target"].tolist()
 
 
-def test_a_download_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_kept_and_read(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f"20news-bydate-{part}/group/{number}": b"\n\ntext" for part in ("train", "test") for number in range(3)}
-    archive, asked = packed(files), []
-
-    def download(url: str, root: str, filename: str) -> None:
-        asked.append(url)
-        (Path(root) / filename).write_bytes(archive)
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    (server.folder / "5975967").write_bytes(archive := packed(files))
+    monkeypatch.setattr(newsgroups, "URL", f"{server.url}5975967")
     with pytest.raises(DataError, match=r"torchvision's download: .*tar\.gz: sha256 \w+ of \d+ bytes, expected 8f1b2514"):
         Newsgroups(root=str(tmp_path / "root")).load()
     assert not (tmp_path / "root").exists()
     monkeypatch.setattr(Newsgroups, "archive_checksums", {newsgroups.ARCHIVE: hashlib.sha256(archive).hexdigest()})
     text = "\0".join(["\n\ntext"] * 3).encode()
     monkeypatch.setattr(newsgroups, "CHECKSUMS", dict.fromkeys(("train", "test"), md5(text)))
+    asked = []
     for _ in range(2):
-        assert Newsgroups(root=str(tmp_path / "root")).posts()["test"][0] == ["\n\ntext"] * 3
-    assert len(asked) == 2 and [path.name for path in (tmp_path / "root").iterdir()] == [newsgroups.ARCHIVE]
+        assert Newsgroups(root=str(tmp_path / "root")).posts()["test"]["data"] == ["\n\ntext"] * 3
+        asked.append(len(server.asked))
+    assert asked[0] == asked[1] and [path.name for path in (tmp_path / "root").iterdir()] == [newsgroups.ARCHIVE]
     monkeypatch.setattr(newsgroups, "CHECKSUMS", {"train": md5(text), "test": "0" * 32})
-    with pytest.raises(DataError, match=f"the test posts in .* have md5 {md5(text)}, expected 0000"):
+    with pytest.raises(DataError, match=f"the test posts in .*: md5 {md5(text)} of .* expected 0000"):
         Newsgroups(root=str(tmp_path / "root")).posts()
+
+
+class Mark:
+    """Pickles to a call that makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("what", ["code", "page", "empty", "cut"])
+def test_another_cache_is_never_unpickled(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that scikit-learn made on another machine is another file too: it is refused, and left as it is."""
+    cache = zlib.compress(pickle.dumps({"train": Mark(tmp_path / "made"), "test": []}))
+    cache = {"code": cache, "page": b"<html>", "empty": b"", "cut": cache[:-5]}[what]
+    (tmp_path / newsgroups.CACHE).write_bytes(cache)
+    with pytest.raises(
+        DataError, match=rf"{newsgroups.CACHE}: sha256 {hashlib.sha256(cache).hexdigest()} of .* expected 38ff3ad4"
+    ):
+        Newsgroups(root=str(tmp_path)).load()
+    assert not (tmp_path / "made").exists() and (tmp_path / newsgroups.CACHE).read_bytes() == cache
+
+
+def test_an_archive_with_a_file_outside_of_itself_writes_nothing_there(tmp_path: Path) -> None:
+    """Were its checksum right: the standard library's filter for data refuses it."""
+    with pytest.raises(tarfile.OutsideDestinationError):
+        newsgroups.read_archive(packed({"../outside": b"hostile"}))
 
 
 POSTS = [
@@ -145,9 +178,9 @@ def test_what_is_removed_is_what_scikit_learn_removes(text: str) -> None:
 @pytest.mark.slow
 def test_what_is_removed_from_the_real_posts(real_root: Any) -> None:
     posts = Newsgroups(root=real_root(newsgroups.CACHE), download=False).posts()
-    for texts, labels in posts.values():
-        assert [newsgroups.strip(text) for text in texts] == [removed_by_scikit_learn(text) for text in texts]
-        assert np.bincount(labels).min() > 200 and len(texts) == len(labels)
+    for part in posts.values():
+        assert [newsgroups.strip(text) for text in part["data"]] == [removed_by_scikit_learn(text) for text in part["data"]]
+        assert np.bincount(part["target"]).min() > 200 and len(part["data"]) == len(part["target"])
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from hyperopt.app.export.load import built_from, explained, load_exported
 from hyperopt.app.export.program import write_program
 from hyperopt.app.files import WriteError, write_text, writing
 from hyperopt.app.repro import configure, preserved_global_state, resolve_precision, seed_everything
-from hyperopt.data.errors import DataError
-from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text
+from hyperopt.data.reading import DataError, UnreadableError, parse_yaml, read_json, read_json_lines, read_text
 from hyperopt.tasks.base import Environment
 
 REFUSALS = (
