@@ -17,7 +17,7 @@ LAYERS = [
     ("core.status",),
     ("core.policy", "core.captured", "core.memory", "core.rowwise", "core.graph_modes"),
     ("core.draws", "core.jacobian", "core.legacy"),
-    ("core.contents",),
+    ("core.contents", "core.streams"),
     ("core.places",),
     ("core.purity", "core.replay"),
     ("core.distributed",),

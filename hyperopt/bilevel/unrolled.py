@@ -74,8 +74,8 @@ class UnrolledEstimator(Estimator):
             return loss
 
         def step(k: int, now: Any, lam: Any) -> Any:
-            if k and not isinstance(self.adjoint, Checkpointed):  # nothing is evaluated again, but for what the first step shows
-                evaluations[k].record = evaluations[0].wrote
+            if k and not isinstance(self.adjoint, Checkpointed):  # which takes every step again
+                evaluations[k].once_after(evaluations[0])
             following = phi.step(now, lam, evaluations[k])
             evaluations[k].commit()  # the first time
             return following

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import optree
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -186,17 +187,18 @@ class Draws:
         return bool(self.before)
 
     @contextlib.contextmanager
-    def recorded(self, first: bool, own: Iterable[Tensor], constants: Iterable[Tensor]) -> Iterator[None]:
+    def recorded(self, first: bool, own: Iterable[Tensor], args: Any) -> Iterator[None]:
         """An evaluation runs in this block.
 
         Args:
             first: whether it is the first.
             own: tensors that it may change.
-            constants: tensors that it must not change.
+            args: what it is given, a tree whose tensors it must not change.
         """
         if not first and not self.results and not self.before:
             yield
             return
+        constants = [leaf for leaf in optree.tree_leaves(args) if isinstance(leaf, Tensor)]
         now = _copies(self.before)
         _put(self.before)
         mode = _Record(self, own, constants) if first else _Repeat(self, own, constants)
