@@ -20,7 +20,7 @@ from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.inner.base import gradient
+from hyperopt.bilevel.inner.training import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.single_loop_settings import StocBiOSettings

@@ -24,7 +24,8 @@ from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
-from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, curvature_at, gradient
+from hyperopt.bilevel.inner.base import DifferentiableSolver
+from hyperopt.bilevel.inner.training import Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
