@@ -86,8 +86,8 @@ def test_a_cotangent_of_another_shape_is_refused():
 def unrolled(inner, outer=lambda w, lam, batch: (w - 1).square().sum(), steps: int = 6, lam: float = 0.5):
     problem = hyperopt.BilevelProblem(inner, outer)
     solver = hyperopt.GradientDescent(step_size=0.1, max_steps=steps)
-    w, lam = torch.zeros(3, dtype=DOUBLE), torch.tensor(lam, dtype=DOUBLE)
-    return hyperopt.hypergradient(problem, w, lam, inner=solver, adjoint=hyperopt.Unrolled())
+    w, at = torch.zeros(3, dtype=DOUBLE), torch.tensor(lam, dtype=DOUBLE)
+    return hyperopt.hypergradient(problem, w, at, inner=solver, adjoint=hyperopt.Unrolled())
 
 
 def quadratic(w: Tensor, lam: Tensor, batch: object) -> Tensor:
@@ -159,6 +159,8 @@ def test_what_each_step_adds_to_a_container_stays_and_the_gradient_is_that_of_th
 
 def test_a_buffer_that_every_step_changes_is_that_of_the_step_in_the_graph():
     class Mean(nn.Module):
+        mean: Tensor
+
         def __init__(self):
             super().__init__()
             self.register_buffer("mean", torch.zeros(3, dtype=DOUBLE))
