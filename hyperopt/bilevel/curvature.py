@@ -20,6 +20,7 @@ from torch import Tensor
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import Leaves
 from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
+from hyperopt.core.jacobian import pull
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -97,7 +98,7 @@ class Hessian(Curvature):
         parts = self.parts(v)
         given = [parts[i] for i in self._at]
         with second_derivatives():
-            return list(torch.autograd.grad(self._grads, leaves, given, retain_graph=True, allow_unused=True))
+            return list(pull(self._grads, leaves, given))
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool 
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
         with second_derivatives():
-            found = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+            found = pull([loss], leaves, [torch.ones_like(loss)], keep=create_graph, create_graph=create_graph)
             if create_graph:
                 refuse_once(found, leaves)
     if any(g is None for g in found):

@@ -23,13 +23,21 @@ class Evaluation:
     Args:
         problem: the losses.
         batch: of the inner loss.
-        record: whether it will be evaluated more than once, or changes tensors in place that are no buffers.
     """
 
-    def __init__(self, problem: BilevelProblem, batch: Any, *, record: bool = True) -> None:
+    def __init__(self, problem: BilevelProblem, batch: Any) -> None:
         """Nothing is evaluated yet."""
-        self.problem, self.batch, self.record = problem, batch, record
+        self.problem, self.batch = problem, batch
         self.replay: Replay | None = None
+
+    def once_after(self, step: Evaluation) -> None:
+        """Be a step of training that is evaluated once, after another ``step`` of it, and is committed.
+
+        Nothing has to be put back then, and one search for the loss's modules serves both. But if that step has changed tensors
+        in place that are no buffers, which its graph may have saved, this one is watched as it was.
+        """
+        if self.replay is None and step.replay is not None and not step.replay.wrote:
+            self.replay = Replay(step.replay.places, step.replay.autocast[0], record=False)
 
     def __call__(self, w: Any, lam: Any) -> Tensor:
         """``L(w, lam, batch)``."""
@@ -38,19 +46,13 @@ class Evaluation:
     def of(self, function: Callable[[Any, Any], Any], w: Any, lam: Any) -> Any:
         """Another function of the loss's parts, ``function(w, lam)``, which draws what the loss draws."""
         if self.replay is None:
-            device = optree.tree_leaves(w)[0].device.type
-            self.replay = Replay(Places.of(self.problem.inner_loss), device, record=self.record)
+            self.replay = Replay(Places.of(self.problem.inner_loss), optree.tree_leaves(w)[0].device.type)
         return self.replay(function, w, lam)
 
     @property
     def random(self) -> bool:
         """Whether the loss draws random numbers."""
         return self.replay is not None and bool(self.replay.random)
-
-    @property
-    def wrote(self) -> bool:
-        """Whether the loss changes tensors in place, other than the buffers of modules in training mode."""
-        return self.replay is not None and self.replay.wrote
 
     def commit(self) -> None:
         """Let running statistics, counters and the like be as the latest evaluation left them: it was a step of training."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import Composite, Leaves
+from hyperopt.core.jacobian import pull
 
 
 class GaussNewton(Curvature):
@@ -55,9 +56,9 @@ class GaussNewton(Curvature):
         """``G v``: a product with the model's Jacobian, one with the criterion's Hessian, one with the Jacobian's transpose."""
         parts = self.parts(v)
         used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
-        (pushed,) = torch.autograd.grad([p for p, _ in used], self._cotangent, [part for _, part in used], retain_graph=True)
+        (pushed,) = pull([p for p, _ in used], [self._cotangent], [part for _, part in used])
         if self._slope.requires_grad:
-            (bent,) = torch.autograd.grad(self._slope, self._out, pushed, retain_graph=True, allow_unused=True)
+            (bent,) = pull([self._slope], [self._out], [pushed])
         else:
             bent = None
         total = self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False)
@@ -65,7 +66,7 @@ class GaussNewton(Curvature):
         product = self.matrix(total)
         if kept:
             slopes, given = zip(*kept, strict=True)
-            bent = torch.autograd.grad(slopes, self.w.flat, given, retain_graph=True, allow_unused=True)
+            bent = pull(slopes, self.w.flat, given)
             product = product + self.matrix(bent)
         return self._loss.whole(product, self._batch)
 
@@ -75,6 +76,4 @@ class GaussNewton(Curvature):
         return self._exact.mixed(v)
 
     def _model_pull(self, cotangent: Tensor, *, create_graph: bool) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            self._z, self.w.flat, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+        return pull([self._z], self.w.flat, [cotangent], create_graph=create_graph)

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import optree
@@ -220,17 +221,21 @@ class BilevelProblem:
         Raises:
             TypeError, ValueError: it is no scalar, or was worked out on an empty batch; or it changed what it was given.
         """
-        given = [] if functorch_level() else [x for tree in (w, lam, batch) for x in optree.tree_leaves(tree)]
-        counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else 0 for x in given]
+        with torch._C.DisableTorchFunction():  # what is only looked at concerns no mode around the loss
+            given = [] if functorch_level() else [x for tree in (w, lam, batch) for x in optree.tree_leaves(tree)]
+            counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in given]
         value = loss(w, lam, batch)
-        for i, (x, count) in enumerate(zip(given, counts, strict=True)):
-            if isinstance(x, Tensor) and not x.is_inference() and x._version != count:
-                names = [key for tree, what in ((w, "w"), (lam, "lam"), (batch, "batch")) for key, _ in named(tree, what)]
-                raise ValueError(
-                    f"{name} changed {names[i]} in place, on which it is evaluated again; compute a new tensor instead "
-                    "(inplace=False in a module)"
-                )
-        return scalar(value, name, batch)
+        with torch._C.DisableTorchFunction():
+            for i, (x, count) in enumerate(zip(given, counts, strict=True)):
+                if count is not None and x._version != count:
+                    names = [key for tree, what in ((w, "w"), (lam, "lam"), (batch, "batch")) for key, _ in named(tree, what)]
+                    raise ValueError(
+                        f"{name} changed {names[i]} in place, on which it is evaluated again; compute a new tensor instead "
+                        "(inplace=False in a module)"
+                    )
+            refuse_no_scalar(value, name, batch)
+            single = not value.dim()
+        return value if single else value.reshape(())
 
 
 def refuse_other_arguments(loss: Any, name: str) -> None:
@@ -241,6 +246,8 @@ def refuse_other_arguments(loss: Any, name: str) -> None:
     """
     if not callable(loss):
         raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(w, lam, batch)")
+    if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
+        return  # the usual case, and its signature takes longer to make
     try:
         inspect.signature(loss).bind(None, None, None)
     except TypeError as error:
@@ -299,8 +306,8 @@ def rows_of(batch: Any) -> int | None:
     return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
-def scalar(loss: Any, name: str, batch: Any) -> Tensor:
-    """``loss`` as a tensor without dimensions.
+def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
+    """Refuse a loss that is not one number, or of no rows.
 
     Raises:
         TypeError: it is no tensor.
@@ -314,7 +321,6 @@ def scalar(loss: Any, name: str, batch: Any) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:
             kind = "training" if name == "inner_loss" else "validation"
             raise ValueError(f"{name}: the batch has no rows (shape {tuple(leaf.shape)}); is the {kind} set empty?")
-    return loss.reshape(())
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.inner.base import gradient
+from hyperopt.bilevel.inner.training import gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later, moved

@@ -24,7 +24,8 @@ from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
-from hyperopt.bilevel.inner.base import DifferentiableSolver, Watch, curvature_at, gradient
+from hyperopt.bilevel.inner.base import DifferentiableSolver
+from hyperopt.bilevel.inner.training import Watch, curvature_at, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
@@ -74,8 +75,8 @@ class UnrolledEstimator(Estimator):
             return loss
 
         def step(k: int, now: Any, lam: Any) -> Any:
-            if k and not isinstance(self.adjoint, Checkpointed):  # nothing is evaluated again, but for what the first step shows
-                evaluations[k].record = evaluations[0].wrote
+            if k and not isinstance(self.adjoint, Checkpointed):  # which takes every step again
+                evaluations[k].once_after(evaluations[0])
             following = phi.step(now, lam, evaluations[k])
             evaluations[k].commit()  # the first time
             return following

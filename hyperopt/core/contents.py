@@ -10,22 +10,21 @@ calls; a further evaluation does not see it.
     changed = not content.same(kept, content.take())
     content.put(kept)
 
-An iterator has no content that can be read. In its place a ``Stream`` is put, which remembers what was taken from it.
+``Contents`` does this for all that a function can be seen to use.
 """
 
 from __future__ import annotations
 
-import functools
-import io
+import contextlib
 import random
-import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSet
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSet
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hyperopt.core.draws import ImpureMapError
 
@@ -228,64 +227,103 @@ def content_of(value: Any) -> Content | None:
     return None
 
 
-class Stream(Iterator[Any]):
-    """An iterator that begins with what was taken from another one, and remembers what it gives.
+@dataclass
+class Kept:
+    """A content that the first evaluation has changed.
 
-    Args:
-        source: the other one.
-        items: what comes first.
-        closed: whether nothing else comes.
+    Attributes:
+        content: of what.
+        before: what was in it before the first evaluation.
+        left: what the latest evaluation has left in it.
+        record: what the latest evaluation has added to it, if that is all that it did.
     """
 
-    END = object()
+    content: Content
+    before: Any
+    left: Any = None
+    record: Any = None
 
-    def __init__(self, source: Iterator[Any], items: list[Any], *, closed: bool = False) -> None:
-        """Nothing is taken yet."""
-        self.source, self.items, self.at, self.closed = source, list(items), 0, closed
 
-    def __next__(self) -> Any:
-        """The next item; one from the source is made outside of every mode: it is data, whatever it draws.
+class Contents:
+    """Many contents during an evaluation and its replays.
 
-        Raises:
-            ImpureMapError: it is closed, and more is taken than the first time.
+    Args:
+        contents: of what the function uses.
+        draws: whether the function can be seen to use the generators that all threads share.
+    """
+
+    def __init__(self, contents: Iterable[Content], *, draws: bool) -> None:
+        """Nothing is evaluated yet."""
+        self._contents, self._draws = list(contents), draws
+        self.changed: list[Kept] = []  # by the first evaluation
+        self.committed = False
+
+    @property
+    def random(self) -> bool:
+        """Whether the first evaluation drew from a generator of Python or of numpy."""
+        return any(isinstance(entry.content, Generator) for entry in self.changed)
+
+    @contextlib.contextmanager
+    def evaluation(self, first: bool, originals: Mapping[int, Any]) -> Iterator[Callable[[], None]]:
+        """An evaluation runs in this block: on what there was before the first one, without a trace.
+
+        Args:
+            first: whether it is the first.
+            originals: by the identity of a copy that takes part in the evaluation, what it is a copy of.
+
+        Yields:
+            A function that ends the evaluation.
         """
-        if self.at == len(self.items):
-            if self.closed:
+        now: list[Any] = []
+        if first:
+            self.changed = [Kept(content, content.take()) for content in self._contents]
+        else:
+            now = [entry.content.take() for entry in self.changed]
+            for entry in self.changed:
+                entry.content.put(entry.before)
+
+        def end() -> None:
+            for entry in self.changed:
+                self._end(entry, first, originals)
+            if first:
+                self.changed = [entry for entry in self.changed if self._moved(entry)]
+
+        try:
+            yield end
+        finally:
+            if not first:
+                for entry, content in zip(self.changed, now, strict=True):
+                    entry.content.put(content + entry.record if entry.record else content)
+
+    def commit(self) -> None:
+        """Let everything be as the latest evaluation has left it; a generator has moved on already."""
+        self.committed = True
+        for entry in self.changed:
+            if entry.record is None and not isinstance(entry.content, Generator):
+                entry.content.put(entry.left)
+
+    def _end(self, entry: Kept, first: bool, originals: Mapping[int, Any]) -> None:
+        content, left = entry.content, entry.content.take()
+        if isinstance(content, Generator):  # it moves on once, at the first evaluation
+            alone = threading.active_count() == 1 or not content.shared
+            if not first and alone and not content.same(left, entry.left):
                 raise ImpureMapError(
-                    "a second evaluation of the function takes more from an iterator than the first did; let it take the same"
+                    "a second evaluation of the function drew another number of random numbers from the generator of Python or "
+                    "of numpy than the first: what it draws must depend neither on how often it is called nor on the values "
+                    "that are differentiated"
                 )
-            with _disable_current_modes():
-                self.items.append(next(self.source, Stream.END))
-        item = self.items[self.at]
-        self.at += 1
-        if item is Stream.END:
-            raise StopIteration
-        return item
+            if first:
+                entry.left = left
+            return
+        entry.record = content.added(entry.before, left)
+        if not self.committed:
+            entry.left = content.mapped(left, lambda x: originals.get(id(x), x))
+        if entry.record is None and not content.same(left, entry.before):
+            content.put(entry.before)
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the source has."""
-        if name == "source":  # a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-    def rest(self) -> Iterator[Any]:
-        """What is left: the source itself where none of its items is."""
-        left = self.items[self.at :]
-        if left:
-            return Stream(self.source, left)
-        return self.source.rest() if isinstance(self.source, Stream) else self.source
-
-
-def streamed(value: Any) -> bool:
-    """Whether a value is an iterator of a library's, which a ``Stream`` can stand for; the user's own keep attributes."""
-    return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and library(type(value).__module__)
-
-
-@functools.cache
-def library(module: str) -> bool:
-    """Whether a module is no code of the user's: an installed package, or a part of Python."""
-    top = module.split(".")[0]
-    if top == __name__.split(".")[0] or (top in sys.stdlib_module_names and top != "__main__"):
-        return True
-    found = getattr(sys.modules.get(module), "__file__", None) or ""
-    return "site-packages" in found or "dist-packages" in found
+    def _moved(self, entry: Kept) -> bool:
+        """Whether the first evaluation has changed a content; another thread may have drawn from the shared generators."""
+        content = entry.content
+        if content.same(entry.before, entry.left):
+            return False
+        return not (isinstance(content, Generator) and content.shared and threading.active_count() > 1) or self._draws

@@ -12,6 +12,7 @@ solution, built beforehand.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -263,6 +264,10 @@ class Attach(torch.autograd.Function):
         dims = tuple(None if dim is None and i >= system.states else 0 for i, dim in enumerate(in_dims[2:]))
         moved = [x if now is None else leading(x, dim) for x, dim, now in zip(inputs, in_dims[2:], dims, strict=True)]
         return attach(system.vmapped(dims, info.randomness), leading(start, in_dims[1]), *moved), 0
+
+
+# PyTorch binds the arguments of ``forward`` to its signature in every call, and reads it anew unless it is kept.
+Attach.forward.__signature__ = inspect.signature(Attach.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def attach(system: System, start: Tensor, *inputs: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import optree
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperopt.core.precision import half_eps
 
 # Operators whose result is a sample and nothing else, by the names of their packets without a trailing underscore.
 SAMPLES = frozenset(
@@ -107,21 +110,27 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for entry in value for t in _tensors(entry)] if isinstance(value, list | tuple) else []
 
 
-class _Mode(TorchDispatchMode):
-    """Watches what a function draws and changes, and notes which tensors it has made itself.
+class Watching(TorchDispatchMode):
+    """Watches what a function draws and changes, and in which precision it works; notes which tensors it has made itself.
 
     Args:
         own: tensors that it may change without a note.
         constants: tensors that it must not change.
+
+    Attributes:
+        eps: the largest ``half_eps`` of the tensors that it has made: what autocast has lowered of it, which may be nothing.
     """
 
     def __init__(self, own: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
+        """Nothing is seen yet."""
         super().__init__()
         self.generators: list[torch.Generator] = []  # that had just been seeded when the function first drew from them
         self.made: set[int | None] = {None, *(_storage(t) for t in own)}
         self.constants = {_storage(t) for t in constants}
+        self.eps = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at an operator and call it, or hand back what it gave the first time."""
         kind, kwargs = _kind(func), kwargs or {}
         if kind.composite:  # inference mode does not take it apart by itself
             with self:
@@ -136,7 +145,9 @@ class _Mode(TorchDispatchMode):
                 self.write(tensor)
         out = self.draw(func, kind, args, kwargs) if _draws(kind, args, kwargs) else func(*args, **kwargs)
         if kind.fresh:
-            self.made.update(_storage(t) for t in _tensors(out))
+            for tensor in _tensors(out):
+                self.made.add(_storage(tensor))
+                self.eps = max(self.eps, half_eps(tensor.dtype))
         return out
 
     def seeded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -186,17 +197,18 @@ class Draws:
         return bool(self.before)
 
     @contextlib.contextmanager
-    def recorded(self, first: bool, own: Iterable[Tensor], constants: Iterable[Tensor]) -> Iterator[None]:
+    def recorded(self, first: bool, own: Iterable[Tensor], args: Any) -> Iterator[None]:
         """An evaluation runs in this block.
 
         Args:
             first: whether it is the first.
             own: tensors that it may change.
-            constants: tensors that it must not change.
+            args: what it is given, a tree whose tensors it must not change.
         """
         if not first and not self.results and not self.before:
             yield
             return
+        constants = [leaf for leaf in optree.tree_leaves(args) if isinstance(leaf, Tensor)]
         now = _copies(self.before)
         _put(self.before)
         mode = _Record(self, own, constants) if first else _Repeat(self, own, constants)
@@ -228,6 +240,8 @@ def _copies(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 
 
 def _put(values: list[tuple[Tensor, Tensor]]) -> None:
+    if not values:
+        return
     with torch.no_grad():
         for tensor, value in reversed(values):
             tensor.copy_(value)
@@ -267,7 +281,7 @@ def _given(args: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
-class _Record(_Mode):
+class _Record(Watching):
     """The first evaluation."""
 
     def __init__(self, draws: Draws, own: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
@@ -298,7 +312,7 @@ class _Record(_Mode):
         """Nothing is left to do."""
 
 
-class _Repeat(_Mode):
+class _Repeat(Watching):
     """A replay."""
 
     def __init__(self, draws: Draws, own: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
@@ -345,7 +359,7 @@ def handled() -> Iterator[None]:
         _local.depth = depth
 
 
-class Unreplayed(_Mode):
+class Unreplayed(Watching):
     """Notes whether a map draws random numbers, or changes tensors in place, that no replay takes care of.
 
     Args:

@@ -8,9 +8,12 @@ Newton's steps, the adjoint and the diagnosis take it; so do unrolled steps, who
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
+from torch.overrides import has_torch_function
 
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.operator import Linearization, LinearOperator
@@ -64,7 +67,7 @@ class Jacobian(Linearization):
         wanted = [x for x, need in zip(self.inputs, needs, strict=True) if need]
         if not wanted or not self.graph.requires_grad:
             return [None] * len(needs)
-        found = iter(torch.autograd.grad(self.graph, wanted, v.view_as(self.graph), retain_graph=True, allow_unused=True))
+        found = iter(pull([self.graph], wanted, [v.view_as(self.graph)]))
         return [next(found) if need else None for need in needs]
 
 
@@ -72,8 +75,34 @@ def _vjp(graph: Tensor, at: Tensor, v: Tensor, create_graph: bool) -> Tensor:
     """``(d graph / d at)^T v``, in the shape of ``v``."""
     if not graph.requires_grad:
         return torch.zeros_like(v)
-    (found,) = torch.autograd.grad(graph, at, v.view_as(graph), retain_graph=True, create_graph=create_graph, allow_unused=True)
+    (found,) = pull([graph], [at], [v.view_as(graph)], create_graph=create_graph)
     return torch.zeros_like(v) if found is None else found.view_as(v)
+
+
+def pull(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    keep: bool = True,
+    create_graph: bool = False,
+) -> Sequence[Any]:
+    """``(d outputs / d inputs)^T cotangents``, one entry for each input, None where nothing depends on it.
+
+    This is ``torch.autograd.grad`` without its checks in Python, which cost as much as a small product itself. The engine makes
+    those of shapes and dtypes again.
+
+    Args:
+        outputs: tensors with a graph.
+        inputs: tensors in that graph.
+        cotangents: one for each output, of its shape.
+        keep: whether the graph is kept.
+        create_graph: whether the result has a graph of its own.
+    """
+    if torch.compiler.is_compiling() or has_torch_function((*outputs, *inputs)):  # a mode or the compiler has to see the call
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph, allow_unused=True)
+    engine = Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
+    return engine.run_backward(tuple(outputs), tuple(cotangents), keep, create_graph, tuple(inputs), True, accumulate_grad=False)
 
 
 class _Transformed(LinearOperator):

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hyperopt.core.contents import COMMON, GENERATORS, Attributes, Content, Items, content_of, library, streamed
+from hyperopt.core.contents import COMMON, GENERATORS, Attributes, Content, Items, content_of
+from hyperopt.core.streams import library, streamed
 
 PLAIN = (bool, int, float, complex, str, type(None))
 LONG = 256  # a container of more entries than this is data, and no state

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
@@ -27,27 +24,6 @@ def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and precision == "high":
         return 2.0**-10
     return eps
-
-
-class Observed(TorchDispatchMode):
-    """Sees which tensors in half precision a function makes: what autocast has lowered of it, which may be nothing.
-
-    Attributes:
-        eps: the largest ``half_eps`` so far.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is seen yet."""
-        super().__init__()
-        self.eps = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at what an operation returns."""
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, Tensor):
-                self.eps = max(self.eps, half_eps(each.dtype))
-        return out
 
 
 def half_eps(dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ How: in the first evaluation a dispatch mode keeps the results of all operators 
 process-wide generator moves on once and is neither compared nor rewound, since other threads draw from it. The state is what the
 function can be seen to use: modules, and what closures, objects and containers hold. Buffers are replaced by copies, so that none
 that a graph has saved is written to. Of any other tensor that is changed in place the value before is kept and put back, and so
-is what containers, objects and arrays hold (``hyperopt.core.contents``).
+is what containers, objects and arrays hold (``hyperopt.core.contents``), and what iterators gave (``hyperopt.core.streams``).
 
 No mode sees what the generators of Python and of numpy give. They too move on once; for as long as a replay takes, they get the
 state from before the first evaluation. Where other threads are alive, the two that all threads share are left alone, unless the
@@ -26,9 +26,7 @@ Reference for one mask for a whole solve: Gal & Ghahramani, NeurIPS 2016, arXiv 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import optree
@@ -37,29 +35,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.contents import COMMON, Content, Generator, Stream, streamed
-from hyperopt.core.draws import Draws, ImpureMapError, handled
+from hyperopt.core.contents import COMMON, Contents, Generator
+from hyperopt.core.draws import Draws, handled
 from hyperopt.core.graph_modes import TwiceDifferentiable
 from hyperopt.core.places import Places
+from hyperopt.core.streams import Stream, streamed
 
 Slot = tuple[Any, Any, Any]  # a container, a key, and the value that belongs there
-
-
-@dataclass
-class Kept:
-    """A content that the first call has changed.
-
-    Attributes:
-        content: of what.
-        before: what was in it before the first call.
-        left: what the latest call has left in it.
-        record: what the latest call has added to it, if that is all that it did.
-    """
-
-    content: Content
-    before: Any
-    left: Any = None
-    record: Any = None
 
 
 class Replay:
@@ -68,7 +50,8 @@ class Replay:
     Args:
         places: the state that the function uses.
         device_type: where it runs: its autocast state is kept.
-        record: whether it will be made again. If not, what it draws is not kept.
+        record: whether it will be made again, and the first call is to leave no trace until ``commit``. If not, the state is left
+            to the function, but for the buffers, which a graph may have saved.
 
     Attributes:
         random: whether it draws random numbers; None before the first call.
@@ -82,10 +65,10 @@ class Replay:
         self.slots: list[Slot] = []
         # Iterators, what each gave the first time, and, in ``gave``, the same for its places.
         self.streams: list[Slot] = []
-        for place, key, value in places.slots():
+        for place, key, value in places.slots() if record else ():
             (self.streams if streamed(value) else self.slots).append((place, key, value))
         self.gave: dict[int, Stream] = {}
-        self.contents: list[Kept] = []  # that the first call has changed
+        self.contents = Contents([*places.contents, *map(Generator, COMMON)] if record else [], draws=places.draws)
         # Buffers that a call may change; after the first call, those that it did.
         self.moving: list[Slot] = places.buffers()
         self.rebound: list[Slot] = []  # other places in which a call has put something else
@@ -101,7 +84,7 @@ class Replay:
         """Whether a call draws random numbers; None before the first."""
         if self.draws is None:
             return None
-        return self.draws.random or any(isinstance(entry.content, Generator) for entry in self.contents)
+        return self.draws.random or self.contents.random
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, the first time or again.
@@ -111,16 +94,14 @@ class Replay:
         """
         copies: list[Slot] = [(place, key, buffer.clone()) for place, key, buffer in self.moving]
         first, draws = self.draws is None, self.draws or Draws()
-        constants = [leaf for arg in args for leaf in optree.tree_leaves(arg) if isinstance(leaf, Tensor)]
+        originals = {id(copy): buffer for (*_, copy), (*_, buffer) in zip(copies, self.moving, strict=True)}
         with (
-            self._contents(
-                first, {id(copy): buffer for (*_, copy), (*_, buffer) in zip(copies, self.moving, strict=True)}
-            ) as end,
+            self.contents.evaluation(first, originals) as end,
             self._in_place([*self.slots, *self._streams(), *copies]),
             self._modes(),
         ):
             try:
-                with draws.recorded(first, [copy for *_, copy in copies], constants) if self.record else contextlib.nullcontext():
+                with draws.recorded(first, [copy for *_, copy in copies], args) if self.record else contextlib.nullcontext():
                     out = function(*args)
                 left = [_get(place, key) for place, key, _ in copies]
                 if first:
@@ -157,9 +138,7 @@ class Replay:
         for place, key, value in self.streams:
             if (stream := _get(place, key)) is not value and isinstance(stream, Stream):
                 place[key] = value.rest() if isinstance(value, Stream) else value  # from which it was taken
-        for entry in self.contents:
-            if entry.record is None and not isinstance(entry.content, Generator):
-                entry.content.put(entry.left)
+        self.contents.commit()
         self.moving, self.left = kept, []
         if self.draws is not None:
             self.draws.commit()
@@ -192,64 +171,6 @@ class Replay:
             known = self.gave.get(id(source))
             self.gave[id(source)] = Stream(source, [] if known is None else known.items, closed=known is not None)
         return [(place, key, self.gave[id(source)]) for place, key, source in self.streams]
-
-    @contextlib.contextmanager
-    def _contents(self, first: bool, originals: Mapping[int, Any]) -> Iterator[Callable[[], None]]:
-        """A call runs in this block: on what there was before the first one, without a trace.
-
-        Args:
-            first: whether it is the first.
-            originals: by the identity of a copy that takes part in the call, what it is a copy of.
-
-        Yields:
-            A function that ends the call.
-        """
-        if first:
-            contents = [*self.places.contents, *(Generator(generator) for generator in COMMON)]
-            self.contents = [Kept(content, content.take()) for content in contents]
-        else:
-            now = [entry.content.take() for entry in self.contents]
-            for entry in self.contents:
-                entry.content.put(entry.before)
-
-        def end() -> None:
-            for entry in self.contents:
-                self._end(entry, first, originals)
-            if first:
-                self.contents = [entry for entry in self.contents if self._moved(entry)]
-
-        try:
-            yield end
-        finally:
-            if not first:
-                for entry, content in zip(self.contents, now, strict=True):
-                    entry.content.put(content + entry.record if entry.record else content)
-
-    def _end(self, entry: Kept, first: bool, originals: Mapping[int, Any]) -> None:
-        content, left = entry.content, entry.content.take()
-        if isinstance(content, Generator):  # it moves on once, at the first call
-            alone = threading.active_count() == 1 or not content.shared
-            if not first and alone and not content.same(left, entry.left):
-                raise ImpureMapError(
-                    "a second evaluation of the function drew another number of random numbers from the generator of Python or "
-                    "of numpy than the first: what it draws must depend neither on how often it is called nor on the values "
-                    "that are differentiated"
-                )
-            if first:
-                entry.left = left
-            return
-        entry.record = content.added(entry.before, left)
-        if not self.committed:
-            entry.left = content.mapped(left, lambda x: originals.get(id(x), x))
-        if entry.record is None and not content.same(left, entry.before):
-            content.put(entry.before)
-
-    def _moved(self, entry: Kept) -> bool:
-        """Whether the first call has changed a content; another thread may have drawn from the generators of the process."""
-        content = entry.content
-        if content.same(entry.before, entry.left):
-            return False
-        return not (isinstance(content, Generator) and content.shared and threading.active_count() > 1) or self.places.draws
 
     @contextlib.contextmanager
     def _in_place(self, slots: list[Slot]) -> Iterator[None]:

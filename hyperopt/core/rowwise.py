@@ -52,6 +52,8 @@ def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 
 
 def dot(a: Tensor, b: Tensor, start: Tensor | None = None, beta: float = 1.0) -> Tensor:
     """Inner product of each row, to which ``beta start`` is added, shape (rows, 1)."""
+    if a.shape[0] == 1 and not rounds(b):
+        return a @ b.mT if start is None else torch.addmm(start, a, b.mT, beta=beta)
     return dots(a[:, None], b, start if start is None or not start.dim() else start[:, :, None], beta)[:, :, 0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt.core.checks import plain
 from hyperopt.core.precision import half_eps
@@ -23,7 +23,14 @@ def leaves_of(tree: Any) -> list[Any]:
 
 def tree_norm(tree: Any) -> float:
     """Euclidean norm over all tensors of a tree; 0 without any."""
-    return float(nn.utils.get_total_norm([leaf.detach() for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]))
+    tensors = [leaf.detach() for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+    return float(total_norm(tensors)) if tensors else 0.0
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all entries of some tensors, at least one, on the device of the first."""
+    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
 
 @dataclass(frozen=True)

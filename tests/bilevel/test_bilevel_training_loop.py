@@ -11,7 +11,7 @@ from counting import Counter
 
 from hyperopt import BilevelProblem, GradientDescent, HeavyBall, InnerAdam, SolveError, TorchOptimizer
 from hyperopt.bilevel.estimate import State
-from hyperopt.bilevel.inner.base import PROBE
+from hyperopt.bilevel.inner.training import PROBE
 from hyperopt.core.loop import LONGEST
 from hyperopt.core.memory import peak_memory
 from hyperopt.core.status import Status

@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.inner.base import InnerSolver, Watch, curvature_at, gradient
+from hyperopt.bilevel.inner.base import InnerSolver
+from hyperopt.bilevel.inner.training import Training, gradient
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
 from hyperopt.core.checks import check_count
-from hyperopt.core.policy import SolveError
-from hyperopt.core.status import SolveStats, Status
-from hyperopt.core.tree import tree_norm
+from hyperopt.core.status import SolveStats
+from hyperopt.core.tree import total_norm, tree_norm
 
 SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
 
@@ -42,51 +40,51 @@ class InnerLBFGS(InnerSolver):
         super().__post_init__()
         check_count(self, "history")
 
-    def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: Any) -> None:
-        """Not used: the line search takes gradients of its own."""
-        raise NotImplementedError
+    def training(self, problem: BilevelProblem, w: Leaves, lam: Any, memory: dict[str, Any]) -> Training:
+        """This solver at work on the next batch."""
+        return _Searching(self, problem, w, lam, memory)
 
-    def solve(self, problem: BilevelProblem, lam: Any, state: State) -> SolveStats:
-        """Train ``state.w`` in place, on one batch.
-
-        Raises:
-            SolveError: the loss or its gradient is not finite.
-        """
-        w = Leaves.of(state.w, "w")
-        lam = optree.tree_map(lambda x: x.detach(), lam)
-        watch = Watch(self, state.memory.setdefault("inner", {}), w)
-        batch = problem.inner_batches.draw()
-        here = curvature_at(problem, w, lam, batch)
-        inner = Evaluation(problem, batch)  # a line search must see one function
-        run = _Run(inner, w, lam, self.history)
-        ended, best = None, math.inf
-        for k in range(self.max_steps):
-            watch.steps = k + 1
-            watch.see(k, tree_norm(run.gradient()), here)
-            if run.searched_out and not watch.norm < best:
-                ended = Status.stagnated  # not even a full step lowers the gradient: rounding has the last word
-                run.restore()
-                watch.see(k, tree_norm(run.gradient()), here)
-                break
-            if watch.lost:
-                raise SolveError(self.diverged(problem, w, lam, batch, watch.growth))
-            if watch.met:
-                break
-            best = watch.norm
-            run.step()
-        inner.commit()
-        if problem.refresh is not None:
-            problem.refresh(state.w, lam, batch)
-        stats = watch.stats(ended)
-        stats.evaluations = run.spent + watch.gradients
-        return stats
+    def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: _Steps) -> None:
+        """One step, whose line search takes gradients of its own."""
+        work.step()
 
     def remedy(self, lam: Any) -> str:
         """What to change."""
         return "the inner loss is unbounded below or not finite: add a penalty, or use GradientDescent"
 
 
-class _Run:
+class _Searching(Training):
+    """L-BFGS at work, on one batch.
+
+    Where the line search has found nothing more and a full step without it does not lower the gradient either, rounding has the
+    last word: the step is undone, and no other is made.
+    """
+
+    attentive = True  # a step of some evaluations is worth a look
+
+    def __init__(self, solver: InnerLBFGS, problem: BilevelProblem, w: Leaves, lam: Any, memory: dict[str, Any]) -> None:
+        super().__init__(solver, problem, w, lam, memory)
+        self.batch = problem.inner_batches.draw()
+        self.inner = Evaluation(problem, self.batch)  # a line search must see one function
+        self.work = _Steps(self.inner, w, lam, solver.history)
+
+    def run(self) -> SolveStats:
+        stats = super().run()
+        self.inner.commit()
+        stats.evaluations = self.work.spent + self.watch.gradients
+        return stats
+
+    def take(self) -> list[Tensor]:
+        """The gradient on the batch, where a step led or, if that is no lower than before and nothing is left, before it."""
+        grads = self.work.gradient()
+        if self.work.searched_out and not bool(total_norm(grads) < self.norm):
+            self.stuck = True
+            self.work.restore()
+            grads = self.work.gradient()
+        return grads
+
+
+class _Steps:
     """One minimisation by ``torch.optim.LBFGS``, a step at a time.
 
     Two things that it does not do by itself. It drops pairs with ``<y, s> <= 1e-10``, whatever the loss is measured in: the loss

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class TorchOptimizer(InnerSolver):
         Raises:
             ValueError: the optimizer moves the weights in a way that is the gradient of no loss.
         """
+        return problem.decayed(self._decay) if self._decay else problem
+
+    @cached_property
+    def _decay(self) -> float:
+        """The weight decay that is a part of the gradient; what is the gradient of no loss is refused."""
         given = self._make([torch.zeros(1, 1)], self.options).defaults
         beside = given.get("decoupled_weight_decay") or self.optimizer in DECOUPLED
         decay = float(given.get("weight_decay") or 0.0)
@@ -65,7 +71,7 @@ class TorchOptimizer(InnerSolver):
         ):
             if refused:
                 raise ValueError(f"TorchOptimizer: {self.optimizer} with {what}, which the derivative does not know; {remedy}")
-        return problem.decayed(decay) if decay else problem
+        return decay
 
     def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> torch.optim.Optimizer:
         """Build it, with the moments of the outer step before; its weight decay is in the loss (``objective``).

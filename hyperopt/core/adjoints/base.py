@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.captured import Swap, functorch_level
+from hyperopt.core.captured import Swap
 from hyperopt.core.draws import Unreplayed
 from hyperopt.core.operator import ClosedForm
 from hyperopt.core.purity import random_map
@@ -81,8 +81,6 @@ class Problem:
     def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
         """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
         state = self.layout.tree(w)
-        counted = [] if torch.compiler.is_compiling() or functorch_level() else self._versioned(w, args)
-        before = [x._version for x in counted]
         if not self.watched and not isinstance(self.phi, FrozenMap) and not torch.compiler.is_compiling():
             given = [x for arg in args for x in leaves_of(arg) if isinstance(x, Tensor)]
             mode = Unreplayed([w, *leaves_of(state)], given)
@@ -95,21 +93,11 @@ class Problem:
             out = self.phi(state, *args)
         else:  # nothing but the map itself runs under the mode, which makes each operation slower
             out = swap.call(self.phi, state, args)
-        if before != [x._version for x in counted]:
-            what = "the state" if w._version != before[0] else "an argument"
-            raise ValueError(
-                f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)"
-            )
         if self.has_aux:
             out = self._without_aux(out)
         if self.layout.trivial and isinstance(out, Tensor) and out.shape == w.shape and out.dtype == w.dtype:
             return out
         return self.layout.matrix(out, w.shape[0])
-
-    @staticmethod
-    def _versioned(w: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
-        """The tensors given to the map that tell of changes in place; those of inference mode do not."""
-        return [x for x in (w, *args) if isinstance(x, Tensor) and not x.is_inference()]
 
     def _without_aux(self, out: Any) -> Any:
         """The state of ``(state, aux)``; the aux is kept, detached.

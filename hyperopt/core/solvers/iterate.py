@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.captured import functorch_level
+from hyperopt.core.draws import Watching
 from hyperopt.core.loop import relative, rounding_floor, run
-from hyperopt.core.precision import Observed
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.rowwise import distance
 from hyperopt.core.solvers.base import FixedPointSolver
@@ -137,7 +137,7 @@ class FixedPointProcess(Process):
     def _observe(self) -> Point:
         """The point of the iterate, whose evaluation shows the precision of the map."""
         self.unseen = False
-        with Observed() as seen:
+        with Watching() as seen:
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
             _ = at.fw
         self._set_floor(rounding_floor(self.w.dtype, None, max(self.rounding, seen.eps)))
