@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.config import PARTS, TORCH, ConfigError, check_targets, plain_values, short
 from hyperopt.app.errors import near
-from hyperopt.app.options import element, hints, kinds, registered, targets
+from hyperopt.app.options import element, hints, kinds, named, registered, targets
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
@@ -126,18 +126,19 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     """
     expected = kinds(hint)
     if isinstance(value, list):
-        inside = element(hint, Sequence)
+        inside = element(hint, Sequence) or Any
         return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
             names = " or ".join(kind.__name__ for kind in expected)
             raise ConfigError(f"{key}={short(value)} names no {names}: it has no _target_; change {key}")
         return value
-    if not value and expected:
-        return None  # an option without anything in it, such as optimizer/scheduler=none
     if "_target_" not in value:
         inside = element(hint, Mapping)
-        return {name: make(child, f"{key}.{name}", inside, allowed) for name, child in value.items()}
+        if inside is None and expected and object not in expected:
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise ConfigError(f"{key} names no {names}: it has no _target_; choose an option, or set {key}._target_")
+        return {name: make(child, f"{key}.{name}", inside or Any, allowed) for name, child in value.items()}
     target = value["_target_"]
     kind = _imported(key, target, allowed)
     given = {str(name): child for name, child in value.items() if name != "_target_"}
@@ -169,7 +170,7 @@ def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: An
         made = with_values(kind, given)
         if not takes_schedule:
             return made
-        scheduler = make(own.get("scheduler"), f"{key}.scheduler", MakeScheduler | None, allowed)
+        scheduler = make(own.get("scheduler") or None, f"{key}.scheduler", MakeScheduler | None, allowed)
         return OuterOptimizer(made, scheduler, own.get("clip_norm"))
     except ConfigError:
         raise
@@ -195,7 +196,8 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
     able = [name for name, (own, *_) in targets(group).items() if issubclass(get_class(own), expected)]
     if able and (option := next((name for name, (own, *_) in targets(group).items() if own == target), None)):
         raise ConfigError(f"{key}={option} is no {names}, and nothing else fits here; choices: {', '.join(able)}; change {key}")
-    fitting = [each for each in registered() if issubclass(get_class(each), expected)]
+    wanted = (*expected, torch.optim.Optimizer) if OuterOptimizer in expected else expected
+    fitting = [each for each in named() if issubclass(get_class(each), wanted)]
     raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, fitting)}")
 
 

@@ -54,13 +54,20 @@ def targets(group: str) -> dict[str, tuple[str, ...]]:
 
 def own() -> tuple[str, ...]:
     """Return the options that name a class of their own, ``("adjoint/cg", ...)``."""
-    return tuple(path for path in options() if path.rpartition("/")[2] in targets(path.rpartition("/")[0]))
+    found = (path for path in options() if path.rpartition("/")[2] in targets(path.rpartition("/")[0]))
+    return tuple(path for path in found if not path.startswith("hydra/"))
+
+
+@functools.cache
+def named() -> frozenset[str]:
+    """Return every class that an option names."""
+    return frozenset(name for path, text in options().items() for name in TARGET.findall(text) if not path.startswith("hydra/"))
 
 
 @functools.cache
 def registered() -> frozenset[str]:
     """Return every class of ``hyperopt`` that an option names: all that a config may build inside of this package."""
-    return frozenset(name for text in options().values() for name in TARGET.findall(text) if name.startswith("hyperopt."))
+    return frozenset(name for name in named() if name.startswith("hyperopt."))
 
 
 @functools.cache
@@ -102,13 +109,16 @@ def kinds(hint: Any) -> tuple[type, ...]:
     return tuple(kind for each in typing.get_args(hint) for kind in kinds(each))
 
 
-def element(hint: Any, container: type[Sequence[Any]] | type[Mapping[Any, Any]]) -> Any:
-    """Return the type of what a list or a mapping of this type holds, ``Any`` if it does not say; see ``hints``."""
+def element(hint: Any, container: type) -> Any:
+    """Return the type of what a sequence or a mapping of this type holds; ``Any`` if the type does not say, None if it is neither."""
+    if hint is Any:
+        return Any
     for each in (hint, *typing.get_args(hint)):
-        origin = typing.get_origin(each)
-        if isinstance(origin, type) and issubclass(origin, container):
-            return typing.get_args(each)[0 if container is Sequence else 1]
-    return Any
+        origin = typing.get_origin(each) or each
+        if isinstance(origin, type) and issubclass(origin, container) and origin is not str:
+            inside = typing.get_args(each)
+            return inside[0 if container is Sequence else 1] if inside else Any
+    return None
 
 
 def is_number(hint: Any) -> bool:

@@ -120,9 +120,11 @@ def average(value: Tensor, rows: int | None = None) -> Tensor:
     """
     if ranks() == 1:
         return value
-    weight = torch.tensor(float(1 if rows is None else rows), dtype=torch.float64, device=value.device)
-    total = sum_over_ranks(value * weight.to(value.dtype) if rows != 0 else torch.zeros_like(value))
-    return total / sum_over_ranks(weight).to(value.dtype)
+    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))  # half precision could not count the rows
+    weight = wide.new_full((1,), float(1 if rows is None else rows))
+    weighted = wide * weight if rows != 0 else torch.zeros_like(wide)
+    total = sum_over_ranks(torch.cat([weighted.flatten(), weight]))  # one message
+    return (total[:-1] / total[-1]).view(value.shape).to(value.dtype)
 
 
 class _Share(torch.autograd.Function):

@@ -33,7 +33,7 @@ MISTAKES = [
     ("solver", ["'solver' is no subcommand", "check, report, export; values are key=value"]),
     ("optimizer.lr=fast", ["optimizer.lr='fast' is no float or int; change optimizer.lr"]),
     ("adjoint=soba", ["adjoint=soba is no Adjoint", "choices: anderson, bicgstab", "change adjoint"]),
-    ("adjoint=t1t2", ["adjoint=t1t2 is no Adjoint", "change adjoint"]),
+    ("adjoint=t1t2", ["T1T2"]),
     ("seed=[", ["cannot read 'seed=['"]),
     ("task=null", ["Config group override"]),
     ("solver.max_steps=0", ["solver.max_steps=0 must be a whole number >= 1; change solver.max_steps"]),

@@ -302,7 +302,7 @@ KINDS = [
         "Bounded",
     ),
     (["task=stn_images", "task.classifier._target_=hyperopt.nn.factories.MDEQ"], "task.classifier", "Classifier", ""),
-    (["stn.weights._target_=hyperopt.core.solvers.picard.Picard"], "stn.weights", "OuterOptimizer", "outer.Adam"),
+    (["stn.weights._target_=hyperopt.core.solvers.picard.Picard"], "stn.weights", "OuterOptimizer", "torch.optim.Adam"),
     (["stn._target_=hyperopt.stn.declare.Positive"], "stn", "SelfTuningOptions", "hyperopt.tasks.stn.SelfTuningOptions"),
     (["dataset._target_=hyperopt.nn.cells.ProjectedCell"], "dataset", "Dataset", "hyperopt.data.digits.Digits"),
     (["dataset._target_=hyperopt.tasks.linear.L2Task"], "dataset", "Dataset", "hyperopt.data.mnist.MNIST"),
@@ -315,21 +315,32 @@ KINDS = [
         "FixedPointSolver",
         "anderson",
     ),
-    *(
-        ([f"task={task}", f"adjoint={name}"], "task.adjoint", "Adjoint", "Implicit")
-        for task in ("equilibrium", "implicit", "coupled")
-        for name in TRAINED
-    ),
 ]
 
 
+@pytest.mark.parametrize("task", ["equilibrium", "implicit", "coupled"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^adjoint={name} is no Adjoint, and .*choices: anderson, .*; change adjoint$"):
+        validate(compose("train", [f"task={task}", f"adjoint={name}"]))
+
+
 @pytest.mark.parametrize(("overrides", "key", "kind", "choice"), KINDS, ids=lambda value: str(value)[:60])
-def test_a_part_of_another_kind_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
+def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(compose("train", [each.removeprefix("+") for each in overrides]))
     said = str(caught.value)
     assert said.startswith(f"{key}._target_='hyperopt.") and f" is no {kind}; " in said
     assert choice in said.partition("choices: ")[2] and "\n" not in said
+
+
+@pytest.mark.parametrize("given", ["task.cell={max_norm: 0.5}", "dataset={root: here}", "adjoint.linear_solver={rtol: 1e-3}"])
+def test_a_mapping_that_names_no_part_is_refused(given: str) -> None:
+    key = given.partition("=")[0]
+    cfg = compose("train")
+    OmegaConf.update(cfg, key, OmegaConf.create(given.partition("=")[2]), merge=False, force_add=True)
+    with pytest.raises(ConfigError, match=rf"^{key} names no .*: it has no _target_; choose an option, or set {key}._target_$"):
+        validate(cfg)
 
 
 PLAIN_VALUES = [

@@ -12,7 +12,6 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Hessian, differentiate
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.settings import InnerSettings
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.core.loop import rounding_floor, run
 from hyperopt.core.policy import SolveError
@@ -168,7 +167,7 @@ class Watch:
         gradients, products: inner gradients and Hessian products that were spent on the scale.
     """
 
-    def __init__(self, solver: InnerSettings, memory: dict[str, Any], w: Leaves) -> None:
+    def __init__(self, solver: InnerSolver, memory: dict[str, Any], w: Leaves) -> None:
         """Nothing seen yet; ``memory`` keeps the scale, and ``w`` is where this training starts."""
         self.solver, self.memory = solver, memory
         self.size = total_norm([leaf.detach() for leaf in w.flat])  # it is read only where it matters
