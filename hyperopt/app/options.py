@@ -110,7 +110,7 @@ def kinds(hint: Any) -> tuple[type, ...]:
 
 
 def element(hint: Any, container: type) -> Any:
-    """Return the type of what a sequence or a mapping of this type holds; ``Any`` if the type does not say, None if it is neither."""
+    """Return the type of what a sequence or a mapping of this type holds: ``Any`` if it does not say, None if it is neither."""
     if hint is Any:
         return Any
     for each in (hint, *typing.get_args(hint)):

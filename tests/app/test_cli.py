@@ -32,7 +32,7 @@ MISTAKES = [
     ("hydra.rn.dir=x", ["hydra has no key 'rn'", "did you mean run?"]),
     ("solver", ["'solver' is no subcommand", "check, report, export; values are key=value"]),
     ("optimizer.lr=fast", ["optimizer.lr='fast' is no float or int; change optimizer.lr"]),
-    ("adjoint=soba", ["adjoint=soba is no Adjoint", "choices: anderson, bicgstab", "change adjoint"]),
+    ("adjoint=soba", ["adjoint=soba is no Adjoint", "choices: anderson, ", "change adjoint"]),
     ("adjoint=t1t2", ["T1T2"]),
     ("seed=[", ["cannot read 'seed=['"]),
     ("task=null", ["Config group override"]),
