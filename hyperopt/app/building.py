@@ -91,6 +91,12 @@ def build(cfg: DictConfig) -> Built:
         if where is None or where[0] not in shared:
             raise
         raise ConfigError(text.replace(where[0], shared[where[0]])) from error
+    trainer, task = made["trainer"], made["task"]
+    if isinstance(task, Task) and task.MEASURES and trainer.monitor not in task.MEASURES:
+        known = near(trainer.monitor, task.MEASURES)
+        raise ConfigError(
+            f"trainer.monitor={trainer.monitor!r} is nothing that the task measures; {known}; change trainer.monitor"
+        )
     return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
 
 

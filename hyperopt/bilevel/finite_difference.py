@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hyperopt.bilevel.t1t2 import TRAINED
 from hyperopt.core.adjoints.onestep import OneStep
 from hyperopt.core.checks import check_optional
+from hyperopt.core.solvers.base import FixedPointSolver
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class FiniteDifference(OneStep):
     length: float | None = None
 
     curvature: ClassVar[str] = "finite_differences"
+
+    def unfit(self, solver: FixedPointSolver) -> str | None:
+        """A map that is no gradient step has no gradients to difference."""
+        return f"{TRAINED}; use OneStep()"
 
     def __post_init__(self) -> None:
         """Check the range."""

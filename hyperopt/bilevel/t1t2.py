@@ -18,6 +18,9 @@ from torch import Tensor
 from hyperopt.bilevel.step_map import StepMap
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.adjoints.onestep import truncated
+from hyperopt.core.solvers.base import FixedPointSolver
+
+TRAINED = "is for trained inner problems, whose map is a gradient step"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class T1T2(ImplicitAdjoint):
     iterates = False
     remedy = "T1T2 never is; give an exact adjoint, such as adjoint=Implicit(hyperopt.CG())"
 
+    def unfit(self, solver: FixedPointSolver) -> str | None:
+        """A map that is no gradient step has no step to divide by."""
+        return f"{TRAINED}; use OneStep()"
+
     def solve(self, system: LinearSystem) -> Tensor:
         """``v = b / step``, which is ``u = b``.
 
@@ -35,7 +42,7 @@ class T1T2(ImplicitAdjoint):
             TypeError: the map is no gradient step.
         """
         if not isinstance(system.operator, StepMap):
-            raise TypeError("T1T2 is for trained inner problems, whose map is a gradient step; give adjoint=OneStep()")
+            raise TypeError(f"T1T2 {TRAINED}; use OneStep()")
         b = system.b
         v = b / system.operator.step
         system.keep(v, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "T1T2"))

@@ -102,6 +102,8 @@ def fixed_point(
         raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    if (why := adjoint.unfit(solver)) is not None:
+        raise ValueError(f"fixed_point: adjoint={type(adjoint).__name__}() {why}")
     for i, each in enumerate(fallback):
         if not isinstance(each, FixedPointSolver):
             raise TypeError(f"fixed_point: fallback[{i}]={each!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")

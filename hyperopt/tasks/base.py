@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ it refuses a group that is not finite, and clips in place. ``guard(self.gradient
 
 MEANS = ("outer/step_accuracy", "outer/jacobian", "warm/rows")
 """Metrics that are means over rows, beside those whose name says so."""
+
+
+SPLIT_MEASURES = tuple(f"{split}/{kind}" for split in ("outer", "val", "test") for kind in ("loss", "accuracy"))
+"""What a task measures that fits a model on one split, is selected on another and tested on a third."""
 
 
 class HypergradientError(ArithmeticError):
@@ -106,9 +110,14 @@ class Task(ABC):
     """A bilevel problem as the outer loop sees it.
 
     Subclasses set ``name`` and implement the methods below; ``setup`` is called once, before ``groups``.
+
+    Attributes:
+        name: of the task, for messages and files.
+        MEASURES: names that an evaluation may have, so that a monitor that it never has is refused at once; empty: not known.
     """
 
     name: str
+    MEASURES: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def setup(self, env: Environment) -> None:

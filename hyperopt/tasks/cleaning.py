@@ -13,7 +13,7 @@ ICML 2017, arXiv 1703.01785, section 5.1.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.core.checks import check_number
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment
 from hyperopt.tasks.bilevel import Parts
 from hyperopt.tasks.network import NetworkTask
 
@@ -44,6 +44,14 @@ class CleaningTask(NetworkTask):
     """
 
     name = "data_cleaning"
+    MEASURES: ClassVar[tuple[str, ...]] = (
+        *SPLIT_MEASURES,
+        "train/loss",
+        "train/accuracy",
+        "clean/f1",
+        "clean/precision",
+        "clean/recall",
+    )
     spaces = ("weights",)
 
     hidden: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
 from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
-from hyperopt.tasks.outer_update import SolvingTask
+from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
 from hyperopt.tasks.solve_figures import residual_figure
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class CoupledTask(FixedSettings, SolvingTask):
     """
 
     name = "coupled"
+    MEASURES: ClassVar[tuple[str, ...]] = tuple(f"{split}/{kind}" for split in SPLITS for kind in ("loss", "error_x", "error_y"))
 
     x_size: int = 5
     y_shape: tuple[int, int] = (3, 4)
@@ -86,6 +87,7 @@ class CoupledTask(FixedSettings, SolvingTask):
         check_open_unit(self, "max_norm")
         check_number(self, "noise", 0.0)
         check_choice(self, "policy", POLICIES)
+        check_adjoint(self)
 
     def setup(self, env: Environment) -> None:
         """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""

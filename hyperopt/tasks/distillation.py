@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optree
 import torch
@@ -22,7 +22,7 @@ from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
 from hyperopt.tasks.network import classifier
 from hyperopt.tasks.scores import loss_of
@@ -45,6 +45,7 @@ class DataDistillationTask(BilevelTask):
     """
 
     name = "data_distillation"
+    MEASURES: ClassVar[tuple[str, ...]] = SPLIT_MEASURES
     spaces = ("images",)
 
     images: Space | None = None

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import CellFactory, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
-from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.solve_figures import residual_figure, spectrum_figure
 from hyperopt.tasks.supervised import SupervisedTask
@@ -69,6 +69,7 @@ class EquilibriumTask(SupervisedTask):
     """
 
     name = "equilibrium"
+    MEASURES: ClassVar[tuple[str, ...]] = SPLIT_MEASURES
 
     state_size: int = 100
     cell: CellFactory | None = None

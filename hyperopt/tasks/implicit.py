@@ -13,7 +13,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
-from hyperopt.tasks.base import Environment, Guard, StepRecord, drawing
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord, drawing
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.misclassified import wrong_figure
 from hyperopt.tasks.running import Running
@@ -43,6 +43,11 @@ from hyperopt.tasks.supervised import SupervisedTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+SOLVED = ("failed", "fallbacks", "iterations", "iterations_mean")
+RUNNING = ("running/loss", "running/accuracy", *(f"running/{side}_{kind}" for side in ("inner", "adjoint") for kind in SOLVED))
+"""Means over the steps since the latest evaluation."""
 
 
 @dataclass(eq=False)
@@ -66,6 +71,7 @@ class ImplicitTask(SupervisedTask):
     """
 
     name = "implicit"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, *RUNNING)
 
     network: NetworkFactory | None = None
     batch_size: int | None = 100

@@ -17,7 +17,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from hyperopt.core.checks import check_flag, check_number, check_optional_count
 from hyperopt.data.sparse import SparseRows
 from hyperopt.data.splits import Rows
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
 
@@ -165,6 +165,7 @@ class L2Task(LinearTask):
     """
 
     name = "l2"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("l2",)
 
     l2: Space | None = None
@@ -204,6 +205,7 @@ class BiasRegularizationTask(LinearTask):
     """
 
     name = "bias_regularization"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("centre",)
 
     centre: Space | None = None

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from hyperopt.data.splits import Rows
 from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.spaces.space import Real, Space
-from hyperopt.tasks.base import Environment
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment
 from hyperopt.tasks.bilevel import Parts, TunedTask
 from hyperopt.tasks.scores import loss_of
 
@@ -120,6 +120,7 @@ class WeightDecayTask(NetworkTask):
     """
 
     name = "weight_decay"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("decay",)
 
     decay: Space | None = None
@@ -189,6 +190,7 @@ class AugmentationTask(NetworkTask):
     """
 
     name = "augmentation"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ()
 
     width: int = 8

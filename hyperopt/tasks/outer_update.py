@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt.core import distributed
 from hyperopt.core.certificate import Constants, certify
+from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import tree_norm
 from hyperopt.tasks.base import Guard, StepRecord, Task
 from hyperopt.tasks.solve_figures import solve_metrics
+
+
+def check_adjoint(owner: Any) -> None:
+    """Refuse an adjoint that cannot differentiate what the task's solver finds."""
+    if owner.adjoint is not None and (why := owner.adjoint.unfit(owner.solver or Picard())) is not None:
+        raise ValueError(f"{type(owner).__name__}: adjoint={type(owner.adjoint).__name__} {why}; change adjoint")
 
 
 class SolvingTask(Task):

@@ -14,7 +14,7 @@ Reference: M. Dagreou, P. Ablin, S. Vaiter and T. Moreau, NeurIPS 2022, arXiv 22
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class QuadraticTask(BilevelTask):
     """
 
     name = "quadratic"
+    MEASURES: ClassVar[tuple[str, ...]] = ("outer/loss", "outer/suboptimality", "val/loss")
     spaces = ("lam",)
 
     lam: Space | None = None

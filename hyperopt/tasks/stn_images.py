@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.tasks.base import Environment, check_dataset
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, check_dataset
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
@@ -47,6 +47,7 @@ class StnImagesTask(SelfTuningTask):
     """
 
     name = "stn_images"
+    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "stn/response_norm")
 
     classifier: Classifier | None = None
     tuned: dict[str, Tuned] = field(default_factory=dict)

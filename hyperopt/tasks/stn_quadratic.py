@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class StnQuadraticTask(SelfTuningTask):
     """
 
     name = "stn_quadratic"
+    MEASURES: ClassVar[tuple[str, ...]] = ("outer/loss", "train/loss", "val/loss", "val/distance", "stn/response_norm")
 
     x_range: Tuned | None = None
     activation: str = "relu"

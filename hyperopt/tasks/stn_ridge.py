@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,12 @@ class StnRidgeTask(SelfTuningTask):
     """
 
     name = "stn_ridge"
+    MEASURES: ClassVar[tuple[str, ...]] = (
+        "outer/loss",
+        "val/loss",
+        "stn/response_norm",
+        *(f"ridge/{name}" for name in ("decay_ratio", "hypergradient_ratio", "jacobian_error", "weights_error")),
+    )
 
     decay: Tuned | None = None
     features: int = 20

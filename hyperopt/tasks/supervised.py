@@ -16,7 +16,7 @@ from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Dataset, Rows, Splits
 from hyperopt.tasks.base import Environment, FixedSettings, check_dataset
-from hyperopt.tasks.outer_update import SolvingTask
+from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
 from hyperopt.tasks.scores import ROWS, scores
 
 SPLITS = ("train", "val")
@@ -68,6 +68,7 @@ class SupervisedTask(FixedSettings, SolvingTask):
         check_choice(self, "last_batch", LAST_BATCH)
         check_choice(self, "policy", POLICIES)
         check_dataset(self)
+        check_adjoint(self)
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:

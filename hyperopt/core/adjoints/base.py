@@ -150,6 +150,10 @@ class Adjoint(ABC):
         """Whether the value is differentiable in where the solve starts; a fixed point does not depend on it."""
         return False
 
+    def unfit(self, solver: FixedPointSolver) -> str | None:
+        """Why it cannot differentiate a fixed point that this solver finds, as the end of a sentence; None if it can."""
+        return None
+
     @abstractmethod
     def run(self, problem: Problem) -> Solution:
         """Solve ``problem`` and attach the derivative."""

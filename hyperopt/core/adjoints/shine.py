@@ -26,6 +26,7 @@ from hyperopt.core.differentiate import InexactError
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.loop import relative
 from hyperopt.core.policy import report
+from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, SolveStats, Status
 
 
@@ -54,17 +55,14 @@ class Shine(ImplicitAdjoint):
         check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
         check_kind(self, "linear_solver", LinearSolver, optional=True)
 
-    def run(self, problem: Problem) -> Solution:
-        """Solve, keeping the solver's inverse estimate and the graph of the last evaluation.
+    def unfit(self, solver: FixedPointSolver) -> str | None:
+        """A solver without an inverse estimate has nothing to share."""
+        if solver.keeps_inverse:
+            return None
+        return f"needs a solver with an inverse estimate, and {solver.name} keeps none; use Broyden, Chord, or Implicit()"
 
-        Raises:
-            ValueError: the solver keeps no inverse estimate.
-        """
-        if not problem.solver.keeps_inverse:
-            raise ValueError(
-                f"Shine: {problem.solver.name} keeps no inverse estimate that the adjoint could share; use Broyden, "
-                "Chord, or the adjoint Implicit()"
-            )
+    def run(self, problem: Problem) -> Solution:
+        """Solve, keeping the solver's inverse estimate and the graph of the last evaluation."""
         return super().run(replace(problem, keep_state=True))
 
     def solve(self, system: LinearSystem) -> Tensor:
