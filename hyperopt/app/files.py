@@ -14,9 +14,11 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from hyperopt.core.text import printable
 
@@ -71,6 +73,33 @@ def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
     return "a hard link, and another file would change with it" if in_place and facts.st_nlink > 1 else None
 
 
+def refuse_foreign(path: Path) -> None:
+    """Refuse a file of a run that is going to be changed in place, if it leads elsewhere.
+
+    Raises:
+        ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if (what := why_foreign(os.lstat(path))) is not None:
+            raise ForeignFileError(path, what)
+
+
+def file_lock(path: Path, on_acquired: Callable[[int], None] | None = None) -> FileLock:
+    """Return the lock on a file, not yet taken; the file is made where it is missing, and stays.
+
+    It is the kernel's own lock (``flock``), which ends with its process, however that ends; a forked child never has it.
+
+    Args:
+        path: the file.
+        on_acquired: is called with the open file once the lock is taken.
+
+    Raises:
+        ForeignFileError: see ``refuse_foreign``.
+    """
+    refuse_foreign(path)
+    return FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=on_acquired)
+
+
 def open_own(path: Path, flags: int) -> int:
     """Open a file of a run to change it, and return the handle; the one way to do so.
 
@@ -82,9 +111,7 @@ def open_own(path: Path, flags: int) -> int:
         ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
         OSError: it cannot be opened.
     """
-    with contextlib.suppress(FileNotFoundError):  # to open a device or to close a second name of a lock has effects of its own
-        if (what := why_foreign(os.lstat(path))) is not None:
-            raise ForeignFileError(path, what)
+    refuse_foreign(path)  # before it is opened: to open a device has effects of its own
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if (what := why_foreign(os.fstat(handle))) is not None:
         os.close(handle)
