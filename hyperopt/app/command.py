@@ -17,6 +17,7 @@ from hyperopt.app import sweep
 from hyperopt.app.errors import explain, keys_in
 from hyperopt.app.experiment import counts
 from hyperopt.app.launch import lead
+from hyperopt.app.lock import release_all
 from hyperopt.app.options import choices
 from hyperopt.app.preflight import Preflight, Refusal
 from hyperopt.app.resolvers import config_path, register
@@ -72,7 +73,7 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     except Exception as raised:
         error = raised
     finally:
-        RunDirectory.release_all()
+        release_all()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -10,30 +10,32 @@ from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.core.text import printable
 
-Purpose = Literal["resume", "repeat", "evaluate", "overrides", "hparams"]
+Purpose = Literal["resume", "repeat", "evaluate", "overrides", "hparams", "group"]
 """What configs are compared or shown for.
 
 ``resume``: may a run go on under this config? ``repeat``: a job of a sweep is done under that config; is it done under this one?
 ``evaluate``: may a checkpoint be evaluated under this config? ``overrides``: which overrides of a run are taken over where its
-checkpoint is evaluated? ``hparams``: which keys are columns of TensorBoard's HParams tab?
+checkpoint is evaluated? ``hparams``: which keys are columns of TensorBoard's HParams tab? ``group``: what is
+equal for the runs that a report takes together?
 """
-OF_THE_LAUNCH: dict[str, tuple[Purpose, ...]] = {
-    "accept_lost_rows": ("resume", "repeat", "overrides", "hparams"),
-    "allow_targets": ("resume", "repeat", "overrides", "hparams"),
-    "hydra": ("resume", "repeat", "overrides", "hparams"),
-    "mode": ("resume", "repeat", "overrides", "hparams"),
-    "paths": ("resume", "repeat", "overrides", "hparams"),
-    "resume": ("resume", "repeat", "overrides", "hparams"),
-    "ckpt_path": ("resume", "overrides", "hparams"),  # a job that starts from another checkpoint is another job
-    "device": ("resume", "repeat", "overrides"),
-    "threads": ("resume", "repeat", "overrides"),
+DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
+    "accept_lost_rows": ("resume", "repeat", "overrides", "hparams", "group"),
+    "allow_targets": ("resume", "repeat", "overrides", "hparams", "group"),
+    "hydra": ("resume", "repeat", "overrides", "hparams", "group"),
+    "mode": ("resume", "repeat", "overrides", "hparams", "group"),
+    "paths": ("resume", "repeat", "overrides", "hparams", "group"),
+    "resume": ("resume", "repeat", "overrides", "hparams", "group"),
+    "ckpt_path": ("resume", "overrides", "hparams", "group"),  # a job that starts from another checkpoint is another job
+    "device": ("resume", "repeat", "overrides", "group"),
+    "threads": ("resume", "repeat", "overrides", "group"),
     "compile": ("resume", "repeat"),
-    "name": ("resume", "repeat"),
+    "name": ("resume", "repeat", "group"),
+    "seed": ("group",),
     "trainer": ("resume",),  # how long, and what it shows
 }
-"""Top-level keys that say where, how and how long a launch runs, and the purposes that they do not count for."""
+"""Top-level keys that do not count for each purpose: where, how and how long a launch runs. All others always count."""
 PLACES = ("root", "dir", "download")
-"""Last parts of keys that say where things lie; they count for no comparison."""
+"""Last parts of keys that say where things lie. They count only for ``overrides`` and ``group``."""
 DATA_AND_MODEL = ("seed", "dataset", "task")
 """All that an evaluation depends on: another solver may evaluate a model."""
 MOST = 20  # differences that are named
@@ -49,7 +51,7 @@ def counts(key: str, purpose: Purpose) -> bool:
     parts = re.split(r"[./@]", key)
     if purpose == "evaluate" and parts[0] not in DATA_AND_MODEL:
         return False
-    return purpose not in OF_THE_LAUNCH.get(parts[0], ()) and (purpose == "overrides" or parts[-1] not in PLACES)
+    return purpose not in DO_NOT_COUNT.get(parts[0], ()) and (purpose in ("overrides", "group") or parts[-1] not in PLACES)
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,11 +14,9 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from hyperopt.core.text import printable
 
@@ -82,22 +80,6 @@ def refuse_foreign(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if (what := why_foreign(os.lstat(path))) is not None:
             raise ForeignFileError(path, what)
-
-
-def file_lock(path: Path, on_acquired: Callable[[int], None] | None = None) -> FileLock:
-    """Return the lock on a file, not yet taken; the file is made where it is missing, and stays.
-
-    It is the kernel's own lock (``flock``), which ends with its process, however that ends; a forked child never has it.
-
-    Args:
-        path: the file.
-        on_acquired: is called with the open file once the lock is taken.
-
-    Raises:
-        ForeignFileError: see ``refuse_foreign``.
-    """
-    refuse_foreign(path)
-    return FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=on_acquired)
 
 
 def open_own(path: Path, flags: int) -> int:

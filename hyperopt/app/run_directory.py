@@ -7,46 +7,20 @@ written, and what is read is plain data. A directory that is itself reached thro
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import math
 import os
-import socket
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.experiment import differences, flatten, plain_leaves
-from hyperopt.app.files import (
-    file_lock,
-    foreign,
-    make_directory,
-    remove_leftovers,
-    why_foreign,
-    write_bytes,
-    write_text,
-    writing,
-)
-from hyperopt.core.text import printable
+from hyperopt.app.files import foreign, make_directory, remove_leftovers, why_foreign, write_bytes, write_text, writing
+from hyperopt.app.lock import LOCK, LockedDirectory, RunDirectoryError
 from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text, read_yaml
-
-log = logging.getLogger(__name__)
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""Errors of a file system that has no locks."""
-WAIT_SECONDS = 0.5
-"""How long a new writer waits for the lock: another process that looks whether the run is alive has it for a moment."""
-_held: dict[Path, tuple[FileLock, os.stat_result]] = {}
-"""Locks of this process, which it keeps from the preflight to the end of the run: resolved directory -> lock, lock file."""
-
-
-class RunDirectoryError(FileExistsError):
-    """The run directory holds another run or leads elsewhere, or another process is writing into it."""
 
 
 class _Name:
@@ -59,14 +33,13 @@ class _Name:
         return self.path if run is None else run.path / self.path
 
 
-class RunDirectory:
+class RunDirectory(LockedDirectory):
     """The directory of one run, or of a sweep, whose jobs have a run directory each.
 
     Args:
         path: where it is; it need not exist.
     """
 
-    lock = _Name(".lock")
     metrics = _Name("metrics.jsonl")  # one row a step
     config = _Name("config.yaml")  # resolved, without Hydra's part
     facts = _Name("run.json")  # where, when and with what the run was started
@@ -90,13 +63,9 @@ class RunDirectory:
     RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run that is going or has ended
     FOUND_BY = (summary, job, metrics)  # a directory with one of these is the run of a report
     LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
-    FILES = (*(str(each.path) for each in (lock, metrics, config, facts, summary, job, failed, verified)), "*.log")
+    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # and all in tb/ and .hydra/; others are replaced
+    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index)))
     FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
-    IN_PLACE = (".lock", ".sweep.lock", "metrics.jsonl", "*.log")  # and all in tb/ and .hydra/; others are replaced as a whole
-
-    def __init__(self, path: Path) -> None:
-        """Nothing is read or made."""
-        self.path = path
 
     @classmethod
     def below(cls, directory: Path, *names: Path) -> list[RunDirectory]:
@@ -173,100 +142,6 @@ class RunDirectory:
                 f"{self.path} holds a run ({', '.join(held)}) and was left untouched; set hydra.run.dir to another directory, or "
                 f"continue that run with resume=auto"
             )
-
-    # One writer at a time
-
-    def _is_mine(self) -> bool:
-        """Whether this process holds the lock of what the directory is now (a forked child holds none of its parent's)."""
-        found = _held.get(self.path.resolve())
-        if found is None or not found[0].is_locked:
-            return False
-        try:
-            return os.path.samestat(found[1], os.stat(self.lock))
-        except FileNotFoundError:
-            return False
-
-    def acquire(self, key: str = "hydra.run.dir") -> bool:
-        """Take the lock of the directory, which is made if it is missing. It ends with its process, however that ends.
-
-        Args:
-            key: the key that sets the directory, for the message.
-
-        Returns:
-            Whether it was taken now (False: this process has it already).
-
-        Raises:
-            RunDirectoryError: another process has it; nothing was changed.
-            WriteError: the directory or the lock's file cannot be made.
-        """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        if self._is_mine():
-            return False
-        self.release()  # of a directory that was removed since
-        here = self.path.resolve()
-
-        def sign(handle: int) -> None:
-            _held[here] = lock, os.fstat(handle)
-            with contextlib.suppress(OSError):  # a full disk: then it has no name
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-        with writing(self.lock):
-            lock = file_lock(here / RunDirectory.lock, sign)
-        try:
-            lock.acquire(timeout=WAIT_SECONDS)
-        except Timeout:
-            with open(self.lock, errors="replace") as file:
-                who = printable(file.read(200).strip())
-            raise RunDirectoryError(
-                f"{here} is in use by {who or 'another process'} and was left untouched; wait for it to end, stop it, "
-                f"or set {key} to another directory"
-            ) from None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                log.warning("cannot lock %s (%s): a second run started there would not be noticed", here, error.strerror)
-                return False
-            with writing(self.lock):
-                raise
-        return True
-
-    def release(self) -> None:
-        """Give the lock back, if this process has it; the file stays, since removing it could take another's lock away."""
-        lock, _ = _held.pop(self.path.resolve(), (None, None))
-        if lock is not None and lock.is_locked:
-            lock.release(force=True)
-
-    @staticmethod
-    def release_all() -> None:
-        """Give all locks of this process back."""
-        for path in list(_held):
-            RunDirectory(path).release()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock for the block; it stays with whoever in this process took it before. Raises as ``acquire`` does."""
-        taken = self.acquire()
-        try:
-            yield
-        finally:
-            if taken:
-                self.release()
-
-    @property
-    def running(self) -> bool | None:
-        """Whether a living process holds the lock; None where that cannot be told. Nothing is changed."""
-        try:
-            if not stat.S_ISREG(os.lstat(self.lock).st_mode):
-                return False
-            with file_lock(self.lock).acquire(timeout=0.02, poll_interval=0.01):
-                return False
-        except FileNotFoundError:
-            return False
-        except Timeout:
-            return True
-        except OSError:  # a file system without locks, or a file that only someone else may write
-            return None
 
     def status(self, summary: Mapping[str, Any]) -> str:
         """Return how the run stands: what its summary says, or ``failed`` or ``killed`` where that could not be said there."""

@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hyperopt.app.experiment import differences, flatten
-from hyperopt.app.files import file_lock, write_json, write_text, writing
+from hyperopt.app.files import write_json, write_text
 from hyperopt.app.launch import lead
-from hyperopt.app.run_directory import NO_LOCKS, RunDirectory, RunDirectoryError, or_empty, overrides_in
+from hyperopt.app.lock import RunDirectoryError, take
+from hyperopt.app.run_directory import RunDirectory, or_empty, overrides_in
 from hyperopt.app.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 from hyperopt.data.reading import read_json
 
@@ -124,10 +125,5 @@ def index(sweep: Path) -> dict[str, Any]:
 def write_index(sweep: Path) -> None:
     """Write ``sweep.json``, one process at a time, so that an older view never replaces a newer one."""
     directory = RunDirectory(sweep)
-    with writing(directory.index_lock), contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(directory.index_lock))
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+    with take(directory.index_lock) or contextlib.nullcontext():
         write_json(directory.index, index(sweep))

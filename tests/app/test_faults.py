@@ -25,7 +25,8 @@ from toy_task import Killed, Toy, config, go, raise_at, rows, signal_at, summary
 from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.files import WriteError, write_text
-from hyperopt.app.run_directory import RunDirectory, RunDirectoryError
+from hyperopt.app.lock import RunDirectoryError, release_all
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.tasks.base import HypergradientError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,7 +315,7 @@ def test_the_lock_follows_the_directory_and_not_its_name(tmp_path: Path) -> None
     assert directory.acquire()  # a new directory: what was held is gone
     directory.release()
     assert directory.acquire()
-    directory.release_all()
+    release_all()
 
 
 def test_a_small_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from toy_task import rows
 
 from hyperopt.app import sweep, workers
 from hyperopt.app.files import write_json
-from hyperopt.app.run_directory import RunDirectoryError
+from hyperopt.app.lock import RunDirectoryError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "trainer.progress=false"]
