@@ -113,6 +113,8 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     """
     values: Any = OmegaConf.to_container(cfg)
     check_targets(values, allowed)
+    if not isinstance(values["task"], Mapping):
+        raise ConfigError(f"task={short(values['task'])} names no Task: it has no _target_; change task")
     task = {name: None if name in unneeded else value for name, value in values["task"].items()}
     return make(task, "task", GROUPS["task"], allowed)
 
@@ -132,8 +134,9 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     """
     expected = kinds(hint)
     if isinstance(value, list):
-        inside = element(hint, Sequence) or Any
-        return [make(child, f"{key}.{n}", inside, allowed) for n, child in enumerate(value)]
+        inside = element(hint, Sequence)
+        if inside is not None or object in expected or not expected:
+            return [make(child, f"{key}.{n}", inside or Any, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
             names = " or ".join(kind.__name__ for kind in expected)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 from hydra.utils import get_class
 
 from hyperopt.app.files import write_json
 from hyperopt.app.options import targets
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.verify import check_hypergradient, compare_adjoints
@@ -30,7 +31,7 @@ def adjoints(own: Adjoint) -> dict[str, Adjoint]:
     return found
 
 
-def check(task: Task, out: Path) -> float:
+def check(task: Task, run: RunDirectory) -> float:
     """Check a task that is set up: print two tables, write ``check.json`` and ``figures/adjoints.png``.
 
     Returns:
@@ -51,9 +52,10 @@ def check(task: Task, out: Path) -> float:
     compared = compare_adjoints(task.objective, task.groups(), adjoints(adjoint), solver=solver)
     print(f"\n{compared}")
     rows = {"against": [asdict(row) for row in found.rows], "adjoints": [asdict(row) for row in compared.rows]}
-    write_json(out / "check.json", {"passed": found.passed, "tolerance": found.tolerance, "norm": found.norm, **rows})
-    (out / "figures").mkdir(exist_ok=True)
-    compared.figure().savefig(out / "figures" / "adjoints.png", dpi=120)
+    write_json(run.verified, {"passed": found.passed, "tolerance": found.tolerance, "norm": found.norm, **rows})
+    image = io.BytesIO()
+    compared.figure().savefig(image, format="png", dpi=120)
+    run.write_figure("adjoints.png", image.getvalue())
     if not found.passed:
-        raise HypergradientError(f"the hypergradient does not pass its check; see {out / 'check.json'}, solver and adjoint")
+        raise HypergradientError(f"the hypergradient does not pass its check; see {run.verified}, solver and adjoint")
     return max(row.error for row in found.rows if not math.isnan(row.error))

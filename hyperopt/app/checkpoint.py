@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from omegaconf import DictConfig
 
 from hyperopt.app import tensor_files
-from hyperopt.app.experiment import differences
+from hyperopt.app.experiment import differences, flatten
 from hyperopt.app.files import fsync_directory, make_directory, write_bytes, writing
 from hyperopt.app.loop_state import LoopState
-from hyperopt.app.rows import check_position
+from hyperopt.app.rows import check_position, check_rows
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.core.text import printable
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-LAST, PREVIOUS, BEST = "last.pt", "last.prev.pt", "best.pt"
+LAST, PREVIOUS = RunDirectory.last.name, RunDirectory.previous.name
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint: where it lies, and what it holds."""
 
 
 class CheckpointError(ValueError):
@@ -93,7 +97,7 @@ def _read(path: Path, file: IO[bytes]) -> Any:
         raise CheckpointError(f"the checkpoint {path}: {error}; set ckpt_path to one written by this program") from error
 
 
-def load_last(directory: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def load_last(directory: Path, quiet: bool = False) -> Found | None:
     """Return path and content of the newest whole checkpoint of a run, or None where it has none yet.
 
     A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning. One that is unsafe or
@@ -165,18 +169,18 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
             raise ValueError("rng.numpy is no state of numpy's generator")
 
 
-def promote(directory: Path, path: Path, content: Mapping[str, Any]) -> None:
+def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:
     """Make a checkpoint that is not ``last.pt`` the last one of a run, which goes on from it.
 
     Args:
-        directory: the run's ``checkpoints/``.
+        run: the run.
         path: where the checkpoint came from. Unless that is ``last.prev.pt`` itself, this file is removed, since it belongs to
             steps that the run takes anew.
         content: the checkpoint.
     """
-    save(directory / LAST, content)
-    if path.name != PREVIOUS or path.resolve().parent != directory.resolve():
-        (directory / PREVIOUS).unlink(missing_ok=True)
+    save(run.last, content)
+    if path.name != PREVIOUS or not run.owns(path):
+        run.previous.unlink(missing_ok=True)
 
 
 def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
@@ -191,5 +195,49 @@ def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[
     Raises:
         CheckpointError: lists each key with the value there and here.
     """
-    if found := differences(saved, config, evaluate=evaluate):
+    if found := differences(saved, config, "evaluate" if evaluate else "resume"):
         raise CheckpointError(f"the checkpoint {path} is of another experiment: {found}; make these equal or change ckpt_path")
+
+
+def find(cfg: DictConfig, run: RunDirectory, quiet: bool = False) -> Found | None:
+    """Return the checkpoint that the job goes on from or evaluates, if any: that of the run itself comes first.
+
+    Args:
+        cfg: of the job.
+        run: its directory.
+        quiet: leave out the warning that the checkpoint before the last one stands in for it.
+
+    Raises:
+        CheckpointError: it is missing, damaged or unsafe, or of another experiment, or rows that it knows of are lost.
+    """
+    found, train = None, cfg.mode == "train"
+    if cfg.resume == "auto" and train and not run.owns(cfg.ckpt_path):
+        found = load_last(run.checkpoints, quiet)
+    if found is None and cfg.ckpt_path is not None:
+        path = Path(cfg.ckpt_path)
+        found = load_last(path.parent, quiet) if path.name == LAST and path.is_file() else (path, load(path))
+    if found is not None:
+        check_content(*found)
+        check_same_experiment(found[0], found[1]["config"], flatten(cfg), evaluate=not train)
+    if train and not cfg.get("accept_lost_rows", False):
+        _check_rows(run, found)
+    return found
+
+
+def _check_rows(run: RunDirectory, found: Found | None) -> None:
+    """Refuse to go on where rows are gone, or would go.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    accept = "put the file back from a copy, or add accept_lost_rows=true to go on without them"
+    path = run.metrics
+    if found is not None and run.owns(found[0]):
+        if (rows := check_rows(path, found[1]["position"], found[1]["state"]["step"] - 1)).lost:
+            what = f"{path} is not what the checkpoint {found[0]} knows: the rows of {rows.said} are missing or changed"
+            raise CheckpointError(f"{what}; {accept}")
+    elif path.exists() and path.stat().st_size > 0:
+        raise CheckpointError(
+            f"{path} holds rows, but there is no checkpoint of theirs to go on from: they would be lost; put "
+            f"{run.checkpoints} back from a copy, or add accept_lost_rows=true to start anew"
+        )

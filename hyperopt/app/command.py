@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,13 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from hyperopt.app import directory, sweep
+from hyperopt.app import sweep
 from hyperopt.app.errors import explain, keys_in
+from hyperopt.app.experiment import counts
 from hyperopt.app.launch import lead
+from hyperopt.app.lock import release_all
 from hyperopt.app.options import choices
 from hyperopt.app.preflight import Preflight, Refusal
-from hyperopt.app.report.read import given_overrides
 from hyperopt.app.resolvers import config_path, register
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.workers import LAUNCHER, THREADS
 
 register()
@@ -36,10 +37,6 @@ def job(cfg: DictConfig) -> float:
     return lead(cfg, out)
 
 
-OF_THE_LAUNCH = ("accept_lost_rows", "allow_targets", "ckpt_path", "device", "hydra", "mode", "paths", "resume", "threads")
-"""What says how one launch is made, and is not taken over from a run that is evaluated."""
-
-
 def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
     """Return overrides that evaluate a checkpoint, with those of the run that wrote it before them, so that none is repeated.
 
@@ -51,9 +48,9 @@ def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
     if given.get("mode") != "evaluate" or "ckpt_path" not in given:
         return list(overrides)
     kept = []
-    for each in given_overrides(Path(given["ckpt_path"]).parent.parent):
+    for each in RunDirectory(Path(given["ckpt_path"]).parent.parent).read_overrides():
         key = each.lstrip("+~").partition("=")[0]
-        if key not in given and re.split(r"[./@]", key)[0] not in OF_THE_LAUNCH and "${" not in each:
+        if key not in given and counts(key, "overrides") and "${" not in each:
             kept.append(each)
     return [*kept, *overrides]
 
@@ -76,7 +73,7 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     except Exception as raised:
         error = raised
     finally:
-        directory.release_all()
+        release_all()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -1,22 +1,57 @@
-"""Which configs describe the same experiment, so that a run may go on under a changed one. Free of torch."""
+"""Which configs describe the same experiment: what each key says, in one table. Free of torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.core.text import printable
-from hyperopt.data.reading import read_yaml
 
-# What may change from a run to its continuation: where it runs, how long, and what it shows. All else makes another experiment.
-FREE_KEYS = tuple("accept_lost_rows allow_targets ckpt_path compile device hydra mode name paths resume threads trainer".split())
-FREE_NAMES = ("root", "dir", "download")
-# What says which data and which model it is: all that an evaluation depends on.
+Purpose = Literal["resume", "repeat", "evaluate", "overrides", "hparams", "group"]
+"""What configs are compared or shown for.
+
+``resume``: may a run go on under this config? ``repeat``: a job of a sweep is done under that config; is it done under this one?
+``evaluate``: may a checkpoint be evaluated under this config? ``overrides``: which overrides of a run are taken over where its
+checkpoint is evaluated? ``hparams``: which keys are columns of TensorBoard's HParams tab? ``group``: what is
+equal for the runs that a report takes together?
+"""
+DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
+    "accept_lost_rows": ("resume", "repeat", "overrides", "hparams", "group"),
+    "allow_targets": ("resume", "repeat", "overrides", "hparams", "group"),
+    "hydra": ("resume", "repeat", "overrides", "hparams", "group"),
+    "mode": ("resume", "repeat", "overrides", "hparams", "group"),
+    "paths": ("resume", "repeat", "overrides", "hparams", "group"),
+    "resume": ("resume", "repeat", "overrides", "hparams", "group"),
+    "ckpt_path": ("resume", "overrides", "hparams", "group"),  # a job that starts from another checkpoint is another job
+    "device": ("resume", "repeat", "overrides", "group"),
+    "threads": ("resume", "repeat", "overrides", "group"),
+    "compile": ("resume", "repeat"),
+    "name": ("resume", "repeat", "group"),
+    "seed": ("group",),
+    "trainer": ("resume",),  # how long, and what it shows
+}
+"""Top-level keys that do not count for each purpose: where, how and how long a launch runs. All others always count."""
+PLACES = ("root", "dir", "download")
+"""Last parts of keys that say where things lie. They count only for ``overrides`` and ``group``."""
 DATA_AND_MODEL = ("seed", "dataset", "task")
+"""All that an evaluation depends on: another solver may evaluate a model."""
 MOST = 20  # differences that are named
+
+
+def counts(key: str, purpose: Purpose) -> bool:
+    """Whether a key counts for a purpose.
+
+    Args:
+        key: dotted, or that of an override (``task/cell``, ``dataset@task.other``).
+        purpose: see ``Purpose``.
+    """
+    parts = re.split(r"[./@]", key)
+    if purpose == "evaluate" and parts[0] not in DATA_AND_MODEL:
+        return False
+    return purpose not in DO_NOT_COUNT.get(parts[0], ()) and (purpose in ("overrides", "group") or parts[-1] not in PLACES)
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -55,39 +90,14 @@ def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
-def experiment_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the flat config of the run in ``directory``, from its ``config.yaml``; None where there is none.
-
-    Args:
-        directory: a run directory.
-        config: the flat config to compare it with. ``config.yaml`` is resolved, so ``task.solver.rtol`` repeats ``solver.rtol``
-            there; such copies are left out.
-
-    Raises:
-        UnreadableError: the file is there, and is no config.
-    """
-    try:
-        found = dict(plain_leaves(read_yaml(directory / "config.yaml")))
-    except FileNotFoundError:
-        return None
-    return {key: found[key] for key in found if key in config or not any(key.endswith(f".{own}") for own in config)}
-
-
-def differences(saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> str:
+def differences(saved: Mapping[str, Any], config: Mapping[str, Any], purpose: Purpose = "resume") -> str:
     """Return each key that makes ``config`` another experiment than ``saved``, with the value there and here; else nothing.
 
     Args:
         saved: the flat config of a checkpoint or of a run directory.
         config: the flat config now.
-        evaluate: compare only what says which data and which model it is: another solver may evaluate it.
+        purpose: of the comparison.
     """
-
-    def counts(key: str) -> bool:
-        parts = key.split(".")
-        if evaluate and parts[0] not in DATA_AND_MODEL:
-            return False
-        return parts[0] not in FREE_KEYS and parts[-1] not in FREE_NAMES
-
-    differ = [key for key in sorted({*saved, *config}) if counts(key) and saved.get(key) != config.get(key)]
+    differ = [key for key in sorted({*saved, *config}) if counts(key, purpose) and saved.get(key) != config.get(key)]
     said = [f"{printable(key)} is {saved.get(key)!r:.80} there and {config.get(key)!r:.80} here" for key in differ[:MOST]]
     return "; ".join([*said, *([f"and {len(differ) - MOST} more"] if len(differ) > MOST else [])])

@@ -71,6 +71,17 @@ def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
     return "a hard link, and another file would change with it" if in_place and facts.st_nlink > 1 else None
 
 
+def refuse_foreign(path: Path) -> None:
+    """Refuse a file of a run that is going to be changed in place, if it leads elsewhere.
+
+    Raises:
+        ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if (what := why_foreign(os.lstat(path))) is not None:
+            raise ForeignFileError(path, what)
+
+
 def open_own(path: Path, flags: int) -> int:
     """Open a file of a run to change it, and return the handle; the one way to do so.
 
@@ -82,9 +93,7 @@ def open_own(path: Path, flags: int) -> int:
         ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
         OSError: it cannot be opened.
     """
-    with contextlib.suppress(FileNotFoundError):  # to open a device or to close a second name of a lock has effects of its own
-        if (what := why_foreign(os.lstat(path))) is not None:
-            raise ForeignFileError(path, what)
+    refuse_foreign(path)  # before it is opened: to open a device has effects of its own
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if (what := why_foreign(os.fstat(handle))) is not None:
         os.close(handle)

@@ -19,17 +19,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hyperopt.app import directory, sweep
+from hyperopt.app import sweep
 from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
-from hyperopt.app.experiment import differences, experiment_of, flatten
 from hyperopt.app.options import choices
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
 
 GRID = "hydra_plugins.hyperopt_sweeper.GridSweeper"
-MARKS = (*directory.RUN_FILES, "config.yaml", ".hydra", "multirun.yaml", sweep.INDEX)
-"""What a run or a sweep leaves in its directory."""
 
 
 class Refusal(SystemExit):
@@ -74,7 +72,7 @@ class Preflight(Callback):
         if message is None:
             traceback.print_exception(error)
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
-        print(f"hyperopt: see {config.hydra.runtime.output_dir}/{sweep.FAILED}", file=sys.stderr)
+        print(f"hyperopt: see {config.hydra.runtime.output_dir}/{RunDirectory.failed}", file=sys.stderr)
 
     @classmethod
     def failures(cls) -> list[int]:
@@ -96,7 +94,7 @@ class Preflight(Callback):
                 _check_values(each)
                 _check_directory(each, where, out, key)
                 count += 1
-            directory.acquire(where, key)
+            RunDirectory(where).acquire(key)
             _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
             if key == "hydra.sweep.dir":
                 prepare(config, count if known else sys.maxsize)
@@ -204,10 +202,10 @@ def _check_sweep(where: Path, known: bool) -> None:
         where: the directory.
         known: whether each job's own directory will be looked at; else all that are there are looked at now.
     """
-    directory.check_own(where, ())
+    RunDirectory(where).check_own(())
     for found, folders, _ in os.walk(where) if not known else ():
-        folders[:] = [each for each in folders if each not in (*directory.FOLDERS, ".submitit")]
-        directory.check_own(Path(found))
+        folders[:] = [each for each in folders if each not in (*RunDirectory.FOLDERS, ".submitit")]
+        RunDirectory(Path(found)).check_own()
 
 
 def _check_launch(config: DictConfig, job: DictConfig) -> None:
@@ -255,25 +253,24 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
         raise ConfigError(f"resume=auto has no run to look for, since every launch has a new directory; set {key} to the run's")
     if where.exists() and not where.is_dir():
         raise ConfigError(f"{key}={str(where)!r} is not a directory; change {key}")
-    resuming = config.resume == "auto" or (out == where and directory.from_own_checkpoint(config, out))
-    if not resuming and directory.used(where):
+    whole, run = RunDirectory(where), RunDirectory(out)
+    resuming = config.resume == "auto" or (out == where and run.owns(config.ckpt_path))
+    if not resuming and whole.used:
         raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
-    here = where.resolve() == Path.cwd() and not any((where / each).exists() for each in MARKS)
-    if resuming and here and directory.used(where):
+    if resuming and where.resolve() == Path.cwd() and whole.used and not whole.left:
         raise ConfigError(f"{key}={str(where)!r} is the working directory, which holds files and no run; change {key}")
     for folder in list(out.relative_to(where).parents)[:-1]:  # between the sweep's directory and the job's
-        directory.check_own(where / folder, ())
+        RunDirectory(where / folder).check_own(())
     subdir = config.hydra.output_subdir
-    directory.check_directory(config, out, {*directory.FOLDERS, *([] if subdir is None else [str(subdir)])})
-    flat = flatten(config) if out.exists() else {}
-    if (held := experiment_of(out, flat)) is not None and (found := differences(held, flat)):
+    run.check(config, {*run.FOLDERS, *([] if subdir is None else [str(subdir)])})
+    if found := run.differences(config):
         job = "" if out == where else f"job {out.name} ({' '.join(config.hydra.overrides.task)}): "
         raise ConfigError(
             f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
             f"directory"
         )
-    done = out != where and config.resume == "auto" and sweep.finished(config, out) is not None
-    if resuming and not done and any((out / each).exists() for each in directory.RUN_FILES):
-        from hyperopt.app.resume import find_checkpoint
+    done = out != where and config.resume == "auto" and sweep.finished(config, run) is not None
+    if resuming and not done and run.held:
+        from hyperopt.app import checkpoint
 
-        find_checkpoint(config, out, quiet=True)
+        checkpoint.find(config, run, quiet=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
 FINEST = 32
 """Between two marks lie at most one row, or this part of all bytes; there are at most twice as many marks."""
 Mark = list[int]

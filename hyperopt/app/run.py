@@ -25,14 +25,13 @@ from omegaconf import DictConfig
 from hyperopt.app import checkpoint
 from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
-from hyperopt.app.directory import CHECKPOINTS, FAILED, JOB, RUN_FILES, check_directory, locked
+from hyperopt.app.checkpoint import Found
 from hyperopt.app.errors import with_keys
 from hyperopt.app.experiment import flatten
-from hyperopt.app.files import WriteError, remove_leftovers, write_text
+from hyperopt.app.files import WriteError, write_text
 from hyperopt.app.loop_state import LoopState, monitored
 from hyperopt.app.nonfinite import HypergradientGuard
 from hyperopt.app.options import choices
-from hyperopt.app.report.read import overrides_of
 from hyperopt.app.repro import (
     configure,
     preserved_global_state,
@@ -42,9 +41,9 @@ from hyperopt.app.repro import (
     seed_everything,
     set_rng_state,
 )
-from hyperopt.app.resume import Found, find_checkpoint, is_own
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
-from hyperopt.app.track import START, Tracker, hparams, swept, write_config
+from hyperopt.app.track import START, Tracker, hparams, swept
 from hyperopt.app.workers import queue_signal
 from hyperopt.bilevel.outer import Schedule
 from hyperopt.core import distributed
@@ -78,18 +77,19 @@ def run(cfg: DictConfig, out: Path) -> float:
         SystemExit: SIGINT, SIGTERM or the queue's signal came: code 128 + its number, after the checkpoint was written.
         Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
     """
-    check_directory(cfg, out)
+    directory = RunDirectory(out)
+    directory.check(cfg)
     state = LoopState()
-    with locked(out), preserved_global_state():
-        check_directory(cfg, out)  # once more: another run may have come and gone meanwhile
-        held = any((out / name).exists() for name in RUN_FILES)
+    with directory.locked(), preserved_global_state():
+        directory.check(cfg)  # once more: another run may have come and gone meanwhile
+        held = bool(directory.held)
         # A run that is there already is changed once its checkpoint was put back, and nothing about it can be refused any more.
-        begin = functools.partial(begin_writing, cfg, out) if held else lambda: None
+        begin = functools.partial(directory.begin, cfg) if held else lambda: None
         try:
-            found = distributed.from_first(find_checkpoint(cfg, out) if distributed.rank() == 0 else None)
-            overrides = overrides_of(out)
+            found = distributed.from_first(checkpoint.find(cfg, directory) if distributed.rank() == 0 else None)
+            overrides = [each.lstrip("+").partition("=")[0] for each in directory.read_overrides()]
             if not held:
-                begin_writing(cfg, out)
+                directory.begin(cfg)
             reset_warnings()  # a sweep's jobs share a process: each has its own first warning
             device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)
             configure(device, dtype, cfg.threads)
@@ -97,29 +97,22 @@ def run(cfg: DictConfig, out: Path) -> float:
             built = build(cfg)
             env = Environment(device, dtype, cfg.seed, cfg.compile, generator, built.trainer)
             if cfg.mode == "evaluate":
-                return evaluate(built, out, env, found, begin)
+                return evaluate(built, directory, env, found, begin)
             if cfg.mode == "check":
-                return check_task(built, out, env, found, begin)
-            return train(built, cfg, out, env, state, found, overrides, begin)
+                return check_task(built, directory, env, found, begin)
+            return train(built, cfg, directory, env, state, found, overrides, begin)
         except Exception as error:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
-                    write_text(out / FAILED, traceback.format_exc())
-                    summarize(out, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", choices()))
+                    write_text(directory.failed, traceback.format_exc())
+                    summarize(directory, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", choices()))
             raise
-
-
-def begin_writing(cfg: DictConfig, out: Path) -> None:
-    """Take away what a try before has left, and write ``config.yaml``."""
-    (out / FAILED).unlink(missing_ok=True)
-    remove_leftovers(out, out / CHECKPOINTS, out / "figures")
-    write_config(out, cfg)
 
 
 def train(
     built: Built,
     cfg: DictConfig,
-    out: Path,
+    directory: RunDirectory,
     env: Environment,
     state: LoopState,
     resumed: Found | None,
@@ -131,12 +124,12 @@ def train(
     Args:
         built: what the config describes.
         cfg: the config.
-        out: the run directory.
+        directory: of the run.
         env: what the task is set up with.
         state: a new one.
         resumed: the checkpoint to go on from.
         overrides: keys that the command line has set, shown first in TensorBoard.
-        begin: is called before the first change to ``out``.
+        begin: is called before the first change to the directory.
     """
     task, trainer = built.task, built.trainer
     config = flatten(cfg)
@@ -157,13 +150,13 @@ def train(
     begin()
     if resumed is not None:
         path, saved = resumed
-        own = is_own(path, out)
+        own = directory.owns(path)
         position = saved["position"] if own else START  # a run that goes on from elsewhere has no rows here
         state.lost_rows = list(state.lost_rows) if own else []
         if not own or path.name != checkpoint.LAST:
-            checkpoint.promote(out / CHECKPOINTS, path, {**saved, "position": position})
+            checkpoint.promote(directory, path, {**saved, "position": position})
 
-    def save(name: str) -> None:
+    def save(path: Path) -> None:
         """Write a checkpoint."""
         tracker.sync()
         content = {
@@ -176,21 +169,21 @@ def train(
             "position": position,
             "config": config,
         }
-        checkpoint.save(out / CHECKPOINTS / name, content, keep_previous=name == checkpoint.LAST)
+        checkpoint.save(path, content, keep_previous=path == directory.last)
 
-    write_facts(out, env, task.describe(), None if resumed is None else state.step)
+    write_facts(directory, env, task.describe(), None if resumed is None else state.step)
     started = time.perf_counter() - state.seconds
-    tracker = Tracker(out) if resumed is None else Tracker(out, position, state.step - 1)
+    tracker = Tracker(directory) if resumed is None else Tracker(directory, position, state.step - 1)
     state.lost_rows += tracker.lost
     with (
         contextlib.closing(tracker),
-        rescued(out, tracker, state, save),
+        rescued(directory, tracker, state, save),
         stop_signals() as signals,
         progress(trainer, state) as bar,
     ):
-        summarize(out, "running", state)
+        summarize(directory, "running", state)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
-            tracker.config((out / "config.yaml").read_text(), max(state.step - 1, 0))
+            tracker.config(directory.config.read_text(), max(state.step - 1, 0))
         again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
         reason, stopped = None, []
         while reason is None:
@@ -227,7 +220,7 @@ def train(
                     best = state.note(task.evaluate(), trainer)
                     schedule.after_evaluation(state.row[trainer.monitor])
                     if best:
-                        save(checkpoint.BEST)
+                        save(directory.best)
                     check_monitor(k, state.row[trainer.monitor], trainer)
                 state.seconds = time.perf_counter() - started
 
@@ -239,12 +232,12 @@ def train(
             if not position["rows"]:  # the first row in this directory
                 tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides))
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
-                save(checkpoint.LAST)
+                save(directory.last)
 
             # 4. A last step that was not due for an evaluation gets one, after its checkpoint: a longer run would not have it.
             ended = reason is not None and reason != "signal"
             if ended and not state.evaluated and state.note(task.evaluate(), trainer):
-                save(checkpoint.BEST)
+                save(directory.best)
 
             # 5. Track.
             tracker.log(k, state.row)
@@ -256,18 +249,18 @@ def train(
             tracker.hparams_end()
 
     if reason == "signal":
-        summarize(out, "interrupted", state, reason=signal.Signals(stopped[0]).name)
-        again = "on the sweep's command line" if (out / JOB).exists() else f"hydra.run.dir={out}"
+        summarize(directory, "interrupted", state, reason=signal.Signals(stopped[0]).name)
+        again = "on the sweep's command line" if directory.job.exists() else f"hydra.run.dir={directory.path}"
         log.warning("interrupted after %d steps; continue with resume=auto %s", state.step, again)
         raise SystemExit(128 + stopped[0])
     state.seconds = time.perf_counter() - started
-    summarize(out, "completed", state, reason=reason)
+    summarize(directory, "completed", state, reason=reason)
     print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
-    print(f"ended by {reason}; to look at it: tensorboard --logdir {out}")
+    print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
     return math.nan if state.best is None else state.best
 
 
-def evaluate(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
     """Evaluate the checkpoint ``found``: print the table and write ``summary.json``; see ``run`` and ``train``."""
     if found is None:
         raise checkpoint.CheckpointError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
@@ -280,13 +273,13 @@ def evaluate(built: Built, out: Path, env: Environment, found: Found | None, beg
     metrics = built.task.evaluate()
     state = LoopState(step=saved["state"]["step"], row=metrics, seconds=time.perf_counter() - started)
     value = monitored(metrics, built.trainer)
-    write_facts(out, env, built.task.describe(), None)
-    summarize(out, "evaluated", state, reason=str(path))
+    write_facts(directory, env, built.task.describe(), None)
+    summarize(directory, "evaluated", state, reason=str(path))
     print(table(metrics, state.step - 1, {}, None, state.seconds))
     return value
 
 
-def check_task(built: Built, out: Path, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+def check_task(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
     """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
     started = time.perf_counter()
     built.task.setup(env)
@@ -294,11 +287,11 @@ def check_task(built: Built, out: Path, env: Environment, found: Found | None, b
         with checkpoint.fitting(found[0]):
             built.task.load_state_dict(found[1]["task"])
     begin()
-    write_facts(out, env, built.task.describe(), None)
-    value = check(built.task, out)
+    write_facts(directory, env, built.task.describe(), None)
+    value = check(built.task, directory)
     step = 0 if found is None else found[1]["state"]["step"]
     state = LoopState(step=step, row={"hypergrad/error": value}, seconds=time.perf_counter() - started)
-    summarize(out, "checked", state, reason=None if found is None else str(found[0]))
+    summarize(directory, "checked", state, reason=None if found is None else str(found[0]))
     return value
 
 
@@ -333,15 +326,15 @@ def check_monitor(k: int, value: float, trainer: TrainerSettings) -> None:
 
 
 @contextlib.contextmanager
-def rescued(out: Path, tracker: Tracker, state: LoopState, save: Callable[[str], None]) -> Iterator[None]:
+def rescued(directory: RunDirectory, tracker: Tracker, state: LoopState, save: Callable[[Path], None]) -> Iterator[None]:
     """If the run directory is removed while the run writes to it, write there again what it takes to resume."""
     try:
         yield
     except WriteError:
         if state.step and tracker.removed:
             tracker.rescue()
-            save(checkpoint.LAST)
-            log.error("files were removed from %s; rows and the state after %d steps are there again", out, state.step)
+            save(directory.last)
+            log.error("files were removed from %s; rows and the state after %d steps are there again", directory.path, state.step)
         raise
 
 

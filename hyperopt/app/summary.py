@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -13,8 +12,9 @@ from tqdm import tqdm
 from hyperopt.app.files import write_json
 from hyperopt.app.loop_state import LoopState
 from hyperopt.app.repro import run_facts
+from hyperopt.app.run_directory import RunDirectory, or_empty
 from hyperopt.core.text import aligned
-from hyperopt.data.reading import UnreadableError, read_json
+from hyperopt.data.reading import read_json
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.trainer import TrainerSettings
 
@@ -65,25 +65,21 @@ def _worst_residual(row: Mapping[str, float]) -> str:
     return f"{max(found, key=lambda value: math.inf if math.isnan(value) else value):.1e}" if found else ""
 
 
-def write_facts(out: Path, env: Environment, task: dict[str, Any], resumed_from: int | None) -> None:
+def write_facts(run: RunDirectory, env: Environment, task: dict[str, Any], resumed_from: int | None) -> None:
     """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``."""
-    path = out / "run.json"
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
-    if resumed_from is not None and path.is_file():
-        try:
-            first = read_json(path)
-        except UnreadableError:  # a disk damaged it: no reason not to go on
-            first = {}
+    if resumed_from is not None and run.facts.is_file():
+        first = or_empty(read_json, run.facts)  # a disk may have damaged it: no reason not to go on
         before = first.get("resumed", [])
         facts = {**first, "resumed": [*(before if isinstance(before, list) else []), {"after_steps": resumed_from, **facts}]}
-    write_json(path, facts)
+    write_json(run.facts, facts)
 
 
-def summarize(out: Path, status: str, state: LoopState, reason: str | None = None) -> None:
+def summarize(run: RunDirectory, status: str, state: LoopState, reason: str | None = None) -> None:
     """Write ``summary.json``; its ``lost_rows`` are pairs of a first and a last step, and there only where rows were lost.
 
     Args:
-        out: the run directory.
+        run: the run.
         status: ``running``, ``completed``, ``interrupted``, ``failed`` or ``evaluated``.
         state: gives the steps, the seconds, and the metrics of the last and of the best step.
         reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
@@ -97,4 +93,4 @@ def summarize(out: Path, status: str, state: LoopState, reason: str | None = Non
         "metrics": state.row,
         "best": best,
     }
-    write_json(out / "summary.json", content | ({"lost_rows": state.lost_rows} if state.lost_rows else {}))
+    write_json(run.summary, content | ({"lost_rows": state.lost_rows} if state.lost_rows else {}))

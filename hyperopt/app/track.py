@@ -12,7 +12,6 @@ import logging
 import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,10 +21,11 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
 from hyperopt.app.events import EventFiles
-from hyperopt.app.experiment import flatten
-from hyperopt.app.files import AppendFile, make_directory, plain, write_bytes, write_text
+from hyperopt.app.experiment import counts, flatten
+from hyperopt.app.files import AppendFile, plain, write_bytes
 from hyperopt.app.options import leaves, options
-from hyperopt.app.rows import METRICS, Mark, add_mark, check_rows
+from hyperopt.app.rows import Mark, add_mark, check_rows
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.core.text import printable
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of no interest to a comparison of runs: where things lie and how the job was started.
-NOT_HPARAMS = ("hydra", "paths", "ckpt_path", "resume", "accept_lost_rows", "mode", "allow_targets")
-NOT_HPARAM_NAMES = ("root", "dir", "download")
 START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 """The position of a run that has written nothing yet."""
 
@@ -62,7 +59,7 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
             row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
     named: dict[str, float | str] = {}
     for key, value in row.items():
-        if key.partition(".")[0] in NOT_HPARAMS or key.rpartition(".")[2] in NOT_HPARAM_NAMES:
+        if not counts(key, "hparams"):
             continue
         choice = key.endswith("._target_")
         named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
@@ -95,18 +92,11 @@ def _plain(cfg: DictConfig) -> Any:
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
 
 
-def write_config(out: Path, cfg: DictConfig) -> str:
-    """Write the resolved config, without Hydra's part, to ``config.yaml`` and return its text."""
-    text = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
-    write_text(out / "config.yaml", text)
-    return text
-
-
 class Tracker:
     """Writes the metrics, events and figures of one run.
 
     Args:
-        out: the run directory.
+        run: the run.
         position: where a checkpoint says that the files ended before the row of its step (``Tracker.position``); all from there
             on is cut away. None: a new run, of which nothing may be left from a try that was killed before its first checkpoint.
         step: that step (None: a new run).
@@ -115,11 +105,11 @@ class Tracker:
         lost: ``[first, last]`` step of rows before it that are missing or changed; the others are kept.
     """
 
-    def __init__(self, out: Path, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
+    def __init__(self, run: RunDirectory, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
         """Open the files."""
-        self.out = out
+        self.run = run
         found = START if position is None else position
-        path, self._next = out / METRICS, step or 0
+        path, self._next = run.metrics, step or 0
         rows = check_rows(path, found, self._next)
         self._marks, self.lost = list(rows.marks), rows.lost
         if rows.lost:
@@ -127,9 +117,9 @@ class Tracker:
             write_bytes(path, rows.content(path))
         size, checksum, _ = self._marks[-1]
         self._metrics = AppendFile(path, size, checksum)
-        self._events = EventFiles(out / "tb", found["events"], found["wall"], purge_step=step)
+        self._events = EventFiles(run.tb, found["events"], found["wall"], purge_step=step)
         if short := sorted(name for name, kept in found["events"].items() if self._events.sizes.get(name, 0) < kept):
-            log.warning("%s: events are lost, which TensorBoard will not show: %s", out / "tb", printable(", ".join(short)))
+            log.warning("%s: events are lost, which TensorBoard will not show: %s", run.tb, printable(", ".join(short)))
 
     @property
     def position(self) -> dict[str, Any]:
@@ -158,8 +148,6 @@ class Tracker:
         """Write each figure to ``figures/<name>.png`` (an animation to ``.gif``) and to TensorBoard, and close it."""
         from matplotlib import pyplot  # half a second, which only a run with figures needs
 
-        directory = self.out / "figures"
-        make_directory(directory)
         for name, figure in figures.items():
             if isinstance(figure, bytes):
                 image, kind = figure, "gif"
@@ -170,7 +158,7 @@ class Tracker:
                 pyplot.close(figure)
                 image, kind = buffer.getvalue(), "png"
                 width, height = struct.unpack(">II", image[16:24])  # the header of every PNG file
-            write_bytes(directory / f"{name}.{kind}", image)
+            self.run.write_figure(f"{name}.{kind}", image)
             shown = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=image)
             self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hyperopt.app import cli
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.sweep import finished
 from hyperopt.tasks.base import HypergradientError
 
@@ -45,7 +46,7 @@ def test_a_sweep_that_goes_on_knows_the_metric_of_a_check_that_is_done(tmp_path:
     worst = check(tmp_path)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", overrides=[*SMALL, "device=cpu"])
-    assert finished(cfg, tmp_path) == worst
+    assert finished(cfg, RunDirectory(tmp_path)) == worst
 
 
 def test_an_inexact_adjoint_fails(tmp_path: Path) -> None:

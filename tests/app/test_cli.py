@@ -143,11 +143,9 @@ def test_another_experiment_is_refused_before_anything_is_written(launch: Launch
 
 
 def test_a_directory_in_use_is_refused_untouched(launch: Launcher) -> None:
-    hold = (
-        "import sys; from pathlib import Path; from hyperopt.app import directory; directory.acquire(Path('mine')); print('held')"
-    )
+    hold = "import sys, pathlib; from hyperopt.app.run_directory import RunDirectory as R; R(pathlib.Path('mine')).acquire()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", f"{hold}; sys.stdout.flush(); sys.stdin.read()"]
+    command = [sys.executable, "-c", f"{hold}; print('held'); sys.stdout.flush(); sys.stdin.read()"]
     other = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     for argv in (["hydra.run.dir=mine"], ["hydra.run.dir=mine", "resume=auto"], ["-m", "hydra.sweep.dir=mine", "seed=1,2"]):

@@ -22,10 +22,11 @@ from event_files import scalars, walls
 from launcher import snapshot
 from toy_task import Killed, Toy, config, go, raise_at, rows, signal_at, summary, uninterrupted
 
-from hyperopt.app import checkpoint, directory
+from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
-from hyperopt.app.directory import RunDirectoryError
 from hyperopt.app.files import WriteError, write_text
+from hyperopt.app.lock import RunDirectoryError, release_all
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.tasks.base import HypergradientError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,10 +240,10 @@ def test_a_refused_checkpoint_fails_a_new_run(tmp_path: Path) -> None:
     assert "CheckpointError" in (tmp_path / "two" / "FAILED").read_text() and summary(tmp_path / "two")["status"] == "failed"
 
 
-HOLD = "import sys; from pathlib import Path; from hyperopt.app import directory\n"
+HOLD = "import sys; from pathlib import Path; from hyperopt.app import run_directory as r\n"
 HOLD += "sys.stdin.readline()\n"
-HOLD += "try: print(directory.acquire(Path(sys.argv[1])), flush=True)\n"
-HOLD += "except directory.RunDirectoryError as error: print(error, flush=True)\n"
+HOLD += "try: print(r.RunDirectory(Path(sys.argv[1])).acquire(), flush=True)\n"
+HOLD += "except r.RunDirectoryError as error: print(error, flush=True)\n"
 HOLD += "sys.stdin.read()\n"
 
 
@@ -308,12 +309,13 @@ def test_of_many_at_the_same_moment_one_gets_the_directory(tmp_path: Path) -> No
 
 def test_the_lock_follows_the_directory_and_not_its_name(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert directory.acquire(out) and not directory.acquire(out)
+    directory = RunDirectory(out)
+    assert directory.acquire() and not directory.acquire()
     shutil.rmtree(out)
-    assert directory.acquire(out)  # a new directory: what was held is gone
-    directory.release(out)
-    assert directory.acquire(out)
-    directory.release_all()
+    assert directory.acquire()  # a new directory: what was held is gone
+    directory.release()
+    assert directory.acquire()
+    release_all()
 
 
 def test_a_small_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

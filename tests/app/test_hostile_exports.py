@@ -119,18 +119,22 @@ class Named:
 
 
 NAMED = {
-    "empty a file by a class": Named("optimizer", empties, "is no optimizer"),
+    "empty a file by a class": Named("optimizer", empties, "is no class of an option"),
     "write a file by a method": Named("trainer", overwrites, "_args_"),
-    "load and allow": Named("trainer", allows, "is no trainer"),
-    "write a file by a function": Named("dataset", writes, "is no dataset"),
-    "a function as a solver": Named("task.solver", writes, "is no solver"),
-    "a function in a list": Named("task.fallback", lambda place: [writes(place)], "is no solver"),
+    "load and allow": Named("trainer", allows, "is no class of an option"),
+    "write a file by a function": Named("dataset", writes, "is no class of an option"),
+    "a function as a solver": Named("task.solver", writes, "is no class of an option"),
+    "a function in a list": Named("task.fallback", lambda place: [writes(place)], "is no class of an option"),
     "a function deep in plain values": Named("task.l2", lambda place: {"A": [{"x": writes(place)}]}, "holds plain values"),
     "a function in the tracker's place": Named("tracker", writes, "tracker"),
     "another package": Named("task.cell", lambda _: {"_target_": "os.system", "command": SYSTEM}, "is outside hyperopt"),
     "a package by its own leave": Named("allow_targets", lambda _: ["hyperopt", "subprocess"], "is outside hyperopt"),
-    "another package through ours": Named("task.cell", lambda _: {"_target_": "hyperopt.app.files.os.system"}, "is no task/cell"),
-    "a class of ours that is no setting": Named("task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, "is no task/cell"),
+    "another package through ours": Named(
+        "task.cell", lambda _: {"_target_": "hyperopt.app.files.os.system"}, "is no class of an option"
+    ),
+    "a class of ours that is no setting": Named(
+        "task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, "is no class of an option"
+    ),
     "partial": Named("task.cell", lambda _: {"_target_": CELL, "_partial_": True}, "_partial_"),
     "arguments": Named("task.cell", lambda _: {"_target_": CELL, "_args_": [0.3]}, "_args_"),
     "call": Named("task.cell", lambda _: {"_target_": CELL, "_call_": False}, "_call_"),
@@ -139,11 +143,11 @@ NAMED = {
     "the environment": Named("name", lambda _: "${oc.env:HOME}", "is no plain value"),
     "a list as a target": Named("task.cell", lambda _: {"_target_": ["os", "system"]}, "_target_"),
     "a number as a target": Named("task.cell", lambda _: {"_target_": 5}, "_target_"),
-    "a dataset as a cell": Named("task.cell", lambda _: {"_target_": "hyperopt.data.digits.Digits"}, "is no task/cell"),
-    "a cell as an optimizer": Named("optimizer", lambda _: {"_target_": CELL}, "is no optimizer"),
-    "a text as a cell": Named("task.cell", lambda _: "projected", "names no task/cell"),
-    "a list as a cell": Named("task.cell", lambda _: [{"_target_": CELL}], "names no task/cell"),
-    "no target": Named("task.cell", lambda _: {"bias": True}, "names no task/cell"),
+    "a dataset as a cell": Named("task.cell", lambda _: {"_target_": "hyperopt.data.digits.Digits"}, "is no CellFactory"),
+    "a cell as an optimizer": Named("optimizer", lambda _: {"_target_": CELL}, "is no OuterOptimizer"),
+    "a text as a cell": Named("task.cell", lambda _: "projected", "names no CellFactory"),
+    "a list as a cell": Named("task.cell", lambda _: [{"_target_": CELL}], "names no CellFactory"),
+    "no target": Named("task.cell", lambda _: {"bias": True}, "names no CellFactory"),
     "a text as a size": Named("task.state_size", lambda _: "many", "must be a whole number"),
     "a number that is none": Named("task.cell.max_norm", lambda _: [1], "is not in (0, 1)"),
     "a list as a task": Named("task", lambda _: [1], "task"),
@@ -496,7 +500,7 @@ def test_a_config_in_safetensors(plain: Path, honest: dict[str, Path], place: Pl
     tensors, card, _ = content_of(honest["equilibrium"])
     card["config"] = yaml.safe_dump(named("empty a file by a class", honest["equilibrium"], place))
     library.save_file(tensors, place.work / "model.safetensors", metadata={"hyperopt": json.dumps(card)})
-    assert_refused(place, lambda: load(place.work / "model.safetensors"), words=["is no optimizer"])
+    assert_refused(place, lambda: load(place.work / "model.safetensors"), words=["is no class of an option"])
 
 
 @pytest.mark.parametrize("row", ["a tensor", "the card", "a header of 2^60 bytes", "a shape", "half of it"])
@@ -581,7 +585,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 INSIDE: dict[str, tuple[Callable[[Place], Any], str]] = {
-    "a function of ours": (writes, "is no setting of hyperopt"),
+    "a function of ours": (writes, "is no class of an option"),
     "another package": (lambda _: [{"x": {"_target_": "os.system", "command": SYSTEM}}], "is outside hyperopt"),
     "another package through the allowed one": (lambda _: {"_target_": "own_parts.os.system"}, "which is not allowed"),
     "arguments": (lambda _: {"_target_": "own_parts.Cell", "_args_": [1]}, "_args_"),
@@ -614,21 +618,21 @@ def test_a_part_of_an_allowed_package_is_built(own: str, honest: dict[str, Path]
 OVERRIDES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "empty a file in a list": (
         lambda place: [f"task.fallback=[{{_target_: hyperopt.app.files.AppendFile, path: '{place.canary}', size: 0}}]"],
-        "is no solver",
+        "is no class of an option",
     ),
     "write a file in a list": (
         lambda place: [f"adjoint.fallback=[{{_target_: hyperopt.app.files.write_text, path: '{place.mark}', text: x}}]"],
-        "is no linear_solver",
+        "is no class of an option",
     ),
     "allow ours": (
         lambda place: ["allow_targets=[hyperopt]", "solver._target_=hyperopt.app.files.os.system"],
-        "is no solver",
+        "is no class of an option",
     ),
-    "call through ours": (lambda _: ["solver._target_=hyperopt.app.config.copy.deepcopy"], "is no solver"),
+    "call through ours": (lambda _: ["solver._target_=hyperopt.app.config.copy.deepcopy"], "is no class of an option"),
     "partial": (lambda _: ["+solver._partial_=true"], "_partial_"),
     "arguments": (lambda _: ["+optimizer._args_=[1]"], "_args_"),
-    "a dataset as a cell": (lambda _: ["task.cell._target_=hyperopt.data.digits.Digits"], "is no task/cell"),
-    "a cell as a trainer": (lambda _: [f"trainer._target_={CELL}"], "is no trainer"),
+    "a dataset as a cell": (lambda _: ["task.cell._target_=hyperopt.data.digits.Digits"], "is no CellFactory"),
+    "a cell as a trainer": (lambda _: [f"trainer._target_={CELL}"], "is no TrainerSettings"),
 }
 
 

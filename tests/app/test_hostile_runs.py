@@ -26,6 +26,7 @@ from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.errors import explain
 from hyperopt.app.report.command import main
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.stn.schedule import TunedSchedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -637,10 +638,9 @@ def test_a_place_outside(tmp_path: Path, launched: Callable[..., str], row: str,
 
 # Life and death
 
-HOLD = (
-    "import sys; from pathlib import Path; from hyperopt.app import directory; directory.acquire(Path(sys.argv[1]));"
-    "print('held'); sys.stdout.flush(); sys.stdin.read()"
-)
+NAMED = "import sys, pathlib; from hyperopt.app.run_directory import RunDirectory; run = RunDirectory(pathlib.Path(sys.argv[1]));"
+HOLD = f"{NAMED} run.acquire(); print('held'); sys.stdout.flush(); sys.stdin.read()"
+LOOK = f"{NAMED} print(run.running)"
 
 
 def test_a_report_tells_a_killed_run_from_a_living_one(place: Place, monkeypatch: Any, capfd: Any) -> None:
@@ -660,21 +660,19 @@ def test_a_report_tells_a_killed_run_from_a_living_one(place: Place, monkeypatch
 
 
 def test_a_look_at_ones_own_run_leaves_its_lock(place: Place) -> None:
-    from hyperopt.app import directory
-
-    look = "import sys; from pathlib import Path; from hyperopt.app.directory import running; print(running(Path(sys.argv[1])))"
+    directory = RunDirectory(place.work)
 
     def seen_by_another() -> str:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, "-c", look, str(place.work)], env=env, capture_output=True, text=True).stdout
+        return subprocess.run([sys.executable, "-c", LOOK, str(place.work)], env=env, capture_output=True, text=True).stdout
 
-    with directory.locked(place.work):
-        assert directory.running(place.work) and seen_by_another() == "True\n"
-    assert directory.running(place.work) is False
+    with directory.locked():
+        assert directory.running and seen_by_another() == "True\n"
+    assert directory.running is False
     (place.work / ".lock").unlink()
-    assert directory.running(place.work) is False
+    assert directory.running is False
     os.mkfifo(place.work / ".lock")
-    assert directory.running(place.work) is False
+    assert directory.running is False
 
 
 @pytest.mark.parametrize("row", ["rows", "checkpoint", "unsafe", "content"])

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from toy_task import rows
 
 from hyperopt.app import sweep, workers
-from hyperopt.app.directory import RunDirectoryError
 from hyperopt.app.files import write_json
+from hyperopt.app.lock import RunDirectoryError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "trainer.progress=false"]

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hyperopt.app import directory
 from hyperopt.app.report.charts import band, error_point, heights
 from hyperopt.app.report.command import main, report
 from hyperopt.app.report.groups import group, spread
 from hyperopt.app.report.read import ReportError, find
+from hyperopt.app.run_directory import RunDirectory
 
 EVIL = "<script>alert(1)</script>"
 
@@ -89,7 +89,7 @@ def test_only_runs_that_ended_count_and_others_are_shown(tmp_path: Path) -> None
     (make(tmp_path / "c", 2, [9.0]) / "FAILED").write_text("Traceback")
     [only] = group(find([tmp_path])[0])
     assert only.values("val/loss") == [1.0] and only.statuses == "1 completed, 1 failed, 1 killed"
-    with directory.locked(tmp_path / "b"):
+    with RunDirectory(tmp_path / "b").locked():
         assert "1 completed, 1 failed, 1 running" in report([tmp_path], tmp_path / "out")
 
 

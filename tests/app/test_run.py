@@ -26,7 +26,7 @@ from toy_task import (
 
 from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
-from hyperopt.app.directory import RunDirectoryError
+from hyperopt.app.lock import RunDirectoryError
 from hyperopt.app.loop_state import MonitorError
 from hyperopt.core.status import Status
 from hyperopt.tasks.base import HypergradientError

@@ -13,7 +13,6 @@ import pytest
 import torch
 from event_files import events, hparams_of
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
 from launcher import Launcher, snapshot
 from omegaconf import OmegaConf
 from toy_task import rows

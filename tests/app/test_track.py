@@ -24,6 +24,7 @@ from hyperopt.app.experiment import flatten
 from hyperopt.app.files import write_json
 from hyperopt.app.options import options, own
 from hyperopt.app.resolvers import register
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.track import START, Tracker, hparams, swept
 
 
@@ -159,28 +160,28 @@ def test_flatten_keeps_values_once_and_drops_hydra() -> None:
 def test_json_is_strict(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, 1.0], "z": {"w": -math.inf}})
     assert strict((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.0], "z": {"w": None}}
-    tracker = Tracker(tmp_path)
+    tracker = Tracker(RunDirectory(tmp_path))
     tracker.log(3, {"inner/contraction": math.nan, "outer/loss": 0.1})
     tracker.close()
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "inner/contraction": None, "outer/loss": 0.1}
 
 
 def test_floats_survive_to_the_last_bit(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = Tracker(RunDirectory(tmp_path))
     tracker.log(0, {"outer/loss": 0.1 + 0.2})
     tracker.close()
     assert rows(tmp_path)[0]["outer/loss"] == 0.1 + 0.2
 
 
 def test_cut_back_to_the_offset(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = Tracker(RunDirectory(tmp_path))
     tracker.log(0, {"x": 1.0})
     position = tracker.position
     tracker.log(1, {"x": 2.0})
     tracker.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "x"')  # a line cut short by a kill
-    tracker = Tracker(tmp_path, position, 1)
+    tracker = Tracker(RunDirectory(tmp_path), position, 1)
     tracker.log(1, {"x": 5.0})
     tracker.close()
     assert rows(tmp_path) == [{"step": 0, "x": 1.0}, {"step": 1, "x": 5.0}]
@@ -188,14 +189,14 @@ def test_cut_back_to_the_offset(tmp_path: Path) -> None:
 
 def test_lost_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    Tracker(tmp_path, {**START, "rows": 400}, 5).close()
+    Tracker(RunDirectory(tmp_path), {**START, "rows": 400}, 5).close()
     assert "has lost its rows of steps 0 to 4" in caplog.text  # a checkpoint of an older version knew the length alone
 
 
 def test_figures_are_closed(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
-    tracker = Tracker(tmp_path)
+    tracker = Tracker(RunDirectory(tmp_path))
     figure = pyplot.figure(figsize=(1, 1))
     assert isinstance(figure, Figure)
     tracker.figures(0, {"spectrum": figure})
@@ -227,7 +228,7 @@ def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
         except Exception as error:
             errors.append(error)
 
-    tracker = Tracker(tmp_path)
+    tracker = Tracker(RunDirectory(tmp_path))
     reader = threading.Thread(target=read)
     reader.start()
     for step in range(300):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.core.text import one_line
 
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--allow-targets", nargs="+", default=(), metavar="PACKAGE", help="packages of yours that the config names"
     )
     given = parser.parse_args(argv)
-    if not (given.run / "config.yaml").is_file():  # said before torch is imported
-        print(f"hyperopt export: {given.run} is no directory of a run: it has no config.yaml", file=sys.stderr)
+    if not RunDirectory(given.run).config.is_file():  # said before torch is imported
+        print(f"hyperopt export: {given.run} is no directory of a run: it has no {RunDirectory.config}", file=sys.stderr)
         sys.exit(1)
 
     from hyperopt.app.export.write import REFUSALS, export

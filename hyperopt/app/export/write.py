@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hyperopt.app import checkpoint as checkpoints
 from hyperopt.app.config import ConfigError, plain_config
-from hyperopt.app.directory import CHECKPOINTS
 from hyperopt.app.export.bounded import Bounded
 from hyperopt.app.export.card import card_of, page
 from hyperopt.app.export.file import ExportError, write
@@ -21,6 +20,7 @@ from hyperopt.app.export.load import built_from, explained, load_exported
 from hyperopt.app.export.program import write_program
 from hyperopt.app.files import WriteError, write_text, writing
 from hyperopt.app.repro import configure, preserved_global_state, resolve_precision, seed_everything
+from hyperopt.app.run_directory import RunDirectory
 from hyperopt.data.reading import DataError, UnreadableError, parse_yaml, read_json, read_json_lines, read_text
 from hyperopt.tasks.base import Environment
 
@@ -68,20 +68,21 @@ def export(
         CheckpointError: no such checkpoint, or an unsafe or damaged one.
         NotImplementedError: the task has nothing that predicts.
     """
+    files = RunDirectory(run)
     try:
-        text = read_text(run / "config.yaml")
+        text = read_text(files.config)
     except FileNotFoundError as error:
-        raise ExportError(f"{run} holds no run: there is no {run / 'config.yaml'}; name the directory of a run") from error
-    cfg = plain_config(parse_yaml(text, str(run / "config.yaml")), str(run / "config.yaml"))
+        raise ExportError(f"{run} holds no run: there is no {files.config}; name the directory of a run") from error
+    cfg = plain_config(parse_yaml(text, str(files.config)), str(files.config))
     if data is not None:
         if OmegaConf.select(cfg, "dataset.root") is None:
             raise ExportError(f"--data={data}, but this run's dataset has no root; drop --data")
         OmegaConf.update(cfg, "dataset.root", data)
         OmegaConf.update(cfg, "task.dataset.root", data)
-    saved = checkpoints.load(run / CHECKPOINTS / f"{checkpoint}.pt")
+    saved = checkpoints.load({"best": files.best, "last": files.last}[checkpoint])
     try:
-        facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-        rows = list(read_json_lines(run / "metrics.jsonl"))
+        facts = read_json(files.facts) if files.facts.is_file() else {}
+        rows = list(read_json_lines(files.metrics))
         with preserved_global_state():
             device, dtype = torch.device("cpu"), resolve_precision(cfg.precision)
             configure(device, dtype, None)
@@ -98,7 +99,7 @@ def export(
     except Exception as error:  # a run that is not what this program wrote makes errors of every kind
         raise ExportError(f"{run} cannot be built here: {explained(error)}") from error
     if out is None:
-        out = run / "export"
+        out = files.export
         if out.is_symlink():  # made by whoever made the run, who shall not choose which files are replaced
             raise ExportError(f"{out} is a link to {out.readlink()}; remove it, or name a directory by --out")
     with writing(out):

@@ -13,7 +13,8 @@ from hyperopt.app.files import WriteError, write_bytes, write_text
 from hyperopt.app.report import charts
 from hyperopt.app.report.groups import Group, group, shown, spread
 from hyperopt.app.report.page import figure, listing, page, section, table
-from hyperopt.app.report.read import ReportError, Run, find, number
+from hyperopt.app.report.read import ReportError, Run, find
+from hyperopt.app.run_directory import RunDirectory, number
 from hyperopt.core.text import aligned, printable
 
 ALSO = ("val/accuracy", "test/loss", "test/accuracy")
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="directory to write to (default: report/ in DIR; here, where several are given)")
     parser.add_argument("--metric", help="what to compare by (default: trainer.monitor of the runs)")
     given = parser.parse_intermixed_args(argv)
-    out = given.out or (given.directories[0] if len(given.directories) == 1 else Path()) / "report"
+    out = given.out or RunDirectory(given.directories[0] if len(given.directories) == 1 else Path()).report
     try:
         if given.out is None and out.is_symlink():
             raise ReportError(f"{out} is a link, and was left untouched; remove it, or set --out to a directory")

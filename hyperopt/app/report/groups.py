@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from hyperopt.app.experiment import counts
 from hyperopt.app.report.read import Run
 from hyperopt.core.text import printable
 
 ENDED = ("completed", "evaluated")
 """Runs that count in a mean; the others are counted beside it."""
-# Of no effect on a run's numbers. Unlike for a sweep's resume the seed is one of them: that is what makes a group.
-INDIFFERENT = ("accept_lost_rows", "allow_targets", "ckpt_path", "device", "mode", "name", "paths", "resume", "seed", "threads")
 UNSET = "-"
 
 
@@ -93,7 +92,7 @@ def relevant(run: Run) -> dict[str, Any]:
         return key.endswith(".seed") and value == run.config.get("seed") and key.removeprefix("task.") not in run.overrides
 
     config = run.config.items()
-    return {key: value for key, value in config if key.partition(".")[0] not in INDIFFERENT and not follows(key, value)}
+    return {key: value for key, value in config if counts(key, "group") and not follows(key, value)}
 
 
 def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None:
@@ -102,7 +101,7 @@ def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None
     ``solver=anderson`` says more than the dozen keys that come with it.
     """
     first = [found[0].overrides for found in groups]
-    keys = dict.fromkeys(key for each in first for key in each if key.partition(".")[0] not in INDIFFERENT)
+    keys = dict.fromkeys(key for each in first for key in each if counts(key, "group"))
     swept = [key for key in keys if len({each.get(key) for each in first}) > 1]
     settings = [{key: value_of(each.get(key)) for key in swept} for each in first]
     same = all(

@@ -1,0 +1,273 @@
+"""One run on the disk: every file name of it, who may write there, and how each small file is written and read back.
+
+A directory may come from someone else. So one with a link, a pipe or a device where a run writes is refused before anything is
+written, and what is read is plain data. A directory that is itself reached through links is as good as any. Free of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hyperopt.app.experiment import differences, flatten, plain_leaves
+from hyperopt.app.files import foreign, make_directory, remove_leftovers, why_foreign, write_bytes, write_text, writing
+from hyperopt.app.lock import LOCK, LockedDirectory, RunDirectoryError
+from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text, read_yaml
+
+
+class _Name:
+    """A name in a run directory: of an instance it is the whole path, of the class the relative one."""
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(name)
+
+    def __get__(self, run: RunDirectory | None, owner: type[RunDirectory]) -> Path:
+        return self.path if run is None else run.path / self.path
+
+
+class RunDirectory(LockedDirectory):
+    """The directory of one run, or of a sweep, whose jobs have a run directory each.
+
+    Args:
+        path: where it is; it need not exist.
+    """
+
+    metrics = _Name("metrics.jsonl")  # one row a step
+    config = _Name("config.yaml")  # resolved, without Hydra's part
+    facts = _Name("run.json")  # where, when and with what the run was started
+    summary = _Name("summary.json")  # how it stands or ended
+    job = _Name("job.json")  # of a sweep's job: its number and overrides
+    failed = _Name("FAILED")  # the traceback of a run that failed
+    verified = _Name("check.json")  # of mode=check
+    checkpoints = _Name("checkpoints")
+    last = _Name("checkpoints/last.pt")
+    previous = _Name("checkpoints/last.prev.pt")  # the one before, should the disk damage the last
+    best = _Name("checkpoints/best.pt")
+    figures = _Name("figures")
+    tb = _Name("tb")  # TensorBoard's events
+    hydra = _Name(".hydra")
+    overrides = _Name(".hydra/overrides.yaml")
+    export = _Name("export")
+    report = _Name("report")
+    index = _Name("sweep.json")  # of a sweep: its jobs
+    index_lock = _Name(".sweep.lock")
+
+    RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run that is going or has ended
+    FOUND_BY = (summary, job, metrics)  # a directory with one of these is the run of a report
+    LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
+    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # and all in tb/ and .hydra/; others are replaced
+    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index)))
+    FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
+
+    @classmethod
+    def below(cls, directory: Path, *names: Path) -> list[RunDirectory]:
+        """Return the run directories in and below ``directory``: those that hold one of ``names`` (none given: ``FOUND_BY``)."""
+        found = {path.parent for name in names or [each.path for each in cls.FOUND_BY] for path in directory.rglob(str(name))}
+        return [cls(path) for path in found]
+
+    # What is there, and may it be written to?
+
+    @property
+    def held(self) -> list[str]:
+        """The names of ``RUN`` that are there; none of a directory without a run."""
+        return [str(each.path) for each in self.RUN if (self.path / each.path).exists()]
+
+    @property
+    def used(self) -> bool:
+        """Whether the directory is there and holds more than a lock."""
+        return self.path.is_dir() and any(entry.name != self.lock.name for entry in self.path.iterdir())
+
+    @property
+    def left(self) -> bool:
+        """Whether a run or a sweep has left something here."""
+        return any((self.path / each.path).exists() for each in self.LEFT)
+
+    def owns(self, checkpoint: str | Path | None) -> bool:
+        """Whether ``checkpoint`` is a checkpoint of this run."""
+        return checkpoint is not None and Path(checkpoint).resolve().parent == self.checkpoints.resolve()
+
+    def goes_on(self, cfg: DictConfig) -> bool:
+        """Whether the job may write to what is here: it trains on, or does again an evaluation, which holds a summary only."""
+        if cfg.mode != "train":
+            return cfg.resume == "auto" and self.held == [self.summary.name]
+        return cfg.resume == "auto" or self.owns(cfg.ckpt_path)
+
+    def check_own(self, folders: Collection[str] = FOLDERS) -> None:
+        """Refuse a directory with something in it that a run would write through: a link, a pipe, a device, a second name.
+
+        Args:
+            folders: those in it that a run writes to.
+
+        Raises:
+            RunDirectoryError: names what was found; nothing was changed.
+        """
+        for folder in ("", *folders):
+            where = self.path / folder
+            if not where.is_dir():
+                continue
+            with writing(where):
+                names = os.listdir(where)
+            for name in names:
+                try:
+                    facts = os.lstat(where / name)
+                except FileNotFoundError:  # a temporary file of the process that writes there
+                    continue
+                if stat.S_ISDIR(facts.st_mode):
+                    wrong = not folder and any(fnmatch(name, each) for each in self.FILES)
+                    what = "a directory where a file belongs" if wrong else None
+                else:
+                    replaced = folder in ("", self.checkpoints.name, self.figures.name)
+                    what = why_foreign(facts, not replaced or any(fnmatch(name, each) for each in self.IN_PLACE))
+                    what = what or ("a file where a directory belongs" if not folder and name in folders else None)
+                if what is not None:
+                    raise RunDirectoryError(foreign(where / name, what))
+
+    def check(self, cfg: DictConfig, folders: Collection[str] = FOLDERS) -> None:
+        """Refuse a directory that holds a run, unless this one goes on with it, and one that leads elsewhere (``check_own``).
+
+        Raises:
+            RunDirectoryError: it does.
+        """
+        self.check_own(folders)
+        if (held := self.held) and not self.goes_on(cfg):
+            raise RunDirectoryError(
+                f"{self.path} holds a run ({', '.join(held)}) and was left untouched; set hydra.run.dir to another directory, or "
+                f"continue that run with resume=auto"
+            )
+
+    def status(self, summary: Mapping[str, Any]) -> str:
+        """Return how the run stands: what its summary says, or ``failed`` or ``killed`` where that could not be said there."""
+        if self.failed.exists():
+            return "failed"
+        status = str(summary.get("status", "started"))
+        return "killed" if status == "running" and self.running is False else status
+
+    # Writing
+
+    def begin(self, cfg: DictConfig) -> None:
+        """Take away what a try before has left, and write ``config.yaml``; only for whoever holds the lock."""
+        self.failed.unlink(missing_ok=True)
+        remove_leftovers(self.path, self.checkpoints, self.figures)
+        own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        write_text(self.config, OmegaConf.to_yaml(own, resolve=True))
+
+    def write_figure(self, name: str, image: bytes) -> None:
+        """Write an image to ``figures/``."""
+        make_directory(self.figures)
+        write_bytes(self.figures / name, image)
+
+    # Reading back
+
+    def read_config(self, known: Collection[str] = ()) -> dict[str, Any]:
+        """Return the flat config. Nothing is resolved: a file that was tampered with reads no environment.
+
+        Args:
+            known: keys of a config to compare it with. Another key that repeats a part of the config, as ``task.solver.rtol``
+                repeats ``solver.rtol`` once resolved, is left out.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UnreadableError: it is no config.
+        """
+        flat = dict(plain_leaves(read_yaml(self.config)))
+        if not flat:
+            raise UnreadableError(f"{self.config} is not a config")
+
+        def repeats(key: str) -> bool:
+            parts = key.split(".")
+            shorter = (".".join(parts[k:]) for k in range(1, len(parts) - 1))
+            return parts[0] == "task" and any(other in flat and flat[other] == flat[key] for other in shorter)
+
+        return {key: value for key, value in flat.items() if key in known or not repeats(key)}
+
+    def differences(self, cfg: DictConfig) -> str:
+        """Return what makes ``cfg`` another experiment than that of the run here; nothing where it is the same, or none is here.
+
+        Raises:
+            UnreadableError: there is a config, which cannot be read.
+        """
+        config = flatten(cfg) if self.path.exists() else {}
+        try:
+            return differences(self.read_config(config), config)
+        except FileNotFoundError:
+            return ""
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return ``summary.json``: its status and reason as text, its metrics as numbers.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UnreadableError: it is none.
+        """
+        found = read_json(self.summary)
+        best, metrics = found.get("best"), found.get("metrics")
+        measured = best.get("metrics") if isinstance(best, dict) else None
+        if not all(isinstance(each, dict | None) for each in (best, metrics, measured)):
+            raise UnreadableError(f"{self.summary} is no summary of a run")
+
+        def finite(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+            if values is None:
+                return None
+            return {name: each if math.isfinite(number(each)) else None for name, each in values.items()}
+
+        text = {name: str(found[name])[:500] for name in ("status", "reason") if found.get(name) is not None}
+        best = None if best is None else {**best, "metrics": finite(measured)}
+        numbers = finite({name: found.get(name) for name in ("steps", "seconds")})
+        return {**found, **text, **(numbers or {}), "metrics": finite(metrics), "best": best}
+
+    def read_rows(self) -> list[dict[str, float]]:
+        """Return the rows of metrics; none of a run without the file, and not a last line that is still being written.
+
+        Raises:
+            UnreadableError: names the line that is no row.
+        """
+        rows = []
+        with contextlib.suppress(FileNotFoundError):
+            for n, row in enumerate(read_json_lines(self.metrics), 1):
+                rows.append({key: number(value) for key, value in row.items()})
+                if not math.isfinite(rows[-1].get("step", math.nan)):
+                    raise UnreadableError(f"{self.metrics}, line {n}, is no row of metrics")
+        return rows
+
+    def read_overrides(self) -> list[str]:
+        """Return the overrides that made the run, from ``job.json`` or else from what Hydra keeps; none where neither is there.
+
+        Raises:
+            UnreadableError: ``job.json`` is damaged. Of a run without it the config tells it apart.
+        """
+        try:
+            return overrides_in(read_json(self.job))
+        except FileNotFoundError:
+            with contextlib.suppress(FileNotFoundError, UnreadableError):
+                return overrides_in(parse_yaml(f"overrides:\n{read_text(self.overrides)}", str(self.path)))
+            return []
+
+
+def overrides_in(job: Any) -> list[str]:
+    """Return the overrides that a job's ``job.json`` or its line in the index of a sweep holds."""
+    given = job.get("overrides")
+    return [str(each) for each in given] if isinstance(given, list) else []
+
+
+def number(value: Any) -> float:
+    """Return ``value`` as a float; NaN for what is none, such as the null that JSON keeps for a number that is not finite."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def or_empty(read: Callable[..., dict[str, Any]], *paths: Path) -> dict[str, Any]:
+    """Return what ``read(*paths)`` does; an empty mapping where its file is missing or damaged."""
+    try:
+        return read(*paths)
+    except (FileNotFoundError, UnreadableError):
+        return {}
