@@ -115,6 +115,12 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     check_targets(values, allowed)
     if not isinstance(values["task"], Mapping):
         raise ConfigError(f"task={short(values['task'])} names no Task: it has no _target_; change task")
+    for name in PARTS:  # what is not built is of its place too
+        if isinstance(part := values.get(name), Mapping) and "_target_" in part:
+            kind = _imported(name, part["_target_"], allowed)
+            of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+            if part["_target_"] in registered() or of_torch:
+                _check_kind(name, part["_target_"], OuterOptimizer if of_torch else kind, GROUPS[name])
     task = {name: None if name in unneeded else value for name, value in values["task"].items()}
     return make(task, "task", GROUPS["task"], allowed)
 

@@ -328,7 +328,7 @@ def test_flags_and_overrides_come_in_any_order(launch: Launcher) -> None:
     ("argv", "said"),
     [
         (["chek"], "'chek' is no subcommand; did you mean check? subcommands: check, report, export; values are key=value"),
-        (["export", "nowhere"], "hyperopt export: nowhere is no directory of a run: it has no config.yaml"),
+        (["export", "nowhere"], "hyperopt export: nowhere holds no run: it has no config.yaml"),
         (["report", "nowhere"], "hyperopt report: there is no directory nowhere"),
     ],
 )

@@ -118,23 +118,20 @@ class Named:
     words: str
 
 
+NO_OPTION = "is no class of an option"
 NAMED = {
-    "empty a file by a class": Named("optimizer", empties, "is no class of an option"),
+    "empty a file by a class": Named("optimizer", empties, NO_OPTION),
     "write a file by a method": Named("trainer", overwrites, "_args_"),
-    "load and allow": Named("trainer", allows, "is no class of an option"),
-    "write a file by a function": Named("dataset", writes, "is no class of an option"),
-    "a function as a solver": Named("task.solver", writes, "is no class of an option"),
-    "a function in a list": Named("task.fallback", lambda place: [writes(place)], "is no class of an option"),
-    "a function deep in plain values": Named("task.l2", lambda place: {"A": [{"x": writes(place)}]}, "holds plain values"),
+    "load and allow": Named("trainer", allows, NO_OPTION),
+    "write a file by a function": Named("dataset", writes, NO_OPTION),
+    "a function as a solver": Named("task.solver", writes, NO_OPTION),
+    "a function in a list": Named("task.fallback", lambda place: [writes(place)], NO_OPTION),
+    "a function deep in plain values": Named("task.l2", lambda place: {"A": [{"x": writes(place)}]}, NO_OPTION),
     "a function in the tracker's place": Named("tracker", writes, "tracker"),
     "another package": Named("task.cell", lambda _: {"_target_": "os.system", "command": SYSTEM}, "is outside hyperopt"),
     "a package by its own leave": Named("allow_targets", lambda _: ["hyperopt", "subprocess"], "is outside hyperopt"),
-    "another package through ours": Named(
-        "task.cell", lambda _: {"_target_": "hyperopt.app.files.os.system"}, "is no class of an option"
-    ),
-    "a class of ours that is no setting": Named(
-        "task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, "is no class of an option"
-    ),
+    "another package through ours": Named("task.cell", lambda _: {"_target_": "hyperopt.app.files.os.system"}, NO_OPTION),
+    "a class of ours that is no setting": Named("task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, NO_OPTION),
     "partial": Named("task.cell", lambda _: {"_target_": CELL, "_partial_": True}, "_partial_"),
     "arguments": Named("task.cell", lambda _: {"_target_": CELL, "_args_": [0.3]}, "_args_"),
     "call": Named("task.cell", lambda _: {"_target_": CELL, "_call_": False}, "_call_"),
@@ -500,7 +497,7 @@ def test_a_config_in_safetensors(plain: Path, honest: dict[str, Path], place: Pl
     tensors, card, _ = content_of(honest["equilibrium"])
     card["config"] = yaml.safe_dump(named("empty a file by a class", honest["equilibrium"], place))
     library.save_file(tensors, place.work / "model.safetensors", metadata={"hyperopt": json.dumps(card)})
-    assert_refused(place, lambda: load(place.work / "model.safetensors"), words=["is no class of an option"])
+    assert_refused(place, lambda: load(place.work / "model.safetensors"), words=[NO_OPTION])
 
 
 @pytest.mark.parametrize("row", ["a tensor", "the card", "a header of 2^60 bytes", "a shape", "half of it"])
@@ -585,7 +582,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 INSIDE: dict[str, tuple[Callable[[Place], Any], str]] = {
-    "a function of ours": (writes, "is no class of an option"),
+    "a function of ours": (writes, NO_OPTION),
     "another package": (lambda _: [{"x": {"_target_": "os.system", "command": SYSTEM}}], "is outside hyperopt"),
     "another package through the allowed one": (lambda _: {"_target_": "own_parts.os.system"}, "which is not allowed"),
     "arguments": (lambda _: {"_target_": "own_parts.Cell", "_args_": [1]}, "_args_"),
@@ -618,17 +615,17 @@ def test_a_part_of_an_allowed_package_is_built(own: str, honest: dict[str, Path]
 OVERRIDES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "empty a file in a list": (
         lambda place: [f"task.fallback=[{{_target_: hyperopt.app.files.AppendFile, path: '{place.canary}', size: 0}}]"],
-        "is no class of an option",
+        NO_OPTION,
     ),
     "write a file in a list": (
         lambda place: [f"adjoint.fallback=[{{_target_: hyperopt.app.files.write_text, path: '{place.mark}', text: x}}]"],
-        "is no class of an option",
+        NO_OPTION,
     ),
     "allow ours": (
         lambda place: ["allow_targets=[hyperopt]", "solver._target_=hyperopt.app.files.os.system"],
-        "is no class of an option",
+        NO_OPTION,
     ),
-    "call through ours": (lambda _: ["solver._target_=hyperopt.app.config.copy.deepcopy"], "is no class of an option"),
+    "call through ours": (lambda _: ["solver._target_=hyperopt.app.config.copy.deepcopy"], NO_OPTION),
     "partial": (lambda _: ["+solver._partial_=true"], "_partial_"),
     "arguments": (lambda _: ["+optimizer._args_=[1]"], "_args_"),
     "a dataset as a cell": (lambda _: ["task.cell._target_=hyperopt.data.digits.Digits"], "is no CellFactory"),

@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from toy_task import rows
 
 from hyperopt.app import sweep
+from hyperopt.app.building import validate
+from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
 from hyperopt.app.preflight import Preflight, _Composer
 from hyperopt.app.resolvers import config_path, register
@@ -123,10 +125,10 @@ def test_no_job_changes_the_numbers_of_another_and_a_failure_hides_none(command:
     before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     random = torch.get_rng_state()
     small = ["debug=default", "device=cpu", "task.state_size=5"]
-    jobs = ["precision=float64,float32", "trainer.monitor=val/nothing,val/loss"]
+    jobs = ["precision=float64,float32", "dataset.val=0,400"]  # without rows to select on there is no val/loss
     done = command(*SWEEP, *jobs, *small, "threads=1")
     assert done.status == 1 and "2 of this sweep's jobs failed: 0, 2" in done.err
-    assert "job 0 (precision=float64 trainer.monitor=val/nothing " in done.err and "see " in done.err
+    assert "job 0 (precision=float64 dataset.val=0 " in done.err and "see " in done.err
     assert index()["counts"] == {"completed": 2, "failed": 2}
     assert index()["jobs"][0]["reason"].startswith("MonitorError: trainer.monitor=") and Path("mine/0/FAILED").is_file()
     assert (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
@@ -174,5 +176,5 @@ def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
                 config.hydra.job.override_dirname = ""
             assert OmegaConf.to_container(found) == OmegaConf.to_container(whole)
         assert len(composer.made) == len(MIXED) - 2  # the second and the sixth are copies
-        with pytest.raises(ConfigCompositionException, match="Error merging override seed=x"):
-            composer.compose(["seed=x", "optimizer=sgd", "optimizer.lr=0.1"])
+        with pytest.raises(ConfigError, match="seed='x' is not a whole number"):
+            validate(composer.compose(["seed=x", "optimizer=sgd", "optimizer.lr=0.1"]))
