@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(argv)
     if not RunDirectory(given.run).config.is_file():  # said before torch is imported
-        print(f"hyperopt export: {given.run} is no directory of a run: it has no {RunDirectory.config}", file=sys.stderr)
+        print(f"hyperopt export: {given.run} holds no run: it has no {RunDirectory.config}", file=sys.stderr)
         sys.exit(1)
 
     from hyperopt.app.export.write import REFUSALS, export
