@@ -215,7 +215,12 @@ def _with_keys(text: str, key: str, kind: type) -> str:
     owner, found, rest = text.partition(": ")
     if not found or owner not in owners:
         return f"{key}: {text}"
-    return re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {owners[owner]}.", f"{owners[owner]}.{rest}")
+    place = owners[owner]
+    return re.sub(
+        r"; (change|drop|set|lower|raise) (\w+(?: or \w+)*)$",
+        lambda found: f"; {found[1]} " + " or ".join(f"{place}.{name}" for name in found[2].split(" or ")),
+        f"{place}.{rest}",
+    )
 
 
 def _imported(key: str, target: str, allowed: Collection[str]) -> Any:

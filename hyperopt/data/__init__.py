@@ -1,4 +1,4 @@
-"""Datasets: settings (torch-free), sources, splits.
+"""Datasets: their settings, sources and splits.
 
 ``hyperopt.data.digits.Digits``, ``hyperopt.data.mnist.MNIST``, ``hyperopt.data.mnist.FashionMNIST`` and
 ``hyperopt.data.cifar.CIFAR10`` are what a config names; each has ``load(dtype, device) -> hyperopt.data.splits.Splits``.

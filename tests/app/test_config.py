@@ -209,7 +209,20 @@ BAD = [
     ),
     (["task=implicit", "task/augment=crop_flip", "task.augment.flip=2"], "flip=2"),
     (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
-    (["dataset.train=1500"], "dataset.train"),
+    (
+        ["dataset.train=1500"],
+        "dataset.train=1500 and val=400 need 1900 different rows; there are 1797; lower dataset.train or dataset.val",
+    ),
+    (
+        ["dataset.train=0"],
+        "dataset.train=0 must be a whole number from 1 to 1797, the rows that Digits has to train on; change dataset.train",
+    ),
+    (["dataset=synthetic", "dataset.noise=-inf"], "dataset.noise=-inf is not in (-inf, inf); change dataset.noise"),
+    (["dataset=libsvm", "dataset.file=''"], "dataset.file='' names no file or directory; change dataset.file"),
+    (
+        ["task=implicit", "task/augment=crop_flip", "task.augment.fill=nan"],
+        "task.augment.fill=nan is not in (-inf, inf); change task.augment.fill",
+    ),
     (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),
     (["dataset.order=sideways"], "dataset.order='sideways' is none of"),
     (["seed=-1"], "seed=-1 is not a whole number in [0, 4294967295]; change seed"),
