@@ -144,20 +144,20 @@ class DrawnDataset:
 
     def __post_init__(self) -> None:
         """Check every value against the dataset's size."""
-        name, pool = type(self).__name__, self.train_images
+        pool = self.train_images
         check_choice(self, "order", ORDERS)
         check_choice(self, "normalize", NORMALIZATIONS)
         check_whole(self, "seed", 0, 2**32 - 1)
-        check_whole(self, "train", 1, pool, f", the rows that {name} has to train on")
-        check_whole(self, "val", 0, pool, f", the rows that {name} has to train on")
+        check_whole(self, "train", 1, pool, ", the rows that there are to train on")
+        check_whole(self, "val", 0, pool, ", the rows that there are to train on")
         left = pool - self.train - self.val
         if left < (1 if self.test_images is None else 0):
             raise ValueError(
-                f"{name}: train={self.train} and val={self.val} need {self.train + self.val} different rows"
+                f"{type(self).__name__}: train={self.train} and val={self.val} need {self.train + self.val} different rows"
                 f"{' and leave none to test on' if left == 0 else ''}; there are {pool}; lower train or val"
             )
         if self.test is not None and self.test_images is not None:
-            check_whole(self, "test", 1, self.test_images, f", the test rows that {name} has")
+            check_whole(self, "test", 1, self.test_images, ", the test rows that there are")
         elif self.test is not None:
             check_whole(self, "test", 1, left, f", what train={self.train} and val={self.val} leave of {pool}")
 
