@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hyperopt.core.checks import check_count, check_flag, check_number, check_open_unit, check_optional
 from hyperopt.core.random import drawing
 from hyperopt.core.text import called, one_line
 from hyperopt.nn.contractive import ContractiveMatrix, HouseholderContraction, ProjectedMatrix
 from hyperopt.nn.equilibrium import Cell, EquilibriumCell, ModuleCell
+from hyperopt.nn.state import materialise
 
 
 class CellError(ValueError):
@@ -163,12 +165,16 @@ class OwnCell(CellFactory):
         Raises:
             CellError: no module was returned, or its ``forward`` does not map states of this size to such states.
         """
+        with contextlib.nullcontext() if generator is None else drawing(generator):
+            return self._built(features, state_size)
+
+    def _built(self, features: int, state_size: int) -> Cell:
+        """Build it, with whatever draws initial values as it is."""
         name, sizes = called(self.module), {"features": features, "state_size": state_size}
         if isinstance(self.module, nn.Module):
             made: Any = copy.deepcopy(self.module)
         else:
-            with contextlib.nullcontext() if generator is None else drawing(generator):
-                made = self.module(**{each: sizes[each] for each in self._sizes()})
+            made = self.module(**{each: sizes[each] for each in self._sizes()})
         if isinstance(made, Cell):
             return made
         fault = _fault(type(made)) if isinstance(made, nn.Module) else "is no torch.nn.Module"
@@ -195,8 +201,9 @@ def _fault(kind: type[nn.Module]) -> str | None:
 
 
 def _check_state(module: nn.Module, size: int, features: int, name: str) -> None:
-    """Try a copy of a module on two rows of zeros; see ``OwnCell.build``."""
-    dtype = next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.get_default_dtype())
+    """Try a copy of a module on two rows of zeros, and give its lazy modules their sizes; see ``OwnCell.build``."""
+    known = (each for each in module.parameters() if not is_lazy(each) and each.is_floating_point())
+    dtype = next((each.dtype for each in known), torch.get_default_dtype())
     z, x = torch.zeros(2, size, dtype=dtype), torch.zeros(2, features, dtype=dtype)
     what = f"{name}: forward(z, x) on z of shape {tuple(z.shape)} and x of shape {tuple(x.shape)}"
     change = "change forward, or say with an attribute state_size of the module, or with task.state_size, how many entries z has"
@@ -208,3 +215,5 @@ def _check_state(module: nn.Module, size: int, features: int, name: str) -> None
     if not isinstance(out, torch.Tensor) or out.shape != z.shape:
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
         raise CellError(f"{what} returned {found}, which is no state; {change}")
+    if any(map(is_lazy, module.parameters())):
+        materialise(module, z, x, guessed=False)

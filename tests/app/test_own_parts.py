@@ -120,6 +120,8 @@ BLOCKS = dict(re.findall(r"^```(?:py|yaml)\n# (\S+)\n(.*?)^```$", MANUAL, re.DOT
 COMMANDS = [line for line in re.findall(r"^```bash\n(.*?)^```$", MANUAL, re.DOTALL | re.MULTILINE)[0].splitlines() if line]
 ALIAS = re.findall(r"^alias mine='(.*)'$", "\n".join(COMMANDS), re.MULTILINE)[0].split()
 LACKING = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
@@ -137,6 +139,11 @@ class Fixed(Sine):
     def __init__(self, features): super().__init__(features, 7, 0.5)
 class Knows(Fixed):
     state_size = 7
+class Lazy(nn.Module):
+    def __init__(self, state_size, gain: Unknown = 0.5):
+        super().__init__()
+        self.gain, self.inner, self.input = gain, nn.Linear(state_size, state_size), nn.LazyLinear(state_size)
+    def forward(self, z, x): return torch.sin(self.gain * self.inner(z)) + self.input(x)
 class Endless(Dataset):
     def __getitem__(self, i): return torch.zeros(2), 0
 class Blank(Dataset):
@@ -154,6 +161,8 @@ def arrays(rows=20, classes=2): return torch.randn(rows, 2).numpy(), torch.arang
 def numbers(): return TensorDataset(torch.zeros(9, 2), torch.zeros(9))
 def nothing(): "Returns nothing."
 def needs(path): return arrays()
+if TYPE_CHECKING:
+    from somewhere import Unknown
 """
 
 
@@ -272,6 +281,19 @@ def test_a_module_that_knows_its_states_size_decides_it() -> None:
     task: Any = built(CELL, "Knows").task
     task.setup(environment())
     assert task.model.cell.state_size == 7 and task.describe()["state_size"] == 7 and task.model.classifier.in_features == 7
+
+
+@pytest.mark.usefixtures("composing")
+def test_a_lazy_module_gets_its_sizes_and_its_start_from_the_seed_of_the_run() -> None:
+    """Its annotations name a type that is only there for a type checker, too."""
+    starts = []
+    for _ in range(2):
+        torch.rand(1)
+        task: Any = built(CELL, "Lazy, gain: 0.25").task
+        task.setup(environment())
+        assert task.model.cell.phi.gain == 0.25 and task.model.cell.phi.input.weight.shape == (5, 64)
+        starts.append(torch.cat([each.detach().flatten() for each in task.model.cell.parameters()]))
+    assert torch.equal(*starts)
 
 
 @pytest.mark.usefixtures("composing")
