@@ -12,7 +12,6 @@ import numpy as np
 
 from hyperopt.data import files
 from hyperopt.data.mnist import MNIST
-from hyperopt.data.settings import MNISTSettings
 
 RANDOM = np.random.RandomState(0)
 IMAGES = {
@@ -76,5 +75,5 @@ def damage(path: Path, how: str) -> None:
 
 def obtain(root: Path, *some: Callable[[Path], Path], download: bool = True) -> dict[str, bytes]:
     sources = {f"source {number}": source for number, source in enumerate(some)}
-    settings = MNISTSettings(root=str(root), download=download)
+    settings = MNIST(root=str(root), download=download)
     return files.obtain(settings, "MNIST", [(Path("raw"), CHECKSUMS)], sources)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from hyperopt import GMRES, Broyden, Implicit, LinearAnderson, Neumann, OneStep, Phantom, Shine
 from hyperopt.data.cifar import CIFAR10
-from hyperopt.data.settings import default_root
+from hyperopt.data.files import default_root
 from hyperopt.data.splits import Rows
 
 BROYDEN = Broyden(TOLERANCE, max_steps=STEPS, memory=STEPS)

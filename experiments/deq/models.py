@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hyperopt import Anderson, Implicit, LinearAnderson
 from hyperopt.data.cifar import CIFAR10
-from hyperopt.data.settings import default_root
+from hyperopt.data.files import default_root
 from hyperopt.data.splits import Rows
 from hyperopt.nn.networks import ImageNetwork, resnet_network
 

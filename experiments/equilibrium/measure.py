@@ -185,8 +185,8 @@ def logistic_regression(seed: int) -> Row:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
+    from hyperopt.data.files import default_root
     from hyperopt.data.mnist import FashionMNIST
-    from hyperopt.data.settings import default_root
 
     splits = FashionMNIST(train=5000, val=5000, seed=seed, normalize="standard", root=str(REPOSITORY / default_root())).load()
     parts = {"outer": splits.train, "val": splits.val, "test": splits.test}

@@ -143,8 +143,8 @@ def draw_residuals(checkpoint: Path) -> Row:
     from torch.nn import functional
 
     from hyperopt import GMRES, Anderson, Broyden, Implicit, LinearAnderson, Neumann, Newton, Picard
+    from hyperopt.data.files import default_root
     from hyperopt.data.mnist import MNIST
-    from hyperopt.data.settings import default_root
     from hyperopt.nn.networks import tanh_network
 
     root = os.environ.get("HYPEROPT_DATA", str(REPOSITORY / default_root()))

@@ -8,6 +8,7 @@ of the argument that takes it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -26,8 +27,10 @@ from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.text import one_line
+from hyperopt.core.text import called, one_line
+from hyperopt.data.own import Own
 from hyperopt.data.splits import Dataset
+from hyperopt.nn.cells import CellFactory, OwnCell
 from hyperopt.tasks.base import Task
 from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.trainer import TrainerSettings
@@ -44,6 +47,8 @@ GROUPS: dict[str, Any] = {
     "task": Task,
 }
 """The kind of each group's parts."""
+ORDINARY: dict[type, type] = {Dataset: Own, CellFactory: OwnCell}
+"""What makes a part of this kind of an ordinary class or function of the user's own, which is only called when it is needed."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def build(cfg: DictConfig) -> Built:
         where = re.match(r"task\.\w+", text := str(error))
         if where is None or where[0] not in shared:
             raise
-        raise ConfigError(text.replace(where[0], shared[where[0]])) from error
+        raise ConfigError(_with_options(text.replace(where[0], shared[where[0]]), shared[where[0]])) from error
     trainer, task = made["trainer"], made["task"]
     if isinstance(task, Task) and task.MEASURES and trainer.monitor not in task.MEASURES:
         known = near(trainer.monitor, task.MEASURES)
@@ -162,14 +167,29 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     if target in registered():
         _check_kind(key, target, kind, hint)
     known = hints(target)
+    ordinary = None if target in registered() else _ordinary(kind, hint)
+    beside = set() if ordinary is None or known is None else {each.name for each in dataclasses.fields(ordinary)[1:]} - {*known}
     for name in given:
-        if known and name not in known:
-            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, known)}")
-    made = {name: make(child, f"{key}.{name}", known.get(name, Any), allowed) for name, child in given.items()}
+        if known is not None and name not in known and name not in beside:
+            raise ConfigError(f"{key}.{name}: {key} has no key {name!r}; {near(name, {*known, *beside})}")
+    made = {name: make(child, f"{key}.{name}", (known or {}).get(name, Any), allowed) for name, child in given.items()}
     try:
-        return kind(**made)
+        if ordinary is not None:
+            own = {name: made.pop(name) for name in beside & {*made}}
+            return ordinary(functools.partial(kind, **made), **own)
+        found = kind(**made)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ConfigError(_with_keys(str(error), key, kind)) from error
+        raise ConfigError(_with_keys(str(error), key, ordinary or kind)) from error
+    if expected and not isinstance(found, expected):
+        names = " or ".join(f"{each.__module__}.{each.__name__}" for each in expected)
+        raise ConfigError(f"{key}._target_={short(target)} makes {called(found)}, which is no {names}; derive it from that")
+    return found
+
+
+def _ordinary(kind: Any, hint: Any) -> type | None:
+    """Return what makes the part that belongs here of a class or function of the user's own; None where none is needed."""
+    fitting = (each for each in kinds(hint) if each in ORDINARY and not (isinstance(kind, type) and issubclass(kind, each)))
+    return next((ORDINARY[each] for each in fitting), None)
 
 
 def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: Any, allowed: Collection[str]) -> Any:
@@ -216,21 +236,40 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
     raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, fitting)}")
 
 
+def _with_options(text: str, group: str) -> str:
+    """Return what a task said about a part of a group, which it cannot have, with the options of the command line.
+
+    ``dataset=Diabetes(...) has numbers to predict, ...; change dataset`` becomes ``dataset=diabetes has ...; choices: ...``.
+    """
+    classes = {option: get_class(own) for option, (own, *_) in targets(group).items()}
+    for option, kind in classes.items():
+        if f"{group}={kind.__name__}(...)" in text:
+            others = [name for name, each in classes.items() if getattr(each, "regression", False) is not True]
+            said, _, advice = text.replace(f"{kind.__name__}(...)", option).rpartition("; ")
+            return f"{said}; choices: {', '.join(others)}; {advice}"
+    return text
+
+
 def _with_keys(text: str, key: str, kind: type) -> str:
     """Return what a class said about a value, with the names that its arguments have in the config.
 
     ``Picard: rtol=-1 is not in [0, inf); change rtol`` becomes ``solver.rtol=-1 is not in [0, inf); change solver.rtol``.
     """
-    owners = {kind.__name__: key}
+    owners = {getattr(kind, "__name__", ""): key}
     if dataclasses.is_dataclass(kind):
         for item in dataclasses.fields(kind):
             if isinstance(item.default_factory, type):
                 owners[item.default_factory.__name__] = f"{key}.{item.name}"
-    owners.update({each.__name__: key for each in kind.__mro__ if each.__name__ not in owners})
+    owners.update({each.__name__: key for each in getattr(kind, "__mro__", ()) if each.__name__ not in owners})
     owner, found, rest = text.partition(": ")
     if not found or owner not in owners:
         return f"{key}: {text}"
-    return re.sub(r"; (change|drop|set) (?=\w+$)", rf"; \1 {owners[owner]}.", f"{owners[owner]}.{rest}")
+    place = owners[owner]
+    return re.sub(
+        r"; (change|drop|set|lower|raise) (\w+(?: or \w+)*)$",
+        lambda found: f"; {found[1]} " + " or ".join(f"{place}.{name}" for name in found[2].split(" or ")),
+        f"{place}.{rest}",
+    )
 
 
 def _imported(key: str, target: str, allowed: Collection[str]) -> Any:

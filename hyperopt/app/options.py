@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra.utils import get_class
+from hydra.utils import get_object
 
 from hyperopt.app.resolvers import config_root
 
@@ -87,14 +87,18 @@ def choices() -> dict[str, str]:
 
 
 @functools.cache
-def hints(target: str) -> Mapping[str, Any]:
-    """Return the arguments of a class and their types, ``Any`` where none is given; empty if it takes any keyword."""
-    kind = get_class(target)
+def hints(target: str) -> Mapping[str, Any] | None:
+    """Return the arguments of a class or function and their types, ``Any`` where none is given; None if it takes any keyword."""
+    kind = get_object(target)
     parameters = inspect.signature(kind).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        return {}
-    known = typing.get_type_hints(kind)
-    known.update({} if dataclasses.is_dataclass(kind) else typing.get_type_hints(kind.__init__))
+        return None
+    try:
+        known = typing.get_type_hints(kind)
+        if isinstance(kind, type) and not dataclasses.is_dataclass(kind):
+            known.update(typing.get_type_hints(kind.__init__))
+    except NameError:  # of a class of the user's own, whose types are only there for a type checker
+        known = {}
     return {name: known.get(name, Any) for name in parameters}
 
 
@@ -139,7 +143,7 @@ def leaves(
     """
     target = values.get("_target_")
     if isinstance(target, str) and target.startswith("torch.optim."):
-        known = {**hints(target), **hints("hyperopt.bilevel.outer.OuterOptimizer")}
+        known = {**(hints(target) or {}), **(hints("hyperopt.bilevel.outer.OuterOptimizer") or {})}
     elif isinstance(target, str) and target in registered():
         known = hints(target)
     known = known or {}

@@ -31,7 +31,7 @@ def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, o
         return
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
-        bracket = "(" if open_low else "["
+        bracket = "(" if open_low or low == -math.inf else "["
         end = "inf)" if high == math.inf else f"{high}]"
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in {bracket}{low}, {end}; change {name}")
 
@@ -41,6 +41,15 @@ def check_count(owner: Any, name: str, low: int = 1) -> None:
     value = taken(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be a whole number >= {low}; change {name}")
+
+
+def check_whole(owner: Any, name: str, low: int, high: int, why: str = "") -> None:
+    """Refuse a field of ``owner`` that is not a whole number in ``[low, high]``; ``why`` says where ``high`` comes from."""
+    value = taken(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(
+            f"{type(owner).__name__}: {name}={value!r} must be a whole number from {low} to {high}{why}; change {name}"
+        )
 
 
 def check_counts(owner: Any, name: str, low: int = 1) -> None:

@@ -16,7 +16,9 @@ Reference: G. L. Steele, D. Lea and C. H. Flood, Fast splittable pseudorandom nu
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -144,3 +146,17 @@ class Keys:
         """64 random bits for each entry of each example. shape: (n, entries), int64."""
         places = torch.arange(1, entries + 1, device=self.index.device) * _signed(_GAMMA)
         return _mixed_(self.words(stream)[:, None] + places)
+
+
+@contextlib.contextmanager
+def drawing(generator: torch.Generator) -> Iterator[None]:
+    """Initial values from ``generator`` alone, in float32 whatever the run's precision: one seed, one network."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -37,3 +38,11 @@ def one_line(text: object, longest: int = 600) -> str:
     line = printable(" ".join(str(text).split()))
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"
+
+
+def called(value: Any) -> str:
+    """Return what to call an object in a message: a class or function by its full name, anything else by its class."""
+    made = getattr(value, "func", value)  # of a functools.partial
+    named = made if hasattr(made, "__qualname__") else type(made)
+    module = getattr(named, "__module__", None)
+    return named.__qualname__ if module in (None, "builtins", "__main__") else f"{module}.{named.__qualname__}"

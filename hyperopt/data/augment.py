@@ -9,15 +9,39 @@ What happens to an example depends on the seed, the epoch and the example's own 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from hyperopt.core.checks import check_number, check_whole
 from hyperopt.core.random import BITS, Keys, Stream
-from hyperopt.data.settings import AugmentSettings
 
 
-class Augment(AugmentSettings):
-    """A random crop of the padded image, then a random horizontal flip, each example by its own number."""
+@dataclass(frozen=True)
+class Augment:
+    """A random crop of the padded image, then a random horizontal flip, each example by its own number.
+
+    Attributes:
+        padding: a crop of the image's own size is taken from the image padded by so many pixels on each side; 0 leaves it.
+        flip: chance that an image is turned left to right, 0 to 1.
+        fill: value of the padding, in the pixels' own units. 0 is black in a byte or under ``normalize=unit``, and the channel's
+            mean under ``normalize=standard``.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    padding: int = 4
+    flip: float = 0.5
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_whole(self, "padding", 0, 2**15)
+        check_number(self, "flip", 0.0, 1.0)
+        check_number(self, "fill", -math.inf)
 
     def __call__(self, images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         """Return the images, changed.

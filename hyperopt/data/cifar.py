@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from hyperopt.data.files import obtain, torchvision
-from hyperopt.data.settings import CIFAR10Settings
+from hyperopt.data.files import FilesDataset, obtain, torchvision
 from hyperopt.data.splits import Images, Splits, make_splits
 
 
@@ -29,9 +29,18 @@ def records(name: str, data: bytes) -> np.ndarray:
     return np.column_stack([np.asarray(batch["labels"], np.uint8), batch["data"]])
 
 
-class CIFAR10(CIFAR10Settings):
-    """Ten kinds of things in colour, pixels / 255, from either version under ``ROOT`` or torchvision's download."""
+@dataclass(frozen=True)
+class CIFAR10(FilesDataset):
+    """Ten kinds of things in colour, 50,000 training and 10,000 test images of 3 x 32 x 32, pixels / 255.
 
+    They come from either version under ``ROOT`` or torchvision's download.
+    """
+
+    train: int = 5000
+    val: int = 5000
+
+    train_images: ClassVar[int] = 50_000
+    test_images: ClassVar[int | None] = 10_000
     sources: ClassVar = torchvision("cifar-10-batches-py", lambda datasets, root: datasets.CIFAR10(root, download=True))
     forms: ClassVar = {  # the md5 of each file by folder
         "cifar-10-batches-py": {

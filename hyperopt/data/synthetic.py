@@ -7,15 +7,56 @@ then the test rows.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from hyperopt.data.settings import SyntheticSettings
+from hyperopt.core.checks import check_choice, check_number, check_whole
 from hyperopt.data.splits import Rows, Splits, scaled_by
 
 
-class Synthetic(SyntheticSettings):
-    """A linear model's rows; settings in ``SyntheticSettings``."""
+@dataclass(frozen=True)
+class Synthetic:
+    """Rows drawn from a linear model, ``y = x w + noise e`` with standard normal ``x``, ``e`` and ``w - shift``.
+
+    Attributes:
+        train: training rows.
+        val: validation rows, as many as one likes.
+        test: test rows.
+        features: entries of ``x``.
+        targets: ``classes``: whether ``y`` is above 0; ``numbers``: ``y`` itself.
+        noise: factor of ``e``.
+        shift: mean of ``w``.
+        seed: seed of all draws, 0 to 2**32 - 1.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    train: int = 500
+    val: int = 500
+    test: int = 1000
+    features: int = 20
+    targets: str = "classes"
+    noise: float = 0.1
+    shift: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("train", "val", "test", "features"):
+            check_whole(self, name, 0 if name == "val" else 1, 10**6)
+        check_choice(self, "targets", ("classes", "numbers"))
+        check_whole(self, "seed", 0, 2**32 - 1)
+        for name in ("noise", "shift"):
+            check_number(self, name, -math.inf)
+
+    @property
+    def regression(self) -> bool:
+        """Whether the targets are numbers to predict."""
+        return self.targets == "numbers"
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits.

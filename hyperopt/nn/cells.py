@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hyperopt.core.checks import check_count, check_flag, check_number, check_open_unit, check_optional
+from hyperopt.core.random import drawing
+from hyperopt.core.text import called, one_line
 from hyperopt.nn.contractive import ContractiveMatrix, HouseholderContraction, ProjectedMatrix
-from hyperopt.nn.equilibrium import Cell, EquilibriumCell
+from hyperopt.nn.equilibrium import Cell, EquilibriumCell, ModuleCell
+from hyperopt.nn.state import materialise
+
+
+class CellError(ValueError):
+    """A module that cannot be a cell; the message says what it lacks."""
 
 
 class CellFactory(ABC):
-    """What ``task.cell._target_`` names; for a cell of your own, derive a frozen dataclass from it."""
+    """What ``task.cell._target_`` names; for a cell of your own see ``OwnCell``, or derive a frozen dataclass from it."""
 
     @abstractmethod
     def build(self, features: int, state_size: int, generator: torch.Generator | None = None) -> Cell:
@@ -104,3 +118,102 @@ class HouseholderCell(TanhAffineCell):
             ValueError: more reflections than ``size``.
         """
         return HouseholderContraction(size, self.reflections, self.margin, generator=generator)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnCell(CellFactory):
+    """An ordinary module as a cell: its ``forward(z, x)`` is the map, and all of its parameters are hyperparameters.
+
+    The state has as many entries as the module's attribute ``state_size`` says, if it has one, and else as the task says. Nothing
+    keeps the module a contraction: that is up to its ``forward``.
+
+    Attributes:
+        module: the module, which is copied, or a class or function that returns it. Arguments of the names ``features`` and
+            ``state_size`` are given to it, as ``CellFactory.build`` has them, if it takes them and they are not given already.
+
+    Raises:
+        TypeError: it is neither, needs other arguments, or has no ``forward(z, x)``.
+    """
+
+    module: nn.Module | Callable[..., nn.Module]
+
+    def __post_init__(self) -> None:
+        """Check what can be known before the sizes are."""
+        made = getattr(self.module, "func", self.module)  # of a functools.partial
+        kind = made if isinstance(made, type) else type(made)
+        fault = None
+        if issubclass(kind, nn.Module):
+            fault = _fault(kind)
+        elif isinstance(made, type) or not callable(made):
+            fault = "is no torch.nn.Module, and no hyperopt.nn.cells.CellFactory"
+        if fault is None and not isinstance(self.module, nn.Module):
+            try:
+                inspect.signature(self.module).bind(**dict.fromkeys(self._sizes()))
+            except TypeError as error:
+                fault = f"cannot be made with {' and '.join(self._sizes()) or 'no arguments'} alone: {error}"
+        if fault is not None:
+            raise TypeError(f"{called(self.module)} {fault}")
+
+    def _sizes(self) -> list[str]:
+        """Which of the sizes the class or function takes and does not have yet."""
+        takes, has = inspect.signature(self.module).parameters, getattr(self.module, "keywords", {})
+        return [name for name in ("features", "state_size") if name in takes and name not in has]
+
+    def build(self, features: int, state_size: int, generator: torch.Generator | None = None) -> Cell:
+        """Build it; see ``CellFactory.build``.
+
+        Raises:
+            CellError: no module was returned, or its ``forward`` does not map states of this size to such states.
+        """
+        with contextlib.nullcontext() if generator is None else drawing(generator):
+            return self._built(features, state_size)
+
+    def _built(self, features: int, state_size: int) -> Cell:
+        """Build it, with whatever draws initial values as it is."""
+        name, sizes = called(self.module), {"features": features, "state_size": state_size}
+        if isinstance(self.module, nn.Module):
+            made: Any = copy.deepcopy(self.module)
+        else:
+            made = self.module(**{each: sizes[each] for each in self._sizes()})
+        if isinstance(made, Cell):
+            return made
+        fault = _fault(type(made)) if isinstance(made, nn.Module) else "is no torch.nn.Module"
+        if fault is not None:
+            raise CellError(f"{name} made {called(made)}, which {fault}")
+        size = getattr(made, "state_size", state_size)
+        if not isinstance(size, int) or size < 1:
+            raise CellError(f"{name} has state_size={size!r}, which must be a whole number >= 1; change its state_size")
+        _check_state(made, size, features, name)
+        return ModuleCell(made, size)
+
+
+def _fault(kind: type[nn.Module]) -> str | None:
+    """Return what is wrong with the ``forward`` of a module's class; None if nothing is."""
+    if issubclass(kind, Cell):
+        return None
+    if kind.forward is nn.Module.forward:
+        return "has no method forward(z, x), which takes states and inputs and returns states"
+    try:
+        inspect.signature(kind.forward).bind(None, None, None)
+    except TypeError as error:
+        return f"has forward{inspect.signature(kind.forward)}, which cannot be called as forward(z, x): {error}"
+    return None
+
+
+def _check_state(module: nn.Module, size: int, features: int, name: str) -> None:
+    """Try a copy of a module on two rows of zeros, and give its lazy modules their sizes; see ``OwnCell.build``."""
+    known = (each for each in module.parameters() if not is_lazy(each) and each.is_floating_point())
+    dtype = next((each.dtype for each in known), torch.get_default_dtype())
+    z, x = torch.zeros(2, size, dtype=dtype), torch.zeros(2, features, dtype=dtype)
+    what = f"{name}: forward(z, x) on z of shape {tuple(z.shape)} and x of shape {tuple(x.shape)}"
+    change = "change forward, or say with an attribute state_size of the module, or with task.state_size, how many entries z has"
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            out = copy.deepcopy(module).eval()(z, x)
+    except Exception as error:  # whatever the module raises
+        raise CellError(f"{what} failed: {one_line(error)}; {change}") from error
+    if not isinstance(out, torch.Tensor) or out.shape != z.shape:
+        found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+        raise CellError(f"{what} returned {found}, which is no state; {change}")
+    if any(map(is_lazy, module.parameters())):
+        materialise(module, z, x, guessed=False)

@@ -96,7 +96,8 @@ class Cell(nn.Module, ABC):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the hyperparameters, named and grouped."""
-        return {"cell": list(self.parameters())}
+        parameters = list(self.parameters())
+        return {"cell": parameters} if parameters else {}
 
     def project_(self) -> None:
         """Bring the hyperparameters back to where phi contracts; called after every update."""
@@ -107,6 +108,24 @@ class Cell(nn.Module, ABC):
             self.phi.compile()
         else:
             self.phi = torch.compile(self.phi)
+
+
+class ModuleCell(Cell):
+    """An ordinary module whose ``forward(z, x)`` is the map; its parameters are the hyperparameters.
+
+    Args:
+        module: takes states, shape (rows, state_size), and inputs, shape (rows, features), and returns states.
+        state_size: entries of one state.
+    """
+
+    def __init__(self, module: nn.Module, state_size: int) -> None:
+        """Take the module as it is."""
+        super().__init__()
+        self.phi, self.state_size = module, state_size
+
+    def terms(self, x: Tensor) -> tuple[Tensor]:
+        """Return the input itself."""
+        return (x,)
 
 
 class EquilibriumCell(Cell):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +14,11 @@ from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
-from hyperopt.data.splits import Dataset
+from hyperopt.core.text import called
+from hyperopt.data.digits import Digits
+from hyperopt.data.own import Own, as_dataset
+from hyperopt.data.reading import DataError
+from hyperopt.data.splits import Splits
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.trainer import TrainerSettings
 
@@ -29,6 +32,8 @@ it refuses a group that is not finite, and clips in place. ``guard(self.gradient
 
 MEANS = ("outer/step_accuracy", "outer/jacobian", "warm/rows")
 """Metrics that are means over rows, beside those whose name says so."""
+
+NUMBERS = "has numbers to predict, and this task classifies; give a dataset of classes"
 
 
 SPLIT_MEASURES = tuple(f"{split}/{kind}" for split in ("outer", "val", "test") for kind in ("loss", "accuracy"))
@@ -112,11 +117,13 @@ class Task(ABC):
     Subclasses set ``name`` and implement the methods below; ``setup`` is called once, before ``groups``.
 
     Attributes:
-        name: of the task, for messages and files.
+        name: what to call the task in files and messages.
+        classifies: whether the targets of its dataset must be labels of classes.
         MEASURES: names that an evaluation may have, so that a monitor that it never has is refused at once; empty: not known.
     """
 
-    name: str
+    name: str = "own"
+    classifies: ClassVar[bool] = False
     MEASURES: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -142,6 +149,39 @@ class Task(ABC):
             The record of the first evaluation, its costs summed over all evaluations; on several ranks that of all of them, see
             ``StepRecord.over_ranks``.
         """
+
+    def descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        loss: Callable[[], Tensor],
+        record: Callable[[float], StepRecord] = StepRecord,
+        rows: int = 1,
+    ) -> StepRecord:
+        """Let the optimizer make one step down a loss: all that ``step`` does in most tasks.
+
+        Args:
+            optimizer: see ``step``.
+            guard: see ``Guard``.
+            loss: of this step on the rows of this rank; the same function at every call, since a line search makes several.
+            record: makes the record of an evaluation from its loss, after ``backward`` and before ``guard``.
+            rows: of this rank, whose mean ``loss`` is.
+
+        Returns:
+            The record of the first evaluation, its costs summed over all.
+        """
+        records: list[StepRecord] = []
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            value = distributed.mean_over_ranks(loss, rows=rows)
+            value.backward()
+            records.append(record(value.item()))
+            guard(self.gradients())
+            return records[-1].loss
+
+        optimizer.step(closure)
+        return StepRecord.first_of(records)
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -223,29 +263,43 @@ class FixedSettings:
 
 
 def check_dataset(owner: Any) -> None:
-    """Refuse a setting ``dataset`` of a task that is no dataset, before anything is loaded; None is one.
+    """Refuse a setting ``dataset`` of a task that cannot be its dataset, before anything is loaded; None is one.
 
     Raises:
-        TypeError: says what it is and what to give.
+        TypeError: it is no dataset, or lacks something; says what it is and what to give.
+        ValueError: it says that its targets are numbers, and the task classifies.
     """
-    given = owner.dataset
-    if given is not None and not issubclass(type(given), Dataset):
+    given, name = owner.dataset, type(owner).__name__
+    if given is None:
+        return
+    try:
+        dataset = as_dataset(given)
+    except TypeError as error:
+        raise TypeError(f"{name}: dataset: {error}; change dataset") from error
+    if dataset is None:
         what = f"the class {given.__name__}, not an object of it" if isinstance(given, type) else f"a {type(given).__name__}"
         raise TypeError(
-            f"{type(owner).__name__}: dataset is {what}, and has no method load(dtype, device) that returns "
-            "hyperopt.data.splits.Splits; change dataset"
+            f"{name}: dataset is {what}, and has no method load(dtype, device) that returns hyperopt.data.splits.Splits, nor is "
+            "it a torch.utils.data.Dataset or a pair of arrays (x, y); change dataset"
         )
+    if owner.classifies and getattr(dataset, "regression", False):
+        raise ValueError(f"{name}: dataset={type(dataset).__name__}(...) {NUMBERS}; change dataset")
 
 
-@contextlib.contextmanager
-def drawing(generator: torch.Generator) -> Iterator[None]:
-    """Initial values from ``generator`` alone, in float32 whatever the run's precision: one seed, one network."""
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+def load_splits(owner: Any, env: Environment) -> Splits:
+    """Load the setting ``dataset`` of a task, the digits if it is None; what has no seed of its own is drawn by the run's.
+
+    Raises:
+        DataError: what was loaded are no splits, or its targets are numbers, and the task classifies.
+    """
+    dataset = Digits(seed=env.seed) if owner.dataset is None else as_dataset(owner.dataset)
+    assert dataset is not None  # see ``check_dataset``
+    if isinstance(dataset, Own) and dataset.seed is None:
+        dataset = replace(dataset, seed=env.seed)
+    splits = dataset.load(env.dtype, env.device)
+    if not isinstance(splits, Splits):
+        what = f"{called(dataset)}.load returned {called(splits)}"
+        raise DataError(f"{what}, which is no hyperopt.data.splits.Splits; change its load")
+    if owner.classifies and not splits.num_classes:
+        raise DataError(f"dataset={splits.name} {NUMBERS} (labels are whole numbers); change dataset")
+    return splits

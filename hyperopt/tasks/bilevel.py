@@ -36,7 +36,6 @@ from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.anderson import Anderson
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
-from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Dataset, Rows, Splits
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import (
@@ -47,6 +46,7 @@ from hyperopt.tasks.base import (
     StepRecord,
     Task,
     check_dataset,
+    load_splits,
 )
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
@@ -145,7 +145,7 @@ class BilevelTask(FixedSettings, Task):
 
     def load(self, env: Environment) -> None:
         """Load the rows; called before ``build``."""
-        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        self.splits = load_splits(self, env)
         check_labels(self.splits)
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:

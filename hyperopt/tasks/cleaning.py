@@ -52,6 +52,7 @@ class CleaningTask(NetworkTask):
         "clean/precision",
         "clean/recall",
     )
+    classifies = True
     spaces = ("weights",)
 
     hidden: tuple[int, ...] = ()
@@ -71,12 +72,12 @@ class CleaningTask(NetworkTask):
         """Replace labels and build the network.
 
         Raises:
-            ValueError: targets that are no classes, or validation rows of one class only.
+            ValueError: validation rows of one class only.
         """
         seen = self.splits.val.y.unique()
-        if not self.splits.num_classes or len(seen) < 2:
+        if len(seen) < 2:
             raise ValueError(
-                f"dataset={self.splits.name} has validation labels of {len(seen) if self.splits.num_classes else 'no'} class: "
+                f"dataset={self.splits.name} has validation labels of {len(seen)} class: "
                 "they say nothing about which training labels are wrong; raise dataset.val or change dataset"
             )
         train = self.splits.train

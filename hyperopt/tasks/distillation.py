@@ -46,6 +46,7 @@ class DataDistillationTask(BilevelTask):
 
     name = "data_distillation"
     MEASURES: ClassVar[tuple[str, ...]] = SPLIT_MEASURES
+    classifies = True
     spaces = ("images",)
 
     images: Space | None = None
@@ -65,14 +66,8 @@ class DataDistillationTask(BilevelTask):
         check_optional_count(self, "batch_size")
 
     def build(self, env: Environment) -> Parts:
-        """Build the model.
-
-        Raises:
-            ValueError: the dataset has no classes.
-        """
+        """Build the model."""
         splits = self.splits
-        if not splits.num_classes:
-            raise ValueError(f"dataset={splits.name} has no classes to learn an image of; change dataset")
         features = splits.train.x.shape[1]
         model = classifier(splits.shape, self.hidden, splits.num_classes, env.generator)
         self.model = Functional(model.to(env.device, env.dtype))

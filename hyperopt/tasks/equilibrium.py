@@ -28,7 +28,7 @@ from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import tree_norm
 from hyperopt.data.splits import Rows
-from hyperopt.nn.cells import CellFactory, ProjectedCell
+from hyperopt.nn.cells import CellFactory, OwnCell, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
@@ -52,8 +52,9 @@ class EquilibriumTask(SupervisedTask):
     """One outer step is one hypergradient on a batch of the fitted rows, by default all of them, and one update.
 
     Attributes:
-        state_size: entries of one state ``w_i``.
-        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``.
+        state_size: entries of one state ``w_i``, unless the cell is a module that says so itself.
+        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``. An ordinary
+            module with ``forward(z, x)`` will do; see ``hyperopt.nn.cells.OwnCell``.
         classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
             ``torch.nn.Linear``'s own initial values for both).
         warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
@@ -88,6 +89,11 @@ class EquilibriumTask(SupervisedTask):
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "state_size")
+        if self.cell is not None and not isinstance(self.cell, CellFactory):
+            try:
+                object.__setattr__(self, "cell", OwnCell(self.cell))
+            except TypeError as error:
+                raise TypeError(f"{type(self).__name__}: cell: {error}; change cell") from error
         check_optional(self, "classifier_scale", 0.0)
         check_flag(self, "warm_start")
         check_choice(self, "warm_dtype", WARM_DTYPES)
@@ -107,8 +113,6 @@ class EquilibriumTask(SupervisedTask):
             ValueError: a nonzero ``l2`` of a group that the model does not have, no rows to fit, or fewer than ``batch_size``.
         """
         self.load(env)
-        if not self.splits.num_classes:
-            raise ValueError(f"task.dataset={self.splits.name} has numbers to predict, and this model classifies; change dataset")
         fitted = self.rows["outer"]
         self.model = self._build(fitted.x.shape[1], self.splits.num_classes, env.generator).to(env.device, env.dtype)
         if env.compile:
@@ -119,7 +123,7 @@ class EquilibriumTask(SupervisedTask):
         self.warm = None
         if self.warm_start:
             kept = None if self.warm_dtype is None else getattr(torch, self.warm_dtype)
-            self.warm = WarmStore(len(fitted), self.state_size, env.dtype, kept, env.device)
+            self.warm = WarmStore(len(fitted), self.model.cell.state_size, env.dtype, kept, env.device)
             size = self.warm.nbytes / 1e6
             log.info("warm starts of %d rows are kept: %.1f MB, in memory and in every checkpoint", len(fitted), size)
         unknown = [group for group, strength in self.l2.items() if strength and group not in self.model.groups()]
@@ -128,7 +132,7 @@ class EquilibriumTask(SupervisedTask):
 
     def _build(self, features: int, classes: int, generator: torch.Generator | None) -> EquilibriumModel:
         cell = (self.cell or ProjectedCell()).build(features, self.state_size, generator)
-        classifier = linear_classifier(self.state_size, classes, self.classifier_scale, generator)
+        classifier = linear_classifier(cell.state_size, classes, self.classifier_scale, generator)
         return EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
 
     def learned(self) -> Learned:
@@ -235,6 +239,6 @@ class EquilibriumTask(SupervisedTask):
         """Return sizes, the dataset with its checksums, and the rows behind each metric."""
         return {
             **super().describe(),
-            "state_size": self.state_size,
+            "state_size": self.model.cell.state_size,
             "warm_bytes": 0 if self.warm is None else self.warm.nbytes,
         }

@@ -25,6 +25,7 @@ from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.places import Places
+from hyperopt.core.random import drawing
 from hyperopt.core.replay import Replay
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
@@ -34,7 +35,7 @@ from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord, drawing
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.misclassified import wrong_figure
 from hyperopt.tasks.running import Running

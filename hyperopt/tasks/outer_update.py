@@ -58,21 +58,15 @@ class SolvingTask(Task):
         Returns:
             The record of the first evaluation, its costs summed over all.
         """
-        records: list[StepRecord] = []
+        measures = iter([measure])  # for the first call alone
 
-        def closure() -> float:
-            optimizer.zero_grad()
-            value = distributed.mean_over_ranks(loss, rows=rows)
-            value.backward()
-            measured = {} if records else measure()
-            guard(self.gradients())
+        def record(value: float) -> StepRecord:
             metrics, statuses = solve_metrics(self.solutions())
-            records.append(StepRecord(value.item(), {**metrics, **measured}, statuses, rows))
-            return records[-1].loss
+            return StepRecord(value, {**metrics, **next(measures, dict)()}, statuses, rows)
 
-        optimizer.step(closure)
+        found = self.descend(optimizer, guard, loss, record, rows)
         self.steps += 1
-        return StepRecord.first_of(records)
+        return found
 
     def certificate(self, every: int, constants: Callable[[], Constants | None] = lambda: None) -> dict[str, float]:
         """Return the certificate of the hypergradient of the latest backward through the one equilibrium, where it is due.

@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.core import distributed
 from hyperopt.core.checks import check_choice, check_number
+from hyperopt.core.random import drawing
 from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
@@ -31,7 +32,7 @@ from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
-from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord, Task, drawing
+from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord, Task
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.stn_figures import trajectory_figure
 

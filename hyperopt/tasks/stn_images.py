@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hyperopt.core.checks import check_count, check_optional_count
-from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Dataset, Splits
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment, check_dataset
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, check_dataset, load_splits
 from hyperopt.tasks.exports import Learned
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
@@ -48,6 +47,7 @@ class StnImagesTask(SelfTuningTask):
 
     name = "stn_images"
     MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "stn/response_norm")
+    classifies = True
 
     classifier: Classifier | None = None
     tuned: dict[str, Tuned] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class StnImagesTask(SelfTuningTask):
         Raises:
             ValueError: no images, no validation rows, or a hyperparameter that nothing reads or that has no meaning.
         """
-        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        self.splits = load_splits(self, env)
         sizes = (self.batch_size, self.val_batch_size)
         self.problem = ImageProblem(self.splits, self.tuned, self._classifier.dropouts, *sizes, seed=env.seed)
         module, declared = self.plain(self.splits.shape, self.splits.num_classes)

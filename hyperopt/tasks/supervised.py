@@ -13,9 +13,8 @@ from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.checks import POLICIES, check_choice, check_optional_count
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.data.batches import Batch, Batches
-from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Dataset, Rows, Splits
-from hyperopt.tasks.base import Environment, FixedSettings, check_dataset
+from hyperopt.tasks.base import Environment, FixedSettings, check_dataset, load_splits
 from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
 from hyperopt.tasks.scores import ROWS, scores
 
@@ -44,6 +43,8 @@ class SupervisedTask(FixedSettings, SolvingTask):
         batches: the order in which the fitted rows are taken, after ``load``.
         evaluation_rows: rows of one forward of an evaluation; bounds its memory, and changes no number.
     """
+
+    classifies = True
 
     fitted: str = "train"
     batch_size: int | None = None
@@ -82,9 +83,10 @@ class SupervisedTask(FixedSettings, SolvingTask):
             order: where the places of a batch's rows go (None: to ``env.device``).
 
         Raises:
+            DataError: see ``load_splits``.
             ValueError: no rows to fit, or fewer than ``batch_size``.
         """
-        self.splits = (self.dataset or Digits(seed=env.seed)).load(env.dtype, env.device)
+        self.splits = load_splits(self, env)
         fitted, selected = self.splits.train, self.splits.val
         if self.fitted == "val":
             fitted, selected = selected, fitted

@@ -50,7 +50,8 @@ def test_a_checkout_reads_its_own_configs() -> None:
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
-    owner = ["task=l2"] if group == "adjoint" and name.startswith(TRAINED) else OWNER.get(group, [])
+    trained = name.startswith(TRAINED) if group == "adjoint" else option == "dataset=diabetes"
+    owner = ["task=l2"] if trained else OWNER.get(group, [])
     cfg = compose("train", [*owner, f"{group}@{place}={name}" if group in PLACES else option])
     validate(cfg)
     if f"{group}/{name}" in own():
@@ -104,7 +105,7 @@ def differing(values: dict[str, Any], where: str, own: bool = True) -> list[str]
     The values of a part inside of another one are chosen by that one.
     """
     found: list[str] = []
-    known = hints(values["_target_"])
+    known = hints(values["_target_"]) or {}
     defaults = {name: each.default for name, each in inspect.signature(get_class(values["_target_"])).parameters.items()}
     found += [f"{where}.{name}" for name in known if name not in values and f"{where}.{name}" not in REPLACED]
     for name, value in values.items():
@@ -139,7 +140,9 @@ def test_every_key_of_an_option_has_at_most_one_line_of_comment(option: str) -> 
 
 def test_every_part_has_a_kind() -> None:
     """So that a part of another kind is refused: only values that may be anything are of any type."""
-    loose = {f"{target}.{name}" for target in registered() for name, hint in hints(target).items() if object in kinds(hint)}
+    loose = {
+        f"{target}.{name}" for target in registered() for name, hint in (hints(target) or {}).items() if object in kinds(hint)
+    }
     assert {each.rpartition(".")[2] for each in loose} <= set(PLAIN)
 
 
@@ -209,7 +212,20 @@ BAD = [
     ),
     (["task=implicit", "task/augment=crop_flip", "task.augment.flip=2"], "flip=2"),
     (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
-    (["dataset.train=1500"], "dataset.train"),
+    (
+        ["dataset.train=1500"],
+        "dataset.train=1500 and val=400 need 1900 different rows; there are 1797; lower dataset.train or dataset.val",
+    ),
+    (
+        ["dataset.train=0"],
+        "dataset.train=0 must be a whole number from 1 to 1797, the rows that there are to train on; change dataset.train",
+    ),
+    (["dataset=synthetic", "dataset.noise=-inf"], "dataset.noise=-inf is not in (-inf, inf); change dataset.noise"),
+    (["dataset=libsvm", "dataset.file=''"], "dataset.file='' names no file or directory; change dataset.file"),
+    (
+        ["task=implicit", "task/augment=crop_flip", "task.augment.fill=nan"],
+        "task.augment.fill=nan is not in (-inf, inf); change task.augment.fill",
+    ),
     (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),
     (["dataset.order=sideways"], "dataset.order='sideways' is none of"),
     (["seed=-1"], "seed=-1 is not a whole number in [0, 4294967295]; change seed"),
@@ -232,6 +248,18 @@ def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], messa
     with pytest.raises(ConfigError) as caught:
         validate(compose("train", overrides))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["equilibrium", "implicit", "data_distillation", "data_cleaning", "stn_images"])
+def test_numbers_to_predict_are_refused_where_a_task_classifies(task: str) -> None:
+    """By the name that the command line gives the dataset, and with the choices that there are."""
+    with pytest.raises(ConfigError) as caught:
+        validate(compose("train", [f"task={task}", "dataset=diabetes"]))
+    said = str(caught.value)
+    assert said.startswith("dataset=diabetes has numbers to predict, and this task classifies; ") and "\n" not in said
+    assert said.endswith("; choices: cifar10, digits, fashion_mnist, libsvm, mnist, newsgroups, synthetic; change dataset")
+    with pytest.raises(ConfigError, match=r"^dataset=synthetic has numbers to predict, .*; change dataset$"):
+        validate(compose("train", [f"task={task}", "dataset=synthetic", "dataset.targets=numbers"]))
 
 
 PICARD, CG, ONE_STEP = (f"hyperopt.core.{name}" for name in ("solvers.picard.Picard", "linear.cg.CG", "adjoints.onestep.OneStep"))

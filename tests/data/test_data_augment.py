@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hyperopt.core.random import Keys, Stream
 from hyperopt.data.augment import Augment
-from hyperopt.data.settings import AugmentSettings
 
 MASK = 2**64 - 1
 
@@ -159,7 +158,7 @@ BAD_SETTINGS = [{"padding": -1}, {"padding": 1.0}, {"padding": True}, {"flip": 1
 def test_bad_settings_are_refused(values: dict[str, Any]) -> None:
     ((key, value),) = values.items()
     with pytest.raises(ValueError, match=f"{key}={value!r} .*; change {key}"):
-        AugmentSettings(**values)
+        Augment(**values)
 
 
 def test_bad_arguments_are_refused() -> None:

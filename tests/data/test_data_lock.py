@@ -20,7 +20,7 @@ import pytest
 from mnist_files import CHECKSUMS, FILES, fill, md5, serve_to_torchvision
 
 from hyperopt.data import DataError, files
-from hyperopt.data.settings import MNISTSettings
+from hyperopt.data.mnist import MNIST
 
 REPOSITORY = Path(__file__).parents[2]
 SIMPLE = {"a": b"first" * 1000, "b": b"second" * 1000}
@@ -30,7 +30,7 @@ SIMPLE_CHECKSUMS = {name: md5(data) for name, data in SIMPLE.items()}
 CODE = """
 import hashlib, pathlib, sys, time
 from hyperopt.data.files import obtain
-from hyperopt.data.settings import MNISTSettings
+from hyperopt.data.mnist import MNIST
 FILES = {"a": b"first" * 1000, "b": b"second" * 1000}
 root, seconds, fails = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "fails"
 
@@ -46,7 +46,7 @@ def slow(staging):
     return staging
 
 folder = pathlib.Path("raw"), {name: hashlib.md5(data).hexdigest() for name, data in FILES.items()}
-print(obtain(MNISTSettings(root=str(root / "data")), "NAME", [folder], {"a slow source": slow}) == FILES)
+print(obtain(MNIST(root=str(root / "data")), "NAME", [folder], {"a slow source": slow}) == FILES)
 """
 
 
@@ -80,7 +80,7 @@ class Source:
 
 
 def obtain(root: Path, source: Callable[[Path], Path]) -> dict[str, bytes]:
-    return files.obtain(MNISTSettings(root=str(root)), "NAME", [(Path("raw"), SIMPLE_CHECKSUMS)], {"a source": source})
+    return files.obtain(MNIST(root=str(root)), "NAME", [(Path("raw"), SIMPLE_CHECKSUMS)], {"a source": source})
 
 
 def kept(folder: Path) -> dict[str, bytes]:
@@ -226,7 +226,7 @@ def test_a_reader_never_sees_a_half_file(tmp_path: Path) -> None:
     """One process fetches again and again while this one reads without a lock: a file is whole or not there."""
     code = (
         "import pathlib, shutil, sys; sys.argv[2:] = ['0', 'works']\n" + CODE.rpartition("print")[0] + "for _ in range(40):\n"
-        "    obtain(MNISTSettings(root=str(root / 'data')), 'NAME', [folder], {'a slow source': slow})\n"
+        "    obtain(MNIST(root=str(root / 'data')), 'NAME', [folder], {'a slow source': slow})\n"
         "    shutil.rmtree(root / 'data')"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -268,7 +268,7 @@ def test_a_read_only_root_works_when_the_files_are_there(read_only: Path) -> Non
     fill(read_only / "raw")
     source = Source()
     with closed(read_only):
-        settings = MNISTSettings(root=str(read_only))
+        settings = MNIST(root=str(read_only))
         assert files.obtain(settings, "NAME", [(Path("raw"), CHECKSUMS)], {"a source": source}) == FILES
     assert source.asked == 0 and {path.name for path in (read_only / "raw").iterdir()} == set(FILES)
 

@@ -44,11 +44,11 @@ def test_diabetes_is_standardised_over_the_training_rows_alone() -> None:
 
 
 BAD = [
-    (lambda: Synthetic(features=0), "dataset.features=0"),
-    (lambda: Synthetic(targets="words"), "dataset.targets='words' is none of classes, numbers"),
-    (lambda: Synthetic(noise=float("nan")), "dataset.noise=nan"),
+    (lambda: Synthetic(features=0), ": features=0"),
+    (lambda: Synthetic(targets="words"), ": targets='words' is none of classes, numbers"),
+    (lambda: Synthetic(noise=float("nan")), ": noise=nan"),
     (lambda: Diabetes(train=400, val=42), "leave none to test on"),
-    (lambda: Newsgroups(normalize="standard"), "dataset.normalize='standard' is none of unit"),
+    (lambda: Newsgroups(normalize="standard"), ": normalize='standard' is none of unit"),
     (lambda: Newsgroups(train=11_000), "need 16657 different rows"),
 ]
 

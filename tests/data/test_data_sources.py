@@ -14,8 +14,7 @@ import torch
 from mnist_files import CHECKSUMS, FILES, IMAGES, LABELS, NAME, damage, fill, obtain, small
 
 from hyperopt.data import DataError, files, mnist
-from hyperopt.data.mnist import FashionMNIST
-from hyperopt.data.settings import MNISTSettings
+from hyperopt.data.mnist import MNIST, FashionMNIST
 
 
 class Good:
@@ -235,7 +234,7 @@ def test_a_folder_of_the_system_is_read_in_place_whatever_the_root(tmp_path: Pat
 
     def obtain_either(download: bool = True) -> dict[str, bytes]:
         folders = [(Path("raw"), CHECKSUMS), (packaged, CHECKSUMS)]
-        return files.obtain(MNISTSettings(root=str(root), download=download), "MNIST", folders, {"a source": source})
+        return files.obtain(MNIST(root=str(root), download=download), "MNIST", folders, {"a source": source})
 
     assert obtain_either(download=False) == FILES and not root.exists()
     fill(root / "raw")

@@ -63,9 +63,9 @@ def test_packed_files_are_the_same(root: Path, tmp_path: Path) -> None:
         ({"train": 121}, DataError, "dataset.train=121, but .* has 120 rows"),
         ({"val": 80, "test": 20}, DataError, "dataset.val=80, but .* has 70 rows for it"),
         ({"test": 90}, DataError, "dataset.val=None, but .* has 0 rows for it"),
-        ({"train": 0}, ValueError, "dataset.train=0"),
-        ({"test": -1}, ValueError, "dataset.test=-1"),
-        ({"file": " "}, ValueError, "dataset.file=' '"),
+        ({"train": 0}, ValueError, "Libsvm: train=0"),
+        ({"test": -1}, ValueError, "Libsvm: test=-1"),
+        ({"file": " "}, ValueError, "Libsvm: file=' '"),
     ],
 )
 def test_what_is_refused(root: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:

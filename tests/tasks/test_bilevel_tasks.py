@@ -179,8 +179,6 @@ BAD = [
 
 
 NOT_ITS_DATA = [
-    ("task=equilibrium", "dataset=diabetes", "task.dataset=diabetes has numbers to predict"),
-    ("task=data_distillation", "dataset=diabetes", "dataset=diabetes has no classes"),
     ("task=augmentation", "dataset=synthetic", "dataset=synthetic has rows of shape (20,), not images"),
 ]
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from hyperopt.data import DataError
+from hyperopt.data.diabetes import Diabetes
 from hyperopt.data.digits import Digits
 from hyperopt.data.splits import Dataset, Splits
+from hyperopt.data.synthetic import Synthetic
 from hyperopt.spaces.space import Positive
 from hyperopt.stn import declare
 from hyperopt.tasks.base import Environment
@@ -150,11 +153,10 @@ class LoadsNothing:
         raise AssertionError
 
 
-PAIR = (torch.zeros(4, 2), torch.zeros(4))
 NONE = [
-    (TensorDataset(*PAIR), "a TensorDataset"),
-    (PAIR, "a tuple"),
+    ((torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)), "a tuple"),
     ("digits", "a str"),
+    (torch.zeros(4, 2), "a Tensor"),
     (LoadsNothing(), "a LoadsNothing"),
     (Digits, "the class Digits, not an object of it"),
     (EquilibriumTask(), "a EquilibriumTask"),
@@ -167,7 +169,61 @@ NONE = [
 @pytest.mark.parametrize("kind", WITH_ROWS)
 @pytest.mark.parametrize(("given", "what"), NONE, ids=[what for _, what in NONE])
 def test_something_else_is_refused_as_a_dataset(kind: type, given: Any, what: str) -> None:
-    message = rf"^{kind.__name__}: dataset is {what}, and has no method load\(dtype, device\) .*; change dataset$"
+    message = rf"^{kind.__name__}: dataset is {what}, and has no method load.* or a pair of arrays \(x, y\); change dataset$"
     with pytest.raises(TypeError, match=message):
         kind(dataset=given)
     assert kind(dataset=None).dataset is None
+
+
+CLASSIFY = [CleaningTask, DataDistillationTask, EquilibriumTask, ImplicitTask, StnImagesTask]
+NUMBERS = [(Diabetes(), "Diabetes"), (Synthetic(targets="numbers"), "Synthetic")]
+
+
+@pytest.mark.parametrize("kind", CLASSIFY)
+@pytest.mark.parametrize(("given", "what"), NUMBERS, ids=[what for _, what in NUMBERS])
+def test_numbers_to_predict_are_refused_when_a_task_that_classifies_is_made(kind: type, given: Any, what: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{kind.__name__}: dataset={what}\(\.\.\.\) has numbers to predict, .*; change dataset$"
+    ):
+        kind(dataset=given)
+    assert kind(dataset=Synthetic()).dataset == Synthetic()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WITH_ROWS if kind not in CLASSIFY])
+def test_other_tasks_take_numbers(kind: type) -> None:
+    assert kind(dataset=Diabetes()).dataset == Diabetes()
+
+
+class Silent:
+    """A dataset of numbers that does not say so beforehand."""
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Splits:
+        """That of the diabetes study."""
+        return Diabetes().load(dtype, device)
+
+
+NUMBERS_LATER = [Silent(), (torch.zeros(30, 2), torch.arange(30) / 2), TensorDataset(torch.zeros(30, 2), torch.zeros(30, 1))]
+
+
+@pytest.mark.parametrize("kind", CLASSIFY)
+@pytest.mark.parametrize("given", NUMBERS_LATER, ids=lambda given: type(given).__name__)
+def test_what_does_not_say_so_is_refused_once_it_is_there(kind: type, given: Any) -> None:
+    task = kind(dataset=given)
+    with pytest.raises(DataError, match=r"^dataset=.* has numbers to predict, and this task classifies; .*; change dataset$"):
+        task.setup(Environment(torch.device("cpu"), torch.float64, 0, False, torch.Generator().manual_seed(0)))
+
+
+class Odd:
+    """A dataset whose ``load`` forgets to return."""
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Return nothing."""
+
+
+def test_what_loads_no_splits_is_named() -> None:
+    with pytest.raises(
+        DataError, match=r"Odd\.load returned NoneType, which is no hyperopt\.data\.splits\.Splits; change its load"
+    ):
+        EquilibriumTask(dataset=Odd()).setup(  # pyright: ignore[reportArgumentType]
+            Environment(torch.device("cpu"), torch.float64, 0, False, torch.Generator().manual_seed(0))
+        )

@@ -17,9 +17,9 @@ from hyperopt.app.export.bounded import Bounded
 from hyperopt.app.export.file import ExportError, read
 from hyperopt.app.repro import resolve_precision
 from hyperopt.app.resolvers import register
+from hyperopt.core.random import drawing
 from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError, parse_yaml
-from hyperopt.tasks.base import drawing
 from hyperopt.tasks.scores import classes
 
 
