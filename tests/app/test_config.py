@@ -50,8 +50,8 @@ def test_a_checkout_reads_its_own_configs() -> None:
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
-    trained = name.startswith(TRAINED) if group == "adjoint" else option == "dataset=diabetes"
-    owner = ["task=l2"] if trained else OWNER.get(group, [])
+    trained = name.startswith((*TRAINED, "t1t2", "finite_difference")) if group == "adjoint" else option == "dataset=diabetes"
+    owner = ["task=l2"] if trained else ["solver=broyden"] if name == "shine" else OWNER.get(group, [])
     cfg = compose("train", [*owner, f"{group}@{place}={name}" if group in PLACES else option])
     validate(cfg)
     if f"{group}/{name}" in own():
