@@ -1,4 +1,4 @@
-"""Ten outer steps of several tasks on one or several ranks, by the loop that the command line runs: see ``test_ranks.py``.
+"""Six outer steps of several tasks on one or several ranks, by the loop that the command line runs: see ``test_ranks.py``.
 
 python rank_runs.py RANK WORLD STORE FOLDER
 """
@@ -24,7 +24,7 @@ from hyperopt.tasks.equilibrium import EquilibriumTask
 
 register()
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.max_steps=10", "trainer.checkpoint_every=5"]
+COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.max_steps=6", "trainer.checkpoint_every=3"]
 ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
 TRAINED = ["task=weight_decay", "task.hidden=[6]", "task.batch_size=30", "task.val_batch_size=25", "inner.max_steps=8", *ROWS]

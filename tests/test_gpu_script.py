@@ -33,6 +33,7 @@ def numbers(tree):
         yield tree
 
 
+@pytest.mark.slow
 def test_all_parts_run_on_the_cpu(tmp_path):
     out = tmp_path / "found.json"
     done = run("--device", "cpu", "--small", "--out", str(out))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hyperopt.app.building import validate
+from hyperopt.app.repro import preserved_global_state
 from hyperopt.app.resolvers import register
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +37,11 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_the_python_runs(code: str, tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In this process: that it all imports on its own is test_imports.py's, and importing torch takes longer than the code.
+    monkeypatch.chdir(tmp_path)
+    with preserved_global_state():
+        exec(compile(code, "README", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)

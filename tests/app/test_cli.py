@@ -94,6 +94,7 @@ FAKE = (
 )
 
 
+@pytest.mark.slow
 def test_three_processes_at_once(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = [subprocess.Popen([sys.executable, "-c", FAKE], cwd=tmp_path, env=env) for _ in range(3)]
@@ -304,13 +305,10 @@ def test_a_task_from_ones_own_package(tmp_path: Path) -> None:
     assert last["step"] == 1 and last["val/loss"] == 0.0  # lr 0.5 on |lam - goal|^2 lands on the goal in one step
 
 
-def test_a_sweep_of_two_by_two_for_real(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def test_a_sweep_of_two_by_two_for_real(command: Launcher, tmp_path: Path) -> None:
     argv = ["-m", "solver=picard,anderson", "optimizer=sgd,adam", "debug=default", "device=cpu", "hydra.sweep.dir=sweep"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hyperopt.app.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = command(*argv, "dataset.train=50", "dataset.val=20", "dataset.test=20", "task.state_size=10")
+    assert done.status == 0, done.err
     for number in range(4):
         out = tmp_path / "sweep" / str(number)
         assert json.loads((out / "summary.json").read_text())["status"] == "completed"

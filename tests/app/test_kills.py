@@ -45,20 +45,20 @@ def test_killed_at_every_write(tmp_path: Path) -> None:
     assert found["wrong"] == [] and found["kills"] > 50
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_fifty_kills_of_the_real_command(tmp_path: Path) -> None:
     found = measure().kills(tmp_path, seed=0, count=50)
     assert sum(case["signals"] for case in found.values()) == 60  # a SIGTERM and a SIGINT for each optimizer as well
     assert [case["differences"] for case in found.values()] == [[]] * 5
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_two_launches_at_the_same_moment(tmp_path: Path) -> None:
     found = measure().together(tmp_path, seed=0, count=20)
     assert found["exit statuses and refusals"]["[0, 1]"] == 4 and found["runs with a number that is not theirs"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which takes root")
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     found = measure().disk(tmp_path, seed=0, count=50)
@@ -72,7 +72,7 @@ def test_a_directory_that_is_removed_moved_or_locked(tmp_path: Path) -> None:
     assert [each["differences"] for each in found.values()] == [[]] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
     found = measure().long(tmp_path, seed=0, count=50)
     early, *_, late = found["marks"].values()

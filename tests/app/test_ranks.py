@@ -14,7 +14,10 @@ from rank_runs import CASES, COMMON, CONFIGS, run_all
 
 from hyperopt.app.run import run
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning"),  # PyTorch's own, on the first jvp
+    pytest.mark.xdist_group("ranks"),  # on one worker, so that the runs which all of them compare are made once
+]
 RUNS = Path(__file__).parents[1].joinpath("rank_runs.py")
 ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/adjoint", "hypergrad/error", "hypergrad/is_bound")
 """Costs are those of all ranks together; residuals are what is left at the tolerance."""
@@ -33,7 +36,7 @@ def rows(out: Path) -> list[dict[str, float]]:
 
 
 def compare(expected: list[dict[str, float]], found: list[dict[str, float]], tolerance: float = 1e-12) -> None:
-    assert len(found) == len(expected) == 10
+    assert len(found) == len(expected) == 6
     for one, other in zip(expected, found, strict=True):
         assert set(one) == set(other)
         for name, value in one.items():
@@ -56,7 +59,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_and_two_ranks_agree_after_ten_steps(one, two, name):
+def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)
     assert expected[-1]["outer/step_loss"] != expected[0]["outer/step_loss"]
     compare(expected, rows(two / "0" / name))
@@ -95,7 +98,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
     run(cfg, tmp_path)
     found = rows(tmp_path)
     begun = int(found[0]["step"])
-    assert begun in (0, 4)
+    assert begun in (0, 2)
     compare(rows(one / name), rows(one / name)[:begun] + found)
 
 
@@ -109,6 +112,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HYPEROPT_RANK_TIMEOUT": "30"}
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
     folder = tmp_path / "run"
     command = [*TORCHRUN, *SMALL, "trainer.max_steps=3", f"hydra.run.dir={folder}"]

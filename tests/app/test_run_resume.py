@@ -27,9 +27,14 @@ from toy_task import (
 
 from hyperopt.app import checkpoint
 
+# What either keeps is kept apart from the other: every optimizer and every schedule once, all pairs with the slow tests.
+ONCE = set(zip([*SMALL, *SMALL], SCHEDULERS, strict=False))
+PAIRS = [(optimizer, scheduler) for optimizer in SMALL for scheduler in SCHEDULERS]
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("optimizer", SMALL)
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"), [pytest.param(*pair, marks=() if pair in ONCE else pytest.mark.slow) for pair in PAIRS]
+)
 def test_resume_equals_uninterrupted(tmp_path: Path, optimizer: str, scheduler: str) -> None:
     want = uninterrupted(tmp_path / "whole", config(optimizer, scheduler))
     out = tmp_path / "stopped"

@@ -52,8 +52,14 @@ def network(name, size=None, dtype=DOUBLE, rows=40):
     return problem, model, {"decay": torch.tensor(-6.0, dtype=dtype), "weights": torch.ones(rows, dtype=dtype)}
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(None, DOUBLE), (None, torch.float32), (10, DOUBLE)])
-@pytest.mark.parametrize("name", NETWORKS)
+KINDS = [(None, DOUBLE), (None, torch.float32), (10, DOUBLE)]
+QUICK = [("hidden", None, DOUBLE), ("channels", None, torch.float32), ("batch norm", 10, DOUBLE)]  # each network and kind once
+DRAWN = [*QUICK, *((name, *kind) for kind in KINDS for name in NETWORKS if (name, *kind) not in QUICK)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in DRAWN]
+)
 def test_the_defaults_tune_a_network_with_dropout(name, size, dtype):
     """Every hypergradient of 20 outer steps is finite, and the loss ends lower than by training on alone."""
     ends = {}
@@ -110,11 +116,12 @@ def regression(size, rows=240, dim=24, keep=1.0):
     [
         (None, 1.0, "CG"),  # one function
         (240, 1.0, "CG"),  # the same rows in another order
-        (12, 1.0, "Neumann"),  # fewer rows than weights: a singular Hessian, but for the decay
+        # Fewer rows than weights: a singular Hessian, but for the decay.
+        pytest.param(12, 1.0, "Neumann", marks=pytest.mark.slow),
         (24, 1.0, "Neumann"),  # as many: the worst for the inverse of one batch
-        (60, 1.0, "Neumann"),
+        pytest.param(60, 1.0, "Neumann", marks=pytest.mark.slow),
         (None, 0.8, "Neumann"),  # dropout on all rows
-        (60, 0.9, "Neumann"),
+        pytest.param(60, 0.9, "Neumann", marks=pytest.mark.slow),
     ],
 )
 def test_the_mean_over_draws_is_near_the_exact_hypergradient(size, keep, name):

@@ -118,8 +118,16 @@ def non_contiguous():
 PROBLEMS = [scalar, vector, batch, image, coupled, nested, non_contiguous]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize(("solver", "adjoint", "rtol"), GRID)
+def thinned():
+    """Every problem with every pair of methods: all pairs on a batch, and every fifth on each other problem, the rest slow."""
+    for number, problem in enumerate(PROBLEMS):
+        for place, case in enumerate(GRID):
+            quick = problem is batch or (place + number) % 5 == 0
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(problem, *case.values, marks=marks, id=f"{problem.__name__}-{case.id}")
+
+
+@pytest.mark.parametrize(("problem", "solver", "adjoint", "rtol"), list(thinned()))
 def test_value_and_hypergradient(problem, solver, adjoint, rtol):
     phi, w0, params, rows = problem()
     solution = fixed_point(phi, w0, rows=rows, solver=solver, adjoint=adjoint, policy="raise")
