@@ -184,8 +184,14 @@ def test_a_start_at_the_solution(methods, door):
     close(DOORS[door](by_args(phi, METHODS[methods], reference(M))), DOORS[door](reference), rtol=RTOL, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", [by_args, by_closure])
-@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize(
+    ("methods", "way"),
+    [
+        pytest.param(methods, way, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, methods in enumerate(METHODS)
+        for j, way in enumerate((by_args, by_closure))
+    ],
+)
 def test_torchs_own_checks(methods, way):
     f = way(tanh, METHODS[methods], torch.zeros(3, 2))
     assert gradcheck(f, leaf(), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)

@@ -51,8 +51,18 @@ def following(dtype=DOUBLE) -> BilevelProblem:
     return BilevelProblem(lambda w, lam, batch: (w - lam).square().sum() / 2, lambda w, lam, batch: (w - 3).square().sum() / 2)
 
 
-@pytest.mark.parametrize("away", [0.0, 1e-15, 1e-12, 1e-6])
-@pytest.mark.parametrize("name", SINGLE_LOOP)
+# stocBiO and F2SA train ten times as long in each outer step: one distance each here, the others with the slow tests.
+LONG = [("stocbio", 1e-15), ("f2sa", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [
+        pytest.param(name, away, marks=pytest.mark.slow if name in dict(LONG) and (name, away) not in LONG else ())
+        for name in SINGLE_LOOP
+        for away in (0.0, 1e-15, 1e-12, 1e-6)
+    ],
+)
 def test_single_loop_from_trained_weights(name, away):
     lam = torch.tensor([0.1, 0.2], dtype=DOUBLE)
     bilevel = Bilevel(following(), lam + away, adjoint=SINGLE_LOOP[name])
