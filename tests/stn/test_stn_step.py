@@ -299,7 +299,7 @@ def test_resume_bit_for_bit_with_all_optimizers(mode: str) -> None:
 def test_an_optimizer_that_needs_one_function_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"optimizer of the {name} is LBFGS"):
         made(**{name: optimizer("lbfgs")})
-    with pytest.raises(ValueError, match=f"schedule of the {name} is plateau"):
+    with pytest.raises(ValueError, match=f"schedule of the {name} goes by evaluations"):
         made(**{name: adam(scheduler=scheduler("plateau"))})
 
 
