@@ -206,7 +206,7 @@ def _check_state(module: nn.Module, size: int, features: int, name: str) -> None
     dtype = next((each.dtype for each in known), torch.get_default_dtype())
     z, x = torch.zeros(2, size, dtype=dtype), torch.zeros(2, features, dtype=dtype)
     what = f"{name}: forward(z, x) on z of shape {tuple(z.shape)} and x of shape {tuple(x.shape)}"
-    change = "change forward, or say with an attribute state_size of the module, or with task.state_size, how many entries z has"
+    change = "change forward, or say by an attribute state_size of the module, or by state_size, how many entries z has"
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             out = copy.deepcopy(module).eval()(z, x)

@@ -561,10 +561,10 @@ OWN = """
 import os
 from dataclasses import dataclass
 from typing import Any
-from hyperopt.nn.cells import ProjectedCell
+from hyperopt.nn.cells import CellFactory, ProjectedCell
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(CellFactory):
     inside: Any = None
 
     def build(self, features, state_size, generator=None):

@@ -332,8 +332,8 @@ def test_an_empty_set_and_batches_that_do_not_fit():
                 .value.sum()
                 .backward()
             ),
-            TypeError,
-            "T1T2 is for trained inner problems",
+            ValueError,
+            r"adjoint=T1T2\(\) is for trained inner problems",
         ),
     ],
 )
