@@ -117,9 +117,8 @@ def test_hparams_keys_do_not_depend_on_the_choice(group: str) -> None:
     for option in own():
         if option.startswith(f"{group}/") and option.count("/") == 1:
             cfg = OmegaConf.create({"seed": 1, "trainer": {"mode": "min"}})
-            cfg[group] = OmegaConf.masked_copy(
-                shown := OmegaConf.create(options()[option]), [k for k in shown if k != "defaults"]
-            )
+            shown: Any = OmegaConf.create(options()[option])
+            cfg[group] = OmegaConf.masked_copy(shown, [str(key) for key in shown if key != "defaults"])
             found.append(hparams(cfg))
     assert len(found) > 1 and all(row.keys() == found[0].keys() for row in found)
     texts = [{key for key, value in row.items() if isinstance(value, str)} for row in found]

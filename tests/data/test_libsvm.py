@@ -119,10 +119,10 @@ def test_the_problem_of_the_suite_takes_batches_and_is_measured_on_all_rows(root
 
 
 def test_the_published_steps(root: Path) -> None:
-    found = {
-        name: task_of(f"paths.data={root}", f"adjoint={name}_ijcnn1").adjoint.step_size
-        for name in ("saba", "stocbio", "soba")  # pyright: ignore
+    adjoints: Any = {
+        name: task_of(f"paths.data={root}", f"adjoint={name}_ijcnn1").adjoint for name in ("saba", "stocbio", "soba")
     }
+    found = {name: each.step_size for name, each in adjoints.items()}
     assert found == {"saba": 0.25, "stocbio": 0.25, "soba": 0.03125}
 
 
