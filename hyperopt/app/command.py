@@ -23,6 +23,7 @@ from hyperopt.app.preflight import Preflight, Refusal
 from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.workers import LAUNCHER, THREADS
+from hyperopt.core.text import one_line, printable
 
 register()
 
@@ -34,7 +35,24 @@ def job(cfg: DictConfig) -> float:
     out = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return sweep.run_job(cfg, hydra_config, out)
-    return lead(cfg, out)
+    try:
+        return lead(cfg, out)
+    except Exception as error:
+        raise Failure(error, out) from error
+
+
+class Failure(SystemExit):
+    """A run that failed. Hydra prints an exception of a job its own way, but lets an exit through."""
+
+    def __init__(self, error: Exception, out: Path) -> None:
+        """Keep the error, and where the run was, for ``launch``; the exit status is 1."""
+        super().__init__(1)
+        self.error, self.out = error, out
+
+    def traceback(self) -> Path | None:
+        """The file that holds its traceback, if the run has written one."""
+        file = RunDirectory(self.out).failed
+        return file if file.is_file() and type(self.error).__name__ in file.read_text(errors="replace") else None
 
 
 def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
@@ -58,18 +76,21 @@ def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
 def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     """Run what the command line asks for; exit with status 1 after a refused launch or a failed job.
 
-    An error that the command line can mend is printed in a few lines, any other with its traceback; ``HYDRA_FULL_ERROR=1`` asks
-    for the traceback of all.
+    What went wrong is printed in a few lines, and where ``FAILED`` holds the traceback of a run. Only an error of the program
+    that has left no such file is printed with its traceback; ``HYDRA_FULL_ERROR=1`` asks for the traceback of all.
     """
     before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
     Preflight.launched = None
+    kept: Path | None = None
     try:
         sys.argv[1:] = [*with_those_of_the_run(overrides), *flags]
         job()
         return
     except Refusal as refusal:
         error: BaseException = refusal.error
+    except Failure as failure:
+        error, kept = failure.error, failure.traceback()
     except Exception as raised:
         error = raised
     finally:
@@ -79,6 +100,9 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
             if value is not None:
                 os.environ[name] = value
     message = explain(error, choices())
+    if kept is not None:
+        what = f"{type(error).__name__}: {one_line(error)}" if message is None else message
+        message = f"{what}\nhyperopt: the traceback is in {printable(str(kept))}"
     failed = Preflight.failures()
     if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)

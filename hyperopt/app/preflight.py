@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -69,8 +68,6 @@ class Preflight(Callback):
         error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
         number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
         message = explain(error, choices())
-        if message is None:
-            traceback.print_exception(error)
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
         print(f"hyperopt: see {config.hydra.runtime.output_dir}/{RunDirectory.failed}", file=sys.stderr)
 

@@ -364,3 +364,11 @@ def test_an_evaluation_of_a_run_from_elsewhere_allows_and_resolves_nothing(launc
     Path("one/.hydra/overrides.yaml").write_text("- task._target_=os.system\n")
     done = launch("mode=evaluate", "ckpt_path=one/checkpoints/best.pt")
     assert done.status == 1 and "task._target_='os.system' is outside hyperopt" in done.err and not done.runs
+
+
+def test_a_run_that_fails_says_what_happened_and_where_its_traceback_is(command: Launcher) -> None:
+    done = command("optimizer.lr=1e308", "debug=default", "trainer.max_steps=5", "device=cpu", "hydra.run.dir=mine")
+    said = done.err.splitlines()[-2:]
+    assert done.status == 1 and "Traceback" not in done.err
+    assert said[0].startswith("hyperopt: ") and said[1] == f"hyperopt: the traceback is in {Path('mine').resolve() / 'FAILED'}"
+    assert "Traceback" in Path("mine/FAILED").read_text()
