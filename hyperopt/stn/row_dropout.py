@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hyperopt.core.random import Stream
+from hyperopt.core.random import Stream, current_keys
 from hyperopt.nn.regularise.dropout import dropout
-from hyperopt.nn.regularise.keyed import current_keys
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dropout import Dropout
 
 
 class RowDropout(Dropout):
-    """``Dropout`` at the rate ``draw.h[name]``, drawn by the keys of the batch under way: see ``hyperopt.nn.regularise.keyed``.
+    """``Dropout`` at the rate ``draw.h[name]``, drawn by the keys of the batch under way: see ``hyperopt.core.random``.
 
     Args:
         name: the hyperparameter.

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.core.random import Keys
+from hyperopt.core.random import Keys, keyed
 from hyperopt.data.batches import Batches
 from hyperopt.data.splits import Rows, Splits
-from hyperopt.nn.regularise.keyed import keyed
 from hyperopt.nn.regularise.pipeline import RANGES, Pipeline, check_range
 from hyperopt.stn.declare import Bounded, Discrete, Tuned
 from hyperopt.stn.draw import Draw

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperopt.core.random import Keys, Stream
+from hyperopt.core.random import Keys, Stream, current_keys, keyed
 from hyperopt.nn.regularise.colour import jitter
 from hyperopt.nn.regularise.cutout import cutout
 from hyperopt.nn.regularise.dropout import dropout
-from hyperopt.nn.regularise.keyed import current_keys, keyed
 from hyperopt.nn.regularise.noise import gaussian, scaled
 from hyperopt.nn.regularise.pipeline import RANGES, Pipeline, check_range
 

@@ -11,10 +11,9 @@ from optimizers import adam
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hyperopt.core.random import Keys, Stream
+from hyperopt.core.random import Keys, Stream, keyed
 from hyperopt.data.digits import Digits
 from hyperopt.nn.regularise.dropout import dropout
-from hyperopt.nn.regularise.keyed import keyed
 from hyperopt.stn import Bounded, Discrete, HyperSpace, Positive, convert
 from hyperopt.stn.classifiers import Classifier
 from hyperopt.stn.row_dropout import RowDropout

@@ -20,8 +20,8 @@ from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.run import run
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.adjoints.unrolled import Unrolled
+from hyperopt.core.linear.base import fitted_start
 from hyperopt.core.linear.neumann import Neumann
-from hyperopt.core.linear.start import fitted_start
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.data.digits import Digits
 from hyperopt.tasks.equilibrium import EquilibriumTask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hyperopt.core.captured import Swap
 from hyperopt.core.draws import Unreplayed
+from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.operator import ClosedForm
 from hyperopt.core.purity import random_map
 from hyperopt.core.replay import FrozenMap
@@ -141,6 +143,30 @@ class Bound(ClosedMap):
                 "hyperopt.core.operator.ClosedForm"
             )
         return found
+
+
+def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor], Jacobian | None]:
+    """Return ``part(index)``: a new graph of some rows at ``point``, None where the map no longer gives ``out`` there.
+
+    A linear solve then spends nothing on rows that are solved. A graph knows all of its rows or none, so the map is called once
+    more, on the rows that are left, and only where the caller has said that it takes all that belongs to a row through
+    ``row_args``. If that call does not give what the solve gave, the map is no longer the one that was solved, and the graph of
+    all rows is used on.
+    """
+
+    def part(index: Tensor) -> Jacobian | None:
+        with torch.enable_grad():
+            leaf = point[index].detach().requires_grad_()
+            graph = problem.part(index)(leaf)
+        want = out[index]
+        change, size = torch.linalg.vector_norm(graph.detach() - want), torch.linalg.vector_norm(want)
+        if not bool(change <= math.sqrt(torch.finfo(want.dtype).eps) * size):
+            return None
+        found = Jacobian(graph, leaf)
+        found.evaluations = 1
+        return found
+
+    return part
 
 
 class Adjoint(ABC):

@@ -3,7 +3,7 @@
     w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
 
 The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
-on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.core.adjoints.parts``).
+on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.core.adjoints.base``).
 Memory does not grow with the number of iterations, forward or backward.
 References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.core.adjoints.base import Adjoint, Bound, Problem
-from hyperopt.core.adjoints.parts import graph_part
+from hyperopt.core.adjoints.base import Adjoint, Bound, Problem, graph_part
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
 from hyperopt.core.checks import POLICIES, check_choice, check_flag, check_kind, check_kinds
 from hyperopt.core.differentiate import System, attach

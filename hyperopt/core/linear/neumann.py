@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, solve_by_iteration
-from hyperopt.core.linear.start import fitted_start
+from hyperopt.core.linear.base import LinearSolution, LinearSolver, Products, fitted_start, solve_by_iteration
 from hyperopt.core.solvers.picard import Picard
 
 
