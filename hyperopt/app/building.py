@@ -150,13 +150,13 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
             return [make(child, f"{key}.{n}", inside or Any, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
-            names = " or ".join(kind.__name__ for kind in expected)
+            names = _names(expected)
             raise ConfigError(f"{key}={short(value)} names no {names}: it has no _target_; change {key}")
         return value
     if "_target_" not in value:
         inside = element(hint, Mapping)
         if inside is None and expected and object not in expected:
-            names = " or ".join(kind.__name__ for kind in expected)
+            names = _names(expected)
             raise ConfigError(f"{key} names no {names}: it has no _target_; choose an option, or set {key}._target_")
         return {name: make(child, f"{key}.{name}", inside or Any, allowed) for name, child in value.items()}
     target = value["_target_"]
@@ -214,6 +214,11 @@ def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: An
         raise ConfigError(_with_keys(text, key, kind)) from error
 
 
+def _names(kinds: Sequence[type]) -> str:
+    """Return the names of what may stand somewhere, for a message."""
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
 def _plain(hint: Any) -> bool:
     """Whether a value of this type may also be a number or a text: ``float | Space``."""
     return any(each in (int, float, str, bool) for each in getattr(hint, "__args__", ()))
@@ -226,7 +231,7 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
         return
     if not expected:
         raise ConfigError(f"{key} holds plain values, but has _target_={short(target)}; drop {key}._target_")
-    names = " or ".join(each.__name__ for each in expected)
+    names = _names(expected)
     group = key.rpartition(".")[2]
     able = [name for name, (own, *_) in targets(group).items() if issubclass(get_class(own), expected)]
     if able and (option := next((name for name, (own, *_) in targets(group).items() if own == target), None)):

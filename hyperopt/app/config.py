@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -15,9 +15,6 @@ from omegaconf.errors import MissingMandatoryValue
 from hyperopt.app.errors import near
 from hyperopt.app.options import registered
 from hyperopt.core.text import why_no_component
-
-if TYPE_CHECKING:
-    pass
 
 
 class ConfigError(ValueError):
