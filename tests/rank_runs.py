@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
+from composing import composed
 
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
@@ -23,7 +23,6 @@ from hyperopt.data.synthetic import Synthetic
 from hyperopt.tasks.equilibrium import EquilibriumTask
 
 register()
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.max_steps=6", "trainer.checkpoint_every=3"]
 ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
@@ -55,10 +54,8 @@ WRONG = {
 def run_all(folder: Path) -> None:
     """Run every case in a directory of its own."""
     for name, overrides in CASES.items():
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[*COMMON, *overrides])
         (folder / name).mkdir(parents=True)
-        run(cfg, folder / name)
+        run(composed(*COMMON, *overrides), folder / name)
 
 
 def run_wrong(folder: Path) -> None:
@@ -76,8 +73,7 @@ def run_wrong(folder: Path) -> None:
 
     said = {}
     for name in WRONG:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[*COMMON, *WRONG[name]])
+        cfg = composed(*COMMON, *WRONG[name])
         (folder / name).mkdir(parents=True)
         try:
             with mock.patch.object(Synthetic, "load", with_nan), mock.patch.object(EquilibriumTask, "step", slowly):

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import CONFIGS, composed
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import validate
 from hyperopt.app.options import own
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
 FEW = ["task.batch_size=10", "dataset.train=20", "dataset.val=10", "dataset.test=10"]  # for cells of convolutions
 NEEDS = {
@@ -82,10 +79,7 @@ START_AT_ZERO = ("SOBA", "SABA", "VPBGD")  # the adjoint variable, or the way be
 
 
 def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=["debug=default", "device=cpu", *overrides])
+    cfg = composed("debug=default", "device=cpu", *overrides)
     run(cfg, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert json.loads((out / "summary.json").read_text())["status"] == "completed"
@@ -142,9 +136,6 @@ TRAINS = re.compile(r"override /task: (l2|bias_regularization|weight_decay|augme
 
 @pytest.mark.parametrize("name", [e for e in EXPERIMENTS if TRAINS.search((CONFIGS / "experiment" / f"{e}.yaml").read_text())])
 def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
-        for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
-            validate(compose("train", overrides=[f"experiment={name}", option]))
+    # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
+    for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
+        validate(composed(f"experiment={name}", option))

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -245,7 +246,7 @@ def environment(seed: int = 0) -> Environment:
 
 def built(key: str, target: str) -> Built:
     """The default job on the digits with a part of the package instead of its own."""
-    cfg = compose("train", ["task.state_size=5", "allow_targets=[mine]", "precision=float64"])
+    cfg = composed("task.state_size=5", "allow_targets=[mine]", "precision=float64")
     part = OmegaConf.create(f"{{_target_: mine.lacking.{target}}}")
     OmegaConf.update(cfg, key, part, merge=False, force_add=True)
     return build(cfg)

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from rank_runs import CASES, COMMON, CONFIGS, run_all
+from composing import composed
+from rank_runs import CASES, COMMON, run_all
 
 from hyperopt.app.run import run
 
@@ -92,10 +92,8 @@ def test_four_ranks_agree(one, tmp_path_factory, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
-        cfg = compose("train", overrides=[*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"])
-    run(cfg, tmp_path)
+    checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
+    run(composed(*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"), tmp_path)
     found = rows(tmp_path)
     begun = int(found[0]["step"])
     assert begun in (0, 2)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from composing import composed
 from optimizers import adam, scheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +17,6 @@ from hyperopt.app import checkpoint
 from hyperopt.app.building import build, validate
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.experiment import flatten
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.core import distributed
 from hyperopt.stn import HyperSpace, Positive
@@ -30,15 +27,7 @@ from hyperopt.tasks.stn_ridge import Ridge, StnRidgeTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DOUBLE = torch.float64
-
-
-def composed(*overrides: str) -> DictConfig:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=[*overrides, "trainer.progress=false", "threads=1"])
 
 
 def ridge(mode: str, scale: float, updates: int, seed: int = 0) -> dict[str, float]:
