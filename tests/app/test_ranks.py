@@ -14,10 +14,7 @@ from rank_runs import CASES, COMMON, run_all
 
 from hyperopt.app.run import run
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning"),  # PyTorch's own, on the first jvp
-    pytest.mark.xdist_group("ranks"),  # on one worker, so that the runs which all of them compare are made once
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
 RUNS = Path(__file__).parents[1].joinpath("rank_runs.py")
 ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/adjoint", "hypergrad/error", "hypergrad/is_bound")
 """Costs are those of all ranks together; residuals are what is left at the tolerance."""

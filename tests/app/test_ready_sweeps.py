@@ -17,7 +17,7 @@ def test_every_ready_sweep_is_tested() -> None:
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == set(JOBS)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "five_seeds" else pytest.mark.slow) for name in JOBS])
 def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     done = launch(f"sweep={name}", "hydra.sweep.dir=mine")
     assert done.status == 0, done.err
@@ -33,6 +33,7 @@ def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
         assert {cfg.task.adjoint.linear_solver.rtol for cfg in found} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
     argv = ["sweep=five_seeds", "hydra.sweep.dir=mine"]
     launch(*argv)
@@ -40,6 +41,7 @@ def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
     assert [cfg.seed for cfg, _ in launch(*argv, "resume=auto").runs] == [3]
 
 
+@pytest.mark.slow
 def test_a_ready_sweep_for_real(command: Launcher) -> None:
     small = ["dataset.train=20", "dataset.val=20", "dataset.test=20", "dataset.features=2"]
     done = command("sweep=five_seeds", "experiment=l2_logistic", "debug=default", *small, "hydra.sweep.dir=mine")
