@@ -54,6 +54,7 @@ _PUBLIC = {
     "Phantom": "hyperopt.core.adjoints.phantom",
     "Checkpointed": "hyperopt.core.adjoints.checkpointed",
     "BilevelProblem": "hyperopt.bilevel.problem",
+    "Tuner": "hyperopt.bilevel.tuner",
     "Bilevel": "hyperopt.bilevel.hypergradient",
     "hypergradient": "hyperopt.bilevel.hypergradient",
     "Estimate": "hyperopt.bilevel.estimate",
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.soba import SOBA as SOBA
     from hyperopt.bilevel.stocbio import StocBiO as StocBiO
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2
+    from hyperopt.bilevel.tuner import Tuner as Tuner
     from hyperopt.bilevel.v_pbgd import VPBGD as VPBGD
     from hyperopt.core.adjoints.checkpointed import Checkpointed as Checkpointed
     from hyperopt.core.adjoints.implicit import Implicit as Implicit

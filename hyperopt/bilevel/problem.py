@@ -181,17 +181,19 @@ class BilevelProblem:
             initial=None if initial is None else lambda lam: collect(initial(lam)),
         )
 
-    def decayed(self, decay: float) -> BilevelProblem:
-        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too."""
+    def decayed(self, decay: float | Sequence[float]) -> BilevelProblem:
+        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too; ``decay`` may be one for each leaf of ``w``."""
         inner, constants = self.inner_loss, self.constants
 
         def penalty(w: Any) -> Tensor:
-            return decay / 2 * torch.stack([leaf.square().sum() for leaf in optree.tree_leaves(w)]).sum()
+            leaves = optree.tree_leaves(w)
+            each = decay if isinstance(decay, Sequence) else [decay] * len(leaves)
+            return torch.stack([d / 2 * leaf.square().sum() for d, leaf in zip(each, leaves, strict=True) if d]).sum()
 
         def known(w: Any, lam: Any) -> InnerConstants:
             assert constants is not None
-            given = constants(w, lam)
-            return replace(given, strong_convexity=given.strong_convexity + decay, smoothness=given.smoothness + decay)
+            given, each = constants(w, lam), decay if isinstance(decay, Sequence) else [decay]
+            return replace(given, strong_convexity=given.strong_convexity + min(each), smoothness=given.smoothness + max(each))
 
         whole = inner.plus(penalty) if isinstance(inner, Composite) else lambda w, lam, batch: inner(w, lam, batch) + penalty(w)
         return replace(self, inner_loss=whole, constants=None if constants is None else known)
