@@ -7,6 +7,7 @@ a source with ``draw()``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,6 +100,18 @@ class OwnBatches:
                 source.load_state_dict(self.kept)
             self.given, self.source, self.kept = given, source, None
         return self.source
+
+    def place(self) -> tuple[Any, ...]:
+        """Where it stands, to be handed to ``back``."""
+        return self.given, self.source, copy.deepcopy(self.state_dict())
+
+    def back(self, place: tuple[Any, ...]) -> None:
+        """Stand where it stood."""
+        self.given, self.source, state = place
+        if self.source is None:
+            self.kept = state
+        else:
+            self.source.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Where the next batch stands; None where there is no source."""

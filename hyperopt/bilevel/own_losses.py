@@ -11,6 +11,7 @@ have no second derivative, or another one on each rank: compiled code, ``Distrib
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.problem import refuse_no_scalar, rows_of
+from hyperopt.bilevel.problem import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import Swap
 from hyperopt.core.graph_modes import FullPrecision, refuse_reentrant, without_autocast
@@ -96,11 +97,13 @@ class ModuleLosses:
             with swap, FullPrecision():
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
-            if not bool(torch.isfinite(value)):
-                raise ValueError(f"{name} is {float(value):g} on a batch: check the data, the weights and the hyperparameters")
+            if not math.isfinite(number := float(value.detach())):
+                raise ValueError(f"{name} is {number:g} on a batch: check the data, the weights and the hyperparameters")
             return value
 
         def mean(w: dict[str, Tensor], lam: Any, batches: Sequence[Any]) -> Tensor:
+            for batch in batches:
+                refuse_no_rows(name, batch)
             values = [distributed.mean_over_ranks(one, w, lam, batch, rows=rows_of(batch)) for batch in batches]
             value = values[0] if len(values) == 1 else torch.stack([each.reshape(()) for each in values]).mean()
             leaves = {id(leaf): leaf for leaf in variables(value)}

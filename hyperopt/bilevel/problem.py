@@ -319,9 +319,18 @@ def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
         raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
     if loss.numel() != 1:
         raise ValueError(f"{name} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
+    refuse_no_rows(name, batch)
+
+
+def refuse_no_rows(name: str, batch: Any) -> None:
+    """Refuse a batch without rows of the loss called ``name``.
+
+    Raises:
+        ValueError: gives its shape.
+    """
     for leaf in optree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:
-            kind = "training" if name == "inner_loss" else "validation"
+            kind = "validation" if name in ("outer_loss", "val_loss") else "training"
             raise ValueError(f"{name}: the batch has no rows (shape {tuple(leaf.shape)}); is the {kind} set empty?")
 
 

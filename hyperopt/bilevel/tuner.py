@@ -15,6 +15,7 @@ References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi e
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,9 +102,11 @@ class Record:
         """One line."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
         kind = "error bound" if self.estimate.certificate.is_bound else "error estimate"
+        unused = [re.sub(r"^lam\['|'\]$", "", name).replace("']['", ".") for name in self.estimate.unused]
+        said = f"; unused: {', '.join(unused)}" if unused else ""
         return (
             f"step {self.step}: val_loss={self.loss:.6g}, {values}, {self.status} by {self.adjoint}, {kind} {self.error:.2g} of "
-            f"a hypergradient of {self.estimate.norm:.3g}, {self.gradients} gradient evaluations ({self.products} products)"
+            f"a hypergradient of {self.estimate.norm:.3g}, {self.gradients} gradient evaluations ({self.products} products){said}"
         )
 
 
@@ -168,7 +171,9 @@ class Tuner:
         self._memory: dict[str, Any] = {}
         self._weights: dict[str, list[int]] = {}  # whose memory it is: shapes by name
         self._batches = OwnBatches("train"), OwnBatches("val")
-        given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else list(trained_by)
+        given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
+        if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
+            raise TypeError(f"trained_by={trained_by!r} is no optimizer of PyTorch; give the one, or a list of those, of the model")
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()
@@ -204,10 +209,22 @@ class Tuner:
         Raises:
             TypeError, ValueError, RuntimeError: a loss or data that do not fit, named with what to change.
             SolveError: the hypergradient is not finite.
-            All of them are raised before anything is moved.
+            All of them are raised before anything is moved; what was taken from an iterator of the user's is not put back.
         """
+        if not any(parameter.requires_grad for parameter in self.hyper.parameters()):
+            raise ValueError("no hyperparameter requires grad, so that none would move; call hyper.requires_grad_()")
         counts = check_counts(batches)
-        drawn = [mine.take(data, n) for mine, data, n in zip(self._batches, (train, val), counts, strict=True)]
+        places = [mine.place() for mine in self._batches]
+        try:
+            drawn = [mine.take(data, n) for mine, data, n in zip(self._batches, (train, val), counts, strict=True)]
+            return self._step(drawn)
+        except Exception:
+            for mine, place in zip(self._batches, places, strict=True):
+                mine.back(place)
+            raise
+
+    def _step(self, drawn: list[list[Any]]) -> Record:
+        """A step on these batches of ``train`` and of ``val``."""
         hyper, optimizer = self.hyper, self.optimizer
         with plainly(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
             losses = self._losses()
@@ -296,13 +313,13 @@ def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, opti
             "optimizer is LBFGS, which looks at the loss for several hyperparameters, but the weights are trained for one; give "
             "torch.optim.Adam, SGD, or another that takes one gradient a step"
         )
-    own = {id(parameter): name for name, parameter in hyper.named_parameters()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if missing := [name for key, name in own.items() if key not in held]:
+    if missing := [name for name, p in hyper.named_parameters() if p.requires_grad and id(p) not in held]:
         raise ValueError(
             f"optimizer does not hold {', '.join(missing)} of hyper, so that they would never move; give it hyper.parameters()"
         )
-    if held - own.keys():
+    held -= {id(parameter) for parameter in hyper.parameters()}
+    if held:
         weights = {id(parameter): name for name, parameter in model.named_parameters()}
         names = [weights[key] for key in held if key in weights] or ["other tensors"]
         raise ValueError(
