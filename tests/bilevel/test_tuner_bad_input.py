@@ -40,13 +40,19 @@ def refused(words: str, kind: Any = (TypeError, ValueError, RuntimeError), steps
 # ---- losses
 
 
-@pytest.mark.parametrize("loss", [fit, lambda m, b, lam: fit(m, b, lam) + lam["decay"], lambda m, b, lam: fit(m, b, lam) + 0 * lam["decay"].detach()])
+@pytest.mark.parametrize(
+    "loss", [fit, lambda m, b, lam: fit(m, b, lam) + lam["decay"], lambda m, b, lam: fit(m, b, lam) + 0 * lam["decay"].detach()]
+)
 def test_a_training_loss_that_does_not_depend_on_the_hyperparameters(loss: Any) -> None:
-    refused("val_loss depends on none of .*decay.*neither itself nor through the minimum of train_loss", ValueError, train_loss=loss)
+    refused(
+        "val_loss depends on none of .*decay.*neither itself nor through the minimum of train_loss", ValueError, train_loss=loss
+    )
 
 
 def test_a_hyperparameter_that_no_loss_uses_is_named() -> None:
-    tuner = tuner_of(mlp(), train_loss=lambda m, b, lam: fit(m, b, lam) + lam["decay"] * sum(p.square().sum() for p in m.parameters()))
+    tuner = tuner_of(
+        mlp(), train_loss=lambda m, b, lam: fit(m, b, lam) + lam["decay"] * sum(p.square().sum() for p in m.parameters())
+    )
     record = tuner.step(TRAIN, VAL)
     assert record.estimate.unused == ("lam['bias']",) and "bias" in str(record).partition("unused")[2]
     assert float(record.grad["bias"]) == 0 and float(record.grad["decay"]) != 0
@@ -54,7 +60,9 @@ def test_a_hyperparameter_that_no_loss_uses_is_named() -> None:
 
 def test_hyperparameters_of_the_validation_loss_alone_are_fine() -> None:
     model = mlp()
-    tuner = tuner_of(model, train_loss=fit, val_loss=lambda m, b, lam: (lam["decay"] * m(b[0]) + lam["bias"] - b[1]).square().mean())
+    tuner = tuner_of(
+        model, train_loss=fit, val_loss=lambda m, b, lam: (lam["decay"] * m(b[0]) + lam["bias"] - b[1]).square().mean()
+    )
     with torch.no_grad():
         out, lam = model(VAL[0]), tuner.hyper.read()
         expected = 2 * ((lam["decay"] * out + lam["bias"] - VAL[1]) * out).mean()
@@ -68,7 +76,10 @@ def test_hyperparameters_of_the_validation_loss_alone_are_fine() -> None:
         (lambda m, b, lam: lam["decay"] * b[1].square().mean(), "does not depend on the parameters of the model"),
         (lambda m, b, lam: lam["decay"] + fit(m, b, lam).detach(), "does not depend on the parameters of the model"),
         (lambda m, b, lam: torch.tensor(fit(m, b, lam).item()), "does not depend on the parameters of the model"),
-        (lambda m, b, lam: (m(b[0]) - b[1]).square() * lam["decay"], r"returned a tensor of shape \(\d+, 1\); it must be a scalar"),
+        (
+            lambda m, b, lam: (m(b[0]) - b[1]).square() * lam["decay"],
+            r"returned a tensor of shape \(\d+, 1\); it must be a scalar",
+        ),
         (lambda m, b, lam: float(fit(m, b, lam).detach()), "returned a float; it must return a tensor"),
         (lambda m, b, lam: None, "returned a NoneType"),
         (lambda m, b, lam: fit(m, b, lam) * lam["decay"] * float("nan"), "is nan on a batch"),
@@ -120,7 +131,11 @@ class Stream(IterableDataset):
         ([], None, "train is an empty list"),
         (iter([]), None, "train is an iterator that had 0 more batches, but 1 are needed"),
         (iter([TRAIN]), 2, "train is an iterator that had 1 more batches, but 2 are needed"),
-        ((torch.zeros(0, 4, dtype=DOUBLE), torch.zeros(0, 1, dtype=DOUBLE)), None, "train_loss: the batch has no rows.*training set"),
+        (
+            (torch.zeros(0, 4, dtype=DOUBLE), torch.zeros(0, 1, dtype=DOUBLE)),
+            None,
+            "train_loss: the batch has no rows.*training set",
+        ),
         (TRAIN, 2, "train is one batch, but batches=2"),
         (list(TRAIN), 2, "train is one batch, but batches=2"),
         ([TRAIN, TRAIN], 3, "train is a list of 2 batches, but batches=3"),
@@ -327,7 +342,10 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         ({k: v for k, v in good.items() if k != "memory"}, "no entry 'memory'"),
         ({**good, "more": 1}, "unknown entry 'more'"),
         ({**good, "hyper": other.state_dict()}, "'bias'"),
-        ({**good, "optimizer": torch.optim.SGD([torch.zeros(1), torch.zeros(1)][:1], lr=1.0).state_dict()}, "optimizer|parameter group"),
+        (
+            {**good, "optimizer": torch.optim.SGD([torch.zeros(1), torch.zeros(1)][:1], lr=1.0).state_dict()},
+            "optimizer|parameter group",
+        ),
         (None, "state of Tuner is a NoneType"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
