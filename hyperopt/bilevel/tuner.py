@@ -173,7 +173,9 @@ class Tuner:
         self._batches = OwnBatches("train"), OwnBatches("val")
         given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
         if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
-            raise TypeError(f"trained_by={trained_by!r} is no optimizer of PyTorch; give the one, or a list of those, of the model")
+            raise TypeError(
+                f"trained_by={trained_by!r} is no optimizer of PyTorch; give the one, or a list of those, of the model"
+            )
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()
@@ -232,7 +234,8 @@ class Tuner:
             device = next(iter(losses.w.values())).device.type
             problem = BilevelProblem(inner, without_trace(outer, device), SameBatch(drawn[0]), SameBatch(drawn[1]))
             decays = [self._trained.decays.get(name, 0.0) for name in losses.w]
-            bilevel = Bilevel(problem.decayed(decays) if any(decays) else problem, losses.w, adjoint=self.adjoint)
+            problem = problem.decayed(decays) if any(decays) else problem
+            bilevel = Bilevel(problem, losses.w, adjoint=self.adjoint, products=ProductSettings(keep=False))
             weights = {name: list(leaf.shape) for name, leaf in losses.w.items()}
             bilevel.state.memory = copy.deepcopy(self._memory) if weights == self._weights else {}
             lam = hyper.values()
