@@ -56,8 +56,8 @@ class ProductSettings:
         warm: start the adjoint, and the power iteration, where those of the last outer step ended.
         curvature: ``hessian``, ``gauss_newton`` (which needs an inner loss that is a ``Composite``) or ``finite_differences``.
         resample: a batch of its own for each product.
-        keep: the graph of the gradient from one product with the Hessian to the next; without, it is built for each product, which
-            takes less memory and more time.
+        keep: the graph of the gradient from one product with the Hessian to the next; if not, each product builds it, which takes
+            less memory and more time.
         power: the power iteration.
     """
 

@@ -174,7 +174,7 @@ class Tuner:
         given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
         if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
             raise TypeError(
-                f"trained_by={trained_by!r} is no optimizer of PyTorch; give the one, or a list of those, of the model"
+                f"trained_by={trained_by!r} is no optimizer of PyTorch; give that of the model, or a list of them"
             )
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
