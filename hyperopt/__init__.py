@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from hyperopt import bilevel as bilevel
     from hyperopt import core as core
     from hyperopt import data as data
+    from hyperopt import integrations as integrations
     from hyperopt import nn as nn
     from hyperopt import spaces as spaces
     from hyperopt import stn as stn
@@ -191,5 +192,5 @@ if TYPE_CHECKING:
     from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
-_PACKAGES = ("app", "bilevel", "core", "data", "nn", "spaces", "stn", "tasks")
+_PACKAGES = ("app", "bilevel", "core", "data", "integrations", "nn", "spaces", "stn", "tasks")
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, packages=_PACKAGES)

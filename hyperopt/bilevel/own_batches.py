@@ -8,7 +8,7 @@ a source with ``draw()``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,3 +121,21 @@ class OwnBatches:
         """Let the next source that is given stand there."""
         self.given = self.source = None
         self.kept = state
+
+
+class Moved:
+    """The batches of a source, each handed to a function as it is drawn, such as one that moves it to a device.
+
+    Args:
+        source: the source.
+        move: the function.
+    """
+
+    def __init__(self, source: BatchSource, move: Callable[[Any], Any]) -> None:
+        """Its place is that of the source."""
+        self.source, self.move = source, move
+        self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
+
+    def draw(self) -> Any:
+        """The next batch."""
+        return self.move(self.source.draw())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.problem import refuse_no_rows, refuse_no_scalar, rows_of
+from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import Swap
 from hyperopt.core.graph_modes import FullPrecision, refuse_reentrant, without_autocast

@@ -15,9 +15,8 @@ References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi e
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import SameBatch
-from hyperopt.bilevel.estimate import Estimate
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel, estimator_of
@@ -33,81 +31,13 @@ from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.own_batches import OwnBatches
 from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, in_words_of_the_tuner, plainly, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.trained_by import TrainedBy
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.state import check_entries
-from hyperopt.core.status import Status
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
 ENTRIES = ("hyper", "optimizer", "memory", "weights", "decays", "train", "val", "steps")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one step of a ``Tuner`` did; ``str(record)`` is one line.
-
-    Attributes:
-        step: how many steps were made, with this one.
-        hyper: the hyperparameters after the step, as ``Hyperparameters.metrics`` names them, in their own units.
-        gradients: what the step cost, in gradient evaluations: backward passes through a loss, products with second derivatives
-            among them.
-        products: products with second derivatives that the adjoint system took.
-        estimate: the hypergradient itself, without the weights: ``estimate.grad`` is in the units of the hyperparameters.
-    """
-
-    step: int
-    hyper: dict[str, float]
-    gradients: int
-    products: int
-    estimate: Estimate
-
-    @property
-    def loss(self) -> float:
-        """``val_loss`` before the step."""
-        return self.estimate.loss
-
-    @property
-    def grad(self) -> dict[str, Any]:
-        """The hypergradient by name, in the units of the hyperparameters."""
-        return self.estimate.grad
-
-    @property
-    def status(self) -> Status:
-        """How the adjoint solve ended."""
-        return self.estimate.status
-
-    @property
-    def adjoint(self) -> str:
-        """The adjoint that was used and, where it was chosen, why."""
-        stats = self.estimate.adjoint
-        return str(self.estimate.choice or (stats.method if stats else "none"))
-
-    @property
-    def error(self) -> float:
-        """How far the hypergradient may be from the exact one; see ``estimate.certificate``."""
-        return self.estimate.certificate.error
-
-    def as_dict(self) -> dict[str, float]:
-        """All numbers, by the names of TensorBoard."""
-        return {
-            "outer/loss": self.loss,
-            **self.hyper,
-            "adjoint/status": float(self.status),
-            **self.estimate.metrics(),
-            "hypergrad/norm": self.estimate.norm,
-            "cost/gradients": float(self.gradients),
-        }
-
-    def __str__(self) -> str:
-        """One line."""
-        values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
-        kind = "error bound" if self.estimate.certificate.is_bound else "error estimate"
-        unused = [re.sub(r"^lam\['|'\]$", "", name).replace("']['", ".") for name in self.estimate.unused]
-        said = f"; unused: {', '.join(unused)}" if unused else ""
-        return (
-            f"step {self.step}: val_loss={self.loss:.6g}, {values}, {self.status} by {self.adjoint}, {kind} {self.error:.2g} of "
-            f"a hypergradient of {self.estimate.norm:.3g}, {self.gradients} gradient evaluations ({self.products} products){said}"
-        )
 
 
 class Tuner:
@@ -173,9 +103,7 @@ class Tuner:
         self._batches = OwnBatches("train"), OwnBatches("val")
         given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
         if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
-            raise TypeError(
-                f"trained_by={trained_by!r} is no optimizer of PyTorch; give that of the model, or a list of them"
-            )
+            raise TypeError(f"trained_by={trained_by!r} is no optimizer of PyTorch; give that of the model, or a list of them")
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()

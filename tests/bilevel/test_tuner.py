@@ -34,7 +34,7 @@ def reference(model: nn.Module, tuner: hyperopt.Tuner, decay: Any = 0.0, **given
     """Of ``regularised`` with a penalty that an optimizer adds: ``decay`` for all parameters, or for each by name."""
 
     def inner(call: Any, lam: Any) -> torch.Tensor:
-        each: dict[str, float] = decay if isinstance(decay, dict) else dict.fromkeys(dict(model.named_parameters()), decay)
+        each: Any = decay if isinstance(decay, dict) else dict.fromkeys(dict(model.named_parameters()), decay)
         return regularised(call, TRAIN, lam) + sum(each.get(n, 0.0) / 2 * p.square().sum() for n, p in call.named_parameters())
 
     return exact(model, tuner.hyper.read(), inner, lambda call, lam: fit(call, VAL, lam), **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import optree
 import pytest
 import torch
 from test_tuner import TRAIN, VAL, train, tuner_of
@@ -16,7 +17,7 @@ import hyperopt
 
 
 def same(one: Any, other: Any) -> bool:
-    leaves = [torch.utils._pytree.tree_leaves(x) for x in (one, other)]
+    leaves = [optree.tree_leaves(x) for x in (one, other)]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
 
 
