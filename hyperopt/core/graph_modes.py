@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +47,32 @@ class TwiceDifferentiable(KeepsGraph):
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
+
+
+class FullPrecision(TorchFunctionMode):
+    """What runs inside of ``torch.autocast`` is worked out in the dtype of its tensors: no derivative is rounded to 16 bits."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator with autocast off."""
+        with without_autocast():
+            return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast is off in this block, on every kind of device."""
+    with contextlib.ExitStack() as off:
+        for kind in _kinds():
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@functools.cache
+def _kinds() -> tuple[str, ...]:
+    """The kinds of devices that there are here."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
