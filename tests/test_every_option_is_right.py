@@ -77,6 +77,12 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "task/space@task.l2=positive": (("task=l2", *ROWS, *CONVERGED, "task.l2.map=softplus"), EXACT),
     "task/space@task.centre=real": (("task=bias_regularization", "dataset=diabetes", *CONVERGED), EXACT),
     "task.l2.by=projection": (("task=l2", *ROWS, *CONVERGED), EXACT),
+    "task=sinusoid": (("inner.max_steps=3", "inner.step_size=0.02"), EXACT),
+    "task.meta_sgd=true": (("task=sinusoid", "inner.max_steps=3", "inner.step_size=0.02"), EXACT),
+    "task.proximal=5": (
+        ("task=sinusoid", "task.hidden=[]", "inner.step_size=0.02", "inner.max_steps=300", "adjoint=cg", *ADJOINT),
+        EXACT,
+    ),
     "task=stn_ridge": ((), EXACT),
     "task=stn_quadratic": ((), EXACT),
     "task=stn_images": (IMAGES[1:], EXACT),

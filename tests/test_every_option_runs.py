@@ -60,6 +60,7 @@ SMALL |= {
 SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
 SMALL["task=stn_images"] = [*ROWS, "optimizer=adam", "optimizer.lr=0.01", "task.batch_size=50", "task.val_batch_size=50"]
 SMALL["task=quadratic"] = ["task.rows=200", "task.val_rows=100", "inner.max_steps=5", "optimizer.lr=0.05"]
+SMALL["task=sinusoid"] = ["inner.step_size=0.01", "inner.max_steps=1", "optimizer.lr=1e-3"]
 SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
 WARM = {path.stem: ["stn.warmup=0"] for path in (CONFIGS / "experiment").glob("stn_*.yaml")}  # the hyperparameters move at once
 IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
