@@ -37,9 +37,8 @@ from hyperopt.core.random import Keys
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.spaces.space import Real
 from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import BilevelTask, Parts, starting_at
 
 SPLITS = ("outer", "val", "test")  # whose tasks are drawn independently of each other's
 
@@ -160,21 +159,15 @@ class MetaTask(BilevelTask):
         self.env = env
         self.model = Functional(self.network(env).to(env.device, env.dtype))
         self.episodes = self.drawn("outer", 0, self.tasks)
-        shapes: dict[str, Any] = {"initial": self.model.w}
-        if self.meta_sgd:
-            shapes["rate"] = self.model.w
-        return Parts(self.problem(lambda: self.episodes), self.rows_of(self.model.w, self.tasks), shapes, {})
+        return Parts(self.problem(lambda: self.episodes), self.rows_of(self.model.w, self.tasks), {}, {})
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """The weights where the network's initialisation has put them, and the rates where the inner solver has its own."""
-        spaces = {"initial": Real(per="element")}
+        trees = {"initial": self.model.w}
         if self.meta_sgd:
-            spaces["rate"] = Real(init=getattr(super()._inner, self._rate), per="element")
-        made = Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
-        with torch.no_grad():
-            for name, start in self.model.w.items():
-                made.raw["initial"][name].copy_(start)
-        return made
+            rate = getattr(super()._inner, self._rate)
+            trees["rate"] = {name: torch.full_like(leaf, rate) for name, leaf in self.model.w.items()}
+        return starting_at(trees)
 
     @property
     def _rate(self) -> str:
