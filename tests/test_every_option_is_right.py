@@ -72,6 +72,7 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "task=data_cleaning": ((*ROWS, *CONVERGED, "task.decay=0.1", "task.products.curvature=hessian"), EXACT),
     "task=data_distillation": ((*ROWS, *CONVERGED, "task.decay=0.1"), EXACT),
     "task=weight_decay": (NETWORK, EXACT),
+    "task=weight_net": (NETWORK, EXACT),
     "task=augmentation": ((*NETWORK, "task.width=2"), EXACT),
     "task/space@task.l2=bounded": (("task=l2", *ROWS, *CONVERGED), EXACT),
     "task/space@task.l2=positive": (("task=l2", *ROWS, *CONVERGED, "task.l2.map=softplus"), EXACT),

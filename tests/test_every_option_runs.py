@@ -55,7 +55,8 @@ SMALL_EXPERIMENT = {  # where 300 images are too many
 }
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
 SMALL |= {
-    f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation", "data_cleaning")
+    f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"]
+    for name in ("weight_decay", "weight_net", "augmentation", "data_cleaning")
 }
 SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
 SMALL["task=stn_images"] = [*ROWS, "optimizer=adam", "optimizer.lr=0.01", "task.batch_size=50", "task.val_batch_size=50"]
@@ -69,6 +70,7 @@ SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows h
     "weight_decay_per_parameter_mnist": [*PERCEPTRON, "task.selection_rows=20"],
     "augmentation_mnist": PERCEPTRON,
     "data_cleaning_mnist": IMAGES,
+    "weight_net_mnist": IMAGES,
     "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
     **{name: [*IMAGES, "task.val_batch_size=50"] for name in ("stn_mnist_mlp", "stn_fashion_cnn")},
     "stn_cifar10": [
