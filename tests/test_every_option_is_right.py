@@ -206,6 +206,14 @@ def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option:
     check(option)
 
 
+@pytest.mark.parametrize("option", [option for option in CASES if option.startswith("task=")])
+def test_an_evaluation_has_only_names_that_the_task_states(option: str) -> None:
+    """Else ``trainer.monitor`` would refuse a name that there is."""
+    with made(*CASES[option][0], option) as (task, built):
+        task.step(built.optimizer.build(task.groups()), lambda gradients: None)
+        assert set(task.evaluate()) <= set(task.MEASURES)
+
+
 def assert_caught(check: Callable[[str], None], option: str, factor: float, patch: pytest.MonkeyPatch) -> None:
     Mutation(factor, patch).outer()
     with pytest.raises(AssertionError, match=r"Slope\(group="):
