@@ -41,6 +41,7 @@ from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.bilevel import BilevelTask, Parts, starting_at
 
 SPLITS = ("outer", "val", "test")  # whose tasks are drawn independently of each other's
+AT_A_TIME = 100  # tasks of an evaluation, which bounds its memory
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ class MetaTask(BilevelTask):
         eval_shots: shots of the further measures ``test/<kind>_<shots>_shots_<steps>_steps`` (none: ``shots``).
         eval_steps: inner steps of these; 0: the initial weights themselves.
         env: of the run, after ``setup``.
+        kinds: of measures: the names that ``measures`` returns.
         model: the network, after ``setup``.
         episodes: tasks of the outer step under way, after ``setup``.
     """
 
-    MEASURES: ClassVar[tuple[str, ...]] = ()  # they depend on eval_shots and eval_steps
     spaces = ()
+    kinds: ClassVar[tuple[str, ...]] = ("loss",)
 
     adjoint: Adjoint | Estimator | None = field(default_factory=Unrolled)
     warm_start: bool = field(default=False, init=False)
@@ -113,6 +115,10 @@ class MetaTask(BilevelTask):
         check_flag(self, "meta_sgd")
         check_counts(self, "eval_shots")
         check_counts(self, "eval_steps", 0)
+        names = (f"{split}/{{}}" for split in SPLITS)
+        further = (self._further(shots, steps) for shots in self._shots for steps in self.eval_steps)
+        measured = tuple(name.format(kind) for name in (*names, *further) for kind in self.kinds)
+        self.MEASURES = measured  # pyright: ignore[reportAttributeAccessIssue]  # of this object
         who, through, inner = type(self).__name__, isinstance(self.adjoint, Unrolled | Checkpointed), super()._inner
         used = f"adjoint={type(self.adjoint).__name__}"
         if isinstance(self.adjoint, Estimator):
@@ -148,7 +154,7 @@ class MetaTask(BilevelTask):
         """Return the mean loss of each task. shapes: (tasks, examples, ...) to (tasks,)."""
 
     def measures(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """Return means over the tasks, ``{"loss": ...}`` and what else there is."""
+        """Return means over the tasks, one for each of ``kinds``."""
         return {"loss": float(self.losses(outputs, y).mean())}
 
     def load(self, env: Environment) -> None:
@@ -239,18 +245,32 @@ class MetaTask(BilevelTask):
         """
         found: dict[str, float] = {}
 
-        def measure(episodes: Episodes, steps: int | None, name: str) -> None:
-            with torch.no_grad():
-                measured = self.measures(self.outputs(self.adapted(episodes, steps), episodes.query_x), episodes.query_y)
-            found.update({name.format(kind): value for kind, value in measured.items()})
+        @torch.no_grad()
+        def measure(split: str, count: int, name: str, shots: int | None = None, steps: int | None = None) -> None:
+            totals = dict.fromkeys(self.kinds, 0.0)
+            for first in range(0, count, AT_A_TIME):
+                some = min(AT_A_TIME, count - first)
+                at = self.drawn(split, first, some, shots)
+                for kind, value in self.measures(self.outputs(self.adapted(at, steps), at.query_x), at.query_y).items():
+                    totals[kind] += value * some / count
+            found.update({name.format(kind): value for kind, value in totals.items()})
 
         for split, count in zip(SPLITS, (self.tasks, self.val_tasks, self.test_tasks), strict=True):
-            measure(self.drawn(split, 0, count), None, split + "/{}")
-        for shots in self.eval_shots or (self.shots,):
-            episodes = self.drawn("test", 0, self.test_tasks, shots)
+            measure(split, count, split + "/{}")
+        for shots in self._shots:
             for steps in self.eval_steps:
-                measure(episodes, steps, f"test/{{}}_{shots}_shots_{steps}_steps")
+                measure("test", self.test_tasks, self._further(shots, steps), shots, steps)
         return found
+
+    @property
+    def _shots(self) -> tuple[int, ...]:
+        """Those of the further measures."""
+        return self.eval_shots or (self.shots,)
+
+    @staticmethod
+    def _further(shots: int, steps: int) -> str:
+        """The name of a further measure, whose kind is to be put in."""
+        return f"test/{{}}_{shots}_shots_{steps}_steps"
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the outer loss at the minimum of the inner loss on the next tasks; see ``Task.objective``.

@@ -178,6 +178,14 @@ def test_the_measures_are_those_of_a_loop_over_tasks() -> None:
     assert found["test/loss_4_shots_2_steps"] != found["test/loss_2_shots_2_steps"]
 
 
+def test_an_evaluation_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = made(val_tasks=5)
+    whole = task.evaluate()
+    monkeypatch.setattr("hyperopt.tasks.meta.AT_A_TIME", 2)
+    assert task.evaluate() == pytest.approx(whole, rel=1e-12)
+    assert set(whole) == set(task.MEASURES)
+
+
 def test_tasks_are_drawn_by_the_seed_and_their_number_alone() -> None:
     task, other = made(), made(seed=1)
     first, again = task.drawn("outer", 0, 5), task.drawn("outer", 3, 2)
