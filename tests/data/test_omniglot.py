@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from hyperopt.data import omniglot
 from hyperopt.data.omniglot import Omniglot
@@ -83,7 +84,7 @@ def test_the_splits_share_no_class(root: Path) -> None:
     splits = made(root).load()
     labels = [set(rows.y.tolist()) for rows in (splits.train, splits.val, splits.test)]
     assert [len(each) for each in labels] == [16, 2, 7]  # four turns of 4 characters; 2; those of Sanskrit and Tagalog
-    assert sorted({label for each in labels for label in each}) == list(range(splits.num_classes)) == list(range(25))
+    assert sorted(label for each in labels for label in each) == list(range(splits.num_classes)) == list(range(25))
     for rows in (splits.train, splits.val, splits.test):
         assert set(torch.unique(rows.y, return_counts=True)[1].tolist()) == {20} and rows.x.shape[1] == 784
     assert splits.shape == (1, 28, 28) and splits.name == "omniglot"
@@ -101,7 +102,7 @@ def test_a_class_is_one_character_and_its_ink_is_what_was_drawn(root: Path) -> N
             (which,) = set((of.index // 20).tolist())
             for x, number in zip(of.x, of.index % 20, strict=True):
                 ink = torch.from_numpy(~drawing(*characters[which], int(number))).float()[None]
-                wanted = torch.nn.functional.adaptive_avg_pool2d(ink, 28)
+                wanted = functional.adaptive_avg_pool2d(ink, 28)
                 assert torch.equal(x, wanted.flatten().double())
 
 
