@@ -78,6 +78,13 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "task/space@task.l2=positive": (("task=l2", *ROWS, *CONVERGED, "task.l2.map=softplus"), EXACT),
     "task/space@task.centre=real": (("task=bias_regularization", "dataset=diabetes", *CONVERGED), EXACT),
     "task.l2.by=projection": (("task=l2", *ROWS, *CONVERGED), EXACT),
+    "task=few_shot": (
+        (
+            *("dataset.train=200", "dataset.val=150", "dataset.test=150", "task.channels=[3,4]", "task.tasks=2"),
+            *("task.val_tasks=2", "task.test_tasks=2", "inner.max_steps=2"),
+        ),
+        EXACT,
+    ),
     "task=sinusoid": (("inner.max_steps=3", "inner.step_size=0.02"), EXACT),
     "task.meta_sgd=true": (("task=sinusoid", "inner.max_steps=3", "inner.step_size=0.02"), EXACT),
     "task.proximal=5": (
