@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from hyperopt.data import omniglot
 from hyperopt.data.omniglot import Omniglot
@@ -100,9 +99,10 @@ def test_a_class_is_one_character_and_its_ink_is_what_was_drawn(root: Path) -> N
         for label in rows.y.unique():
             of = rows.take(rows.y == label)
             (which,) = set((of.index // 20).tolist())
+            alphabet, character = characters[which]
             for x, number in zip(of.x, of.index % 20, strict=True):
-                ink = torch.from_numpy(~drawing(*characters[which], int(number))).float()[None]
-                wanted = functional.adaptive_avg_pool2d(ink, 28)
+                ink = torch.from_numpy(~drawing(alphabet, character, int(number))).float()[None]
+                wanted = torch.nn.AdaptiveAvgPool2d(28)(ink)
                 assert torch.equal(x, wanted.flatten().double())
 
 
