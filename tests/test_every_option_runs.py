@@ -36,6 +36,7 @@ FOLDERS = {  # of the datasets that lie in files
     "mnist": ["MNIST/raw"],
     "fashion_mnist": ["FashionMNIST/raw"],
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
+    "omniglot": ["omniglot-py"],
 }
 SLOW = {"l2_20newsgroups": pytest.mark.slow}  # six seconds to count the words
 FILES = {"newsgroups": "20news-bydate_py3.pkz"}  # and in one file
@@ -52,11 +53,14 @@ SMALL_EXPERIMENT = {  # where 300 images are too many
 }
 SMALL |= {f"task={name}": [*ROWS, "inner.max_steps=5"] for name in ("l2", "data_distillation")}
 SMALL |= {
-    f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"] for name in ("weight_decay", "augmentation", "data_cleaning")
+    f"task={name}": [*ROWS, "inner.max_steps=5", "task.hidden=[10]"]
+    for name in ("weight_decay", "weight_net", "augmentation", "data_cleaning")
 }
 SMALL |= {f"task={name}": ["optimizer=adam", "optimizer.lr=0.01"] for name in ("stn_quadratic", "stn_ridge")}
 SMALL["task=stn_images"] = [*ROWS, "optimizer=adam", "optimizer.lr=0.01", "task.batch_size=50", "task.val_batch_size=50"]
 SMALL["task=quadratic"] = ["task.rows=200", "task.val_rows=100", "inner.max_steps=5", "optimizer.lr=0.05"]
+SMALL["task=few_shot"] = ["inner.max_steps=1", "task.val_tasks=10", "task.test_tasks=10", "optimizer.lr=1e-3"]
+SMALL["task=sinusoid"] = ["inner.step_size=0.01", "inner.max_steps=1", "optimizer.lr=1e-3"]
 SMALL["task=bias_regularization"] = ["dataset=diabetes", "inner.max_steps=5"]
 WARM = {path.stem: ["stn.warmup=0"] for path in (CONFIGS / "experiment").glob("stn_*.yaml")}  # the hyperparameters move at once
 IMAGES = ["dataset.train=300", "dataset.val=100", "dataset.test=100"]
@@ -65,6 +69,8 @@ SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows h
     "weight_decay_per_parameter_mnist": [*PERCEPTRON, "task.selection_rows=20"],
     "augmentation_mnist": PERCEPTRON,
     "data_cleaning_mnist": IMAGES,
+    "weight_net_mnist": IMAGES,
+    "few_shot_omniglot": ["dataset.size=small", "dataset.train=5", "task.tasks=2", "task.val_tasks=2", "task.test_tasks=2"],
     "data_distillation_mnist": [*IMAGES, "task.batch_size=50"],
     **{name: [*IMAGES, "task.val_batch_size=50"] for name in ("stn_mnist_mlp", "stn_fashion_cnn")},
     "stn_cifar10": [

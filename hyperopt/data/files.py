@@ -54,8 +54,8 @@ def check_path(owner: Any, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class FilesDataset(DrawnDataset):
-    """A dataset that lies in files or is fetched.
+class Stored:
+    """What lies in files or is fetched.
 
     Attributes:
         root: the data directory, in torchvision's layout (``ROOT/MNIST/raw/...``); ``~`` is expanded.
@@ -67,9 +67,18 @@ class FilesDataset(DrawnDataset):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        super().__post_init__()
         check_path(self, "root")
         check_flag(self, "download")
+
+
+@dataclass(frozen=True)
+class FilesDataset(Stored, DrawnDataset):
+    """A dataset of a known size that lies in files or is fetched."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        DrawnDataset.__post_init__(self)
+        Stored.__post_init__(self)
 
 
 def check(data: bytes, expected: str, where: object) -> bytes:
@@ -175,7 +184,7 @@ def torchvision(folder: str, call: Callable[[Any, str], Any]) -> Sources:
     return {"torchvision's download": fetch}
 
 
-def obtain(settings: FilesDataset, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
+def obtain(settings: Stored, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
     """Return a dataset's files by name, from the first folder that has all or else from the first source that gives them.
 
     Args:

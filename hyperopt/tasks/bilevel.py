@@ -38,6 +38,7 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution, Status
 from hyperopt.data.splits import Dataset, Rows, Splits
 from hyperopt.spaces.hyperparameters import Hyperparameters
+from hyperopt.spaces.space import Real
 from hyperopt.tasks.base import (
     Environment,
     FixedSettings,
@@ -307,6 +308,18 @@ class TunedTask(BilevelTask):
         selected = splits.val.take(slice(len(splits.val) - kept, None)) if kept else splits.val
         found = {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
         return {name: rows for name, rows in found.items() if len(rows)}
+
+
+@torch.no_grad()
+def starting_at(trees: Mapping[str, Any]) -> Hyperparameters:
+    """Unbounded hyperparameters that start where the tensors of a tree are, such as the initial weights of a network."""
+    first: Tensor = next(leaf for tree in trees.values() for leaf in optree.tree_leaves(tree))
+    spaces = {name: Real(per="element") for name in trees}
+    made = Hyperparameters(spaces, trees, dtype=first.dtype, device=first.device, key="task")
+    for name, tree in trees.items():
+        for leaf, start in zip(optree.tree_leaves(made.raw[name]), optree.tree_leaves(tree), strict=True):
+            leaf.copy_(start)
+    return made
 
 
 def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:

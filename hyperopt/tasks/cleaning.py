@@ -32,31 +32,19 @@ CLEAN = 0.5  # an image of a larger weight counts as clean
 
 
 @dataclass(eq=False)
-class CleaningTask(NetworkTask):
-    """A weight for each training row, some of whose labels are replaced.
+class CorruptedTask(NetworkTask):
+    """A network trained on rows some of whose labels are replaced, and tuned on clean ones.
 
     Attributes:
         hidden: as for every network; none by default.
-        weights: space of the weights.
         corrupted: share of the training labels that are replaced by another class, in [0, 1].
         decay: strength of the L2 of the model.
         corrupt: which training labels were replaced, after ``setup``. shape: (n,), bool.
     """
 
-    name = "data_cleaning"
-    MEASURES: ClassVar[tuple[str, ...]] = (
-        *SPLIT_MEASURES,
-        "train/loss",
-        "train/accuracy",
-        "clean/f1",
-        "clean/precision",
-        "clean/recall",
-    )
     classifies = True
-    spaces = ("weights",)
 
     hidden: tuple[int, ...] = ()
-    weights: Space | None = None
     corrupted: float = 0.5
     decay: float = 0.0
 
@@ -68,8 +56,8 @@ class CleaningTask(NetworkTask):
         check_number(self, "corrupted", 0.0, 1.0)
         check_number(self, "decay", 0.0)
 
-    def build(self, env: Environment) -> Parts:
-        """Replace labels and build the network.
+    def training_batches(self, env: Environment) -> Minibatches:
+        """Replace labels, and return batches ``(x, y, places)`` of the training rows.
 
         Raises:
             ValueError: validation rows of one class only.
@@ -83,21 +71,56 @@ class CleaningTask(NetworkTask):
         train = self.splits.train
         labels, self.corrupt = replaced(train.y, self.splits.num_classes, self.corrupted, env.seed)
         self.splits = replace(self.splits, train=replace(train, y=labels))
-        self.network(env)
         places = torch.arange(len(labels), device=labels.device)
+        return Minibatches((train.x, labels, places), self.batch_size, env.seed, key="task.batch_size")
+
+    def validation_batches(self, env: Environment) -> Minibatches:
+        """Batches ``(x, y)`` of the clean rows."""
+        return self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size")
+
+    def penalty(self, w: dict[str, Tensor]) -> Tensor:
+        """The L2 of the model."""
+        return self.decay / 2 * torch.stack([x.square().sum() for x in w.values()]).sum()
+
+
+@dataclass(eq=False)
+class CleaningTask(CorruptedTask):
+    """A weight for each training row, some of whose labels are replaced.
+
+    Attributes:
+        weights: space of the weights.
+    """
+
+    name = "data_cleaning"
+    MEASURES: ClassVar[tuple[str, ...]] = (
+        *SPLIT_MEASURES,
+        "train/loss",
+        "train/accuracy",
+        "clean/f1",
+        "clean/precision",
+        "clean/recall",
+    )
+    spaces = ("weights",)
+
+    weights: Space | None = None
+
+    def build(self, env: Environment) -> Parts:
+        """Replace labels and build the network; see ``training_batches``."""
+        batches = self.training_batches(env)
+        self.network(env)
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
             self.outer,
-            inner_batches=Minibatches((train.x, labels, places), self.batch_size, env.seed, key="task.batch_size"),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
+            inner_batches=batches,
+            outer_batches=self.validation_batches(env),
         )
-        return Parts(problem, self.model.w, {"weights": (len(labels),)}, self.rows())
+        return Parts(problem, self.model.w, {"weights": (len(self.corrupt),)}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         """The weighted loss and the decay."""
         _, y, places = batch
         loss = (lam["weights"][places] * functional.cross_entropy(z, y, reduction="none")).mean()
-        return loss + self.decay / 2 * torch.stack([x.square().sum() for x in w.values()]).sum()
+        return loss + self.penalty(w)
 
     def measure(self, w: Any) -> dict[str, float]:
         """As every trained problem, with how well the found set is clean."""

@@ -29,9 +29,9 @@ from hyperopt.core.checks import check_count, check_counts, check_number, check_
 from hyperopt.data.splits import Rows
 from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.spaces.space import Real, Space
+from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import Parts, TunedTask
+from hyperopt.tasks.bilevel import Parts, TunedTask, starting_at
 from hyperopt.tasks.scores import loss_of
 
 
@@ -228,11 +228,7 @@ class AugmentationTask(NetworkTask):
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """The weights of the augmentation network, where its initialisation has put them."""
-        made = Hyperparameters({"augmenter": Real(per="element")}, self.parts.shapes, dtype=env.dtype, device=env.device)
-        with torch.no_grad():
-            for name, start in self.augmenter.w.items():
-                made.raw["augmenter"][name].copy_(start)
-        return made
+        return starting_at({"augmenter": self.augmenter.w})
 
     def augmented(self, lam: dict[str, Any], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The images of a batch, changed; flat. shape: (n, features)."""

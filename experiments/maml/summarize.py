@@ -1,0 +1,93 @@
+"""Tables and pictures of the meta-learning studies, from the directories of their runs.
+
+    python experiments/maml/summarize.py maml=outputs/maml meta_sgd=outputs/meta_sgd imaml=outputs/imaml omniglot=outputs/omniglot
+
+``results.json`` gets what each run says of itself (its metrics at every evaluation, seconds, settings); a run that is not named is
+kept as it is there. The tables stand in README.md between their marks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import shared
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
+METHODS = {"maml": "MAML", "meta_sgd": "Meta-SGD", "imaml": "iMAML"}
+STEPS, SHOTS = (0, 1, 5, 10), (5, 10)
+
+
+def read(run: Path) -> shared.Row:
+    """What a run has measured at its evaluations."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    kept = [
+        {name: value for name, value in row.items() if name == "step" or name.startswith(("outer/", "val/", "test/"))}
+        for row in rows
+        if "test/loss" in row
+    ]
+    seconds = json.loads((run / "summary.json").read_text())["seconds"]
+    return {"seed": config["seed"], "seconds": seconds, "steps": len(rows), "inner": config["inner"], "evaluations": kept}
+
+
+def at(found: shared.Row, steps: int | None = None) -> shared.Row:
+    """The last evaluation, or that after ``steps`` outer steps."""
+    return next(row for row in reversed(found["evaluations"]) if steps is None or row["step"] + 1 == steps)
+
+
+def sinusoid(results: shared.Row) -> list[str]:
+    """Mean squared errors of new curves by shots and inner steps."""
+    lines = [f"| | outer steps | {' | '.join(f'{k} points, {n} steps' for k in SHOTS for n in STEPS if n)} | s |"]
+    lines.append("|---|---|" + "---|" * (len(SHOTS) * (len(STEPS) - 1) + 1))
+    for name, label in METHODS.items():
+        if name in results:
+            last = at(results[name])
+            cells = [f"{last[f'test/loss_{k}_shots_{n}_steps']:.3f}" for k in SHOTS for n in STEPS if n]
+            lines.append(f"| {label} | {results[name]['steps']:,} | {' | '.join(cells)} | {results[name]['seconds']:.0f} |")
+    return lines
+
+
+def draw(results: shared.Row) -> None:
+    """The error of new curves over inner steps, and as it was learned."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name, label in METHODS.items():
+        if name in results:
+            last = at(results[name])
+            for shots, style in zip(SHOTS, ("--", "-"), strict=True):
+                values = [last[f"test/loss_{shots}_shots_{n}_steps"] for n in STEPS]
+                left.plot(STEPS, values, style, marker="o", label=f"{label}, {shots} points")
+            rows = results[name]["evaluations"]
+            right.plot([row["step"] + 1 for row in rows], [row["val/loss"] for row in rows], label=label)
+    left.set(xlabel="inner steps", ylabel="mean squared error, test curves", yscale="log")
+    right.set(xlabel="outer steps", ylabel="val/loss", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(HERE / "sinusoid.png", dpi=110)
+
+
+def main() -> None:
+    """Read the runs that are named, and write tables and pictures of all."""
+    results = shared.load(RESULTS)
+    for word in sys.argv[1:]:
+        name, _, run = word.partition("=")
+        results = shared.save(RESULTS, name, read(Path(run)))
+        if name == "maml":
+            shutil.copy(Path(run, "figures", "curves.png"), HERE / "curves.png")
+    draw(results)
+    shared.write_table(PAGE, "sinusoid", sinusoid(results))
+
+
+if __name__ == "__main__":
+    main()
