@@ -225,11 +225,7 @@ def find(cfg: DictConfig, run: RunDirectory, quiet: bool = False) -> Found | Non
 
 
 def _check_rows(run: RunDirectory, found: Found | None) -> None:
-    """Refuse to continue if rows are lost, or would be.
-
-    Raises:
-        CheckpointError: the message names the rows.
-    """
+    """Refuse to continue if rows are lost, or would be."""
     accept = "put the file back from a copy, or add accept_lost_rows=true to go on without them"
     path = run.metrics
     if found is not None and run.owns(found[0]):

@@ -207,7 +207,6 @@ class AppendFile:
         checksum: checksum of these bytes.
 
     Attributes:
-        path: the file.
         size: number of bytes written so far.
         checksum: CRC-32 of these bytes.
 

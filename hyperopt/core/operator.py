@@ -41,7 +41,7 @@ class LinearOperator(ABC):
 
     @property
     def rounding(self) -> float:
-        """The eps of the numbers that the products are made of, 0 if it is that of the matrices."""
+        """See the attributes."""
         return 0.0
 
     def _count(self, matvecs: int = 0, rmatvecs: int = 0, evaluations: int = 0) -> None:

@@ -125,11 +125,7 @@ class DEQ(nn.Module):
         return self._solve(x, z0, v0, trace)
 
     def _exported(self, x: Any, z0: Any) -> Any:
-        """Solve with a fixed number of steps, which ``torch.export`` can record.
-
-        Raises:
-            RuntimeError: a module of the cell draws random numbers or updates statistics.
-        """
+        """Solve with a fixed number of steps, which ``torch.export`` can record."""
         for name, module in self.cell.named_modules():
             if module.training and isinstance(module, _DropoutNd | _BatchNorm):
                 raise RuntimeError(f"DEQ: torch.export would record cell.{name} = {module} in training mode; call .eval() first")
@@ -219,11 +215,7 @@ class DEQ(nn.Module):
         return self.cell.phi, terms(x), self.cell.row_args  # pyright: ignore[reportReturnType]
 
     def _rows(self) -> str:
-        """Return how rows are treated, given the modes of the cell's modules.
-
-        Raises:
-            ValueError: rows that were declared independent are not, or they depend on those of other processes.
-        """
+        """Return how rows are treated, given the modes of the cell's modules."""
         for name, module in self.cell.named_modules():
             if isinstance(module, nn.SyncBatchNorm) and module.training:
                 raise ValueError(

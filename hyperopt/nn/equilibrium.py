@@ -140,7 +140,6 @@ class EquilibriumCell(Cell):
         generator: generator of B (None: torch's global one).
 
     Attributes:
-        recurrent: A. shape: (state_size, state_size)
         B: parameter. shape: (state_size, features)
         c: parameter, or None. shape: (state_size,)
 

@@ -177,11 +177,7 @@ class Hyperparameters(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _converted(self, state: Any) -> Any:
-        """Return the state with one entry for each leaf, also if it has a list of leaves for each hyperparameter.
-
-        Raises:
-            ValueError: a list has another length.
-        """
+        """Return the state with one entry for each leaf, also if it has a list of leaves for each hyperparameter."""
         if not isinstance(state, Mapping) or not any(isinstance(kept, list | tuple) for kept in state.values()):
             return state
         found: dict[str, Any] = {}

@@ -94,11 +94,7 @@ def check_wrapper(module: nn.Module, name: str) -> None:
 
 
 def _check_kind(module: nn.Module, name: str, own: list[str]) -> None:
-    """Refuse a module of an unknown kind with trained weights ``own``.
-
-    Raises:
-        ValueError: always; the message names the module and says what to do.
-    """
+    """Refuse a module of an unknown kind with trained weights ``own``."""
     known = ", ".join(each.__name__ for each in KINDS)
     raise ValueError(
         f"convert: {name or 'the network'!r} is a {type(module).__name__} with parameters of its own ({', '.join(own)}), a kind "
@@ -109,11 +105,7 @@ def _check_kind(module: nn.Module, name: str, own: list[str]) -> None:
 
 @torch.no_grad()
 def _check_parametrized(module: nn.Module, weight: str, name: str) -> None:
-    """Refuse a parametrization that cannot be set to a given weight, since ``collapse`` must do this.
-
-    Raises:
-        ValueError: the message names it and says what to do.
-    """
+    """Refuse a parametrization that cannot be set to a given weight, since ``collapse`` must do this."""
     if not parametrize.is_parametrized(module, weight):
         return
     trial = copy.deepcopy(module).eval()
@@ -183,11 +175,7 @@ def respond_(module: nn.Module, context: Context, count: int, gate: str, std: fl
 
 
 def _trained(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is trained, so that it can respond.
-
-    Raises:
-        ValueError: it has no values yet, or complex ones.
-    """
+    """Whether a parameter is trained, so that it can respond."""
     if isinstance(parameter, UninitializedParameter):
         raise ValueError("convert: the network has a lazy layer without weights as yet; call the network once, then convert it")
     if parameter.is_complex():

@@ -82,11 +82,7 @@ class STN(nn.Module):
 
     @torch.no_grad()
     def _make_sure(self, x: Any, draw: Draw, args: Any, kwargs: Any) -> None:
-        """Call a copy with one more example, so that only one dimension has their number; its layers refuse a wrong one.
-
-        Raises:
-            RowsError: see ``forward``.
-        """
+        """Call a copy with one more example, so that only one dimension has their number; its layers refuse a wrong one."""
         context, more = self._context, torch.arange(draw.rows + 1, device=draw.m.device) % draw.rows
         context.sure |= context.unsure
         context.unsure.clear()

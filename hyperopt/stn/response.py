@@ -54,7 +54,6 @@ class Response(nn.Module):
     Attributes:
         direction: H.
         gate: V. shape: (units or 1, K)
-        axis: see above.
     """
 
     def __init__(self, direction: Tensor, axis: int, count: int, gate: str, std: float) -> None:

@@ -102,11 +102,7 @@ class Problem:
         return self.layout.matrix(out, w.shape[0])
 
     def _without_aux(self, out: Any) -> Any:
-        """Return the state of ``(state, aux)``, and keep the detached aux.
-
-        Raises:
-            TypeError: the map returned something else.
-        """
+        """Return the state of ``(state, aux)``, and keep the detached aux."""
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"has_aux=True, but the map returned a {type(out).__name__}; return (state, aux)")
         self.aux[:] = [optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out[1], none_is_leaf=True)]

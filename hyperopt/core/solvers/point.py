@@ -62,9 +62,6 @@ class Point:
         graph: whether to evaluate with a graph, so that products with J need no further evaluation.
 
     Attributes:
-        w: the iterate.
-        fw: ``phi(w)``, shape (rows, dim).
-        cost: the cost of the solve so far.
         active: mask of the rows that still move, shape (rows,); None: all. A method may spare work on the others.
         broken: mask of the rows in which the method broke down, shape (rows,), set by the step; they end there.
         trial: the latest probed point; if the step leads there, it serves as the point of the next iterate.
