@@ -1,4 +1,4 @@
-"""Modes in which a function builds a graph that can be differentiated more than once, and where nothing is evaluated again."""
+"""Modes in which a function builds a graph that can be differentiated more than once and evaluates nothing again."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class KeepsGraph(TorchFunctionMode):
-    """What runs inside of ``torch.utils.checkpoint`` keeps its graph.
+    """Makes functions under ``torch.utils.checkpoint`` keep their graph.
 
-    Evaluated again in a backward, it would meet other parameters (those that ``functional_call`` has put back), other random
-    numbers and other buffers, those of that moment.
+    If backward evaluated them again, they would meet other parameters (those that ``functional_call`` has restored), other
+    random numbers and other buffers.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator so that it saves its tensors itself."""
-        if torch.compiler.is_compiling():  # the compiler traces this
+        if torch.compiler.is_compiling():  # the hooks below cannot be traced
             return func(*args, **(kwargs or {}))
         hooks = _top_saved_tensors_default_hooks(False)
         if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
@@ -35,15 +35,15 @@ class KeepsGraph(TorchFunctionMode):
 
 
 class TwiceDifferentiable(KeepsGraph):
-    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
+    """Computes attention by matrix products, since the fused kernels have only first derivatives.
 
-    Weight normalisation is done by elementary operators: its kernel takes the norms for constants in its second derivative, which
-    is then another number.
+    Weight normalisation is computed by elementary operators, since the second derivative of its kernel is wrong: it treats the
+    norms as constants.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator in a form that has derivatives of every order."""
-        if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
+        if func is F.multi_head_attention_forward:  # a mode does not see the functions that it calls
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
@@ -96,15 +96,15 @@ def _same(tensor: Tensor) -> Tensor:
 def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> None:
     """Refuse gradients, made with their graph, that went through an operator which is differentiable once.
 
-    PyTorch puts a node that raises in the place of their graph. It leads nowhere, so that nothing raises where the derivative in
-    something else is asked for: that would be zero.
+    PyTorch puts a node that raises in their graph, but without a link to the inputs. The second derivative in another tensor
+    would therefore silently be zero.
 
     Args:
         gradients: the gradients.
-        until: where their graph ends.
+        until: tensors at which the search of the graph stops.
 
     Raises:
-        RuntimeError: says so.
+        RuntimeError: there is such an operator.
     """
     if _reaches("torch::autograd::Error", gradients, until):
         raise RuntimeError(
@@ -114,10 +114,10 @@ def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> 
 
 
 def refuse_reentrant(out: Tensor) -> None:
-    """Refuse a value that goes through ``torch.utils.checkpoint`` in a way that hides what it was computed from.
+    """Refuse a value that went through ``torch.utils.checkpoint`` in a way that hides what it was computed from.
 
     Raises:
-        RuntimeError: says so.
+        RuntimeError: ``use_reentrant`` was true.
     """
     if _reaches("CheckpointFunctionBackward", [out], []):
         raise RuntimeError(
@@ -126,7 +126,7 @@ def refuse_reentrant(out: Tensor) -> None:
 
 
 def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
-    """Whether a node of that name is in the graph."""
+    """Whether the graph has a node of that name."""
     stack = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
     seen = {*stack, *(tensor.grad_fn for tensor in until)}
     while stack:
