@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from composing import CONFIGS, composed
+from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import validate
@@ -81,14 +82,8 @@ SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows h
 MADE = ("benchopt_ijcnn1",)  # whose files nobody can fetch here; tests/data/test_libsvm.py makes such files
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem not in MADE)
 
+# Every option is built and checked in ``test_every_option_is_right.py``: few need the whole loop in the quick run too.
 QUICK = ("solver=anderson", "adjoint=unrolled", "task=coupled", "task=l2", "optimizer=adam", "inner=adam")
-
-
-def marked(option: str) -> Any:
-    """Every option is built, and its hypergradient checked, in ``test_every_option_is_right.py``: few need the whole loop too."""
-    return option if option in QUICK else pytest.param(option, marks=pytest.mark.slow)
-
-
 START_AT_ZERO = ("SOBA", "SABA", "VPBGD")  # the adjoint variable, or the way between the two copies
 
 
@@ -104,7 +99,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
-@pytest.mark.parametrize("option", [marked(option) for option in OPTIONS])
+@pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:
     task = OWNER.get(option.partition("=")[0], option if option in SMALL else "task=equilibrium")
     first, last = two_steps(tmp_path, task, option, *SMALL[task], *NEEDS.get(option, []))
@@ -137,7 +132,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
-@pytest.mark.parametrize("option", [marked(f"{group}={name}") for group, names in BILEVEL.items() for name in names])
+@pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
     base = ["experiment=l2_logistic", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=20"]
     trained = [] if option.startswith("inner") else ["inner=gradient_descent"]

@@ -85,6 +85,7 @@ class Blobs:
 '''
 
 
+@pytest.mark.slow
 def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path) -> None:
     package = tmp_path / "elsewhere" / "mine"
     for group, text in {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launcher import Launcher
+from marks import slow_but
 
 SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweep"
 JOBS = {"five_seeds": 5, "solver_adjoint": 9, "adjoint_steps": 6}
@@ -17,7 +18,7 @@ def test_every_ready_sweep_is_tested() -> None:
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == set(JOBS)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "five_seeds" else pytest.mark.slow) for name in JOBS])
+@pytest.mark.parametrize("name", slow_but(["five_seeds"], JOBS))
 def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     done = launch(f"sweep={name}", "hydra.sweep.dir=mine")
     assert done.status == 0, done.err
