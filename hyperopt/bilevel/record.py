@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -69,10 +70,11 @@ class Record:
     def __str__(self) -> str:
         """One line."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
-        kind = "error bound" if self.estimate.certificate.is_bound else "error estimate"
+        kind = "bound" if self.estimate.certificate.is_bound else "estimate"
+        error = f"no error {kind} for" if math.isnan(self.error) else f"error {kind} {self.error:.2g} of"
         unused = [re.sub(r"^lam\['|'\]$", "", name).replace("']['", ".") for name in self.estimate.unused]
         said = f"; unused: {', '.join(unused)}" if unused else ""
         return (
-            f"step {self.step}: val_loss={self.loss:.6g}, {values}, {self.status} by {self.adjoint}, {kind} {self.error:.2g} of "
+            f"step {self.step}: val_loss={self.loss:.6g}, {values}, {self.status} by {self.adjoint}, {error} "
             f"a hypergradient of {self.estimate.norm:.3g}, {self.gradients} gradient evaluations ({self.products} products){said}"
         )
