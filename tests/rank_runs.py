@@ -1,6 +1,6 @@
 """Six outer steps of several tasks on one or several ranks, by the loop that the command line runs: see ``test_ranks.py``.
 
-python rank_runs.py RANK WORLD STORE FOLDER
+python rank_runs.py RANK WORLD STORE FOLDER CASE ...
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,11 +52,11 @@ WRONG = {
 }
 
 
-def run_all(folder: Path) -> None:
-    """Run every case in a directory of its own."""
-    for name, overrides in CASES.items():
+def run_cases(folder: Path, names: Iterable[str]) -> None:
+    """Run cases, each in a directory of its own."""
+    for name in names:
         (folder / name).mkdir(parents=True)
-        run(composed(*COMMON, *overrides), folder / name)
+        run(composed(*COMMON, *CASES[name]), folder / name)
 
 
 def run_wrong(folder: Path) -> None:
@@ -88,7 +89,7 @@ if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    run_all(Path(sys.argv[4]) / str(rank))
+    run_cases(Path(sys.argv[4]) / str(rank), sys.argv[5:])
     if world == 2:
         run_wrong(Path(sys.argv[4]) / str(rank))
     dist.destroy_process_group()

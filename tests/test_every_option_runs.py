@@ -39,7 +39,6 @@ FOLDERS = {  # of the datasets that lie in files
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
     "omniglot": ["omniglot-py"],
 }
-SLOW = {"l2_20newsgroups": pytest.mark.slow}  # six seconds to count the words
 FILES = {"newsgroups": "20news-bydate_py3.pkz"}  # and in one file
 ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
 SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"], "task=implicit": [*ROWS]}  # by task
@@ -84,6 +83,14 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 
 # Every option is built and checked in ``test_every_option_is_right.py``: few need the whole loop in the quick run too.
 QUICK = ("solver=anderson", "adjoint=unrolled", "task=coupled", "task=l2", "optimizer=adam", "inner=adam")
+QUICK_EXPERIMENTS = (
+    "equilibrium_mnist",
+    "l2_logistic",
+    "bias_regularization",
+    "coupled_fixed_point",
+    "stn_ridge",
+    "maml_sinusoid",
+)
 START_AT_ZERO = ("SOBA", "SABA", "VPBGD")  # the adjoint variable, or the way between the two copies
 
 
@@ -112,7 +119,7 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPERIMENTS])
+@pytest.mark.parametrize("name", slow_but(QUICK_EXPERIMENTS, EXPERIMENTS))
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}", *WARM.get(name, [])]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
@@ -143,6 +150,7 @@ def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
 TRAINS = re.compile(r"override /task: (l2|bias_regularization|weight_decay|augmentation|data_cleaning|data_distillation)$", re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [e for e in EXPERIMENTS if TRAINS.search((CONFIGS / "experiment" / f"{e}.yaml").read_text())])
 def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
     # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.

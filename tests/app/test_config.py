@@ -11,6 +11,7 @@ import pytest
 import torch
 from composing import CONFIGS, composed
 from hydra.utils import get_class
+from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import TORCHS, build, validate
@@ -37,7 +38,8 @@ def test_a_checkout_reads_its_own_configs() -> None:
     assert Path(config_path()) == CONFIGS
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# The quick run builds the options of the other groups in ``test_every_option_is_right.py``.
+@pytest.mark.parametrize("option", slow_but([option for option in OPTIONS if option.startswith(("dataset", "stn"))], OPTIONS))
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
