@@ -7,6 +7,7 @@ a source with ``draw()``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -98,8 +99,16 @@ class OwnBatches:
             source = source_of(given, self.name)
             if self.kept is not None:
                 source.load_state_dict(self.kept)
+            elif self.source is not None and self._same_data(given):
+                with contextlib.suppress(ValueError):  # of other batches: it starts anew
+                    source.load_state_dict(self.source.state_dict())
             self.given, self.source, self.kept = given, source, None
         return self.source
+
+    def _same_data(self, given: Any) -> bool:
+        """Whether a loader is made anew, of the dataset of the one before: its first batch would come at every step."""
+        pair = given, self.given
+        return all(isinstance(each, DataLoader) for each in pair) and len({id(each.dataset) for each in pair}) == 1
 
     def place(self) -> tuple[Any, ...]:
         """Where it stands, to be handed to ``back``."""

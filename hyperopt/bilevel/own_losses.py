@@ -25,8 +25,11 @@ from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import Swap
+from hyperopt.core.draws import ImpureMapError
 from hyperopt.core.graph_modes import FullPrecision, refuse_reentrant, without_autocast
+from hyperopt.core.norms import LeanBatchNorm
 from hyperopt.core.places import Places
+from hyperopt.core.policy import SolveError
 from hyperopt.core.replay import Replay
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
@@ -94,7 +97,7 @@ class ModuleLosses:
 
         def one(w: dict[str, Tensor], lam: Any, batch: Any) -> Tensor:
             swap = _Parameters(((p, w[name]) for name, p in parameters.items()), discover=False)
-            with swap, FullPrecision():
+            with LeanBatchNorm(), FullPrecision(), swap:
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
             if not math.isfinite(number := float(value.detach())):
@@ -181,7 +184,7 @@ def in_words_of_the_tuner() -> Iterator[None]:
         text = str(error)
         for pattern, word in WORDS:
             text = re.sub(pattern, word, text)
-        if text == str(error):
+        if text == str(error) or type(error) not in (TypeError, ValueError, RuntimeError, SolveError, ImpureMapError):
             raise
         raise type(error)(text) from error
 

@@ -34,6 +34,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.trained_by import TrainedBy
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.checks import plain
 from hyperopt.core.state import check_entries
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
@@ -271,7 +272,7 @@ def check_counts(batches: Any) -> tuple[int | None, int | None]:
     Raises:
         ValueError: ``batches`` is neither a whole number above 0 nor two of them.
     """
-    pair = tuple(batches) if isinstance(batches, tuple | list) else (batches, batches)
+    pair = tuple(map(plain, batches)) if isinstance(batches, tuple | list) else (plain(batches), plain(batches))
     if len(pair) != 2 or any(n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1) for n in pair):
         raise ValueError(f"batches={batches!r} must be a whole number of at least 1, or two, of train and of val")
     return pair

@@ -513,6 +513,97 @@ def test_a_loader_goes_on_from_step_to_step() -> None:
     assert list(dict.fromkeys(seen)) == [float(TRAIN[0][i, 0]) for i in (0, 6, 12, 18)] and seen[-1] == seen[0]
 
 
+def test_a_loader_that_is_made_anew_at_each_step_goes_on_too() -> None:
+    seen: list[float] = []
+
+    def loss(m: Any, batch: Any, lam: Any) -> torch.Tensor:
+        seen.append(float(batch[0][0, 0]))
+        return regularised(m, batch, lam)
+
+    tuner, dataset = tuner_of(mlp(), train_loss=loss), TensorDataset(*TRAIN)
+    for _ in range(4):
+        tuner.step(DataLoader(dataset, 6, shuffle=True), VAL)
+    assert len(set(seen)) == 4
+    tuner.step(DataLoader(dataset, 4), VAL)  # other batches: from the first on
+    assert seen[-1] == float(TRAIN[0][0, 0])
+    tuner.step(DataLoader(TensorDataset(*TRAIN), 4), VAL)
+    assert seen[-1] == float(TRAIN[0][0, 0])
+
+
+def test_losses_may_have_their_data_themselves() -> None:
+    model = mlp()
+    tuner = tuner_of(model, train_loss=lambda m, b, lam: regularised(m, TRAIN, lam), val_loss=lambda m, b, lam: fit(m, VAL, lam))
+    expected = reference(model, tuner)
+    assert_close(tuner.step(None, None).grad, expected)
+
+
+# ---- modules and surroundings of other kinds
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_attention_has_second_derivatives(mode: bool) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, batch_first=True, dtype=DOUBLE)
+            self.end = nn.Linear(2, 1, dtype=DOUBLE)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.end(self.layer(x.view(-1, 2, 2))[:, 0])
+
+    torch.manual_seed(0)
+    model = Attends().train(mode)
+    tuner = tuner_of(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = reference(model, tuner)
+    assert_close(tuner.step(TRAIN, VAL).grad, expected, 1e-7)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_step_may_be_made_where_derivatives_are_off(off: Any) -> None:
+    model = mlp()
+    tuner = tuner_of(model)
+    expected = reference(model, tuner)
+    with off():
+        record = tuner.step(TRAIN, VAL)
+    assert_close(record.grad, expected)
+    tuner.loss(TRAIN).backward()
+    tuner.step(TRAIN, VAL)
+
+
+def test_several_modules_in_one_and_hyperparameters_for_each_parameter() -> None:
+    parts = nn.ModuleDict({"body": mlp(), "head": nn.Linear(1, 1).double()})
+    weights = {name.replace(".", "/"): p for name, p in parts.named_parameters()}
+    hyper = hyperopt.Hyperparameters({"decay": hyperopt.Positive(0.3, per="element")}, {"decay": weights}, dtype=DOUBLE)
+
+    def loss(m: Any, batch: Any, lam: Any) -> torch.Tensor:
+        penalty = sum(lam["decay"][n.replace(".", "/")].mul(p.square()).sum() for n, p in m.named_parameters())
+        return (m["head"](m["body"](batch[0])) - batch[1]).square().mean() + penalty
+
+    def outer(m: Any, batch: Any, lam: Any) -> torch.Tensor:
+        return (m["head"](m["body"](batch[0])) - batch[1]).square().mean()
+
+    tuner = tuner_of(parts, hyper=hyper, train_loss=loss, val_loss=outer)
+    found = tuner.step(TRAIN, VAL).grad["decay"]
+    own = dict(parts.named_parameters())
+    sizes = [p.numel() for p in own.values()]
+
+    def at(w: torch.Tensor, h: torch.Tensor, penalised: bool, batch: Any) -> torch.Tensor:
+        split = {n: p.view(own[n].shape) for n, p in zip(own, w.split(sizes), strict=True)}
+        w1, b1, w2, b2, w3, b3 = split.values()
+        out = (torch.tanh(batch[0] @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+        return (out - batch[1]).square().mean() + ((h * w.square()).sum() if penalised else 0)
+
+    w = torch.cat([p.detach().flatten() for p in own.values()])
+    h = torch.full_like(w, 0.3)
+    hessian = torch.autograd.functional.hessian(lambda w: at(w, h, True, TRAIN), w)
+    slope = torch.autograd.functional.jacobian(lambda w: at(w, h, False, VAL), w)
+    expected = -2 * w * torch.linalg.solve(hessian, slope)
+    torch.testing.assert_close(torch.cat([found[n.replace(".", "/")].flatten() for n in own]), expected, rtol=1e-8, atol=1e-12)
+
+
 # ---- the record, the cost, the state
 
 

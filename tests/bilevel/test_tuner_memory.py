@@ -61,5 +61,5 @@ def test_the_peak_is_at_most_three_training_steps(norm: Any, drop: float) -> Non
 
 
 @pytest.mark.slow
-def test_finite_differences_take_the_memory_of_one() -> None:
-    assert ratio(network(nn.BatchNorm2d, 0.0), hyperopt.FiniteDifference()) <= 1.2
+def test_finite_differences_take_little_more_than_a_training_step() -> None:
+    assert ratio(network(nn.BatchNorm2d, 0.0), hyperopt.FiniteDifference()) <= 1.3

@@ -1,0 +1,110 @@
+"""``LeanBatchNorm``: batch normalisation whose second derivatives take little memory.
+
+    z = w y + b,        y = (x - mean) r,       r = (var + eps)^(-1/2)
+    dx = w r q(g),      dw = sum g y,           db = sum g,         q(g) = g - m(g) - y m(g y)
+
+with mean, variance and ``m`` over the rows of a channel. Values and first derivatives are PyTorch's own kernels; PyTorch's second
+derivative holds ten tensors of the size of ``x`` at once. Here, for cotangents ``c`` of dx, ``cw`` of dw and ``cb`` of db:
+
+    of g:  w r q(c) + cw y + cb         of w:  r sum c q(g)
+    of x:  r q(e) - w r^2 y m(c q(g)),          e = cw g - w r (m(g y) c + m(c y) g)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hyperopt.core.captured import transformed
+
+
+class LeanBatchNorm(TorchFunctionMode):
+    """Batch normalisation by the statistics of the batch is done in this form."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, or its form here; transforms of ``torch.func`` and compilers take PyTorch's."""
+        if func is F.batch_norm and not transformed() and not torch.compiler.is_compiling():
+            func = _batch_norm
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training or input.numel() <= input.shape[1]:  # one row a channel: PyTorch says what to change
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():
+        kept = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
+    return _Normed.apply(input, weight, bias, *kept, eps)  # pyright: ignore[reportReturnType]
+
+
+class _Normed(torch.autograd.Function):
+    """``z``, which is given, with its derivative in ``x``, ``w`` and ``b``."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor | None, b: Tensor | None, z: Tensor, mean: Tensor, r: Tensor, eps: float) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, w, b, _, mean, r, ctx.eps = inputs
+        ctx.shifted = b is not None
+        ctx.save_for_backward(x, w, mean, r)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, w, mean, r = ctx.saved_tensors
+        dx, dw, db = _Pulled.apply(g, x, w, mean, r, ctx.eps)  # pyright: ignore[reportGeneralTypeIssues]
+        return dx, None if w is None else dw, db if ctx.shifted else None, None, None, None, None
+
+
+class _Pulled(torch.autograd.Function):
+    """dx, dw and db, as functions of ``g``, ``x`` and ``w``."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, ...]:
+        ones = torch.ones_like(r) if w is None else w
+        return torch.ops.aten.native_batch_norm_backward(g, x, ones, None, None, mean, r, True, eps, [True, True, True])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        g, x, w, mean, r, ctx.eps = inputs
+        ctx.save_for_backward(g, x, w, mean, r)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor, cw: Tensor, cb: Tensor) -> Any:
+        g, x, weight, mean, r = ctx.saved_tensors
+        dims = (0, *range(2, x.dim()))
+        each = (1, -1, *[1] * (x.dim() - 2))
+        mean, r, cw, cb = (part.view(each) for part in (mean, r, cw, cb))
+        w = torch.ones_like(r) if weight is None else weight.view(each)
+        if torch.is_grad_enabled():  # a third derivative is to be taken
+            var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+            r = (var + ctx.eps).rsqrt()
+
+        def m(value: Tensor) -> Tensor:
+            return value.mean(dims, keepdim=True)
+
+        y = (x - mean) * r
+        gy, cy = m(g * y), m(c * y)
+        cq = m(c * g) - m(c) * m(g) - cy * gy  # m(c q(g))
+        scale = w * r
+        to_g = torch.addcmul(cb - scale * m(c), c, scale)  # of q(c) all but y, whose factor is that of cw too
+        to_g = torch.addcmul(to_g, y, cw - scale * cy)
+        e = torch.addcmul((cw - scale * cy) * g, c, scale * gy, value=-1)
+        ey = m(e * y)
+        to_x = torch.addcmul(r * (e - m(e)), y, r * ey + scale * r * cq, value=-1)
+        to_w = None if weight is None else (r * cq).flatten() * (x.numel() // x.shape[1])
+        return to_g, to_x, to_w, None, None, None

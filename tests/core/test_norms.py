@@ -1,0 +1,110 @@
+"""Batch normalisation with lean second derivatives: PyTorch's numbers, and the right derivatives of every order."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hyperopt.core.memory import peak_memory
+from hyperopt.core.norms import LeanBatchNorm
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def without_bias(module: nn.Module) -> nn.Module:
+    module.register_parameter("bias", None)
+    return module
+
+
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "batch 1d": (lambda: nn.BatchNorm1d(3), (5, 3)),
+    "batch 1d, length": (lambda: nn.BatchNorm1d(3, affine=False), (5, 3, 2)),
+    "batch 2d": (lambda: nn.BatchNorm2d(3, momentum=0.3), (4, 3, 2, 2)),
+    "batch, cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 2, 2)),
+    "batch, no statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
+    "batch, no bias": (lambda: without_bias(nn.BatchNorm2d(3)), (4, 3, 2, 2)),
+    "batch 3d": (lambda: nn.BatchNorm3d(2), (3, 2, 2, 2, 2)),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Any, list[Tensor]]:
+    """The module, its lean form as a function, and inputs of it."""
+    make, shape = CASES[name]
+    module = make()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    names = [n for n, _ in module.named_parameters()]
+
+    def lean(x: Tensor, *p: Tensor) -> Tensor:
+        with LeanBatchNorm():
+            return functional_call(module, dict(zip(names, p, strict=True)), (x,))
+
+    return (
+        module,
+        lean,
+        [torch.randn(shape, requires_grad=True), *(p.detach().clone().requires_grad_() for p in module.parameters())],
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_running_statistics_are_those_of_pytorch(name: str) -> None:
+    module, lean, inputs = made(name)
+    plain = copy.deepcopy(module)
+    for _ in range(2):
+        torch.testing.assert_close(lean(*inputs), plain(inputs[0]), rtol=1e-12, atol=1e-12)
+    for one, other in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+    module.eval()
+    plain.eval()
+    torch.testing.assert_close(lean(*inputs), plain(inputs[0]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivatives(name: str) -> None:
+    _, lean, inputs = made(name)
+    assert torch.autograd.gradcheck(lean, inputs)
+    assert torch.autograd.gradgradcheck(lean, inputs)
+
+
+@pytest.mark.parametrize("name", ["batch 1d", "batch 2d"])
+def test_third_derivatives(name: str) -> None:
+    _, lean, inputs = made(name)
+
+    def gradient(*given: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(lean(*given).sin().sum(), given, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradient, inputs)
+
+
+def test_one_value_a_channel_is_refused_as_by_pytorch() -> None:
+    with LeanBatchNorm(), pytest.raises(ValueError, match="more than 1 value per channel"):
+        nn.BatchNorm1d(3)(torch.randn(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
+def test_transforms_take_the_form_of_pytorch() -> None:
+    module = nn.BatchNorm1d(5, track_running_stats=False)
+    x, v = torch.randn(4, 5), torch.randn(4, 5)
+    with LeanBatchNorm():
+        found = torch.func.jvp(module, (x,), (v,))[1]
+    torch.testing.assert_close(found, torch.func.jvp(module, (x,), (v,))[1])
+
+
+def test_a_second_derivative_takes_less_memory() -> None:
+    module, x = nn.BatchNorm2d(8), torch.randn(16, 8, 16, 16, requires_grad=True)
+
+    def second() -> int:
+        with peak_memory("cpu") as found:
+            (g,) = torch.autograd.grad(module(x).relu().sum(), x, create_graph=True)
+            torch.autograd.grad(g, x, x.detach())
+        return found.peak
+
+    plain = second()
+    with LeanBatchNorm():
+        lean = second()
+    assert lean < 0.75 * plain
