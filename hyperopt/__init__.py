@@ -54,6 +54,7 @@ _PUBLIC = {
     "Phantom": "hyperopt.core.adjoints.phantom",
     "Checkpointed": "hyperopt.core.adjoints.checkpointed",
     "BilevelProblem": "hyperopt.bilevel.problem",
+    "Tuner": "hyperopt.bilevel.tuner",
     "Bilevel": "hyperopt.bilevel.hypergradient",
     "hypergradient": "hyperopt.bilevel.hypergradient",
     "Estimate": "hyperopt.bilevel.estimate",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from hyperopt import bilevel as bilevel
     from hyperopt import core as core
     from hyperopt import data as data
+    from hyperopt import integrations as integrations
     from hyperopt import nn as nn
     from hyperopt import spaces as spaces
     from hyperopt import stn as stn
@@ -130,6 +132,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.soba import SOBA as SOBA
     from hyperopt.bilevel.stocbio import StocBiO as StocBiO
     from hyperopt.bilevel.t1t2 import T1T2 as T1T2
+    from hyperopt.bilevel.tuner import Tuner as Tuner
     from hyperopt.bilevel.v_pbgd import VPBGD as VPBGD
     from hyperopt.core.adjoints.checkpointed import Checkpointed as Checkpointed
     from hyperopt.core.adjoints.implicit import Implicit as Implicit
@@ -189,5 +192,5 @@ if TYPE_CHECKING:
     from hyperopt.stn.step import SelfTuning as SelfTuning
 
 
-_PACKAGES = ("app", "bilevel", "core", "data", "nn", "spaces", "stn", "tasks")
+_PACKAGES = ("app", "bilevel", "core", "data", "integrations", "nn", "spaces", "stn", "tasks")
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, packages=_PACKAGES)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import optree
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 from torch import Tensor
 
 from hyperopt.app.building import Built, build
 from hyperopt.app.repro import configure, preserved_global_state, seed_everything
-from hyperopt.app.resolvers import register
 from hyperopt.bilevel.estimate import Estimate
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.solvers.anderson import Anderson
@@ -27,7 +24,6 @@ from hyperopt.tasks.base import Environment, Task
 from hyperopt.tasks.bilevel import BilevelTask
 from hyperopt.tasks.stn import SelfTuningTask
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STEP = 1e-5  # of the differences, along directions of length 1
 TIGHT = 1e-11
 
@@ -35,10 +31,7 @@ TIGHT = 1e-11
 @contextlib.contextmanager
 def made(*overrides: str) -> Iterator[tuple[Task, Built]]:
     """The task and the optimizer of a command line, in float64, as ``run`` makes them."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=["device=cpu", "precision=float64", *overrides])
+    cfg = composed("device=cpu", "precision=float64", *overrides)
     with preserved_global_state():
         configure(torch.device("cpu"), torch.float64, None)
         generator = seed_everything(cfg.seed)

@@ -1,6 +1,6 @@
 """Six outer steps of several tasks on one or several ranks, by the loop that the command line runs: see ``test_ranks.py``.
 
-python rank_runs.py RANK WORLD STORE FOLDER
+python rank_runs.py RANK WORLD STORE FOLDER CASE ...
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
+from composing import composed
 
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
@@ -23,7 +24,6 @@ from hyperopt.data.synthetic import Synthetic
 from hyperopt.tasks.equilibrium import EquilibriumTask
 
 register()
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMMON = ["device=cpu", "precision=float64", "trainer.progress=false", "trainer.max_steps=6", "trainer.checkpoint_every=3"]
 ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
@@ -52,13 +52,11 @@ WRONG = {
 }
 
 
-def run_all(folder: Path) -> None:
-    """Run every case in a directory of its own."""
-    for name, overrides in CASES.items():
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[*COMMON, *overrides])
+def run_cases(folder: Path, names: Iterable[str]) -> None:
+    """Run cases, each in a directory of its own."""
+    for name in names:
         (folder / name).mkdir(parents=True)
-        run(cfg, folder / name)
+        run(composed(*COMMON, *CASES[name]), folder / name)
 
 
 def run_wrong(folder: Path) -> None:
@@ -76,8 +74,7 @@ def run_wrong(folder: Path) -> None:
 
     said = {}
     for name in WRONG:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[*COMMON, *WRONG[name]])
+        cfg = composed(*COMMON, *WRONG[name])
         (folder / name).mkdir(parents=True)
         try:
             with mock.patch.object(Synthetic, "load", with_nan), mock.patch.object(EquilibriumTask, "step", slowly):
@@ -92,7 +89,7 @@ if __name__ == "__main__":
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    run_all(Path(sys.argv[4]) / str(rank))
+    run_cases(Path(sys.argv[4]) / str(rank), sys.argv[5:])
     if world == 2:
         run_wrong(Path(sys.argv[4]) / str(rank))
     dist.destroy_process_group()

@@ -227,7 +227,7 @@ def assert_caught(check: Callable[[str], None], option: str, factor: float, patc
         check(option)
 
 
-@pytest.mark.parametrize("factor", [-1.0, 2.0], ids=["negated", "doubled"])
+@pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.slow)], ids=["negated", "doubled"])
 @pytest.mark.parametrize("group", ONE_OF_EACH)
 def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_caught(*ONE_OF_EACH[group], factor, monkeypatch)

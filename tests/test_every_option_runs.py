@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import CONFIGS, composed
+from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import validate
 from hyperopt.app.options import own
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("task", "solver", "adjoint", "optimizer")
 FEW = ["task.batch_size=10", "dataset.train=20", "dataset.val=10", "dataset.test=10"]  # for cells of convolutions
 NEEDS = {
@@ -41,7 +39,6 @@ FOLDERS = {  # of the datasets that lie in files
     "cifar10": ["cifar-10-batches-py", "cifar-10-batches-bin"],
     "omniglot": ["omniglot-py"],
 }
-SLOW = {"l2_20newsgroups": pytest.mark.slow}  # six seconds to count the words
 FILES = {"newsgroups": "20news-bydate_py3.pkz"}  # and in one file
 ROWS = ("dataset.train=100", "dataset.val=50", "dataset.test=50")
 SMALL = {"task=equilibrium": [*ROWS, "task.state_size=20"], "task=coupled": ["task.rows=20"], "task=implicit": [*ROWS]}  # by task
@@ -84,14 +81,21 @@ SMALL_EXPERIMENT |= {  # of experiments whose batches are larger than the rows h
 MADE = ("benchopt_ijcnn1",)  # whose files nobody can fetch here; tests/data/test_libsvm.py makes such files
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem not in MADE)
 
+# Every option is built and checked in ``test_every_option_is_right.py``: few need the whole loop in the quick run too.
+QUICK = ("solver=anderson", "adjoint=unrolled", "task=coupled", "task=l2", "optimizer=adam", "inner=adam")
+QUICK_EXPERIMENTS = (
+    "equilibrium_mnist",
+    "l2_logistic",
+    "bias_regularization",
+    "coupled_fixed_point",
+    "stn_ridge",
+    "maml_sinusoid",
+)
 START_AT_ZERO = ("SOBA", "SABA", "VPBGD")  # the adjoint variable, or the way between the two copies
 
 
 def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=["debug=default", "device=cpu", *overrides])
+    cfg = composed("debug=default", "device=cpu", *overrides)
     run(cfg, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert json.loads((out / "summary.json").read_text())["status"] == "completed"
@@ -102,7 +106,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:
     task = OWNER.get(option.partition("=")[0], option if option in SMALL else "task=equilibrium")
     first, last = two_steps(tmp_path, task, option, *SMALL[task], *NEEDS.get(option, []))
@@ -115,7 +119,7 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPERIMENTS])
+@pytest.mark.parametrize("name", slow_but(QUICK_EXPERIMENTS, EXPERIMENTS))
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}", *WARM.get(name, [])]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
@@ -135,7 +139,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 
 
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
-@pytest.mark.parametrize("option", [f"{group}={name}" for group, names in BILEVEL.items() for name in names])
+@pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
     base = ["experiment=l2_logistic", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=20"]
     trained = [] if option.startswith("inner") else ["inner=gradient_descent"]
@@ -146,11 +150,9 @@ def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
 TRAINS = re.compile(r"override /task: (l2|bias_regularization|weight_decay|augmentation|data_cleaning|data_distillation)$", re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [e for e in EXPERIMENTS if TRAINS.search((CONFIGS / "experiment" / f"{e}.yaml").read_text())])
 def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
-        for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
-            validate(compose("train", overrides=[f"experiment={name}", option]))
+    # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
+    for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
+        validate(composed(f"experiment={name}", option))

@@ -53,6 +53,7 @@ def test_all_parts_run_on_the_cpu(tmp_path):
     assert found["tests"]["failed"] == 0 and found["tests"]["passed"] + found["tests"]["skipped"] > 0
 
 
+@pytest.mark.slow
 def test_a_part_without_time_says_so_and_a_file_that_exists_is_not_written(tmp_path):
     out = tmp_path / "found.json"
     few = ("--device", "cpu", "--small", "--out", str(out), "--parts", "counts")

@@ -33,8 +33,8 @@ def test_the_core_needs_torch_optree_and_numpy_only() -> None:
 
 
 def test_nothing_lies_beside_the_packages() -> None:
-    names = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
-    assert names == {"__init__.py", "py.typed", "README.md", "core", "spaces", "bilevel", "stn", "nn", "data", "tasks", "app"}
+    names = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "__init__.py", "py.typed", "README.md"}
+    assert names == {"core", "spaces", "bilevel", "stn", "nn", "data", "integrations", "tasks", "app"}
 
 
 def names_of_ours(path: Path) -> list[tuple[str, str]]:

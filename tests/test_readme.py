@@ -7,12 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 
 from hyperopt.app.building import validate
 from hyperopt.app.repro import preserved_global_state
-from hyperopt.app.resolvers import register
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [Path("README.md"), *(Path(name, "README.md") for name in ("hyperopt", "configs", "experiments", "tests"))]
@@ -46,15 +44,12 @@ def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_the_commands_compose(argv: list[str]) -> None:
-    register()
-    GlobalHydra.instance().clear()
     overrides = [
         re.sub(r"=range\(.*\)$", "=0", word.split(",")[0])
         for word in argv
         if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))
     ]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        validate(compose("train", overrides=overrides))
+    validate(composed(*overrides))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from marks import slow_but
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "traps"
 
@@ -16,7 +17,7 @@ def module(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("number", range(1, 18))
+@pytest.mark.parametrize("number", slow_but(range(1, 17), range(1, 18)))  # 17 starts two processes
 def test_this_library_passes(module, number):
     protocol, ours = module("protocol"), module("ours_traps")
     (outcome,) = protocol.run(ours.Ours(), (number,))

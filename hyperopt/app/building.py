@@ -1,8 +1,8 @@
-"""What a config describes, built part by part before anything else is done.
+"""Building of the parts that a config describes, before anything else is done.
 
-Each node with a ``_target_`` becomes an object of that class, whose own checks say what is wrong with a value. What may be named
-is known from the options in ``configs/`` (``hyperopt.app.options``) and from the command line. What may stand where is the type
-of the argument that takes it.
+Each node with a ``_target_`` becomes an object of that class, whose own checks say what is wrong with a value. The classes
+that may be named come from the options in ``configs/`` (``hyperopt.app.options``) and from the command line. The type of an
+argument says which classes fit there.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ GROUPS: dict[str, Any] = {
 }
 """The kind of each group's parts."""
 ORDINARY: dict[type, type] = {Dataset: Own, CellFactory: OwnCell}
-"""What makes a part of this kind of an ordinary class or function of the user's own, which is only called when it is needed."""
+"""For these kinds, the class that wraps an ordinary class or function of the user's, and calls it when it is needed."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a config describes, built."""
+    """The parts that a config describes, built."""
 
     task: Task
     optimizer: OuterOptimizer
@@ -61,30 +61,30 @@ class Built:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check all that can be checked before any work: ranges, choices, targets, and keys that depend on each other.
+    """Check everything that can be checked before any work: ranges, choices, targets, and keys that depend on each other.
 
     Args:
         cfg: a composed config; it is not changed.
 
     Raises:
-        ConfigError: names the key, the value seen and what to change.
+        ConfigError: the config cannot work; the message names the key, the value seen and what to change.
     """
     build(cfg)
 
 
 def build(cfg: DictConfig) -> Built:
-    """Build the task, the optimizer and the trainer that a config describes, and every other part to check its values.
+    """Build the task, the optimizer and the trainer that a config describes, and all other parts to check their values.
 
     Args:
         cfg: a composed config; it is not changed.
 
     Raises:
-        ConfigError: a value, a key or a target that cannot work; names the key, the value seen and what to change.
+        ConfigError: a value, a key or a target cannot work; the message names the key, the value seen and what to change.
     """
     values = plain_values(cfg)
     allowed = tuple(cfg.allow_targets)
     check_targets(values, allowed)
-    # What a task has by interpolation is named by the key that a user sets: solver.rtol, and not task.solver.rtol.
+    # A part that the task has by interpolation is named by the key that a user sets: solver.rtol, and not task.solver.rtol.
     task = {str(name): cfg.task._get_node(name) for name in cfg.task} if OmegaConf.is_config(cfg.task) else {}
     shared = {
         f"task.{name}": str(node._value())[2:-1] for name, node in task.items() if OmegaConf.is_interpolation(cfg.task, name)
@@ -109,8 +109,8 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     """Check all parts of a config and build its task alone.
 
     Args:
-        cfg: see ``plain_config``.
-        unneeded: settings of the task that are left None.
+        cfg: a config, see ``plain_config``.
+        unneeded: settings of the task that become None.
         allowed: see ``check_targets``.
 
     Raises:
@@ -120,7 +120,7 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     check_targets(values, allowed)
     if not isinstance(values["task"], Mapping):
         raise ConfigError(f"task={short(values['task'])} names no Task: it has no _target_; change task")
-    for name in PARTS:  # what is not built is of its place too
+    for name in PARTS:  # parts that are not built must be of the right kind too
         if isinstance(part := values.get(name), Mapping) and "_target_" in part:
             kind = _imported(name, part["_target_"], allowed)
             of_torch = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
@@ -131,17 +131,17 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
 
 
 def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
-    """Return what a plain value of a config stands for: a part is built, anything else is as it is.
+    """Return the object that a plain value of a config describes; a value without a ``_target_`` stays as it is.
 
     Args:
-        value: has passed ``check_targets``.
-        key: where it is.
-        hint: the type of the argument that takes it, ``Any`` if that is not known.
+        value: a value that has passed ``check_targets``.
+        key: the value's key.
+        hint: the type of the argument that takes it, ``Any`` if it is unknown.
         allowed: see ``check_targets``.
 
     Raises:
-        ConfigError: a part where none belongs, one of another kind or one that cannot be imported, no part where one belongs,
-            or a key or a value that the class refuses.
+        ConfigError: there is a part where none belongs, or none where one belongs; a part is of the wrong kind or cannot be
+            imported; or the class refuses a key or a value.
     """
     expected = kinds(hint)
     if isinstance(value, list):
@@ -187,13 +187,13 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
 
 
 def _ordinary(kind: Any, hint: Any) -> type | None:
-    """Return what makes the part that belongs here of a class or function of the user's own; None where none is needed."""
+    """Return the class that wraps an ordinary class or function for this place, or None if no wrapper is needed."""
     fitting = (each for each in kinds(hint) if each in ORDINARY and not (isinstance(kind, type) and issubclass(kind, each)))
     return next((ORDINARY[each] for each in fitting), None)
 
 
 def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: Any, allowed: Collection[str]) -> Any:
-    """Return how an optimizer or a schedule of torch is made, once its parameters are there; see ``hyperopt.bilevel.outer``."""
+    """Return a factory of a torch optimizer or schedule, which needs its parameters first; see ``hyperopt.bilevel.outer``."""
     takes_schedule = issubclass(kind, torch.optim.Optimizer)
     _check_kind(key, target, OuterOptimizer if takes_schedule else kind, hint)
     own = {name: given.pop(name) for name in ("scheduler", "clip_norm") if takes_schedule and name in given}
@@ -215,17 +215,17 @@ def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: An
 
 
 def _names(kinds: Sequence[type]) -> str:
-    """Return the names of what may stand somewhere, for a message."""
+    """Return the names of the kinds that fit somewhere, for a message."""
     return " or ".join(kind.__name__ for kind in kinds)
 
 
 def _plain(hint: Any) -> bool:
-    """Whether a value of this type may also be a number or a text: ``float | Space``."""
+    """Whether a value of this type may also be a number or a text, as in ``float | Space``."""
     return any(each in (int, float, str, bool) for each in getattr(hint, "__args__", ()))
 
 
 def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
-    """Refuse a class of ours where another kind belongs."""
+    """Refuse a class of this package where another kind belongs."""
     expected = kinds(hint)
     if hint is Any or (expected and issubclass(kind, expected)):
         return
@@ -242,7 +242,7 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
 
 
 def _with_options(text: str, group: str) -> str:
-    """Return what a task said about a part of a group, which it cannot have, with the options of the command line.
+    """Return a task's message about a part that it cannot have, with the names of options instead of classes.
 
     ``dataset=Diabetes(...) has numbers to predict, ...; change dataset`` becomes ``dataset=diabetes has ...; choices: ...``.
     """
@@ -256,7 +256,7 @@ def _with_options(text: str, group: str) -> str:
 
 
 def _with_keys(text: str, key: str, kind: type) -> str:
-    """Return what a class said about a value, with the names that its arguments have in the config.
+    """Return a class's message about a value, with the names that its arguments have in the config.
 
     ``Picard: rtol=-1 is not in [0, inf); change rtol`` becomes ``solver.rtol=-1 is not in [0, inf); change solver.rtol``.
     """
@@ -278,7 +278,7 @@ def _with_keys(text: str, key: str, kind: type) -> str:
 
 
 def _imported(key: str, target: str, allowed: Collection[str]) -> Any:
-    """Return the class of a target; refuse one that only passes through an allowed package (``mine.os.system``)."""
+    """Return the class of a target; refuse one that an allowed package only re-exports (``mine.os.system``)."""
     try:
         found = get_object(target)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""``mode=check``: is the hypergradient of this experiment right, and what do other adjoints cost here?"""
+"""``mode=check``: checks the hypergradient of an experiment, and compares the cost of other adjoints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.verify import check_hypergradient, compare_adjoints
 from hyperopt.tasks.base import HypergradientError, Task
 
-SINGLE_LOOP = ("soba", "saba", "stocbio", "f2sa", "v_pbgd")  # no adjoints of a fixed point at all
-# One of the others by turns; for symmetric maps only; with solvers that keep an inverse only; for trained problems only.
+SINGLE_LOOP = ("soba", "saba", "stocbio", "f2sa", "v_pbgd")  # methods without an adjoint of a fixed point
+# Adjoints that choose among others, or need a symmetric map, a solver that keeps an inverse, or a trained problem.
 PARTICULAR = ("auto", "cg", "nystrom", "shine", "t1t2", "finite_difference", *SINGLE_LOOP)
 
 
 def adjoints(own: Adjoint) -> dict[str, Adjoint]:
-    """Return the task's own adjoint and, each at its own defaults, those options that any map and solver can have."""
+    """Return the task's own adjoint, and with default values the options that work for any map and solver."""
     found = {"this experiment's": own}
     for name, (target, *inside) in targets("adjoint").items():
         if name not in PARTICULAR:
@@ -38,8 +38,8 @@ def check(task: Task, run: RunDirectory) -> float:
         The largest relative error over the references.
 
     Raises:
-        HypergradientError: the hypergradient does not agree with them.
-        NotImplementedError: the task offers no ``objective``.
+        HypergradientError: the hypergradient does not agree with the references.
+        NotImplementedError: the task has no ``objective``, or its adjoint is not one of a fixed point.
     """
     solver, adjoint = getattr(task, "solver", None), getattr(task, "adjoint", None) or Implicit()
     if not isinstance(adjoint, Adjoint):

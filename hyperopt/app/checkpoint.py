@@ -1,7 +1,7 @@
 """Checkpoints: plain containers and tensors, replaced as a whole, and read without running any code.
 
-A file is written beside its place, flushed to the disk and moved there by ``os.replace``, so a kill at any moment leaves a whole
-file; the ``last.pt`` before it stays as ``last.prev.pt`` in case the disk damages the newer one.
+A file is written beside its place, flushed to the disk and moved there by ``os.replace``, so that a kill at any moment leaves
+a complete file. The previous ``last.pt`` stays as ``last.prev.pt`` in case the disk damages the newer one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 LAST, PREVIOUS = RunDirectory.last.name, RunDirectory.previous.name
 Found = tuple[Path, dict[str, Any]]
-"""A checkpoint: where it lies, and what it holds."""
+"""A checkpoint: its path and its content."""
 
 
 class CheckpointError(ValueError):
@@ -37,21 +37,21 @@ class CheckpointError(ValueError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not as it was written. Another one may stand in for it, which must not happen for one that is unsafe."""
+    """A checkpoint has changed since it was written. The previous one may replace it, unlike a checkpoint that is unsafe."""
 
 
 def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
     """Write ``content`` to ``path``, as a whole or not at all.
 
     Args:
-        path: where to.
+        path: the file.
         content: plain containers and tensors.
-        keep_previous: keep the file that is replaced as ``last.prev.pt``.
+        keep_previous: whether to keep the file that is replaced as ``last.prev.pt``.
 
     Raises:
-        WriteError: it could not be written; the files that were there are still there.
+        WriteError: it could not be written; the existing files are still there.
     """
-    # To memory first: torch turns a failed write to a file into an error of its own, which hides the reason.
+    # Write to memory first: torch turns a failed write to a file into an error that hides the reason.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     with writing(path):
@@ -64,8 +64,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU.
 
     Raises:
-        DamagedError: not as it was written: cut short, a flipped bit, or no checkpoint at all.
-        CheckpointError: no such file, one that holds more than plain data, or of another format.
+        DamagedError: the file is truncated, has a flipped bit, or is not a checkpoint.
+        CheckpointError: there is no such file, it holds more than plain data, or it has another format.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; change ckpt_path, or set resume=never to start anew")
@@ -74,7 +74,7 @@ def load(path: Path) -> dict[str, Any]:
             content = _read(path, file)
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile and torch have a dozen kinds for damage
+    except Exception as error:  # zipfile and torch raise many kinds of errors for damaged files
         raise DamagedError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -85,9 +85,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, file: IO[bytes]) -> Any:
-    """Return what a file holds, once its checksums are found right and it asks for no more memory than it has bytes."""
+    """Return the content of a file after its checksums were verified; it gets no more memory than it has bytes."""
     head = file.read(2)
-    if head[:1] == b"\x80":  # a bare pickle, which is never ours; nothing of it is read
+    if head[:1] == b"\x80":  # a bare pickle, which this program never writes; it is not read
         raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
     if head not in (b"", b"P", b"PK"):
         raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set ckpt_path to another one")
@@ -98,17 +98,17 @@ def _read(path: Path, file: IO[bytes]) -> Any:
 
 
 def load_last(directory: Path, quiet: bool = False) -> Found | None:
-    """Return path and content of the newest whole checkpoint of a run, or None where it has none yet.
+    """Return path and content of the newest complete checkpoint of a run, or None if there is none yet.
 
-    A ``last.pt`` that is missing or damaged gives way to the one before it, which is said in one warning. One that is unsafe or
-    of another format is an error: no disk makes it so, and whoever put it there should be noticed.
+    If ``last.pt`` is missing or damaged, the one before it is used, with a warning. A file that is unsafe or has another
+    format is an error: no disk can make it so, and the user should know that someone has put it there.
 
     Args:
         directory: the run's ``checkpoints/``.
-        quiet: leave the warning out.
+        quiet: whether to leave out the warning.
 
     Raises:
-        CheckpointError: see ``load``; also when both files are damaged.
+        CheckpointError: as ``load``, or both files are damaged.
     """
     last, previous = directory / LAST, directory / PREVIOUS
     what = "is missing"
@@ -137,7 +137,7 @@ def load_last(directory: Path, quiet: bool = False) -> Found | None:
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in the block, which uses what the checkpoint at ``path`` holds, into a ``CheckpointError``."""
+    """Turn any error of the block, which uses the content of the checkpoint at ``path``, into a ``CheckpointError``."""
     try:
         yield
     except CheckpointError:
@@ -150,10 +150,10 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def check_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of the right format that no run has written, before anything of it is used.
+    """Refuse a checkpoint of the right format that no run can have written, before any of it is used.
 
     Raises:
-        CheckpointError: names what is wrong.
+        CheckpointError: the message names what is wrong.
     """
     kinds = {**dict.fromkeys(("task", "optimizer", "schedule", "rng", "config"), dict), "generator": torch.Tensor}
     with fitting(path):
@@ -165,17 +165,17 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         if not all(isinstance(key, str) for key in content["config"]):
             raise ValueError("config has keys that are no names")
         name, keys, place, *_ = content["rng"]["numpy"]
-        if name != "MT19937" or keys.shape != (624,) or not 0 <= place <= 624:  # numpy takes any place, and reads there
+        if name != "MT19937" or keys.shape != (624,) or not 0 <= place <= 624:  # numpy would read beyond the state
             raise ValueError("rng.numpy is no state of numpy's generator")
 
 
 def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:
-    """Make a checkpoint that is not ``last.pt`` the last one of a run, which goes on from it.
+    """Make a checkpoint the last one of a run, which continues from it.
 
     Args:
         run: the run.
-        path: where the checkpoint came from. Unless that is ``last.prev.pt`` itself, this file is removed, since it belongs to
-            steps that the run takes anew.
+        path: the file of the checkpoint. Unless this is ``last.prev.pt``, that file is removed, since it belongs to steps that
+            the run repeats.
         content: the checkpoint.
     """
     save(run.last, content)
@@ -184,31 +184,31 @@ def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
-    """Refuse a checkpoint whose configuration differs in more than where it runs, how long, and what it shows.
+    """Refuse a checkpoint whose config differs in more than where and how long it runs and what it shows.
 
     Args:
-        path: named in the message.
-        saved: the flat configuration in the checkpoint.
-        config: the flat configuration now.
-        evaluate: compare only what says which data and which model it is: another solver may evaluate it.
+        path: the checkpoint, for the message.
+        saved: the flat config in the checkpoint.
+        config: the flat config now.
+        evaluate: whether to compare only the data and the model, since another solver may evaluate a checkpoint.
 
     Raises:
-        CheckpointError: lists each key with the value there and here.
+        CheckpointError: there are differences; the message lists each key with both values.
     """
     if found := differences(saved, config, "evaluate" if evaluate else "resume"):
         raise CheckpointError(f"the checkpoint {path} is of another experiment: {found}; make these equal or change ckpt_path")
 
 
 def find(cfg: DictConfig, run: RunDirectory, quiet: bool = False) -> Found | None:
-    """Return the checkpoint that the job goes on from or evaluates, if any: that of the run itself comes first.
+    """Return the checkpoint that the job continues from or evaluates, if any; that of the run itself takes precedence.
 
     Args:
-        cfg: of the job.
+        cfg: config of the job.
         run: its directory.
-        quiet: leave out the warning that the checkpoint before the last one stands in for it.
+        quiet: whether to leave out the warning that the previous checkpoint replaces the last one.
 
     Raises:
-        CheckpointError: it is missing, damaged or unsafe, or of another experiment, or rows that it knows of are lost.
+        CheckpointError: it is missing, damaged, unsafe or of another experiment, or rows that it knows of are lost.
     """
     found, train = None, cfg.mode == "train"
     if cfg.resume == "auto" and train and not run.owns(cfg.ckpt_path):
@@ -225,11 +225,7 @@ def find(cfg: DictConfig, run: RunDirectory, quiet: bool = False) -> Found | Non
 
 
 def _check_rows(run: RunDirectory, found: Found | None) -> None:
-    """Refuse to go on where rows are gone, or would go.
-
-    Raises:
-        CheckpointError: says which.
-    """
+    """Refuse to continue if rows are lost, or would be."""
     accept = "put the file back from a copy, or add accept_lost_rows=true to go on without them"
     path = run.metrics
     if found is not None and run.owns(found[0]):

@@ -1,7 +1,7 @@
 """The command line: ``hyperopt`` (or ``python -m hyperopt.app.cli``) composes a config, checks it and runs it.
 
 Nothing here imports torch before a job starts, nor Hydra before it is needed, so that help, ``--cfg job`` and tab completion
-answer at once.
+are fast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hyperopt.app.launch import dismiss, follow, follows, leave
 
 CHECK = """usage: hyperopt check [group=option ...] [key=value ...]
 
-Is the hypergradient of an experiment right? It is compared with other adjoints and with finite differences in float64 (or the
-precision that is given), and a table says what each adjoint costs. check.json and a figure are left in the run's directory.
+Check the hypergradient of an experiment. It is compared with other adjoints and with finite differences in float64 (or in the
+given precision), and a table shows the cost of each adjoint. The run's directory gets check.json and a figure.
 
 examples:
   hyperopt check                                         the default job
@@ -25,7 +25,7 @@ examples:
 
 
 def main() -> None:
-    """Run the command line on rank 0; on the other ranks that ``torchrun`` started, run its jobs with it."""
+    """Run the command line on rank 0; on the other ranks of ``torchrun``, run the same jobs."""
     if follows():
         follow()
     else:
@@ -54,7 +54,7 @@ def command_line(argv: Sequence[str]) -> None:
 
 
 def launch(argv: Sequence[str]) -> None:
-    """Run a job or a sweep; flags and overrides may come in any order, which Hydra's own parser does not take."""
+    """Run a job or a sweep; flags and overrides may come in any order, which Hydra's own parser does not accept."""
     from hyperopt.app.command import launch as start
 
     overrides = [each for each in argv if each[:1] == "~" or (each[:1] != "-" and "=" in each)]
@@ -62,7 +62,7 @@ def launch(argv: Sequence[str]) -> None:
 
 
 def check(argv: Sequence[str]) -> None:
-    """``hyperopt check ...`` is ``hyperopt mode=check precision=float64 ...``."""
+    """Run ``hyperopt check ...``, which is ``hyperopt mode=check precision=float64 ...``."""
     if {"--help", "-h"} & set(argv):
         print(CHECK, end="")
         return
@@ -88,7 +88,7 @@ SUBCOMMANDS = {"check": check, "report": report, "export": export}
 
 
 def help_text() -> str:
-    """Return the text of ``--help``, written in ``configs/hydra``; Hydra would first list every group twice, a second's work."""
+    """Return the text of ``--help`` from ``configs/hydra``; Hydra itself would take a second to list all groups twice."""
     from omegaconf import OmegaConf
 
     from hyperopt.app.resolvers import config_root, register

@@ -1,4 +1,4 @@
-"""Compose a config, check it, run it, and say in a few lines what was wrong: all of the command line but its help."""
+"""Composing, checking and running of a config, and short error messages: the command line except its help."""
 
 from __future__ import annotations
 
@@ -42,25 +42,26 @@ def job(cfg: DictConfig) -> float:
 
 
 class Failure(SystemExit):
-    """A run that failed. Hydra prints an exception of a job its own way, but lets an exit through."""
+    """A run that failed. Hydra prints an exception of a job in its own way, but passes an exit on."""
 
     def __init__(self, error: Exception, out: Path) -> None:
-        """Keep the error, and where the run was, for ``launch``; the exit status is 1."""
+        """Keep the error and the run's directory for ``launch``; the exit status is 1."""
         super().__init__(1)
         self.error, self.out = error, out
 
     def traceback(self) -> Path | None:
-        """The file that holds its traceback, if the run has written one."""
+        """Return the file with the traceback, if the run has written one."""
         file = RunDirectory(self.out).failed
         return file if file.is_file() and type(self.error).__name__ in file.read_text(errors="replace") else None
 
 
 def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
-    """Return overrides that evaluate a checkpoint, with those of the run that wrote it before them, so that none is repeated.
+    """Return the overrides of ``mode=evaluate`` after those of the run that wrote the checkpoint, so that none is repeated.
 
     Args:
-        overrides: of this launch. What they set counts; others than ``mode=evaluate ckpt_path=RUN/checkpoints/...`` are returned
-            as they are. What the file holds is checked as if it were given here, resolves nothing and allows no package.
+        overrides: overrides of this launch, which take precedence. Without ``mode=evaluate ckpt_path=RUN/checkpoints/...``
+            they are returned as they are. Those from the run's file are checked as if given here, resolve nothing and allow no
+            package.
     """
     given = {key: value for key, _, value in (each.lstrip("+~").partition("=") for each in overrides)}
     if given.get("mode") != "evaluate" or "ckpt_path" not in given:
@@ -76,11 +77,11 @@ def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
 def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     """Run what the command line asks for; exit with status 1 after a refused launch or a failed job.
 
-    What went wrong is printed in a few lines, and where ``FAILED`` holds the traceback of a run. Only an error of the program
-    that has left no such file is printed with its traceback; ``HYDRA_FULL_ERROR=1`` asks for the traceback of all.
+    A failure is printed in a few lines, with the path of ``FAILED``, which holds the traceback of a run. Only an unexpected
+    error without such a file is printed with its traceback; ``HYDRA_FULL_ERROR=1`` asks for all tracebacks.
     """
     before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them in its own way
     Preflight.launched = None
     kept: Path | None = None
     try:

@@ -1,4 +1,4 @@
-"""What is checked of a composed config before anything is built: its top level, and which classes it names. Free of torch."""
+"""Checks of a composed config before anything is built: its top level and the classes it names. It imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperopt.core.text import why_no_component
 
 
 class ConfigError(ValueError):
-    """A config that composes and cannot work; the message names the key, the value seen and what to change."""
+    """A config cannot work although it composes; the message names the key, the value seen and what to change."""
 
 
 MODES = ("train", "evaluate", "check")
@@ -26,12 +26,12 @@ RESUME = ("never", "auto")
 PRECISIONS = ("float32", "float64")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 TORCH = re.compile(r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*")
-"""Optimizers and schedules of torch, which are what they are called."""
+"""Names of torch's optimizers and schedules."""
 HYDRA = re.compile(r"_[a-z]+_")
-"""Keys that Hydra's ``instantiate`` would read: ``_target_``, which is checked, and others, which no node needs."""
+"""Keys with a meaning for Hydra's ``instantiate``: ``_target_``, which is checked, and others, which no node needs."""
 VALUES = ("name", "seed", "device", "precision", "compile", "mode", "ckpt_path", "resume", "accept_lost_rows", "threads")
 PARTS = ("solver", "adjoint", "inner", "dataset", "stn", "optimizer", "trainer", "task")
-"""The groups that are parts; ``task`` comes last, for it holds others by interpolation, and a user sets their own keys."""
+"""The groups that are parts. ``task`` is last: it holds others by interpolation, and messages name the keys of those first."""
 KEYS = (*VALUES, *PARTS, "allow_targets", "paths")
 MOVED = {
     "hyperopt.solvers.newton": "hyperopt.core.newton.newton",
@@ -51,7 +51,7 @@ MOVED = {
     "hyperopt.optim.Momentum": "torch.optim.SGD",
     "hyperopt.optim": "torch.optim",
 }
-"""Where classes, or the modules of classes, lay when older files named them, and where they lie now."""
+"""Former names of classes and modules, which older files contain, and their present names."""
 
 
 def _present(target: str) -> str:
@@ -67,10 +67,10 @@ def parts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
     Args:
         value: mappings, lists and scalars.
-        key: where it is.
+        key: the value's key.
 
     Raises:
-        ConfigError: a key that is for Hydra and no setting (``_args_``, ``_partial_``, ...).
+        ConfigError: a key has a meaning for Hydra and is not a setting (``_args_``, ``_partial_``, ...).
     """
     if isinstance(value, Mapping):
         for name in value:
@@ -88,10 +88,10 @@ def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
 
     Args:
         values: a whole config of plain values.
-        allowed: top-level packages that may be named beside the options' classes.
+        allowed: top-level packages that may be named in addition to the options' classes.
 
     Raises:
-        ConfigError: names the key, the value seen and what to change.
+        ConfigError: the message names the key, the value seen and what to change.
     """
     for name, value in values.items():
         for key, target in parts(value, str(name)):
@@ -106,13 +106,13 @@ def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
 
 
 def short(value: Any) -> str:
-    """Return a value as a message shows it."""
+    """Return a value for a message, at most about 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:
-    """Return the plain values of a whole config whose top level is right."""
+    """Return the plain values of a whole config, after checks of its top level."""
     unknown = [str(key) for key in cfg if key not in (*KEYS, "hydra")]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such group or key; {near(unknown[0], KEYS)}")
@@ -162,14 +162,14 @@ def _check_top(cfg: DictConfig) -> None:
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
-    """Return what was read from a file as a config, in which nothing is left to resolve, and every part has its present name.
+    """Return values from a file as a config, without interpolations, and with the present names of classes.
 
     Args:
-        values: as ``hyperopt.data.reading`` returns them.
+        values: values as ``hyperopt.data.reading`` returns them.
         where: what to call the file in an error.
 
     Raises:
-        ConfigError: an interpolation, a resolver, or a value that is marked as missing.
+        ConfigError: there is an interpolation, a resolver, or a value that is marked as missing.
     """
     values = copy.deepcopy(dict(values))
     stack: list[tuple[str, Any]] = [("", values)]

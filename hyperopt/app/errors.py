@@ -1,4 +1,4 @@
-"""Errors of a command line in a few lines: what was wrong, what it was probably meant to be, and the choices."""
+"""Errors of the command line in a few lines: what is wrong, what was probably meant, and the choices."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def near(word: str, choices: Iterable[str]) -> str:
 
 
 def explain(error: BaseException, keys: Mapping[str, str] | None = None) -> str | None:
-    """Return a message for an error that a user can mend from the command line; None for any other, which needs its traceback.
+    """Return a message for an error that a user can fix on the command line, and None for others, which need a traceback.
 
     Args:
-        error: what composing, checking or running a job raised. What it quotes may come from a file, and is made printable.
-        keys: how the command line chooses what the library calls by its class: the option of each name. The library's messages
-            speak of classes and arguments, and those that they name are added here.
+        error: an error from composing, checking or running a job. Text that it quotes may come from a file and is escaped.
+        keys: for names of classes and arguments in the library's messages, the option that sets them on the command line. The
+            options of names that occur are added to the message.
     """
     message = _message(error)
     return None if message is None else printable(with_keys(message, keys or {}), keep="\n")
 
 
 def with_keys(message: str, keys: Mapping[str, str]) -> str:
-    """Return a message of the library, followed by ``keys_in`` it."""
+    """Return a message followed by ``keys_in`` of it."""
     return "\n".join(filter(None, (message, keys_in(message, keys))))
 
 
 def keys_in(message: str, keys: Mapping[str, str]) -> str:
-    """Return a line with the option of each name of ``keys`` that a message has in it; see ``explain``. Empty without any."""
+    """Return a line with the options of all names of ``keys`` in a message, empty if there are none; see ``explain``."""
     named = [f"{name} is {key}" for name, key in keys.items() if re.search(rf"(?<![\w.]){name}\b", message)]
     return f"on the command line: {', '.join(named)}" if named else ""
 
 
 def _message(error: BaseException) -> str | None:
-    """Return the message as it is."""
+    """Return the message before options are added."""
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
@@ -74,7 +74,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    """Say which option a group does not have, and which it has."""
+    """Say which option a group does not have, and which options it has."""
     group, _, option = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
     if not group or error.options is None:
         return _tidy(str(error))
@@ -82,7 +82,7 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _unknown_key(error: OmegaConfBaseException) -> str:
-    """Say which key a node does not have, and which it has."""
+    """Say which key a node does not have, and which keys it has."""
     key, node = str(error.key), error.parent_node
     path = str(error.full_key or key)
     where = path.rpartition(".")[0]
@@ -93,6 +93,6 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Drop OmegaConf's bookkeeping lines, which name internals."""
+    """Drop OmegaConf's lines about internals."""
     internal = ("reference_type", "object_type")
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.strip().startswith(internal))

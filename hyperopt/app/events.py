@@ -1,8 +1,8 @@
-"""TensorBoard's event files of one run: one a session, written at once, cut back on resuming.
+"""TensorBoard's event files of one run: one for each session, written at once, truncated on resuming.
 
-TensorBoard's own writer puts events into a queue that a thread empties: a full disk then shows up later and elsewhere, and nobody
-knows which byte belongs to which step. Here a call returns when its event is in the file, so that a checkpoint can say where the
-files ended, and a resumed run can cut them there: no event is ever in them twice.
+TensorBoard's own writer puts events into a queue that a thread empties. A full disk then shows up later and elsewhere, and it
+is unknown which byte belongs to which step. Here a call returns when its event is in the file. A checkpoint can therefore
+store the lengths of the files, and a resumed run truncates them to these, so that no event occurs twice.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ PREFIX = "events.out.tfevents."
 
 
 class EventFiles:
-    """The event files under ``directory``, of which this session writes the last.
+    """The event files under ``directory``; this session writes the last of them.
 
-    Clocks of machines differ and are set back. TensorBoard reads files in the order of their names, which begin with a time, so a
-    new file is named after all that are there; and the wall time of an event is never before that of the one before it.
+    The clocks of machines differ and may be set back. TensorBoard reads files in the order of their names, which begin with a
+    time. A new file therefore gets a later name than all existing ones, and the wall time of an event is never before that of
+    the previous event.
 
     Args:
         directory: ``tb/`` of the run.
-        keep: how many bytes to keep of each file; what follows is cut off, and other event files are removed.
-        wall: wall time of the last event kept.
-        purge_step: tells a TensorBoard that is looking on to forget what it has read from this step on (None: nothing).
+        keep: number of bytes to keep of each file; the rest is cut off, and other event files are removed.
+        wall: wall time of the last event that is kept.
+        purge_step: a running TensorBoard is told to forget what it has read from this step on (None: nothing).
     """
 
     def __init__(self, directory: Path, keep: Mapping[str, int], wall: float = 0.0, purge_step: int | None = None) -> None:
-        """Cut the files back and open a new one."""
+        """Truncate the files and open a new one."""
         make_directory(directory)
         with writing(directory):
             self._kept: dict[str, int] = {}
@@ -62,12 +63,12 @@ class EventFiles:
 
     @property
     def wall(self) -> float:
-        """The wall time now, by a clock that does not go back."""
+        """The present wall time, from a clock that does not go back."""
         return time.monotonic() + self._offset
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each event file so far."""
+        """Number of bytes of each event file."""
         return {**self._kept, self._file.path.name: self._file.size}
 
     def _write(self, event: Any) -> None:
@@ -80,7 +81,7 @@ class EventFiles:
         self._write(Event(step=step, summary=summary))
 
     def sync(self) -> None:
-        """Bring the file to the disk."""
+        """Flush the file to the disk."""
         self._file.sync()
 
     @property

@@ -1,4 +1,4 @@
-"""Which configs describe the same experiment: what each key says, in one table. Free of torch."""
+"""Which configs describe the same experiment: one table says what each key means for this. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from hyperopt.core.text import printable
 
 Purpose = Literal["resume", "repeat", "evaluate", "overrides", "hparams", "group"]
-"""What configs are compared or shown for.
+"""The purpose for which configs are compared or shown.
 
-``resume``: may a run go on under this config? ``repeat``: a job of a sweep is done under that config; is it done under this one?
-``evaluate``: may a checkpoint be evaluated under this config? ``overrides``: which overrides of a run are taken over where its
-checkpoint is evaluated? ``hparams``: which keys are columns of TensorBoard's HParams tab? ``group``: what is
-equal for the runs that a report takes together?
+``resume``: may a run continue under this config? ``repeat``: is a job of a sweep, finished under another config, also finished
+under this one? ``evaluate``: may a checkpoint be evaluated under this config? ``overrides``: which overrides of a run are used
+again when its checkpoint is evaluated? ``hparams``: which keys are columns of TensorBoard's HParams tab? ``group``: which keys
+are equal for all runs that a report puts into one group?
 """
 DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
     "accept_lost_rows": ("resume", "repeat", "overrides", "hparams", "group"),
@@ -25,27 +25,27 @@ DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
     "mode": ("resume", "repeat", "overrides", "hparams", "group"),
     "paths": ("resume", "repeat", "overrides", "hparams", "group"),
     "resume": ("resume", "repeat", "overrides", "hparams", "group"),
-    "ckpt_path": ("resume", "overrides", "hparams", "group"),  # a job that starts from another checkpoint is another job
+    "ckpt_path": ("resume", "overrides", "hparams", "group"),  # it counts for "repeat": another start is another job
     "device": ("resume", "repeat", "overrides", "group"),
     "threads": ("resume", "repeat", "overrides", "group"),
     "compile": ("resume", "repeat"),
     "name": ("resume", "repeat", "group"),
     "seed": ("group",),
-    "trainer": ("resume",),  # how long, and what it shows
+    "trainer": ("resume",),  # how long a run takes, and what it shows
 }
-"""Top-level keys that do not count for each purpose: where, how and how long a launch runs. All others always count."""
+"""The purposes for which a top-level key does not count, since it says where, how or how long a launch runs."""
 PLACES = ("root", "dir", "download")
-"""Last parts of keys that say where things lie. They count only for ``overrides`` and ``group``."""
+"""Last parts of keys that say where files are. They count only for ``overrides`` and ``group``."""
 DATA_AND_MODEL = ("seed", "dataset", "task")
-"""All that an evaluation depends on: another solver may evaluate a model."""
-MOST = 20  # differences that are named
+"""The keys on which an evaluation depends; another solver, for example, may evaluate a model."""
+MOST = 20  # largest number of differences that are named
 
 
 def counts(key: str, purpose: Purpose) -> bool:
     """Whether a key counts for a purpose.
 
     Args:
-        key: dotted, or that of an override (``task/cell``, ``dataset@task.other``).
+        key: a dotted key, or that of an override (``task/cell``, ``dataset@task.other``).
         purpose: see ``Purpose``.
     """
     parts = re.split(r"[./@]", key)
@@ -57,7 +57,7 @@ def counts(key: str, purpose: Purpose) -> bool:
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ``(dotted key, resolved value)``.
 
-    A node that is an interpolation of another one (``task.solver: ${solver}``) is left out, since its values are already there,
+    A node that is an interpolation of another one (``task.solver: ${solver}``) is left out, since its values occur elsewhere,
     and so is Hydra's part.
     """
     for name in map(str, node):
@@ -74,14 +74,14 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flatten(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``, by which experiments are told apart."""
+    """Return the resolved config, without Hydra's part, as ``{dotted key: plain value}``, for comparisons of experiments."""
     return dict(leaves(cfg))
 
 
 def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ``(dotted key, value)`` of plain data; a list is a value.
 
-    Nothing is resolved: a file that was tampered with reads no environment.
+    Nothing is resolved, so that a manipulated file cannot read the environment.
     """
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -91,12 +91,12 @@ def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def differences(saved: Mapping[str, Any], config: Mapping[str, Any], purpose: Purpose = "resume") -> str:
-    """Return each key that makes ``config`` another experiment than ``saved``, with the value there and here; else nothing.
+    """Return the keys that make ``config`` another experiment than ``saved``, each with both values, or an empty text.
 
     Args:
         saved: the flat config of a checkpoint or of a run directory.
         config: the flat config now.
-        purpose: of the comparison.
+        purpose: purpose of the comparison.
     """
     differ = [key for key in sorted({*saved, *config}) if counts(key, purpose) and saved.get(key) != config.get(key)]
     said = [f"{printable(key)} is {saved.get(key)!r:.80} there and {config.get(key)!r:.80} here" for key in differ[:MOST]]

@@ -1,8 +1,8 @@
-"""How files are written: small ones as a whole or not at all, growing ones by whole records, and what a failure says.
+"""Writing of files: small ones as a whole or not at all, growing ones by whole records, with clear errors.
 
-Every failure to write is a ``WriteError`` that names the file and what to do; what was written before it stays as it was. A run
+Every failure to write is a ``WriteError`` that names the file and what to do; what was written before stays as it was. A run
 directory may come from someone else, so nothing is written through a link, into a pipe or a device, or into a file that has a
-second name elsewhere. Free of torch.
+second name elsewhere. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class WriteError(OSError):
-    """A file could not be written; the message names it, the reason and what to do. ``errno`` is that of the cause."""
+    """A file could not be written; the message names the file, the reason and what to do. ``errno`` is that of the cause."""
 
     def __init__(self, path: Path, number: int | None) -> None:
-        """Say what happened to ``path``, by the error number of the operating system."""
+        """Make the message for ``path`` from the error number of the operating system."""
         if number in FULL:
             advice = "free space there, or move the run to another disk and set hydra.run.dir to it"
         elif number in READ_ONLY:
@@ -44,16 +44,16 @@ class WriteError(OSError):
 
 
 class ForeignFileError(WriteError):
-    """A file in a run directory leads out of it, or is no file: nothing is written to it."""
+    """A file in a run directory leads out of it, or is not a regular file; nothing is written to it."""
 
     def __init__(self, path: Path, what: str) -> None:
-        """Say what the thing at ``path`` is."""
+        """Make the message that says what ``path`` is."""
         OSError.__init__(self, foreign(path, what))
         self.errno = errno.ELOOP
 
 
 def foreign(path: Path, what: str) -> str:
-    """Return the message about a thing in a run directory that nothing is written to."""
+    """Return the message about something in a run directory to which nothing is written."""
     return f"{printable(str(path))} is {what}, and was left untouched; remove it, or set hydra.run.dir to another directory"
 
 
@@ -61,8 +61,8 @@ def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
     """Return what is wrong with a file of a run, or None.
 
     Args:
-        facts: of the thing itself, by ``lstat`` or ``fstat``.
-        in_place: its bytes are going to be changed, where another name of it would show that too; other files are replaced.
+        facts: the result of ``lstat`` or ``fstat`` on it.
+        in_place: whether its bytes will be changed, which would also change a second name of it; other files are replaced.
     """
     if stat.S_ISLNK(facts.st_mode):
         return "a link"
@@ -72,7 +72,7 @@ def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuse a file of a run that is going to be changed in place, if it leads elsewhere.
+    """Refuse a file of a run that will be changed in place, if it leads elsewhere.
 
     Raises:
         ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
@@ -83,17 +83,17 @@ def refuse_foreign(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of a run to change it, and return the handle; the one way to do so.
+    """Open a file of a run in order to change it, and return the handle. Every such file is opened here.
 
     Args:
-        path: the file. The directory that it lies in may be reached through links.
-        flags: of ``os.open``.
+        path: the file. Its directory may be reached through links.
+        flags: flags of ``os.open``.
 
     Raises:
         ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
         OSError: it cannot be opened.
     """
-    refuse_foreign(path)  # before it is opened: to open a device has effects of its own
+    refuse_foreign(path)  # before opening, since opening a device may have effects
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if (what := why_foreign(os.fstat(handle))) is not None:
         os.close(handle)
@@ -102,7 +102,7 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory of a run where it is missing.
+    """Make a directory of a run if it is missing.
 
     Raises:
         WriteError: it cannot be made, or is a link.
@@ -134,28 +134,28 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_whole(handle: int, data: bytes | memoryview) -> None:
-    """Write all of ``data``; ``os.write`` may stop after a part of it."""
+    """Write all of ``data``; a single ``os.write`` may write only a part."""
     left = memoryview(data)
     while left:
         left = left[os.write(handle, left) :]
 
 
 def write_bytes(path: Path, data: bytes | memoryview, keep: Path | None = None) -> None:
-    """Write a file as a whole or not at all, through a temporary one beside it.
+    """Write a file as a whole or not at all, by a temporary file beside it.
 
     Args:
-        path: where to.
-        data: all of it.
-        keep: where the file that is replaced goes, once the new one is written (None: nowhere).
+        path: the file.
+        data: its whole content.
+        keep: where to keep the file that is replaced (None: nowhere).
 
     Raises:
-        WriteError: it could not; the file that was there before is untouched.
+        WriteError: it could not be written; the file that was there before is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)  # of a killed process with this number, or a link, which goes itself
+                os.unlink(temporary)  # left by a killed process with the same number, or a link, which is itself removed
             handle = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 write_whole(handle, data)
@@ -177,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` with every float that JSON cannot hold as None."""
+    """Return ``value`` with None in place of every float that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -191,7 +191,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def remove_leftovers(*directories: Path) -> None:
-    """Remove the temporary files that killed processes left; only for whoever holds the directory's lock."""
+    """Remove temporary files of killed processes; only the process that holds the directory's lock may call this."""
     for directory in directories:
         for path in directory.glob(".*.tmp"):
             with contextlib.suppress(OSError):
@@ -199,24 +199,23 @@ def remove_leftovers(*directories: Path) -> None:
 
 
 class AppendFile:
-    """A file that grows record by record: one that cannot be written whole leaves no part of itself.
+    """A file that grows record by record; a record that cannot be written whole is removed again.
 
     Args:
-        path: the file; it is made where it is missing.
-        size: bytes of it to keep; what follows is cut off.
-        checksum: of the bytes kept.
+        path: the file, which is created if it is missing.
+        size: number of bytes to keep; the rest is cut off.
+        checksum: checksum of these bytes.
 
     Attributes:
-        path: the file.
-        size: bytes written so far.
-        checksum: CRC-32 of them.
+        size: number of bytes written so far.
+        checksum: CRC-32 of these bytes.
 
     Raises:
-        WriteError: it cannot be opened, or is no file of its own; see ``open_own``.
+        WriteError: it cannot be opened, or leads elsewhere; see ``open_own``.
     """
 
     def __init__(self, path: Path, size: int = 0, checksum: int = 0) -> None:
-        """Open the file and cut it."""
+        """Open the file and truncate it."""
         self.path, self.checksum = path, checksum
         with writing(path):
             self._handle = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -227,7 +226,7 @@ class AppendFile:
         """Append one record.
 
         Raises:
-            WriteError: it could not, or the file is no longer at its path: removed, or moved away with its directory.
+            WriteError: it could not be written, or the file was removed or moved away with its directory.
         """
         with writing(self.path):
             if not os.path.samestat(os.fstat(self._handle), os.stat(self.path)):
@@ -241,21 +240,21 @@ class AppendFile:
         self.checksum = zlib.crc32(record, self.checksum)
 
     def sync(self) -> None:
-        """Bring all of it to the disk."""
+        """Flush the file to the disk."""
         with writing(self.path):
             os.fsync(self._handle)
 
     @property
     def removed(self) -> bool:
-        """Whether the file was removed (one that was moved away with its directory was not)."""
+        """Whether the file was removed; a file that was moved away with its directory was not."""
         return os.fstat(self._handle).st_nlink == 0
 
     def rescue(self) -> None:
-        """Write the file again if it was removed: its content is there for as long as it is open."""
+        """Write the file again if it was removed; its content exists as long as it is open."""
         if self.removed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.path, os.pread(self._handle, self.size, 0))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self._handle)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m hyperopt.app.cli experiment=equilibrium_mnist
 
-Rank 0 is the command line: it composes, refuses, chooses the run directory and writes to it. The others wait for its config, and
-then run the very same loop, which writes into a directory of their own that is thrown away. Free of torch until a job starts.
+Rank 0 is the command line: it composes, refuses, chooses the run directory and writes to it. The others wait for its config
+and then run the same loop, which writes into a temporary directory. Nothing here imports torch before a job starts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _connection = contextlib.ExitStack()
 
 
 def ranks() -> int:
-    """Number of ranks that were started."""
+    """Return the number of ranks that were started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def follows() -> bool:
-    """Whether this process is a rank that follows."""
+    """Whether this process is a rank other than 0."""
     return ranks() > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def lead(cfg: DictConfig, out: Path) -> float:
-    """``hyperopt.app.run.run(cfg, out)``, on all ranks.
+    """Call ``hyperopt.app.run.run(cfg, out)`` on all ranks.
 
-    An error on this rank ends the program, and the others with it.
+    An error on this rank ends the program, including the other ranks.
     """
     from hyperopt.app.run import run
 
@@ -47,7 +47,7 @@ def lead(cfg: DictConfig, out: Path) -> float:
 
 
 def dismiss() -> None:
-    """Let the other ranks end: there are no more jobs."""
+    """Tell the other ranks that there are no more jobs."""
     if ranks() > 1:
         from hyperopt.core import distributed
 
@@ -56,10 +56,10 @@ def dismiss() -> None:
 
 
 def leave() -> None:
-    """End a rank whose work is done, with status 0 and without taking the interpreter down.
+    """End a rank whose work is done, with status 0 and without shutting the interpreter down.
 
-    Threads of gloo can outlive the group that was destroyed, and then abort the process at the interpreter's very end, about once
-    in ten runs (torch 2.14; pytorch/pytorch issue 190489): ``torchrun`` would call a complete run a failed one.
+    About once in ten runs, threads of gloo outlive the destroyed group and abort the process when the interpreter ends (torch
+    2.14; pytorch/pytorch issue 190489). ``torchrun`` would then report a complete run as failed.
     """
     if ranks() > 1:
         for stream in (sys.stdout, sys.stderr):
@@ -68,11 +68,11 @@ def leave() -> None:
 
 
 def follow() -> None:
-    """Run the jobs of rank 0 with it, in silence."""
+    """Run the jobs of rank 0 together with it, without output."""
     from hyperopt.app.run import run
     from hyperopt.core import distributed
 
-    logging.disable(logging.WARNING)  # rank 0 says it
+    logging.disable(logging.WARNING)  # rank 0 reports it
     with warnings.catch_warnings(), distributed.connected():
         warnings.simplefilter("ignore")
         while (sent := distributed.from_first(None)) is not None:

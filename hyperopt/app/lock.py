@@ -1,7 +1,8 @@
-"""One process at a time: the lock on a file, and a directory that one process writes to.
+"""Locks: on a file, and on a directory to which one process writes at a time.
 
-The locks are the kernel's (``flock``, by the package ``filelock``). They end with their process, however that ends, and forked
-children, which may outlive a killed parent, never have them. So a reader can tell whether a run is alive. Free of torch.
+The locks belong to the kernel (``flock``, by the package ``filelock``). They end with their process, however it ends, and are
+not inherited by forked children, which may outlive a killed parent. A reader can therefore tell whether a run is alive. This
+module imports no torch.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of a file system that has no locks."""
 WAIT_SECONDS = 0.5
-"""How long a new writer waits for the lock: another process that looks whether the run is alive has it for a moment."""
+"""How long a new writer waits for the lock; another process that tests whether the run is alive holds it for a moment."""
 LOOK_SECONDS = 0.02
-"""How long whoever looks tries, since another process may look at the same moment."""
+"""How long such a test tries, since another process may test at the same moment."""
 _held: dict[Path, tuple[FileLock, os.stat_result]] = {}
-"""Directories of this process, kept from the check of a launch to the end of its run: resolved path -> lock, its file."""
+"""Locked directories of this process, from the check of a launch to the end of its run: resolved path -> lock, its file."""
 
 
 class RunDirectoryError(FileExistsError):
@@ -38,19 +39,19 @@ class RunDirectoryError(FileExistsError):
 
 
 def take(path: Path, seconds: float = -1, then: Callable[[int], None] | None = None) -> FileLock | None:
-    """Take the lock on a file, which is made where it is missing, and stays.
+    """Take the lock on a file, which is created if it is missing and is not removed.
 
     Args:
         path: the file.
         seconds: how long to wait for another process (-1: until it ends).
-        then: is called with the open file once the lock is taken.
+        then: a function that is called with the open file once the lock is taken.
 
     Returns:
-        The lock; None where the file system has none, which is warned of.
+        The lock; None, with a warning, if the file system has none.
 
     Raises:
         Timeout: another process has it.
-        WriteError: the file cannot be made, or leads elsewhere (``refuse_foreign``).
+        WriteError: the file cannot be created, or leads elsewhere (``refuse_foreign``).
     """
     try:
         refuse_foreign(path)
@@ -70,22 +71,22 @@ class LockedDirectory:
     """A directory that one process at a time writes to, as long as all of them take its lock.
 
     Args:
-        path: where it is; it need not exist.
+        path: the directory, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read or made."""
+        """Keep the path; nothing is read or created."""
         self.path = path
 
     @property
     def lock(self) -> Path:
-        """The file that the lock is on; it holds the name of the process that took it last."""
+        """The file on which the lock is; it holds the name of the process that took it last."""
         return self.path / LOCK
 
     def _is_mine(self) -> bool:
-        """Whether this process holds the lock of what the directory is now."""
+        """Whether this process holds the lock of the present directory at this path."""
         found = _held.get(self.path.resolve())
-        if found is None or not found[0].is_locked:  # a forked child has none of its parent's
+        if found is None or not found[0].is_locked:  # a forked child does not have its parent's locks
             return False
         try:
             return os.path.samestat(found[1], os.stat(self.lock))
@@ -93,28 +94,28 @@ class LockedDirectory:
             return False
 
     def acquire(self, key: str = "hydra.run.dir") -> bool:
-        """Take the lock of the directory, which is made if it is missing.
+        """Take the lock of the directory, which is created if it is missing.
 
         Args:
             key: the key that sets the directory, for the message.
 
         Returns:
-            Whether it was taken now (False: this process has it already, or the file system has none).
+            Whether it was taken now (False: this process has it already, or the file system has no locks).
 
         Raises:
             RunDirectoryError: another process has it; nothing was changed.
-            WriteError: the directory or the lock's file cannot be made, or the file leads elsewhere.
+            WriteError: the directory or the lock's file cannot be created, or the file leads elsewhere.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         if self._is_mine():
             return False
-        self.release()  # of a directory that was removed since
+        self.release()  # the lock of a directory that has since been removed
         signed: list[os.stat_result] = []
 
         def sign(handle: int) -> None:
             signed.append(os.fstat(handle))
-            with contextlib.suppress(OSError):  # a full disk: then it has no name
+            with contextlib.suppress(OSError):  # on a full disk the file has no name in it
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -133,14 +134,14 @@ class LockedDirectory:
         return lock is not None
 
     def release(self) -> None:
-        """Give the lock back, if this process has it; the file stays, since removing it could take another's lock away."""
+        """Give the lock back, if this process has it. The file stays, since removing it could take away another's lock."""
         lock, _ = _held.pop(self.path.resolve(), (None, None))
         if lock is not None and lock.is_locked:
             lock.release(force=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock for the block; it stays with whoever in this process took it before. Raises as ``acquire`` does."""
+        """Hold the lock during the block, or longer if this process had it before. Errors are those of ``acquire``."""
         taken = self.acquire()
         try:
             yield
@@ -150,7 +151,7 @@ class LockedDirectory:
 
     @property
     def running(self) -> bool | None:
-        """Whether a living process holds the lock; None where that cannot be told. Nothing is changed."""
+        """Whether a living process holds the lock; None if this is unknown. Nothing is changed."""
         try:
             if not stat.S_ISREG(os.lstat(self.lock).st_mode):
                 return False

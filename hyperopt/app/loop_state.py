@@ -1,4 +1,4 @@
-"""Where the outer loop stands: plain values, part of every checkpoint, and the rules for the best step and for stopping."""
+"""The state of the outer loop, plain values in every checkpoint, and the rules for the best step and for stopping."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ class MonitorError(ValueError):
 
 @dataclass
 class LoopState:
-    """Where the loop stands.
+    """The state of the outer loop.
 
     Attributes:
-        step: outer steps done.
-        best: the best monitored value so far (None before the first finite one), of step ``best_step``.
+        step: number of outer steps done.
+        best: the best monitored value so far (None before the first finite one).
+        best_step: the step of that value.
         best_metrics: the row of that step.
-        bad: evaluations in a row without improvement.
+        bad: number of successive evaluations without improvement.
         evaluations: calls of the map so far.
         vjps: vector-Jacobian products so far.
         jvps: Jacobian-vector products so far.
         seconds: training time so far, over all sessions.
         row: metrics of the last step done.
         evaluated: whether that row holds an evaluation.
-        lost_rows: ``[first, last]`` step of rows that were lost from the run's ``metrics.jsonl``.
+        lost_rows: ``[first, last]`` steps of rows that were lost from the run's ``metrics.jsonl``.
     """
 
     step: int = 0
@@ -48,10 +49,10 @@ class LoopState:
 
     @classmethod
     def of(cls, saved: Any) -> LoopState:
-        """Return the state that a checkpoint holds.
+        """Return the state in a checkpoint.
 
         Raises:
-            ValueError: it is none; says which value is wrong.
+            ValueError: it is not such a state; the message says which value is wrong.
         """
 
         def is_number(value: Any) -> bool:
@@ -87,7 +88,7 @@ class LoopState:
         return found
 
     def note(self, metrics: Mapping[str, float], trainer: TrainerSettings) -> bool:
-        """Add the evaluation of the last step to its row, and keep it if it is the best; one that is not finite never is.
+        """Add the evaluation of the last step to its row, and keep the row if its value is finite and the best so far.
 
         Returns:
             Whether it is the best so far.

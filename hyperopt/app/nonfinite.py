@@ -1,4 +1,4 @@
-"""The guard that every hypergradient passes."""
+"""The nonfinite check and the clipping that every hypergradient passes through."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hyperopt.tasks.base import HypergradientError
 
 
 class HypergradientGuard:
-    """Refuses a hypergradient that is not finite, measures it group by group, and clips it.
+    """Refuses a hypergradient that is not finite, measures its norm for each group, and clips it.
 
-    The norm is ``sqrt(sum_groups |g|^2)``, in float64, so that a finite float32 hypergradient cannot overflow it. With
+    The norm is ``sqrt(sum_groups |g|^2)`` in float64, so that a finite float32 hypergradient cannot overflow it. With
     ``clip_norm=c`` every gradient is scaled in place by ``min(1, c / norm)``.
 
     Args:
-        clip_norm: largest norm let through (None: any finite one).
+        clip_norm: largest norm that is not scaled down (None: no clipping).
 
     Attributes:
-        step: index of the outer step under way; the loop sets it.
+        step: index of the present outer step; the loop sets it.
         norms: ``hypergrad/norm`` and ``hypergrad/norm/<group>`` of the step's first evaluation, before clipping.
     """
 
@@ -31,7 +31,7 @@ class HypergradientGuard:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Open an outer step."""
+        """Start an outer step."""
         self.step = step
         self.norms: dict[str, float] = {}
 
@@ -40,9 +40,9 @@ class HypergradientGuard:
         """Check, measure and clip ``{group: [gradient, ...]}`` in place.
 
         Raises:
-            HypergradientError: an entry is NaN or infinite; names the step and the groups.
+            HypergradientError: an entry is NaN or infinite; the message names the step and the groups.
         """
-        # One norm a tensor, read back in one transfer: the only synchronisation with a GPU here.
+        # One norm for each tensor, all read in one transfer: the only synchronisation with a GPU here.
         tensors = [tensor for group in gradients.values() for tensor in group]
         found = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).tolist() if tensors else []
         each = iter(found)

@@ -1,8 +1,8 @@
-"""The options in ``configs/``: which classes a config may name, and which option of the command line chooses each.
+"""The options in ``configs/``: the classes that a config may name, and the command-line option that chooses each.
 
-An option is a plain YAML file with a ``_target_`` and the values that may be overridden; the class that it names owns the keys,
-their types, defaults and ranges. The classes that the files name are all that a config may name inside of ``hyperopt``. Free of
-torch, but for ``kinds`` and ``numbers``, which import the class that they are asked about.
+An option is a plain YAML file with a ``_target_`` and the values that may be overridden. The class that it names defines the
+keys, their types, defaults and ranges. A config may name only these classes inside ``hyperopt``. Only ``hints``, which imports
+the classes that it is asked about, may import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMPLICIT = "hyperopt.core.adjoints.implicit.Implicit"
 
 @functools.cache
 def options() -> dict[str, str]:
-    """Return the text of every option by its name, ``{"adjoint/cg": ...}``, of groups in groups too."""
+    """Return the text of every option by its name, ``{"adjoint/cg": ...}``, including those of nested groups."""
     found: dict[str, str] = {}
     folders = [("", config_root())]
     while folders:
@@ -42,9 +42,9 @@ def options() -> dict[str, str]:
 
 @functools.cache
 def targets(group: str) -> dict[str, tuple[str, ...]]:
-    """Return the class of each option of a group and the classes inside of it: ``{"cg": (Implicit, CG)}``.
+    """Return the class of each option of a group and the classes inside it: ``{"cg": (Implicit, CG)}``.
 
-    Options that only change values of another one (``cg_rough``) name no class of their own, and are left out.
+    Options that only change values of another one (``cg_rough``) have no class of their own and are left out.
     """
     of = {path.rpartition("/")[2]: text for path, text in options().items() if path.rpartition("/")[0] == group}
     return {
@@ -66,15 +66,15 @@ def named() -> frozenset[str]:
 
 @functools.cache
 def registered() -> frozenset[str]:
-    """Return every class of ``hyperopt`` that an option names: all that a config may build inside of this package."""
+    """Return every class of ``hyperopt`` that an option names: all that a config may build inside this package."""
     return frozenset(name for name in named() if name.startswith("hyperopt."))
 
 
 @functools.cache
 def choices() -> dict[str, str]:
-    """Return how the command line chooses what the library's messages name; see ``hyperopt.app.errors.explain``.
+    """Return the command-line options of names in the library's messages; see ``hyperopt.app.errors.explain``.
 
-    The option of each solver, adjoint and inner solver by the name of its class; of a linear solver, the adjoint with it.
+    The name is the class of a solver, adjoint or inner solver; for a linear solver, the option is the adjoint that uses it.
     """
     found = {"float64": "precision=float64"}
     for group in ("solver", "adjoint", "inner"):
@@ -88,7 +88,7 @@ def choices() -> dict[str, str]:
 
 @functools.cache
 def hints(target: str) -> Mapping[str, Any] | None:
-    """Return the arguments of a class or function and their types, ``Any`` where none is given; None if it takes any keyword."""
+    """Return the arguments of a class or function with their types, ``Any`` if unknown; None if it takes any keyword."""
     kind = get_object(target)
     parameters = inspect.signature(kind).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
@@ -97,13 +97,13 @@ def hints(target: str) -> Mapping[str, Any] | None:
         known = typing.get_type_hints(kind)
         if isinstance(kind, type) and not dataclasses.is_dataclass(kind):
             known.update(typing.get_type_hints(kind.__init__))
-    except NameError:  # of a class of the user's own, whose types are only there for a type checker
+    except NameError:  # a class of the user's may import its types for a type checker only
         known = {}
     return {name: known.get(name, Any) for name in parameters}
 
 
 def kinds(hint: Any) -> tuple[type, ...]:
-    """Return the classes of which a value with this type may be a part, inside of unions, lists and mappings; see ``hints``."""
+    """Return the classes of parts that a value of this type may be or contain, in unions, lists and mappings; see ``hints``."""
     if hint is Any:
         return (object,)
     if isinstance(hint, type) and not typing.get_args(hint):
@@ -114,7 +114,7 @@ def kinds(hint: Any) -> tuple[type, ...]:
 
 
 def element(hint: Any, container: type) -> Any:
-    """Return the type of what a sequence or a mapping of this type holds: ``Any`` if it does not say, None if it is neither."""
+    """Return the type of the entries of a sequence or mapping type: ``Any`` if unknown, None if it is neither."""
     if hint is Any:
         return Any
     for each in (hint, *typing.get_args(hint)):
@@ -126,7 +126,7 @@ def element(hint: Any, container: type) -> Any:
 
 
 def is_number(hint: Any) -> bool:
-    """Whether values of this type are numbers, or None where there is none."""
+    """Whether values of this type are numbers (or None in place of one)."""
     inside = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
     return set(inside) <= {int, float, type(None)} and set(inside) != {type(None)}
 
@@ -138,7 +138,7 @@ def leaves(
 
     Args:
         values: mappings, lists and scalars; a list is a value.
-        prefix: where they are.
+        prefix: beginning of the keys.
         known: types of the keys; those of a part are those of its class.
     """
     target = values.get("_target_")

@@ -1,4 +1,4 @@
-"""What a launch is checked for before Hydra writes anything: values, packages, devices, run directories, launchers."""
+"""Checks of a launch before Hydra writes anything: values, packages, devices, run directories, launchers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRID = "hydra_plugins.hyperopt_sweeper.GridSweeper"
 
 
 class Refusal(SystemExit):
-    """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but lets an exit through."""
+    """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but passes an exit on."""
 
     def __init__(self, error: Exception) -> None:
         """Keep the error for ``main``; the exit status is 1."""
@@ -39,13 +39,13 @@ class Refusal(SystemExit):
 
 
 class Preflight(Callback):
-    """Refuses bad values and used run directories before Hydra writes anything, and shows a sweep's failures as they happen.
+    """Refuses bad values and used run directories before Hydra writes anything, and shows a sweep's failures at once.
 
     Attributes:
-        launched: directory of the sweep that this process has launched, and how many jobs it has, if that is known.
+        launched: directory of the sweep that this process has launched, and the number of its jobs, if it is known.
     """
 
-    launched: tuple[Path, int | None] | None = None  # Hydra builds the callback, so main can only read it from the class
+    launched: tuple[Path, int | None] | None = None  # on the class, since Hydra builds the object
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a single run."""
@@ -56,16 +56,16 @@ class Preflight(Callback):
         self._check(config, "hydra.sweep.dir")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Show at once that a job of a sweep failed; the others go on.
+        """Show at once that a job of a sweep failed; the other jobs continue.
 
-        Hydra keeps what every job returns to the end of a sweep: without their configs, a third of a megabyte each.
+        Hydra keeps the results of all jobs until the end of a sweep. Their configs, a third of a megabyte each, are dropped.
         """
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         job_return.cfg = job_return.hydra_cfg = None
         if job_return.status != JobStatus.FAILED:
             return
-        error = job_return._return_value  # the public property prints and raises, which Hydra does at the end of the sweep
+        error = job_return._return_value  # the public property would print and raise, which Hydra does after the sweep
         number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
         message = explain(error, choices())
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
@@ -73,12 +73,12 @@ class Preflight(Callback):
 
     @classmethod
     def failures(cls) -> list[int]:
-        """Numbers of the failed jobs of the sweep that this process has launched, whatever processes they ran in."""
+        """Return the numbers of the failed jobs of the sweep that this process has launched, in whatever processes they ran."""
         return [] if cls.launched is None else sweep.failures(*cls.launched)
 
     @staticmethod
     def _check(config: DictConfig, key: str) -> None:
-        """Refuse the launch if one of its jobs, or the directory that ``key`` sets, will not do; else take that directory."""
+        """Refuse the launch if one of its jobs, or the directory that ``key`` sets, is not usable; else lock that directory."""
         try:
             _check_places(config, key)
             where, known = Path(OmegaConf.select(config, key)), key == "hydra.run.dir" or _listed(config)
@@ -92,7 +92,7 @@ class Preflight(Callback):
                 _check_directory(each, where, out, key)
                 count += 1
             RunDirectory(where).acquire(key)
-            _check_directory(each, where, out, key)  # once more: another launch may have come and gone meanwhile
+            _check_directory(each, where, out, key)  # again, since another launch may have used it in the meantime
             if key == "hydra.sweep.dir":
                 prepare(config, count if known else sys.maxsize)
                 Preflight.launched = where, count if known else None
@@ -101,12 +101,12 @@ class Preflight(Callback):
 
 
 def _listed(config: DictConfig) -> bool:
-    """Whether the sweeper makes a grid, and so knows all its jobs beforehand."""
+    """Whether the sweeper makes a grid, so that all of its jobs are known beforehand."""
     return config.hydra.sweeper._target_ in (GRID, f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}")
 
 
 def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
-    """Yield config and directory of every job of a sweep; a sweeper other than Hydra's own chooses as it goes: only its base."""
+    """Yield config and directory of every job of a grid; for other sweepers, which choose as they go, only the base config."""
     if not _listed(config):
         yield config, where
         return
@@ -129,24 +129,24 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
 class _Composer:
     """Composes the jobs of a sweep one after another.
 
-    Jobs that differ in values alone, not in what is composed, are one config whose values are set in turn: it is good until the
-    next job is asked for.
+    Jobs that differ only in values share one config, whose values are set in turn. A config is valid until the next job is
+    composed.
 
     Args:
-        config: of the sweep.
+        config: config of the sweep.
     """
 
-    KEPT = 32  # configs, a third of a megabyte each
+    KEPT = 32  # number of configs that are kept, a third of a megabyte each
 
     def __init__(self, config: DictConfig) -> None:
-        """Nothing is composed yet."""
+        """Start with nothing composed."""
         self.config, self.parser = config, OverridesParser.create()
         self.made: dict[tuple[str, ...], DictConfig] = {}
         where: Any = OmegaConf.to_container(config.hydra.sweep)
-        self.reuses = where["subdir"] == "${hydra.job.num}"  # which may else depend on how the job was composed
+        self.reuses = where["subdir"] == "${hydra.job.num}"  # another subdir may depend on how the job was composed
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """The config of the job with these overrides."""
+        """Return the config of the job with these overrides."""
         parsed = self.parser.parse_overrides(overrides)
         values = {each.key_or_group: each for each in parsed if self._is_value(each)}
         kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
@@ -164,21 +164,21 @@ class _Composer:
         return found
 
     def _is_value(self, override: Override) -> bool:
-        """Whether it sets one value of a config, and chooses no config."""
+        """Whether the override sets one value of a config, and does not choose a config."""
         key = override.key_or_group
         if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
             return False
-        here = OmegaConf.select(self.config, key, default=OmegaConf)  # which no config holds
+        here = OmegaConf.select(self.config, key, default=OmegaConf)  # OmegaConf stands for a missing key
         return here is not OmegaConf and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
 
 
 def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:
-    """Refuse names by which Hydra would write into the working directory, or outside of the directory of the run or the sweep.
+    """Refuse names by which Hydra would write into the working directory, or outside of the directory of the run or sweep.
 
     Args:
-        config: of the job.
+        config: config of the job.
         key: the key of that directory.
-        subdir: of the job in it (None: of a single run, or not known yet).
+        subdir: the job's directory in it (None: a single run, or not known yet).
     """
     if not str(OmegaConf.select(config, key) or "").strip():
         raise ConfigError(f"{key} is empty, which is the working directory; set {key} to a directory")
@@ -197,7 +197,7 @@ def _check_sweep(where: Path, known: bool) -> None:
 
     Args:
         where: the directory.
-        known: whether each job's own directory will be looked at; else all that are there are looked at now.
+        known: whether each job's own directory will be checked later; otherwise all that exist are checked now.
     """
     RunDirectory(where).check_own(())
     for found, folders, _ in os.walk(where) if not known else ():
@@ -206,7 +206,7 @@ def _check_sweep(where: Path, known: bool) -> None:
 
 
 def _check_launch(config: DictConfig, job: DictConfig) -> None:
-    """Refuse a job that chooses its own launcher or sweeper: Hydra has chosen both by then, and would say nothing."""
+    """Refuse a job that chooses its own launcher or sweeper, since Hydra has chosen both before and would ignore this."""
     for group in ("launcher", "sweeper"):
         if job.hydra[group] == config.hydra[group]:
             continue
@@ -218,12 +218,12 @@ def _check_launch(config: DictConfig, job: DictConfig) -> None:
 
 
 def _check_values(config: DictConfig) -> None:
-    """Refuse values that cannot work, a package that the command line does not allow, and a GPU that is not there."""
+    """Refuse values that cannot work, a package that the command line does not allow, and a GPU that does not exist."""
     given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.task}
     if config.allow_targets and "allow_targets" not in given:
         packages = list(config.allow_targets)
         raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
-    check_targets(plain_values(config), tuple(config.allow_targets))  # without torch, as far as that goes
+    check_targets(plain_values(config), tuple(config.allow_targets))  # a first check, without importing torch
     from hyperopt.app.building import validate
 
     validate(config)
@@ -237,12 +237,12 @@ def _check_values(config: DictConfig) -> None:
 
 
 def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> None:
-    """Refuse a directory that holds something, unless the job goes on from it; it is not touched.
+    """Refuse a directory that is not empty, unless the job continues from it; it is not changed.
 
     Args:
-        config: of the job.
+        config: config of the job.
         where: the directory that ``key`` sets, of the run or of the whole sweep.
-        out: that of the job: ``where`` itself, or one in it.
+        out: the directory of the job: ``where`` itself, or one in it.
         key: ``hydra.run.dir`` or ``hydra.sweep.dir``.
     """
     given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.hydra}
@@ -256,7 +256,7 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
         raise ConfigError(f"{key}={str(where)!r} is not empty: nothing was done; change {key}, or continue with resume=auto")
     if resuming and where.resolve() == Path.cwd() and whole.used and not whole.left:
         raise ConfigError(f"{key}={str(where)!r} is the working directory, which holds files and no run; change {key}")
-    for folder in list(out.relative_to(where).parents)[:-1]:  # between the sweep's directory and the job's
+    for folder in list(out.relative_to(where).parents)[:-1]:  # folders between the directories of the sweep and the job
         RunDirectory(where / folder).check_own(())
     subdir = config.hydra.output_subdir
     run.check(config, {*run.FOLDERS, *([] if subdir is None else [str(subdir)])})

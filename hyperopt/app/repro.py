@@ -1,4 +1,4 @@
-"""What makes a run repeatable and leaves the process as it was: seeds, device, precision, threads; and facts for ``run.json``."""
+"""Functions that make a run repeatable and leave the process as it was, and the facts for ``run.json``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that ``name`` asks for.
 
     Args:
-        name: ``auto`` (the current GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        name: ``auto`` (the current GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ValueError: a name of another form, or a GPU that this machine does not have.
+        ValueError: the name has another form, or this machine does not have the GPU.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N; change device")
@@ -42,7 +42,7 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}, but torch sees no CUDA device on this machine; set device=cpu or device=auto")
     device = torch.device("cuda" if name == "auto" else name)
     count = torch.cuda.device_count()
-    if device.index is None and distributed.ranks() > 1:  # each rank has a GPU of its own, as far as there are so many
+    if device.index is None and distributed.ranks() > 1:  # each rank gets its own GPU, as far as there are enough
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
         torch.cuda.set_device(device)
     if device.index is not None and device.index >= count:
@@ -65,7 +65,7 @@ def configure(device: torch.device, dtype: torch.dtype, threads: int | None) -> 
     """Set the default type, the number of CPU threads (None: leave it) and reproducible GPU kernels.
 
     Raises:
-        ValueError: ``threads`` below 1.
+        ValueError: ``threads`` is below 1.
     """
     if threads is not None:
         if isinstance(threads, bool) or threads < 1:
@@ -73,17 +73,17 @@ def configure(device: torch.device, dtype: torch.dtype, threads: int | None) -> 
         torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     if device.type == "cuda":
-        # cuBLAS sums in a fixed order only with a workspace of its own; read when its handle is made.
+        # cuBLAS sums in a fixed order only with this workspace; it reads the variable when its handle is created.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
 
 def seed_everything(seed: int) -> torch.Generator:
-    """Seed Python, numpy and torch (every device), and return a CPU generator of its own with the same seed.
+    """Seed Python, numpy and torch (every device), and return a separate CPU generator with the same seed.
 
     Raises:
-        ValueError: a seed outside [0, 2**32), the range that all of them take.
+        ValueError: the seed is outside [0, 2**32), the range that all of them accept.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not a whole number in [0, 2**32); change seed")
@@ -106,7 +106,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what ``rng_state`` returned; GPU states only where this machine has as many GPUs."""
+    """Restore what ``rng_state`` returned; GPU states only if this machine has the same number of GPUs."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     name, keys, position, has_gauss, gauss = state["numpy"]
@@ -118,10 +118,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_global_state() -> Iterator[None]:
-    """Restore, however the block ends, what a job sets for its whole process.
+    """Restore, however the block ends, the state of the process that a job sets.
 
-    Default dtype, threads, deterministic mode, cuDNN's flags, ``CUBLAS_WORKSPACE_CONFIG`` and all generators; a sweep's basic
-    launcher runs its jobs in one process.
+    This is the default dtype, threads, deterministic mode, cuDNN's flags, ``CUBLAS_WORKSPACE_CONFIG`` and all generators. The
+    basic launcher runs all jobs of a sweep in one process.
     """
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -143,7 +143,7 @@ def preserved_global_state() -> Iterator[None]:
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Return ``{"hash", "dirty"}`` of the git checkout around ``directory``; None where there is none, no git or no commit."""
+    """Return ``{"hash", "dirty"}`` of the git checkout around ``directory``; None without a checkout, git or a commit."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(directory), *args], capture_output=True, text=True, check=True, timeout=10)
@@ -158,7 +158,7 @@ def git_state(directory: Path) -> dict[str, Any] | None:
 def run_facts(device: torch.device) -> dict[str, Any]:
     """Return where, when and with what a run was started: git, versions, host, device, argv.
 
-    ``git`` is the checkout of this package's source, or, where it is installed outside one, of the current directory.
+    ``git`` is the checkout of this package's source or, if the package is installed elsewhere, of the current directory.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:

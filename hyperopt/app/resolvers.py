@@ -1,4 +1,4 @@
-"""Where the configs are, and the interpolations of our own that ``configs/hydra`` uses."""
+"""The directory of the configs, and the interpolations that ``configs/hydra`` uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 
 def config_root() -> Traversable:
-    """Return the directory of the configs: ``configs/`` of a checkout or an editable install, else the one inside the wheel."""
+    """Return the directory of the configs: ``configs/`` of a checkout or editable install, else the one in the wheel."""
     package = Path(__file__).resolve().parents[1]
     checkout = package.parent / "configs"
     if not (package / "configs").is_dir() and (checkout / "train.yaml").is_file():
@@ -21,18 +21,18 @@ def config_root() -> Traversable:
 
 
 def config_path() -> str:
-    """Return ``config_root()`` in the form that Hydra takes."""
+    """Return ``config_root()`` in the form that Hydra needs."""
     root = config_root()
     return str(root) if isinstance(root, Path) else "pkg://hyperopt.configs"
 
 
 def run_stamp() -> str:
-    """Return a directory name that sorts by time and that no other launch has, even one in the same second."""
+    """Return a unique directory name that sorts by time, even among launches in the same second."""
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
 
 
 def config_groups(root: Traversable, parent: str = "") -> str:
-    """Return one line per group under the config directory ``root`` with its options, for the text of ``--help``."""
+    """Return one line with the options of each group under the config directory ``root``, for ``--help``."""
     lines = []
     for folder in sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name):
         group = f"{parent}{folder.name}"
@@ -43,6 +43,6 @@ def config_groups(root: Traversable, parent: str = "") -> str:
 
 
 def register() -> None:
-    """Register ``${config_groups:}`` and ``${run_stamp:}``, which is one value per composed config, shared by a sweep's jobs."""
+    """Register ``${config_groups:}`` and ``${run_stamp:}``; the latter has one value for all jobs of a sweep."""
     OmegaConf.register_new_resolver("config_groups", lambda: config_groups(config_root()), replace=True)
     OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)

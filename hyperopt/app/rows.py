@@ -1,7 +1,7 @@
-"""The rows of ``metrics.jsonl``: what a checkpoint knows of them, and which of them a damaged file has lost. Free of torch.
+"""The rows of ``metrics.jsonl``: what a checkpoint knows of them, and which rows a damaged file has lost. It imports no torch.
 
-A checkpoint keeps marks ``[bytes, checksum of the bytes before, step of the row that follows]``. The bytes between two marks are
-checked without those before them, since a CRC-32 can go on from any value, so that damage loses no more than what lies between
+A checkpoint keeps marks ``[bytes, checksum of the bytes before, step of the row that follows]``. Since a CRC-32 can continue
+from any value, the bytes between two marks are checked without those before them. Damage therefore loses only what is between
 two marks: one row of a short run, and a thirtieth of a long one.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 FINEST = 32
-"""Between two marks lie at most one row, or this part of all bytes; there are at most twice as many marks."""
+"""At most one row, or this fraction of all bytes, is between two marks; there are at most twice as many marks."""
 Mark = list[int]
 
 
 def add_mark(marks: list[Mark], size: int, checksum: int, step: int) -> None:
-    """Note where the row of ``step`` is going to begin, unless the mark before is near; of too many marks every second goes."""
+    """Add a mark where the row of ``step`` begins, unless the last mark is near; if there are too many, drop every second."""
     if size - marks[-1][0] > size // FINEST:
         marks.append([size, checksum, step])
         if len(marks) > 2 * FINEST:
@@ -29,12 +29,12 @@ def add_mark(marks: list[Mark], size: int, checksum: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is left of the rows that a checkpoint knows.
+    """The rows that a checkpoint knows and that still exist.
 
     Attributes:
-        pieces: ``(first byte, bytes)`` of each part of the file that is as it was written.
-        marks: of these parts, one after the other.
-        lost: ``[first, last]`` step of the rows that are missing or changed.
+        pieces: ``(first byte, bytes)`` of each part of the file that is unchanged.
+        marks: the marks of these parts, put one after the other.
+        lost: ``[first, last]`` steps of the rows that are missing or changed.
     """
 
     pieces: list[tuple[int, int]]
@@ -43,11 +43,11 @@ class Rows:
 
     @property
     def said(self) -> str:
-        """The steps of the lost rows in words."""
+        """The steps of the lost rows, in words."""
         return spans(self.lost)
 
     def content(self, path: Path) -> bytes:
-        """Return the parts of the file at ``path`` that are as they were written."""
+        """Return the unchanged parts of the file at ``path``."""
         found = []
         if self.pieces:
             with open(path, "rb") as file:
@@ -58,30 +58,30 @@ class Rows:
 
 
 def spans(steps: Sequence[Sequence[int]]) -> str:
-    """Return ``step 3, steps 7 to 9``."""
+    """Return steps in words, such as ``step 3, steps 7 to 9``."""
     return ", ".join(f"step {first}" if first == last else f"steps {first} to {last}" for first, last in steps)
 
 
 def check_rows(path: Path, position: Mapping[str, Any], step: int) -> Rows:
-    """Compare the file of rows with what a checkpoint knows of it; what follows is of no concern.
+    """Compare the file of rows with what a checkpoint knows of it; later rows are ignored.
 
     Args:
-        path: the file; it may be missing.
-        position: of the checkpoint (``Tracker.position``).
-        step: the step of its last row, which comes next in the file.
+        path: the file, which may be missing.
+        position: the position in the checkpoint (``Tracker.position``).
+        step: the step of its last row, which is the next in the file.
     """
     size = position["rows"]
     if not size:
         return Rows([], [[0, 0, step]], [])
-    data = path.read_bytes()[:size] if path.exists() else b""  # a size that is no such thing must not be asked for
+    data = path.read_bytes()[:size] if path.exists() else b""  # read(size) would allocate whatever size a bad file gives
     whole = zlib.crc32(data) if len(data) == size else None
-    marks = position.get("marks") or [[0, 0, 0], [size, whole, step]]  # of an older version: the length is all that it knows
+    marks = position.get("marks") or [[0, 0, 0], [size, whole, step]]  # an older version knew only the length
     if whole is not None and marks[-1][1] == whole:
         return Rows([(0, size)], marks, [])
     pieces, kept, lost, at, checksum = [], [[0, 0, marks[0][2]]], [], 0, 0
     for (start, before, first), (end, after, until) in itertools.pairwise(marks):
         length = end - start
-        for place in (at, start):  # the bytes before are gone, or changed
+        for place in (at, start):  # the bytes before may be missing, or only changed
             part = data[place : place + length]
             if len(part) == length and zlib.crc32(part, before) == after:
                 pieces.append((place, length))
@@ -101,10 +101,10 @@ def check_rows(path: Path, position: Mapping[str, Any], step: int) -> Rows:
 
 
 def check_position(position: Any) -> None:
-    """Refuse a position that no run has written.
+    """Refuse a position that no run can have written.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: the message says what is wrong.
     """
 
     def count(value: Any) -> bool:

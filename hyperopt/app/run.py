@@ -1,8 +1,8 @@
-"""The outer loop, read top to bottom: build, resume, then step, evaluate, checkpoint, track, stop.
+"""The outer loop, to be read from top to bottom: build, resume, then step, evaluate, checkpoint, track, stop.
 
-Bit for bit: a checkpoint holds the state after an outer step and the row of that step, before anything that depends on the run's
-end (the evaluation of a last step that was not due for one), so that a run stopped anywhere and resumed writes the same rows as
-one never stopped, ``time/*`` aside, whatever made it stop.
+A checkpoint holds the state after an outer step and the row of that step, but nothing that depends on the end of the run, such
+as an evaluation of the last step. A run that is stopped anywhere, for whatever reason, and resumed therefore writes the same
+rows, bit for bit, as one that was never stopped (except ``time/*``).
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, out: Path) -> float:
-    """Train or evaluate as ``cfg`` says, in the run directory ``out``, and leave the process as it was.
+    """Train or evaluate as ``cfg`` says, in the run directory ``out``, and restore the state of the process.
 
     Args:
         cfg: the composed config of ``configs/train.yaml``.
         out: the run directory: one without a run's files, or the one that is resumed.
 
     Returns:
-        The best value of ``trainer.monitor``, for sweepers; its value now under ``mode=evaluate``, the largest relative error
-        of the hypergradient under ``mode=check``.
+        The best value of ``trainer.monitor``, for sweepers; under ``mode=evaluate`` its present value, and under
+        ``mode=check`` the largest relative error of the hypergradient.
 
     Raises:
-        RunDirectoryError: ``out`` holds a run and nothing says to resume it, something in it leads elsewhere, or another process
+        RunDirectoryError: ``out`` holds a run that is not to be resumed, something in it leads elsewhere, or another process
             is writing there; it is left untouched.
-        CheckpointError: no such checkpoint, a damaged or unsafe one, one of another experiment or that does not fit, or rows that
-            it knows of are lost; a run that ``out`` holds is left untouched.
-        UnreadableError: a file of the run that ``out`` holds cannot be read; it is left untouched.
-        WriteError: a file could not be written; all that was written before is whole, and ``resume=auto`` goes on from it.
+        CheckpointError: the checkpoint is missing, damaged, unsafe, of another experiment or does not fit, or rows that it
+            knows of are lost; a run in ``out`` is left untouched.
+        UnreadableError: a file of the run in ``out`` cannot be read; it is left untouched.
+        WriteError: a file could not be written; everything written before is complete, and ``resume=auto`` continues from it.
         SystemExit: SIGINT, SIGTERM or the queue's signal came: code 128 + its number, after the checkpoint was written.
-        Exception: whatever went wrong; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
+        Exception: any other error; ``FAILED`` then holds the traceback, and ``summary.json`` the status ``failed``.
     """
     directory = RunDirectory(out)
     directory.check(cfg)
     state = LoopState()
     with directory.locked(), preserved_global_state():
-        directory.check(cfg)  # once more: another run may have come and gone meanwhile
+        directory.check(cfg)  # again, since another run may have used it in the meantime
         held = bool(directory.held)
-        # A run that is there already is changed once its checkpoint was put back, and nothing about it can be refused any more.
+        # An existing run is changed only after its checkpoint was loaded, when nothing can be refused any more.
         begin = functools.partial(directory.begin, cfg) if held else lambda: None
         try:
             found = distributed.from_first(checkpoint.find(cfg, directory) if distributed.rank() == 0 else None)
             overrides = [each.lstrip("+").partition("=")[0] for each in directory.read_overrides()]
             if not held:
                 directory.begin(cfg)
-            reset_warnings()  # a sweep's jobs share a process: each has its own first warning
+            reset_warnings()  # jobs of a sweep share a process, and each starts its own count of warnings
             device, dtype = resolve_device(cfg.device), resolve_precision(cfg.precision)
             configure(device, dtype, cfg.threads)
             generator = seed_everything(cfg.seed)
@@ -103,7 +103,7 @@ def run(cfg: DictConfig, out: Path) -> float:
             return train(built, cfg, directory, env, state, found, overrides, begin)
         except Exception as error:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
-                with contextlib.suppress(OSError):  # a directory that cannot be written must not hide the error itself
+                with contextlib.suppress(OSError):  # a failure to write here must not hide the error itself
                     write_text(directory.failed, traceback.format_exc())
                     summarize(directory, "failed", state, reason=with_keys(f"{type(error).__name__}: {error}", choices()))
             raise
@@ -119,17 +119,17 @@ def train(
     overrides: Iterable[str],
     begin: Callable[[], None],
 ) -> float:
-    """Run the outer loop; see ``run``. ``state`` is filled in place, so that a failure can be summarized.
+    """Run the outer loop; see ``run``. ``state`` is changed in place, so that a failed run can be summarized.
 
     Args:
-        built: what the config describes.
+        built: the parts that the config describes.
         cfg: the config.
-        directory: of the run.
-        env: what the task is set up with.
-        state: a new one.
-        resumed: the checkpoint to go on from.
-        overrides: keys that the command line has set, shown first in TensorBoard.
-        begin: is called before the first change to the directory.
+        directory: directory of the run.
+        env: the environment for the task's setup.
+        state: a new state.
+        resumed: the checkpoint to continue from.
+        overrides: keys that the command line has set, which TensorBoard shows first.
+        begin: a function that is called before the first change to the directory.
     """
     task, trainer = built.task, built.trainer
     config = flatten(cfg)
@@ -137,7 +137,7 @@ def train(
     optimizer = built.optimizer.build(task.groups())
     schedule = Schedule(built.optimizer.scheduler, optimizer)
     guard = HypergradientGuard(built.optimizer.clip_norm)
-    position = START  # where the row of the last step begins, or will begin, in the files
+    position = START  # where the row of the last step begins in the files
     if resumed is not None:
         path, saved = resumed
         with checkpoint.fitting(path):
@@ -151,7 +151,7 @@ def train(
     if resumed is not None:
         path, saved = resumed
         own = directory.owns(path)
-        position = saved["position"] if own else START  # a run that goes on from elsewhere has no rows here
+        position = saved["position"] if own else START  # a run that starts from elsewhere has no rows here
         state.lost_rows = list(state.lost_rows) if own else []
         if not own or path.name != checkpoint.LAST:
             checkpoint.promote(directory, path, {**saved, "position": position})
@@ -184,7 +184,7 @@ def train(
         summarize(directory, "running", state)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
             tracker.config(directory.config.read_text(), max(state.step - 1, 0))
-        again = resumed is not None  # first the row of the checkpoint once more: all from there on was cut away
+        again = resumed is not None  # the row of the checkpoint is written once more, since the files were cut before it
         reason, stopped = None, []
         while reason is None:
             if not again:
@@ -224,9 +224,9 @@ def train(
                     check_monitor(k, state.row[trainer.monitor], trainer)
                 state.seconds = time.perf_counter() - started
 
-            # 3. Stop? If so, and from time to time, write a checkpoint.
+            # 3. Stop? If so, and at regular intervals, write a checkpoint.
             k = state.step - 1
-            told = distributed.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have come to one rank only
+            told = distributed.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have reached one rank only
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
@@ -234,7 +234,7 @@ def train(
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(directory.last)
 
-            # 4. A last step that was not due for an evaluation gets one, after its checkpoint: a longer run would not have it.
+            # 4. The last step gets an evaluation if it had none, after its checkpoint, since a longer run would not have it.
             ended = reason is not None and reason != "signal"
             if ended and not state.evaluated and state.note(task.evaluate(), trainer):
                 save(directory.best)
@@ -280,7 +280,7 @@ def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Fou
 
 
 def check_task(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
-    """Check the task's hypergradient at the start, or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
+    """Check the task's hypergradient at the start or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
     started = time.perf_counter()
     built.task.setup(env)
     if found is not None:
@@ -296,11 +296,11 @@ def check_task(built: Built, directory: RunDirectory, env: Environment, found: F
 
 
 def check_record(k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings) -> None:
-    """Stop on a loss or a solve that cannot be used; warn of one that should be looked at, again at its 10th, 100th, ... time.
+    """Stop on a loss or a solve that cannot be used; warn of one that should be checked, again the 10th, 100th, ... time.
 
     Raises:
         HypergradientError: the outer loss is not finite, or a solve diverged (the latter under ``trainer.on_failure=raise``).
-        RuntimeError: the task never called the guard.
+        RuntimeError: the task did not call the guard.
     """
     if not math.isfinite(record.loss):
         raise HypergradientError(f"step {k}: the outer loss is {record.loss}; lower optimizer.lr or check the data")
@@ -318,7 +318,7 @@ def check_record(k: int, record: StepRecord, guard: HypergradientGuard, trainer:
 
 
 def check_monitor(k: int, value: float, trainer: TrainerSettings) -> None:
-    """Warn of a monitored quantity that is not finite, which is never the best one; again at its 10th, 100th, ... time."""
+    """Warn of a monitored value that is not finite, which never counts as the best; again the 10th, 100th, ... time."""
     again = None if math.isfinite(value) else repeated("run", trainer.monitor)
     if again is not None:
         what = "which is never the best; check its rows, or lower optimizer.lr"
@@ -327,7 +327,7 @@ def check_monitor(k: int, value: float, trainer: TrainerSettings) -> None:
 
 @contextlib.contextmanager
 def rescued(directory: RunDirectory, tracker: Tracker, state: LoopState, save: Callable[[Path], None]) -> Iterator[None]:
-    """If the run directory is removed while the run writes to it, write there again what it takes to resume."""
+    """If the run directory is removed while the run writes to it, write there again what is needed to resume."""
     try:
         yield
     except WriteError:
@@ -340,7 +340,7 @@ def rescued(directory: RunDirectory, tracker: Tracker, state: LoopState, save: C
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and the queue's signal, so that the step under way can end; a second one has its usual effect."""
+    """Collect SIGINT, SIGTERM and the queue's signal, so that the present step can end; a second one has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received

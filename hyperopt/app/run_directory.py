@@ -1,7 +1,8 @@
-"""One run on the disk: every file name of it, who may write there, and how each small file is written and read back.
+"""The files of one run: all their names, who may write them, and how each small file is written and read back.
 
-A directory may come from someone else. So one with a link, a pipe or a device where a run writes is refused before anything is
-written, and what is read is plain data. A directory that is itself reached through links is as good as any. Free of torch.
+A directory may come from someone else. One with a link, a pipe or a device where a run writes is therefore refused before
+anything is written, and only plain data is read. The directory itself may be reached through links. This module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_j
 
 
 class _Name:
-    """A name in a run directory: of an instance it is the whole path, of the class the relative one."""
+    """A name in a run directory: the full path as an attribute of an instance, the relative path for the class."""
 
     def __init__(self, name: str) -> None:
         self.path = Path(name)
@@ -34,22 +35,22 @@ class _Name:
 
 
 class RunDirectory(LockedDirectory):
-    """The directory of one run, or of a sweep, whose jobs have a run directory each.
+    """The directory of one run, or of a sweep, each of whose jobs has its own run directory.
 
     Args:
-        path: where it is; it need not exist.
+        path: the directory, which need not exist.
     """
 
-    metrics = _Name("metrics.jsonl")  # one row a step
+    metrics = _Name("metrics.jsonl")  # one row for each step
     config = _Name("config.yaml")  # resolved, without Hydra's part
     facts = _Name("run.json")  # where, when and with what the run was started
-    summary = _Name("summary.json")  # how it stands or ended
-    job = _Name("job.json")  # of a sweep's job: its number and overrides
+    summary = _Name("summary.json")  # how the run stands or ended
+    job = _Name("job.json")  # the number and overrides of a job of a sweep
     failed = _Name("FAILED")  # the traceback of a run that failed
-    verified = _Name("check.json")  # of mode=check
+    verified = _Name("check.json")  # the result of mode=check
     checkpoints = _Name("checkpoints")
     last = _Name("checkpoints/last.pt")
-    previous = _Name("checkpoints/last.prev.pt")  # the one before, should the disk damage the last
+    previous = _Name("checkpoints/last.prev.pt")  # the one before, in case the disk damages the last
     best = _Name("checkpoints/best.pt")
     figures = _Name("figures")
     tb = _Name("tb")  # TensorBoard's events
@@ -57,19 +58,19 @@ class RunDirectory(LockedDirectory):
     overrides = _Name(".hydra/overrides.yaml")
     export = _Name("export")
     report = _Name("report")
-    index = _Name("sweep.json")  # of a sweep: its jobs
+    index = _Name("sweep.json")  # the jobs of a sweep
     index_lock = _Name(".sweep.lock")
 
-    RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run that is going or has ended
-    FOUND_BY = (summary, job, metrics)  # a directory with one of these is the run of a report
+    RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run, present or past
+    FOUND_BY = (summary, job, metrics)  # a report takes a directory with one of these for a run
     LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
-    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # and all in tb/ and .hydra/; others are replaced
+    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
     FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index)))
     FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
 
     @classmethod
     def below(cls, directory: Path, *names: Path) -> list[RunDirectory]:
-        """Return the run directories in and below ``directory``: those that hold one of ``names`` (none given: ``FOUND_BY``)."""
+        """Return the run directories in and below ``directory``, which hold one of ``names`` (default: ``FOUND_BY``)."""
         found = {path.parent for name in names or [each.path for each in cls.FOUND_BY] for path in directory.rglob(str(name))}
         return [cls(path) for path in found]
 
@@ -77,12 +78,12 @@ class RunDirectory(LockedDirectory):
 
     @property
     def held(self) -> list[str]:
-        """The names of ``RUN`` that are there; none of a directory without a run."""
+        """The names of ``RUN`` that exist; empty for a directory without a run."""
         return [str(each.path) for each in self.RUN if (self.path / each.path).exists()]
 
     @property
     def used(self) -> bool:
-        """Whether the directory is there and holds more than a lock."""
+        """Whether the directory exists and holds more than a lock."""
         return self.path.is_dir() and any(entry.name != self.lock.name for entry in self.path.iterdir())
 
     @property
@@ -95,7 +96,7 @@ class RunDirectory(LockedDirectory):
         return checkpoint is not None and Path(checkpoint).resolve().parent == self.checkpoints.resolve()
 
     def goes_on(self, cfg: DictConfig) -> bool:
-        """Whether the job may write to what is here: it trains on, or does again an evaluation, which holds a summary only."""
+        """Whether the job may write here: it continues training, or repeats an evaluation, which leaves only a summary."""
         if cfg.mode != "train":
             return cfg.resume == "auto" and self.held == [self.summary.name]
         return cfg.resume == "auto" or self.owns(cfg.ckpt_path)
@@ -104,10 +105,10 @@ class RunDirectory(LockedDirectory):
         """Refuse a directory with something in it that a run would write through: a link, a pipe, a device, a second name.
 
         Args:
-            folders: those in it that a run writes to.
+            folders: the folders in it that a run writes to.
 
         Raises:
-            RunDirectoryError: names what was found; nothing was changed.
+            RunDirectoryError: the message names what was found; nothing was changed.
         """
         for folder in ("", *folders):
             where = self.path / folder
@@ -131,10 +132,10 @@ class RunDirectory(LockedDirectory):
                     raise RunDirectoryError(foreign(where / name, what))
 
     def check(self, cfg: DictConfig, folders: Collection[str] = FOLDERS) -> None:
-        """Refuse a directory that holds a run, unless this one goes on with it, and one that leads elsewhere (``check_own``).
+        """Refuse a directory that holds a run, unless the job continues it, and one that leads elsewhere (``check_own``).
 
         Raises:
-            RunDirectoryError: it does.
+            RunDirectoryError: the directory is refused.
         """
         self.check_own(folders)
         if (held := self.held) and not self.goes_on(cfg):
@@ -144,7 +145,7 @@ class RunDirectory(LockedDirectory):
             )
 
     def status(self, summary: Mapping[str, Any]) -> str:
-        """Return how the run stands: what its summary says, or ``failed`` or ``killed`` where that could not be said there."""
+        """Return the status in the run's summary, or ``failed`` or ``killed`` if the run could not write that itself."""
         if self.failed.exists():
             return "failed"
         status = str(summary.get("status", "started"))
@@ -153,7 +154,7 @@ class RunDirectory(LockedDirectory):
     # Writing
 
     def begin(self, cfg: DictConfig) -> None:
-        """Take away what a try before has left, and write ``config.yaml``; only for whoever holds the lock."""
+        """Remove what an earlier attempt has left, and write ``config.yaml``; the caller must hold the lock."""
         self.failed.unlink(missing_ok=True)
         remove_leftovers(self.path, self.checkpoints, self.figures)
         own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
@@ -167,15 +168,15 @@ class RunDirectory(LockedDirectory):
     # Reading back
 
     def read_config(self, known: Collection[str] = ()) -> dict[str, Any]:
-        """Return the flat config. Nothing is resolved: a file that was tampered with reads no environment.
+        """Return the flat config. Nothing is resolved, so that a manipulated file cannot read the environment.
 
         Args:
-            known: keys of a config to compare it with. Another key that repeats a part of the config, as ``task.solver.rtol``
-                repeats ``solver.rtol`` once resolved, is left out.
+            known: keys of a config to compare it with. Other keys that repeat a part of the config are left out, as
+                ``task.solver.rtol`` repeats ``solver.rtol`` once resolved.
 
         Raises:
-            FileNotFoundError: there is none.
-            UnreadableError: it is no config.
+            FileNotFoundError: there is no config.
+            UnreadableError: the file is not a config.
         """
         flat = dict(plain_leaves(read_yaml(self.config)))
         if not flat:
@@ -189,10 +190,10 @@ class RunDirectory(LockedDirectory):
         return {key: value for key, value in flat.items() if key in known or not repeats(key)}
 
     def differences(self, cfg: DictConfig) -> str:
-        """Return what makes ``cfg`` another experiment than that of the run here; nothing where it is the same, or none is here.
+        """Return what makes ``cfg`` another experiment than the run here; empty if it is the same, or there is no run.
 
         Raises:
-            UnreadableError: there is a config, which cannot be read.
+            UnreadableError: the config here cannot be read.
         """
         config = flatten(cfg) if self.path.exists() else {}
         try:
@@ -201,11 +202,11 @@ class RunDirectory(LockedDirectory):
             return ""
 
     def read_summary(self) -> dict[str, Any]:
-        """Return ``summary.json``: its status and reason as text, its metrics as numbers.
+        """Return ``summary.json``, with status and reason as text and metrics as numbers.
 
         Raises:
-            FileNotFoundError: there is none.
-            UnreadableError: it is none.
+            FileNotFoundError: there is no summary.
+            UnreadableError: the file is not a summary.
         """
         found = read_json(self.summary)
         best, metrics = found.get("best"), found.get("metrics")
@@ -224,10 +225,10 @@ class RunDirectory(LockedDirectory):
         return {**found, **text, **(numbers or {}), "metrics": finite(metrics), "best": best}
 
     def read_rows(self) -> list[dict[str, float]]:
-        """Return the rows of metrics; none of a run without the file, and not a last line that is still being written.
+        """Return the rows of metrics, empty without the file; a last line that is still being written is left out.
 
         Raises:
-            UnreadableError: names the line that is no row.
+            UnreadableError: a line is not a row; the message names it.
         """
         rows = []
         with contextlib.suppress(FileNotFoundError):
@@ -238,10 +239,10 @@ class RunDirectory(LockedDirectory):
         return rows
 
     def read_overrides(self) -> list[str]:
-        """Return the overrides that made the run, from ``job.json`` or else from what Hydra keeps; none where neither is there.
+        """Return the overrides that started the run, from ``job.json`` or else from Hydra's file; empty without either.
 
         Raises:
-            UnreadableError: ``job.json`` is damaged. Of a run without it the config tells it apart.
+            UnreadableError: ``job.json`` is damaged.
         """
         try:
             return overrides_in(read_json(self.job))
@@ -252,13 +253,13 @@ class RunDirectory(LockedDirectory):
 
 
 def overrides_in(job: Any) -> list[str]:
-    """Return the overrides that a job's ``job.json`` or its line in the index of a sweep holds."""
+    """Return the overrides in a job's ``job.json`` or in its entry in the index of a sweep."""
     given = job.get("overrides")
     return [str(each) for each in given] if isinstance(given, list) else []
 
 
 def number(value: Any) -> float:
-    """Return ``value`` as a float; NaN for what is none, such as the null that JSON keeps for a number that is not finite."""
+    """Return ``value`` as a float, and NaN for anything else, such as the null that stands for NaN in JSON."""
     try:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -266,7 +267,7 @@ def number(value: Any) -> float:
 
 
 def or_empty(read: Callable[..., dict[str, Any]], *paths: Path) -> dict[str, Any]:
-    """Return what ``read(*paths)`` does; an empty mapping where its file is missing or damaged."""
+    """Return the result of ``read(*paths)``, or an empty mapping if its file is missing or damaged."""
     try:
         return read(*paths)
     except (FileNotFoundError, UnreadableError):

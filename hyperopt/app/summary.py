@@ -1,4 +1,4 @@
-"""What a run shows and says about itself: the progress line, the closing table, ``run.json`` and ``summary.json``."""
+"""What a run shows of itself: the progress line, the closing table, ``run.json`` and ``summary.json``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SPLITS = ("test", "val", "outer")
 
 
 def progress(trainer: TrainerSettings, state: LoopState) -> tqdm:
-    """Return the live line on stderr; where that is no terminal it moves every ten seconds."""
+    """Return the progress line on stderr; without a terminal it is updated every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
 
 
 def show(bar: tqdm, state: LoopState) -> None:
-    """Move the progress line: outer loss, accuracy on the rows selected on as last evaluated, and iterations."""
+    """Update the progress line: outer loss, latest accuracy on the validation rows, and iterations."""
     latest = {**state.best_metrics, **state.row}
     shown = {"loss": f"{state.row['outer/step_loss']:.4f}"}
     for label, name in (("val", "val/accuracy"), ("inner", "inner/iterations"), ("adjoint", "adjoint/iterations")):
@@ -40,14 +40,14 @@ def show(bar: tqdm, state: LoopState) -> None:
 
 
 def table(row: Mapping[str, float], step: int, best: Mapping[str, float], best_step: int | None, seconds: float) -> str:
-    """Return the short table that ends a run: the last step beside the best one.
+    """Return the short table at the end of a run: the last step beside the best one.
 
     Args:
         row: metrics of the last step.
-        step: its index.
-        best: metrics at the best evaluation (empty where there was none).
-        best_step: its index.
-        seconds: of the whole run.
+        step: index of that step.
+        best: metrics at the best evaluation (empty if there was none).
+        best_step: index of that step.
+        seconds: time of the whole run.
     """
     names = [f"{split}/{kind}" for kind in TABLE for split in SPLITS] + ["inner/iterations", "adjoint/iterations"]
     lines = [["", f"last (step {step})", f"best (step {best_step})" if best else ""]]
@@ -60,7 +60,7 @@ def table(row: Mapping[str, float], step: int, best: Mapping[str, float], best_s
 
 
 def _worst_residual(row: Mapping[str, float]) -> str:
-    """Return the larger of the inner and the adjoint residual, NaN counted as the worst; empty where none was measured."""
+    """Return the larger of the inner and the adjoint residual, with NaN as the largest; empty if none was measured."""
     found = [row[name] for name in ("inner/residual", "adjoint/residual") if name in row]
     return f"{max(found, key=lambda value: math.inf if math.isnan(value) else value):.1e}" if found else ""
 
@@ -69,14 +69,14 @@ def write_facts(run: RunDirectory, env: Environment, task: dict[str, Any], resum
     """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``."""
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
     if resumed_from is not None and run.facts.is_file():
-        first = or_empty(read_json, run.facts)  # a disk may have damaged it: no reason not to go on
+        first = or_empty(read_json, run.facts)  # a damaged file does not prevent the run from continuing
         before = first.get("resumed", [])
         facts = {**first, "resumed": [*(before if isinstance(before, list) else []), {"after_steps": resumed_from, **facts}]}
     write_json(run.facts, facts)
 
 
 def summarize(run: RunDirectory, status: str, state: LoopState, reason: str | None = None) -> None:
-    """Write ``summary.json``; its ``lost_rows`` are pairs of a first and a last step, and there only where rows were lost.
+    """Write ``summary.json``; ``lost_rows``, pairs of a first and a last step, exists only if rows were lost.
 
     Args:
         run: the run.

@@ -1,7 +1,7 @@
-"""The jobs of a sweep: their index ``sweep.json``, and which of them a resumed sweep need not run again. Free of torch.
+"""The jobs of a sweep: their index ``sweep.json``, and which of them a resumed sweep can skip. This module imports no torch.
 
 A job leaves ``job.json`` (its number and overrides) beside the run's own files, and the index is made from these directories
-alone. So jobs may end in any order, in any number of processes: whoever ends writes the index anew.
+alone. Jobs may therefore end in any order and in any number of processes; each writes the index again when it ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
-    """Run one job of a sweep, unless it is done, and bring the index up to date.
+    """Run one job of a sweep, unless it is done, and update the index.
 
     Args:
         cfg: the job's config.
@@ -36,13 +36,13 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
         out: the job's directory.
 
     Returns:
-        Its metric, for the sweeper.
+        The job's metric, for the sweeper.
     """
     overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
     run = RunDirectory(out)
     number, queue, alone = int(hydra.job.num), queue_id(hydra), in_process(hydra.launcher)
     if queue is not None and or_empty(read_json, run.job).get("queue") == queue:
-        cfg.resume = "auto"  # submitit or Slurm has started the same job again
+        cfg.resume = "auto"  # submitit or Slurm has started the job again
     metric = finished(cfg, run) if cfg.resume == "auto" else None
     if metric is not None:
         log.info("job %s (%s) was done before: skipped", number, " ".join(overrides))
@@ -55,7 +55,7 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
         except SystemExit as end:
             put_back(end.code)
             raise
-        except RunDirectoryError:  # it is another process's, and stays as it is
+        except RunDirectoryError:  # another process writes there, so nothing is changed
             raise
         except Exception:
             with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
 
 
 def gpus(device: str) -> int:
-    """Return how many GPUs a job may choose from: none where it does not ask for one, without importing torch."""
+    """Return the number of GPUs that a job may choose from; 0, without importing torch, if it does not ask for one."""
     if device == "cpu":
         return 0
     import torch
@@ -85,9 +85,9 @@ def failures(sweep: Path, jobs: int | None) -> list[int]:
 
 
 def finished(cfg: DictConfig, run: RunDirectory) -> float | None:
-    """Return the metric of a job that is done under this very config, else None.
+    """Return the metric of a job that is done under this config, else None.
 
-    A job whose length or monitor changed since (``trainer.*``) is not done: it goes on from its last checkpoint.
+    A job whose length or monitor has changed since (``trainer.*``) is not done: it continues from its last checkpoint.
     """
     summary = or_empty(run.read_summary)
     if summary.get("status") != {"train": "completed", "evaluate": "evaluated", "check": "checked"}[cfg.mode]:
@@ -104,7 +104,7 @@ def finished(cfg: DictConfig, run: RunDirectory) -> float | None:
 
 
 def index(sweep: Path) -> dict[str, Any]:
-    """Return the index of the sweep in ``sweep``: its jobs in order of their numbers, and how many ended how."""
+    """Return the index of the sweep in ``sweep``: its jobs in the order of their numbers, and the count of each status."""
     jobs = []
     for run in RunDirectory.below(sweep, RunDirectory.job):
         job, summary = or_empty(read_json, run.job), or_empty(run.read_summary)
@@ -123,7 +123,7 @@ def index(sweep: Path) -> dict[str, Any]:
 
 
 def write_index(sweep: Path) -> None:
-    """Write ``sweep.json``, one process at a time, so that an older view never replaces a newer one."""
+    """Write ``sweep.json``, one process at a time, so that an older index never replaces a newer one."""
     directory = RunDirectory(sweep)
     with take(directory.index_lock) or contextlib.nullcontext():
         write_json(directory.index, index(sweep))

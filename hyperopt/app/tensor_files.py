@@ -1,7 +1,7 @@
-"""Files by ``torch.save`` are read as data: plain containers and tensors. No code runs, and memory is bounded by the file's size.
+"""Reading of files by ``torch.save`` as data: no code runs, and memory is bounded by the file's size.
 
-They are not unpickled by torch: even under ``weights_only=True`` a few bytes may ask for as much memory as they like. What an
-honest checkpoint or export holds needs few codes of pickle and few names, and any other is refused.
+torch does not unpickle them: even under ``weights_only=True`` a few bytes may ask for any amount of memory. A real checkpoint
+or export holds plain containers and tensors, which need few codes of pickle and few names; all others are refused.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TYPES = {
 
 
 class UnsafeError(ValueError):
-    """A file holds more than plain containers and tensors, and nothing of it was used."""
+    """A file holds more than plain containers and tensors; nothing of it was used."""
 
     def __init__(self, what: str) -> None:
-        """Say what it holds."""
+        """Make the message that says what it holds."""
         super().__init__(
             f"it holds objects other than tensors and plain containers, and was not loaded, since that could run code: {what}"
         )
@@ -42,18 +42,18 @@ class DamagedFileError(ValueError):
 
 
 def read(file: IO[bytes]) -> Any:
-    """Return what a file holds, on the CPU.
+    """Return the content of a file, on the CPU.
 
     Raises:
-        UnsafeError: it names something else.
-        DamagedFileError: it is packed, of another byte order, or a tensor does not fit its storage.
-        Exception: whatever else a damaged file makes zipfile and pickle raise.
+        UnsafeError: the file names something other than containers and tensors.
+        DamagedFileError: it is compressed, has another byte order, or a tensor does not fit its storage.
+        Exception: any other error of zipfile and pickle for a damaged file.
     """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = {each.filename for each in members}
-        # torch stores members as they are, so that they need no more memory than the file has bytes.
+        # torch stores members uncompressed, so that they need no more memory than the file has bytes.
         stored = all(each.compress_type == zipfile.ZIP_STORED and each.compress_size == each.file_size for each in members)
         if not stored or len(names) != len(members) or sum(each.file_size for each in members) > size:
             raise DamagedFileError("it is packed, and may grow without a limit when it is unpacked")
@@ -68,19 +68,19 @@ def read(file: IO[bytes]) -> Any:
 
 
 class _Codes(dict[int, Any]):
-    """What to do for each code of a pickle."""
+    """The functions for the codes of a pickle that plain data needs."""
 
     def __missing__(self, code: int) -> Any:
         """Refuse a code that plain data does not need."""
         raise UnsafeError(f"code {code} of pickle")
 
 
-class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table as long as a file says
+class _Plain(pickle._Unpickler):  # the Python version, since the C version allocates a table as long as the file says
     """Reads texts, numbers, lists, tuples, mappings and tensors.
 
     Args:
         file: the pickle.
-        storage: returns the bytes of a storage by its key.
+        storage: a function that returns the bytes of a storage by its key.
     """
 
     dispatch = _Codes(
@@ -99,13 +99,13 @@ class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table a
     )
 
     def __init__(self, file: IO[bytes], storage: Callable[[str], bytes]) -> None:
-        """Nothing is read yet."""
+        """Start before the first code."""
         super().__init__(file)
         self.storage = storage
         self.known: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for one of the names that torch writes."""
+        """Return the object that replaces a name that torch writes."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if (module, name) == ("collections", "OrderedDict"):
@@ -115,7 +115,7 @@ class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table a
         raise UnsafeError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Return a storage as a vector; the same one for the same key."""
+        """Return a storage as a vector; the same key always gives the same one."""
         _, kind, key, _, count = pid
         if key not in self.known:
             data = bytearray(self.storage(key))
@@ -128,7 +128,7 @@ class _Plain(pickle._Unpickler):  # the one in Python: that in C makes a table a
 
 
 def _keep_plain(self: Any) -> None:
-    """What a mapping has beside its items, such as the versions in the state of a module, is left out."""
+    """Drop what a mapping has beside its items, such as the versions in the state of a module."""
     self.stack.pop()
     if type(self.stack[-1]) is not collections.OrderedDict:
         raise UnsafeError("code 98 of pickle")
@@ -138,12 +138,12 @@ _Plain.dispatch[pickle.BUILD[0]] = _keep_plain
 
 
 def _ordered() -> dict[Any, Any]:
-    """An ordered mapping: as torch writes the hooks of a tensor, of which there are none, and the state of a module."""
+    """Return an ordered mapping, which torch writes for the (empty) hooks of a tensor and for the state of a module."""
     return collections.OrderedDict()
 
 
 def _tensor(storage: Tensor, offset: int, shape: Any, stride: Any, requires_grad: Any = False, *_: Any) -> Tensor:
-    """Return a tensor that lies in a storage, with as many numbers as the storage has at most."""
+    """Return a tensor in a storage, with no more numbers than the storage."""
     sizes = (*shape, *stride, offset)
     if not all(type(n) is int and n >= 0 for n in sizes) or len(shape) != len(stride):
         raise DamagedFileError(f"a tensor has the shape {shape!r:.60} and the strides {stride!r:.60}")

@@ -1,6 +1,6 @@
-"""What a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/``.
+"""The files that a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/``.
 
-One name a quantity in all of them. A number that is not finite is ``null`` in JSON, which has no NaN.
+A quantity has the same name in all of them. A number that is not finite is ``null`` in JSON, which has no NaN.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
 def hparams(cfg: DictConfig) -> dict[str, float | str]:
     """Return the row of TensorBoard's HParams tab: the whole config, with the same keys and types in every run of a sweep.
 
-    Keys that only other choices of a group have (``solver.window`` under ``solver=picard``) are there too, as NaN where a number
-    belongs and ``-`` elsewhere: TensorBoard takes the columns from the first run that it sees, and NaN passes its number filters.
+    Keys that only other options of a group have (``solver.window`` under ``solver=picard``) exist too, as NaN for a number and
+    as ``-`` otherwise: TensorBoard takes the columns from the first run that it reads, and NaN passes its number filters.
     ``solver._target_`` becomes ``solver: Picard``.
     """
     row: dict[str, float | str] = {}
@@ -67,9 +67,9 @@ def hparams(cfg: DictConfig) -> dict[str, float | str]:
 
 
 def swept(overridden: Iterable[str]) -> set[str]:
-    """Return the columns of the HParams tab that show what was ``overridden``: the keys, and the choices inside of a group.
+    """Return the columns of the HParams tab that show what was ``overridden``: the keys, and the options inside a group.
 
-    The tab shows its first five columns alone until one asks for more: those that are said to differ, then by name.
+    By default the tab shows only its first five columns: those marked as different, then the others by name.
     """
     keys = {each.replace("/", ".") for each in overridden}
     found = set(keys)
@@ -81,14 +81,14 @@ def swept(overridden: Iterable[str]) -> set[str]:
 
 @functools.cache
 def _of_option(option: str) -> tuple[tuple[str, Any, bool], ...]:
-    """The leaves of an option's own file, under the keys of its group; see ``hyperopt.app.options.leaves``."""
+    """Return the leaves of an option's own file, under the keys of its group; see ``hyperopt.app.options.leaves``."""
     values: Any = OmegaConf.to_container(OmegaConf.create(options()[option]))
     own = {name: value for name, value in values.items() if name != "defaults"}
     return tuple(leaves(own, f"{option.rpartition('/')[0].replace('/', '.')}."))
 
 
 def _plain(cfg: DictConfig) -> Any:
-    """The resolved values of a config, without Hydra's part."""
+    """Return the resolved values of a config, without Hydra's part."""
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
 
 
@@ -97,12 +97,12 @@ class Tracker:
 
     Args:
         run: the run.
-        position: where a checkpoint says that the files ended before the row of its step (``Tracker.position``); all from there
-            on is cut away. None: a new run, of which nothing may be left from a try that was killed before its first checkpoint.
+        position: where the files ended before the row of a checkpoint's step (``Tracker.position``); they are cut there. None:
+            a new run, for which any files of an attempt without a checkpoint are removed.
         step: that step (None: a new run).
 
     Attributes:
-        lost: ``[first, last]`` step of rows before it that are missing or changed; the others are kept.
+        lost: ``[first, last]`` steps of earlier rows that are missing or changed; other rows are kept.
     """
 
     def __init__(self, run: RunDirectory, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
@@ -123,18 +123,18 @@ class Tracker:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the files end now: plain values for a checkpoint."""
+        """Where the files end now, as plain values for a checkpoint."""
         end: Mark = [self._metrics.size, self._metrics.checksum, self._next]
         marks = [*(mark for mark in self._marks if mark[0] < end[0]), end]
         return {"rows": end[0], "events": self._events.sizes, "wall": self._events.wall, "marks": marks}
 
     def sync(self) -> None:
-        """Bring everything to the disk, so that a checkpoint written next never refers to rows that a power cut took."""
+        """Flush all files to the disk, so that the next checkpoint never refers to rows that a power cut has removed."""
         self._metrics.sync()
         self._events.sync()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Write the numbers of outer step ``step``: one line, and one event with a scalar each."""
+        """Write the numbers of outer step ``step``: one line, and one event with all scalars."""
         self._metrics.write(json.dumps({"step": step, **plain(row)}).encode() + b"\n")
         self._next = step + 1
         add_mark(self._marks, self._metrics.size, self._metrics.checksum, self._next)
@@ -146,7 +146,7 @@ class Tracker:
 
     def figures(self, step: int, figures: Mapping[str, Figure | bytes]) -> None:
         """Write each figure to ``figures/<name>.png`` (an animation to ``.gif``) and to TensorBoard, and close it."""
-        from matplotlib import pyplot  # half a second, which only a run with figures needs
+        from matplotlib import pyplot  # imported here since it takes half a second
 
         for name, figure in figures.items():
             if isinstance(figure, bytes):
@@ -163,12 +163,12 @@ class Tracker:
             self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 
     def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str], differ: Collection[str] = ()) -> None:
-        """Open this run's one row of the HParams tab, in the run's own event file (``add_hparams`` would open a sub-run).
+        """Start this run's row of the HParams tab, in the run's own event file (``add_hparams`` would start a sub-run).
 
         Args:
             row: the settings, see ``hparams``.
             metrics: names logged so far; those of evaluations become columns, which show the latest value of the scalar.
-            differ: settings that come first, see ``swept``.
+            differ: settings that are shown first, see ``swept``.
         """
         columns = sorted(name for name in metrics if name.startswith(("outer/", "val/", "test/")) and name != "outer/step_loss")
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
@@ -186,11 +186,11 @@ class Tracker:
 
     @property
     def removed(self) -> bool:
-        """Whether files were removed that the run is writing to."""
+        """Whether files that the run is writing to were removed."""
         return self._metrics.removed or self._events.removed
 
     def rescue(self) -> None:
-        """Write those again."""
+        """Write the removed files again."""
         self._metrics.rescue()
         self._events.rescue()
 

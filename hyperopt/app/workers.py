@@ -1,10 +1,11 @@
-"""Jobs of a sweep that a launcher runs in processes of their own: cores, GPUs, the launcher's end, and a queue's. Free of torch.
+"""Jobs of a sweep that a launcher runs in separate processes: their cores, GPUs and ends. This module imports no torch.
 
-- Cores: jobs of one machine share them, ``OMP_NUM_THREADS = cores // jobs at a time``, unless the variable or ``threads`` is set.
-- GPUs: job k has number ``k mod count`` of those that it sees, unless ``device`` names one.
-- A launcher that dies takes its jobs with it: each ends its step, writes its checkpoint and stops, as by SIGTERM.
-- submitit's signal (SIGUSR2, or ``SUBMITIT_PREEMPT_SIGNAL``) does the same, then hands on to submitit, which requeues it;
-  what starts under the same job id goes on from the checkpoint.
+- Cores: jobs on one machine share them, ``OMP_NUM_THREADS = cores // jobs at a time``, unless the variable or ``threads`` is
+  set.
+- GPUs: job k gets GPU ``k mod count`` of those that it sees, unless ``device`` names one.
+- If a launcher dies, each of its jobs ends its step, writes its checkpoint and stops, as after SIGTERM.
+- submitit's signal (SIGUSR2, or ``SUBMITIT_PREEMPT_SIGNAL``) has the same effect, and is then passed to submitit, which
+  requeues the job. A job with the same id then continues from the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from omegaconf import DictConfig
 
 THREADS, LAUNCHER = "OMP_NUM_THREADS", "HYPEROPT_LAUNCHER"
 JOBLIB, LOCAL = "JoblibLauncher", "LocalLauncher"
-"""Launchers that start all their processes on this machine, and leave its cores to them."""
-PATIENCE = 1.0  # seconds from one look at the launcher to the next
+"""Launchers that start all their processes on this machine and leave its cores to them."""
+PATIENCE = 1.0  # seconds between two checks of the launcher
 
 
 def in_process(launcher: DictConfig) -> bool:
-    """Whether a launcher runs one job after the other in its own process."""
+    """Whether a launcher runs one job after another in its own process."""
     return launcher._target_ == f"{BasicLauncher.__module__}.{BasicLauncher.__qualname__}"
 
 
 def at_a_time(hydra: DictConfig, jobs: int, cores: int) -> int:
-    """Return how many jobs of a sweep this machine runs at a time, as far as its cores are left to us; else 1.
+    """Return how many jobs of a sweep this machine runs at a time; 1 if the launcher does not leave the cores to us.
 
     Args:
         hydra: Hydra's part of the config.
-        jobs: of the sweep.
-        cores: of this machine.
+        jobs: number of jobs of the sweep.
+        cores: number of cores of this machine.
     """
     launcher = hydra.launcher
     kind = launcher._target_.rpartition(".")[2]
@@ -50,7 +51,7 @@ def at_a_time(hydra: DictConfig, jobs: int, cores: int) -> int:
 
 
 def prepare(config: DictConfig, jobs: int) -> None:
-    """Set what the processes of this sweep inherit: their launcher, and their share of the cores."""
+    """Set the environment variables that the processes of this sweep inherit: their launcher, and their share of the cores."""
     if config.hydra.launcher._target_.endswith(JOBLIB):
         os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,33 +61,33 @@ def prepare(config: DictConfig, jobs: int) -> None:
 
 
 def device_of(device: str, number: int, count: int) -> str:
-    """Return the device of job ``number``, where ``count`` GPUs are seen."""
+    """Return the device of job ``number`` if ``count`` GPUs are visible."""
     return f"cuda:{number % count}" if device in ("auto", "cuda") and count > 1 else device
 
 
 def queue_signal() -> int | None:
-    """Return the signal by which submitit asks a job to make room, if it has set a handler in this process."""
+    """Return the signal by which submitit preempts a job, if submitit has set a handler in this process."""
     number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", None)
     return number if number is not None and callable(signal.getsignal(number)) else None
 
 
 def put_back(code: Any) -> None:
-    """Hand a job that ended with this exit code by the queue's signal on to submitit, which exits; nothing for any other."""
+    """Pass a job that ended with this exit code by the queue's signal on to submitit, which exits; ignore other codes."""
     number = queue_signal()
     if number is not None and code == 128 + number:
         signal.raise_signal(number)
 
 
 def queue_id(hydra: Any) -> str | None:
-    """Return the id that a job keeps when submitit or Slurm starts it again; None outside of them."""
+    """Return the id that a job keeps when submitit or Slurm starts it again; None without these."""
     return str(hydra.job.id) if "SUBMITIT_EXECUTOR" in os.environ else None
 
 
 @contextlib.contextmanager
 def tied_to_parent() -> Iterator[None]:
-    """Send this process a SIGTERM when its parent ends during the block, and end it after the block, or before.
+    """Send this process a SIGTERM when its parent ends during the block, and exit before or after the block if it has ended.
 
-    joblib's workers would otherwise wait for further jobs of a launcher that is gone, and run those that they have.
+    joblib's workers would otherwise run their remaining jobs and wait for more from a launcher that no longer exists.
     """
     parent, over = int(os.environ.get(LAUNCHER, os.getppid())), threading.Event()
     _end_unless(parent)
@@ -106,7 +107,7 @@ def tied_to_parent() -> Iterator[None]:
 
 
 def _end_unless(parent: int) -> None:
-    """End this process at once if its parent is another one by now."""
+    """Exit at once if this process has another parent now."""
     if os.getppid() != parent:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,6 +7,7 @@ module with batch normalisation has usable statistics after training, as it has 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Functional:
     Args:
         module: its parameters that require grad are the ``w``; others stay what they are. Train or evaluation mode is the
             module's own. Move it to its device and dtype first.
+        without: parameters that are no weights although they require grad, such as hyperparameters inside of the module.
 
     Attributes:
         w: ``{name: parameter}``, detached tensors that share the parameters' memory: what is written into them, the module has.
@@ -37,7 +39,7 @@ class Functional:
         ...     return ((model(w, x) - y) ** 2).mean() + lam * sum((p**2).sum() for p in w.values())
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, without: Iterable[Tensor] = ()) -> None:
         """Take the parameters."""
         if isinstance(module, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
             raise ValueError(
@@ -49,7 +51,9 @@ class Functional:
                 f"{', '.join(lazy)} of {type(module).__name__} have no size yet: call the module once on a batch first"
             )
         self.module = module
-        self.w: dict[str, Tensor] = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        others = set(map(id, without))
+        weights = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in others}
+        self.w: dict[str, Tensor] = {name: p.detach() for name, p in weights.items()}
         if not self.w:
             raise ValueError(f"no parameter of {type(module).__name__} requires grad: there is nothing to train")
 

@@ -56,6 +56,8 @@ class ProductSettings:
         warm: start the adjoint, and the power iteration, where those of the last outer step ended.
         curvature: ``hessian``, ``gauss_newton`` (which needs an inner loss that is a ``Composite``) or ``finite_differences``.
         resample: a batch of its own for each product.
+        keep: the graph of the gradient from one product with the Hessian to the next; if not, each product builds it, which takes
+            less memory and more time.
         power: the power iteration.
     """
 
@@ -63,6 +65,7 @@ class ProductSettings:
     warm: bool = True
     curvature: str = "hessian"
     resample: bool = False
+    keep: bool = True
     power: PowerSettings = field(default_factory=PowerSettings)
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class ProductSettings:
         check_flag(self, "warm")
         check_choice(self, "curvature", CURVATURES)
         check_flag(self, "resample")
+        check_flag(self, "keep")
         check_kind(self, "power", PowerSettings)
 
 
@@ -198,7 +202,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
             if kind == "finite_differences":
                 length = self.adjoint.length if isinstance(self.adjoint, FiniteDifference) else None
                 return FiniteDifferences(inner, w, lam, length)
-            return {"hessian": Hessian, "gauss_newton": GaussNewton}[kind](inner, w, lam)
+            return GaussNewton(inner, w, lam) if kind == "gauss_newton" else Hessian(inner, w, lam, keep=self.keep)
 
         if inner is not None:
             return make(inner)

@@ -8,7 +8,8 @@ from typing import Any
 import optree
 import torch
 
-from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Composite, Loss, SameBatch, rows_of
+from hyperopt.bilevel.problem import BatchSource, BilevelProblem, Composite, Loss, SameBatch
+from hyperopt.bilevel.refusals import rows_of
 from hyperopt.core import distributed
 from hyperopt.data.sparse import SparseRows
 

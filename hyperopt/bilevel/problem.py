@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 from typing import Any
 
 import optree
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
+from hyperopt.bilevel.refusals import named, refuse_no_scalar, refuse_other_arguments, refuse_shared, refuse_unlike, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import check_number
@@ -181,17 +180,19 @@ class BilevelProblem:
             initial=None if initial is None else lambda lam: collect(initial(lam)),
         )
 
-    def decayed(self, decay: float) -> BilevelProblem:
-        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too."""
+    def decayed(self, decay: float | Sequence[float]) -> BilevelProblem:
+        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too; ``decay`` may be one for each leaf of ``w``."""
         inner, constants = self.inner_loss, self.constants
 
         def penalty(w: Any) -> Tensor:
-            return decay / 2 * torch.stack([leaf.square().sum() for leaf in optree.tree_leaves(w)]).sum()
+            leaves = optree.tree_leaves(w)
+            each = decay if isinstance(decay, Sequence) else [decay] * len(leaves)
+            return torch.stack([d / 2 * leaf.square().sum() for d, leaf in zip(each, leaves, strict=True) if d]).sum()
 
         def known(w: Any, lam: Any) -> InnerConstants:
             assert constants is not None
-            given = constants(w, lam)
-            return replace(given, strong_convexity=given.strong_convexity + decay, smoothness=given.smoothness + decay)
+            given, each = constants(w, lam), decay if isinstance(decay, Sequence) else [decay]
+            return replace(given, strong_convexity=given.strong_convexity + min(each), smoothness=given.smoothness + max(each))
 
         whole = inner.plus(penalty) if isinstance(inner, Composite) else lambda w, lam, batch: inner(w, lam, batch) + penalty(w)
         return replace(self, inner_loss=whole, constants=None if constants is None else known)
@@ -236,91 +237,6 @@ class BilevelProblem:
             refuse_no_scalar(value, name, batch)
             single = not value.dim()
         return value if single else value.reshape(())
-
-
-def refuse_other_arguments(loss: Any, name: str) -> None:
-    """Refuse what cannot be called with three arguments.
-
-    Raises:
-        TypeError: names the loss.
-    """
-    if not callable(loss):
-        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(w, lam, batch)")
-    if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
-        return  # the usual case, and its signature takes longer to make
-    try:
-        inspect.signature(loss).bind(None, None, None)
-    except TypeError as error:
-        raise TypeError(f"{name} is called {name}(w, lam, batch), but takes other arguments: {error}") from None
-    except ValueError:  # a function that tells nothing of its arguments
-        return
-
-
-def refuse_shared(w: Any, lam: Any) -> None:
-    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
-
-    Raises:
-        ValueError: names it.
-    """
-
-    def place(x: Any) -> tuple[Any, int, int] | None:
-        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
-            return None
-        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
-
-    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
-    for name, leaf in named(lam, "lam"):
-        at = place(leaf)
-        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
-            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
-
-
-def named(tree: Any, what: str) -> list[tuple[str, Any]]:
-    """The leaves of a tree called ``what``, with what to call each in a message."""
-    paths, leaves, _ = optree.tree_flatten_with_path(tree)
-    return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
-
-
-def refuse_unlike(found: Any, w: Any, what: str) -> None:
-    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
-
-    Raises:
-        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
-    """
-    structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
-    if structure != wanted:
-        raise ValueError(f"{what} has the structure {structure}, but w has {wanted}; make them the same")
-    for (name, leaf), like in zip(named(found, what), optree.tree_leaves(w), strict=True):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} is a {type(leaf).__name__}; it must be a tensor, as in w")
-        for of in ("shape", "dtype", "device"):
-            one, two = getattr(leaf, of), getattr(like, of)
-            if one != two:
-                one, two = (tuple(x) if of == "shape" else x for x in (one, two))
-                raise ValueError(f"{name} has {of} {one}, but in w it has {two}; make them the same")
-
-
-def rows_of(batch: Any) -> int | None:
-    """Rows of a batch, the first dimension of its leaves; None where it has none."""
-    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
-
-
-def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
-    """Refuse a loss that is not one number, or of no rows.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it has more or fewer numbers than one, or the batch has no rows.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
-    if loss.numel() != 1:
-        raise ValueError(f"{name} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
-    for leaf in optree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:
-            kind = "training" if name == "inner_loss" else "validation"
-            raise ValueError(f"{name}: the batch has no rows (shape {tuple(leaf.shape)}); is the {kind} set empty?")
 
 
 @dataclass

@@ -1,13 +1,14 @@
-"""Turns a map that closes over tensors into a function of them.
+"""Turns a map that captures tensors into a function of these tensors.
 
-A map is called under a ``TorchFunctionMode`` that swaps every tensor from outside, the first time that a torch function is given
-it, for a detached leaf. The graph so built ends in those leaves, so that one vjp gives the partial derivative in each tensor,
-also where one closed-over tensor was computed from another (``A`` and ``2 * A``). The same swap, with other replacements, calls
-the map at other values of what it closes over: higher derivatives and ``torch.func`` need that.
+A map is called under a ``TorchFunctionMode``. When a tensor from outside is first given to a torch function, the mode replaces
+it by a detached leaf. The graph of the call ends in those leaves, so one vjp gives the partial derivative in each tensor, even
+if one captured tensor was computed from another (``A`` and ``2 * A``). With other replacements, the same mode calls the map at
+other values of its captured tensors, as higher derivatives and ``torch.func`` need.
 
-A custom ``autograd.Function`` is not seen by such a mode, nor is what a transform of ``torch.func`` is called on. What a Python
-function closes over is therefore swapped in its closure too. For the rest a walk over the finished graph finds what came in
-unseen: a leaf (a parameter) is taken as it is; anything else is refused, since its derivative would be silently lost.
+Such a mode sees neither the tensors of a custom ``autograd.Function`` nor those that a transform of ``torch.func`` is called
+on. The tensors in a Python function's closure are therefore replaced there too. A walk over the finished graph then finds any
+other tensor that came in unseen: a leaf (a parameter) is accepted, and anything else is refused, since its derivative would be
+lost.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from torch.overrides import TorchFunctionMode
 
 
 def functorch_level() -> int:
-    """Level of the innermost running ``torch.func`` transform; 0 outside of all."""
+    """Return the level of the innermost running ``torch.func`` transform, 0 if there is none."""
     top = functorch.peek_interpreter_stack()
     return 0 if top is None else top.level()
 
 
 def transformed() -> bool:
-    """Whether derivatives are on their way that ``no_grad`` does not stop: those of ``torch.func``, or of dual numbers."""
+    """Whether derivatives are being taken that ``no_grad`` does not stop: by ``torch.func`` or dual numbers."""
     return functorch_level() > 0 or forward_ad._current_level >= 0
 
 
@@ -50,7 +51,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 def seen(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor that transforms of ``torch.func`` have wrapped, those of all members of a batch, to be read."""
+    """Return the numbers inside a tensor that transforms of ``torch.func`` have wrapped (for ``vmap``, of all members)."""
     while functorch.maybe_get_level(tensor) > 0:
         tensor = functorch.get_unwrapped(tensor)
     return tensor.detach()
@@ -58,14 +59,14 @@ def seen(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def underived() -> Iterator[None]:
-    """No derivatives, backward or forward."""
+    """Disable derivatives, backward and forward, in a block."""
     with torch.no_grad(), _set_fwd_grad_enabled(False):
         yield
 
 
 @contextlib.contextmanager
 def below(level: int) -> Iterator[None]:
-    """Leave the transforms of ``torch.func`` that run above ``level``, for a while."""
+    """Leave the transforms of ``torch.func`` that run above ``level`` for the duration of a block."""
     with contextlib.ExitStack() as left:
         while functorch_level() > level:
             left.enter_context(temporarily_pop_interpreter_stack())
@@ -81,12 +82,12 @@ class ClosureError(RuntimeError):
 
 
 class Swap(TorchFunctionMode):
-    """Swaps tensors from outside for replacements, while a map runs.
+    """Replaces tensors from outside while a map runs.
 
     Args:
         known: pairs of a tensor from outside and its replacement.
-        discover: make a detached leaf for every other tensor from outside that carries a derivative; without it, meeting one
-            raises ``ClosureError``: the map has changed since it was captured.
+        discover: whether to make a detached leaf for every other tensor from outside that carries a derivative. If false, such
+            a tensor raises ``ClosureError``: the map has changed since its tensors were captured.
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Tensor]] = (), *, discover: bool) -> None:
@@ -95,32 +96,32 @@ class Swap(TorchFunctionMode):
         self.discover = discover
         self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}
         self.used: set[int] = set()
-        self.rebound: set[int] = set()  # the functions that were looked at
+        self.rebound: set[int] = set()  # the functions whose closures were searched
         self.made: dict[int, Tensor] = {id(inside): inside for _, inside in self.table.values()}
         self.start, self.born = _get_sequence_nr(), next(_births)
         self.level, self.transformed = functorch_level(), transformed()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func`` with every tensor from outside swapped."""
+        """Call ``func`` with every tensor from outside replaced."""
         out = func(*self.swap(args), **{key: self.swap(value) for key, value in (kwargs or {}).items()})
         if self.transformed:
             self.own(out)
         else:
             made = args[0] if func is SET_REQUIRES_GRAD else out
-            if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:  # what has a graph is known by its place in it
+            if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:  # other tensors are known by their graph
                 self.own(made)
         return out
 
     def own(self, value: Any) -> None:
-        """Note tensors as made by the map itself: under a transform nothing in them tells them from others."""
+        """Note tensors as made by the map itself; under a transform they cannot be told from tensors from outside."""
         for leaf in optree.tree_leaves(value):
             while isinstance(leaf, Tensor):
                 self.made[id(leaf)] = leaf
-                # What a transform inside of the map has made comes out of it without its wrapper.
+                # A tensor that an inner transform has made leaves it without its wrapper.
                 leaf = functorch.get_unwrapped(leaf) if functorch.maybe_get_level(leaf) > self.level else None
 
     def swap(self, value: Any) -> Any:
-        """``value``, a tensor or a nest of lists, tuples and dicts, with the tensors from outside replaced; else as it is."""
+        """Return ``value`` (a tensor, list, tuple or dict, nested) with the tensors from outside replaced."""
         if isinstance(value, Tensor):
             return self._swap_tensor(value)
         if type(value) in (list, tuple):
@@ -132,7 +133,7 @@ class Swap(TorchFunctionMode):
         return value
 
     def call(self, function: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Any:
-        """``function(state, *args)`` with everything from outside swapped; the state is its own."""
+        """Return ``function(state, *args)`` with everything from outside replaced; the state counts as the map's own."""
         self.own(state)
         args = tuple(arg if arg is None else optree.tree_map(self.swap, arg, none_is_leaf=True) for arg in args)
         function = self.rebind(function)
@@ -140,9 +141,9 @@ class Swap(TorchFunctionMode):
             return function(state, *args)
 
     def rebind(self, function: Any) -> Any:
-        """A Python function with the tensors that it closes over swapped; anything else as it is.
+        """Return a Python function with the tensors in its closure replaced, and anything else as it is.
 
-        The mode does not see a closed-over tensor that a transform of ``torch.func`` inside of the map is called on.
+        The mode alone does not see a captured tensor that a transform of ``torch.func`` inside the map is called on.
         """
         if isinstance(function, functools.partial):
             args, keywords = self.swap(function.args), self.swap(function.keywords)
@@ -163,7 +164,7 @@ class Swap(TorchFunctionMode):
             content = cell.cell_contents
         except ValueError:  # a variable that is not assigned yet
             return cell
-        if isinstance(content, FunctionType):  # a function of its own may be in its closure
+        if isinstance(content, FunctionType):  # a recursive function is in its own closure
             if id(content) in self.rebound:
                 return cell
             self.rebound.add(id(content))
@@ -177,14 +178,14 @@ class Swap(TorchFunctionMode):
         if entry is not None:
             self.used.add(id(tensor))
             return entry[1]
-        # A compiled map has no such wrappers, and its compiler traces this very line.
+        # A compiled map has no such wrappers. Its compiler traces this line, so the test must come first.
         if not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) > self.level:
             if self.transformed and self._outside(self._content(tensor)):
                 raise ClosureError(
                     f"the map gives a tensor of shape {tuple(tensor.shape)} from outside to a transform of torch.func, where its "
                     "derivative cannot be followed: pass it through args="
                 )
-            return tensor  # made by a transform inside of the map
+            return tensor  # made by a transform inside the map
         if not self._outside(tensor):
             return tensor
         if not self.discover:
@@ -197,27 +198,27 @@ class Swap(TorchFunctionMode):
         return inside
 
     def replacement(self, tensor: Tensor) -> Tensor:
-        """What takes the place of a tensor from outside that was not known."""
+        """Return the replacement of a tensor from outside that is met for the first time."""
         if self.transformed:
             return tensor
-        with torch._C.DisableTorchFunction(), below(0):  # a transform inside of the map lets no leaves be made
+        with torch._C.DisableTorchFunction(), below(0):  # leaves cannot be made inside a transform
             return leaf_of(tensor)
 
     def enter(self, outside: Tensor, inside: Tensor) -> None:
-        """Know a tensor from outside by its replacement, which is in use."""
+        """Register a tensor from outside and its replacement as used."""
         self.table[id(outside)] = (outside, inside)
         self.made[id(inside)] = inside
         self.used.add(id(outside))
 
     def _content(self, tensor: Tensor) -> Tensor:
-        """What the transforms inside of the map have wrapped."""
+        """Return what the transforms inside the map have wrapped."""
         while functorch.maybe_get_level(tensor) > self.level:
             tensor = functorch.get_unwrapped(tensor)
         return tensor
 
     def _outside(self, tensor: Tensor) -> bool:
-        """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the map was called."""
-        with torch._C.DisableTorchFunction():  # another mode would answer for its own replacement
+        """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the call of the map."""
+        with torch._C.DisableTorchFunction():  # another mode would answer for its own replacement of the tensor
             return self._before(tensor)
 
     def _before(self, tensor: Tensor) -> bool:
@@ -227,34 +228,34 @@ class Swap(TorchFunctionMode):
             return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.start
         if not tensor.requires_grad or getattr(tensor, "_hyperopt_born", 0) > self.born:
             return False
-        if tensor.grad_fn is None:  # a leaf, or a view made under no_grad, which says that it requires grad and leads nowhere
+        if tensor.grad_fn is None:  # a leaf, or a view made under no_grad: it requires grad although it has no graph
             return tensor._base is None or not tensor._base.requires_grad
         return tensor.grad_fn._sequence_nr() < self.start
 
     @property
     def outside(self) -> list[Tensor]:
-        """The tensors from outside that the map used, in the order in which it met them."""
+        """The tensors from outside that the map has used, in the order of their first use."""
         return [outside for key, (outside, _) in self.table.items() if key in self.used]
 
     def inside(self, outside: Tensor) -> Tensor:
-        """The replacement of a tensor from outside."""
+        """Return the replacement of a tensor from outside."""
         return self.table[id(outside)][1]
 
 
 def leaf_of(tensor: Tensor) -> Tensor:
-    """A detached leaf with the values of ``tensor``, dated: to a swap that began earlier it is not from outside."""
+    """Return a detached leaf with the values of ``tensor`` and a date, by which an earlier ``Swap`` knows it as new."""
     leaf = tensor.detach().requires_grad_()
     leaf._hyperopt_born = next(_births)  # pyright: ignore[reportAttributeAccessIssue]
     return leaf
 
 
 def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iterable[Tensor] = ()) -> list[Tensor]:
-    """Leaves in the graph of ``out`` that are not in ``known``: parameters that came in through a custom Function.
+    """Return the leaves in the graph of ``out`` that are not ``known``: parameters used by a custom autograd Function.
 
-    The walk ends at the tensors of ``until``.
+    The search stops at the tensors of ``until``.
 
     Raises:
-        ClosureError: the graph goes back to before the sequence number ``start``, through a tensor that is no leaf.
+        ClosureError: the graph reaches a tensor that is not a leaf and is older than the sequence number ``start``.
     """
     mine = {id(leaf) for leaf in known}
     found: dict[int, Tensor] = {}

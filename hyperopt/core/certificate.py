@@ -1,15 +1,15 @@
 """The certificate of a hypergradient: how far it may be from the exact one.
 
-Where the cell and the outer loss declare their constants, ``error_bound`` is a bound on ``||hypergradient - exact||_2`` in exact
-arithmetic, row by row, in the manner of Grazzi et al. (ICML 2020, arXiv 2006.16218, theorem 2.2) but a posteriori, from the
-residuals that were measured. With ``q >= ||d_w phi||``, residual ``r`` of the state and ``s`` of the adjoint system of a row:
+If the cell and the outer loss declare their constants, ``error_bound`` bounds ``||hypergradient - exact||_2`` in exact
+arithmetic, as in Grazzi et al. (ICML 2020, arXiv 2006.16218, theorem 2.2) but from the measured residuals. For each row, with
+``q >= ||d_w phi||``, the residual ``r`` of the state and the residual ``s`` of the adjoint system:
 
     eps   = r / (1 - q)                                                   distance of the state from its fixed point
     delta = (s + eps (jacobian_lipschitz |v| + outer_lipschitz)) / (1 - q) distance of v from the exact adjoint
     error <= sum over rows of  direct_lipschitz eps + input_lipschitz eps |v| + input_norm delta
 
-Elsewhere ``error_estimate`` puts the contraction factor seen in the decay of the residuals in the place of q, and the size of the
-hypergradient in the place of the constants: an estimate, not a bound, and NaN where that factor is not below 1.
+Otherwise ``error_estimate`` uses the contraction factor seen in the decay of the residuals instead of ``q``, and the size of
+the hypergradient instead of the constants. It is an estimate and not a bound, and NaN if that factor is not below 1.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 
-# Methods whose residual is one even after a fixed number of steps: a contracting step before the value, or at the value itself.
+# For these methods the residual is valid even after a fixed number of steps: it was measured at the value or one step before.
 MEASURED = ("Picard", "Neumann", "GMRES", "BiCGStab", "CG", "NormalCG", "Dense", "Nystrom")
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What a cell and an outer loss declare about themselves; a number, or one for each row, shape (rows,).
+    """Constants that a cell and an outer loss declare: numbers, or one number for each row, shape (rows,).
 
     Attributes:
         contraction: ``q < 1`` with ``||d_w phi|| <= q`` everywhere, in the Euclidean norm.
-        jacobian_lipschitz: of ``w -> d_w phi``.
-        input_norm: of ``d_lam phi`` in a ball of radius eps around the state, all hyperparameters together.
-        input_lipschitz: of ``w -> d_lam phi``.
-        outer_lipschitz: of ``w -> d_w E``, one row's share.
-        direct_lipschitz: of ``w -> d_lam E``, one row's share.
+        jacobian_lipschitz: Lipschitz constant of ``w -> d_w phi``.
+        input_norm: norm of ``d_lam phi`` in a ball of radius eps around the state, for all hyperparameters together.
+        input_lipschitz: Lipschitz constant of ``w -> d_lam phi``.
+        outer_lipschitz: Lipschitz constant of ``w -> d_w E``, the part of one row.
+        direct_lipschitz: Lipschitz constant of ``w -> d_lam E``, the part of one row.
     """
 
     contraction: float
@@ -49,12 +49,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Error of one hypergradient.
+    """The error of one hypergradient.
 
     Attributes:
-        error: bound or estimate of ``||hypergradient - exact||_2``; NaN where nothing can be said.
-        is_bound: whether it is a bound.
-        contraction: the factor that it rests on: declared, else estimated.
+        error: bound or estimate of ``||hypergradient - exact||_2``; NaN if it cannot be estimated.
+        is_bound: whether ``error`` is a bound.
+        contraction: the contraction factor that was used, declared or else estimated.
     """
 
     error: float
@@ -63,17 +63,20 @@ class Certificate:
 
 
 def state_error(stats: SolveStats, contraction: float) -> Tensor:
-    """Distance of each row from its fixed point, shape (rows,): ``r / (1 - q)``."""
+    """Return a bound on the distance of each row from its fixed point, ``r / (1 - q)``, shape (rows,)."""
     return stats.residual * stats.scale / (1 - contraction)
 
 
 def certify(solution: Solution, hypergradient_norm: float, constants: Constants | None = None) -> Certificate:
-    """The certificate of the hypergradient of the latest backward through ``solution``.
+    """Return the certificate of the hypergradient of the latest backward pass through ``solution``.
 
     Args:
-        solution: after a backward with the implicit adjoint.
+        solution: a solution through which backward has run with the implicit adjoint.
         hypergradient_norm: Euclidean norm of the hypergradient over all hyperparameters.
-        constants: of the cell and the outer loss, where they are known.
+        constants: constants of the cell and the outer loss, if they are known.
+
+    Returns:
+        A bound if the constants are given and apply, else an estimate.
 
     Raises:
         ValueError: no implicit backward has been made through ``solution``.
@@ -83,7 +86,7 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
         raise ValueError("no implicit backward was made through this solution; call backward first")
     adjoint, size = box.stats, torch.linalg.vector_norm(box.v, dim=1)
     usable = all(stats.status < Status.coupled_rows for stats in (forward, adjoint))
-    plain = not solution.layout.scales  # constants are those of Euclidean norms
+    plain = not solution.layout.scales  # the constants are for Euclidean norms
     if constants is not None and plain and usable and _measured(forward) and _measured(adjoint):
         eps = state_error(forward, constants.contraction)
         residual = adjoint.residual * adjoint.scale
@@ -94,12 +97,12 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
 
 
 def _measured(stats: SolveStats) -> bool:
-    """Whether the residual bounds that of the value: it was measured there, or one contracting step before."""
+    """Whether the residual bounds that of the value, because it was measured there or one contracting step before."""
     return stats.status != Status.fixed_steps or stats.method in MEASURED
 
 
 def _estimate(forward: SolveStats, box: AdjointBox, size: Tensor, norm: float) -> Certificate:
-    """Relative errors of state and adjoint, carried over to the hypergradient."""
+    """Estimate the error of the hypergradient from the relative errors of the state and of the adjoint."""
     adjoint = box.stats
     assert adjoint is not None
     factors = [float(stats.contraction) for stats in (forward, adjoint)]
@@ -107,20 +110,20 @@ def _estimate(forward: SolveStats, box: AdjointBox, size: Tensor, norm: float) -
     factor = max(known, default=math.nan)
     if factor >= 1 or not math.isfinite(norm):
         return Certificate(math.nan, False, factor)
-    # An error is (I - J)^-1 times a residual. How much larger that may be, two things tell: the decay of the residuals, though
-    # that of an accelerated method says too little, and v = (I - J^T)^-1 g itself, though g is another direction, in which a
-    # map that is not normal may do much more. Between the two lies their geometric mean.
+    # An error is (I - J)^-1 times a residual. Two things tell how much larger it may be. The decay of the residuals is one, but
+    # it is too optimistic for an accelerated method. |v| / |g| is the other, since v = (I - J^T)^-1 g, but it is for the
+    # direction of g, and a map that is not normal may amplify others more. Their geometric mean lies between the two.
     decay = 1.0 if math.isnan(factor) else 1 / (1 - factor)
     grown = torch.where(adjoint.scale > 0, size / adjoint.scale, 0.0)  # |v| / |g|
     growth = (decay * grown.clamp(min=1.0)).sqrt()
     state = _ratio(forward.residual * forward.scale * growth, forward.scale)
-    # Relative to |v|, which has grown with |g| already, an error in g or of the solve grows by what is left.
+    # |v| has already grown with |g|. Relative to |v|, an error in g or of the solve grows by the rest of the factor.
     left = growth / grown.clamp(min=1.0)
     error = _ratio(adjoint.residual * adjoint.scale * growth, size) + state * (1 + float(left.max()))
     return Certificate(error * norm, False, factor)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
-    """``|part| / |whole|`` over all rows, 0 where both are 0."""
+    """Return ``|part| / |whole|`` over all rows, 0 where both are 0."""
     top, bottom = float(torch.linalg.vector_norm(part)), float(torch.linalg.vector_norm(whole))
     return 0.0 if top == 0 else top / bottom if bottom > 0 else math.inf

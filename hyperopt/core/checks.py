@@ -1,4 +1,4 @@
-"""Checks of the values of a class's fields, and what every iterative method has; free of torch."""
+"""Checks of the values of a class's fields, and the settings that all iterative methods share. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ POLICIES = ("raise", "warn", "fallback", "ignore")
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy, or an array of one without dimensions, as Python's own; anything else as it is."""
+    """Return a numpy number (or a 0-d array) as a Python number, and anything else unchanged."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 
 def taken(owner: Any, name: str) -> Any:
-    """The value of a field of ``owner``, in which a number of numpy becomes Python's own."""
+    """Return a field of ``owner``; a numpy number in it is replaced by a Python number first."""
     value = getattr(owner, name)
     number = plain(value)
     if number is not value:
@@ -53,7 +53,7 @@ def check_whole(owner: Any, name: str, low: int, high: int, why: str = "") -> No
 
 
 def check_counts(owner: Any, name: str, low: int = 1) -> None:
-    """Refuse a field of ``owner`` that is no list of whole numbers of at least ``low``; a list (of a config) becomes a tuple."""
+    """Refuse a field of ``owner`` that does not list whole numbers >= ``low``. A list from a config becomes a tuple."""
     given = getattr(owner, name)
     numbers = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(map(plain, given))
     if isinstance(given, str) or not isinstance(given, Iterable) or any(type(n) is not int or n < low for n in numbers):
@@ -94,14 +94,14 @@ def check_flag(owner: Any, name: str) -> None:
 
 
 def check_kind(owner: Any, name: str, kind: type, *, optional: bool = False) -> None:
-    """Refuse a field of ``owner`` that is no ``kind``; with ``optional`` it may be None."""
+    """Refuse a field of ``owner`` that is not a ``kind`` (or None, with ``optional``)."""
     value = getattr(owner, name)
     if not (isinstance(value, kind) or (optional and value is None)):
         raise TypeError(f"{type(owner).__name__}: {name}={value!r} is no {kind.__name__}; change {name}")
 
 
 def check_kinds(owner: Any, name: str, kind: type) -> None:
-    """Refuse a field of ``owner`` that is no list of ``kind``; a list (of a config) becomes a tuple."""
+    """Refuse a field of ``owner`` that is not a list of ``kind``. A list from a config becomes a tuple."""
     given = getattr(owner, name)
     if not isinstance(given, list | tuple) or not all(isinstance(each, kind) for each in given):
         raise TypeError(f"{type(owner).__name__}: {name}={given!r} is no list of {kind.__name__}; change {name}")
@@ -116,14 +116,14 @@ def check_open_unit(owner: Any, name: str) -> None:
 
 
 def check_below_one(owner: Any, name: str, value: float) -> None:
-    """Refuse a coefficient of ``owner`` outside [0, 1), the range of every exponential average."""
+    """Refuse a coefficient of ``owner`` outside [0, 1), the range of an exponential moving average's coefficient."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
 
 
 def check_betas(owner: Any) -> None:
-    """Refuse ``betas`` that are not the two coefficients of Adam; a list (a composed config) becomes a tuple."""
+    """Refuse ``betas`` that are not Adam's two coefficients. A list from a config becomes a tuple."""
     object.__setattr__(owner, "betas", tuple(map(plain, owner.betas)))
     if len(owner.betas) != 2:
         raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not a pair of numbers; change betas")
@@ -133,13 +133,14 @@ def check_betas(owner: Any) -> None:
 
 @dataclass(frozen=True)
 class IterativeMethod:
-    """What every iterative method has: tolerances and a budget.
+    """The settings that every iterative method has: tolerances and a budget.
 
     Args:
-        rtol: relative tolerance on the true residual, row by row, at least 0; 0 with ``atol=0`` means exactly ``max_steps``.
+        rtol: relative tolerance on the true residual of each row, at least 0. With ``rtol=0`` and ``atol=0`` a solve takes
+            exactly ``max_steps`` steps.
         atol: absolute tolerance, at least 0; a row stops at ``residual <= atol + rtol * scale``.
-        max_steps: most evaluations of the map (solvers, T) or steps of the linear solver (K), at least 1; a step of a linear
-            solver is one vjp, unless the method says otherwise.
+        max_steps: largest number of evaluations of the map (forward solver) or of steps (linear solver), at least 1. A step of
+            a linear solver is one vjp, unless the method says otherwise.
     """
 
     rtol: float = 1e-5
@@ -154,7 +155,7 @@ class IterativeMethod:
 
     @property
     def fixed(self) -> bool:
-        """Whether exactly ``max_steps`` steps are asked for."""
+        """Whether the method takes exactly ``max_steps`` steps, without a tolerance."""
         return self.rtol == 0 and self.atol == 0
 
     @property

@@ -1,16 +1,16 @@
-"""What may change inside of an object of Python: the entries of a container, attributes, an array, a generator of random numbers.
+"""The content of Python objects that a function may change: containers, attributes, arrays, random number generators.
 
-A ``Replay`` takes the content of every such object before the first evaluation of a function, and compares it afterwards. What
-has changed is put back, for the caller and before every further evaluation. Nothing is copied but references, apart from small
-arrays and the states of generators. What is only added to a list stays there for the caller, since it may be a record of the
-calls; a further evaluation does not see it.
+A ``Replay`` takes the content of every such object before the first evaluation of a function and compares it afterwards. What
+has changed is put back for every further evaluation. Only references are copied, apart from small arrays and the states of
+generators. Entries that are only appended to a list stay there for the caller, since the list may be a record of the calls; a
+further evaluation does not see them.
 
     kept = content.take()
     ...                                      the function runs
     changed = not content.same(kept, content.take())
     content.put(kept)
 
-``Contents`` does this for all that a function can be seen to use.
+``Contents`` does this for all objects that a function can be seen to use.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ import numpy
 
 from hyperopt.core.draws import ImpureMapError
 
-LONGEST = 20_000  # a container or array with more entries than this is data, and no state
+LONGEST = 20_000  # a container or array with more entries than this is taken for data that does not change
 
 
 class Content(ABC):
-    """The content of one object."""
+    """How to take, compare and put back the content of one object."""
 
     def __init__(self, owner: Any) -> None:
-        """Of this object."""
+        """Keep the object."""
         self.owner = owner
 
     @abstractmethod
     def take(self) -> Any:
-        """What is in it now."""
+        """Return the present content."""
 
     @abstractmethod
     def put(self, kept: Any) -> None:
-        """Let this be in it."""
+        """Restore a content."""
 
     def added(self, before: Any, after: Any) -> Any:
-        """What was added where that is all that happened, as to a record of the calls; else None."""
+        """Return what was appended if nothing else has changed, else None."""
         return None
 
     def mapped(self, kept: Any, function: Callable[[Any], Any]) -> Any:
-        """A content with other entries."""
+        """Return a content whose entries are ``function(entry)``."""
         return [function(entry) for entry in kept]
 
     def same(self, a: Any, b: Any) -> bool:
-        """Whether two contents are made of the same objects."""
+        """Whether two contents consist of the same objects."""
         return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
@@ -63,7 +63,7 @@ class Entries(Content):
     """A list or a deque."""
 
     def take(self) -> list[Any]:
-        """The entries in order."""
+        """Return the entries in order."""
         return list(self.owner)
 
     def put(self, kept: list[Any]) -> None:
@@ -73,7 +73,7 @@ class Entries(Content):
             self.owner.extend(kept)
 
     def added(self, before: list[Any], after: list[Any]) -> list[Any] | None:
-        """The new entries at the end."""
+        """Return the new entries at the end, or None if anything else has changed."""
         return after[len(before) :] if self.same(before, after[: len(before)]) else None
 
 
@@ -91,11 +91,11 @@ class Items(Content):
     """A dict or another mapping."""
 
     def take(self) -> dict[Any, Any]:
-        """The items."""
+        """Return the items."""
         return dict(self.owner.items())
 
     def put(self, kept: dict[Any, Any]) -> None:
-        """Set those that differ, and remove those that are new."""
+        """Set the items that differ, and remove new ones."""
         now = self.take()
         for key in now.keys() - kept.keys():
             self._remove(key)
@@ -104,11 +104,11 @@ class Items(Content):
                 self._set(key, value)
 
     def mapped(self, kept: dict[Any, Any], function: Callable[[Any], Any]) -> dict[Any, Any]:
-        """The same keys."""
+        """Keep the keys and map the values."""
         return {key: function(value) for key, value in kept.items()}
 
     def same(self, a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-        """Whether the keys and the values are."""
+        """Whether two contents have the same keys and values."""
         return a.keys() == b.keys() and all(value is b[key] for key, value in a.items())
 
     def _set(self, key: Any, value: Any) -> None:
@@ -119,15 +119,15 @@ class Items(Content):
 
 
 class Attributes(Items):
-    """The attributes of an object, or of a class, other than those that are ``hidden``."""
+    """The attributes of an object or a class, except those that are ``hidden``."""
 
     def __init__(self, owner: Any, hidden: frozenset[str] = frozenset()) -> None:
-        """Functions and what belongs to Python itself are never changed."""
+        """Keep the object. Functions and names of Python itself (``__x__``) are never part of the content."""
         super().__init__(owner)
         self.hidden = hidden
 
     def take(self) -> dict[str, Any]:
-        """The attributes by name."""
+        """Return the attributes by name."""
         found = {name: value for name, value in getattr(self.owner, "__dict__", {}).items() if self._kept(name, value)}
         if not isinstance(self.owner, type):
             names = (name for cls in type(self.owner).__mro__ for name in _slots(cls))
@@ -143,7 +143,7 @@ class Attributes(Items):
         if isinstance(self.owner, type) or key not in getattr(self.owner, "__dict__", {}):
             (type if isinstance(self.owner, type) else object).__setattr__(self.owner, key, value)
         else:
-            vars(self.owner)[key] = value  # whatever its class makes of an assignment
+            vars(self.owner)[key] = value  # not by setattr, which the class may have redefined
 
     def _remove(self, key: Any) -> None:
         (type if isinstance(self.owner, type) else object).__delattr__(self.owner, key)
@@ -158,36 +158,36 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 class Numbers(Content):
-    """An array of numpy."""
+    """A numpy array."""
 
     def take(self) -> Any:
-        """A copy."""
+        """Return a copy."""
         return self.owner.copy()
 
     def put(self, kept: Any) -> None:
-        """Write it back."""
+        """Write the copy back."""
         if not self.same(kept, self.owner):
             self.owner[...] = kept
 
     def mapped(self, kept: Any, function: Callable[[Any], Any]) -> Any:
-        """Numbers are as they are."""
+        """Return the numbers unchanged; there are no entries to map."""
         return kept
 
     def same(self, a: Any, b: Any) -> bool:
-        """To the bit."""
+        """Whether all bits are equal."""
         return a.tobytes() == b.tobytes()
 
 
 class Generator(Content):
-    """A generator of random numbers of Python or of numpy."""
+    """A random number generator of Python or numpy."""
 
     @property
     def shared(self) -> bool:
-        """Whether it is one of those of the process."""
+        """Whether it is one of the two generators that the whole process shares."""
         return any(self.owner is generator for generator in COMMON)
 
     def take(self) -> Any:
-        """Its state."""
+        """Return the state."""
         if isinstance(self.owner, random.Random):
             return self.owner.getstate()
         if isinstance(self.owner, numpy.random.RandomState):
@@ -195,7 +195,7 @@ class Generator(Content):
         return getattr(self.owner, "bit_generator", self.owner).state
 
     def put(self, kept: Any) -> None:
-        """Set it."""
+        """Set the state."""
         if isinstance(self.owner, random.Random):
             self.owner.setstate(kept)
         elif isinstance(self.owner, numpy.random.RandomState):
@@ -211,12 +211,12 @@ class Generator(Content):
 
 
 GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
-# The two generators of the process, which any thread and any library may draw from.
+# The two generators that the whole process shares: any thread and any library may draw from them.
 COMMON: tuple[Any, ...] = (random.random.__self__, numpy.random.mtrand._rand)  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
 def content_of(value: Any) -> Content | None:
-    """The content of a container, an array or a generator; None for anything else, and for what is too long to be a state."""
+    """Return the content of a container, array or generator, or None for other objects and for large ones."""
     if isinstance(value, GENERATORS):
         return None if isinstance(value, random.SystemRandom) else Generator(value)
     if isinstance(value, numpy.ndarray):
@@ -232,10 +232,10 @@ class Kept:
     """A content that the first evaluation has changed.
 
     Attributes:
-        content: of what.
-        before: what was in it before the first evaluation.
-        left: what the latest evaluation has left in it.
-        record: what the latest evaluation has added to it, if that is all that it did.
+        content: the content.
+        before: its value before the first evaluation.
+        left: its value after the latest evaluation.
+        record: what the latest evaluation has appended, if it did nothing else.
     """
 
     content: Content
@@ -245,31 +245,31 @@ class Kept:
 
 
 class Contents:
-    """Many contents during an evaluation and its replays.
+    """The contents of many objects during an evaluation and its replays.
 
     Args:
-        contents: of what the function uses.
+        contents: the contents of what the function uses.
         draws: whether the function can be seen to use the generators that all threads share.
     """
 
     def __init__(self, contents: Iterable[Content], *, draws: bool) -> None:
-        """Nothing is evaluated yet."""
+        """Start before the first evaluation."""
         self._contents, self._draws = list(contents), draws
-        self.changed: list[Kept] = []  # by the first evaluation
+        self.changed: list[Kept] = []  # what the first evaluation has changed
         self.committed = False
 
     @property
     def random(self) -> bool:
-        """Whether the first evaluation drew from a generator of Python or of numpy."""
+        """Whether the first evaluation drew from a generator of Python or numpy."""
         return any(isinstance(entry.content, Generator) for entry in self.changed)
 
     @contextlib.contextmanager
     def evaluation(self, first: bool, originals: Mapping[int, Any]) -> Iterator[Callable[[], None]]:
-        """An evaluation runs in this block: on what there was before the first one, without a trace.
+        """Run an evaluation in this block: it starts from the contents before the first one, and its changes are undone.
 
         Args:
-            first: whether it is the first.
-            originals: by the identity of a copy that takes part in the evaluation, what it is a copy of.
+            first: whether it is the first evaluation.
+            originals: for copies that take part in the evaluation, their originals, by the identity of the copy.
 
         Yields:
             A function that ends the evaluation.
@@ -296,7 +296,7 @@ class Contents:
                     entry.content.put(content + entry.record if entry.record else content)
 
     def commit(self) -> None:
-        """Let everything be as the latest evaluation has left it; a generator has moved on already."""
+        """Put everything in the state that the latest evaluation has left. A generator is in that state already."""
         self.committed = True
         for entry in self.changed:
             if entry.record is None and not isinstance(entry.content, Generator):
@@ -304,7 +304,7 @@ class Contents:
 
     def _end(self, entry: Kept, first: bool, originals: Mapping[int, Any]) -> None:
         content, left = entry.content, entry.content.take()
-        if isinstance(content, Generator):  # it moves on once, at the first evaluation
+        if isinstance(content, Generator):  # it advances once, at the first evaluation
             alone = threading.active_count() == 1 or not content.shared
             if not first and alone and not content.same(left, entry.left):
                 raise ImpureMapError(
@@ -322,7 +322,7 @@ class Contents:
             content.put(entry.before)
 
     def _moved(self, entry: Kept) -> bool:
-        """Whether the first evaluation has changed a content; another thread may have drawn from the shared generators."""
+        """Whether the first evaluation, and not another thread's draw from a shared generator, has changed a content."""
         content = entry.content
         if content.same(entry.before, entry.left):
             return False

@@ -1,12 +1,12 @@
-"""What a map does at a point: spectral radius and norm of ``J = d_w phi``, and the conditioning of ``I - J``.
+"""Properties of a map at a point: spectral radius and norm of ``J = d_w phi``, and the condition number of ``I - J``.
 
     radius      Arnoldi on J^T: the largest Ritz value                    below 1: Picard and Neumann converge, at that rate
     norm        Golub-Kahan bidiagonalization of J: largest singular value       below 1: phi contracts, bounds hold
-    condition   |I - J| |(I - J)^{-1}|: how far rounding and residuals are magnified in the hypergradient
+    condition   |I - J| |(I - J)^{-1}|: how much rounding and residuals are amplified in the hypergradient
 
-The radius of a rotation by 0.9 is 0.9, where a Rayleigh quotient gives 0. All three are exact, but for rounding, where ``steps``
-is at least the number of unknowns of a row; else they are estimates: of the norm from below, of the radius likewise unless J is
-strongly non-normal, and the smallest singular value of ``I - J`` then comes from inverse iteration by GMRES.
+For a rotation by 90 degrees scaled by 0.9, the radius is 0.9 while a Rayleigh quotient gives 0. If ``steps`` is at least the
+number of unknowns of a row, all three are exact up to rounding. Otherwise the norm is estimated from below, and so is the
+radius unless J is strongly non-normal, and the smallest singular value of ``I - J`` comes from inverse iteration with GMRES.
 
 References: Arnoldi, Quart. Appl. Math. 9, 1951; Golub & Kahan, SIAM J. Numer. Anal. 2, 1965; Trefethen & Embree, Spectra and
 Pseudospectra, Princeton 2005, for how radius and norm differ.
@@ -30,20 +30,20 @@ from hyperopt.core.status import Solution, Status
 from hyperopt.core.tree import layout_of
 
 Product = Callable[[Tensor], Tensor]
-COLLAPSED = 64.0  # times eps: what rounding leaves of a vector that lies in the space already
-INVERSE_STEPS = 4  # inverse iterations: each gains the squared ratio of the two smallest singular values
+COLLAPSED = 64.0  # times eps: a vector this short after orthogonalization is rounding, and lies in the space already
+INVERSE_STEPS = 4  # inverse iterations; each reduces the error by the squared ratio of the two smallest singular values
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The linearization of a map at a point, row by row, each tensor of shape (rows,).
+    """Properties of a map's Jacobian at a point; the tensors have one entry for each row, shape (rows,).
 
     Attributes:
         row_radius: spectral radius of ``J``.
         row_norm: Euclidean norm of ``J``.
-        row_condition: condition number of ``I - J``; infinity where it is singular, or too near to it for the solver.
-        exact: whether the Krylov spaces were whole, so that nothing but rounding is between these and the true numbers.
-        vjps, jvps: products spent.
+        row_condition: condition number of ``I - J``; infinity if it is singular or nearly so.
+        exact: whether the Krylov spaces were complete, so that the numbers are exact up to rounding.
+        vjps, jvps: number of products.
     """
 
     row_radius: Tensor
@@ -55,21 +55,21 @@ class Diagnosis:
 
     @property
     def radius(self) -> float:
-        """The largest over the rows (0 for no rows)."""
+        """The largest spectral radius over the rows (0 without rows)."""
         return _largest(self.row_radius)
 
     @property
     def norm(self) -> float:
-        """The largest over the rows (0 for no rows)."""
+        """The largest norm over the rows (0 without rows)."""
         return _largest(self.row_norm)
 
     @property
     def condition(self) -> float:
-        """The largest over the rows (0 for no rows)."""
+        """The largest condition number over the rows (0 without rows)."""
         return _largest(self.row_condition)
 
     def __str__(self) -> str:
-        """The three numbers and what they mean for the choice of methods."""
+        """Return the three numbers and what they mean for the choice of methods."""
         if not self.radius < 1:
             advice = "Picard and Neumann do not converge; use Anderson, and GMRES for the adjoint"
         elif not self.norm < 1:
@@ -90,14 +90,14 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
 
     Args:
         phi: the map, called ``phi(w, *args)``.
-        w: where: a state as given to ``fixed_point``, or a ``Solution``.
-        args: passed on to ``phi``.
-        rows: as in ``fixed_point``; a ``Solution`` brings its own.
-        steps: size of each Krylov space. Memory is ``2 * steps`` states; the cost is about ``3 * steps`` vjps and
-            ``2 * steps`` jvps, and the solves of the inverse iteration where ``steps`` is below the number of unknowns of a row.
+        w: the point: a state as given to ``fixed_point``, or a ``Solution``.
+        args: further arguments of ``phi``.
+        rows: as in ``fixed_point``; a ``Solution`` has its own.
+        steps: dimension of each Krylov space, at least 1. Memory is ``2 * steps`` states; the cost is about ``3 * steps`` vjps
+            and ``2 * steps`` jvps, plus the inverse iteration if ``steps`` is below the number of unknowns of a row.
 
     Raises:
-        ValueError: ``steps`` below 1.
+        ValueError: ``steps`` is not a whole number of at least 1.
 
     Example:
         >>> import torch, hyperopt
@@ -115,7 +115,7 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
     if not point.numel():
         zero = point.detach().new_zeros(count)
         return Diagnosis(zero, zero, zero, True, 0, 0)
-    generator = torch.Generator().manual_seed(0)  # its own: a diagnosis must not move the caller's random numbers
+    generator = torch.Generator().manual_seed(0)  # a diagnosis must not advance the caller's random numbers
     start = torch.randn(count, dim, generator=generator, dtype=torch.float64).to(point)
     m = min(steps, dim)
     with torch.no_grad():
@@ -130,11 +130,11 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
 
 
 def spectral_radius(product: Product, start: Tensor, steps: int) -> Tensor:
-    """Largest modulus of the Ritz values of an operator after ``steps`` Arnoldi steps, shape (rows,).
+    """Return the largest modulus of an operator's Ritz values after ``steps`` Arnoldi steps, shape (rows,).
 
     Args:
-        product: ``v -> M v`` on (rows, dim), rows apart.
-        start: where the Krylov space starts, shape (rows, dim), in general position.
+        product: ``v -> M v`` on (rows, dim), for each row separately.
+        start: a random first vector, shape (rows, dim).
         steps: at most ``dim``.
     """
     rows, eps = start.shape[0], torch.finfo(start.dtype).eps
@@ -160,14 +160,14 @@ def spectral_radius(product: Product, start: Tensor, steps: int) -> Tensor:
 
 
 def singular_values(product: Product, transposed: Product, start: Tensor, steps: int) -> Tensor:
-    """Singular values of ``A`` after ``steps`` Golub-Kahan steps, largest first, shape (rows, steps).
+    """Return the singular values of ``A`` after ``steps`` Golub-Kahan steps, largest first, shape (rows, steps).
 
-    A row whose space is exhausted early continues in a direction of its own, so that all its singular values are found.
+    A row whose space is exhausted early continues with a new random vector, so that all its singular values are found.
 
     Args:
-        product: ``v -> A v`` on (rows, dim), rows apart.
+        product: ``v -> A v`` on (rows, dim), for each row separately.
         transposed: ``u -> A^T u``.
-        start: first right vector, shape (rows, dim), in general position.
+        start: a random first right vector, shape (rows, dim).
         steps: at most ``dim``.
     """
     rows, dim = start.shape
@@ -188,7 +188,7 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
         images.append(product(right[-1]))
         if k + 1 < steps:
             v = transposed(images[-1])
-    # The images of orthonormal vectors: their Gram matrix holds the squares of A on the space; QR keeps the small ones exact.
+    # The singular values of A on the space are those of these images. QR keeps small ones exact; a Gram matrix squares them.
     span = torch.stack(images, dim=2).double()
     bad = ~torch.isfinite(span).all(dim=2).all(dim=1)
     values = torch.linalg.svdvals(torch.linalg.qr(torch.where(bad[:, None, None], 0.0, span)).R)
@@ -196,7 +196,7 @@ def singular_values(product: Product, transposed: Product, start: Tensor, steps:
 
 
 def _least_singular_value(J: LinearOperator, start: Tensor) -> Tensor:
-    """Smallest singular value of ``I - J`` by inverse iteration: ``x <- (I - J)^{-1} (I - J^T)^{-1} x``, shape (rows,)."""
+    """Return the least singular value of ``I - J`` by inverse iteration: ``x <- (I - J)^{-1} (I - J^T)^{-1} x``."""
     solver = GMRES(rtol=1e-4, max_steps=400, window=60)
     x = start
     growth = torch.zeros_like(start[:, 0])
@@ -212,7 +212,7 @@ def _least_singular_value(J: LinearOperator, start: Tensor) -> Tensor:
 
 
 def _orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``w`` less its parts along ``basis``, and those parts; classical Gram-Schmidt, twice, which is enough for rounding."""
+    """Return ``w`` without its parts along ``basis``, and the parts, by classical Gram-Schmidt, repeated against rounding."""
     total = [torch.zeros_like(w[:, 0]) for _ in basis]
     for _ in range(2):
         parts = [torch.linalg.vecdot(v, w) for v in basis]
@@ -227,5 +227,5 @@ def _largest(values: Tensor) -> float:
 
 
 def unit(w: Tensor, length: Tensor, live: Tensor) -> Tensor:
-    """``w / length`` in the live rows, zeros in the others, whatever they hold."""
+    """Return ``w / length`` in the live rows, and zeros in the others."""
     return torch.where(live[:, None], w / length[:, None], 0.0)

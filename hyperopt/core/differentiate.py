@@ -3,11 +3,11 @@
     z = m(z, x)        dz = (I - d_z m)^{-1} d_x m dx
 
 - backward: ``v = J^T v + g`` is itself a fixed point, in ``v``, with inputs ``(g, z, x)``; then ``x_bar = (d_x m)^T v``.
-- jvp: ``s = J s + d_x m dx`` likewise, in ``s``, with inputs ``(d_x m dx, z, x)``.
+- jvp: ``s = J s + d_x m dx`` is one too, in ``s``, with inputs ``(d_x m dx, z, x)``.
 
-Both are again ``System``s, attached by the same Function, so derivatives of every order, forward, reverse and mixed, are right
-by recursion, and ``vmap`` is one rule. A first-order backward does not recurse: it works on one graph of the map at the
-solution, built beforehand.
+Both are again ``System``s that the same Function makes differentiable, so derivatives of every order (forward, reverse, mixed)
+are right by recursion, and ``vmap`` is one rule. A first-order backward does not recurse: it works on one graph of the map at
+the solution, which is built beforehand.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ SolveLinear = Callable[[LinearOperator, Tensor, Tensor | None, str], Tensor]
 
 
 class InexactError(RuntimeError):
-    """A second derivative through an adjoint that is not exact was asked for."""
+    """A second derivative was asked for through an adjoint that is not exact."""
 
 
 class System(ABC):
-    """A fixed point ``z = map(z, *inputs)``; ``z`` has shape (..., dim), every leading index a row of its own.
+    """A fixed point ``z = map(z, *inputs)``; ``z`` has shape (..., dim), and every leading index is a row of its own.
 
     Attributes:
-        linear: solves ``(I - J^T) v = b`` for ``what="adjoint"``, ``(I - J) s = b`` for ``"tangent"``, in the way, and with the
-            policy, of the adjoint; called ``(J, b, start, what)`` with matrices of shape (rows, dim).
+        linear: a function ``(J, b, start, what)`` of matrices of shape (rows, dim). With ``what="adjoint"`` it solves
+            ``(I - J^T) v = b`` and with ``what="tangent"`` it solves ``(I - J) s = b``, as the adjoint's settings say.
         exact: whether ``linear`` solves to a tolerance.
-        remedy: what to change for one that does.
+        remedy: what to change to get a system that is exact, for messages.
         states: how many of the leading inputs have the shape of the state.
-        derived: whether this system came from differentiating another.
+        derived: whether this system is a derivative of another one.
     """
 
     linear: SolveLinear
@@ -56,31 +56,31 @@ class System(ABC):
 
     @abstractmethod
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """The map, differentiable in everything."""
+        """Evaluate the map, differentiably in everything."""
 
     @abstractmethod
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """Solve on plain tensors, without a graph."""
+        """Solve for detached tensors, without a graph."""
 
     @abstractmethod
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
-        """This system for a batch (leading dimension 0) of states and of those inputs whose entry in ``dims`` is 0.
+        """Return this system for a batch (leading dimension 0) of states and of the inputs whose entry in ``dims`` is 0.
 
-        ``randomness`` is what ``torch.vmap`` was told of random numbers.
+        ``randomness`` is the argument of ``torch.vmap``.
         """
 
     def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
-        """The map's Jacobians at plain tensors."""
+        """Return the map's Jacobians at detached tensors."""
         with torch.enable_grad():
             leaf, leaves = z.detach().requires_grad_(), [x.detach().requires_grad_(x.requires_grad) for x in inputs]
             return Jacobian(self.map(leaf, *leaves), leaf, leaves)
 
     def close(self, lin: Linearization, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x m)^T v`` for each input that needs it."""
+        """Return ``(d_x m)^T v`` for each input that needs it."""
         return lin.arguments(v, needs)
 
     def solve_linear(self, lin: LinearOperator, b: Tensor, start: Tensor | None, what: str) -> Tensor:
-        """``linear``, for tensors of any shape (..., dim)."""
+        """Call ``linear`` for tensors of any shape (..., dim)."""
         if b.dim() == 2:
             return self.linear(lin, b, start, what)
         dim = b.shape[-1]
@@ -94,12 +94,12 @@ class AdjointSystem(System):
     what = "adjoint"
 
     def __init__(self, parent: System) -> None:
-        """Solve in the way of the parent."""
+        """Use the linear solver of the parent."""
         self.parent, self.linear, self.exact, self.remedy = parent, parent.linear, parent.exact, parent.remedy
         self.states = parent.states + 2
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """``J^T v + g``."""
+        """Return ``J^T v + g``."""
         g, at, *rest = inputs
         return pull_state(self.parent.map, at, rest, z) + g
 
@@ -109,7 +109,7 @@ class AdjointSystem(System):
         return self.solve_linear(self.parent.linearize(at, [x.detach() for x in rest]), b, start, self.what)
 
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
-        """The adjoint of the batched parent."""
+        """Return the adjoint system of the batched parent."""
         return AdjointSystem(self.parent.vmapped(dims[2:], randomness))
 
 
@@ -119,17 +119,17 @@ class TangentSystem(AdjointSystem):
     what = "tangent"
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """``J s + u``."""
+        """Return ``J s + u``."""
         u, at, *rest = inputs
         return push(lambda y: self.parent.map(y, *rest), [at], [z]) + u
 
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
-        """The tangent system of the batched parent."""
+        """Return the tangent system of the batched parent."""
         return TangentSystem(self.parent.vmapped(dims[2:], randomness))
 
 
 def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor) -> Tensor:
-    """``(d_z fn(z, *inputs))^T v``, differentiable in all."""
+    """Return ``(d_z fn(z, *inputs))^T v``, differentiable in everything."""
     if functorch_level():
         return torch.func.vjp(lambda y: fn(y, *inputs), z)[1](v)[0]
     with torch.enable_grad():
@@ -143,7 +143,7 @@ def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v
 
 
 def alias_of(x: Tensor) -> Tensor:
-    """A tensor that is ``x``, with its derivatives, and that a partial derivative can be taken in."""
+    """Return a view of ``x`` with the same derivatives, in which a partial derivative can be taken."""
     alias = x.view_as(x)
     return alias if alias.requires_grad else alias.requires_grad_()
 
@@ -151,7 +151,7 @@ def alias_of(x: Tensor) -> Tensor:
 def pull_inputs(
     fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """``(d_x fn(z, *x))^T v`` for each input that needs it, differentiable in all."""
+    """Return ``(d_x fn(z, *x))^T v`` for each input that needs it, differentiable in everything."""
     if functorch_level():
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
 
@@ -162,7 +162,7 @@ def pull_inputs(
         found = iter(torch.func.vjp(at, *wanted)[1](v)) if wanted else iter(())
         return [next(found) if need else None for need in needs]
     with torch.enable_grad():
-        # Aliases make the derivatives partial: one input may have been computed from another, and z depends on all.
+        # Aliases make the derivatives partial: an input may have been computed from another one, and z depends on all.
         aliases = [alias_of(x) if need else x for x, need in zip(inputs, needs, strict=True)]
         out = fn(z, *aliases)
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
@@ -175,7 +175,7 @@ def pull_inputs(
 
 
 def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas, differentiable in all."""
+    """Return ``d fn(*primals) tangents`` as the vjp of the vjp, which needs no forward-mode formulas."""
     if functorch_level():
         out, pull, *_ = torch.func.vjp(fn, *primals)
         return torch.func.vjp(pull, torch.zeros_like(out))[1](tuple(tangents))[0]
@@ -196,15 +196,15 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
 
 
 class Attach(torch.autograd.Function):
-    """``apply(system, start, *inputs)``: the solution, differentiable in the inputs."""
+    """``apply(system, start, *inputs)`` is the solution, differentiable in the inputs."""
 
     @staticmethod
     def forward(system: System, start: Tensor, *inputs: Tensor) -> Tensor:
         """Solve."""
         with torch.no_grad():
             value = system.solve(start, *inputs)
-            # A view: the value may be an input as it is (a start that is solved, a budget of one step), which autograd refuses,
-            # and the system keeps the value, which would make a cycle with the output's own graph.
+            # Return a view. Autograd refuses an output that is itself an input (a start that is the solution), and a system
+            # that keeps the value would form a reference cycle with the output's graph.
             return value.view_as(value)
 
     @staticmethod
@@ -216,10 +216,10 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Solve the adjoint system, then one closing vjp."""
+        """Solve the adjoint system, then form one vjp with the inputs."""
         if legacy.batched(g):
             return legacy.each(lambda g: Attach.backward(ctx, g), g)
-        # A vjp of torch.func may be called when its transform has ended.
+        # A vjp of torch.func may be called after its transform has ended.
         value, *inputs = (unwrap_if_dead(x) for x in ctx.saved_tensors)
         system: System = ctx.system
         needs = ctx.needs_input_grad[2:]
@@ -248,30 +248,30 @@ class Attach(torch.autograd.Function):
             given = dict(zip(moving, some, strict=True))
             return system.map(value, *(given.get(i, x) for i, x in enumerate(inputs)))
 
-        # PyTorch turns forward mode off around this method, which would lose the outer tangents of a nested jvp.
+        # PyTorch disables forward mode around this method, which would lose the outer tangents of a nested jvp.
         with _set_fwd_grad_enabled(functorch_level() > 0):
             u = push(at, [inputs[i] for i in moving], [tangents[i] for i in moving])
             return attach(TangentSystem(system), u.detach(), u, value, *inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, system: System, start: Tensor, *inputs: Tensor) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A batch of solves is one solve of more rows."""
+        """Solve a batch of systems as one system with more rows."""
 
         def leading(x: Tensor, dim: int | None) -> Tensor:
             return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        # An input of the state's shape always gets the batch's dimension, since the system solves for all rows at once.
+        # An input of the state's shape always gets the batch dimension, since the system solves for all rows at once.
         dims = tuple(None if dim is None and i >= system.states else 0 for i, dim in enumerate(in_dims[2:]))
         moved = [x if now is None else leading(x, dim) for x, dim, now in zip(inputs, in_dims[2:], dims, strict=True)]
         return attach(system.vmapped(dims, info.randomness), leading(start, in_dims[1]), *moved), 0
 
 
-# PyTorch binds the arguments of ``forward`` to its signature in every call, and reads it anew unless it is kept.
+# PyTorch binds the arguments of ``forward`` to its signature in every call; a stored signature is not computed each time.
 Attach.forward.__signature__ = inspect.signature(Attach.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def attach(system: System, start: Tensor, *inputs: Tensor) -> Tensor:
-    """``Attach.apply`` in the open: a function that ``TorchFunctionMode``s see, so that a solve inside a map is followed."""
+    """Call ``Attach.apply`` as a function that a ``TorchFunctionMode`` sees, so that a solve inside a map can be followed."""
     if has_torch_function((start, *inputs)):
         return handle_torch_function(attach, (start, *inputs), system, start, *inputs)
     return Attach.apply(system, start, *inputs)  # pyright: ignore[reportReturnType]

@@ -1,16 +1,16 @@
-"""Several ranks (``torchrun``): one mean in the loss, and every derivative is that of the whole problem on every rank.
+"""Losses over several ranks (``torchrun``): the loss is one mean, and every rank gets the derivative of the whole mean.
 
     mean_over_ranks(l, *args)  =  sum_r rows_r l_r(*args) / sum_r rows_r        l_r: the function on the rows of rank r
 
-All that carries a derivative is the same on every rank (hyperparameters, weights); the rows are not. Such a tensor enters the
-function through ``share`` and the value leaves it through ``total``, which are each other's transposes:
+Everything that carries a derivative (hyperparameters, weights) is the same on every rank; the rows are not. A tensor enters
+the function through ``share`` and the value leaves it through ``total``, which are transposes of each other:
 
     share    forward: the tensor itself            backward: the sum over the ranks
     total    forward: the sum over the ranks       backward: the cotangent itself
 
-so that gradients of any order, products with Hessians, unrolled and implicit hypergradients come out whole, and alike on every
-rank. An all-reduce whose backward is one more all-reduce, or none, as in a gradient of gradients through
-DistributedDataParallel, gives each rank a number of its own instead.
+Gradients of any order, products with Hessians, and unrolled and implicit hypergradients are therefore complete and equal on
+every rank. An all-reduce whose backward is another all-reduce, or none (as for a gradient of gradients through
+DistributedDataParallel), gives a different number on each rank instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves
 
 TIMEOUT = "HYPEROPT_RANK_TIMEOUT"
-"""Environment variable: seconds that a rank waits for the others (default 600) before it ends with an error."""
+"""Environment variable: how many seconds a rank waits for the others before it ends with an error (default 600)."""
 
 
 class RankError(RuntimeError):
@@ -39,10 +39,10 @@ class RankError(RuntimeError):
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the ranks that ``torchrun`` has started, for the time of the block; nothing where there is one.
+    """Connect the ranks that ``torchrun`` has started, for the duration of the block; do nothing for a single process.
 
     Raises:
-        RankError: another program has the port where the ranks would meet.
+        RankError: another program uses the port at which the ranks would meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -59,28 +59,28 @@ def connected() -> Iterator[None]:
         ) from error
     try:
         yield
-        from_all(None)  # none leaves while another still listens
+        from_all(None)  # wait until no rank expects a message from this one
     finally:
         dist.destroy_process_group()
 
 
 def ranks() -> int:
-    """Number of ranks; 1 where ``torch.distributed`` was not initialised."""
+    """Return the number of ranks, 1 if ``torch.distributed`` is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This rank, from 0."""
+    """Return the number of this rank, from 0."""
     return dist.get_rank() if ranks() > 1 else 0
 
 
 def share_of(count: int) -> slice:
-    """This rank's share of ``count`` things: ranks have neighbouring shares, whose sizes differ by one at most."""
+    """Return this rank's share of ``count`` things. Shares are contiguous, and their sizes differ by at most one."""
     return slice(count * rank() // ranks(), count * (rank() + 1) // ranks())
 
 
 def own(index: Tensor | None, count: int) -> Tensor | slice | None:
-    """Which of the places ``index`` (None: all) of ``count`` things are in this rank's share; None: all of them are."""
+    """Return the entries of ``index`` (None: all of ``count``) in this rank's share; None stands for all."""
     if ranks() == 1:
         return index
     mine = share_of(count)
@@ -88,7 +88,7 @@ def own(index: Tensor | None, count: int) -> Tensor | slice | None:
 
 
 def from_first(value: Any) -> Any:
-    """The value of rank 0, on every rank; any object that can be pickled, between processes of one program."""
+    """Return the value of rank 0 on every rank; it may be any object that can be pickled."""
     if ranks() == 1:
         return value
     held = [value]
@@ -97,7 +97,7 @@ def from_first(value: Any) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all ranks in order, on every rank; see ``from_first``."""
+    """Return the values of all ranks in order, on every rank; see ``from_first``."""
     if ranks() == 1:
         return [value]
     held: list[Any] = [None] * ranks()
@@ -106,7 +106,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum over the ranks, the same bits on each; without a derivative."""
+    """Return the sum over the ranks, with the same bits on each; it has no derivative."""
     summed = value.detach().clone(memory_format=torch.contiguous_format)
     if ranks() > 1:
         dist.all_reduce(summed)
@@ -114,13 +114,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def average(value: Tensor, rows: int | None = None) -> Tensor:
-    """The mean of ``value`` over the ranks, weighted by ``rows`` (None: all alike); without a derivative, the value on one rank.
+    """Return the mean of ``value`` over the ranks, weighted by ``rows`` (None: equally); it has no derivative.
 
-    A rank may have no rows: its value, whatever it is, does not count.
+    A rank may have no rows: its value, whatever it is, does not count. On a single rank the value is returned as it is.
     """
     if ranks() == 1:
         return value
-    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))  # half precision could not count the rows
+    wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))  # half precision could not hold the weight
     weight = wide.new_full((1,), float(1 if rows is None else rows))
     weighted = wide * weight if rows != 0 else torch.zeros_like(wide)
     total = sum_over_ranks(torch.cat([weighted.flatten(), weight]))  # one message
@@ -128,16 +128,16 @@ def average(value: Tensor, rows: int | None = None) -> Tensor:
 
 
 class _Share(torch.autograd.Function):
-    """``share``: see the module."""
+    """The function ``share`` of the module's docstring."""
 
     @staticmethod
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors."""
+        """Return the tensors."""
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to keep: missing cotangents are zeros, so that all ranks send as much."""
+        """Keep nothing. Missing cotangents become zeros, so that all ranks send the same amount."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -146,21 +146,21 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        """The tangents are the same on every rank too."""
+        """Return the tangents, which are the same on every rank."""
         return tuple(x.view_as(x) for x in tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[Any, Any]:
-        """Entry by entry."""
+        """Apply the function to the batched tensors: it acts on each entry alone."""
         return _Share.apply(*tensors), in_dims
 
 
 class _Total(torch.autograd.Function):
-    """``total``: see the module. One message a dtype, whatever the number of tensors."""
+    """The function ``total`` of the module's docstring. It sends one message for each dtype."""
 
     @staticmethod
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sum."""
+        """Sum over the ranks."""
         found: list[Tensor] = list(tensors)
         for dtype in dict.fromkeys(x.dtype for x in tensors):
             places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
@@ -171,11 +171,11 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to keep."""
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The cotangents, which are the same on every rank."""
+        """Return the cotangents, which are the same on every rank."""
         return _Share.apply(*grads)
 
     @staticmethod
@@ -185,12 +185,12 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[Any, Any]:
-        """Entry by entry."""
+        """Apply the function to the batched tensors: it acts on each entry alone."""
         return _Total.apply(*tensors), in_dims
 
 
 def share(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``share`` of the module, in the open: a map around it, which follows what it closes over, sees the call."""
+    """Call ``share`` as a function that a ``TorchFunctionMode`` sees, so that a solve around it can follow the tensors."""
     if has_torch_function(tensors):
         return handle_torch_function(share, tensors, *tensors)
     return _Share.apply(*tensors)  # pyright: ignore[reportReturnType]
@@ -200,16 +200,16 @@ class _Sharing(Swap):
     """Shares every tensor from outside that carries a derivative, the first time that the function meets it."""
 
     def __init__(self) -> None:
-        """Know none."""
+        """Start without known tensors."""
         super().__init__(discover=True)
 
     def replacement(self, tensor: Tensor) -> Tensor:
-        """The tensor, shared, even where a solve meets it first, which builds no graph."""
+        """Return the tensor, shared, with a graph even if a solve without gradients meets it first."""
         with torch.enable_grad():
             return share(tensor)[0]
 
     def share(self, tree: Any) -> Any:
-        """All leaves of ``tree`` that carry a derivative, shared by one message."""
+        """Return ``tree`` with all leaves that carry a derivative shared, by one message."""
         leaves, spec = optree.tree_flatten(tree)
         found = list({id(x): x for x in leaves if isinstance(x, Tensor) and self._outside(x)}.values())
         for outside, inside in zip(found, share(*found) if found else (), strict=True):
@@ -218,22 +218,23 @@ class _Sharing(Swap):
 
 
 def mean_over_ranks(function: Callable[..., Tensor], *args: Any, rows: int | None = None) -> Tensor:
-    """The mean over the ranks of ``function(*args)``, each rank on its own rows, with the derivative of the whole mean.
+    """Return the mean over the ranks of ``function(*args)``, each on its own rows, with the derivative of the whole mean.
 
-    Use it once, around the loss; all ranks must call it, and differentiate it, in the same order. On one rank it is the function.
+    Use it once, around the loss. All ranks must call and differentiate it in the same order. On one rank it is the function.
 
     Args:
-        function: a mean over the rows of this rank. What it closes over (the parameters of a module) counts as much as ``args``.
+        function: a mean over the rows of this rank. Tensors that it captures (the parameters of a module) are handled like
+            ``args``.
         args: trees; every tensor in them that requires grad must be the same on every rank.
-        rows: how many rows the mean is over on this rank, where ranks have different numbers of them (None: all have as many).
+        rows: number of rows of this rank's mean, if ranks have different numbers of them (None: all have the same number).
 
     Returns:
         The value, the same on every rank.
 
     Raises:
         ValueError: a rank has no rows.
-        ClosureError: the function uses a tensor that requires grad through a custom ``autograd.Function``, not through ``args``:
-            its derivative would be that of this rank's rows alone.
+        ClosureError: a custom ``autograd.Function`` uses a tensor that requires grad and is not in ``args``; its derivative
+            would be that of this rank's rows alone.
 
     Example:
         >>> import torch, hyperopt

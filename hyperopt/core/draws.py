@@ -1,7 +1,8 @@
-"""``Draws``: the random numbers of one evaluation, kept to be handed back, and the tensors that it changed in place.
+"""``Draws``: the random numbers of one evaluation, kept for its replays, and the tensors that it changed in place.
 
-A dispatch mode sees every operator of PyTorch, below autograd. Those that draw carry ``torch.Tag.nondeterministic_seeded``. The
-results of pure draws are handed back as they are; of operators that compute with their input too, what they have drawn.
+A dispatch mode sees every operator of PyTorch, below autograd. Those that draw carry ``torch.Tag.nondeterministic_seeded``.
+The result of an operator that only draws is handed back as it is. Of an operator that also computes with its input, the mask
+or noise is kept and handed back.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ SAMPLES = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like normal normal_functional uniform bernoulli multinomial "
     "poisson binomial exponential geometric cauchy log_normal random _standard_gamma _sample_dirichlet".split()
 )
-# Samples with a derivative in their parameters: another parameter in a replay would need another sample.
+# Samples that are differentiable in their parameters. With other parameters, a replay would need another sample.
 REPARAMETRISED = frozenset(("_standard_gamma", "_sample_dirichlet"))
-# Operators that draw only if this argument is above 0: its place and its name.
+# Operators that draw only if this argument is above 0: its position and its name.
 RATES = {
     "_scaled_dot_product_flash_attention_for_cpu": (3, "dropout_p"),
     "_scaled_dot_product_flash_attention": (3, "dropout_p"),
@@ -41,14 +42,14 @@ RATES = {
 }
 # Operators that draw only if this flag is set.
 TRAINING = {"native_dropout": (2, "train"), "rrelu_with_noise": (4, "training")}
-# Arguments that an operator changes although its schema does not say so: the running statistics, if it is training.
+# Operators that change arguments although their schema does not say so: the running statistics, in training mode.
 STATISTICS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))
 
 _local = threading.local()
 
 
 class ImpureMapError(RuntimeError):
-    """The map is random, or changes a state of its own; the message names the module where it can be seen."""
+    """The map is random or changes state of its own; the message names the module if it can be seen."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class _Kind:
     """What an operator does.
 
     Attributes:
-        name: of its packet.
+        name: name of its packet.
         draws: whether it draws random numbers.
-        writes: places and names of the arguments that it changes.
+        writes: positions and names of the arguments that it changes.
         fresh: whether it returns new tensors.
         composite: whether it draws by calling other operators.
     """
@@ -88,7 +89,7 @@ def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, name: str
 
 
 def _draws(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether the call draws: a fused operator with a rate of 0, or out of training, does not."""
+    """Whether the call draws: a fused operator does not if its rate is 0 or it is not training."""
     if not kind.draws:
         return False
     if kind.name in TRAINING and not _argument(args, kwargs, *TRAINING[kind.name]):
@@ -97,7 +98,7 @@ def _draws(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """What tells the memory of a tensor from that of others; None where there is no such thing."""
+    """Return a key of the memory of a tensor; None for a tensor without such a memory."""
     while functorch.maybe_get_level(tensor) > 0:
         tensor = functorch.get_unwrapped(tensor)
     with torch._C.DisableTorchFunction():
@@ -111,28 +112,28 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class Watching(TorchDispatchMode):
-    """Watches what a function draws and changes, and in which precision it works; notes which tensors it has made itself.
+    """Watches what a function draws and changes, and notes which tensors it makes and their precision.
 
     Args:
-        own: tensors that it may change without a note.
+        own: tensors that the function may change without a note.
         constants: tensors that it must not change.
 
     Attributes:
-        eps: the largest ``half_eps`` of the tensors that it has made: what autocast has lowered of it, which may be nothing.
+        eps: the largest ``half_eps`` of the tensors that the function has made, 0 if none is in half precision.
     """
 
     def __init__(self, own: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
-        """Nothing is seen yet."""
+        """Start with nothing seen."""
         super().__init__()
-        self.generators: list[torch.Generator] = []  # that had just been seeded when the function first drew from them
+        self.generators: list[torch.Generator] = []  # those in a freshly seeded state when the function first drew from them
         self.made: set[int | None] = {None, *(_storage(t) for t in own)}
         self.constants = {_storage(t) for t in constants}
         self.eps = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at an operator and call it, or hand back what it gave the first time."""
+        """Note what an operator does and call it, or hand back what it gave the first time."""
         kind, kwargs = _kind(func), kwargs or {}
-        if kind.composite:  # inference mode does not take it apart by itself
+        if kind.composite:  # inference mode does not decompose it by itself
             with self:
                 return func.decompose(*args, **kwargs)
         for place, name in kind.writes:
@@ -151,7 +152,7 @@ class Watching(TorchDispatchMode):
         return out
 
     def seeded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether a call draws from a generator of its own that had just been seeded: before the call."""
+        """Whether a call draws from a generator of its own that was freshly seeded; to be asked before the call."""
         own = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Generator)), None)
         if own is None:
             return False
@@ -163,17 +164,17 @@ class Watching(TorchDispatchMode):
         return True
 
     def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
-        """A tensor that must not change is about to be changed."""
+        """Refuse to change a tensor that must not change."""
         raise ImpureMapError(
             f"the function changes one of its arguments, of shape {tuple(tensor.shape)}, in place ({func}): return new tensors "
             "instead (a module with inplace=True does this too)"
         )
 
     def write(self, tensor: Tensor) -> None:
-        """A tensor from outside is about to be changed."""
+        """Note that a tensor from outside is about to be changed."""
 
     def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
-        """An operator that draws is called."""
+        """Call an operator that draws."""
         return func(*args, **kwargs)
 
 
@@ -181,14 +182,14 @@ class Draws:
     """What one evaluation has drawn, and what it changed in place."""
 
     def __init__(self) -> None:
-        """Nothing is recorded yet."""
+        """Start with nothing recorded."""
         self.results: list[_Drawn] = []
         self.before: list[tuple[Tensor, Tensor]] = []  # tensors from outside, in the order in which they were changed
-        self.after: list[tuple[Tensor, Tensor]] | None = []  # None: committed
+        self.after: list[tuple[Tensor, Tensor]] | None = []  # None after ``commit``
 
     @property
     def random(self) -> bool:
-        """Whether anything was drawn that another evaluation would draw anew."""
+        """Whether anything was drawn that another evaluation would draw differently."""
         return not all(drawn.seeded for drawn in self.results)
 
     @property
@@ -198,12 +199,12 @@ class Draws:
 
     @contextlib.contextmanager
     def recorded(self, first: bool, own: Iterable[Tensor], args: Any) -> Iterator[None]:
-        """An evaluation runs in this block.
+        """Run an evaluation in this block.
 
         Args:
             first: whether it is the first.
             own: tensors that it may change.
-            args: what it is given, a tree whose tensors it must not change.
+            args: its arguments, a tree whose tensors it must not change.
         """
         if not first and not self.results and not self.before:
             yield
@@ -222,7 +223,7 @@ class Draws:
             _put(self.before if first else now)
 
     def release(self, tensor: Tensor) -> Tensor | None:
-        """Leave a tensor that was changed to the caller; returns what was left of it, None if it was not changed."""
+        """Stop tracking a tensor; return the value that the evaluation left in it, or None if it was not changed."""
         for i, (changed, _) in enumerate(self.before):
             if changed.shape == tensor.shape and changed.data_ptr() == tensor.data_ptr() and tensor.numel():
                 del self.before[i]
@@ -230,7 +231,7 @@ class Draws:
         return None
 
     def commit(self) -> None:
-        """Let the tensors that were changed have the values that they were left with."""
+        """Give the tensors that were changed the values that the evaluation left in them."""
         after, self.after = self.after, None
         _put(after or [])
 
@@ -252,10 +253,10 @@ class _Drawn:
     """What one operator has drawn.
 
     Attributes:
-        kind: the operator's.
-        given: its arguments, shapes and dtypes in the place of tensors, no generator.
+        kind: the operator's kind.
+        given: its arguments without generators, with shapes and dtypes instead of tensors.
         result: the sample.
-        parameters: tensors that the derivative of the sample depends on.
+        parameters: tensors in which the sample is differentiable.
         seeded: whether the function seeds the generator itself, so that it draws the same whenever it is called.
     """
 
@@ -266,7 +267,7 @@ class _Drawn:
     seeded: bool = False
 
     def repeated(self, kind: _Kind, args: Sequence[Any]) -> bool:
-        """Whether this is the same call; ``vmap`` makes ``x.bernoulli_(p)`` from ``bernoulli(x, p)``, and the reverse."""
+        """Whether this is the same call; ``vmap`` turns ``x.bernoulli_(p)`` into ``bernoulli(x, p)`` and the reverse."""
         if kind == self.kind:
             return self.given == _given(args)
         like = args[0] if args else None
@@ -309,7 +310,7 @@ class _Record(Watching):
         return out
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: a first evaluation needs no check at its end."""
 
 
 class _Repeat(Watching):
@@ -337,7 +338,7 @@ class _Repeat(Watching):
         return args[0].copy_(drawn.result) if kind.writes else drawn.result.clone()
 
     def finish(self) -> None:
-        """All that was drawn the first time must have been drawn again."""
+        """Check that as much was drawn as the first time."""
         if next(self.left, None) is not None:
             self.differs("fewer than then")
 
@@ -350,7 +351,7 @@ class _Repeat(Watching):
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Draws in this block are no affair of a solve that looks for them: a replay keeps them, or they are not the map's."""
+    """Mark draws in this block as allowed in a solve: a replay repeats them, or they do not belong to the map."""
     depth = getattr(_local, "depth", 0)
     _local.depth = depth + 1
     try:
@@ -360,19 +361,19 @@ def handled() -> Iterator[None]:
 
 
 class Unreplayed(Watching):
-    """Notes whether a map draws random numbers, or changes tensors in place, that no replay takes care of.
+    """Notes whether a map draws random numbers, or changes tensors in place, without a replay that repeats this.
 
     Args:
-        state: the tensors of the state that the map is given.
-        args: those of its arguments.
+        state: the tensors of the state that is given to the map.
+        args: the tensors of its arguments.
 
     Attributes:
         random: whether it drew.
-        written: tensors that it closes over and changed.
+        written: captured tensors that it changed.
     """
 
     def __init__(self, state: Iterable[Tensor] = (), args: Iterable[Tensor] = ()) -> None:
-        """Nothing is drawn yet."""
+        """Start with nothing drawn."""
         state = list(state)
         super().__init__((), [*state, *args])
         self.state = {_storage(t) for t in state}
@@ -380,16 +381,16 @@ class Unreplayed(Watching):
         self.written: list[Tensor] = []
 
     def refuse(self, tensor: Tensor, func: Any) -> NoReturn:
-        """The map changes what it was given."""
+        """Refuse to change what the map was given."""
         what = "the state" if _storage(tensor) in self.state else "an argument"
         raise ValueError(f"the map changed {what} that it was given, in place; return a new tensor (inplace=False in a module)")
 
     def write(self, tensor: Tensor) -> None:
-        """A tensor that the map closes over."""
+        """Note a change of a tensor that the map captures."""
         if not getattr(_local, "depth", 0):
             self.written.append(tensor)
 
     def draw(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
-        """A draw."""
+        """Note a draw."""
         self.random = self.random or not (getattr(_local, "depth", 0) or self.seeded(args, kwargs))
         return func(*args, **kwargs)

@@ -43,46 +43,46 @@ def fixed_point(
 ) -> Solution:
     r"""Solve ``w = phi(w, *args)``, differentiably.
 
-    The value is differentiable in the tensors of ``args`` and in all that ``phi`` closes over. With the implicit adjoint,
+    The value is differentiable in the tensors of ``args`` and in all that ``phi`` captures. With the implicit adjoint,
 
     .. math:: dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.
 
     Args:
-        phi: the map; takes the state in the structure of ``w0`` and returns it in the same structure, shapes and dtypes. It must
+        phi: the map. It takes the state in the structure of ``w0`` and returns the same structure, shapes and dtypes. It must
             be deterministic and must not change the state in place.
-        w0: where the solve starts: a tensor, or a tuple, list or dict of floating-point tensors (nested too) that do not
-            require grad, unless the adjoint is ``Unrolled`` without ``last``, or ``Checkpointed``, whose value is differentiable
-            in it.
-        args: passed on to ``phi``. The way to go under ``torch.compile``, and for what changes between forward and a second
-            derivative; closures work otherwise.
-        rows: ``"batch"``: leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``: all is
-            one row; ``"auto"``: batch if all leaves have two dimensions or more and share the first.
-        row_args: places in ``args`` of tensors with one leading row for each row of the state. If ``phi`` takes all that
-            belongs to a row this way, rows that have converged are dropped from the batch, forward and backward (where ``phi`` is
-            then called once more, on the rows that are left, and those calls are counted in ``solution.adjoint.evaluations``).
+        w0: where the solve starts: a tensor, or a (nested) tuple, list or dict of floating-point or complex tensors. They must
+            not require grad, except with ``Unrolled`` without ``last`` or ``Checkpointed``, which differentiate in ``w0`` too.
+        args: further arguments of ``phi``. Tensors that ``phi`` captures are differentiated too; pass them here under
+            ``torch.compile``, and if they change between the forward pass and a second derivative.
+        rows: ``"batch"``: the leaves share a leading dimension of independent rows, each solved on its own; ``"joint"``:
+            everything is one row; ``"auto"``: batch if all leaves have at least two dimensions and share the first.
+        row_args: positions in ``args`` of tensors with one leading entry for each row. If ``phi`` gets everything that belongs
+            to a row this way, converged rows are dropped from the batch, forward and backward. Backward, ``phi`` is then
+            called again for the remaining rows; ``solution.adjoint.evaluations`` counts these calls.
         solver: how to solve (default ``Picard()``).
         adjoint: how to differentiate (default ``Implicit()``: Neumann to a tolerance).
-        policy: what to do when the solve fails: ``"warn"`` (the 1st, 10th, ... time), ``"raise"``, ``"fallback"``, ``"ignore"``.
+        policy: what to do if the solve fails: ``"warn"`` (the 1st, 10th, ... time), ``"raise"``, ``"fallback"``, ``"ignore"``.
         fallback: solvers tried in turn under ``policy="fallback"`` (default Anderson, Broyden, Newton-Krylov).
-        scales: the typical size of each variable, positive numbers in the structure of ``w0``. Norms, tolerances and all that an
-            accelerated method weighs are then those of ``w / scales``, forward and backward, so that a variable a thousand times
-            smaller than another is solved to the same relative accuracy (default: 1 for all, one Euclidean norm a row).
-        v0: where an implicit adjoint's linear solver starts (default: at the gradient ``g``), in the structure of ``w0``: the
-            ``solution.v`` of a nearby problem. A gradient may change its size by orders of magnitude where it hardly changes its
-            direction, so Neumann and Anderson first fit a factor to each row, by one more vjp.
-        trace: measure the residual at every iteration, forward and backward.
-        has_aux: whether ``phi`` returns ``(state, aux)``. ``solution.aux`` is then the aux of its last evaluation, at the
-            solution but for the tolerance, detached: it carries no derivative, and no rows are dropped. Call ``phi`` once more at
-            ``solution.value`` for an aux with one.
+        scales: the typical size of each variable, positive numbers in the structure of ``w0`` (default: 1 for all). Norms,
+            tolerances and the weights of accelerated methods then refer to ``w / scales``, forward and backward, so that small
+            variables are solved to the same relative accuracy as large ones.
+        v0: where an implicit adjoint's linear solver starts, in the structure of ``w0``, such as ``solution.v`` of a nearby
+            problem (default: at the gradient ``g``). Neumann and Anderson first fit a factor to each row, by one more vjp,
+            since a gradient may change its size by orders of magnitude and hardly its direction.
+        trace: whether to measure the residual at every iteration, forward and backward.
+        has_aux: whether ``phi`` returns ``(state, aux)``. ``solution.aux`` is then the detached ``aux`` of its last
+            evaluation, whose state is within the tolerance of the solution, and no rows are dropped. For a differentiable
+            ``aux`` call ``phi`` once more at ``solution.value``.
 
     Returns:
         ``Solution``: ``value``; ``forward`` and, after a backward, ``adjoint`` with status, iterations, residuals and costs.
 
     Raises:
-        TypeError, ValueError: bad ``w0``, ``rows``, ``policy``, or a map that changes structure, shape or dtype, or its input.
+        TypeError, ValueError: ``w0``, ``rows``, ``policy`` or another argument is wrong, or the map changes its input, or the
+            structure, shape or dtype of the state.
         SolveError: a solve failed under ``policy="raise"``.
         ClosureError: the map uses a tensor in a way that would lose its derivative.
-        ImpureMapError: the map is random, or updates running statistics.
+        ImpureMapError: the map is random or updates running statistics.
 
     Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Bai et al., NeurIPS 2019, arXiv 1909.01377.
 
@@ -133,7 +133,7 @@ def fixed_point(
             return fixed_trips(adjoint, problem)
         methods = {"solver": solver, "adjoint": adjoint, "policy": policy, "fallback": fallback, "scales": scales}
         return outside(fixed_point, phi, w0, args, rows=rows, row_args=row_args, **methods, v0=v0, trace=trace, has_aux=has_aux)
-    # What autocast lowers is seen when the map is evaluated.
+    # Under autocast the lower precision is found when the map is evaluated, so no device is given here.
     device = None if torch.is_autocast_enabled(start.device.type) else start.device
     floor = rounding_floor(start.dtype, device, layout.rounding)
     report_floor(solver, floor, start.dtype, policy, "inner")
@@ -147,10 +147,10 @@ def fixed_point(
 
 
 def refuse_untraceable() -> None:
-    """Refuse tracers that record operations, and would record the steps of one solve for the solve itself.
+    """Refuse tracers that would record the steps of this one solve instead of the solve itself.
 
     Raises:
-        RuntimeError: names the tracer.
+        RuntimeError: such a tracer is running; the message names it.
     """
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise RuntimeError(

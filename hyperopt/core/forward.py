@@ -1,4 +1,4 @@
-"""The forward solve of a problem: the driver, the dropping of finished rows, and the fallbacks."""
+"""The forward solve of a problem, with its fallback solvers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def default_fallback(solver: FixedPointSolver) -> tuple[FixedPointSolver, ...]:
-    """What is tried in turn after ``solver`` failed: Anderson, Broyden and Newton-Krylov, to its tolerances, without itself."""
+    """Return the solvers to try after ``solver`` failed: Anderson, Broyden and Newton-Krylov with its tolerances."""
     rtol, atol = (solver.rtol, solver.atol) if not solver.fixed else (1e-5, 0.0)
     chain = (
         Anderson(rtol, atol, max_steps=max(200, solver.max_steps)),
@@ -32,7 +32,8 @@ def default_fallback(solver: FixedPointSolver) -> tuple[FixedPointSolver, ...]:
 def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = None) -> Iterate:
     """Solve with ``problem.solver`` and, under ``policy="fallback"``, with its fallbacks in turn.
 
-    Returns the first result that did not fail, else the one of the least residual; its costs count all tries.
+    Returns:
+        The first result that did not fail, else the one with the least residual; its costs include all attempts.
     """
     some = problem.part if problem.droppable and start is None else None
     chain = (problem.solver,)
@@ -49,7 +50,7 @@ def solve_forward(problem: Problem, phi: Map, last: Map, start: Tensor | None = 
     best = runs[-1] if not runs[-1].stats.status.failed else min(runs, key=lambda r: _rank(r.stats.worst_residual()))
     again = best is not runs[-1]
     if again:
-        last(best.value)  # the graph must be at the state that is returned
+        last(best.value)  # the graph that backward uses must be at the returned state
     for cost in ("evaluations", "vjps", "jvps"):
         setattr(best.stats, cost, sum(getattr(run.stats, cost) for run in runs))
     best.stats.evaluations += again

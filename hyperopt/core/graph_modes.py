@@ -1,8 +1,10 @@
-"""Modes in which a function builds a graph that can be differentiated more than once, and where nothing is evaluated again."""
+"""Modes in which a function builds a graph that can be differentiated more than once and evaluates nothing again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,15 +17,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class KeepsGraph(TorchFunctionMode):
-    """What runs inside of ``torch.utils.checkpoint`` keeps its graph.
+    """Makes functions under ``torch.utils.checkpoint`` keep their graph.
 
-    Evaluated again in a backward, it would meet other parameters (those that ``functional_call`` has put back), other random
-    numbers and other buffers, those of that moment.
+    If backward evaluated them again, they would meet other parameters (those that ``functional_call`` has restored), other
+    random numbers and other buffers.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator so that it saves its tensors itself."""
-        if torch.compiler.is_compiling():  # the compiler traces this
+        if torch.compiler.is_compiling():  # the hooks below cannot be traced
             return func(*args, **(kwargs or {}))
         hooks = _top_saved_tensors_default_hooks(False)
         if hooks is None or not getattr(hooks[0], "_checkpoint_internal", False):
@@ -33,18 +35,44 @@ class KeepsGraph(TorchFunctionMode):
 
 
 class TwiceDifferentiable(KeepsGraph):
-    """Attention is done by matrix products too, since the derivatives of the fused kernels end at the first.
+    """Computes attention by matrix products, since the fused kernels have only first derivatives.
 
-    Weight normalisation is done by elementary operators: its kernel takes the norms for constants in its second derivative, which
-    is then another number.
+    Weight normalisation is computed by elementary operators, since the second derivative of its kernel is wrong: it treats the
+    norms as constants.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator in a form that has derivatives of every order."""
-        if func is F.multi_head_attention_forward:  # called as a whole: what it calls is not seen here
+        if func is F.multi_head_attention_forward:  # a mode does not see the functions that it calls
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
+
+
+class FullPrecision(TorchFunctionMode):
+    """What runs inside of ``torch.autocast`` is worked out in the dtype of its tensors: no derivative is rounded to 16 bits."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator with autocast off."""
+        with without_autocast():
+            return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast is off in this block, on every kind of device."""
+    with contextlib.ExitStack() as off:
+        for kind in _kinds():
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@functools.cache
+def _kinds() -> tuple[str, ...]:
+    """The kinds of devices that there are here."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -68,15 +96,15 @@ def _same(tensor: Tensor) -> Tensor:
 def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> None:
     """Refuse gradients, made with their graph, that went through an operator which is differentiable once.
 
-    PyTorch puts a node that raises in the place of their graph. It leads nowhere, so that nothing raises where the derivative in
-    something else is asked for: that would be zero.
+    PyTorch puts a node that raises in their graph, but without a link to the inputs. The second derivative in another tensor
+    would therefore silently be zero.
 
     Args:
         gradients: the gradients.
-        until: where their graph ends.
+        until: tensors at which the search of the graph stops.
 
     Raises:
-        RuntimeError: says so.
+        RuntimeError: there is such an operator.
     """
     if _reaches("torch::autograd::Error", gradients, until):
         raise RuntimeError(
@@ -86,10 +114,10 @@ def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> 
 
 
 def refuse_reentrant(out: Tensor) -> None:
-    """Refuse a value that goes through ``torch.utils.checkpoint`` in a way that hides what it was computed from.
+    """Refuse a value that went through ``torch.utils.checkpoint`` in a way that hides what it was computed from.
 
     Raises:
-        RuntimeError: says so.
+        RuntimeError: ``use_reentrant`` was true.
     """
     if _reaches("CheckpointFunctionBackward", [out], []):
         raise RuntimeError(
@@ -98,7 +126,7 @@ def refuse_reentrant(out: Tensor) -> None:
 
 
 def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
-    """Whether a node of that name is in the graph."""
+    """Whether the graph has a node of that name."""
     stack = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
     seen = {*stack, *(tensor.grad_fn for tensor in until)}
     while stack:

@@ -2,7 +2,7 @@
 
     matvec(s) = J s        rmatvec(v) = J^T v        arguments(v) = (d_x m)^T v,        J = d_z m(z, *x)
 
-Newton's steps, the adjoint and the diagnosis take it; so do unrolled steps, whose products have graphs of their own.
+Newton's steps, the adjoints and the diagnosis use it. Unrolled steps use it too, with products that have graphs of their own.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hyperopt.core.precision import graph_eps
 
 
 class Jacobian(Linearization):
-    """The Jacobian of a map at a point, by autograd; ``J s`` is the vjp of ``v -> J^T v``, for which the map is not called.
+    """The Jacobian of a map at a point, by autograd. ``J s`` is the vjp of ``v -> J^T v``, so the map is not called again.
 
     Args:
         graph: ``m(z, *x)`` with its graph.
-        state: z in that graph, of the same number of entries.
-        inputs: the x in that graph.
-        differentiable: whether the products are to have a graph too.
+        state: the ``z`` of that graph, with the same number of entries.
+        inputs: the ``x`` of that graph.
+        differentiable: whether the products have a graph too.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Jacobian(Linearization):
 
     @property
     def rounding(self) -> float:
-        """That of the tensors of half precision in the graph."""
+        """The largest eps of the half-precision tensors in the graph."""
         return graph_eps(self.graph, self.state)
 
     def _rmatvec(self, v: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Jacobian(Linearization):
         return _vjp(self.graph, self.state, v, create_graph)
 
     def arguments(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x m)^T v`` for each input that needs it."""
+        """Return ``(d_x m)^T v`` for each input that needs it."""
         wanted = [x for x, need in zip(self.inputs, needs, strict=True) if need]
         if not wanted or not self.graph.requires_grad:
             return [None] * len(needs)
@@ -72,7 +72,7 @@ class Jacobian(Linearization):
 
 
 def _vjp(graph: Tensor, at: Tensor, v: Tensor, create_graph: bool) -> Tensor:
-    """``(d graph / d at)^T v``, in the shape of ``v``."""
+    """Return ``(d graph / d at)^T v``, in the shape of ``v``."""
     if not graph.requires_grad:
         return torch.zeros_like(v)
     (found,) = pull([graph], [at], [v.view_as(graph)], create_graph=create_graph)
@@ -87,26 +87,26 @@ def pull(
     keep: bool = True,
     create_graph: bool = False,
 ) -> Sequence[Any]:
-    """``(d outputs / d inputs)^T cotangents``, one entry for each input, None where nothing depends on it.
+    """Return ``(d outputs / d inputs)^T cotangents``, one entry for each input, None for an input that no output depends on.
 
-    This is ``torch.autograd.grad`` without its checks in Python, which cost as much as a small product itself. The engine makes
-    those of shapes and dtypes again.
+    This is ``torch.autograd.grad`` without its checks in Python, which cost as much as a small product. The autograd engine
+    checks shapes and dtypes itself.
 
     Args:
         outputs: tensors with a graph.
-        inputs: tensors in that graph.
+        inputs: tensors in the graph of the outputs.
         cotangents: one for each output, of its shape.
         keep: whether the graph is kept.
         create_graph: whether the result has a graph of its own.
     """
-    if torch.compiler.is_compiling() or has_torch_function((*outputs, *inputs)):  # a mode or the compiler has to see the call
+    if torch.compiler.is_compiling() or has_torch_function((*outputs, *inputs)):  # a mode or the compiler must see the call
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=keep, create_graph=create_graph, allow_unused=True)
     engine = Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
     return engine.run_backward(tuple(outputs), tuple(cotangents), keep, create_graph, tuple(inputs), True, accumulate_grad=False)
 
 
 class _Transformed(LinearOperator):
-    """The same inside a transform of ``torch.func``, where autograd's own ``grad`` is not allowed."""
+    """The Jacobian inside a transform of ``torch.func``, where ``torch.autograd.grad`` is not allowed."""
 
     def __init__(self, pull: Callable[[Tensor], tuple[Tensor]]) -> None:
         self.pull = pull
@@ -123,9 +123,9 @@ class _Transformed(LinearOperator):
 
 
 def evaluate(phi: Callable[[Tensor], Tensor], w: Tensor) -> tuple[Tensor, LinearOperator]:
-    """``phi(w)`` and the Jacobian there, from one evaluation.
+    """Return ``phi(w)`` and the Jacobian there, from one evaluation.
 
-    With gradients on, both are differentiable in everything, ``w`` included; else the value is detached.
+    With gradients enabled, both are differentiable in everything, including ``w``; else the value is detached.
     """
     if functorch_level():
         out, pull, *_ = torch.func.vjp(phi, w)

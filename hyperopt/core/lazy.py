@@ -1,4 +1,4 @@
-"""Public names that are loaded when they are first asked for, so that importing a package does not import torch."""
+"""Public names that are loaded when they are first used, so that importing a package does not import torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 def lazily(
     package: str, public: Mapping[str, str], names: Sequence[str], also: str = "", packages: Sequence[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package.
+    """Return the functions ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
-        package: its name.
+        package: name of the package.
         public: the module of each name that is loaded on demand.
         names: all public names.
-        also: what else it has, for the message about an unknown one.
-        packages: its subpackages, which are loaded on demand too.
+        also: text to add to the message about an unknown name.
+        packages: subpackages, which are loaded on demand too.
     """
 
     def load(name: str) -> Any:
-        """Load a public name when it is first asked for."""
+        """Load a public name when it is first used."""
         if name in packages:
             return importlib.import_module(f"{package}.{name}")
         if name not in public:
@@ -32,7 +32,7 @@ def lazily(
         return value
 
     def listed() -> list[str]:
-        """The public names, for tab completion."""
+        """Return the public names, for tab completion."""
         return sorted([*names, *packages])
 
     return load, listed

@@ -1,7 +1,8 @@
-"""The batches of ``is_grads_batched`` and of ``torch.autograd.functional`` with ``vectorize=True``.
+"""Support for ``is_grads_batched`` and for ``torch.autograd.functional`` with ``vectorize=True``.
 
-They are not those of ``torch.func.vmap``: torch runs the backward pass on tensors of an older kind, which know no branch on a
-number and no custom rule. A solve takes their members one by one, which costs what a loop of backward passes would.
+There, torch runs the backward pass on batched tensors of an older kind than those of ``torch.func.vmap``. They support neither
+a branch on a number nor the ``vmap`` rule of a custom function. A solve therefore handles their members one by one, which
+costs as much as a loop of backward passes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 
 
 def batched(tensor: Tensor) -> bool:
-    """Whether the tensor is a batch of that kind."""
+    """Whether the tensor is such a batch."""
     return functorch.is_legacy_batchedtensor(tensor)
 
 
 def each(function: Callable[..., Any], *batches: Any) -> Any:
-    """``function`` of each member of ``batches``, tensors or None, and the results, tensors or None, as batches again."""
-    torch._C._vmapmode_increment_nesting()  # the running level is told by no function of its own
+    """Apply ``function`` to each member of ``batches`` and return the results as batches; an entry may be None."""
+    torch._C._vmapmode_increment_nesting()  # no function of torch returns the running level by itself
     level = torch._C._vmapmode_decrement_nesting()
     remove, add = torch._C._VariableFunctions._remove_batch_dim, torch._C._VariableFunctions._add_batch_dim  # pyright: ignore
     size = next(remove(x, level, 1, 0).shape[0] for x in batches if x is not None and batched(x))

@@ -1,25 +1,25 @@
-"""The loop of every iterative method: history first, verdict after.
+"""The loop of every iterative method: residuals are recorded on the device and read by the host only now and then.
 
     for k in 0, 1, ...:
-        history[k] = process.measure()            residual norms of the present iterate, one a row, kept on the device
-        if k == next_look:                        the only place where the host reads a number
+        history[k] = process.measure()            residual norms of the present iterate, one for each row, on the device
+        if k == next_check:                       the only place where the host reads a number
             worst = max over the rows of history / limits
-            all rows met their limits: stop;  some: hold them, or drop them from the batch;  NaN, growth: end those rows
-            next_look from the decay of worst:    a part of the way to where the slowest row will meet its limit
+            all rows met their limits: stop;  some did: hold them, or drop them from the batch;  NaN or growth: end those rows
+            next_check is part of the way to where the slowest row will meet its limit, predicted from the decay of worst
         process.step()
-    status, iterations and residual of each row from what the looks have found
+    return the status, iterations and residual of each row, derived from what the checks found
 
-A method is a ``Process``: it owns its iterates, its step and its residual norms. The loop owns when to stop, which rows move, the
-best iterate and the statuses. Between two looks nothing is read from the device, so that a GPU is never waited for, and the block
-between them can be compiled. A look is two short reductions over the block's norms and one read.
+A method is a ``Process``: it owns its iterates, its step and its residual norms. The loop decides when to stop and which rows
+move, and keeps the best iterate and the statuses. Nothing is read from the device between two checks, so the host does not
+wait for a GPU there, and these steps can be compiled. A check is two short reductions over the recorded norms and one read.
 
-What it guarantees:
-- A residual that is reported is that of the value that is returned, measured or, for a recurrence, confirmed by a measurement.
-- A solve makes at most one evaluation, or 5 %, more than it would if it looked at every iteration.
-- When a quarter of the rows have met their limits, they are held where they are, or dropped where the problem can be taken
-  apart, and then cost nothing. If such a row is above its limit again at the end, the rows depend on each other:
-  ``coupled_rows``. A plain iteration that cannot be taken apart moves all rows on, which only makes them better.
-- The history is that since the last look: memory does not grow with the number of iterations.
+The loop guarantees:
+- A reported residual belongs to the returned value. It was measured there, or a recurrence's estimate was confirmed there.
+- A solve makes at most one evaluation, or 5 %, more than if it checked in every iteration.
+- When a quarter of the rows have met their limits, they are held, or dropped if the problem is divisible, and cost no more. If
+  such a row is above its limit again at the end, the rows depend on each other and its status is ``coupled_rows``. A plain
+  iteration that is not divisible goes on moving all rows, which only improves them.
+- Only the norms since the last check are kept: memory does not grow with the number of iterations.
 """
 
 from __future__ import annotations
@@ -33,68 +33,68 @@ from hyperopt.core.precision import product_eps
 from hyperopt.core.process import Outcome, Process
 from hyperopt.core.status import Status
 
-FLOOR = 16.0  # times eps: the least relative residual that rounding lets a map of some hundred terms reach
-ROUNDED = 0.5  # times the eps to which the factors of products are rounded, where their sums are not
-DROP = 0.75  # rows are dropped from a batch when at most this part of them is left
-AHEAD = 0.8  # of the predicted way to the end: how far the next look is, of a steady method
-NEAR = 3.0  # a steady method's end is taken to be where it is predicted, if it is no more iterations away than this
-LATE = 20  # where no end can be predicted, looks are one time in this many iterations apart
-LONGEST = 64  # most iterations between two looks
-MANY = 10_000  # with more rows than this, looks are near enough for the norms between them to take less than a quarter of a state
+FLOOR = 16.0  # times eps: the least relative residual that rounding allows for a map that sums some hundred terms
+ROUNDED = 0.5  # times the eps to which the factors of products are rounded while their sums are not (autocast, TF32)
+DROP = 0.75  # rows are dropped from a batch when at most this fraction of them is left
+AHEAD = 0.8  # a steady method is checked next after this fraction of the predicted number of iterations
+NEAR = 3.0  # if a steady method is predicted to end within this many iterations, the prediction is taken as exact
+LATE = 20  # if no end can be predicted, checks are made / LATE iterations apart, where made counts the iterations so far
+LONGEST = 64  # largest number of iterations between two checks
+MANY = 10_000  # with more rows than this, checks are frequent enough that the kept norms take less than a quarter of a state
 
 
 def rounding_floor(dtype: torch.dtype, device: torch.device | None = None, rounding: float = 0.0) -> float:
-    """The least relative residual that can be asked for in ``dtype``.
+    """Return the least relative residual that can be asked for in ``dtype``.
 
     Args:
-        dtype: of the matrices.
-        device: where they are: the precision is known that products have there now, under autocast or with TF32.
-        rounding: the eps of what they are made from, where that is larger.
+        dtype: dtype of the matrices.
+        device: device of the matrices; it decides whether autocast or TF32 lowers the precision of products now.
+        rounding: the eps of the numbers that the matrices were made from, if that is larger.
     """
     return max(FLOOR * torch.finfo(dtype).eps, ROUNDED * max(product_eps(dtype, device), rounding))
 
 
 def relative(difference: Tensor, scale: Tensor) -> Tensor:
-    """``difference / scale``, 0 where both are 0."""
+    """Return ``difference / scale``, 0 where both are 0."""
     return difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def run(process: Process, max_steps: int) -> Outcome:
-    """Run ``process`` until every row has met its limit or can do no more, for at most ``max_steps`` iterations."""
+    """Run ``process`` until every row has met its limit or can make no progress, for at most ``max_steps`` iterations."""
     return _Run(process, max_steps).run()
 
 
 class _Run:
-    """What the looks of one run have found; a vector is of all rows unless it is said to be of the batch."""
+    """The state of one run. A vector has one entry for each row of the problem, or of the batch where a comment says so."""
 
     def __init__(self, process: Process, max_steps: int) -> None:
         value = process.value
         self.process, self.max_steps, (self.rows, dim) = process, max_steps, value.shape
         self.longest = LONGEST if self.rows <= MANY else min(LONGEST, max(2, dim // 4))
-        self.made = 0  # iterations measured
-        self.seen = 0  # of them, those before the last look
-        self.next_look = max_steps if process.fixed else process.first_look
+        self.made = 0  # iterations measured so far
+        self.seen = 0  # iterations measured up to the last check
+        self.next_check = max_steps if process.fixed else process.first_check
         self.expected = -1  # the iteration at which the slowest row may meet its limit; -1: not soon
-        self.worst: list[float] = []  # the largest ratio of residual and limit in every iteration that was looked at
-        self.lines: list[Tensor] = []  # norms of the batch that are not counted yet
-        self.above: Tensor | None = None  # how many times each row was above its limit, in the lines that are counted
-        self.limit = self.now = value.new_empty(0)  # of the batch, at the last look
-        self.first: Tensor | None = None
-        # What was found of single rows, before all were done.
+        self.worst: list[float] = []  # the largest ratio of residual and limit, for every iteration that a check has covered
+        self.lines: list[Tensor] = []  # residual norms of the batch in iterations that ``_count`` has not counted yet
+        self.above: Tensor | None = None  # in how many of the counted iterations each row was above its limit
+        self.limit = self.now = value.new_empty(0)  # limits and norms of the batch at the last check
+        self.first: Tensor | None = None  # norms of the first iteration
+        # Rows that ended before all had met their limits.
         self.status = torch.full((self.rows,), int(Status.max_steps), device=value.device)
-        self.moving: Tensor | None = None  # rows of the batch that are not settled; None: all
-        self.index: Tensor | None = None  # the rows in the batch, where others were dropped; their last residuals and limits:
-        self.dropped: tuple[Tensor, Tensor] | None = None
-        self.early: Tensor | None = None  # rows that had met their limits before the others
-        self.best: tuple[float, Tensor, Tensor] | None = None  # the least worst ratio of a look; of the batch: value, norms
-        self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least since
-        self.decay: list[tuple[int, Tensor]] = []  # iterations and norms of the looks, of one batch; and of the one before:
-        self.older: list[tuple[int, Tensor]] = []
-        self.lost = False  # whether rows have ended badly at the last look
-        self.ended: Tensor | None = None  # the norms before rows went back to their best
+        self.moving: Tensor | None = None  # mask of the rows of the batch that are not settled; None: all
+        self.index: Tensor | None = None  # which rows the batch holds after others were dropped; None: all
+        self.dropped: tuple[Tensor, Tensor] | None = None  # residuals and limits of rows when they were last in the batch
+        self.early: Tensor | None = None  # mask of the rows that had met their limits before the others
+        self.best: tuple[float, Tensor, Tensor] | None = None  # least ``worst`` at a check, with the batch's value and norms
+        self.mark: tuple[Tensor, Tensor] | None = None  # norms before the last fifth of the budget, and the least norms since
+        self.decay: list[tuple[int, Tensor]] = []  # iterations and norms at checks of the present batch
+        self.older: list[tuple[int, Tensor]] = []  # the same for the batch before rows were dropped
+        self.lost = False  # whether the last check ended rows that were diverging or faulty
+        self.ended: Tensor | None = None  # the norms before rows were put back on their best iterates
 
     def run(self) -> Outcome:
-        """See the function of this name."""
+        """Run the loop; see the function ``run``."""
         process, budget = self.process, self.max_steps - self.process.closes
         settled = self._close(False) if budget < 1 else False
         while self.made < budget and not settled:
@@ -104,28 +104,28 @@ class _Run:
             self.lines.append(process.measure(closing=closing))
             self.made += 1
             last, block = self.made == budget, self.made - self.seen
-            if self.made > self.next_look or block >= self.longest or last or process.attentive:
-                settled = self._look(last, closing)
-            # A row that ended badly has gone back to its best iterate, which has not been evaluated in the way that ends a run.
+            if self.made > self.next_check or block >= self.longest or last or process.attentive:
+                settled = self._check(last, closing)
+            # A row that ended badly is back on its best iterate, which has no closing evaluation yet.
             closed = closing and settled and not self.lost
             if process.closes and (settled or last) and not closed:
                 settled = self._close(settled)
         return self._verdict(settled)
 
     def _here(self, vector: Tensor) -> Tensor:
-        """The entries of the batch in a vector of all rows."""
+        """Return the batch's entries of a vector of all rows."""
         return vector if self.index is None else vector[self.index]
 
     def _put(self, batch: Tensor, vector: Tensor) -> Tensor:
-        """A vector of all rows with the entries of the batch in their places."""
+        """Return a vector of all rows with the batch's entries replaced by ``batch``."""
         return batch if self.index is None else vector.index_copy(0, self.index, batch)
 
-    # ---- looks
+    # ---- checks
 
-    def _look(self, last: bool, closing: bool) -> bool:
-        """Read how far the rows are, and settle those that are done; returns whether all are."""
+    def _check(self, last: bool, closing: bool) -> bool:
+        """Read how far the rows are, and settle those that are done. Returns whether all are settled."""
         process, block, limits = self.process, self.lines[self.seen - self.made :], self.process.limits()
-        sure = not process.recurs or self.made == 1  # the start was measured
+        sure = not process.recurs or self.made == 1  # a recurrence's first norm was measured, its later ones are estimates
         worst, met, faults = self._read(block, limits, count=sure)
         if not sure and (last or worst[-1] <= 1 or faults or not math.isfinite(worst[-1])):
             self.lines[-1], limits, sure = process.confirm(), process.limits(), True
@@ -161,16 +161,16 @@ class _Run:
         return done
 
     def _read(self, block: list[Tensor], limits: Tensor, *, count: bool) -> tuple[list[float], float, bool]:
-        """The one read of a look.
+        """Read the residuals of a block from the device, all at once.
 
         Args:
-            block: norms of the batch.
-            limits: of the batch.
+            block: norms of the batch, one vector for each iteration.
+            limits: limits of the batch.
             count: whether rows may be settled now.
 
         Returns:
-            The largest ratio of residual and limit in every line; how many rows of the last line have met their limits (0 where
-            it does not matter); whether there is any fault.
+            The largest ratio of residual and limit in each iteration; how many rows have met their limits in the last one (0
+            if nothing depends on it); whether the process reports a fault.
         """
         ratio, process = torch.stack(block).div_(limits), self.process
         if self.moving is not None:
@@ -186,14 +186,14 @@ class _Run:
         return found[: len(block)], found[len(block)] if counts else 0.0, faults is not None and found[-1] > 0
 
     def _plan(self) -> None:
-        """Say when to look next, from the decay of the worst residual, and when the slowest row may meet its limit."""
+        """Choose the next check from the decay of the worst residual, and predict when the slowest row will meet its limit."""
         if self.process.fixed:
             return
         seen, self.expected = self.worst[-min(len(self.worst), 6) :], -1
-        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:  # nothing is known of the end
-            self.next_look = self.made + (self.made // LATE if self.process.steady else 2)
+        if len(seen) < 2 or not 0 < seen[-1] < seen[0] < math.inf:  # the end cannot be predicted
+            self.next_check = self.made + (self.made // LATE if self.process.steady else 2)
             return
-        # Of two rates, over some iterations and over the last, the faster: an acceleration may speed up at any time.
+        # Take the faster of the rate over some iterations and that of the last: an accelerated method may speed up at any time.
         rate = (math.log(seen[0]) - math.log(seen[-1])) / (len(seen) - 1)
         if seen[-1] < seen[-2] < math.inf:
             rate = max(rate, math.log(seen[-2]) - math.log(seen[-1]))
@@ -203,14 +203,14 @@ class _Run:
         elif self.process.recurs:
             ahead = 1 if left <= 1 else 2 if left <= 2 * NEAR else 3
         else:
-            ahead = 2 if left <= 4 * NEAR and self.made > 6 else 3  # it may come nearer by leaps
-        self.next_look = self.made - 1 + ahead
+            ahead = 2 if left <= 4 * NEAR and self.made > 6 else 3  # the residual may drop suddenly
+        self.next_check = self.made - 1 + ahead
         if left <= NEAR:
-            self.expected = self.next_look
+            self.expected = self.next_check
 
     def _count(self) -> None:
-        """Count how many times each row of the batch was above its limit, and let go of the lines."""
-        if not self.lines or self.rows == 1:  # what one row did is known here
+        """Count how many times each row of the batch was above its limit, and release the recorded norms."""
+        if not self.lines or self.rows == 1:  # for one row ``worst`` says it all
             self.lines = []
             return
         above = (torch.stack(self.lines) > self.limit).sum(dim=0)
@@ -222,7 +222,7 @@ class _Run:
         self.lines = []
 
     def _note_idle(self) -> None:
-        """Keep the norms before the last fifth of the budget and the least since: do they still fall?"""
+        """Keep the norms before the last fifth of the budget and the least since, to tell later whether they still fell."""
         if self.mark is not None:
             self.mark = self.mark[0], self._put(torch.minimum(self._here(self.mark[1]), self.now), self.mark[1])
         elif self.index is None and 0 < self.max_steps - max(10, self.max_steps // 5) <= self.made:
@@ -231,7 +231,7 @@ class _Run:
     # ---- rows that are done before the others
 
     def _settle(self, lost: bool, met: float) -> bool:
-        """Settle the rows that have met their limits, ``met`` in number, and those that are ``lost``; returns whether all are."""
+        """Settle the ``met`` rows below their limits and, if ``lost``, those that diverged. Returns whether all are settled."""
         process, now = self.process, self.now
         moving = torch.ones_like(now, dtype=torch.bool) if self.moving is None else self.moving
         ended = torch.zeros_like(moving) if process.fixed else moving & (now <= self.limit)
@@ -264,7 +264,7 @@ class _Run:
         return self.first
 
     def _drop(self, left: Tensor, count: int) -> bool:
-        """Take the rows that are settled out of the batch, where that is worth it and the problem can be taken apart."""
+        """Drop the settled rows from the batch, if that saves enough and the problem is divisible."""
         if not self.process.divisible or count > DROP * len(left):
             return False
         inside = left.nonzero().squeeze(1)
@@ -280,12 +280,12 @@ class _Run:
         return True
 
     def _leave(self) -> None:
-        """Note the residuals and limits of the batch, of which rows are about to be dropped."""
+        """Note the residuals and limits of the batch before rows are dropped from it or join it."""
         residual, limit = self.dropped or (torch.empty_like(self._first), torch.empty_like(self._first))
         self.dropped = self._put(self.now, residual), self._put(self.limit, limit)
 
     def _join(self) -> None:
-        """Have all rows in the batch again."""
+        """Put all rows into the batch again."""
         if self.index is None:
             return
         self._count()
@@ -299,7 +299,7 @@ class _Run:
     # ---- the end
 
     def _close(self, settled: bool) -> bool:
-        """One more evaluation of all rows, of the value; returns whether every row is settled."""
+        """Evaluate all rows once more, at the value to be returned. Returns whether every row is settled."""
         process, parted = self.process, self.index is not None
         if not settled:
             self._back_to_best()
@@ -314,12 +314,12 @@ class _Run:
             self.first = self.now = line
         if settled and self.moving is None:
             worst = float((line / limits).amax(dim=0))
-            if worst <= 1:  # the usual case, which needs no more
+            if worst <= 1:  # the usual case
                 self.worst.append(worst)
                 self.now, self.limit = line, limits
                 return True
         done = self.status == int(Status.converged)
-        counts = done if self.moving is None else done | self.moving  # the others have ended badly, and stay what they are
+        counts = done if self.moving is None else done | self.moving  # other rows have ended badly and keep their status
         counts = counts if settled or self.moving is not None else torch.ones_like(done)
         ratio = torch.where(counts, line / limits, 0.0)
         self.worst.append(float(ratio.amax()))
@@ -337,13 +337,13 @@ class _Run:
         again = self.status == int(Status.max_steps)
         if not settled or self.made >= self.max_steps or bool((self.status == int(Status.coupled_rows)).any() | ~again.any()):
             return not bool(again.any())
-        # Rows that had met their limits and are above them again, one step later: they go on.
-        self.moving, self.early, self.best, self.next_look = again, None, None, self.made
+        # These rows had met their limits and were above them one step later: go on with them.
+        self.moving, self.early, self.best, self.next_check = again, None, None, self.made
         process.hold(again)
         return False
 
     def _back_to_best(self) -> None:
-        """Put the rows that are not settled back on the best iterate seen, where that was better than the last."""
+        """Put the rows that are not settled back on the best iterate so far, if that was better than the last."""
         if self.best is None:
             return
         self.ended = self._put(self.now, self.dropped[0]) if self.dropped is not None else self.now
@@ -354,16 +354,16 @@ class _Run:
         self.now = torch.where(stale, least, self.now)
 
     def _verdict(self, settled: bool) -> Outcome:
-        """What is left to say of the rows that are not settled."""
+        """Derive the final status of the rows that are not settled, and collect the outcome."""
         process, parted, apart = self.process, self.dropped is not None, self.index is not None
         if not settled and not process.closes:
             self._back_to_best()
         self._join()
         self._count()
         if self.moving is not None and not (process.closes or process.recurs) and (apart or not settled):
-            self.now, self.limit = process.measure(), process.limits()  # of all rows, at the value
+            self.now, self.limit = process.measure(), process.limits()  # all rows, at the value to be returned
         status = self.status
-        if self.moving is not None:  # rows were settled before the others: are they still, now that the others have moved?
+        if self.moving is not None:  # rows that were settled early may be above their limits after the others have moved
             risen = (status == int(Status.converged)) & (self.now > process.coupled * self.limit)
             status = status.masked_fill(risen, int(Status.coupled_rows))
         if process.fixed:
@@ -386,7 +386,7 @@ class _Run:
         return Outcome(status, iterations, self.now, self.limit, self.made, self._contraction(), self.worst, parted)
 
     def _contraction(self) -> Tensor | float:
-        """Factor by which the residual of all rows fell in an iteration, over the last five or so."""
+        """Return the factor by which the residual of all rows together fell in an iteration, over about the last five."""
         seen = self.decay if len(self.decay) > 1 else self.older
         if len(seen) < 2:
             return math.nan

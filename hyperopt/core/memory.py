@@ -1,4 +1,4 @@
-"""How much memory tensors take: the peak of a block, on the CPU as on a GPU."""
+"""The peak memory that tensors take in a block, on the CPU as on a GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of storages that come to be while it is on, and drops them as they are freed.
+    """Counts the bytes of storages that are created while the mode is active, until they are freed.
 
     Attributes:
-        peak: most bytes alive at once.
+        peak: largest number of bytes alive at once.
     """
 
     def __init__(self) -> None:
-        """Nothing is alive yet."""
+        """Start with nothing alive."""
         super().__init__()
         self.alive = self.peak = 0
         self.seen: set[int] = set()
@@ -29,7 +29,7 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and count the new storages among its results."""
         out = func(*args, **(kwargs or {}))
-        # An in-place or view operation returns an old storage.
+        # An in-place or view operation returns a storage that exists already.
         known = {storage._cdata for storage in storages((args, kwargs))}
         for storage in storages(out):
             if storage._cdata not in known:
@@ -52,7 +52,7 @@ class Peak(TorchDispatchMode):
 
 
 def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the memory behind the tensors of a tree; a compressed sparse tensor is three dense ones."""
+    """Yield the storages behind the tensors of a tree; a compressed sparse tensor has three."""
     for leaf in optree.tree_leaves(tree):
         if not isinstance(leaf, Tensor):
             continue
@@ -64,9 +64,9 @@ def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[Any]:
-    """Measure the block's peak of tensor memory beyond what was alive before it; read ``.peak`` (bytes) after the block.
+    """Measure a block's peak of tensor memory beyond what was alive before; read ``.peak`` (bytes) after the block.
 
-    On the CPU by watching every operation, which slows the block down; on a GPU from the allocator.
+    On the CPU every operation is watched, which slows the block down; on a GPU the allocator is asked.
     """
     device = torch.device(device)
     if device.type != "cuda":

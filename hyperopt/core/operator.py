@@ -2,9 +2,9 @@
 
     matvec(v) = M v        rmatvec(v) = M^T v        matmat(V) = M V        all on (rows, dim) matrices, row by row
 
-Newton's method, every adjoint, the diagnosis and the certificate take one, whatever is behind it: products by autograd on a graph
-that is built once, closed forms that a cell declares, Hessian, Gauss-Newton and finite-difference products of a trained inner
-problem. What an operator can do is in its type, and what it has done is counted.
+Newton's method, every adjoint, the diagnosis and the certificate take such an operator. It may be implemented by autograd on a
+graph that is built once, by closed forms that a cell declares, or by Hessian, Gauss-Newton and finite-difference products of a
+trained inner problem. The class of an operator says what it can do, and every product is counted.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 
 
 class LinearOperator(ABC):
-    """A linear map of (rows, dim) matrices that mixes no rows.
+    """A linear map of (rows, dim) matrices that acts on each row separately.
 
-    A subclass defines ``_matvec``, and overrides the other methods with an underscore where there is a cheaper way.
+    A subclass defines ``_matvec`` and overrides the other underscored methods for which it has a cheaper way.
 
     Attributes:
         matvecs: products with ``M`` so far, over whole batches.
         rmatvecs: products with ``M^T`` so far.
-        evaluations: calls of the user's function that the operator made beside those of its construction.
-        transposable: whether ``rmatvec`` can be had.
+        evaluations: calls of the user's function that the operator made after its construction.
+        transposable: whether ``rmatvec`` is available.
         symmetric: whether ``M`` is known to be symmetric.
-        whole: the operator of which this one has some of the rows; what is counted here is counted there too.
-        rounding: the eps of the numbers that products are made of, where that may be larger than the matrices' own.
+        whole: the operator on all rows if this one has only some of them; it counts the products of this one too.
+        rounding: the eps of the numbers that the products are made of, if that may be larger than the eps of the matrices.
     """
 
     matvecs = 0
@@ -71,40 +71,40 @@ class LinearOperator(ABC):
         return v - self._matvec(v)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """``M v``, shape (rows, dim); never ``v`` changed in place."""
+        """Return ``M v``, shape (rows, dim). ``v`` is not changed."""
         self._count(matvecs=1)
         return self._matvec(v)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        """``M^T v``, shape (rows, dim)."""
+        """Return ``M^T v``, shape (rows, dim)."""
         self._count(rmatvecs=1)
         return self._rmatvec(v)
 
     def matvec_add(self, v: Tensor, b: Tensor) -> Tensor:
-        """``M v + b``, in one pass where the operator can."""
+        """Return ``M v + b``, in one pass if the operator can."""
         self._count(matvecs=1)
         return self._matvec_add(v, b)
 
     def rmatvec_add(self, v: Tensor, b: Tensor) -> Tensor:
-        """``M^T v + b``, in one pass where the operator can."""
+        """Return ``M^T v + b``, in one pass if the operator can."""
         self._count(rmatvecs=1)
         return self._rmatvec_add(v, b)
 
     def complement(self, v: Tensor) -> Tensor:
-        """``(I - M) v``, without the subtraction where the operator can."""
+        """Return ``(I - M) v``, without the subtraction if the operator can."""
         self._count(matvecs=1)
         return self._complement(v)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """``M V``. Shapes: (rows, dim, columns)."""
+        """Return ``M V``. Shapes: (rows, dim, columns)."""
         return torch.stack([self.matvec(v) for v in V.unbind(dim=2)], dim=2)
 
     def closed_form(self) -> Tensor | None:
-        """``M`` itself where it is known without products, else None. Shape: (rows, dim, dim)."""
+        """Return ``M`` if it is known without products, else None. Shape: (rows, dim, dim)."""
         return None
 
     def dense(self, rows: int, dim: int, like: Tensor) -> Tensor:
-        """``M`` itself: in closed form, or by ``dim`` products. Shape: (rows, dim, dim)."""
+        """Return ``M``, in closed form or by ``dim`` products. Shape: (rows, dim, dim)."""
         known = self.closed_form()
         if known is not None:
             return known
@@ -112,16 +112,16 @@ class LinearOperator(ABC):
 
     @property
     def divisible(self) -> bool:
-        """Whether ``select`` may give an operator."""
+        """Whether ``select`` may return an operator."""
         return False
 
     def select(self, index: Tensor) -> LinearOperator | None:
-        """The operator of the rows in ``index``, shape (k,); None where rows cannot be taken apart."""
+        """Return the operator on the rows in ``index``, shape (k,), or None if the rows cannot be separated."""
         return None
 
     @property
     def T(self) -> LinearOperator:
-        """``M^T`` as an operator, which counts its products here."""
+        """``M^T`` as an operator; its products are counted by this one."""
         return _Transposed(self)
 
 
@@ -169,7 +169,7 @@ class FunctionOperator(LinearOperator):
 
     Args:
         matvec: ``v -> M v``.
-        rmatvec: ``v -> M^T v`` (None: the transpose cannot be had).
+        rmatvec: ``v -> M^T v`` (None: products with the transpose are not available).
         symmetric: whether ``M`` is symmetric, so that ``matvec`` serves as ``rmatvec`` too.
     """
 
@@ -192,11 +192,11 @@ class FunctionOperator(LinearOperator):
 
 
 class Reshaped(LinearOperator):
-    """An operator on (rows, dim) matrices, from one on tensors of another shape (..., dim), which counts its products too.
+    """An operator on (rows, dim) matrices, made from one on tensors of another shape (..., dim). Both count the products.
 
     Args:
         of: the operator.
-        shape: what it takes.
+        shape: shape of the tensors that ``of`` takes.
     """
 
     def __init__(self, of: LinearOperator, shape: torch.Size) -> None:
@@ -205,7 +205,7 @@ class Reshaped(LinearOperator):
 
     @property
     def rounding(self) -> float:
-        """That of the other."""
+        """The eps of the wrapped operator."""
         return self.of.rounding
 
     def _matvec(self, v: Tensor) -> Tensor:
@@ -219,8 +219,8 @@ class Complement(LinearOperator):
     """``M = I - scale A``, so that a solver of ``(I - M) v = b`` solves ``scale A v = b``.
 
     Args:
-        of: A.
-        scale: a number that is not 0. It matters only to methods that iterate ``v <- M v + b``.
+        of: the operator A.
+        scale: a number other than 0. It matters only to methods that iterate ``v <- M v + b``.
     """
 
     def __init__(self, of: LinearOperator, scale: float = 1.0) -> None:
@@ -229,7 +229,7 @@ class Complement(LinearOperator):
 
     @property
     def rounding(self) -> float:
-        """That of A."""
+        """The eps of A."""
         return self.of.rounding
 
     def _matvec(self, v: Tensor) -> Tensor:
@@ -239,15 +239,15 @@ class Complement(LinearOperator):
         return torch.add(v, self.of.rmatvec(v), alpha=-self.scale)
 
     def _complement(self, v: Tensor) -> Tensor:
-        """Without the cancellation of ``v - M v`` where A is small."""
+        """Return ``scale A v``, which avoids the cancellation of ``v - M v`` where A is small."""
         return self.scale * self.of.matvec(v)
 
 
 class Linearization(LinearOperator):
-    """The Jacobian ``J = d_z m`` of a map ``m(z, *x)`` at a point, with the products for x that close an adjoint.
+    """The Jacobian ``J = d_z m`` of a map ``m(z, *x)`` at a point, with the products for ``x`` that complete an adjoint.
 
     Attributes:
-        part: ``part(index)``: the same for some rows, or None; None where rows cannot be taken apart.
+        part: a function that returns the linearization of the rows in ``index``, or None; None if rows cannot be separated.
     """
 
     part: Callable[[Tensor], LinearOperator | None] | None = None
@@ -258,15 +258,15 @@ class Linearization(LinearOperator):
 
     @abstractmethod
     def arguments(self, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x m)^T v`` for each x; None is enough where ``needs`` is false."""
+        """Return ``(d_x m)^T v`` for each x; an entry may be None where ``needs`` is false."""
 
     @property
     def divisible(self) -> bool:
-        """Whether some rows may be had without the others."""
+        """Whether some rows can be had without the others."""
         return self.part is not None
 
     def select(self, index: Tensor) -> LinearOperator | None:
-        """The Jacobian of the rows in ``index``; what it costs is counted here too."""
+        """Return the Jacobian of the rows in ``index``; this operator counts its cost too."""
         found = None if self.part is None else self.part(index)
         if found is None:
             self.part = None
@@ -277,20 +277,20 @@ class Linearization(LinearOperator):
 
 
 class ClosedForm(Linearization):
-    """A linearization by the map's own formulas: what ``phi.pullback(w, phi(w), *args)`` returns.
+    """A linearization by the map's own formulas, which ``phi.pullback(w, phi(w), *args)`` returns.
 
-    A subclass defines ``_rmatvec(v) = J^T v`` and ``arguments``, and overrides ``_matvec``, ``_rmatvec_add`` and ``closed_form``
-    where there are formulas. See ``hyperopt.nn.equilibrium.TanhAffine``.
+    A subclass defines ``_rmatvec(v) = J^T v`` and ``arguments``. If it has formulas for them, it also overrides ``_matvec``,
+    ``_rmatvec_add`` and ``closed_form``. See ``hyperopt.nn.equilibrium.TanhAffine``.
 
     Attributes:
-        differentiable: whether its products are torch operations on ``w``, ``phi(w)`` and the arguments, none in place, so that
-            unrolled Newton steps may be differentiated through them.
+        differentiable: whether its products are torch operations on ``w``, ``phi(w)`` and the arguments, none of them in
+            place, so that unrolled Newton steps can be differentiated through them.
     """
 
     differentiable = False
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return torch.func.vjp(self._rmatvec, torch.zeros_like(v))[1](v)[0]  # linear: its vjp is the same at every point
+        return torch.func.vjp(self._rmatvec, torch.zeros_like(v))[1](v)[0]  # _rmatvec is linear: its vjp is the same everywhere
 
 
 class MatrixOperator(LinearOperator):
@@ -299,8 +299,8 @@ class MatrixOperator(LinearOperator):
     ``M v`` of each row is ``matrix @ v``, and ``M^T v`` is ``matrix.adjoint() @ v``.
 
     Args:
-        matrix: ``matrix @ X`` is the product with the columns of ``X``, shape (dim, columns).
-        symmetric: whether the matrix is known to be symmetric, so that no adjoint is needed.
+        matrix: an object for which ``matrix @ X`` is the product with the columns of ``X``, shape (dim, columns).
+        symmetric: whether the matrix is known to be symmetric, so that ``matrix.adjoint()`` is not needed.
     """
 
     def __init__(self, matrix: Any, *, symmetric: bool = False) -> None:
@@ -321,10 +321,10 @@ class MatrixOperator(LinearOperator):
 
 
 def as_operator(given: LinearOperator | Callable[[Tensor], Tensor]) -> LinearOperator:
-    """``given`` as an operator; a function ``v -> M v`` becomes one without a transpose.
+    """Return ``given`` as an operator. A function ``v -> M v`` becomes an operator without a transpose.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: ``given`` is neither an operator nor a function.
     """
     if isinstance(given, LinearOperator):
         return given

@@ -1,8 +1,8 @@
-"""``Places``: where a function keeps a state of its own, as far as Python shows it.
+"""``Places``: where a function keeps state of its own, as far as Python shows it.
 
-A function reaches its state through what it closes over, its defaults, the globals that it names, the object that it is a method
-of, and what lies in these: modules, other objects, lists and dicts. A place is a container and a key in it. What is found is the
-state that a ``Replay`` puts back, and the modules that messages name.
+A function reaches its state through its closure, its defaults, the globals that it names and the object that it is a method
+of, and through what these contain: modules, other objects, lists and dicts. A place is a container and a key in it. A
+``Replay`` puts back the state that is found here, and messages name the modules that are found.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hyperopt.core.contents import COMMON, GENERATORS, Attributes, Content, Item
 from hyperopt.core.streams import library, streamed
 
 PLAIN = (bool, int, float, complex, str, type(None))
-LONG = 256  # a container of more entries than this is data, and no state
-MANY = 20_000  # objects that are looked at
+LONG = 256  # a container with more entries than this is taken for data, and its entries are not searched
+MANY = 20_000  # at most this many objects are searched
 FOREIGN = (
     "torch",
     "numpy",
@@ -37,7 +37,7 @@ FOREIGN = (
 )
 
 
-# Attributes of a module that PyTorch looks after.
+# Attributes that every torch module has.
 INTERNAL = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -59,16 +59,16 @@ class Places:
     """The state that some functions use.
 
     Attributes:
-        named: the modules, with what to call them in messages.
+        named: the modules, with their names for messages.
         modules: the modules.
-        others: pairs of a container and a key whose value is a plain number, a string, a tensor, None or an iterator, outside of
-            modules.
-        contents: of the containers, objects and classes.
+        others: pairs of a container and a key, outside of modules, whose value is a plain number, a string, a tensor, None or
+            an iterator.
+        contents: the contents of the containers, objects and classes.
         names: the global names and attributes that the functions use.
     """
 
     def __init__(self, *, deep: bool = True) -> None:
-        """Nothing is found yet."""
+        """Start with nothing found."""
         self._deep = deep
         self.named: list[tuple[str, nn.Module]] = []
         self.modules: list[nn.Module] = []
@@ -79,7 +79,7 @@ class Places:
 
     @staticmethod
     def of(function: Callable[..., Any], args: tuple[Any, ...] = (), *, deep: bool = True) -> Places:
-        """What a function, called with ``args``, can be seen to use; in objects and containers too if ``deep``."""
+        """Return what a function called with ``args`` can be seen to use; with ``deep``, also inside objects and containers."""
         found = Places(deep=deep)
         found._walk(
             deque([("phi", function), *((f"args[{i}]", arg) for i, arg in enumerate(args) if isinstance(arg, nn.Module))])
@@ -88,13 +88,13 @@ class Places:
 
     @staticmethod
     def of_modules(modules: Iterable[nn.Module]) -> Places:
-        """These modules and those inside of them."""
+        """Return the state of these modules and their submodules."""
         found = Places()
         found._walk(deque(("", module) for module in modules))
         return found
 
     def slots(self) -> list[tuple[Any, Any, Any]]:
-        """The places with their present values: all but the buffers of modules in training mode."""
+        """Return the places and their present values, except the buffers of modules in training mode."""
         slots: list[tuple[Any, Any, Any]] = [(place, key, place[key]) for place, key in self.others]
         for m in self.modules:
             own = vars(m)
@@ -105,12 +105,12 @@ class Places:
         return slots
 
     def buffers(self) -> list[tuple[Any, Any, Any]]:
-        """The places of the buffers of modules in training mode, with their present values."""
+        """Return the places of the buffers of modules in training mode, with their present values."""
         return [(m._buffers, name, b) for m in self.modules if m.training for name, b in m._buffers.items() if b is not None]
 
     @property
     def draws(self) -> bool:
-        """Whether the functions can be seen to use the generator of Python or of numpy that all threads share."""
+        """Whether the functions can be seen to use the generators of Python or numpy that all threads share."""
         return "random" in self.names or any(id(generator) in self._seen for generator in COMMON)
 
     def _walk(self, queue: deque[tuple[str, Any]]) -> None:
@@ -131,7 +131,7 @@ class Places:
             self._seen.add(id(module))
             self.named.append((".".join(part for part in (name, inner) if part), module))
             self.modules.append(module)
-            # A module may keep another in a list or an object of its own.
+            # A module may keep another one in a list or an object.
             own = vars(module)
             queue.extend((f"{name}.{key}", value) for key, value in own.items() if key not in INTERNAL)
             if self._deep:
@@ -140,7 +140,7 @@ class Places:
                 queue.extend((name, hook) for hooks in HOOKS for hook in own[hooks].values())
 
     def _inside(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """What lies in a function, an object or a container; its own state is noted."""
+        """Yield what a function, object or container refers to, and note its own state."""
         if isinstance(value, functools.partial):
             yield name, value.func
             yield from ((f"{name}.args", arg) for arg in (*value.args, *value.keywords.values()))
@@ -153,8 +153,8 @@ class Places:
             yield from self._content(name, value)
 
     def _content(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """What lies in an object, a container or a class."""
-        if isinstance(owner := getattr(value, "__self__", None), GENERATORS):  # a method of it
+        """Yield what an object, container or class refers to, and note its own state."""
+        if isinstance(owner := getattr(value, "__self__", None), GENERATORS):  # value is a method of a generator
             yield name, owner
         content = None if any(value is generator for generator in COMMON) else content_of(value)
         if content is not None:
@@ -178,12 +178,12 @@ class Places:
             yield name, type(value)
 
     def _class(self, name: str, value: type) -> Iterator[tuple[str, Any]]:
-        """What a class of the user's keeps for all of its instances, and its functions."""
+        """Yield the functions of a class of the user's, and note what the class keeps for all of its instances."""
         self.contents.append(Attributes(value))
         yield from ((name, base) for base in value.__bases__)
         for key, entry in list(vars(value).items()):
             if not (key.startswith("__") and key != "__call__"):
-                entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a static method, of a property
+                entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a static method or a property
                 yield f"{name}.{key}", entry
 
     def _entries(self, name: str, place: Any, entries: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
@@ -232,7 +232,7 @@ class Places:
 
 @functools.lru_cache(maxsize=10_000)
 def _names(code: types.CodeType) -> list[str]:
-    """The global names and attributes that a function uses, those of functions inside of it among them."""
+    """Return the global names and attributes that a function uses, including those of functions inside it."""
     found = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -241,15 +241,15 @@ def _names(code: types.CodeType) -> list[str]:
 
 
 def _is_variable(value: Any) -> bool:
-    """Whether a value is replaced, or taken from, where it is."""
+    """Whether a value is replaced, or consumed, in the place where it is."""
     return isinstance(value, (*PLAIN, Tensor)) or streamed(value)
 
 
 def _own(value: Any) -> bool:
-    """Whether an object may be a user's: one of a library keeps a state that is its own affair."""
+    """Whether an object may be the user's own. The state of a library's object is left to the library."""
     return type(value).__module__.split(".")[0] not in FOREIGN
 
 
 def _is_state(key: str, value: Any) -> bool:
-    """Whether an attribute of a module is a part of its state."""
+    """Whether an attribute of a module is part of its state."""
     return key == "training" or (key not in INTERNAL and _is_variable(value))

@@ -1,6 +1,6 @@
 """What happens when a solve fails: raise, warn, fall back, or nothing.
 
-A kind of failure that repeats is said at its 1st, 10th, 100th, ... time in a run.
+A kind of failure that repeats is reported the 1st, 10th, 100th, ... time in a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hyperopt.core.checks import IterativeMethod
 from hyperopt.core.status import SolveStats
 
 log = logging.getLogger("hyperopt")
-LOW = 1e-4  # no rounding floor of float32 or float64 by itself is above it
+LOW = 1e-4  # larger than any rounding floor of float32 or float64 in full precision
 _counts: Counter[tuple[str, ...]] = Counter()
 
 
@@ -23,22 +23,22 @@ class SolveError(RuntimeError):
 
 
 class SolveWarning(UserWarning):
-    """A solve failed under ``policy="warn"`` or with every fallback."""
+    """A solve failed under ``policy="warn"``, or all of its fallbacks failed."""
 
 
 def reset_warnings() -> None:
-    """Start a new run: each kind of failure is counted from 0."""
+    """Start a new run: all counts of failures return to 0."""
     _counts.clear()
 
 
 def count(*key: str) -> int:
-    """How many times this kind of thing, ``key``, has happened in this run, with this time."""
+    """Count one more event of the kind ``key`` in this run, and return the count."""
     _counts[key] += 1
     return _counts[key]
 
 
 def repeated(*key: str) -> str | None:
-    """What to add to the message of a failure of the kind ``key`` that has happened; None where it is not to be said again."""
+    """Count a failure of the kind ``key``; return a suffix for its message, or None if it is not to be reported again."""
     times = count(*key)
     if times == 1:
         return ""
@@ -46,7 +46,7 @@ def repeated(*key: str) -> str | None:
 
 
 def warn(text: str) -> None:
-    """Warn at the line of the caller: the innermost one that is neither in this package nor in torch, which calls backward."""
+    """Warn at the line of the user's code: the innermost frame that is neither in this package nor in torch."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("hyperopt", "torch"):
         frame = frame.f_back
@@ -68,9 +68,9 @@ def report(stats: SolveStats, policy: str, what: str) -> None:
 
 
 def report_floor(method: IterativeMethod, floor: float, dtype: object, policy: str, what: str) -> None:
-    """Warn, once a run and kind, of an ``rtol`` below ``floor``, what rounding leaves in ``dtype``: the floor is used instead.
+    """Warn, once a run and kind, that ``rtol`` is below ``floor``, the least that rounding allows, which is used instead.
 
-    Not of a method's default, which nobody has asked for, nor where ``atol`` may be what is meant to stop the solve.
+    There is no warning for a method's default ``rtol``, nor with an ``atol`` above 0, which may be what stops the solve.
     """
     if policy == "ignore" or method.atol or method.rtol == type(method).rtol or not 0 < method.rtol < floor:
         return
@@ -83,13 +83,13 @@ def report_floor(method: IterativeMethod, floor: float, dtype: object, policy: s
 
 
 def note_once(text: str, what: str) -> None:
-    """Log ``text``, the first time in a run that something is noted about ``what``."""
+    """Log ``text``, but only one note about ``what`` in a run."""
     if count(what, "note") == 1:
         log.warning(text)
 
 
 def note_fallback(stats: SolveStats, following: str, what: str) -> None:
-    """Log the switch to the method named ``following`` after a failed solve, as a warning where the failure is to be said."""
+    """Log the switch to the method named ``following`` after a failed solve, as a warning or, if repeated, for debugging."""
     again = repeated(what, stats.method, following)
     level = logging.DEBUG if again is None else logging.WARNING
     log.log(level, "%s solve: %s; falling back to %s%s", what, stats.describe(), following, again or "")

@@ -1,4 +1,4 @@
-"""The precision in which the products of a map are worked out, which may be lower than that of its state."""
+"""The precision in which a map's products are computed, which may be lower than that of its state."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
-    """The rounding of the factors of a matrix product: that of autocast's dtype, of TF32, or of ``dtype`` itself.
+    """Return the eps to which the factors of a matrix product are rounded: that of autocast's dtype, TF32 or ``dtype`` itself.
 
-    float64 is left alone by both. ``torch.set_float32_matmul_precision("medium")`` allows bfloat16.
+    Neither lowers float64. ``torch.set_float32_matmul_precision("medium")`` allows bfloat16.
     """
     eps = torch.finfo(dtype).eps
     if device is None or dtype == torch.float64:
@@ -27,21 +27,21 @@ def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
 
 
 def half_eps(dtype: torch.dtype) -> float:
-    """The eps of a floating-point dtype of fewer than 32 bits, 0 of any other.
+    """Return the eps of a floating-point dtype of fewer than 32 bits, and 0 for any other dtype.
 
-    A state of float32 and float64 tensors together is no such case: its float32 entries come to rest exactly.
+    A state of float32 and float64 tensors does not count: its float32 entries can converge exactly.
     """
     return torch.finfo(dtype).eps if dtype.is_floating_point and dtype.itemsize < 4 else 0.0
 
 
 def graph_eps(graph: Tensor, *ends: Tensor) -> float:
-    """The largest ``half_eps`` of the tensors that lie between ``graph`` and its leaves: of what it was really made.
+    """Return the largest ``half_eps`` of the tensors in the graph of a tensor.
 
-    Under autocast a product has a graph of tensors in the lower dtype, whatever the dtype of what goes in and comes out.
+    Under autocast the graph of a product holds tensors in the lower dtype, whatever the dtype of its inputs and outputs.
 
     Args:
         graph: a tensor with a graph.
-        ends: tensors beyond which it is not followed.
+        ends: tensors at which the search stops.
     """
     found, seen, left = 0.0, {x.grad_fn for x in ends}, [graph.grad_fn]
     while left:

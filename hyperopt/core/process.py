@@ -1,4 +1,4 @@
-"""``Process``: an iterative method at work on one problem, as the loop drives it, and ``Outcome``: how the loop says it ended."""
+"""``Process``: an iterative method at work on one problem, which the loop drives, and ``Outcome``: how a run ended."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-COUPLED = 4.0  # a row that was settled may rise to this many times its limit by rounding alone
+COUPLED = 4.0  # rounding alone may raise a settled row to this many times its limit
 
 
 class Process(ABC):
-    """One method at work on one problem, as the loop drives it; vectors are of the rows in the batch, shape (rows,).
+    """One method at work on one problem, driven by the loop. Vectors have one entry for each row in the batch, shape (rows,).
 
     Attributes:
-        rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
-        attentive: whether an iteration costs so much more than a look that every one is looked at.
-        faults: codes of ``Status`` of the rows in which the method can do no more, 0 elsewhere; None: there are none.
-        first_look: the steps after which the loop looks for the first time.
-        stalled: whether the worst residual has not fallen between the last two looks; set by the loop.
-        fixed: whether all of the budget's steps are made: the loop looks only where a block ends, at faults.
-        keeps_best: whether the best iterate is kept and gone back to; not of one so large that a step changes it in place.
-        recurs: whether ``measure`` gives norms by a recurrence: no row is settled before ``confirm`` has measured them.
-        steady: whether the residual falls at a rate that hardly rises, so that the end can be predicted.
-        holds: whether rows that have met their limits are kept where they are, while others move on.
-        divisible: whether ``select`` may be asked for.
-        closes: whether one more evaluation, of the value, ends the run.
+        rise: a row ends as diverged if its residual is this many times its best one, and above the first.
+        attentive: whether the loop checks every iteration, because an iteration costs much more than a check.
+        faults: codes of ``Status`` for the rows in which the method can do no more, 0 elsewhere; None: there are none.
+        first_check: number of steps before the loop's first check.
+        stalled: whether the worst residual has not fallen between the last two checks; set by the loop.
+        fixed: whether all steps of the budget are made; the loop then checks only for faults, at the end of each block.
+        keeps_best: whether the best iterate is kept and restored; false for large iterates that a step changes in place.
+        recurs: whether ``measure`` updates norms by a recurrence; no row is settled before ``confirm`` has measured them.
+        steady: whether the residual falls at a rate that hardly increases, so that the end can be predicted.
+        holds: whether rows that have met their limits are kept where they are while others move on.
+        divisible: whether ``select`` may be called.
+        closes: whether the run ends with one more evaluation, at the value.
         steps_at_the_end: whether a step before that evaluation is free.
-        coupled: a row that was settled and is this many times above its limit depends on rows that have moved since.
+        coupled: a settled row that is this many times above its limit depends on rows that have moved since.
         clear: a ratio of residual and limit below which rounding hides how fast the residual falls.
     """
 
     rise = 1e3
     attentive = False
-    first_look = 0
+    first_check = 0
     stalled = False
     faults: Tensor | None = None
     fixed = False
@@ -50,47 +50,47 @@ class Process(ABC):
     @property
     @abstractmethod
     def value(self) -> Tensor:
-        """The present iterate, shape (rows, dim). Where ``keeps_best``, a later step must not change it in place."""
+        """The present iterate, shape (rows, dim). If ``keeps_best``, a later step must not change it in place."""
 
     @abstractmethod
     def measure(self, *, closing: bool = False) -> Tensor:
-        """The residual norm of each row at the present iterate; it is kept."""
+        """Return the residual norm of each row at the present iterate; the loop keeps the tensor."""
 
     @abstractmethod
     def step(self) -> None:
-        """Go on to the next iterate."""
+        """Move to the next iterate."""
 
     @abstractmethod
     def limits(self) -> Tensor:
-        """The residual norm that each row has to meet."""
+        """Return the residual norm at or below which each row is converged."""
 
     @abstractmethod
     def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Let the rows of a mask have the iterates ``by``, shape (rows, dim)."""
+        """Replace the iterates of the rows in the mask ``rows`` by those of ``by``, shape (rows, dim)."""
 
     @abstractmethod
     def hold(self, moving: Tensor) -> None:
-        """Let only the rows of a mask move from now on."""
+        """Move only the rows in the mask ``moving`` from now on."""
 
     def select(self, index: Tensor) -> bool:
-        """Go on with the rows in ``index`` alone; False where the problem cannot be taken apart, and nothing was changed."""
+        """Continue with the rows in ``index`` alone. Return False, without any change, if the problem is not divisible."""
         return False
 
     def whole(self) -> None:
-        """Have all rows again, after ``select``."""
+        """Continue with all rows again, after ``select``."""
         raise NotImplementedError
 
     def confirm(self) -> Tensor:
-        """Measure the residual norms of the value, where ``measure`` does not, and go on from there."""
+        """Measure the residual norms of the value, if ``measure`` only updates them, and continue from there."""
         raise NotImplementedError
 
     def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
-        """The codes of ``Status`` in the light of what only the method knows, after the run; all rows are in the batch.
+        """Return the codes of ``Status`` after the run, changed by what only the method knows; all rows are in the batch.
 
         Args:
-            status: as the loop has it.
+            status: the codes that the loop derived.
             residual: residual norm of the value.
-            settled: whether every row has met its limit or could do no more.
+            settled: whether every row has met its limit or could make no progress.
         """
         return status
 
@@ -101,12 +101,12 @@ class Outcome:
 
     Attributes:
         status: codes of ``Status``.
-        iterations: the iteration, from 1, at which each row met its limit or was last seen.
+        iterations: the iteration, from 1, at which each row met its limit or was last measured.
         residual: residual norm of the value.
-        limits: what it had to be.
-        made: iterations that were made in all.
-        contraction: factor by which the residual fell in an iteration, over the last few; NaN where it cannot be told.
-        trace: the largest of residual over limit in every iteration.
+        limits: the norm at or below which a row is converged.
+        made: total number of iterations.
+        contraction: factor by which the residual fell in an iteration, over the last few; NaN if it is unknown.
+        trace: the largest ratio of residual and limit in every iteration.
         parted: whether rows were dropped from the batch.
     """
 

@@ -1,9 +1,9 @@
-"""Finds maps that are not functions: random ones (dropout), and ones that change a state of their own (batch statistics).
+"""Checks for maps that are not functions: random ones (dropout), and ones that change state of their own (batch statistics).
 
-A solve calls its map many times and a backward takes the derivative of one call: if two calls on one input differ, there is no
-fixed point, and if a call leaves a trace, a solve leaves dozens. Two checks cost next to nothing and are made at every solve: of
-the modules that the map can be seen to use, and of whether its first evaluation draws random numbers. ``check_map`` makes the
-third, two calls on one input, for whatever else there is.
+A solve calls its map many times, and backward takes the derivative of one call. If two calls on one input differ, there is no
+fixed point; if a call changes some state, a solve changes it dozens of times. Every solve makes two cheap checks: of the
+modules that the map can be seen to use, and of whether its first evaluation draws random numbers. ``check_map`` finds anything
+else by calling the map twice on one input.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from hyperopt.core.places import Places
 
 
 def lazy_names(module: torch.nn.Module) -> list[str]:
-    """The parameters and buffers of a lazy module that have no size yet."""
+    """Return the names of the parameters and buffers of a lazy module that have no size yet."""
     return [name for name, x in (*module.named_parameters(), *module.named_buffers()) if is_lazy(x)]
 
 
 def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ()) -> None:
-    """Refuse a map with a module that changes when it is called: a lazy one, or running statistics in training mode.
+    """Refuse a map with a module that changes when it is called: a lazy one, or one with running statistics in training mode.
 
     Raises:
-        ImpureMapError: names the first one.
+        ImpureMapError: there is such a module; the message names the first.
     """
     for name, module in Places.of(phi, args, deep=False).named:
         if isinstance(module, LazyModuleMixin) and lazy_names(module):
@@ -49,12 +49,12 @@ def refuse_changing_modules(phi: Callable[..., Any], args: tuple[Any, ...] = ())
 
 @torch.no_grad()
 def refuse_changing(phi: Callable[..., Any], value: Any, args: tuple[Any, ...], written: list[Tensor]) -> None:
-    """Refuse a map that changed tensors that it closes over, unless two calls at ``value`` give the same to the bit.
+    """Refuse a map that changed captured tensors, unless two calls at ``value`` give exactly the same result.
 
-    A map may write into memory that it owns, or count its calls, and be a function all the same.
+    A map may write into memory that it owns, or count its calls, and still be a function.
 
     Raises:
-        ImpureMapError: gives the shapes of the tensors.
+        ImpureMapError: the results differ; the message gives the shapes of the tensors.
     """
     one, two = (optree.tree_leaves(phi(optree.tree_map(torch.clone, value), *args)) for _ in range(2))
     if not all(_same(a, b) for a, b in zip(one, two, strict=True)):
@@ -66,7 +66,7 @@ def refuse_changing(phi: Callable[..., Any], value: Any, args: tuple[Any, ...], 
 
 
 def random_map(phi: Callable[..., Any], args: tuple[Any, ...]) -> ImpureMapError:
-    """What to say of a map that draws random numbers; names the dropout modules, if it has any."""
+    """Return the error for a map that draws random numbers; it names the dropout modules, if the map has any."""
     found = [name for name, m in Places.of(phi, args, deep=False).named if isinstance(m, _DropoutNd) and m.training and m.p > 0]
     what = f"through {', '.join(found)}" if found else "somewhere"
     return ImpureMapError(
@@ -82,7 +82,7 @@ def check_map(phi: Callable[..., Any], w0: Any, args: tuple[Any, ...] = ()) -> N
 
     Args:
         phi: the map.
-        w0: a state, as for ``fixed_point``; it is handed over in copies.
+        w0: a state, as for ``fixed_point``; the map gets copies of it.
         args: further arguments.
 
     Raises:
@@ -110,5 +110,5 @@ def check_map(phi: Callable[..., Any], w0: Any, args: tuple[Any, ...] = ()) -> N
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, NaN equal to NaN."""
+    """Whether two tensors are equal; NaN counts as equal to NaN."""
     return torch.equal(a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0)) and torch.equal(a.isnan(), b.isnan())

@@ -1,6 +1,7 @@
-"""Products of vectors row by row, one kernel each: what accelerated and Krylov methods are made of.
+"""Products of vectors, row by row, in one kernel each: the building blocks of accelerated and Krylov methods.
 
-They keep the precision of their dtype: autocast and TensorFloat-32, which are for the map's own products, do not lower them.
+They keep the precision of their dtype. Autocast and TensorFloat-32 are meant for the map's own products and do not lower
+these.
 """
 
 from __future__ import annotations
@@ -11,27 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # numbers that stay in the cache
+CHUNK = 2**18  # this many numbers stay in the cache
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """A block in which autocast, which is for the map, does not lower the products of a method."""
+    """Return a context in which autocast, which is meant for the map, does not lower the products of a method."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def rounds(a: Tensor) -> bool:
-    """Whether products of matrices are rounded to less than the dtype here."""
+    """Whether products of matrices like ``a`` are rounded below their dtype (by TensorFloat-32)."""
     return a.is_cuda and a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def length(a: Tensor) -> Tensor:
-    """Norm of each row, shape (rows, 1)."""
+    """Return the norm of each row, shape (rows, 1)."""
     return torch.linalg.vector_norm(a, dim=1, keepdim=True)
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """``|a - b|`` of each row, shape (rows,); of large states on the CPU some rows at a time, so that no page is new to it."""
+    """Return ``||a - b||`` of each row, shape (rows,). Large states on the CPU are taken in chunks that stay in the cache."""
     if a.numel() <= CHUNK or a.device.type != "cpu":
         return torch.linalg.vector_norm(a - b, dim=1)
     rows = max(1, CHUNK // a.shape[1])
@@ -39,7 +40,7 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Inner products ``<vectors_i, x>``, to which ``beta start`` is added, written to ``out`` if that is given.
+    """Return ``beta start + <vectors_i, x>``, written to ``out`` if that is given.
 
     Shapes: ``vectors`` (rows, m, dim), ``x`` (rows, dim), ``start`` and the result (rows, m, 1).
     """
@@ -51,14 +52,14 @@ def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 
 
 
 def dot(a: Tensor, b: Tensor, start: Tensor | None = None, beta: float = 1.0) -> Tensor:
-    """Inner product of each row, to which ``beta start`` is added, shape (rows, 1)."""
+    """Return ``beta start +`` the inner product of each row of ``a`` and ``b``, shape (rows, 1)."""
     if a.shape[0] == 1 and not rounds(b):
         return a @ b.mT if start is None else torch.addmm(start, a, b.mT, beta=beta)
     return dots(a[:, None], b, start if start is None or not start.dim() else start[:, :, None], beta)[:, :, 0]
 
 
 def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0, *, here: bool = False) -> Tensor:
-    """``start + alpha sum_i weights_i vectors_i``, written over ``start`` if that may be (``here``).
+    """Return ``start + alpha sum_i weights_i vectors_i``; with ``here`` the result overwrites ``start``.
 
     Shapes: ``start`` (rows, dim), ``weights`` (rows, m, 1), ``vectors`` (rows, m, dim).
     """

@@ -1,4 +1,4 @@
-"""Checks of what ``load_state_dict`` is given, made before anything is changed: a state fits as a whole or is refused."""
+"""Checks of what ``load_state_dict`` is given. They run before anything changes: a state is loaded as a whole or refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def check_entries(given: Any, expected: Collection[str], what: str, optional: Collection[str] = ()) -> None:
-    """Refuse a state that has not exactly the ``expected`` entries (those of ``optional`` may be missing).
+    """Refuse a state whose entries are not exactly ``expected``, plus any of ``optional``.
 
     Args:
         given: the state.
         expected: names of the entries.
         what: whose state it is, for the message.
-        optional: names of entries that may be there.
+        optional: names of entries that may be present or missing.
 
     Raises:
-        TypeError: it is no mapping.
-        ValueError: names the entries that are missing, or that are not known.
+        TypeError: ``given`` is not a mapping.
+        ValueError: entries are missing or unknown; the message names them.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"the state of {what} is a {type(given).__name__}; give what its state_dict() returned")
@@ -35,19 +35,18 @@ def check_entries(given: Any, expected: Collection[str], what: str, optional: Co
 
 
 def check_tensors(given: Mapping[str, Any], own: Mapping[str, Tensor], what: str) -> None:
-    """Refuse tensors that cannot take the places of ``own`` as they are; entries that only one of the two has are left alone.
+    """Refuse saved tensors that cannot replace those of ``own``. Entries that only one of the two mappings has are ignored.
 
-    A dtype that cannot hold the saved numbers exactly is refused too: float64 numbers would lose digits in a float32 tensor
-    without a word.
+    A dtype that cannot hold the saved numbers exactly is refused too: a float32 tensor would silently lose digits of float64.
 
     Args:
         given: the saved tensors by name.
-        own: the tensors that would take them.
+        own: the tensors to be replaced, by name.
         what: whose state it is, for the message.
 
     Raises:
-        TypeError: an entry is no tensor.
-        ValueError: names the entry and both shapes, or both dtypes.
+        TypeError: an entry is not a tensor.
+        ValueError: a shape or dtype does not fit; the message names the entry and both values.
     """
     for name, mine in own.items():
         if name not in given:
@@ -69,6 +68,6 @@ def check_tensors(given: Mapping[str, Any], own: Mapping[str, Tensor], what: str
 
 
 def _names(names: Collection[str]) -> str:
-    """At most eight names, in quotes."""
+    """Return at most eight names, in quotes."""
     shown = [repr(str(name)) for name in list(names)[:8]]
     return (", ".join(shown) or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")

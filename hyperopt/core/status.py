@@ -13,7 +13,7 @@ from hyperopt.core.tree import Layout
 
 
 class Status(enum.IntEnum):
-    """How a row, or a whole solve, ended. Ordered: the worst row names the solve."""
+    """How a row, or a whole solve, ended. The members are ordered: a solve has the largest status of its rows."""
 
     converged = 0
     fixed_steps = 1
@@ -22,21 +22,21 @@ class Status(enum.IntEnum):
     coupled_rows = 4
     breakdown = 5
     negative_curvature = 6
-    indefinite = 6  # the old name
+    indefinite = 6  # the former name of negative_curvature
     diverged = 7
     nonfinite = 8
 
     def __str__(self) -> str:
-        """The name."""
+        """Return the name."""
         return self.name
 
     def __format__(self, spec: str) -> str:
-        """The name, or the code where ``spec`` is that of a number."""
+        """Return the name, or the number if ``spec`` is a format for whole numbers."""
         return format(int(self), spec) if spec[-1:] in ("d", "x", "b", "n") and spec else format(self.name, spec)
 
     @property
     def failed(self) -> bool:
-        """Whether the result must not be used without a second look."""
+        """Whether the result is not to be trusted."""
         return self > Status.fixed_steps
 
     @property
@@ -66,7 +66,7 @@ _MESSAGES = {
 
 @dataclass(repr=False)
 class SolveStats:
-    """What one solve did and cost. Tensors stay on their device until they are read.
+    """What one solve did and what it cost. Tensors stay on their device until they are read.
 
     Attributes:
         row_status: codes of ``Status``, shape (rows,).
@@ -76,9 +76,10 @@ class SolveStats:
         evaluations: calls of the map (forward) made in this solve, over whole batches.
         vjps: vector-Jacobian products made in this solve.
         jvps: Jacobian-vector products made in this solve.
-        contraction: estimate of the contraction factor from the decay of the residual (NaN where it cannot be told).
-        trace: largest relative residual over the rows after each evaluation, shape (steps,); empty where not measured.
-        method: name of the method that gave the result; ``fallbacks`` names those that failed before it.
+        contraction: estimate of the contraction factor from the decay of the residual (NaN if it cannot be estimated).
+        trace: largest relative residual over the rows after each evaluation, shape (steps,); empty if it was not measured.
+        method: name of the method that gave the result.
+        fallbacks: names of the methods that were tried before it and failed.
     """
 
     row_status: Tensor
@@ -95,11 +96,11 @@ class SolveStats:
 
     @property
     def status(self) -> Status:
-        """The worst status over the rows (converged for a solve of no rows)."""
+        """The worst status of the rows (converged for a solve without rows)."""
         return Status(int(self.row_status.max())) if self.row_status.numel() else Status.converged
 
     def __repr__(self) -> str:
-        """Method, status, iterations, residual, rows and costs."""
+        """Return the method, status, iterations, residual, number of rows and costs."""
         steps = int(self.iterations.max()) if self.iterations.numel() else 0
         costs = "".join(f", {name}={count}" for name in ("evaluations", "vjps", "jvps") if (count := getattr(self, name)))
         return (
@@ -108,11 +109,11 @@ class SolveStats:
         )
 
     def worst_residual(self) -> float:
-        """The largest residual over the rows (NaN if any is)."""
+        """Return the largest residual of the rows (NaN if one is NaN)."""
         return float(self.residual.max()) if self.residual.numel() else 0.0
 
     def describe(self) -> str:
-        """One line: method, iterations, residual, how many rows ended how."""
+        """Return one line: method, iterations, residual and how many rows failed, with the message of the status."""
         rows = self.row_status.numel()
         bad = int((self.row_status > Status.fixed_steps).sum())
         steps = int(self.iterations.max()) if self.iterations.numel() else 0
@@ -124,10 +125,10 @@ class SolveStats:
 
 @dataclass
 class AdjointBox:
-    """Holds the latest backward solve, with no link from the solution to the graph.
+    """Holder of the statistics of the latest backward solve. It does not reference the autograd graph.
 
     Attributes:
-        stats: its statistics.
+        stats: statistics of the solve.
         v: the adjoint variable, detached, shape (rows, dim).
     """
 
@@ -140,11 +141,11 @@ class Solution:
     """A solved fixed point.
 
     Attributes:
-        value: the state, in the structure of ``w0``; differentiable in ``args`` and in all that the map closes over.
+        value: the state, in the structure of ``w0``; differentiable in ``args`` and in every tensor that the map captures.
         forward: statistics of the forward solve.
         layout: how the state lies in a matrix.
-        box: the latest backward solve.
-        aux: what the map returned beside the state under ``has_aux=True``, at its last evaluation of all rows, detached.
+        box: holder of the latest backward solve; read ``adjoint`` and ``v`` instead.
+        aux: under ``has_aux=True``, the second value that the map returned when it last evaluated all rows, detached.
     """
 
     value: Any

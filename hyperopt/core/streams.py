@@ -1,6 +1,7 @@
-"""``Stream``: an iterator that remembers what was taken from it, since an iterator has no content that can be read.
+"""``Stream``: an iterator that remembers what was taken from it, since the content of an iterator cannot be read.
 
-A ``Replay`` puts a stream in the place of an iterator for the first evaluation of a function, and gives the same again in others.
+A ``Replay`` puts a stream in the place of an iterator for the first evaluation of a function, and gives its items again in
+replays.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from hyperopt.core.draws import ImpureMapError
 
 
 class Stream(Iterator[Any]):
-    """An iterator that begins with what was taken from another one, and remembers what it gives.
+    """An iterator that gives known items before those of its source, and remembers what it gives.
 
     Args:
-        source: the other one.
-        items: what comes first.
-        closed: whether nothing else comes.
+        source: the iterator that it stands for.
+        items: the items that come first.
+        closed: whether nothing may be taken from ``source``.
     """
 
     END = object()
 
     def __init__(self, source: Iterator[Any], items: list[Any], *, closed: bool = False) -> None:
-        """Nothing is taken yet."""
+        """Start before the first item."""
         self.source, self.items, self.at, self.closed = source, list(items), 0, closed
 
     def __next__(self) -> Any:
-        """The next item; one from the source is made outside of every mode: it is data, whatever it draws.
+        """Return the next item. The source makes its items outside of every mode: they are data, even if random.
 
         Raises:
-            ImpureMapError: it is closed, and more is taken than the first time.
+            ImpureMapError: the stream is closed, and more is taken than the first time.
         """
         if self.at == len(self.items):
             if self.closed:
@@ -51,13 +52,13 @@ class Stream(Iterator[Any]):
         return item
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the source has."""
-        if name == "source":  # a copy that is being made
+        """Return an attribute of the source."""
+        if name == "source":  # copy and pickle ask for attributes before there is a source
             raise AttributeError(name)
         return getattr(self.source, name)
 
     def rest(self) -> Iterator[Any]:
-        """What is left: the source itself where none of its items is."""
+        """Return an iterator over the rest; it is the source itself if none of the known items is left."""
         left = self.items[self.at :]
         if left:
             return Stream(self.source, left)
@@ -65,13 +66,13 @@ class Stream(Iterator[Any]):
 
 
 def streamed(value: Any) -> bool:
-    """Whether a value is an iterator of a library's, which a ``Stream`` can stand for; the user's own keep attributes."""
+    """Whether a value is a library's iterator, which a ``Stream`` can replace; the user's own have attributes instead."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and library(type(value).__module__)
 
 
 @functools.cache
 def library(module: str) -> bool:
-    """Whether a module is no code of the user's: an installed package, or a part of Python."""
+    """Whether a module belongs to an installed package or to Python, and not to the user."""
     top = module.split(".")[0]
     if top == __name__.split(".")[0] or (top in sys.stdlib_module_names and top != "__main__"):
         return True

@@ -1,4 +1,4 @@
-"""Trees of tensors <-> one ``(rows, dim)`` matrix, so that every solver is plain algebra on a matrix."""
+"""Conversion between trees of tensors and one ``(rows, dim)`` matrix, so that every solver is plain algebra on a matrix."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def leaves_of(tree: Any) -> list[Any]:
 
 
 def tree_norm(tree: Any) -> float:
-    """Euclidean norm over all tensors of a tree; 0 without any."""
+    """Return the Euclidean norm over all tensors of a tree, 0 if the tree has none."""
     tensors = [leaf.detach() for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
     return float(total_norm(tensors)) if tensors else 0.0
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm over all entries of some tensors, at least one, on the device of the first."""
+    """Return the Euclidean norm over all entries of at least one tensor, on the device of the first."""
     norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
@@ -40,13 +40,13 @@ class Layout:
     Attributes:
         spec: structure of the tree.
         shapes: shape of each leaf.
-        dtypes: dtype of each leaf, restored for the map.
+        dtypes: dtype of each leaf; the map is called with leaves of these dtypes.
         rows: number of rows; ``rows="joint"`` gives 1.
-        widths: columns of each leaf; their sum is ``dim``.
-        dtype: dtype of the matrix: the leaves' promoted one, never below float32; a complex number is a pair of real ones.
-        joint: whether all leaves make one row.
+        widths: number of columns of each leaf; their sum is ``dim``. A complex number takes two columns.
+        dtype: dtype of the matrix: the promoted dtype of the leaves, at least float32.
+        joint: whether all leaves form one row.
         device: where all leaves live.
-        scales: the unit of each leaf in the matrix; empty: 1 for all.
+        scales: the unit of each leaf in the matrix; an empty tuple stands for 1 everywhere.
     """
 
     spec: Any
@@ -61,26 +61,28 @@ class Layout:
 
     @property
     def rounding(self) -> float:
-        """The eps of leaves in half precision, which they keep as parts of a matrix in float32; 0 without any."""
+        """The largest eps of the leaves in half precision, 0 without any: their rounding remains in the float32 matrix."""
         return max(map(half_eps, self.dtypes), default=0.0)
 
     @property
     def trivial(self) -> bool:
-        """Whether the tree is the matrix itself."""
+        """Whether the matrix is the tree's only leaf, unchanged."""
         one = len(self.shapes) == 1 and self.shapes[0] == (self.rows, self.widths[0]) and self.dtypes[0] == self.dtype
         return one and not self.scales
 
     def matrix(self, tree: Any, rows: int | None = None, *, dual: bool = False) -> Tensor:
-        """The tree as a matrix of shape (rows, dim), in units of ``scales``; a single leaf is a view where its strides allow.
+        """Return the tree as a matrix of shape (rows, dim), in units of ``scales``; a single leaf is a view if possible.
 
-        ``rows`` says how many rows are expected when only some of them are there (never when joint); ``dual`` that the tree holds
-        derivatives with respect to a state, as an adjoint variable does.
+        Args:
+            tree: the state.
+            rows: number of rows in ``tree``, if it holds only some of them (not for a joint layout).
+            dual: whether ``tree`` holds derivatives with respect to a state, such as an adjoint variable.
         """
         count = self.rows if rows is None else rows
         leaves, spec = optree.tree_flatten(tree)
         if spec != self.spec:
             raise ValueError(
-                f"the map changed the structure of the state: got {spec}, w0 has {self.spec}; return what it was given"
+                f"the map changed the structure of the state: got {spec}, w0 has {self.spec}; return the structure of w0"
             )
         flat = []
         for i, (leaf, shape, width) in enumerate(zip(leaves, self.shapes, self.widths, strict=True)):
@@ -110,7 +112,7 @@ class Layout:
         return out if out.dtype == self.dtype else out.to(self.dtype)
 
     def tree(self, matrix: Tensor, *, dual: bool = False) -> Any:
-        """The matrix (any number of rows, unless joint) as a tree, each leaf in its own shape, dtype and unit; see ``matrix``."""
+        """Return a matrix (of any number of rows, unless joint) as a tree: the inverse of ``matrix``."""
         if self.trivial:
             return optree.tree_unflatten(self.spec, [matrix])
         parts = matrix.split(self.widths, dim=1) if len(self.widths) > 1 else (matrix,)
@@ -127,18 +129,18 @@ class Layout:
 
 
 def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
-    """Work out how ``w0`` lies in a matrix.
+    """Return the layout of ``w0`` in a matrix.
 
     Args:
         w0: tree of floating-point or complex tensors.
         scales: the unit of each leaf, in the structure of ``w0`` (None: 1 for all).
-        rows: ``"batch"``: leaves share a leading dimension of independent rows; ``"joint"``: all is one row; ``"auto"``: batch
-            when all leaves have at least two dimensions and share the first, else joint.
+        rows: ``"batch"``: the leaves share a leading dimension of independent rows; ``"joint"``: everything is one row;
+            ``"auto"``: batch if all leaves have at least two dimensions and share the first, else joint.
 
     Raises:
-        ValueError: unknown ``rows``, no leaf, ``"batch"`` with leaves that share no leading dimension, or ``scales`` of another
-            structure, or that are no positive numbers.
-        TypeError: a leaf is no tensor, or not of a floating-point dtype.
+        ValueError: ``rows`` is unknown, ``w0`` has no leaf, its leaves do not fit ``"batch"``, or ``scales`` has another
+            structure or holds something other than positive numbers.
+        TypeError: a leaf is not a tensor, or its dtype is neither floating-point nor complex.
     """
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is none of {', '.join(ROWS)}; change rows")

@@ -1,8 +1,8 @@
-"""Is this hypergradient right? ``check_hypergradient`` against three references, ``compare_adjoints`` at what price.
+"""Checks of a hypergradient: ``check_hypergradient`` compares it with three references, ``compare_adjoints`` shows its price.
 
 The references share as little as possible with what they check:
 
-- finite differences of the outer objective along random directions, the inner problem solved to the rounding floor;
+- finite differences of the outer objective along random directions, with the inner problem solved to the rounding floor;
 - ``dense``: the adjoint system solved by an LU factorisation of the Jacobian at that solution;
 - ``unrolled``: autograd through the iteration from the start.
 """
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 Objective = Callable[[FixedPointSolver, Adjoint], tuple[Tensor, Solution]]
 """``objective(solver, adjoint)`` solves the inner problem with these and returns the outer loss, a scalar, and the solution."""
 
-STEPS = 10_000  # for the references; a solve that contracts at all is at its rounding floor by then
+STEPS = 10_000  # budget of the references' solves; a contracting solve reaches its rounding floor in fewer steps
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One hypergradient beside a reference.
+    """One hypergradient compared with a reference.
 
     Attributes:
-        name: of the method, or of the reference that an estimator was held against.
-        error: ``|g - reference| / |reference|`` in the Euclidean norm over all hyperparameters; NaN where it could not be had.
-        cosine: of the angle between the two.
+        name: name of the method, or of the reference.
+        error: ``|g - reference| / |reference|`` in the Euclidean norm over all hyperparameters; NaN if there is none.
+        cosine: cosine of the angle between the two.
         vjps: vector-Jacobian products of the backward solve.
         jvps: Jacobian-vector products of the backward solve.
-        seconds: of forward and backward together, wall time of one run after a warm-up.
-        peak_bytes: most memory in tensors alive at once during forward and backward, beyond what was there before.
-        note: how the solves ended, where one failed, or why there is no number.
+        seconds: wall time of one forward and backward run, after a warm-up.
+        peak_bytes: largest memory in tensors during forward and backward, beyond what was there before.
+        note: how a failed solve ended, or why there is no number.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class HypergradientCheck:
-    """What ``check_hypergradient`` found; ``print`` it for the table.
+    """The result of ``check_hypergradient``; ``print`` it for the table.
 
     Attributes:
-        rows: one a reference.
+        rows: one comparison for each reference.
         tolerance: largest relative error that passes.
-        norm: of the hypergradient that was checked.
+        norm: norm of the hypergradient that was checked.
     """
 
     rows: tuple[Comparison, ...]
@@ -80,12 +80,12 @@ class HypergradientCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether there was a reference, and every one agrees within the tolerance."""
+        """Whether at least one reference could be computed, and all of these agree within the tolerance."""
         known = [row.error for row in self.rows if not math.isnan(row.error)]
         return bool(known) and max(known) <= self.tolerance
 
     def __str__(self) -> str:
-        """The table."""
+        """Return the table."""
         lines = [("against", "relative error", "cosine", "")]
         lines += [(row.name, _number(row.error, ".1e"), _number(row.cosine, ".9f"), row.note) for row in self.rows]
         verdict = "passed" if self.passed else "FAILED"
@@ -94,12 +94,12 @@ class HypergradientCheck:
 
 @dataclass(frozen=True)
 class AdjointComparison:
-    """What ``compare_adjoints`` found; ``print`` it for the table, ``figure()`` draws error against time."""
+    """The result of ``compare_adjoints``; ``print`` it for the table, ``figure()`` draws error against time."""
 
     rows: tuple[Comparison, ...]
 
     def __str__(self) -> str:
-        """The table."""
+        """Return the table."""
         lines = [("adjoint", "relative error", "1 - cosine", "vjps", "jvps", "seconds", "peak MB", "")]
         for row in self.rows:
             cost = (str(row.vjps), str(row.jvps), _number(row.seconds, ".4f"), _number(row.peak_bytes / 1e6, ".1f"))
@@ -107,8 +107,8 @@ class AdjointComparison:
         return aligned(lines)
 
     def figure(self) -> Figure:
-        """Relative error against seconds, one point an adjoint."""
-        from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+        """Draw relative error against seconds, one point for each adjoint."""
+        from matplotlib.figure import Figure  # imported here since it takes half a second
 
         figure = Figure(figsize=(6.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
@@ -131,24 +131,24 @@ def check_hypergradient(
     directions: int = 4,
     generator: torch.Generator | None = None,
 ) -> HypergradientCheck:
-    """Hold the hypergradient of an estimator against finite differences, a dense adjoint and unrolling.
+    """Compare the hypergradient of an estimator with finite differences, a dense adjoint and unrolling.
 
-    Use float64: in float32 finite differences are good to three digits at best.
+    Use float64: in float32 finite differences are correct to three digits at best.
 
     Args:
         objective: see ``Objective``; it must be deterministic.
         hyperparameters: the leaf tensors that the outer loss depends on, in a list, or in groups.
-        solver: of the estimator (default ``Picard()``).
-        adjoint: of the estimator (default ``Implicit()``).
+        solver: forward solver of the estimator (default ``Picard()``).
+        adjoint: adjoint of the estimator (default ``Implicit()``).
         tolerance: largest relative error that passes.
-        directions: random directions of the finite differences, for all hyperparameters together.
-        generator: draws them (None: a fresh one, seed 0).
+        directions: number of random directions of the finite differences, for all hyperparameters together.
+        generator: generator of the directions (None: a new one with seed 0).
 
     Returns:
-        The table; ``passed`` is whether every reference that could be had agrees.
+        The table; ``passed`` says whether every reference that could be computed agrees.
 
     Raises:
-        ValueError: a loss that is no scalar, no hyperparameters, or one that is no leaf requiring grad.
+        ValueError: the loss is not a scalar, there are no hyperparameters, or one is not a leaf that requires grad.
 
     Example:
         >>> import torch, hyperopt
@@ -170,7 +170,7 @@ def check_hypergradient(
             _, reference = _gradient(objective, tensors, exact if name == "dense" else Picard(exact.rtol, 0.0, STEPS), way)
             rows.append(Comparison(name, *_distance(gradient, reference)))
         except (SolveError, ValueError) as error:
-            rows.append(Comparison(name, math.nan, note=f"not to be had: {error}"))
+            rows.append(Comparison(name, math.nan, note=f"not available: {error}"))
     return HypergradientCheck(tuple(rows), tolerance, float(gradient.norm()))
 
 
@@ -182,17 +182,17 @@ def compare_adjoints(
     solver: FixedPointSolver | None = None,
     reference: Adjoint | None = None,
 ) -> AdjointComparison:
-    """Error, cost and memory of several adjoints on one problem.
+    """Compare error, cost and memory of several adjoints on one problem.
 
     Args:
         objective: see ``Objective``.
         hyperparameters: as for ``check_hypergradient``.
-        adjoints: by the name that the table shows.
+        adjoints: the adjoints, by the names that the table shows.
         solver: the forward solver of all of them (default ``Picard()``).
-        reference: what the errors are relative to, after a forward solve to the rounding floor (default: the dense adjoint).
+        reference: adjoint to which the errors are relative, after a forward solve to the rounding floor (default: dense).
 
     Raises:
-        ValueError: see ``check_hypergradient``; also no adjoints.
+        ValueError: as ``check_hypergradient``, or there are no adjoints.
     """
     tensors = _tensors(hyperparameters)
     if not adjoints:
@@ -222,7 +222,7 @@ def compare_adjoints(
 
 
 def tight(solver: FixedPointSolver, dtype: torch.dtype) -> FixedPointSolver:
-    """``solver`` with a tolerance at the rounding floor of ``dtype`` and a large budget."""
+    """Return ``solver`` with a tolerance at the rounding floor of ``dtype`` and a large budget."""
     return replace(solver, rtol=rounding_floor(dtype), atol=0.0, max_steps=max(STEPS, solver.max_steps))
 
 
@@ -246,7 +246,7 @@ def _gradient(
     adjoint: Adjoint,
     keep: list[Solution] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The outer loss and its hypergradient as one vector."""
+    """Return the outer loss and its hypergradient as one vector."""
     loss, solution = objective(solver, adjoint)
     if loss.numel() != 1:
         raise ValueError(f"the outer loss has shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
@@ -265,7 +265,7 @@ def _finite_differences(
     directions: int,
     generator: torch.Generator,
 ) -> Comparison:
-    """Central differences along random directions of unit length, against the directional derivatives.
+    """Compare central differences along random directions of unit length with the directional derivatives.
 
     The step balances truncation, of order h^2, and rounding, of order eps / h: ``h = eps^(1/3) max(1, |lam|)``.
     """
@@ -293,7 +293,7 @@ def _finite_differences(
 
 
 def _distance(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Relative error and cosine, in float64; an error of 0 where both are 0."""
+    """Return relative error and cosine, computed in float64; the error is 0 where both are 0."""
     g, r = gradient.double(), reference.double()
     gap, size = float((g - r).norm()), float(r.norm())
     error = 0.0 if gap == 0 else gap / size if size > 0 else math.inf

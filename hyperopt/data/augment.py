@@ -1,6 +1,6 @@
 """Standard augmentation of a batch of images, on its device: a random crop of the padded image, and a random flip.
 
-What happens to an example depends on the seed, the epoch and the example's own number alone: see ``hyperopt.core.random``.
+The change of an example depends only on the seed, the epoch and the example's own number; see ``hyperopt.core.random``.
 
     augment = Augment(padding=4, flip=0.5)
     images = rows.x[batch].unflatten(1, splits.shape)
@@ -24,13 +24,13 @@ class Augment:
     """A random crop of the padded image, then a random horizontal flip, each example by its own number.
 
     Attributes:
-        padding: a crop of the image's own size is taken from the image padded by so many pixels on each side; 0 leaves it.
-        flip: chance that an image is turned left to right, 0 to 1.
-        fill: value of the padding, in the pixels' own units. 0 is black in a byte or under ``normalize=unit``, and the channel's
-            mean under ``normalize=standard``.
+        padding: number of pixels added on each side before a crop of the original size is taken; 0 leaves the image.
+        flip: probability that an image is flipped left to right, 0 to 1.
+        fill: value of the padding, in the unit of the pixels. 0 is black for bytes or under ``normalize=unit``, and the
+            channel's mean under ``normalize=standard``.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     padding: int = 4
@@ -44,21 +44,22 @@ class Augment:
         check_number(self, "fill", -math.inf)
 
     def __call__(self, images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
-        """Return the images, changed.
+        """Return the changed images.
 
-        Pixels are moved, never mixed: any dtype keeps its values, and a gradient goes back to the pixels that were kept.
+        Pixels are moved, never mixed: any dtype keeps its values, and a gradient reaches the pixels that were kept.
 
         Args:
             images: shape: (n, channels, height, width), floating or uint8.
             index: each example's number in its dataset, as ``Rows.index``. shape: (n,), int64, on the device of ``images``.
             seed: the run's seed, 0 to 2**64 - 1.
-            epoch: which pass over the data this is, from 0; every epoch draws anew.
+            epoch: number of the pass over the data, from 0; every epoch has new draws.
 
         Returns:
-            A new tensor, of the same shape, dtype and device.
+            A new tensor of the same shape, dtype and device.
 
         Raises:
-            ValueError: other shapes, an index that is not int64, a negative seed or epoch, or bytes and a ``fill`` that is none.
+            ValueError: a shape is wrong, the index is not int64, the seed or epoch is negative, or ``fill`` is no byte for
+                bytes.
         """
         self._check(images, index)
         keys = Keys(index, seed, epoch)
@@ -69,9 +70,9 @@ class Augment:
 
         side = 2 * self.padding + 1
         flipped = pick(2**BITS, Stream.FLIP) < round(self.flip * 2**BITS)  # shape: (n, 1)
-        columns = torch.arange(width, device=images.device)  # of the result
-        columns = torch.where(flipped, width - 1 - columns, columns)  # of the crop. shape: (n, width)
-        columns = columns + pick(side, Stream.RIGHT) - self.padding  # of the image
+        columns = torch.arange(width, device=images.device)  # columns of the result
+        columns = torch.where(flipped, width - 1 - columns, columns)  # columns of the crop. shape: (n, width)
+        columns = columns + pick(side, Stream.RIGHT) - self.padding  # columns of the image
         rows = torch.arange(height, device=images.device) + pick(side, Stream.DOWN) - self.padding  # shape: (n, height)
         inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
         pixels = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
@@ -79,7 +80,7 @@ class Augment:
         return torch.where(inside[:, None], taken, torch.full((), self.fill, dtype=images.dtype, device=images.device))
 
     def _check(self, images: Tensor, index: Tensor) -> None:
-        """Refuse what would be augmented wrongly rather than not at all."""
+        """Refuse arguments that would be augmented wrongly."""
         if images.dim() != 4:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (n, channels, height, width): unflatten them")
         if index.dtype != torch.int64 or index.shape != images.shape[:1]:

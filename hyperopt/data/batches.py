@@ -1,7 +1,7 @@
-"""Minibatches: which rows an update sees, in an order that the seed alone decides.
+"""Minibatches: the rows of each update, in an order that the seed alone decides.
 
-Epoch ``e`` is a permutation of the rows drawn from ``(seed, e)``, cut into pieces of ``size``, so that where an update stands is
-two numbers: a run that goes on in the middle of an epoch draws that epoch again and takes the next piece.
+Epoch ``e`` is a permutation of the rows drawn from ``(seed, e)``, cut into pieces of ``size``. Two numbers therefore say where
+a run is: a run that resumes in the middle of an epoch draws that epoch again and takes the next piece.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Batch:
     """The rows of one update.
 
     Attributes:
-        index: places of the rows, ascending (a mean does not depend on their order); None: all of them. shape: (rows,), int64
-        rows: how many.
-        epoch: epochs before this one.
-        number: batches of this epoch before this one.
+        index: numbers of the rows, ascending, since a mean does not depend on their order; None: all. shape: (rows,), int64
+        rows: number of rows.
+        epoch: number of epochs before this one.
+        number: number of batches of this epoch before this one.
     """
 
     index: Tensor | None
@@ -35,22 +35,21 @@ class Batch:
 
 
 class Batches:
-    """Batches without end, epoch after epoch; each row is at most once in an epoch.
+    """An endless sequence of batches, epoch after epoch; each row occurs at most once in an epoch.
 
-    The permutations are those of numpy's ``RandomState``, whose stream is frozen for good (NEP 19): a seed gives the same order
-    on every machine, device and version.
+    The permutations are those of numpy's ``RandomState``, whose stream never changes (NEP 19): a seed gives the same order on
+    every machine, device and version.
 
     Args:
         rows: number of rows.
-        size: rows of a batch; None: all, in their own order.
+        size: number of rows in a batch; None: all, in their own order.
         seed: seed of the order, 0 to 2**32 - 1.
-        last: what becomes of the rows that are left when ``size`` does not divide ``rows``: ``keep`` makes a shorter batch of
-            them, whose mean then weighs each of them more; ``drop`` leaves them out of this epoch (the next one is another
-            permutation).
-        device: where the indices go.
+        last: what happens to the rows that remain if ``size`` does not divide ``rows``. ``keep`` makes a shorter batch of
+            them, whose mean gives each of them more weight; ``drop`` leaves them out of this epoch.
+        device: device of the indices.
 
     Attributes:
-        per_epoch: batches in an epoch.
+        per_epoch: number of batches in an epoch.
 
     Raises:
         ValueError: ``size`` is larger than the number of rows.
@@ -59,7 +58,7 @@ class Batches:
     def __init__(
         self, rows: int, size: int | None, seed: int = 0, last: str = "keep", device: torch.device | str = "cpu"
     ) -> None:
-        """Stand before the first batch."""
+        """Start before the first batch."""
         if size is not None and not 1 <= size <= rows:
             raise ValueError(
                 f"task.batch_size={size} is more than the {rows} fitted rows; lower task.batch_size, or set it to null for all "
@@ -69,7 +68,7 @@ class Batches:
         whole, left = divmod(rows, rows if size is None else size) if rows else (1, 0)
         self.per_epoch = whole + (1 if left and last == "keep" else 0)
         self._epoch, self._number = 0, 0
-        self._order: tuple[int, np.ndarray] | None = None  # the epoch drawn last, and its permutation
+        self._order: tuple[int, np.ndarray] | None = None  # the latest epoch that was drawn, and its permutation
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the permutation of an epoch. shape: (rows,)."""
@@ -79,7 +78,7 @@ class Batches:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Epoch and number of the next batch."""
+        """The epoch and number of the next batch."""
         return self._epoch, self._number
 
     def following(self, place: tuple[int, int]) -> tuple[int, int]:
@@ -88,7 +87,7 @@ class Batches:
         return (epoch + 1, 0) if number + 1 == self.per_epoch else (epoch, number + 1)
 
     def at(self, place: tuple[int, int]) -> Batch:
-        """Return the batch at a place, wherever the next one stands."""
+        """Return the batch at a place, without moving to it."""
         epoch, number = place
         if self.size is None:
             return Batch(None, self.rows, epoch, number)
@@ -102,14 +101,14 @@ class Batches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands."""
+        """Return the place of the next batch."""
         return {"epoch": self._epoch, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned.
+        """Load what ``state_dict`` returned.
 
         Raises:
-            ValueError: another entry, or a place that these batches do not have.
+            ValueError: an entry is wrong, or these batches have no such place.
         """
         check_entries(state, ("epoch", "number"), "Batches")
         epoch, number = plain(state["epoch"]), plain(state["number"])

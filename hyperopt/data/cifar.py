@@ -1,6 +1,6 @@
-"""CIFAR-10, from the Python version, which torchvision downloads as pickled dictionaries, or from the official binary version.
+"""CIFAR-10, from its Python version (pickled dictionaries, which torchvision downloads) or its official binary version.
 
-Both hold the same images in the same order: a label, and 32 x 32 pixels row by row, all red ones first, then green, then blue.
+Both hold the same images in the same order: a label, and 32 x 32 pixels row by row, first red, then green, then blue.
 
 Reference: A. Krizhevsky, Learning multiple layers of features from tiny images, technical report, University of Toronto, 2009.
 """
@@ -21,19 +21,19 @@ from hyperopt.data.splits import Images, Splits, make_splits
 
 
 def records(name: str, data: bytes) -> np.ndarray:
-    """Return the records of a file of either version, whose checksum is right; shape: (images, 1 + 3072)."""
+    """Return the records of a file of either version, whose checksum was verified; shape: (images, 1 + 3072)."""
     if name.endswith(".bin"):
         return np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    with warnings.catch_warnings(action="ignore"):  # numpy's, about what it wrote into pickles under Python 2
+    with warnings.catch_warnings(action="ignore"):  # numpy warns about pickles from Python 2
         batch = pickle.loads(data, encoding="latin1")
     return np.column_stack([np.asarray(batch["labels"], np.uint8), batch["data"]])
 
 
 @dataclass(frozen=True)
 class CIFAR10(FilesDataset):
-    """Ten kinds of things in colour, 50,000 training and 10,000 test images of 3 x 32 x 32, pixels / 255.
+    """Photographs of ten kinds of objects: 50,000 training and 10,000 test images of 3 x 32 x 32, pixels / 255.
 
-    They come from either version under ``ROOT`` or torchvision's download.
+    They come from either version under ``ROOT`` or from torchvision's download.
     """
 
     train: int = 5000
@@ -50,7 +50,7 @@ class CIFAR10(FilesDataset):
             "data_batch_4": "634d18415352ddfa80567beed471001a",
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             "test_batch": "40351d587109b95175f43aff81a1287e",
-            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",  # the classes' names; torchvision reads no folder without it
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",  # names of the classes; torchvision needs this file
         },
         "cifar-10-batches-bin": {
             "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
@@ -63,7 +63,7 @@ class CIFAR10(FilesDataset):
     }
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits, fetching the files if need be; arguments and errors: see ``make_splits`` and ``obtain``."""
+        """Return the splits, fetching the files if needed; for arguments and errors see ``make_splits`` and ``obtain``."""
         files = obtain(self, "cifar10", [(Path(folder), form) for folder, form in self.forms.items()], self.sources)
         checksums = next(dict(form) for form in self.forms.values() if form.keys() == files.keys())
 

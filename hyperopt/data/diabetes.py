@@ -1,4 +1,4 @@
-"""scikit-learn's bundled diabetes study: a number to predict, without files or network.
+"""scikit-learn's bundled diabetes study: a regression without files or network.
 
 Reference: B. Efron, T. Hastie, I. Johnstone and R. Tibshirani, Least angle regression, Annals of Statistics 32, 2004.
 """
@@ -16,10 +16,10 @@ from hyperopt.data.splits import DrawnDataset, Rows, Splits, draw_rows, scaled_b
 
 @dataclass(frozen=True)
 class Diabetes(DrawnDataset):
-    """442 patients: 10 features each, and how far the disease had gone a year later.
+    """442 patients, with 10 features each and the progression of the disease after a year.
 
-    ``normalize=unit`` leaves scikit-learn's scaling (columns of length 1); the numbers to predict have mean 0 and deviation 1
-    over the training rows, always.
+    ``normalize=unit`` leaves scikit-learn's scaling (columns of length 1). The targets always have mean 0 and deviation 1 over
+    the training rows.
     """
 
     train: int = 200
@@ -35,9 +35,9 @@ class Diabetes(DrawnDataset):
 
         Args:
             dtype: floating dtype of features and targets.
-            device: where the rows go.
+            device: device of the rows.
         """
-        from sklearn.datasets import load_diabetes  # here: a second to import, and only this dataset needs it
+        from sklearn.datasets import load_diabetes  # imported here since it takes a second
 
         bunch: Any = load_diabetes()
         rows = draw_rows(self)

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled digits: real handwriting that needs no network.
+"""scikit-learn's bundled digits: real handwriting without a download.
 
 Reference: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
@@ -16,13 +16,13 @@ import torch
 from hyperopt.data.files import check
 from hyperopt.data.splits import DrawnDataset, Images, Splits, make_splits
 
-# md5 of the pixels (0 to 16) and of the labels, one byte each, row by row; the same from every scikit-learn.
+# md5 of the pixels (0 to 16) and of the labels, one byte each, row by row; the same for every version of scikit-learn.
 CHECKSUMS = {"digits-images": "fa70cba135d4cdd4cde65da70dbffde2", "digits-labels": "96ecbac7ce6c9c7e9f9f82160cffba40"}
 
 
 @dataclass(frozen=True)
 class Digits(DrawnDataset):
-    """1797 images of 8 x 8 handwritten digits; pixels / 16. There are no test rows beside them, and no files are needed."""
+    """1797 images of 8 x 8 handwritten digits; pixels / 16. There are no separate test rows, and no files are needed."""
 
     train: int = 1000
     val: int = 400
@@ -35,7 +35,7 @@ class Digits(DrawnDataset):
 
         Args:
             dtype: floating dtype of the features.
-            device: where the rows go.
+            device: device of the rows.
 
         Raises:
             DataError: the installed scikit-learn bundles other data.
@@ -48,9 +48,10 @@ class Digits(DrawnDataset):
 
 
 def bundled() -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels, shape (1797, 1, 8, 8), and the labels, from the file inside of scikit-learn.
+    """Return the pixels, shape (1797, 1, 8, 8), and the labels, from the file inside scikit-learn.
 
-    The package itself takes more than a second to import: its own loader has the word where the file is not where it was.
+    The file is read without importing scikit-learn, which takes more than a second; its loader is used if there is no such
+    file.
     """
     spec = find_spec("sklearn")
     folders = [] if spec is None else spec.submodule_search_locations or []

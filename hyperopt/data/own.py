@@ -1,4 +1,4 @@
-"""Rows of your own: an ordinary ``torch.utils.data.Dataset``, a pair of arrays, or a function that returns either of them.
+"""Your own rows: an ordinary ``torch.utils.data.Dataset``, a pair of arrays, or a function that returns one of these.
 
 EquilibriumTask(dataset=TensorDataset(x, y))
 EquilibriumTask(dataset=(x, y))
@@ -29,23 +29,23 @@ NUMBERS = (Tensor, np.ndarray, np.generic, int, float, list, tuple)
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """A dataset whose rows are your own, of which three disjoint splits are drawn.
+    """A dataset of your own rows, from which three disjoint splits are drawn.
 
-    Whole numbers ``0, 1, ...`` for ``y`` are labels, one for each row, and numbers of a floating type are to be predicted. The
-    values of ``x`` are taken as they are.
+    Whole numbers ``0, 1, ...`` in ``y`` are labels, one for each row; floating numbers are targets of a regression. The values
+    of ``x`` are taken as they are.
 
     Attributes:
         data: a ``torch.utils.data.Dataset`` whose items are pairs ``(x, y)``, a pair of arrays ``(x, y)`` with a row for each
             example, or a function without arguments that returns one of these; it is called when the rows are loaded.
-        train: rows of the training split (None: all that ``val`` and ``test`` leave).
-        val: rows of the validation split, 0 for none (None: a fifth of all rows).
-        test: rows of the test split (None: all that are left if ``train`` is given, and else a fifth of all rows).
+        train: number of training rows (None: all that ``val`` and ``test`` leave).
+        val: number of validation rows, 0 for none (None: a fifth of all rows).
+        test: number of test rows (None: all that are left if ``train`` is given, and else a fifth of all rows).
         order: how they are drawn; see ``hyperopt.data.splits.DrawnDataset``.
         seed: seed of the draw, 0 to 2**32 - 1 (None: that of the run).
 
     Raises:
         TypeError: ``data`` is none of these, or lacks a method.
-        ValueError: a size or an order that no data could have.
+        ValueError: no data can have such a size or order.
     """
 
     data: TorchDataset[Any] | tuple[Any, Any] | Callable[[], Any]
@@ -56,7 +56,7 @@ class Own:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be known before the rows are there."""
+        """Check what can be checked before the rows are loaded."""
         for name, least in (("train", 1), ("val", 0), ("test", 1)):
             check_optional_count(self, name, least)
         check_choice(self, "order", ORDERS)
@@ -69,12 +69,12 @@ class Own:
         """Return the splits.
 
         Args:
-            dtype: floating dtype of the features, and of the targets where they are numbers.
-            device: where the rows go.
+            dtype: floating dtype of the features, and of the targets of a regression.
+            device: device of the rows.
 
         Raises:
-            DataError: items that are no pairs of numbers, rows of different shapes, values that are not finite, labels that are
-                not 0, 1, ..., or splits that are larger than the data.
+            DataError: items are not pairs of numbers, rows differ in shape, values are not finite, labels are not 0, 1, ...,
+                or the splits are larger than the data.
         """
         name, data = "arrays" if isinstance(self.data, tuple | list) else called(self.data), self.data
         if not _is_rows(data):
@@ -98,7 +98,7 @@ class Own:
         return Splits(*rows, classes, tuple(x.shape[1:]), name, checksums, scaled_by())
 
     def _drawn(self, rows: int, name: str) -> dict[str, np.ndarray]:
-        """The row numbers of each split."""
+        """Return the row numbers of each split."""
         fifth = max(rows // 5, 1)
         val = fifth if self.val is None else self.val
         train, test = self.train, self.test
@@ -115,16 +115,16 @@ class Own:
 
 @dataclass(frozen=True)
 class _Sized(DrawnDataset):
-    """Sizes of splits of so many rows."""
+    """Sizes of the splits of a given number of rows."""
 
     train_images: int = 0  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def as_dataset(given: Any) -> Dataset | None:
-    """Return a dataset as it is, and ordinary rows as ``Own``; None for anything else.
+    """Return a dataset as it is, ordinary rows as an ``Own``, and None for anything else.
 
     Raises:
-        TypeError: a ``torch.utils.data.Dataset`` without a length, or whose items have no numbers.
+        TypeError: a ``torch.utils.data.Dataset`` has no length, or its items have no numbers.
     """
     if issubclass(type(given), Dataset):
         return given
@@ -132,15 +132,15 @@ def as_dataset(given: Any) -> Dataset | None:
 
 
 def _is_rows(data: Any) -> bool:
-    """Whether it is an ordinary dataset or a pair of arrays, and nothing that has to be called first."""
+    """Whether ``data`` is an ordinary dataset or a pair of arrays, and not a function that returns one."""
     return isinstance(data, TorchDataset) or (isinstance(data, tuple | list) and len(data) == 2)
 
 
 def _fault(data: Any) -> str | None:
-    """Return what is wrong with data, or with what will make it, as far as that can be known; None if nothing is."""
+    """Return what can be seen to be wrong with data, or with the function that makes it, or None."""
     if isinstance(data, type):
         return "is a class; give an object of it, or a function that returns one"
-    made = getattr(data, "func", data)  # of a functools.partial
+    made = getattr(data, "func", data)  # the function of a functools.partial
     kind = made if isinstance(made, type) else type(made)
     if issubclass(kind, TorchDataset):
         lacks = [name for name in ("__len__", "__getitem__") if getattr(kind, name, None) in (None, TorchDataset.__getitem__)]
@@ -197,7 +197,7 @@ def _numbers(value: Any, where: str) -> Tensor:
 
 
 def _checked(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return ``x`` with at least one dimension for each row, and ``y`` with none."""
+    """Return ``x`` with at least one dimension beside the rows, and ``y`` with the rows alone."""
     x, y = x[:, None] if x.dim() == 1 else x, y[:, 0] if y.dim() == 2 and y.shape[1] == 1 else y
     if x.dim() == 0 or y.dim() != 1 or len(x) != len(y) or not x.numel():
         raise DataError(

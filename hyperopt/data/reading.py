@@ -1,8 +1,8 @@
-"""How files that a run wrote are read: as plain data, within limits, with one-line errors that name the file.
+"""Reading of files that a run wrote: as plain data, within limits, with one-line errors that name the file.
 
-A run directory may come from someone else. So YAML is read without aliases (a few hundred bytes of them can stand for more data
-than any memory holds), without anchors and without tags; JSON without numbers that JSON does not have; both only up to a size and
-a depth that no honest file reaches. Nothing in a file is resolved, imported or called. Free of torch.
+A run directory may come from someone else. YAML is therefore read without aliases (a few hundred bytes of them can stand for
+more data than any memory holds), anchors and tags, and JSON without the numbers NaN and Infinity. Both have limits on size and
+depth that no real file reaches. Nothing in a file is resolved, imported or called. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ LARGEST_YAML = 300_000
 MOST = 20_000
 """Characters and values of one YAML file, which is slow to parse; real ones have some thousands and some hundreds."""
 LARGEST_ROWS = 4_000_000_000
-"""Bytes of all rows of metrics; a million steps of sixty numbers have a quarter of it."""
+"""Bytes of all rows of metrics; a million steps of sixty numbers take a quarter of it."""
 DEEPEST = 50
-"""Levels of nesting; real files have some ten."""
+"""Levels of nesting; real files have about ten."""
 
 
 class UnreadableError(ValueError):
-    """A file is not what it should be: too large, damaged, or with more than plain data in it. The message names the file."""
+    """A file is not what it should be: too large, damaged, or not only plain data. The message names the file."""
 
 
 class DataError(RuntimeError):
-    """A dataset is absent, unreachable or not what it says; the message names the file and the key to change."""
+    """A dataset is missing, unreachable or not what it should be; the message names the file and the key to change."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse what plain data does not need, before anything is made of it."""
+        """Refuse what plain data does not need, before anything is built from it."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise UnreadableError("has an anchor or an alias (& or *)")
@@ -61,14 +61,14 @@ class _Loader(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that occurs twice: which of its values counts would be left to the reader's taste."""
+        """Refuse a key that occurs twice, since readers differ on which of its values counts."""
         found = super().construct_mapping(node, deep)
         if len(found) != len(node.value):
             raise UnreadableError("has a key twice in one mapping")
         return found
 
 
-# Numbers as YAML 1.2 and OmegaConf have them: 1e-05 is a number too. Dates stay text.
+# Numbers as in YAML 1.2 and OmegaConf, where 1e-05 is a number too. Dates remain text.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -83,14 +83,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Return the mapping that a text of YAML holds, as plain data.
+    """Return the mapping in a YAML text, as plain data.
 
     Args:
-        text: all of it.
+        text: the whole text.
         where: what to call it in an error.
 
     Raises:
-        UnreadableError: too long, no YAML, not a mapping with names as keys, or with aliases, anchors or tags.
+        UnreadableError: the text is too long, not YAML, not a mapping with names as keys, or has aliases, anchors or tags.
     """
     if len(text) > LARGEST_YAML:
         raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST_YAML}")
@@ -104,10 +104,10 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """Return the object that a text of JSON holds.
+    """Return the object in a JSON text.
 
     Raises:
-        UnreadableError: too long, no JSON, no object, or nested too deeply.
+        UnreadableError: the text is too long, not JSON, not an object, or nested too deeply.
     """
     if len(text) > LARGEST:
         raise UnreadableError(f"{where} has {len(text)} characters, more than {LARGEST}")
@@ -141,11 +141,11 @@ def _mapping(found: Any, where: str) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """Return the bytes of a regular file; a device, a pipe or a socket is not opened for reading.
+    """Return the bytes of a regular file; a device, a pipe or a socket is not read.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: not a regular file, larger than ``largest``, or not readable.
+        FileNotFoundError: there is no such file.
+        UnreadableError: it is not a regular file, is larger than ``largest``, or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -154,21 +154,21 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
     facts = os.fstat(handle)
-    if not stat.S_ISREG(facts.st_mode):  # before fdopen, which raises an error of its own for a directory
+    if not stat.S_ISREG(facts.st_mode):  # before fdopen, whose own error for a directory would be different
         os.close(handle)
         raise UnreadableError(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
         if facts.st_size > largest:
             raise UnreadableError(f"{path} has {facts.st_size} bytes, more than {largest}")
-        return file.read(facts.st_size)  # no more: room is taken for all that is asked for
+        return file.read(facts.st_size)  # not more, since memory is reserved for all that is asked for
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """Return a text file as ``read_bytes`` does.
+    """Return a text file, read as by ``read_bytes``.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: see ``read_bytes``, or not UTF-8.
+        FileNotFoundError: there is no such file.
+        UnreadableError: as for ``read_bytes``, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, largest).decode("utf-8")
@@ -177,21 +177,21 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; errors as ``read_text`` and ``parse_yaml``."""
+    """Return the mapping in a YAML file; errors are those of ``read_text`` and ``parse_yaml``."""
     return parse_yaml(read_text(path), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; errors as ``read_text`` and ``parse_json``."""
+    """Return the object in a JSON file; errors are those of ``read_text`` and ``parse_json``."""
     return parse_json(read_text(path), str(path))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one in each line; a last line without an end is still being written and left out.
+    """Yield the objects of a file with one in each line; an unfinished last line is still being written and is left out.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: see ``read_text``; names the line that is no object.
+        FileNotFoundError: there is no such file.
+        UnreadableError: as for ``read_text``, or a line is not an object; the message names the line.
     """
     whole, _, _ = read_text(path, LARGEST_ROWS).rpartition("\n")
     for n, line in enumerate(whole.split("\n") if whole else (), 1):

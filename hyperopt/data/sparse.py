@@ -1,10 +1,10 @@
-"""``SparseRows``: a sparse feature matrix that a model multiplies its weights with, at the price of its entries, both ways.
+"""``SparseRows``: a sparse feature matrix whose products with weights cost as much as its entries, forward and backward.
 
     forward   x w              backward   x^T g              and so on, to any order
 
-PyTorch's own backward of a sparse product turns the matrix round at every call, which takes several times as long as the product;
-here the transpose is made once. (5,600 x 100,000 with 450,000 entries times 100,000 x 20, one thread: forward 14 ms; backward
-90 ms by PyTorch, 19 ms here.)
+PyTorch's own backward of a sparse product transposes the matrix at every call, which takes several times as long as the
+product. Here the transpose is made once. (5,600 x 100,000 with 450,000 entries times 100,000 x 20, one thread: forward 14 ms;
+backward 90 ms with PyTorch, 19 ms here.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def compressed_rows() -> Iterator[None]:
-    """Make compressed rows in this block: torch calls them a beta, once a process."""
+    """Silence, in a block, torch's warning that compressed rows are in beta, which appears once a process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         yield
@@ -31,8 +31,8 @@ class SparseRows:
 
     Args:
         matrix: a sparse matrix of SciPy, or a sparse tensor of any layout. shape: (rows, features)
-        dtype: of the entries (None: what they have).
-        device: where they live (None: where they are).
+        dtype: dtype of the entries (None: unchanged).
+        device: device of the entries (None: unchanged).
 
     Attributes:
         x: the matrix in compressed rows.
@@ -62,7 +62,7 @@ class SparseRows:
         return self.shape[0]
 
     def __matmul__(self, w: Tensor) -> Tensor:
-        """``x w``, for ``w`` of shape (features,) or (features, outputs)."""
+        """Return ``x w``, for ``w`` of shape (features,) or (features, outputs)."""
         product = _Product.apply(self.x, self.transposed, w if w.dim() == 2 else w[:, None])
         assert isinstance(product, Tensor)
         return product if w.dim() == 2 else product[:, 0]
@@ -70,12 +70,12 @@ class SparseRows:
     __call__ = __matmul__
 
     def take(self, index: Tensor) -> SparseRows:
-        """The rows at these places."""
+        """Return the rows at these places."""
         return SparseRows(self.x.to_sparse_coo().index_select(0, index.to(self.x.device)))
 
 
 class _Product(torch.autograd.Function):
-    """``x w``; its derivative is a product with the transpose, by the same function."""
+    """``x w``; its derivative is a product with the transpose, computed by the same function."""
 
     @staticmethod
     def forward(x: Tensor, transposed: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows, splits, and the one function that draws them."""
+"""Rows of a dataset, its splits, and the function that draws them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Rows:
 
     Attributes:
         x: features, flattened, dense or sparse (compressed rows). shape: (n, features), floating.
-        y: class labels, int64, or numbers to predict, floating. shape: (n,).
-        index: each row's number in its source. For a dataset with test rows of its own, the numbers of the training and
-            validation rows count the training images and those of the test rows count the test images. shape: (n,), int64.
+        y: class labels, int64, or targets of a regression, floating. shape: (n,).
+        index: each row's number in its source. If a dataset has separate test images, training and validation rows are
+            numbered within the training images and test rows within the test images. shape: (n,), int64.
     """
 
     x: torch.Tensor
@@ -38,14 +38,14 @@ class Rows:
         return self.y.shape[0]
 
     def take(self, places: torch.Tensor | slice | None) -> Rows:
-        """Return the rows at ``places``, or, for None, all of them, uncopied."""
+        """Return the rows at ``places`` or, for None, all of them without a copy."""
         if places is None:
             return self
         return Rows(_rows(self.x, places), self.y[places], self.index[places])
 
 
 def _rows(x: torch.Tensor, places: torch.Tensor | slice) -> torch.Tensor:
-    """Rows of a feature matrix; torch has no indexing of compressed rows."""
+    """Return rows of a feature matrix; torch cannot index compressed rows."""
     if x.layout == torch.strided:
         return x[places]
     index = torch.arange(x.shape[0], device=x.device)[places]
@@ -55,18 +55,19 @@ def _rows(x: torch.Tensor, places: torch.Tensor | slice) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset, cut up and on its device.
+    """The splits of a dataset, on its device.
 
     Attributes:
         train: the training rows.
-        val: the validation rows; never one of ``train``; there may be none.
-        test: the test rows; never one of ``train`` or ``val``.
-        num_classes: labels are ``0 .. num_classes - 1``; 0: the targets are numbers, of a floating dtype.
-        shape: one example before flattening, channels first, as ``(1, 28, 28)``.
-        name: the dataset's name in the configs, as ``mnist``.
+        val: the validation rows, none of them in ``train``; there may be none.
+        test: the test rows, none of them in ``train`` or ``val``.
+        num_classes: labels are ``0 .. num_classes - 1``; 0: the targets are floating numbers.
+        shape: shape of one example before flattening, channels first, such as ``(1, 28, 28)``.
+        name: the dataset's name in the configs, such as ``mnist``.
         checksums: md5 of the unpacked bytes of each file behind the rows.
-        scaling: ``x = (raw / largest - mean) / std`` before flattening, each a list of one number, or of one a channel (of one a
-            feature, where an example has one dimension); None: rows are made in another way.
+        scaling: ``largest``, ``mean`` and ``std`` of ``x = (raw / largest - mean) / std`` before flattening, each a list of
+            one number, or one for each channel (or feature, if an example has one dimension); None: ``x`` is made in another
+            way.
     """
 
     train: Rows
@@ -81,24 +82,24 @@ class Splits:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Where the rows of a task come from: any class with this method, which need not derive from this one.
+    """The source of a task's rows: any class with this method, which need not derive from this one.
 
-    It may say ``regression`` beforehand: whether the targets are numbers to predict. A task that classifies then refuses it when
-    it is made, and else only once the rows are there.
+    A class attribute ``regression`` may say whether the targets are numbers. A task that classifies then refuses such a
+    dataset when the task is made, and otherwise only when the rows are loaded.
     """
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Splits:
         """Return the splits.
 
         Args:
-            dtype: floating dtype of the features, and of the targets where they are numbers.
-            device: where the rows go.
+            dtype: floating dtype of the features, and of the targets of a regression.
+            device: device of the rows.
         """
         ...
 
     @classmethod
     def __subclasshook__(cls, other: type, /) -> bool:
-        """Whether a class has a ``load`` that can be called so; tasks have one that takes something else."""
+        """Whether a class has a ``load`` that can be called like this; the ``load`` of a task takes something else."""
         if cls is not Dataset:
             return NotImplemented
         found = inspect.getattr_static(other, "load", None)
@@ -112,23 +113,23 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class DrawnDataset:
-    """A dataset of a known size, of which three disjoint splits are drawn.
+    """A dataset of a known size, from which three disjoint splits are drawn.
 
-    The size is known beforehand, so that a split that does not fit is refused before anything is loaded or fetched.
+    Since the size is known, a split that does not fit is refused before anything is loaded or fetched.
 
     Attributes:
-        train: rows of the training split, at least 1.
-        val: rows of the validation split, 0 for none; never shares a row with ``train``.
-        test: rows of the test split, at least 1; None takes all (for a dataset without test rows of its own: all that are left).
-        order: ``shuffled`` draws the rows by ``seed``; ``head_tail`` takes the first ``train`` rows for training and the last
-            ``val`` for validation, ``tail_head`` the other way round. Both then test on the first test rows (for a dataset
-            without test rows of its own, the first of those in between).
+        train: number of training rows, at least 1.
+        val: number of validation rows, 0 for none; they share no row with ``train``.
+        test: number of test rows, at least 1; None takes all (of a dataset without separate test rows: all that are left).
+        order: ``shuffled`` draws the rows by ``seed``. ``head_tail`` takes the first ``train`` rows for training and the last
+            ``val`` for validation, and ``tail_head`` the other way round; both test on the first test rows (of a dataset
+            without separate test rows: the first of those in between).
         seed: seed of the draw, 0 to 2**32 - 1.
         normalize: ``unit`` divides pixels by their largest possible value; ``standard`` then subtracts each channel's mean and
-            divides by its standard deviation, both taken over the training split only.
+            divides by its standard deviation, both over the training split.
 
     Raises:
-        ValueError: a value out of range, or a split larger than the dataset.
+        ValueError: a value is out of range, or a split is larger than the dataset.
     """
 
     train: int = 1
@@ -139,8 +140,8 @@ class DrawnDataset:
     normalize: str = "unit"
 
     regression: ClassVar[bool] = False
-    train_images: ClassVar[int]  # rows that train and val are taken from
-    test_images: ClassVar[int | None] = None  # rows that test is taken from; None: what train and val leave over
+    train_images: ClassVar[int]  # number of rows from which train and val are taken
+    test_images: ClassVar[int | None] = None  # number of rows from which test is taken; None: what train and val leave
 
     def __post_init__(self) -> None:
         """Check every value against the dataset's size."""
@@ -178,8 +179,8 @@ class Images:
 def draw_rows(settings: DrawnDataset) -> dict[str, np.ndarray]:
     """Return the row numbers of ``train``, ``val`` and ``test``, as ``settings.order`` says.
 
-    The draw uses numpy's ``RandomState``, whose stream is frozen for good (NEP 19), and nothing global: the same seed gives the
-    same rows on every machine, device and version.
+    The draw uses numpy's ``RandomState``, whose stream never changes (NEP 19), and nothing global: a seed gives the same rows
+    on every machine, device and version.
     """
     pool, own_test = settings.train_images, settings.test_images
     if settings.order == "shuffled":
@@ -196,10 +197,10 @@ def draw_rows(settings: DrawnDataset) -> dict[str, np.ndarray]:
 
 
 def check_images(images: Images, name: str, num_classes: int) -> None:
-    """Refuse pixels that are not finite, labels outside the classes, and as many labels as there are not images.
+    """Refuse pixels that are not finite, labels outside the classes, and different numbers of images and labels.
 
     Raises:
-        DataError: names the dataset, the first bad row and the value seen.
+        DataError: the message names the dataset, the first bad row and its value.
     """
     pixels, labels = images.pixels, images.labels
     if len(pixels) != len(labels):
@@ -226,26 +227,26 @@ def make_splits(
 ) -> Splits:
     """Draw the rows, scale the pixels and move them to the device.
 
-    ``x = pixels / largest``, and with ``normalize=standard`` further ``(x - mean_c) / std_c`` for each channel ``c``, the mean
-    and the standard deviation taken over the training split.
+    ``x = pixels / largest``, and with ``normalize=standard`` also ``(x - mean_c) / std_c`` for each channel ``c``, with mean
+    and standard deviation over the training split.
 
     Args:
         settings: sizes, order, seed and normalization.
-        train: the images that train and val are drawn from.
-        test: the dataset's own test images; None draws test from ``train`` as well.
+        train: the images from which train and val are drawn.
+        test: the dataset's separate test images; None draws test from ``train`` as well.
         name: the dataset's name.
         checksums: md5 of each file behind the images.
         num_classes: number of classes.
         largest: the largest possible pixel (16 for digits, 255 for a byte).
         dtype: floating dtype of ``x``.
-        device: where the rows go.
+        device: device of the rows.
 
     Returns:
         The three splits.
 
     Raises:
-        DataError: bad labels or values, another number of images than the dataset has, or under ``normalize=standard`` a channel
-            that is constant over the training rows.
+        DataError: labels or values are bad, the number of images is not that of the dataset, or a channel is constant over the
+            training rows under ``normalize=standard``.
     """
     for part, images, expected in (("train", train, settings.train_images), ("test", test, settings.test_images)):
         if images is None:
@@ -277,5 +278,5 @@ def make_splits(
 
 
 def scaled_by(largest: float = 1.0, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> dict[str, list[float]]:
-    """Return ``Splits.scaling``."""
+    """Return a value for ``Splits.scaling``."""
     return {"largest": [largest], "mean": list(mean), "std": list(std)}

@@ -1,8 +1,8 @@
-"""Rows drawn from a linear model: what the examples of the literature on one L2 strength a feature are about.
+"""Rows drawn from a linear model, as in published examples with one L2 strength for each feature.
 
-The draws are those of numpy's ``RandomState`` in the order of the example that came with hypertorch (one L2 per feature,
-``seed=1``): the weights, all training and validation rows, their noise, the permutation that divides them (validation first), and
-then the test rows.
+The draws are those of numpy's ``RandomState`` in the order of hypertorch's example (one L2 for each feature, ``seed=1``): the
+weights, all training and validation rows, their noise, the permutation that divides them (validation first), and then the test
+rows.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Synthetic:
     """Rows drawn from a linear model, ``y = x w + noise e`` with standard normal ``x``, ``e`` and ``w - shift``.
 
     Attributes:
-        train: training rows.
-        val: validation rows, as many as one likes.
-        test: test rows.
-        features: entries of ``x``.
+        train: number of training rows.
+        val: number of validation rows, which may be 0.
+        test: number of test rows.
+        features: number of entries of ``x``.
         targets: ``classes``: whether ``y`` is above 0; ``numbers``: ``y`` itself.
         noise: factor of ``e``.
         shift: mean of ``w``.
         seed: seed of all draws, 0 to 2**32 - 1.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     train: int = 500
@@ -63,7 +63,7 @@ class Synthetic:
 
         Args:
             dtype: floating dtype of the features, and of targets that are numbers.
-            device: where the rows go.
+            device: device of the rows.
         """
         random = np.random.RandomState(self.seed)
         weights = random.randn(self.features) + self.shift

@@ -1,4 +1,4 @@
-"""Cells as a config names them: settings that build a cell once the sizes are known."""
+"""Settings of cells, as a config names them: each builds its cell once the sizes are known."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class CellError(ValueError):
 
 
 class CellFactory(ABC):
-    """What ``task.cell._target_`` names; for a cell of your own see ``OwnCell``, or derive a frozen dataclass from it."""
+    """The base class of ``task.cell._target_``; for a cell of your own use ``OwnCell``, or derive a frozen dataclass."""
 
     @abstractmethod
     def build(self, features: int, state_size: int, generator: torch.Generator | None = None) -> Cell:
         """Return the cell.
 
         Args:
-            features: entries of one input.
-            state_size: entries of one state.
-            generator: a CPU generator for the initial values (None: torch's global one).
+            features: number of entries of one input.
+            state_size: number of entries of one state.
+            generator: CPU generator of the initial values (None: torch's global one).
         """
 
 
 @dataclass(frozen=True)
 class TanhAffineCell(CellFactory):
-    """A cell ``w -> tanh(w A + B x + c)``; a subclass says what keeps the spectral norm of A below 1.
+    """A cell ``w -> tanh(w A + B x + c)``; a subclass keeps the spectral norm of A below 1.
 
     Attributes:
-        input_scale: standard deviation of the normal initial entries of B (None: ``torch.nn.Linear``'s uniform ones, of
+        input_scale: standard deviation of the normal initial entries of B (None: uniform as in ``torch.nn.Linear``, with
             deviation ``1 / sqrt(3 features)``).
-        bias: whether there is a c; it starts at zero.
+        bias: whether there is a ``c``, which starts at zero.
     """
 
     input_scale: float | None = None
@@ -63,17 +63,17 @@ class TanhAffineCell(CellFactory):
         """Return A, of ``size`` rows and columns."""
 
     def build(self, features: int, state_size: int, generator: torch.Generator | None = None) -> EquilibriumCell:
-        """Build it; see ``CellFactory.build``."""
+        """Build the cell; see ``CellFactory.build``."""
         matrix = self.matrix(state_size, generator)
         return EquilibriumCell(features, state_size, matrix, self.bias, input_scale=self.input_scale, generator=generator)
 
 
 @dataclass(frozen=True)
 class ProjectedCell(TanhAffineCell):
-    """A free matrix A, projected onto ``||A|| <= max_norm`` after every outer step.
+    """A free matrix A that is projected onto ``||A|| <= max_norm`` after every outer step.
 
     Attributes:
-        input_scale: as above; here large enough to bend the tanh, which raises the accuracy on digits.
+        input_scale: as in ``TanhAffineCell``; the default is large enough to saturate the tanh, which helps on digits.
         max_norm: largest spectral norm, in (0, 1).
         init_scale: standard deviation of the normal initial entries of A.
     """
@@ -95,10 +95,10 @@ class ProjectedCell(TanhAffineCell):
 
 @dataclass(frozen=True)
 class HouseholderCell(TanhAffineCell):
-    """``A = P D P``, P a product of Householder reflections and ``D = diag((1 - margin) sigmoid(d))``: ``||A|| < 1 - margin``.
+    """``A = P D P`` with P a product of reflections and ``D = diag((1 - margin) sigmoid(d))``: ``||A|| < 1 - margin``.
 
     Attributes:
-        reflections: number of reflections, at least 1 and at most ``task.state_size`` (more reach no other P).
+        reflections: number of reflections, at least 1 and at most ``task.state_size`` (more give no further P).
         margin: distance of the spectral norm from 1, in (0, 1).
     """
 
@@ -115,7 +115,7 @@ class HouseholderCell(TanhAffineCell):
         """Draw P and D.
 
         Raises:
-            ValueError: more reflections than ``size``.
+            ValueError: there are more reflections than ``size``.
         """
         return HouseholderContraction(size, self.reflections, self.margin, generator=generator)
 
@@ -124,22 +124,22 @@ class HouseholderCell(TanhAffineCell):
 class OwnCell(CellFactory):
     """An ordinary module as a cell: its ``forward(z, x)`` is the map, and all of its parameters are hyperparameters.
 
-    The state has as many entries as the module's attribute ``state_size`` says, if it has one, and else as the task says. Nothing
-    keeps the module a contraction: that is up to its ``forward``.
+    The state has as many entries as the module's attribute ``state_size`` says, or else the task. Nothing makes the map a
+    contraction; the module's ``forward`` must take care of this.
 
     Attributes:
-        module: the module, which is copied, or a class or function that returns it. Arguments of the names ``features`` and
-            ``state_size`` are given to it, as ``CellFactory.build`` has them, if it takes them and they are not given already.
+        module: the module, which is copied, or a class or function that returns it. If the class or function takes arguments
+            ``features`` and ``state_size`` that are not set yet, it gets those of ``CellFactory.build``.
 
     Raises:
-        TypeError: it is neither, needs other arguments, or has no ``forward(z, x)``.
+        TypeError: ``module`` is something else, needs other arguments, or has no ``forward(z, x)``.
     """
 
     module: nn.Module | Callable[..., nn.Module]
 
     def __post_init__(self) -> None:
-        """Check what can be known before the sizes are."""
-        made = getattr(self.module, "func", self.module)  # of a functools.partial
+        """Check what can be checked before the sizes are known."""
+        made = getattr(self.module, "func", self.module)  # the function of a functools.partial
         kind = made if isinstance(made, type) else type(made)
         fault = None
         if issubclass(kind, nn.Module):
@@ -155,21 +155,21 @@ class OwnCell(CellFactory):
             raise TypeError(f"{called(self.module)} {fault}")
 
     def _sizes(self) -> list[str]:
-        """Which of the sizes the class or function takes and does not have yet."""
+        """Return which of the sizes the class or function takes and does not have yet."""
         takes, has = inspect.signature(self.module).parameters, getattr(self.module, "keywords", {})
         return [name for name in ("features", "state_size") if name in takes and name not in has]
 
     def build(self, features: int, state_size: int, generator: torch.Generator | None = None) -> Cell:
-        """Build it; see ``CellFactory.build``.
+        """Build the cell; see ``CellFactory.build``.
 
         Raises:
-            CellError: no module was returned, or its ``forward`` does not map states of this size to such states.
+            CellError: the function returned no module, or ``forward`` does not map states of this size to such states.
         """
         with contextlib.nullcontext() if generator is None else drawing(generator):
             return self._built(features, state_size)
 
     def _built(self, features: int, state_size: int) -> Cell:
-        """Build it, with whatever draws initial values as it is."""
+        """Build the cell with the present sources of initial values."""
         name, sizes = called(self.module), {"features": features, "state_size": state_size}
         if isinstance(self.module, nn.Module):
             made: Any = copy.deepcopy(self.module)
@@ -188,7 +188,7 @@ class OwnCell(CellFactory):
 
 
 def _fault(kind: type[nn.Module]) -> str | None:
-    """Return what is wrong with the ``forward`` of a module's class; None if nothing is."""
+    """Return what is wrong with the ``forward`` of a module's class, or None."""
     if issubclass(kind, Cell):
         return None
     if kind.forward is nn.Module.forward:
@@ -201,7 +201,7 @@ def _fault(kind: type[nn.Module]) -> str | None:
 
 
 def _check_state(module: nn.Module, size: int, features: int, name: str) -> None:
-    """Try a copy of a module on two rows of zeros, and give its lazy modules their sizes; see ``OwnCell.build``."""
+    """Call a copy of a module on two rows of zeros, and give its lazy modules their sizes; see ``OwnCell.build``."""
     known = (each for each in module.parameters() if not is_lazy(each) and each.is_floating_point())
     dtype = next((each.dtype for each in known), torch.get_default_dtype())
     z, x = torch.zeros(2, size, dtype=dtype), torch.zeros(2, features, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The constants of the tanh-affine model with a linear classifier and the mean cross-entropy, for a rigorous certificate.
+"""Constants of the tanh-affine model with a linear classifier and the mean cross-entropy, for a certificate that is a bound.
 
 For one of N rows, ``z = w A + B x + c``, ``s = 1 - tanh(z)^2``, ``q = |A|_2``, ``R = (|w*|^2 + |x|^2 + 1)^(1/2)``, logits
 ``W w + b``, with ``|tanh''| <= t = 4 / (3 sqrt 3)`` and ``|diag(p) - p p^T|_2 <= 1/2`` for softmax probabilities p:
@@ -25,9 +25,9 @@ CURVATURE = 4 / (3 * math.sqrt(3))  # the largest |tanh''|
 
 @torch.no_grad()
 def mean_cross_entropy_constants(model: EquilibriumModel, x: Tensor) -> Constants | None:
-    """Constants at the model's latest solve, on the rows ``x``, shape (rows, features), under the mean cross-entropy.
+    """Return the constants at the model's latest solve for the mean cross-entropy on ``x``, shape (rows, features).
 
-    None where they are not known: another cell, or an A that is a nonlinear function of its parameters.
+    They are None for another cell, and for an A that is a nonlinear function of its parameters.
     """
     cell, solution = model.cell, model.solution
     if solution is None or not isinstance(cell, EquilibriumCell) or not isinstance(cell.phi, TanhAffine):

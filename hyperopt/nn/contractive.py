@@ -1,4 +1,4 @@
-"""Matrices that are contractions in the spectral norm, whatever the optimizer does, and the normalisation of a cell's weights."""
+"""Matrices that always are contractions in the spectral norm, and the normalisation of a cell's weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.nn.utils import parametrizations
 from hyperopt.nn.householder import HouseholderProduct
 
 NORMS = (None, "weight", "spectral")
-"""Of the weights of a cell, see ``normalise``."""
+"""The choices of ``norm`` in ``normalise``."""
 
 
 @torch.no_grad()
 def spectral_norm_bound(matrix: Tensor, squarings: int = 10) -> Tensor:
-    """Return a number that the spectral norm cannot exceed, by matrix products alone (a GPU is slow at the SVD).
+    """Return an upper bound of the spectral norm from matrix products alone, since an SVD is slow on a GPU.
 
     With ``G = A^T A`` and ``m = 2^squarings``: ``|A| = |G^m|^(1 / 2m) <= |G^m|_F^(1 / 2m) <= n^(1 / 4m) |A|``, so 10 squarings
-    are at most 0.2 % too large for n = 1000. Computed in float64, rounding included.
+    give at most 0.2 % too much for n = 1000. The computation is in float64, and the bound includes its rounding.
 
     Args:
         matrix: A. shape: (n, m)
-        squarings: each halves the relative excess.
+        squarings: number of squarings; each halves the relative excess.
 
     Returns:
-        A float64 scalar on the matrix's device; NaN or inf where an entry is.
+        A float64 scalar on the matrix's device; NaN or inf if an entry is.
     """
     a = matrix.detach().double()
     largest = a.abs().amax()
@@ -36,28 +36,28 @@ def spectral_norm_bound(matrix: Tensor, squarings: int = 10) -> Tensor:
     log_norm = torch.zeros((), dtype=a.dtype, device=a.device)
     power = a.T @ a
     for k in range(squarings + 1):
-        scale = torch.linalg.matrix_norm(power)  # keeps the powers in range: the product of the scales is the norm
+        scale = torch.linalg.matrix_norm(power)  # keeps the powers in range; the norm is the product of the scales
         safe = torch.where(scale > 0, scale, 1.0)
         log_norm = log_norm + safe.log() / 2 ** (k + 1)
         if k < squarings:
             power = (power / safe) @ (power / safe)
-    # A product of matrices of F-norm 1 is off by at most n eps, and its own F-norm is at least 1 / sqrt(n).
+    # A product of matrices of Frobenius norm 1 has an error of at most n eps, and a norm of at least 1 / sqrt(n).
     slack = 1 + 4 * max(a.shape) ** 1.5 * torch.finfo(a.dtype).eps
     return largest * log_norm.exp() * slack
 
 
 def clipping(a: Tensor, radius: float) -> tuple[float, Callable[[float], Tensor]]:
-    """Return the spectral norm of ``a`` and the function ``r -> U min(S, r) V^T`` of its singular values.
+    """Return the spectral norm of ``a`` and the function ``r -> U min(S, r) V^T`` that clips its singular values.
 
-    A matrix of norm at most ``2 radius`` goes by the eigenvectors of ``A^T A``, ``A V min(1, r / S) V^T``, in less time than by
-    the SVD. The error of that grows with ``(|A| / r)^2``, so that one further out takes the SVD.
+    For a norm of at most ``2 radius`` it uses the eigenvectors of ``A^T A``, ``A V min(1, r / S) V^T``, which is faster than
+    an SVD. The error of this grows with ``(|A| / r)^2``, so larger matrices take the SVD.
 
     Args:
-        a: shape: (n, n), float64
-        radius: about where it will be clipped.
+        a: the matrix A. shape: (n, n), float64
+        radius: about the radius at which it will be clipped.
     """
     far = 2 * radius
-    if float(torch.linalg.matrix_norm(a)) <= far * math.sqrt(len(a)):  # else |A| > far, and A^T A may even overflow
+    if float(torch.linalg.matrix_norm(a)) <= far * math.sqrt(len(a)):  # otherwise |A| > far, and A^T A may even overflow
         values, v = torch.linalg.eigh(a.T @ a)
         if float(values[-1]) <= far * far:
             s = values.clamp(min=torch.finfo(a.dtype).tiny).sqrt()
@@ -70,7 +70,7 @@ class ContractiveMatrix(nn.Module, ABC):
     """A square matrix A with a known bound of its spectral norm.
 
     Attributes:
-        n: its size.
+        n: number of rows of A.
     """
 
     n: int
@@ -81,10 +81,10 @@ class ContractiveMatrix(nn.Module, ABC):
 
     @abstractmethod
     def norm_bound(self) -> Tensor:
-        """Return a rigorous upper bound of ``|A|_2``, as a float64 scalar without a gradient."""
+        """Return an upper bound of ``|A|_2`` that includes rounding, as a float64 scalar without a gradient."""
 
     def project_(self) -> None:
-        """Bring the parameters back to where A is a contraction; call after every update."""
+        """Move the parameters to where A is a contraction; call after every update."""
 
     def forward(self) -> Tensor:
         """Return ``matrix()``."""
@@ -95,10 +95,10 @@ class HouseholderContraction(ContractiveMatrix):
     """``A = P D P`` with P a product of reflections and ``D = diag((1 - margin) sigmoid(d))``, so ``|A| < 1 - margin``.
 
     Args:
-        n: size of A.
-        reflections: reflections in P, 1 to n.
+        n: number of rows of A.
+        reflections: number of reflections in P, 1 to n.
         margin: distance of the norm's bound from 1, in (0, 1).
-        generator: draws P (None: torch's global one); d starts at zero, so D at ``(1 - margin) / 2``.
+        generator: generator of P (None: torch's global one); d starts at zero, so D at ``(1 - margin) / 2``.
 
     Attributes:
         product: P, a ``HouseholderProduct``, with the parameter ``vectors``. shape: (reflections, n)
@@ -124,7 +124,7 @@ class HouseholderContraction(ContractiveMatrix):
         return self.product.rotate(dp.T, transpose=True).T.to(self.d.dtype)  # P X = (X^T P^T)^T
 
     def norm_bound(self) -> Tensor:
-        """Return the largest entry of D, and what the rounding of A to its dtype may add."""
+        """Return the largest entry of D, increased by what the rounding of A to its dtype may add."""
         largest = (1 - self.margin) * torch.sigmoid(self.d.detach().double()).amax()
         # |A' - A| <= eps |A|_F <= eps sqrt(n) |A|
         return largest * (1 + math.sqrt(self.n) * torch.finfo(self.d.dtype).eps + 4 * self.n * torch.finfo(torch.float64).eps)
@@ -135,13 +135,13 @@ class HouseholderContraction(ContractiveMatrix):
 
 
 class ProjectedMatrix(ContractiveMatrix):
-    """A free matrix A that ``project_`` brings back onto the ball ``|A|_2 <= max_norm``.
+    """A free matrix A that ``project_`` moves back onto the ball ``|A|_2 <= max_norm``.
 
     Args:
-        n: size of A.
-        max_norm: radius, in (0, 1).
-        init_scale: standard deviation of the initial entries, at least 0; A starts inside the ball, whatever it is.
-        generator: draws A (None: torch's global one).
+        n: number of rows of A.
+        max_norm: radius of the ball, in (0, 1).
+        init_scale: standard deviation of the initial entries, at least 0; A is projected before it is used.
+        generator: generator of A (None: torch's global one).
 
     Attributes:
         A: the parameter. shape: (n, n)
@@ -162,7 +162,7 @@ class ProjectedMatrix(ContractiveMatrix):
         if not 0 <= init_scale < math.inf:
             raise ValueError(f"init_scale={init_scale} is not in [0, inf); change init_scale")
         self.n, self.max_norm = n, max_norm
-        self._outside = False  # whether the latest projection moved A; changes how fast the next one is, and no bit of A
+        self._outside = False  # whether the latest projection moved A; it affects the speed of the next one, not A
         drawn = torch.randn(n, n, generator=generator, dtype=torch.float64)
         self.A = nn.Parameter((init_scale * drawn).to(torch.get_default_dtype()))
         self.project_()
@@ -177,20 +177,20 @@ class ProjectedMatrix(ContractiveMatrix):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Replace A by the nearest matrix of norm at most ``max_norm``, in the Frobenius norm: singular values are clipped.
+        """Replace A by the nearest matrix of norm at most ``max_norm`` in the Frobenius norm, by clipping singular values.
 
-        A decomposition, in float64, is done only if a bound that costs less does not already show that A is inside. A matrix with
-        entries that are not finite is left as it is, for the check of the outer loss to find.
+        The decomposition, in float64, is skipped if a cheaper bound already shows that A is inside. A matrix with non-finite
+        entries is left as it is; the check of the outer loss finds them.
         """
         a = self.A.detach().double()
         cheap = torch.minimum(torch.linalg.matrix_norm(a), (a.abs().sum(0).amax() * a.abs().sum(1).amax()).sqrt())
         if not bool(cheap > self.max_norm) or not bool(cheap.isfinite()):
             return
-        # A that was outside after the last update is likely outside after this one: the close bound is then work for nothing.
+        # If A was outside after the last update, it probably is again, and the closer bound would be wasted.
         if not self._outside and bool(spectral_norm_bound(a) <= self.max_norm):
             return
         largest, clip = clipping(a, self.max_norm)
-        # Rounding to A's dtype may add eps sqrt(n) |A| to the norm, and the products some eps n: the ball is entered by that.
+        # Rounding to A's dtype may add eps sqrt(n) |A| to the norm, and the products about eps n, so A is clipped a bit more.
         slack = math.sqrt(self.n) * torch.finfo(self.A.dtype).eps + 4 * self.n * torch.finfo(a.dtype).eps
         self._outside = largest > self.max_norm
         if self._outside:
@@ -202,21 +202,21 @@ class ProjectedMatrix(ContractiveMatrix):
 
 
 def normalise(module: nn.Module, norm: str | None) -> None:
-    """Normalise every parameter of ``module`` that is called ``weight`` and has two dimensions or more, in place.
+    """Normalise every parameter of ``module`` that is called ``weight`` and has at least two dimensions, in place.
 
-        weight:    W = g v / |v|, output channel by output channel                   Salimans & Kingma, 2016, arXiv 1602.07868
-        spectral:  W = V / |V|_2, the norm by a power iteration, one step a solve    Miyato et al., 2018, arXiv 1802.05957
+        weight:    W = g v / |v|, for each output channel                            Salimans & Kingma, 2016, arXiv 1602.07868
+        spectral:  W = V / |V|_2, by a power iteration with one step a solve         Miyato et al., 2018, arXiv 1802.05957
 
-    This keeps the Jacobian of a cell from growing. The spectral norm is that of the weight as a matrix (output channels) x (the
-    rest): it bounds a linear layer, and a convolution up to a factor of its kernel's size. The vectors of the power iteration
-    move once a forward of the ``DEQ`` in training mode, and not in eval mode.
+    This keeps the Jacobian of a cell from growing. The spectral norm is that of the weight as a matrix (output channels) x
+    (the rest). It bounds a linear layer, and a convolution up to a factor of its kernel's size. The vectors of the power
+    iteration are updated once for each forward of the ``DEQ`` in training mode, and not in eval mode.
 
     Args:
         module: a cell.
-        norm: ``"weight"``, ``"spectral"``, or None for nothing.
+        norm: ``"weight"``, ``"spectral"``, or None to do nothing.
 
     Raises:
-        ValueError: an unknown norm, or there is nothing to normalise.
+        ValueError: the norm is unknown, or there is nothing to normalise.
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is none of {', '.join(map(str, NORMS))}; change norm")

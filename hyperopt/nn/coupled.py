@@ -3,7 +3,7 @@
     x = tanh(x M_xx + y M_yx + u_x)      x: (rows, n)
     y = tanh(x M_xy + y M_yy + u_y)      y: (rows, p, q)
 
-The four blocks are parts of one matrix M of norm below 1, so that the pair contracts jointly: either half alone need not.
+The four blocks are parts of one matrix M of norm below 1, so that the pair contracts jointly even if a half alone does not.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def coupled_map(state: State, u_x: Tensor, u_y: Tensor, M: Tensor) -> State:
 
 
 class CoupledCell(nn.Module):
-    """Inputs to the map of the two states; ``DEQ(CoupledCell(...))`` is the layer that solves it.
+    """The cell of the two states; ``DEQ(CoupledCell(...))`` is the layer that solves for them.
 
     Args:
-        features: entries of one input.
-        x_size: n, entries of one x.
+        features: number of entries of one input.
+        x_size: n, number of entries of one x.
         y_shape: (p, q), shape of one y.
         matrix: M, of size ``n + p q``.
-        generator: draws the input weights (None: torch's global one).
+        generator: generator of the input weights (None: torch's global one).
 
     Raises:
-        ValueError: a size below 1, or a matrix of another size.
+        ValueError: a size is below 1, or the matrix has another size.
     """
 
     phi = staticmethod(coupled_map)
@@ -73,7 +73,7 @@ class CoupledCell(nn.Module):
         return zero_state(inputs, rows, self.x_size), zero_state(inputs, rows, *self.y_shape)
 
     def terms(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``u_x``, ``u_y`` and M, computed once a solve."""
+        """Return ``u_x``, ``u_y`` and M, which are computed once a solve."""
         u = inputs @ self.B.T
         return u[:, : self.x_size], u[:, self.x_size :].unflatten(1, self.y_shape), self.recurrent.matrix()
 

@@ -2,8 +2,8 @@
 
     net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), DEQ(ResNetCell(48, 64)), nn.AvgPool2d(8), ...)
 
-The cell is any module ``f(z, x)``; z is any tree of tensors. The layer owns it: dropout masks and batch statistics stand still
-during a solve and in every replay of it (``hyperopt.core.replay``), and are updated once a forward. Lazy modules in the cell get
+The cell is any module ``f(z, x)``, and z is any tree of tensors. Dropout masks and batch statistics are constant during a
+solve and in every replay of it (``hyperopt.core.replay``), and are updated once for each forward. Lazy modules in the cell get
 their sizes from the first input and initial state.
 
 Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
@@ -34,48 +34,48 @@ from hyperopt.nn.state import materialise, refuse_guess, rows_are_coupled, zero_
 
 
 class Observer(Protocol):
-    """What a layer tells of its forward passes."""
+    """An object that a layer informs of its forward passes."""
 
     def before(self, layer: DEQ) -> Callable[[Any], None] | None:
-        """Called before a solve; what is returned, if anything, is called with every state at which the map is evaluated."""
+        """Run before a solve; a function that it returns is called with every state at which the map is evaluated."""
         ...
 
     def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
-        """Called after it, with the frozen map, what it takes beside the state, and the solution with its graph."""
+        """Run after a solve, with the frozen map, its arguments beside the state, and the solution with its graph."""
         ...
 
 
 class DEQ(nn.Module):
     """The fixed point of a cell, as a layer.
 
-    A cell may offer, beside ``forward(z, x)``:
+    A cell may have, beside ``forward(z, x)``:
         initial(x): where a solve starts, a tree of tensors.
-        terms(x), phi, row_args: as ``hyperopt.nn.equilibrium.Cell`` has them: ``phi(z, *terms(x))`` is then the map, so that
-            what does not depend on z is computed once a solve.
+        terms(x), phi, row_args: as in ``hyperopt.nn.equilibrium.Cell``. The map is then ``phi(z, *terms(x))``, so that what
+            does not depend on z is computed once a solve.
 
     Args:
         cell: the map.
         solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
         adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
-        rows: ``"batch"``, ``"joint"`` or ``"auto"``, see ``hyperopt.fixed_point``. Where rows depend on each other, as the nodes
-            of a graph do, or by BatchNorm that takes the statistics of its batch, ``"auto"`` is ``"joint"``; at its first
-            batch, a layer looks whether its cell's rows do.
-        policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
+        rows: ``"batch"``, ``"joint"`` or ``"auto"``, see ``hyperopt.fixed_point``. ``"auto"`` also tests at the layer's first
+            batch whether the rows depend on each other (the nodes of a graph, BatchNorm in training mode), and is then
+            ``"joint"``.
+        policy: what to do if a solve fails; see ``hyperopt.fixed_point``.
         fallback: solvers tried in turn under ``policy="fallback"``.
-        initial: ``initial(x)`` returns where a solve starts (None: the cell's own ``initial``, else zeros like x).
-        drop_rows: whether rows that have converged are dropped from the batch; not where rows depend on each other, or with
+        initial: function of x that returns where a solve starts (None: the cell's own ``initial``, else zeros like x).
+        drop_rows: whether converged rows are dropped from the batch; this is not done if rows depend on each other, or with
             dropout in the cell.
 
     Attributes:
-        solution: the latest solve, its value detached, without a graph; ``solution.adjoint`` is there after a backward. Copies
-            of the layer start without it.
-        observer: what is told of every forward (None: nothing), see ``hyperopt.nn.stabilise``.
+        solution: the latest solve, with a detached value; ``solution.adjoint`` is set by backward. Copies of the layer start
+            without it.
+        observer: an object that is informed of every forward (None: nothing), see ``hyperopt.nn.stabilise``.
 
     Raises:
-        TypeError, ValueError: an argument of another kind.
+        TypeError, ValueError: an argument is of another kind.
     """
 
-    _coupled: bool | None = None  # whether the cell's rows depend on each other; None: it has not been looked
+    _coupled: bool | None = None  # whether the cell's rows depend on each other; None: not tested yet
 
     def __init__(
         self,
@@ -115,21 +115,17 @@ class DEQ(nn.Module):
         """Return the fixed point, in the structure of the initial state.
 
         Args:
-            x: the cell's input; a tree is handed on as it is.
+            x: the cell's input; a tree is passed on as it is.
             z0: where the solve starts (None: at ``start(x)``), detached here.
-            v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient); a ``solution.v``.
-            trace: keep the residual after every iteration.
+            v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient), such as a ``solution.v``.
+            trace: whether to keep the residual after every iteration.
         """
         if torch.compiler.is_exporting():
             return self._exported(x, z0)
         return self._solve(x, z0, v0, trace)
 
     def _exported(self, x: Any, z0: Any) -> Any:
-        """The fixed trips that ``torch.export`` records.
-
-        Raises:
-            RuntimeError: a module of the cell draws random numbers or updates statistics.
-        """
+        """Solve with a fixed number of steps, which ``torch.export`` can record."""
         for name, module in self.cell.named_modules():
             if module.training and isinstance(module, _DropoutNd | _BatchNorm):
                 raise RuntimeError(f"DEQ: torch.export would record cell.{name} = {module} in training mode; call .eval() first")
@@ -156,7 +152,7 @@ class DEQ(nn.Module):
     def _solved(
         self, phi: Callable[..., Any], terms: tuple[Any, ...], row_args: Sequence[int], z0: Any, v0: Any, trace: bool
     ) -> Any:
-        """The fixed point from a given start."""
+        """Return the fixed point from a given start."""
         layout = layout_of(z0, self._rows())
         frozen = FrozenMap(phi, [self.cell], optree.tree_leaves(z0)[0].device)
         if not layout.joint and phi is self.cell and layout.rows > 1:
@@ -191,10 +187,10 @@ class DEQ(nn.Module):
         return solution.value
 
     def start(self, x: Any) -> Any:
-        """Return the initial state for ``x``: of the given ``initial``, of the cell's, or zeros like x.
+        """Return the initial state for ``x``, by ``initial`` or the cell, or zeros like x.
 
         Raises:
-            TypeError: there is neither, and x is no tensor.
+            TypeError: there is no ``initial``, and x is not a tensor.
         """
         if self._initial is not None:
             return self._initial(x)
@@ -212,18 +208,14 @@ class DEQ(nn.Module):
         (getattr(self.cell, "compile_map", None) or self.cell.compile)()
 
     def _map(self, x: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Sequence[int]]:
-        """The map, what it takes beside the state, and which of that has one row per example."""
+        """Return the map, its arguments beside the state, and which of these have one row for each example."""
         terms = getattr(self.cell, "terms", None)
         if terms is None:
             return self.cell, (x,), (0,)
         return self.cell.phi, terms(x), self.cell.row_args  # pyright: ignore[reportReturnType]
 
     def _rows(self) -> str:
-        """How rows lie, given the cell's modes.
-
-        Raises:
-            ValueError: rows were said to be independent, and are not; or they depend on those of other processes.
-        """
+        """Return how rows are treated, given the modes of the cell's modules."""
         for name, module in self.cell.named_modules():
             if isinstance(module, nn.SyncBatchNorm) and module.training:
                 raise ValueError(
@@ -240,11 +232,11 @@ class DEQ(nn.Module):
         return self.rows
 
     def _may_drop(self) -> bool:
-        """Whether a part of the rows meets the same map: masks are drawn for all of them."""
+        """Whether the map stays the same for some of the rows: dropout masks are drawn for all of them."""
         return self.drop_rows and not any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.cell.modules())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles are made from: all but the latest solve."""
+        """Return what copies and pickles are made from: everything but the latest solve."""
         return {**self.__dict__, "solution": None, "observer": None}
 
     def extra_repr(self) -> str:
@@ -253,10 +245,10 @@ class DEQ(nn.Module):
 
 
 def _detached(tree: Any) -> Any:
-    """The tree without graphs."""
+    """Return the tree without graphs."""
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _has_rows(x: Any, rows: int) -> bool:
-    """Whether x is a tensor with so many leading rows."""
+    """Whether x is a tensor with this number of leading rows."""
     return isinstance(x, Tensor) and x.shape[:1] == (rows,)

@@ -1,7 +1,7 @@
 """The equilibrium model ``w_i = phi(w_i, x_i)`` with a linear classifier on ``w_i``, and its tanh-affine cell.
 
-Everything that does not depend on the state (``B x_i + c``, the matrix A) is computed once a call, in ``Cell.terms``, and not in
-the loop.
+Everything that does not depend on the state (``B x_i + c``, the matrix A) is computed once for each call, in ``Cell.terms``,
+outside of the loop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TanhAffinePullback(ClosedForm):
     """``v -> (v s) A^T`` for the state, ``v -> v s`` for u, ``v -> w^T (v s)`` for A, with ``s = 1 - tanh^2``.
 
     Args:
-        w: where. shape: (rows, n)
+        w: the state. shape: (rows, n)
         fw: ``phi(w)``. shape: (rows, n)
         A: shape: (n, n)
     """
@@ -53,11 +53,11 @@ class TanhAffinePullback(ClosedForm):
         self.slope = torch.addcmul(fw.new_ones(()), fw, fw, value=-1)
 
     def _rmatvec(self, v: Tensor) -> Tensor:
-        """One elementwise pass and one matrix product."""
+        """Return ``J^T v``, by one elementwise pass and one matrix product."""
         return (v * self.slope) @ self.A.T
 
     def _rmatvec_add(self, v: Tensor, b: Tensor) -> Tensor:
-        """In the same one product."""
+        """Return ``J^T v + b``, by the same matrix product."""
         return torch.addmm(b, v * self.slope, self.A.T)
 
     def _matvec(self, v: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class TanhAffinePullback(ClosedForm):
 
     def closed_form(self) -> Tensor:
         """Return J of each row, ``J[i, j, k] = s[i, j] A[k, j]``. shape: (rows, n, n)."""
-        return (self.slope[:, None, :] * self.A).mT  # column by column in memory, for LAPACK
+        return (self.slope[:, None, :] * self.A).mT  # column-major, for LAPACK
 
     def arguments(self, v: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
         """Return the products for ``(u, A)``, None where ``needs`` is false."""
@@ -77,9 +77,9 @@ class Cell(nn.Module, ABC):
     """An inner map and its hyperparameters; derive from it for a cell of your own.
 
     Attributes:
-        state_size: entries of one state.
-        phi: the map, called ``phi(w, *terms)``; it may have a ``pullback`` as ``TanhAffine`` has.
-        row_args: which of the terms have one row per example.
+        state_size: number of entries of one state.
+        phi: the map, called ``phi(w, *terms)``; it may have a ``pullback``, as ``TanhAffine`` does.
+        row_args: positions of the terms that have one row for each example.
     """
 
     state_size: int
@@ -91,19 +91,19 @@ class Cell(nn.Module, ABC):
         """Return what phi needs beside the state, computed once a solve. shape of x: (rows, features)."""
 
     def initial(self, x: Tensor) -> Tensor:
-        """Return the state where a solve starts: zero. shape: (rows, state_size)."""
+        """Return the state where a solve starts: zeros. shape: (rows, state_size)."""
         return zero_state(x, x.shape[0], self.state_size)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the hyperparameters, named and grouped."""
+        """Return the groups of hyperparameters by name."""
         parameters = list(self.parameters())
         return {"cell": parameters} if parameters else {}
 
     def project_(self) -> None:
-        """Bring the hyperparameters back to where phi contracts; called after every update."""
+        """Move the hyperparameters to where phi contracts; called after every update."""
 
     def compile_map(self) -> None:
-        """Compile phi with ``torch.compile``, in place where it is a module (its pullback stays)."""
+        """Compile phi with ``torch.compile``, in place if it is a module, so that its pullback stays."""
         if isinstance(self.phi, nn.Module):
             self.phi.compile()
         else:
@@ -114,12 +114,12 @@ class ModuleCell(Cell):
     """An ordinary module whose ``forward(z, x)`` is the map; its parameters are the hyperparameters.
 
     Args:
-        module: takes states, shape (rows, state_size), and inputs, shape (rows, features), and returns states.
-        state_size: entries of one state.
+        module: maps states, shape (rows, state_size), and inputs, shape (rows, features), to states.
+        state_size: number of entries of one state.
     """
 
     def __init__(self, module: nn.Module, state_size: int) -> None:
-        """Take the module as it is."""
+        """Keep the module."""
         super().__init__()
         self.phi, self.state_size = module, state_size
 
@@ -132,20 +132,19 @@ class EquilibriumCell(Cell):
     """``phi(w_i) = tanh(w_i A + B x_i + c)``, a contraction if ``|A| < 1``.
 
     Args:
-        features: entries of one x_i.
-        state_size: entries of one state w_i.
-        recurrent: A, of that size.
-        bias: whether there is a c; it starts at zero.
+        features: number of entries of one x_i.
+        state_size: number of entries of one state w_i.
+        recurrent: A, with ``state_size`` rows.
+        bias: whether there is a ``c``, which starts at zero.
         input_scale: standard deviation of the normal initial entries of B (None: uniform, as in ``torch.nn.Linear``).
-        generator: draws B (None: torch's global one).
+        generator: generator of B (None: torch's global one).
 
     Attributes:
-        recurrent: A. shape: (state_size, state_size)
         B: parameter. shape: (state_size, features)
         c: parameter, or None. shape: (state_size,)
 
     Raises:
-        ValueError: a size below 1, or a matrix of another size.
+        ValueError: a size is below 1, or the matrix has another size.
     """
 
     def __init__(
@@ -198,14 +197,14 @@ class EquilibriumModel(nn.Module):
 
     Args:
         cell: the inner map.
-        classifier: from states to logits.
+        classifier: maps states to logits.
         solver: how the fixed point is found (None: the default of ``hyperopt.fixed_point``).
         adjoint: how it is differentiated (None: the default of ``hyperopt.fixed_point``).
-        policy: what to do when a solve fails; see ``hyperopt.fixed_point``.
+        policy: what to do if a solve fails; see ``hyperopt.fixed_point``.
         fallback: solvers tried in turn under ``policy="fallback"``.
 
     Attributes:
-        solution: the latest solve, its value detached; ``solution.adjoint`` is there after backward.
+        solution: the latest solve, with a detached value; ``solution.adjoint`` is set by backward.
     """
 
     def __init__(
@@ -217,7 +216,7 @@ class EquilibriumModel(nn.Module):
         policy: str = "warn",
         fallback: Sequence[FixedPointSolver] = (),
     ) -> None:
-        """Check that the sizes meet.
+        """Check that the sizes agree.
 
         Raises:
             ValueError: the classifier takes states of another size.
@@ -236,11 +235,11 @@ class EquilibriumModel(nn.Module):
         """Return the logits. shape: (rows, classes).
 
         Args:
-            x: shape: (rows, features)
+            x: inputs. shape: (rows, features)
             w0: where the solve starts (None: zero). shape: (rows, state_size)
             v0: where the adjoint solve starts, up to a factor for each row (None: at the gradient of the loss).
                 shape: (rows, state_size)
-            trace: keep the residual after every iteration.
+            trace: whether to keep the residual after every iteration.
         """
         terms = self.cell.terms(x)
         if w0 is None:
@@ -258,7 +257,7 @@ class EquilibriumModel(nn.Module):
             v0=v0,
             trace=trace,
         )
-        self.solution = dataclasses.replace(solution, value=solution.value.detach())  # the graph belongs to the caller alone
+        self.solution = dataclasses.replace(solution, value=solution.value.detach())  # only the caller gets the graph
         return self.classifier(solution.value)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -267,9 +266,9 @@ class EquilibriumModel(nn.Module):
 
 
 def draw(shape: tuple[int, ...], fan_in: int, scale: float | None, generator: torch.Generator | None = None) -> Tensor:
-    """Return initial entries: normal ones of deviation ``scale``, or, for None, uniform ones in ``+-1 / sqrt(fan_in)``.
+    """Return normal initial entries of deviation ``scale`` or, for None, uniform ones in ``+-1 / sqrt(fan_in)``.
 
-    Drawn in float64 and rounded to the default dtype, so that one seed gives the same model in every precision.
+    They are drawn in float64 and rounded to the default dtype, so that one seed gives the same model in every precision.
     """
     if scale is None:
         drawn = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / math.sqrt(fan_in)
@@ -284,10 +283,10 @@ def linear_classifier(
     """Return a linear classifier.
 
     Args:
-        state_size: entries of one state.
+        state_size: number of entries of one state.
         classes: number of classes.
-        scale: deviation of its normal initial weights, with a zero bias (None: ``torch.nn.Linear``'s uniform ones for both).
-        generator: draws them (None: torch's global one).
+        scale: deviation of the normal initial weights, with zero bias (None: uniform, as in ``torch.nn.Linear``).
+        generator: generator of the initial values (None: torch's global one).
     """
     classifier = nn.Linear(state_size, classes)
     with torch.no_grad():

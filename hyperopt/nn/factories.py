@@ -1,4 +1,4 @@
-"""Networks with an implicit layer as a config names them: settings that build one once the shape of the images is known."""
+"""Settings of networks with an implicit layer, as a config names them: each builds its network for the shape of the images."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class Methods:
     fallback: Sequence[FixedPointSolver] = ()
 
     def keywords(self) -> dict[str, Any]:
-        """Return them as ``DEQ`` takes them."""
+        """Return them as keywords of ``DEQ``."""
         return dict(vars(self))
 
 
 class NetworkFactory(ABC):
-    """What ``task.network._target_`` names; for a network of your own, derive a frozen dataclass from it."""
+    """The base class of ``task.network._target_``; for a network of your own, derive a frozen dataclass from it."""
 
     @abstractmethod
     def build(self, shape: tuple[int, ...], classes: int, methods: Methods) -> nn.Module:
-        """Return a network from images to logits, its initial values drawn from torch's global generator.
+        """Return a network from images to logits, with initial values from torch's global generator.
 
         Args:
-            shape: of one image, channels first.
+            shape: shape of one image, channels first.
             classes: number of logits.
-            methods: for its implicit layers, each a ``hyperopt.nn.DEQ``.
+            methods: methods for its implicit layers, each a ``hyperopt.nn.DEQ``.
 
         Raises:
-            ValueError: images of this shape do not go into it.
+            ValueError: the network does not take images of this shape.
         """
 
 
@@ -54,8 +54,8 @@ class TanhMLP(NetworkFactory):
     """``Flatten, Linear, z = tanh(W z + x), Linear``; see ``hyperopt.nn.networks.tanh_network``.
 
     Attributes:
-        width: entries of z.
-        init_scale: standard deviation of the normal initial entries of W (None: ``torch.nn.Linear``'s uniform ones).
+        width: number of entries of z.
+        init_scale: standard deviation of the normal initial entries of W (None: uniform, as in ``torch.nn.Linear``).
     """
 
     width: int = 100
@@ -67,7 +67,7 @@ class TanhMLP(NetworkFactory):
         check_optional(self, "init_scale", 0.0)
 
     def build(self, shape: tuple[int, ...], classes: int, methods: Methods) -> nn.Module:
-        """Build it."""
+        """Build the network."""
         return tanh_network(self.width, shape, classes, init_scale=self.init_scale, **methods.keywords())
 
 
@@ -76,14 +76,14 @@ class DEQResNet(NetworkFactory):
     """A convolution, a DEQ with the residual cell, and a linear classifier; see ``hyperopt.nn.networks.resnet_network``.
 
     Attributes:
-        channels: of the state.
+        channels: channels of the state.
         inner: channels between the cell's two convolutions.
-        groups: of every GroupNorm; divides both.
-        kernel_size: of the cell's convolutions, odd.
-        dropout: part of the cell's inner activations that is set to zero, the same for a whole solve.
-        norm: of the weights of the cell's convolutions: None, ``weight`` or ``spectral``.
+        groups: groups of every GroupNorm; divides both numbers of channels.
+        kernel_size: size of the cell's convolutions, odd.
+        dropout: fraction of the cell's inner activations that is set to zero, the same for a whole solve.
+        norm: normalisation of the weights of the cell's convolutions: None, ``weight`` or ``spectral``.
         init_scale: standard deviation of their normal initial entries.
-        pool: pixels on a side of the squares that are averaged before the classifier; divides the size of the images.
+        pool: side, in pixels, of the squares that are averaged before the classifier; divides the size of the images.
     """
 
     channels: int = 48
@@ -104,7 +104,7 @@ class DEQResNet(NetworkFactory):
         check_number(self, "init_scale", 0.0)
 
     def build(self, shape: tuple[int, ...], classes: int, methods: Methods) -> nn.Module:
-        """Build it.
+        """Build the network.
 
         Raises:
             ValueError: ``pool`` does not divide the size of the images.
@@ -118,14 +118,14 @@ class MDEQ(NetworkFactory):
     """A multiscale DEQ between two convolutions and a head (arXiv 2006.08656); see ``hyperopt.nn.networks.mdeq_network``.
 
     Attributes:
-        channels: of each scale, the finest first; each scale is half as high and wide as the one before.
-        expansion: channels inside of a residual block, as a multiple of the scale's.
-        groups: of the group norms; even, and divides all channels.
-        dropout: part of the residual branches that is set to zero, the same for a whole solve.
-        norm: of the weights of the cell: None, ``weight`` or ``spectral``.
+        channels: channels of each scale, the finest first; each scale is half as high and wide as the one before.
+        expansion: channels inside a residual block, as a multiple of the scale's.
+        groups: groups of the group norms; even, and divides all channels.
+        dropout: fraction of the residual branches that is set to zero, the same for a whole solve.
+        norm: normalisation of the weights of the cell: None, ``weight`` or ``spectral``.
         init_scale: standard deviation of the normal initial weights of the cell's convolutions.
-        head: channels inside of the head's block of each scale.
-        final: features of the last linear layer.
+        head: channels inside the head's block of each scale.
+        final: number of features of the last linear layer.
     """
 
     channels: tuple[int, ...] = (24, 24)
@@ -138,7 +138,7 @@ class MDEQ(NetworkFactory):
     final: int = 200
 
     def __post_init__(self) -> None:
-        """Check the ranges; lists become tuples."""
+        """Check the ranges; a list becomes a tuple."""
         for name in ("channels", "head"):
             check_counts(self, name)
         for name in ("expansion", "groups", "final"):
@@ -148,6 +148,6 @@ class MDEQ(NetworkFactory):
         check_number(self, "init_scale", 0.0)
 
     def build(self, shape: tuple[int, ...], classes: int, methods: Methods) -> nn.Module:
-        """Build it."""
+        """Build the network."""
         cell = MDEQCell(self.channels, self.expansion, self.groups, self.dropout, self.norm, self.init_scale)
         return mdeq_network(cell, shape, classes, self.head, self.final, **methods.keywords())

@@ -2,9 +2,9 @@
 
     P = H_1 H_2 ... H_r,    H_i = I - 2 u_i u_i^T,    u_i = v_i / |v_i|
 
-In the compact form ``P = I - U^T T U``, with the rows of U the ``u_i`` and T the upper triangular inverse of
-``diag(1/2) + striu(U U^T)``, P meets a batch of rows in two thin matrix products and is never formed. No entry of T exceeds 4
-in size (off the diagonal, T_ij = -4 u_i^T H_{i+1} ... H_{j-1} u_j), so no rounding error is blown up.
+In the compact form ``P = I - U^T T U``, the rows of U are the ``u_i``, and T is the upper triangular inverse of
+``diag(1/2) + striu(U U^T)``. P is applied to a batch of rows by two thin matrix products and is never formed. No entry of T
+exceeds 4 in size (off the diagonal, T_ij = -4 u_i^T H_{i+1} ... H_{j-1} u_j), so rounding errors are not amplified.
 
 References:
     R. Schreiber and C. Van Loan, A storage-efficient WY representation for products of Householder transformations, 1989.
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 class HouseholderProduct(nn.Module):
     """An orthogonal n x n matrix with ``r`` reflections as its parameters.
 
-    The vectors may have any length: they are normalised at each use, in float64. One that becomes exactly zero stands for no
-    reflection (its factor is I), and its gradient is zero.
+    The vectors may have any length: they are normalised at each use, in float64. A vector that becomes exactly zero stands for
+    no reflection (its factor is I), and its gradient is zero.
 
     Args:
-        n: size of the matrix.
-        reflections: number r of reflections, 1 to n; more than n reach no other matrix.
+        n: number of rows of the matrix.
+        reflections: number r of reflections, 1 to n; more than n give no other matrices.
         vectors: initial vectors, no row all zero (None: normal entries, so uniform directions). shape: (r, n)
-        generator: draws the initial vectors (None: torch's global one).
+        generator: generator of the initial vectors (None: torch's global one).
 
     Attributes:
         vectors: the parameter. shape: (r, n)
 
     Raises:
-        ValueError: sizes out of range, or ``vectors`` of another shape, not finite, or with a zero row.
+        ValueError: a size is out of range, or ``vectors`` has another shape, a non-finite entry or a zero row.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class HouseholderProduct(nn.Module):
         if not 1 <= reflections <= n:
             raise ValueError(f"reflections={reflections} must be from 1 to n={n}; change reflections")
         if vectors is None:
-            # Drawn in float64 whatever the default is, so that one seed gives the same matrix in every precision.
+            # Draw in float64 whatever the default is, so that one seed gives the same matrix in every precision.
             drawn = torch.randn(reflections, n, generator=generator, dtype=torch.float64)
             vectors = drawn.to(torch.get_default_dtype())
         if vectors.shape != (reflections, n):
@@ -61,7 +61,7 @@ class HouseholderProduct(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return U and ``T U`` of ``P = I - U^T (T U)``, in float64. shapes: (r, n)."""
         v = self.vectors.double()
-        # The largest entry first: the square of a tiny or huge one would be 0 or inf. A constant factor has no gradient.
+        # Divide by the largest entry first: the square of a tiny or huge one would be 0 or inf. The factor needs no gradient.
         largest = v.detach().abs().amax(1, keepdim=True)
         v = v / torch.where(largest > 0, largest, 1.0)
         square = v.square().sum(1, keepdim=True)
@@ -74,11 +74,11 @@ class HouseholderProduct(nn.Module):
         """Return ``w P`` (or ``w P^T``) row by row, at O(n r) a row.
 
         Args:
-            w: rows, of any number of leading dimensions. shape: (..., n)
-            transpose: multiply by ``P^T``, the inverse of P.
+            w: rows with any number of leading dimensions. shape: (..., n)
+            transpose: whether to multiply by ``P^T``, the inverse of P.
 
         Returns:
-            The rows, in the dtype of ``w``. shape: (..., n)
+            The product in the dtype of ``w``. shape: (..., n)
 
         Raises:
             ValueError: the rows have another size.
@@ -97,13 +97,13 @@ class HouseholderProduct(nn.Module):
         """Return P, computed in float64. shape: (n, n).
 
         Args:
-            dtype: of the result (None: that of ``vectors``).
+            dtype: dtype of the result (None: that of ``vectors``).
         """
         unit, scaled = self.factors()
         eye = torch.eye(self.n, dtype=unit.dtype, device=unit.device)
         p = eye - unit.T @ scaled
-        # Hundreds of reflections, or nearly parallel ones, leave 1e-12 in P^T P - I; one Newton-Schulz step squares that. On
-        # orthogonal matrices the step is the identity, so it changes no derivative.
+        # Hundreds of reflections, or nearly parallel ones, leave an error of 1e-12 in P^T P - I; one Newton-Schulz step squares
+        # it. On orthogonal matrices the step is the identity, so it changes no derivative.
         p = p @ (1.5 * eye - 0.5 * (p.T @ p))
         return p.to(self.vectors.dtype if dtype is None else dtype)
 

@@ -25,11 +25,11 @@ class MDEQCell(nn.Module):
     """A map of one image per scale, each half as high and wide as the one before; its rows are independent.
 
     Args:
-        channels: of each scale; x has those of the first.
-        expansion: channels inside of a residual block, as a multiple of the scale's.
-        groups: of the group norms; divides all channels, and is even (the last norm of a scale has half as many).
-        dropout: part of the residual branch that is set to zero, the same for a whole solve; in [0, 1).
-        norm: of the weights of the residual blocks and of the last convolutions: None, ``"weight"`` or ``"spectral"``.
+        channels: channels of each scale; x has those of the first.
+        expansion: channels inside a residual block, as a multiple of the scale's.
+        groups: groups of the group norms; divides all channels, and is even (the last norm of a scale has half as many).
+        dropout: fraction of the residual branch that is set to zero, the same for a whole solve; in [0, 1).
+        norm: normalisation of the weights of residual blocks and last convolutions: None, ``"weight"`` or ``"spectral"``.
         init_scale: standard deviation of the normal initial weights of the convolutions.
 
     Raises:
@@ -70,7 +70,7 @@ class MDEQCell(nn.Module):
         return range(len(self.channels))
 
     def _resize(self, j: int, i: int, groups: int) -> nn.Module:
-        """From scale j to scale i."""
+        """Return the module that maps scale j to scale i."""
         a, b = self.channels[j], self.channels[i]
         if i == j:
             return nn.Identity()
@@ -120,6 +120,6 @@ class _Block(nn.Module):
         self.dropout = dropout_of("MDEQCell", dropout)
 
     def forward(self, z: Tensor, x: Tensor | None) -> Tensor:
-        """The block, with x injected."""
+        """Return the block's output, with x added inside."""
         y = self.dropout(self.conv2(functional.relu(self.norm1(self.conv1(z)))))
         return self.norm3(functional.relu(z + self.norm2(y if x is None else y + x)))

@@ -1,4 +1,4 @@
-"""The classification head of the multiscale deep equilibrium model: all scales, from the largest to the smallest, to logits.
+"""The classification head of the multiscale deep equilibrium model, from all scales, the largest first, to logits.
 
     y = widen_0(z_0);  y = widen_i(z_i) + down(y) for i = 1, 2, ...;  logits = linear(mean over pixels of last(y))
 
@@ -20,13 +20,13 @@ class MDEQHead(nn.Module):
     """Logits from one image per scale.
 
     Args:
-        channels: of each scale.
+        channels: channels of each scale.
         inner: channels inside the residual block of each scale.
-        final: features of the last linear layer.
+        final: number of features of the last linear layer.
         classes: number of classes.
 
     Raises:
-        ValueError: not one ``inner`` for each of ``channels``.
+        ValueError: ``inner`` and ``channels`` have different lengths.
     """
 
     def __init__(self, channels: Sequence[int], inner: Sequence[int], final: int, classes: int) -> None:
@@ -70,7 +70,7 @@ class _Bottleneck(nn.Module):
         self.short = nn.Sequential(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block."""
+        """Return the block's output."""
         y = x
         for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = norm(conv(functional.relu(y) if k else y))

@@ -1,4 +1,4 @@
-"""Networks with an implicit layer, for images of a fixed size: from pixels to logits, the layer itself called ``deq``."""
+"""Networks for images of a fixed size, from pixels to logits, with an implicit layer called ``deq``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from hyperopt.nn.tanh_layer import TanhFixedPoint
 
 
 class ImageNetwork(nn.Sequential):
-    """Layers in a row, of which one is called ``deq``; refuses images of another shape.
+    """A sequence of layers, one of which is called ``deq``; images of another shape are refused.
 
     Args:
-        layers: name and module of each.
+        layers: the modules by name.
         image: channels, height and width (None: whatever the first layer takes).
     """
 
     def __init__(self, layers: dict[str, nn.Module], image: Sequence[int] | None = None) -> None:
-        """Put the layers in a row."""
+        """Make a sequence of the layers."""
         super().__init__(OrderedDict(layers))
         self.image = None if image is None else tuple(image)
 
     def head(self, z: Any) -> Tensor:
-        """Return the logits of a state of the implicit layer."""
+        """Return the logits for a state of the implicit layer."""
         names = list(self._modules)
         for name in names[names.index("deq") + 1 :]:
             z = self._modules[name](z)  # pyright: ignore[reportOptionalCall]
@@ -44,7 +44,7 @@ class ImageNetwork(nn.Sequential):
             v0: where its adjoint solve starts.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: the images have another shape.
         """
         if self.image is not None and tuple(input.shape[1:]) != self.image:
             raise ValueError(
@@ -61,7 +61,7 @@ def tanh_network(width: int = 100, image: Sequence[int] = (1, 28, 28), classes: 
     """Return ``Flatten, Linear, TanhFixedPoint, Linear``, the tutorial's network for MNIST.
 
     Args:
-        width: entries of the state.
+        width: number of entries of the state.
         image: channels, height and width of the images.
         classes: number of classes.
         layer: keywords of ``TanhFixedPoint``: solver, adjoint, policy, ...
@@ -82,14 +82,14 @@ def resnet_network(
     """Return ``Conv, BatchNorm, DEQ, BatchNorm, AvgPool, Flatten, Linear``, the tutorial's network for CIFAR-10.
 
     Args:
-        cell: with its channels (None: ``ResNetCell()``, which makes 64,842 parameters for CIFAR-10).
+        cell: the cell (None: ``ResNetCell()``, which gives 64,842 parameters for CIFAR-10).
         image: channels, height and width of the images.
         classes: number of classes.
-        pool: pixels on a side of the squares that are averaged; divides height and width.
+        pool: side, in pixels, of the squares that are averaged; divides height and width.
         layer: keywords of ``DEQ``: solver, adjoint, policy, ...
 
     Raises:
-        ValueError: ``pool`` does not divide the size.
+        ValueError: ``pool`` does not divide height and width.
     """
     cell = ResNetCell() if cell is None else cell
     channels, height, width = image
@@ -118,11 +118,11 @@ def mdeq_network(
     """Return two convolutions, a multiscale DEQ, and a head: by default the small model for CIFAR-10 of arXiv 2006.08656.
 
     Args:
-        cell: with its channels (None: ``MDEQCell()``, two scales of 24 channels, which makes 158,890 parameters for CIFAR-10).
+        cell: the cell (None: ``MDEQCell()``, two scales of 24 channels, which gives 158,890 parameters for CIFAR-10).
         image: channels, height and width of the images.
         classes: number of classes.
         head: channels inside the head's block of each scale.
-        final: features of the last linear layer.
+        final: number of features of the last linear layer.
         layer: keywords of ``DEQ``: solver, adjoint, policy, ...
     """
     cell = MDEQCell() if cell is None else cell

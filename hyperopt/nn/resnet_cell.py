@@ -18,16 +18,16 @@ class ResNetCell(nn.Module):
     """Two convolutions without bias, three group norms, and x injected between them; its rows are independent.
 
     Args:
-        channels: of the state and of x.
+        channels: channels of the state and of x.
         inner: channels between the two convolutions.
-        groups: of every GroupNorm; divides both.
-        kernel_size: of both convolutions, odd.
-        dropout: part of the inner activations that is set to zero, the same for a whole solve; in [0, 1).
-        norm: of the convolutions' weights: None, ``"weight"`` or ``"spectral"``.
+        groups: groups of every GroupNorm; divides both numbers of channels.
+        kernel_size: size of both convolutions, odd.
+        dropout: fraction of the inner activations that is set to zero, the same for a whole solve; in [0, 1).
+        norm: normalisation of the convolutions' weights: None, ``"weight"`` or ``"spectral"``.
         init_scale: standard deviation of the normal initial weights of the convolutions.
 
     Raises:
-        ValueError: a number is out of range, or ``groups`` divides not both.
+        ValueError: a number is out of range, or ``groups`` does not divide both numbers of channels.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ResNetCell(nn.Module):
         """Return zeros.
 
         Raises:
-            ValueError: x has other channels.
+            ValueError: x has another number of channels.
         """
         check_images("ResNetCell", x, self.channels)
         return zero_state(x)
@@ -74,7 +74,7 @@ def check_groups(owner: str, groups: int, **channels: int) -> None:
     """Refuse channel counts that ``groups`` does not divide.
 
     Raises:
-        ValueError: names the first.
+        ValueError: a count is below 1 or not divisible; the message names it.
     """
     for name, count in {"groups": groups, **channels}.items():
         if count < 1:
@@ -84,10 +84,10 @@ def check_groups(owner: str, groups: int, **channels: int) -> None:
 
 
 def check_images(owner: str, x: Tensor, channels: int) -> None:
-    """Refuse an x that is no batch of images with so many channels.
+    """Refuse an x that is not a batch of images with this number of channels.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: the message gives the shape of x.
     """
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Losses that keep a DEQ trainable: a penalty on its Jacobian, and a loss on states from the middle of the solve.
+"""Losses that keep a DEQ trainable: a penalty on its Jacobian, and a loss on intermediate states of the solve.
 
     with Stabilise(network, jacobian=1, states=2) as extra:
         logits = network(images)
@@ -29,15 +29,13 @@ from hyperopt.nn.deq import DEQ
 
 
 class Stabilise:
-    """Collects, inside a ``with`` block, what the ``DEQ`` layers of a network offer beside their output.
+    """Collects, inside a ``with`` block, additional outputs of the ``DEQ`` layers of a network.
 
     Args:
-        network: contains the layers.
-        jacobian: samples of the estimate, one evaluation and two products each; 0: no penalty.
-        states: how many states are drawn from the iterates of each solve, its last left out, without replacement; fewer if there
-            are fewer.
-        steps: iterates that are taken whatever is drawn, counted from 0, the initial state; those that a solve did not reach are
-            left out.
+        network: the network with the layers.
+        jacobian: number of samples of the estimate, each one evaluation and two products; 0: no penalty.
+        states: number of states drawn without replacement from the iterates of each solve, except its last (at most all).
+        steps: iterates that are always taken, counted from 0, the initial state; a solve with fewer iterates lacks some.
 
     Attributes:
         jacobian: the penalty, a scalar, summed over all forwards of all layers in the block; 0 without any.
@@ -61,10 +59,10 @@ class Stabilise:
         self.states: list[Any] = []
 
     def __enter__(self) -> Stabilise:
-        """Watch the layers.
+        """Start to observe the layers.
 
         Raises:
-            RuntimeError: another block watches one already.
+            RuntimeError: another block observes one of them already.
         """
         if any(layer.observer is not None for layer in self.layers):
             raise RuntimeError("Stabilise: a block inside of another one for the same network; ask for everything in one")
@@ -73,7 +71,7 @@ class Stabilise:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave them alone."""
+        """Stop observing the layers."""
         for layer in self.layers:
             layer.observer = None
 
@@ -83,7 +81,7 @@ class Stabilise:
         return self._solves[-1] if self._count or self._steps else None
 
     def after(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> None:
-        """Add what the solve gives."""
+        """Add the states and the penalty of a solve."""
         iterates = self._solves.pop()
         if not torch.is_grad_enabled():
             return
@@ -92,7 +90,7 @@ class Stabilise:
             self.jacobian = self.jacobian + self._penalty(phi, terms, solution)
 
     def _penalty(self, phi: FrozenMap, terms: tuple[Any, ...], solution: Solution) -> Tensor:
-        """Hutchinson's estimate at the solution."""
+        """Return Hutchinson's estimate at the solution."""
         layout = solution.layout
 
         def matrix(w: Tensor) -> Tensor:
@@ -101,17 +99,17 @@ class Stabilise:
         w = layout.matrix(optree.tree_map(lambda z: z.detach(), solution.value)).requires_grad_()
         total = w.new_zeros(())
         for _ in range(self._samples):
-            # Signs: of all entries with mean 0 and variance 1 they give the estimate the least variance.
+            # Random signs: among entries of mean 0 and variance 1 they give the estimate the least variance.
             signs = torch.randint(0, 2, w.shape, device=w.device).to(w.dtype) * 2 - 1
             total = total + pull_state(matrix, w, (), signs).square().sum()
         return total / max(1, self._samples * w.numel())
 
 
 class _Iterates:
-    """The iterates of one solve: those asked for, and a uniform sample of the others in one pass.
+    """The iterates of one solve: the requested ones, and a uniform sample of the others, in one pass.
 
-    Every iterate draws a number, and those with the least numbers are kept. The numbers come from a generator of their own, for a
-    solve must leave the global ones alone.
+    Every iterate draws a number, and those with the least numbers are kept. The numbers come from a separate generator, since
+    a solve must not advance the global ones.
     """
 
     def __init__(self, count: int, steps: frozenset[int]) -> None:
@@ -124,18 +122,18 @@ class _Iterates:
             self.generator.manual_seed(int(torch.randint(2**62, ())))
 
     def __call__(self, z: Any) -> None:
-        """The map is evaluated at z."""
+        """Note a state at which the map is evaluated."""
         z = optree.tree_map(lambda leaf: leaf.detach(), z)
         if self.k in self.steps:
             self.asked.append((self.k, z))
         elif self.count:
-            # One more than asked for, since the last iterate of the solve is left out, and is known only at its end.
+            # Keep one more than requested, since the last iterate of the solve is left out and only known at its end.
             number = float(torch.rand((), generator=self.generator, dtype=torch.float64))
             push = heapq.heappush if len(self.drawn) <= self.count else heapq.heappushpop
             push(self.drawn, (-number, self.k, z))
         self.k += 1
 
     def chosen(self) -> list[Any]:
-        """The states, in order."""
+        """Return the states, in order."""
         kept = sorted((each for each in self.drawn if each[1] < self.k - 1), reverse=True)[: self.count]
         return [z for _, z in sorted([*self.asked, *(each[1:] for each in kept)], key=lambda pair: pair[0])]

@@ -1,4 +1,4 @@
-"""States of a cell: where a solve starts, whether that fits the cell, and whether its rows depend on each other."""
+"""Helpers for states of a cell: zeros to start from, a check that they fit, and a test whether rows depend on each other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hyperopt.core.replay import FrozenMap
 
 
 def zero_state(x: Tensor, *shape: int) -> Tensor:
-    """Return zeros of ``shape`` (none: that of x) on x's device and in its dtype, under autocast in float32 at least."""
+    """Return zeros of ``shape`` (none: the shape of x), like x; under autocast their dtype is at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return torch.zeros(shape or x.shape, dtype=dtype, device=x.device)
 
 
 def alike(one: Any, two: Any) -> bool:
-    """Whether two trees have one structure, and tensors of the same shapes."""
+    """Whether two trees have the same structure, and tensors of the same shapes."""
     if optree.tree_structure(one) != optree.tree_structure(two):
         return False
     pairs = zip(optree.tree_leaves(one), optree.tree_leaves(two), strict=True)
@@ -28,22 +28,22 @@ def alike(one: Any, two: Any) -> bool:
 
 
 def refuse_guess(error: Exception, cell: nn.Module, phi: Callable[..., Any], z0: Any, terms: tuple[Any, ...]) -> None:
-    """Say that ``initial`` is missing, where a solve from zeros like the input failed because no state of the cell is like that.
+    """Raise an error that asks for ``initial``, if a solve from zeros failed because they are no state of the cell.
 
     Args:
-        error: how it failed.
+        error: the error of the solve.
         cell: the cell.
         phi: its map.
         z0: where the solve started.
-        terms: what the map takes beside the state.
+        terms: the map's arguments beside the state.
 
     Raises:
-        Exception: of the kind of ``error``.
+        Exception: an error of the class of ``error``.
     """
     try:
         with torch.no_grad():
             fits = alike(FrozenMap(phi, [cell], optree.tree_leaves(z0)[0].device)(z0, *terms), z0)
-    except Exception:  # whatever a cell raises at a state that is none
+    except Exception:  # whatever a cell raises for a wrong state
         fits = False
     if not fits and type(error) in (IndexError, RuntimeError, TypeError, ValueError):
         raise type(error)(
@@ -56,14 +56,14 @@ def materialise(cell: nn.Module, z0: Any, x: Any, *, guessed: bool) -> Any:
     """Give the lazy modules of a cell their sizes by one call of it, and return the initial state.
 
     Args:
-        cell: called in evaluation mode, in which nothing is drawn but parameters, and no statistics move.
+        cell: the cell; it is called in evaluation mode, in which only parameters are drawn and no statistics change.
         z0: the initial state.
         x: the input.
-        guessed: whether ``z0`` is only a guess: if the cell returns another size, zeros of that size are the state. Sizes are for
-            good, so that both are tried out in copies.
+        guessed: whether ``z0`` is only a guess. If the cell then returns another size, the state is zeros of that size. The
+            sizes of lazy modules are final, so both are tried in copies first.
 
     Raises:
-        ValueError: the guess does not fit, and neither does what the cell returns there.
+        ValueError: neither the guess nor what the cell returns for it fits.
     """
 
     def call(cell: nn.Module, z: Any) -> Any:
@@ -92,13 +92,13 @@ def materialise(cell: nn.Module, z0: Any, x: Any, *, guessed: bool) -> Any:
 def rows_are_coupled(phi: FrozenMap, z0: Any, terms: tuple[Any, ...]) -> bool:
     """Whether a row of the cell's output depends on another row of the state.
 
-    For every bit of the rows' numbers, it takes the gradient of the output's rows that have the bit in the state's rows that have
-    not, and the other way round: any two rows differ in one bit at least. It costs two products a bit.
+    Any two rows differ in at least one bit of their numbers. For every bit, this takes the gradient of the output's rows with
+    the bit in the state's rows without it, and the other way round, which costs two products a bit.
 
     Args:
-        phi: the map of the solve, which is evaluated here for the first time: what it draws, it draws once.
-        z0: a state, whose leaves share their first dimension; the gradients are taken near by.
-        terms: what the map takes beside the state.
+        phi: the map of the solve, evaluated here for the first time, so that its random numbers are drawn here.
+        z0: a state, whose leaves share their first dimension; the gradients are taken near it.
+        terms: the map's arguments beside the state.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -108,7 +108,7 @@ def rows_are_coupled(phi: FrozenMap, z0: Any, terms: tuple[Any, ...]) -> bool:
     with torch.enable_grad():
         state = optree.tree_map(lambda x: (x + 0.1 * drawn(x)).requires_grad_(), z0)
         leaves: list[Tensor] = optree.tree_leaves(state)
-        given = optree.tree_map(torch.clone, state)  # a leaf must not be changed in place, which the solve is to refuse by itself
+        given = optree.tree_map(torch.clone, state)  # a map that changes it in place is refused later, by the solve
         found = optree.tree_leaves(phi(given, *terms))
     outs = [out for out in found if isinstance(out, Tensor) and out.requires_grad]
     ways, rows = [drawn(out) for out in outs], leaves[0].shape[0]

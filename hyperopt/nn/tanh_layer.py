@@ -17,18 +17,18 @@ from hyperopt.nn.equilibrium import Cell, TanhAffine, draw
 
 
 class TanhCell(Cell):
-    """``phi(z_i) = tanh(W z_i + x_i)``; nothing but a norm keeps W a contraction.
+    """``phi(z_i) = tanh(W z_i + x_i)``; only a norm keeps W a contraction.
 
     Args:
-        width: entries of z and of x.
+        width: number of entries of z and of x.
         init_scale: standard deviation of the normal initial entries of W (None: uniform, as in ``torch.nn.Linear``).
-        norm: of W: None, ``"weight"``, or ``"spectral"``, with which the spectral norm of W is 1.
+        norm: normalisation of W: None, ``"weight"``, or ``"spectral"``, which makes the spectral norm of W 1.
 
     Attributes:
         weight: W, a parameter, or made from one by the norm. shape: (width, width)
 
     Raises:
-        ValueError: a width below 1, or another norm.
+        ValueError: the width is below 1, or the norm unknown.
     """
 
     def __init__(self, width: int, init_scale: float | None = None, norm: str | None = None) -> None:
@@ -42,7 +42,7 @@ class TanhCell(Cell):
         normalise(self, norm)
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and ``W^T``; a norm is computed here, once a solve.
+        """Return x and ``W^T``; a norm is computed here, once for each solve.
 
         Raises:
             ValueError: the rows of x have another size.
@@ -59,15 +59,15 @@ class TanhFixedPoint(DEQ):
     """A layer that maps x to the solution of ``z = tanh(W z + x)``.
 
     Args:
-        width: entries of z and of x.
-        solver: how it is found (None: Picard); ``Newton()`` needs no products for its Jacobian.
+        width: number of entries of z and of x.
+        solver: how it is found (None: Picard); ``Newton()`` gets the Jacobian without products.
         adjoint: how it is differentiated (None: implicit, by the Neumann series).
         init_scale: standard deviation of the normal initial entries of W (None: uniform, as in ``torch.nn.Linear``).
-        norm: of W: None, ``"weight"`` or ``"spectral"``.
+        norm: normalisation of W: None, ``"weight"`` or ``"spectral"``.
         others: keywords of ``DEQ``.
 
     Attributes:
-        weight: that of ``cell``. shape: (width, width)
+        weight: the weight W of ``cell``. shape: (width, width)
     """
 
     def __init__(
@@ -85,5 +85,5 @@ class TanhFixedPoint(DEQ):
 
     @property
     def weight(self) -> Tensor:
-        """W."""
+        """The weight W."""
         return self.cell.weight  # pyright: ignore[reportReturnType]

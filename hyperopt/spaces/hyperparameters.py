@@ -1,9 +1,9 @@
-"""``Hyperparameters``: what the outer optimizer moves, in the units of the one who reads them.
+"""``Hyperparameters``: the variables that the outer optimizer moves, and their values in the user's units.
 
-    raw --(the space's map, or none)--> value          values() is differentiable, project_() follows every step
+    raw --(the space's map, or none)--> value          values() is differentiable; call project_() after every step
 
-It is a ``torch.nn.Module`` whose parameters are the raw variables. Their names are the hyperparameter's own and, where it is a
-tree, the way to the leaf: ``decay``, or ``decay.0.weight`` for ``{"decay": {"0.weight": ...}}``.
+It is a ``torch.nn.Module`` whose parameters are the raw variables. A parameter has the name of its hyperparameter and, for a
+tree, the path to the leaf: ``decay``, or ``decay.0.weight`` for ``{"decay": {"0.weight": ...}}``.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Hyperparameters(nn.Module):
 
     Args:
         spaces: the space of each name.
-        shapes: of each name that is no single number: a shape, a tensor of that shape, or a tree of tensors (the parameters of a
-            model), of which every leaf gets hyperparameters of its own.
-        dtype: of the raw variables.
-        device: where they live.
-        key: how the spaces are called in messages.
+        shapes: for each name that is not a single number: a shape, a tensor of that shape, or a tree of tensors (the
+            parameters of a model), each leaf of which gets its own hyperparameters.
+        dtype: dtype of the raw variables.
+        device: device of the raw variables.
+        key: what messages call the argument ``spaces``.
 
     Attributes:
         spaces: the space of each name.
 
     Raises:
-        TypeError: a space that is none.
-        ValueError: an initial value outside of its space, a shape for a name that has no space, or two names that are one.
+        TypeError: an entry of ``spaces`` is not a space.
+        ValueError: an initial value is outside of its space, a shape has no space, or two names are the same.
 
     Example:
         >>> import hyperopt
@@ -80,7 +80,7 @@ class Hyperparameters(nn.Module):
                 self._place(path, nn.Parameter(space.raw(leaf.shape, dtype, device, f"{key}.{name}")), key)
 
     def _place(self, path: str, parameter: nn.Parameter, key: str) -> None:
-        """Register a parameter under its name; the containers are written to directly, since a name may be that of a method."""
+        """Register a parameter, without ``setattr`` since its name may be that of a method."""
         *way, last = path.split(".")
         owner: nn.Module = self
         for part in way:
@@ -95,30 +95,30 @@ class Hyperparameters(nn.Module):
 
     @property
     def raw(self) -> Mapping[str, Any]:
-        """What the optimizer moves: for each name a tree of parameters, to be changed in place."""
+        """The variables that the optimizer moves: for each name a tree of parameters, to be changed in place."""
         own = dict(self.named_parameters(remove_duplicate=False))
         return MappingProxyType({name: optree.tree_map(own.__getitem__, paths) for name, paths in self._paths.items()})
 
     def values(self) -> dict[str, Any]:
-        """The hyperparameters in their own units, differentiable in ``raw``."""
+        """Return the values of the hyperparameters, differentiable in ``raw``."""
         return {name: optree.tree_map(self.spaces[name].value, tree) for name, tree in self.raw.items()}
 
     def forward(self) -> dict[str, Any]:
-        """The same as ``values``."""
+        """Return ``values()``."""
         return self.values()
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
-        """The values without a graph."""
+        """Return the values without a graph."""
         return {name: optree.tree_map(torch.Tensor.detach, tree) for name, tree in self.values().items()}
 
     def groups(self) -> dict[str, list[Tensor]]:
-        """The raw tensors by name: the groups of an outer optimizer."""
+        """Return the raw tensors by name, as groups for an outer optimizer."""
         return {name: list(optree.tree_leaves(tree)) for name, tree in self.raw.items()}
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Put the hyperparameters that are kept by projection back onto their spaces; call after every outer step."""
+        """Project the hyperparameters with ``by="projection"`` back onto their spaces; call after every outer step."""
         for name, group in self.groups().items():
             space = self.spaces[name]
             if space.by == "projection":
@@ -126,7 +126,7 @@ class Hyperparameters(nn.Module):
                     leaf.copy_(space.project(leaf))
 
     def metrics(self) -> dict[str, float]:
-        """In their own units: ``hyper/<name>`` of a single number, else its mean, least and largest entry."""
+        """Return ``hyper/<name>`` of a single number, else the mean, least and largest value of the hyperparameter."""
         found: dict[str, float] = {}
         for name, tree in self.read().items():
             flat = _flat(tree)
@@ -138,7 +138,7 @@ class Hyperparameters(nn.Module):
         return found
 
     def __repr__(self) -> str:
-        """Each name with its value, or the range of its values, in its own units."""
+        """Return each name with its value, or the range of its values."""
         return "\n".join(["Hyperparameters(", *(f"  {line}" for line in self._lines()), ")"])
 
     def _lines(self) -> Iterator[str]:
@@ -154,17 +154,16 @@ class Hyperparameters(nn.Module):
             yield f"{name} = {told} in {self.spaces[name].bounds}"
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take back what ``state_dict`` returned, in place: all of it, or nothing.
+        """Load what ``state_dict`` returned, in place: all of it, or nothing.
 
         Args:
-            state_dict: the raw variables by name. The form of older checkpoints, a list of tensors for each hyperparameter, is
-                taken too.
-            strict: refuse a state with other names than these.
+            state_dict: the raw variables by name, or a list of tensors for each hyperparameter, as in older checkpoints.
+            strict: whether to refuse a state with other names.
             assign: see ``torch.nn.Module.load_state_dict``.
 
         Raises:
-            TypeError: an entry that is no tensor.
-            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+            TypeError: an entry is not a tensor.
+            ValueError: an entry is missing, unknown, or of another shape or dtype; nothing was changed.
         """
         state = self._converted(state_dict)
         if strict:
@@ -172,17 +171,13 @@ class Hyperparameters(nn.Module):
         return super().load_state_dict(state, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Check all entries first, also where this is a part of another module: torch takes (n,) for () and copies as it goes."""
+        """Check all entries first, even as part of another module: torch would load (n,) into () and copy as it goes."""
         mine = {name.removeprefix(prefix): kept for name, kept in state_dict.items() if name.startswith(prefix)}
         check_tensors(mine, self.state_dict(), "Hyperparameters")
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _converted(self, state: Any) -> Any:
-        """The state with one entry for each leaf, where it has a list of leaves for each hyperparameter.
-
-        Raises:
-            ValueError: a list of another length.
-        """
+        """Return the state with one entry for each leaf, also if it has a list of leaves for each hyperparameter."""
         if not isinstance(state, Mapping) or not any(isinstance(kept, list | tuple) for kept in state.values()):
             return state
         found: dict[str, Any] = {}
@@ -199,13 +194,13 @@ class Hyperparameters(nn.Module):
 
 
 def _flat(tree: Any) -> Tensor:
-    """All entries of a tree in one vector."""
+    """Return all entries of a tree in one vector."""
     leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
     return torch.cat(leaves) if leaves else torch.empty(0)
 
 
 def _shaped(given: Any) -> Any:
-    """A shape as a tensor of that shape, without memory; a tree of tensors as it is."""
+    """Return a shape as a tensor of that shape without memory, and a tree of tensors as it is."""
     if isinstance(given, Integral):
         given = (given,)
     sizes = isinstance(given, tuple | list) and all(isinstance(size, Integral) for size in given)

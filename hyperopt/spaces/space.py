@@ -2,8 +2,8 @@
 
     raw --(the space's map, or none)--> value
 
-A reparametrised space is open: an initial value on its bound has no place in it. ``torch.distributions`` maps it to -87 or +16 in
-float32, where nothing moves any more; here it is refused.
+A reparametrised space is open: a value on its bound has no raw variable. ``torch.distributions`` would map such a value to -87
+or +16 in float32, where the gradient vanishes; here it is refused.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Space(ABC):
     """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves.
 
     Attributes:
-        init: where the hyperparameter starts, in its own units: a number for all entries, or nested lists with one for each.
-        by: how the space is kept: ``reparametrisation`` (the optimizer moves an unbounded variable, which is mapped into the
-            interior of the space) or ``projection`` (it moves the value itself, which is put back onto the space after every
-            step).
+        init: initial value: a number for all entries, or nested lists with one for each entry.
+        by: how the value stays in the space. ``reparametrisation``: the optimizer moves an unbounded variable, which is mapped
+            into the interior of the space. ``projection``: it moves the value itself, which is projected back after every
+            step.
     """
 
     init: Any = 0.0
@@ -42,34 +42,35 @@ class Space(ABC):
 
     @abstractmethod
     def transform(self) -> Transform:
-        """The map from raw to value, onto the interior of the space."""
+        """Return the map from raw variable to value, onto the interior of the space."""
 
     @abstractmethod
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """Whether each entry (or vector, or matrix) lies in the space, or in its interior."""
+        """Whether each entry (or vector, or matrix) is in the space, or in its interior."""
 
     @abstractmethod
     def project(self, value: Tensor) -> Tensor:
-        """The nearest point of the space."""
+        """Return the nearest point of the space."""
 
     @property
     def bounds(self) -> str:
-        """The space, in words."""
+        """The space, in words, for messages."""
         return "the real numbers"
 
     def start(self, shape: torch.Size) -> Any:
-        """The initial value, where ``init`` is None."""
+        """Return the initial value for ``init=None``."""
         raise ValueError(f"{type(self).__name__}: init=None; give an initial value")
 
     def shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the value for a tensor of ``shape``."""
+        """Return the shape of the value for a tensor of ``shape``."""
         return shape
 
     def raw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str, key: str) -> Tensor:
-        """The initial raw variable.
+        """Return the initial raw variable.
 
         Raises:
-            ValueError: ``init`` is outside of the space, or on its bound where that has no place; names ``key`` and the value.
+            ValueError: ``init`` is outside of the space, or on the bound of an open one; the message names ``key`` and the
+                value.
         """
         shape = self.shape(shape)
         given = self.start(shape) if self.init is None else self.init
@@ -82,7 +83,7 @@ class Space(ABC):
         good = self.inside(value, interior=open_)
         if not bool(good.all()):
             bad = exact[tuple((~good).nonzero()[0].tolist())].tolist()
-            where = f"is not inside {self.bounds}" + (": a bound itself has no place there by reparametrisation" if open_ else "")
+            where = f"is not inside {self.bounds}" + (": by reparametrisation it cannot be a bound itself" if open_ else "")
             raise ValueError(f"{key}.init={bad} {where}; change {key}.init")
         if not open_:
             return value.clone()
@@ -93,13 +94,13 @@ class Space(ABC):
         return raw.clone()
 
     def value(self, raw: Tensor) -> Tensor:
-        """The value in the hyperparameter's own units, differentiable."""
+        """Return the hyperparameter's value, differentiable in ``raw``."""
         return cast(Tensor, self.transform()(raw)) if self.by == "reparametrisation" else raw
 
 
 @dataclass(frozen=True)
 class Number(Space):
-    """A space of numbers, each of which is mapped on its own.
+    """A space of numbers, each of which is mapped separately.
 
     Attributes:
         per: ``tensor``: one number for a whole tensor; ``element``: one for each of its entries.
@@ -113,24 +114,24 @@ class Number(Space):
         check_choice(self, "per", ("tensor", "element"))
 
     def shape(self, shape: torch.Size) -> torch.Size:
-        """One number for the whole tensor, or one for each entry."""
+        """Return the shape of one number for the whole tensor, or of one for each entry."""
         return shape if self.per == "element" else torch.Size()
 
 
 @dataclass(frozen=True)
 class Real(Number):
-    """Any number; both ways of keeping it are the same."""
+    """Any real number; projection and reparametrisation are the same."""
 
     def transform(self) -> Transform:
-        """The identity."""
+        """Return the identity."""
         return biject_to(constraints.real)
 
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """Finite."""
+        """Whether each entry is finite."""
         return value.isfinite()
 
     def project(self, value: Tensor) -> Tensor:
-        """The value."""
+        """Return the value."""
         return value
 
 
@@ -156,15 +157,15 @@ class Positive(Number):
         return "(0, inf)"
 
     def transform(self) -> Transform:
-        """``exp`` or softplus."""
+        """Return ``exp`` or softplus."""
         return SoftplusTransform() if self.map == "softplus" else biject_to(constraints.positive)
 
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """Above 0."""
+        """Whether each entry is above 0 (or at least 0)."""
         return value.isfinite() & ((value > 0) if interior else (value >= 0))
 
     def project(self, value: Tensor) -> Tensor:
-        """At least 0."""
+        """Raise negative entries to 0."""
         return value.clamp(min=0)
 
 
@@ -173,7 +174,7 @@ class Bounded(Number):
     """A number between ``low`` and ``high``, by a scaled sigmoid.
 
     Attributes:
-        init: as for every space; None is the middle.
+        init: as for every space; None is the middle of the interval.
         low: the lower bound, finite.
         high: the upper bound, finite and above ``low``.
     """
@@ -195,21 +196,21 @@ class Bounded(Number):
         return f"({self.low:g}, {self.high:g})"
 
     def start(self, shape: torch.Size) -> Any:
-        """The middle."""
+        """Return the middle of the interval."""
         return (self.low + self.high) / 2
 
     def transform(self) -> Transform:
-        """A scaled sigmoid."""
+        """Return a scaled sigmoid."""
         return biject_to(constraints.interval(float(self.low), float(self.high)))
 
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """Between the bounds."""
+        """Whether each entry is between the bounds."""
         if interior:
             return (value > self.low) & (value < self.high)
         return (value >= self.low) & (value <= self.high)
 
     def project(self, value: Tensor) -> Tensor:
-        """Clamped."""
+        """Clamp to the bounds."""
         return value.clamp(self.low, self.high)
 
 
@@ -217,10 +218,10 @@ class Bounded(Number):
 class Simplex(Space):
     """Probability vectors: along the last dimension, positive entries that sum to 1.
 
-    The projection is Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1.
+    The projection is that of Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1.
 
     Attributes:
-        init: as for every space; None has equal entries.
+        init: as for every space; None gives equal entries.
     """
 
     init: Any = None
@@ -231,21 +232,21 @@ class Simplex(Space):
         return "the simplex (entries above 0 that sum to 1)"
 
     def start(self, shape: torch.Size) -> Any:
-        """Equal entries."""
+        """Return the value of equal entries."""
         return 1 / shape[-1]
 
     def transform(self) -> Transform:
-        """Stick breaking; the raw variable has one entry fewer."""
+        """Return stick breaking, whose raw variable has one entry fewer."""
         return biject_to(constraints.simplex)
 
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """Entries that sum to 1, shape (...,)."""
+        """Whether the entries of each vector are positive (or at least 0) and sum to 1, shape (...,)."""
         positive = (value > 0) if interior else (value >= 0)
         near = (value.sum(-1) - 1).abs() <= 100 * torch.finfo(value.dtype).eps * value.shape[-1]
         return positive.all(-1) & near
 
     def project(self, value: Tensor) -> Tensor:
-        """The nearest vector of the simplex, in the Euclidean norm."""
+        """Return the nearest vector of the simplex, in the Euclidean norm."""
         ordered = value.sort(-1, descending=True).values
         counts = torch.arange(1, value.shape[-1] + 1, dtype=value.dtype, device=value.device)
         excess = (ordered.cumsum(-1) - 1) / counts
@@ -254,10 +255,10 @@ class Simplex(Space):
 
 
 class SpectralBallTransform(Transform):
-    """``A = radius B L^{-T}`` with ``L L^T = I + B^T B``: every matrix B onto the open ball ``|A|_2 < radius``, smoothly.
+    """``A = radius B L^{-T}``, ``L L^T = I + B^T B``: a smooth map of all matrices B onto the open ball ``|A|_2 < radius``.
 
-    For then ``A^T A = radius^2 (I - L^{-1} L^{-T})``. A Cholesky factor has a derivative where an SVD has none: at equal singular
-    values.
+    It maps onto this ball since ``A^T A = radius^2 (I - L^{-1} L^{-T})``. Unlike an SVD, a Cholesky factor is differentiable
+    at equal singular values.
     """
 
     domain = constraints.independent(constraints.real, 2)
@@ -283,10 +284,10 @@ class SpectralBallTransform(Transform):
 
 @dataclass(frozen=True)
 class SpectralBall(Space):
-    """Matrices of a spectral norm below ``radius`` (by projection: at most that).
+    """Matrices of a spectral norm below ``radius`` (by projection: at most ``radius``).
 
     Attributes:
-        radius: of the ball, above 0.
+        radius: radius of the ball, above 0.
     """
 
     radius: float = 1.0
@@ -302,17 +303,17 @@ class SpectralBall(Space):
         return f"the ball of spectral norm {self.radius:g}"
 
     def transform(self) -> Transform:
-        """See ``SpectralBallTransform``."""
+        """Return a ``SpectralBallTransform``."""
         return SpectralBallTransform(float(self.radius))
 
     def inside(self, value: Tensor, *, interior: bool) -> Tensor:
-        """The largest singular value is below the radius, shape (...,)."""
+        """Whether the largest singular value is below the radius (or equal to it), shape (...,)."""
         norm = torch.linalg.matrix_norm(value.double(), 2)
         return (norm < self.radius) if interior else (norm <= self.radius)
 
     def project(self, value: Tensor) -> Tensor:
-        """Singular values clipped: the nearest matrix in the Frobenius norm."""
+        """Clip the singular values, which gives the nearest matrix in the Frobenius norm."""
         u, s, vh = torch.linalg.svd(value, full_matrices=False)
-        # Rounding may add this much to the norm of the product: the ball is entered by it.
+        # Rounding may increase the norm of the product by this, so the singular values are clipped a little more.
         slack = 8 * max(value.shape[-2:]) * torch.finfo(value.dtype).eps
         return value if bool((s <= self.radius).all()) else (u * s.clamp(max=self.radius * (1 - slack))[..., None, :]) @ vh

@@ -1,4 +1,4 @@
-"""The rule of attention, whose four projections respond.
+"""The rule of attention, whose four projections may respond.
 
 q, k, v = responding projections,     y = softmax(q k^T / sqrt(d) + mask) v,     out = responding projection of y
 """
@@ -22,9 +22,9 @@ PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 @rule(functional.multi_head_attention_forward)
 def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """``torch.nn.functional.multi_head_attention_forward``, whose inputs are (length, rows, features).
+    """``torch.nn.functional.multi_head_attention_forward`` for inputs of shape (length, rows, features).
 
-    Without a weight that responds it is called by the linearised network.
+    It is called without a responding weight too, by a linearised network.
     """
     bound = SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -66,7 +66,7 @@ def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, rows: int, extra: int, like: Tensor) -> Tensor | None:
-    """What is added to the scores, for both masks. shape: broadcasts to (rows, heads, queries, keys)."""
+    """Return what both masks add to the scores. shape: broadcasts to (rows, heads, queries, keys)."""
 
     def added(mask: Tensor) -> Tensor:
         if mask.dtype == torch.bool:

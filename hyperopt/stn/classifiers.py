@@ -1,4 +1,4 @@
-"""A classifier of images with dropout at tuned rates wherever one is declared: what the experiments on images train."""
+"""The image classifier of the STN experiments, with dropout at tuned rates where a rate is declared."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Classifier:
     """Convolutions with ReLU, dense layers with ReLU, a linear layer; dropout ``dropout0``, ``dropout1``, ... between them.
 
     Attributes:
-        channels: of the convolutions (none: dense layers alone).
-        strides: of each convolution.
-        pooled: places, from 0, of the convolutions that a 2 x 2 max-pooling follows.
-        kernel_size: of the convolutions, odd; padded, so that at stride 1 the size stays.
+        channels: channels of the convolutions (none: only dense layers).
+        strides: stride of each convolution.
+        pooled: indices of the convolutions that are followed by 2 x 2 max-pooling.
+        kernel_size: size of the convolutions, odd; they are padded, so that stride 1 keeps the size.
         dense: sizes of the dense layers before the last.
-        dense_dropout: whether a dense layer's dropout comes ``after`` it or ``before`` it. That of a convolution, of whole
-            channels, always comes after it and its pooling.
+        dense_dropout: whether a dense layer's dropout comes ``after`` or ``before`` it. The dropout of a convolution drops
+            whole channels and always comes after it and its pooling.
     """
 
     channels: tuple[int, ...] = ()
@@ -57,15 +57,15 @@ class Classifier:
         return tuple(f"dropout{k}" for k in range(len(self.channels) + len(self.dense)))
 
     def build(self, shape: tuple[int, ...], classes: int, rates: Collection[str]) -> nn.Sequential:
-        """Return the network from images to logits, its initial values drawn from torch's global generator.
+        """Return the network from images to logits, with initial values from torch's global generator.
 
         Args:
-            shape: of one image, channels first.
+            shape: shape of one image, channels first.
             classes: number of logits.
-            rates: the dropout rates that are hyperparameters, out of ``dropouts``; there is no dropout elsewhere.
+            rates: the dropout rates that are hyperparameters, out of ``dropouts``; other layers have no dropout.
 
         Raises:
-            ValueError: images of this shape do not go into it.
+            ValueError: the network does not take images of this shape.
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
 

@@ -1,7 +1,7 @@
-"""Hyperparameters to tune: a space of ``hyperopt.spaces.space`` with the scale at which it is perturbed.
+"""Hyperparameters to tune: a space of ``hyperopt.spaces.space``, and the scale at which it is perturbed.
 
-Two views of one number: in its own units (h-space), where data, regulariser and network use it, and in R (m-space), where it is
-moved and perturbed, and where weights respond to it. The map between them is that of the space.
+A hyperparameter is one number in two forms. Data, regulariser and network use its value h. The variable m in R, which the
+space maps to h, is moved and perturbed, and the weights respond to it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from hyperopt.core.checks import check_below, check_choice, check_count, check_n
 from hyperopt.spaces import space as spaces
 
 PER = ("example", "batch")
-NEAR = math.log(999)  # a sigmoid is within 1e-3 of its end from here on
-FAR = 25.0  # exp: 1e-11 and 1e11
+NEAR = math.log(999)  # beyond this, a sigmoid is within 1e-3 of its end
+FAR = 25.0  # exp(-25) and exp(25) are about 1e-11 and 1e11
 
 
 class Tuned(ABC):
     """A hyperparameter to tune.
 
     Attributes:
-        init: where it starts, in its own units; inside of its space, never on a bound.
-        scale: standard deviation of its perturbation at first, in m-space, above 0.
+        init: initial value, inside the space and not on a bound.
+        scale: initial standard deviation of its perturbation in R, above 0.
         per: ``example``: every row of a batch has its own perturbation; ``batch``: all rows share one.
     """
 
@@ -35,7 +35,7 @@ class Tuned(ABC):
     per: str
 
     def _check(self, low: float, high: float) -> None:
-        """Check what every one has: a start strictly between ``low`` and ``high``, a scale and a sharing."""
+        """Check the common fields: a start strictly between ``low`` and ``high``, a scale and ``per``."""
         name, init = type(self).__name__, self.init
         if isinstance(init, str) and "${" not in init:
             raise ValueError(
@@ -54,15 +54,15 @@ class Tuned(ABC):
         """Its space, with the initial value."""
 
     def value(self, m: Tensor) -> Tensor:
-        """In the user's units, differentiable."""
+        """Return the value for ``m``, differentiable."""
         return self.space.value(m)
 
     @abstractmethod
     def saturated(self, m: float) -> str | None:
-        """The bound that ``m`` has come to, in words, or None."""
+        """Return the bound that ``m`` has reached, in words, or None."""
 
     def raw(self, dtype: torch.dtype, device: torch.device | str, key: str) -> Tensor:
-        """Where it starts in m-space; see ``Space.raw``. shape: ()."""
+        """Return the initial variable in R; see ``Space.raw``. shape: ()."""
         return self.space.raw(torch.Size(), dtype, device, key)
 
 
@@ -94,7 +94,7 @@ class Bounded(Tuned):
         return spaces.Bounded(float(self.init), low=self.low, high=self.high)
 
     def saturated(self, m: float) -> str | None:
-        """Within a thousandth of the interval from a bound."""
+        """Return the bound that is within a thousandth of the interval, if any."""
         return _bound(m, self.low, self.high)
 
 
@@ -122,16 +122,16 @@ class Positive(Tuned):
         return spaces.Positive(float(self.init), map=self.map)
 
     def saturated(self, m: float) -> str | None:
-        """So far out that float32 sees 0 or no number."""
+        """Return ``0`` or ``infinity`` if the value is near the end of what float32 can hold."""
         return "0" if m < -FAR else "infinity" if m > FAR and self.map == "exp" else None
 
 
 @dataclass(frozen=True)
 class Discrete(Tuned):
-    """A whole number from ``low`` to ``high``: the floor of a bounded one, which is what is perturbed and moved.
+    """A whole number from ``low`` to ``high``: the floor of a bounded number, which is perturbed and moved instead.
 
-    ``floor(b)`` with b in ``(low, high + 1)``, which starts in the middle of its whole number. Its derivative is 0: only the
-    weights' response to m moves it.
+    It is ``floor(b)`` with b in ``(low, high + 1)``, which starts at ``init + 1/2``. The derivative of the floor is 0, so only
+    the weights' response to m moves it.
 
     Attributes:
         low: the least value.
@@ -154,18 +154,18 @@ class Discrete(Tuned):
 
     @property
     def space(self) -> spaces.Bounded:
-        """The open interval of which the floor is taken."""
+        """The open interval of the number whose floor is taken."""
         return spaces.Bounded(self.init + 0.5, low=self.low, high=self.high + 1)
 
     def value(self, m: Tensor) -> Tensor:
-        """The whole number; at the end of a saturated sigmoid still at most ``high``."""
+        """Return the whole number, which is at most ``high`` even if the sigmoid is saturated."""
         return self.space.value(m).floor().clamp(max=self.high)
 
     def saturated(self, m: float) -> str | None:
-        """Within a thousandth of the interval from a bound."""
+        """Return the bound that is within a thousandth of the interval, if any."""
         return _bound(m, self.low, self.high)
 
 
 def _bound(m: float, low: float, high: float) -> str | None:
-    """The end of an interval that a sigmoid of ``m`` has come to."""
+    """Return the end of an interval that a sigmoid of ``m`` has reached, if any."""
     return f"its bound {low:g}" if m < -NEAR else f"its bound {high:g}" if m > NEAR else None

@@ -1,8 +1,8 @@
-"""One draw of the hyperparameters for a batch: what its data, its regulariser and the network all read.
+"""One draw of the hyperparameters for a batch, which its data, its regulariser and the network all use.
 
     m = u + softplus(s) * eps,     eps ~ N(0, 1), a row for each example          h = the space's map of m
 
-Nothing that is drawn is kept in a module, and nothing knows the size of a batch before it comes.
+No module keeps a draw, and the size of a batch is not needed before the batch comes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Values(Mapping[str, Tensor]):
-    """Each hyperparameter of a draw in the user's units, made when it is asked for. shape of each: (rows,)."""
+    """The values of a draw's hyperparameters by name, computed when they are read. shape of each: (rows,)."""
 
     def __init__(self, draw: Draw) -> None:
-        """Look at a draw."""
+        """Keep the draw."""
         self._draw = draw
 
     def __getitem__(self, name: str) -> Tensor:
-        """One hyperparameter.
+        """Return one hyperparameter.
 
         Raises:
-            KeyError: there is none of this name, or the draw hides them.
+            KeyError: there is none of this name, or the draw hides the values.
         """
         draw = self._draw
         names = draw.space.names
@@ -42,11 +42,11 @@ class Values(Mapping[str, Tensor]):
         return draw.space.declared[name].value(draw.m[:, names.index(name)])
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Iterate over the names."""
         return iter(self._draw.space.names)
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of hyperparameters."""
         return len(self._draw.space.names)
 
 
@@ -55,13 +55,13 @@ class Draw:
     """The hyperparameters of the rows of one batch; immutable.
 
     Attributes:
-        space: what was drawn from.
-        m: in R. shape: (rows, H)
-        delta: what the weights respond to: ``m``, or ``m - stopgrad(u)`` where the space is centred. shape: (rows, H)
+        space: the space that was drawn from.
+        m: variables in R. shape: (rows, H)
+        delta: what the weights respond to: ``m``, or ``m - stopgrad(u)`` if the space is centred. shape: (rows, H)
         sigma: the scales ``softplus(s)``. shape: (H,)
-        responds: False where ``delta`` is 0 and without derivative: layers then need no response at all.
-        hidden: whether ``h`` refuses to be read: validation sees the weights alone.
-        seen: gets the names that are read from ``h`` (None: nobody wants to know).
+        responds: False if ``delta`` is 0 and has no derivative, so that layers need no response.
+        hidden: whether reading ``h`` is refused, since a validation loss must see only the weights.
+        seen: a set to which the names that are read from ``h`` are added, or None.
     """
 
     space: HyperSpace
@@ -74,31 +74,31 @@ class Draw:
 
     @property
     def h(self) -> Values:
-        """The hyperparameters in the user's units by name. shape of each: (rows,)."""
+        """The values of the hyperparameters by name. shape of each: (rows,)."""
         return Values(self)
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return self.m.shape[0]
 
     def part(self, rows: slice) -> Draw:
-        """The draw of some of its rows."""
+        """Return the draw of some of its rows."""
         return replace(self, m=self.m[rows], delta=self.delta[rows])
 
     def entropy(self) -> Tensor:
-        """That of the perturbation: ``sum log(sigma sqrt(2 pi e))``. shape: ()."""
+        """Return the entropy of the perturbation: ``sum log(sigma sqrt(2 pi e))``. shape: ()."""
         return self.entropy_of(self.sigma)
 
     @staticmethod
     def entropy_of(sigma: Tensor) -> Tensor:
-        """That of scales. shape of sigma: (H,)."""
+        """Return the entropy for given scales. shape of sigma: (H,)."""
         return sigma.log().sum() + sigma.numel() * 0.5 * math.log(2 * math.pi * math.e)
 
     def without_h(self) -> Draw:
-        """The same draw for a validation loss that sees the weights alone."""
+        """Return the same draw for a validation loss that must see only the weights."""
         return replace(self, hidden=True)
 
     def watched(self, seen: set[str]) -> Draw:
-        """The same draw, which puts the names that are read from ``h`` into ``seen``."""
+        """Return the same draw, which adds the names that are read from ``h`` to ``seen``."""
         return replace(self, seen=seen)

@@ -1,4 +1,4 @@
-"""Dropout at a rate that is a hyperparameter of the draw, a rate for each row."""
+"""Dropout at a rate that is a hyperparameter of the draw, with one rate for each row."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hyperopt.stn.layer import InContext
 
 
 class Dropout(InContext, nn.Dropout):
-    """``y = x * mask / (1 - p)`` with ``p = draw.h[name]`` row by row, outside of the gradient; the identity in eval mode.
+    """``y = x * mask / (1 - p)`` with ``p = draw.h[name]`` for each row, without a gradient in p; the identity in eval mode.
 
     Args:
-        name: the hyperparameter.
-        inplace: as in ``torch.nn.Dropout``, for the network that ``collapse`` gives.
+        name: name of the hyperparameter.
+        inplace: as in ``torch.nn.Dropout``, for the plain network that ``collapse`` returns.
     """
 
     plain = nn.Dropout
 
     def __init__(self, name: str, inplace: bool = False) -> None:
-        """Know the name."""
+        """Keep the name."""
         super().__init__(0.0, inplace)
         self.name = name
 
@@ -32,16 +32,16 @@ class Dropout(InContext, nn.Dropout):
         self.rows(input.shape[0], draw)
         p = draw.h[self.name].detach().to(input.dtype).view(-1, *[1] * (input.dim() - 1))
         keep = 1 - p
-        # Clamped: a rate of 1 keeps nothing, and has no factor that would make up for it.
+        # The factor is clamped, since a rate of 1 keeps nothing and has no finite factor.
         factor = keep.clamp(min=torch.finfo(input.dtype).tiny).reciprocal()
         return input * torch.where(torch.rand_like(input) < keep, factor, torch.zeros_like(factor))
 
     def collapse_(self, draw: Draw) -> None:
-        """Become dropout at the rate of the first row of ``draw``."""
+        """Become torch's dropout at the rate of the first row of ``draw``."""
         self.p = float(draw.h[self.name][0])
         del self.name
         super().collapse_(draw)
 
     def extra_repr(self) -> str:
-        """Whose rate it is."""
+        """Return the name of the rate."""
         return repr(self.name) if "name" in vars(self) else super().extra_repr()

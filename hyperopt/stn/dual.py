@@ -1,7 +1,8 @@
-"""The linearised network: functions of duals whose torch kernels have no derivative of their forward derivative, or a wrong one.
+"""Replacements of torch functions in the linearised network.
 
-Softmax and attention are made of elementary operations here; so are normalisations (``hyperopt.stn.norm``) and recurrent layers
-(``hyperopt.stn.recurrent``).
+The kernels of these functions have no derivative of their forward-mode derivative, or a wrong one. Here softmax and attention
+consist of elementary operations; see ``hyperopt.stn.norm`` and ``hyperopt.stn.recurrent`` for normalisations and recurrent
+layers.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ ATTENTION = functional.scaled_dot_product_attention
 def softmax(
     input: Tensor, dim: int = -1, _stacklevel: int = 3, dtype: torch.dtype | None = None, *, empty: bool = False
 ) -> Tensor:
-    """``exp(x) / sum exp(x)``; with ``empty`` it is 0 where every entry is -inf, and not NaN."""
+    """Return ``exp(x) / sum exp(x)``; with ``empty`` this is 0 instead of NaN where every entry is -inf."""
     x = input if dtype is None else input.to(dtype)
-    top = forward_ad.unpack_dual(x).primal.detach().amax(dim, keepdim=True)  # any number would do: it is divided out
+    top = forward_ad.unpack_dual(x).primal.detach().amax(dim, keepdim=True)  # the result does not depend on this number
     top = top.masked_fill(top == -math.inf, 0.0) if empty else top
     found = (x - top).exp()
     total = found.sum(dim, keepdim=True)
@@ -33,14 +34,14 @@ def softmax(
 
 
 def log_softmax(input: Tensor, dim: int = -1, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    """``x - log sum exp(x)``."""
+    """Return ``x - log sum exp(x)``."""
     x = input if dtype is None else input.to(dtype)
     x = x - forward_ad.unpack_dual(x).primal.detach().amax(dim, keepdim=True)
     return x - x.exp().sum(dim, keepdim=True).log()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, *, linear: bool) -> Tensor:
-    """``softmax(q k^T / sqrt(d) + mask) v``, by torch's own kernels unless the network is linearised."""
+    """Return ``softmax(q k^T / sqrt(d) + mask) v``, by torch's own kernels unless the network is linearised."""
     if not linear:
         return ATTENTION(query, key, value, None if mask is None else mask.expand(-1, -1, query.shape[-2], -1), rate)
     return _attention(query, key, value, mask, rate)
@@ -56,7 +57,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``."""
+    """Compute ``torch.nn.functional.scaled_dot_product_attention`` by elementary operations."""
     if enable_gqa:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -79,13 +80,13 @@ BY_RULE = (
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
     functional.multi_head_attention_forward,
 )
-"""Functions whose rules are made of elementary operations, with a weight that responds or without."""
+"""Functions whose rules consist of elementary operations, whether a weight responds or not."""
 
 
 class Elementary(TorchFunctionMode):
-    """Makes functions of duals of elementary operations; see the module."""
+    """Replaces functions of dual numbers by elementary operations; see the module's docstring."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace those functions alone."""
+        """Call the replacement of the function, if it has one."""
         found = ELEMENTARY.get(func) or (RULES[func] if func in BY_RULE else func)
         return found(*args, **(kwargs or {}))

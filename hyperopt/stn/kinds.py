@@ -1,4 +1,4 @@
-"""Which layers have weights that respond, and what ``convert`` refuses by name."""
+"""The layers whose weights can respond, and the networks that ``convert`` refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS: dict[type[nn.Module], type[HyperLayer]] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), HyperRecurrent),
     nn.MultiheadAttention: HyperAttention,
 }
-"""How the weights of each kind of layer, and of its subclasses, respond; one of your own is a subclass of ``HyperLayer``."""
+"""How the weights of each kind of layer, and of its subclasses, respond; for your own kind derive from ``HyperLayer``."""
 
 WRAPPERS = {
     "DistributedDataParallel": "convert the network inside (its .module), and wrap what convert gives back",
@@ -43,23 +43,23 @@ WRAPPERS = {
     "FullyShardedDataParallel": "convert the network inside, and leave it whole",
     "OptimizedModule": "convert the plain network (its _orig_mod), and compile what convert gives back",
 }
-"""What stands around a network and would go on with the weights that it knows."""
+"""Wrappers of a network that would keep using the weights that they know, and what to do instead."""
 
 
 def _kind_of(module: nn.Module) -> type[HyperLayer] | None:
-    """How the weights of a layer respond, by its class or the nearest one that it is derived from."""
+    """Return how the weights of a layer respond, by its class or the nearest base class."""
     return next((KINDS[each] for each in type(module).__mro__ if each in KINDS), None)
 
 
 def weights_of(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The weights that a module itself reads, by name, each with its parameters: itself, or those that a parametrization has."""
+    """Return the weights that a module itself reads by name, each with its parameters (several for a parametrization)."""
     own: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
     found = {name: list(each.parameters(recurse=False)) for name, each in own.items()}
     return found | {name: [parameter] for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _sequence_first(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers inside of torch's transformers whose inputs are (length, examples, features)."""
+    """Yield the layers inside torch's transformers whose inputs are (length, examples, features)."""
     for each in module.modules():
         if isinstance(each, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             first: Any = each.self_attn
@@ -72,10 +72,10 @@ def _sequence_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_wrapper(module: nn.Module, name: str) -> None:
-    """Refuse what stands around a network, or has made code of it already.
+    """Refuse a module that wraps a network, or was compiled from one.
 
     Raises:
-        ValueError: names it and says what to convert.
+        ValueError: the message names it and says what to convert.
     """
     kind = type(module).__name__
     what = WRAPPERS.get(kind)
@@ -94,11 +94,7 @@ def check_wrapper(module: nn.Module, name: str) -> None:
 
 
 def _check_kind(module: nn.Module, name: str, own: list[str]) -> None:
-    """Refuse a module of no known kind, which has weights ``own`` that are trained.
-
-    Raises:
-        ValueError: names it and what to do.
-    """
+    """Refuse a module of an unknown kind with trained weights ``own``."""
     known = ", ".join(each.__name__ for each in KINDS)
     raise ValueError(
         f"convert: {name or 'the network'!r} is a {type(module).__name__} with parameters of its own ({', '.join(own)}), a kind "
@@ -109,11 +105,7 @@ def _check_kind(module: nn.Module, name: str, own: list[str]) -> None:
 
 @torch.no_grad()
 def _check_parametrized(module: nn.Module, weight: str, name: str) -> None:
-    """Refuse a parametrization that cannot take a given weight: ``collapse`` must write one into it.
-
-    Raises:
-        ValueError: names it and what to do.
-    """
+    """Refuse a parametrization that cannot be set to a given weight, since ``collapse`` must do this."""
     if not parametrize.is_parametrized(module, weight):
         return
     trial = copy.deepcopy(module).eval()
@@ -133,7 +125,7 @@ def _check_parametrized(module: nn.Module, weight: str, name: str) -> None:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy of a network; a recurrent layer with a parametrization keeps a weight with its graph, which no copy can take."""
+    """Return a copy of a network. A parametrized recurrent layer keeps a weight with a graph, which must be removed first."""
     with torch.no_grad():
         for each in module.modules():
             if isinstance(each, nn.RNNBase) and parametrize.is_parametrized(each):
@@ -142,7 +134,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def respond_(module: nn.Module, context: Context, count: int, gate: str, std: float, skip: Sequence[str]) -> None:
-    """Give every weight that is trained and not skipped its response, one for all layers that share it."""
+    """Give every weight that is trained and not skipped its response, one for all layers that share the weight."""
     still = {id(parameter) for name in skip for parameter in module.get_submodule(name).parameters()}
     second = {id(each) for each in _sequence_first(module)}
     made: dict[Any, Response] = {}
@@ -183,11 +175,7 @@ def respond_(module: nn.Module, context: Context, count: int, gate: str, std: fl
 
 
 def _trained(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is trained, and could respond.
-
-    Raises:
-        ValueError: it has no values yet, or complex ones.
-    """
+    """Whether a parameter is trained, so that it can respond."""
     if isinstance(parameter, UninitializedParameter):
         raise ValueError("convert: the network has a lazy layer without weights as yet; call the network once, then convert it")
     if parameter.is_complex():
@@ -196,10 +184,10 @@ def _trained(parameter: nn.Parameter) -> bool:
 
 
 def check_memory(module: nn.Module) -> None:
-    """Refuse two parameters in the same memory: a copy of the network has two places for them.
+    """Refuse two parameters in the same memory, which would become independent in a copy of the network.
 
     Raises:
-        ValueError: names them and how to tie them.
+        ValueError: there are such parameters; the message names them and says how to tie them.
     """
     seen: dict[int, str] = {}
     for name, parameter in module.named_parameters():

@@ -1,9 +1,9 @@
-"""Layers that give their weights out with a response, and how a draw reaches them.
+"""Layers whose weights respond, and how a draw reaches them.
 
-A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay where they were, its forward is its
-own, and ``collapse`` changes the class back. What changes is what the code of a network gets when it reads a weight of the layer
-during a call: a tensor that responds, see ``hyperopt.stn.response``. The draw lies in a ``Context`` that all layers of a network
-share, for as long as one call of it.
+A hyper-layer is the plain layer with its class changed: parameters, hooks and names stay, it keeps its own forward, and
+``collapse`` changes the class back. When the code of a network reads a weight of the layer during a call, it gets a tensor
+that responds (see ``hyperopt.stn.response``). During a call, the draw is in a ``Context`` that all layers of the network
+share.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from hyperopt.stn.response import Response, Use, responding
 
 
 class Context:
-    """Where the layers of a network find the draw of the call under way.
+    """The holder of the draw of the present call, shared by the layers of a network.
 
     Attributes:
         draw: that draw; None outside of a call.
         linear: whether outputs are linearised in the response, as tangents of a dual level.
-        unsure: weights whose layer got inputs with two dimensions as long as there are examples, see ``STN.forward``.
-        sure: those of them whose first dimension has turned out to be that of the examples.
+        unsure: weights whose layers got inputs of which two dimensions have the size of the draw; see ``STN.forward``.
+        sure: those of them for which the first dimension was found to be that of the examples.
     """
 
     def __init__(self) -> None:
-        """No call yet."""
+        """Start outside of a call."""
         self.draw: Draw | None = None
         self.linear = False
         self.unsure: set[str] = set()
@@ -39,7 +39,7 @@ class Context:
 
     @contextlib.contextmanager
     def holding(self, draw: Draw | None) -> Iterator[None]:
-        """Hold a draw, and put back what was there, whatever happens."""
+        """Hold a draw during the block, and restore the previous one at its end."""
         before, self.draw = self.draw, draw
         try:
             yield
@@ -48,12 +48,12 @@ class Context:
 
 
 class InContext(nn.Module):
-    """A module that reads the draw of the call under way.
+    """A module that reads the draw of the present call.
 
     Attributes:
         context: shared by the whole network; None before ``convert``.
         place: its name in the network.
-        plain: the class that it was made from, and that ``collapse`` gives back.
+        plain: the class from which it was made, and to which ``collapse`` changes it back.
     """
 
     context: Context | None = None
@@ -66,10 +66,10 @@ class InContext(nn.Module):
 
     @property
     def draw(self) -> Draw:
-        """The draw of the call under way.
+        """The draw of the present call.
 
         Raises:
-            RuntimeError: there is none: the layer was called on its own.
+            RuntimeError: there is none, since the layer was called outside of its network.
         """
         if self.context is None or self.context.draw is None:
             raise RuntimeError(
@@ -80,10 +80,10 @@ class InContext(nn.Module):
         return self.context.draw
 
     def rows(self, found: int, draw: Draw) -> None:
-        """Refuse an input of another number of rows than the draw has (one row is for all).
+        """Refuse an input whose number of rows is not that of the draw (a draw of one row fits all).
 
         Raises:
-            ValueError: names the layer and both numbers.
+            ValueError: the message names the layer and both numbers.
         """
         if draw.rows not in (1, found):
             raise ValueError(
@@ -92,7 +92,7 @@ class InContext(nn.Module):
             )
 
     def collapse_(self, draw: Draw) -> None:
-        """Become a plain module at the first row of ``draw``."""
+        """Become a plain module, with the values of the first row of ``draw``."""
         vars(self).pop("context", None)
         vars(self).pop("place", None)
         self.__class__ = self.plain  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,13 +101,13 @@ class InContext(nn.Module):
 class HyperLayer(InContext):
     """A layer whose weights respond.
 
-    A subclass says how those of a kind of layer do; one of your own goes into ``hyperopt.stn.KINDS``. A subclass of both this
-    class and the layer has a ``forward`` of its own, which reads weights by ``base`` and responses in ``responses``.
+    A subclass defines the response for a kind of layer; add your own to ``hyperopt.stn.KINDS``. If it is a subclass of the
+    layer's class too, it has its own ``forward``, which reads weights by ``base`` and responses in ``responses``.
 
     Attributes:
-        axis: of a matrix or filters, that has the units; vectors have one axis.
+        axis: the axis of a matrix or of filters along which the units are; a vector has only one axis.
         silent: weights that never respond.
-        responses: the response of each weight that has one, by its name in the layer.
+        responses: the response of each responding weight, by its name in the layer.
         examples: the dimension of its inputs that has the examples.
     """
 
@@ -121,7 +121,7 @@ class HyperLayer(InContext):
         reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
     )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the layer as the plain one does, which reads the responding weights.
+        """Apply the layer like the plain one, with the responding weights.
 
         Raises:
             RuntimeError: there is no draw.
@@ -130,18 +130,18 @@ class HyperLayer(InContext):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def base(self, name: str) -> Tensor:
-        """A weight without its response: a parameter, or what a parametrization makes of its parameters."""
+        """Return a weight without its response: a parameter, or the result of a parametrization."""
         found = self._parameters.get(name)
         return getattr(super(type(self), self), name) if found is None else found
 
     def read(self, name: str) -> Tensor:
-        """A weight as the code of the network gets it: responding during a call at a draw that asks for it."""
+        """Return a weight for the code of the network: a responding one during a call whose draw needs this."""
         weight, context = self.base(name), self.context
         if context is None or context.draw is None or not context.draw.responds:
             return weight
         response: Any = self.responses[name]
         draw, direction, gate = context.draw, response.direction, response.gate
-        if torch._C._len_torch_function_stack() > context.linear:  # a mode of others, which sees no more of them after this
+        if torch._C._len_torch_function_stack() > context.linear:  # show the parts to another mode, which cannot see them later
             weight, direction, gate, delta = (part.view_as(part) for part in (weight, direction, gate, draw.delta))
             draw = replace(draw, delta=delta)
         place = f"{self.place}.{name}" if self.place else name
@@ -149,35 +149,35 @@ class HyperLayer(InContext):
         return responding(Use(*parts, type(self).__name__, place, self.examples, context.unsure))
 
     def respond(self, name: str, count: int, gate: str, std: float) -> Response:
-        """Make a response of one of its weights; see ``Response``."""
+        """Return a new response of one of its weights; see ``Response``."""
         weight = self.base(name).detach()
         return Response(self.fresh(weight), self.axis if weight.dim() > 1 else 0, count, gate, std)
 
     def fresh(self, weight: Tensor) -> Tensor:
-        """The direction at first: that of torch's linear and convolutional layers; ones for a vector."""
+        """Return the initial direction: as for torch's linear and convolutional layers, or ones for a vector."""
         found = torch.ones_like(weight)
         return nn.init.kaiming_uniform_(found, a=5**0.5) if weight.dim() > 1 else found
 
     def collapse_(self, draw: Draw) -> None:
-        """Become the plain layer; its weights are the business of ``STN.collapse``."""
+        """Become the plain layer; ``STN.collapse`` sets its weights."""
         del self.responses
         vars(self).pop("examples", None)
         super().collapse_(draw)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the plain class, of which this one is made anew."""
+        """Copy and pickle by the plain class, from which this one is made again."""
         return _remade, (_kind(type(self)), self.plain, tuple(self.responses)), self.__getstate__()
 
 
 class HyperEmbedding(HyperLayer):
-    """Looking up, whose units are the dimensions of a vector."""
+    """An embedding, whose units are the dimensions of its vectors."""
 
     axis = 1
     padding_idx: int | None
 
     @torch.no_grad()
     def fresh(self, weight: Tensor) -> Tensor:
-        """Normal, as a plain embedding, with a padding row that stays at zero."""
+        """Return normal entries, as for a plain embedding, with zeros in the padding row."""
         found = torch.randn_like(weight)
         if self.padding_idx is not None:
             found[self.padding_idx] = 0
@@ -191,32 +191,32 @@ class HyperTransposed(HyperLayer):
 
 
 class HyperNorm(HyperLayer):
-    """A normalisation: the gain's direction is one, whatever its dimensions."""
+    """A normalisation: the direction of its gain is one, whatever its number of dimensions."""
 
     def fresh(self, weight: Tensor) -> Tensor:
-        """Ones."""
+        """Return ones."""
         return torch.ones_like(weight)
 
 
 class HyperAttention(HyperLayer):
-    """Attention; keys and values that are the same for all examples stay so."""
+    """Attention, in which keys and values that are shared by all examples do not respond."""
 
     silent = ("bias_k", "bias_v")
 
 
 class HyperRecurrent(HyperLayer):
-    """A recurrent layer, which hands its weights to torch as one list."""
+    """A recurrent layer, which passes its weights to torch as one list."""
 
     _flat_weights_names: list[str]
 
     @property
     def _flat_weights(self) -> list[Any]:
-        """The list, made whenever it is asked for."""
+        """The list of weights, made at each access."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
-        """Nothing is kept."""
+        """Ignore the value, since no list is kept."""
 
     def collapse_(self, draw: Draw) -> None:
         """Make the plain layer's own list again."""
@@ -225,12 +225,12 @@ class HyperRecurrent(HyperLayer):
 
 
 def hyper_class(kind: type[HyperLayer], plain: type[nn.Module], names: Sequence[str]) -> type[nn.Module]:
-    """The class of a plain layer whose weights ``names`` respond."""
+    """Return the class of a plain layer whose weights ``names`` respond."""
 
     def reading(name: str) -> Any:
         return property(lambda layer: layer.read(name))
 
-    own = issubclass(kind, plain)  # and then its forward reads the weights
+    own = issubclass(kind, plain)  # then its forward reads the weights
     members: dict[str, Any] = {} if own else {name: reading(name) for name in names}
     bases = (kind,) if own else (kind, plain)
     return type(
@@ -239,11 +239,11 @@ def hyper_class(kind: type[HyperLayer], plain: type[nn.Module], names: Sequence[
 
 
 def _kind(made: type[nn.Module]) -> type[HyperLayer]:
-    """What ``hyper_class`` made a class from."""
+    """Return the kind from which ``hyper_class`` made a class."""
     return made.__bases__[0]  # pyright: ignore[reportReturnType]
 
 
 def _remade(kind: type[HyperLayer], plain: type[nn.Module], names: Sequence[str]) -> nn.Module:
-    """An empty layer, whose state comes next."""
+    """Return an empty layer, whose state is set next."""
     made = hyper_class(kind, plain, names)
     return made.__new__(made)

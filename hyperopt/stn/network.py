@@ -1,4 +1,4 @@
-"""``convert``: an existing network becomes a self-tuning one; ``STN``: what it becomes."""
+"""``convert`` turns an existing network into a self-tuning one, an ``STN``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.space import HyperSpace
 
 GATES = ("unit", "scalar")
-"""How many gates the response of a layer has: one for each of its outputs, or one."""
+"""How many gates a response has: one for each output of the layer, or a single one."""
 
 
 class STN(nn.Module):
-    """A network whose weights respond to its hyperparameters; made by ``convert``.
+    """A network whose weights respond to its hyperparameters, made by ``convert``.
 
-    ``stn(x, draw)`` is the network at the hyperparameters of the draw, row by row; ``stn(x)`` at the hyperparameters themselves.
+    ``stn(x, draw)`` is the network at the draw's hyperparameters, row by row; ``stn(x)`` is the network at the present values.
 
     Attributes:
         module: the converted network.
@@ -37,7 +37,7 @@ class STN(nn.Module):
     """
 
     def __init__(self, module: nn.Module, space: HyperSpace, context: Context) -> None:
-        """Put the parts together."""
+        """Keep the parts."""
         super().__init__()
         self.module, self.space, self._context = module, space, context
         self._weights: dict[str, tuple[HyperLayer, str, Response]] | None = None
@@ -59,14 +59,14 @@ class STN(nn.Module):
 
         Args:
             x: its first input, examples first.
-            draw: the hyperparameters (None: those of ``at``, else the hyperparameters themselves).
+            draw: the hyperparameters (None: those of ``at``, else the present values).
             *args: further inputs of the network.
-            **kwargs: the same.
+            **kwargs: further inputs of the network by name.
 
         Raises:
-            ValueError: a layer whose first dimension does not have the examples (also where that cannot be told by the numbers:
-                the network is then called once more, with one example more), or a weight that is read by a function of torch that
-                has no rule for its response.
+            ValueError: the first dimension of a layer's input does not have the examples (if the sizes do not show this, the
+                network is called once more with one more example), or a function of torch that reads a weight has no rule
+                for its response.
         """
         draw = draw or self._context.draw or self.space.draw(leading(x), perturb=False)
         with self._context.holding(draw):
@@ -82,16 +82,12 @@ class STN(nn.Module):
 
     @torch.no_grad()
     def _make_sure(self, x: Any, draw: Draw, args: Any, kwargs: Any) -> None:
-        """Call a copy with one example more, so that no other dimension is as long; its layers refuse what is wrong.
-
-        Raises:
-            RowsError: see ``forward``.
-        """
+        """Call a copy with one more example, so that only one dimension has their number; its layers refuse a wrong one."""
         context, more = self._context, torch.arange(draw.rows + 1, device=draw.m.device) % draw.rows
         context.sure |= context.unsure
         context.unsure.clear()
         if peek_interpreter_stack() is not None or torch._C._len_torch_function_stack():
-            return  # a transform of torch.func, or another mode: what is copied there is not what it seems
+            return  # under a transform of torch.func or another mode, the tensors cannot be copied like this
 
         def longer(leaf: Any) -> Any:
             return leaf[more.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == draw.rows else leaf
@@ -104,7 +100,7 @@ class STN(nn.Module):
                 trial(inputs[0], replace(draw, m=draw.m[more], delta=draw.delta[more], seen=None), *inputs[1], **inputs[2])
         except RowsError:
             raise
-        except Exception as error:  # whatever a network may raise whose other inputs are for another number of examples
+        except Exception as error:  # the network may fail in any way if its other inputs are for the true number of examples
             note_once(
                 f"{', '.join(sorted(context.sure))} got inputs whose second dimension is as long as there are examples; "
                 f"the first was taken for the examples, and calling the network with one example more did not work ({error})",
@@ -113,22 +109,22 @@ class STN(nn.Module):
 
     @contextlib.contextmanager
     def at(self, draw: Draw) -> Iterator[None]:
-        """Let calls without a draw be at this one: ``with stn.at(draw): loss(stn(x))``."""
+        """Make calls without a draw use this one: ``with stn.at(draw): loss(stn(x))``."""
         with self._context.holding(draw):
             yield
 
     def hyper_layers(self) -> list[HyperLayer]:
-        """The layers that respond."""
+        """Return the layers that respond."""
         return [module for module in self.module.modules() if isinstance(module, HyperLayer)]
 
     def weights(self) -> dict[str, tuple[HyperLayer, str, Response]]:
-        """Every weight that responds, once, by its first place in the network: layer, name in the layer, and response."""
+        """Return every responding weight once, by its first place in the network: layer, name in the layer, and response."""
         if self._weights is None:
             self._weights = self._found()
         return self._weights
 
     def _found(self) -> dict[str, tuple[HyperLayer, str, Response]]:
-        """Look through the network."""
+        """Search the network for the responding weights."""
         found: dict[int, tuple[str, tuple[HyperLayer, str, Response]]] = {}
         for layer in self.hyper_layers():
             for name, response in layer.responses.items():
@@ -138,19 +134,19 @@ class STN(nn.Module):
         return dict(found.values())
 
     def response_parameters(self) -> list[nn.Parameter]:
-        """H and V of every weight that responds."""
+        """Return H and V of every responding weight."""
         return [parameter for _, _, response in self.weights().values() for parameter in response.parameters()]
 
     def base_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the network as it was."""
+        """Return the parameters of the original network."""
         response = {id(parameter) for parameter in self.response_parameters()}
         return [parameter for parameter in self.module.parameters() if id(parameter) not in response]
 
     def squared_norm(self, draw: Draw | None = None) -> Tensor:
-        """``|w(lam')|^2`` row by row over all weights that are matrices or filters, for weight decay. shape: (rows,).
+        """Return ``|w(lam')|^2`` of each row over all weights that are matrices or filters, for weight decay. shape: (rows,).
 
-        Each weight counts once, however many layers share it. Biases and the vectors of normalisations are left out, as usual. Of
-        a parametrized weight that responds it is the weight that counts, and not the parameters behind it.
+        Each weight counts once, however many layers share it. Biases and the vectors of normalisations are left out, as usual.
+        For a responding parametrized weight, the weight itself counts, and not its parameters.
         """
         draw = draw or self._context.draw or self.space.draw(1, perturb=False)
         inside, found = {id(parameter) for parameter in self.response_parameters()}, []
@@ -166,15 +162,15 @@ class STN(nn.Module):
 
     @torch.no_grad()
     def response_norm(self) -> float:
-        """Frobenius norm of the Jacobian ``d w / d lam`` of all weights."""
+        """Return the Frobenius norm of the Jacobian ``d w / d lam`` of all weights."""
         return float(sum((response.slope() for _, _, response in self.weights().values()), torch.zeros(()))) ** 0.5
 
     @torch.no_grad()
     def collapse(self, draw: Draw | None = None) -> nn.Module:
-        """Return a plain network with the weights at the hyperparameters themselves; this one stays as it is.
+        """Return a plain network with the weights at the present hyperparameters; this one is not changed.
 
         Args:
-            draw: take the weights and rates of its first row (None: those of the hyperparameters themselves).
+            draw: a draw whose first row gives the weights and rates instead (None: the present values).
         """
         draw = draw or self.space.draw(1, perturb=False)
         plain = copy.deepcopy(self)
@@ -187,9 +183,9 @@ class STN(nn.Module):
         for layer, name, weight in moved:
             parameter = layer._parameters.get(name)
             if parameter is not None:
-                parameter.copy_(weight)  # in place: other layers may share it
+                parameter.copy_(weight)  # in place, since other layers may share it
             else:
-                setattr(layer, name, weight)  # which a parametrization takes
+                setattr(layer, name, weight)  # a parametrization accepts this
         return plain.module
 
 
@@ -198,21 +194,21 @@ def convert(
 ) -> STN:
     """Turn a network into a self-tuning one.
 
-    The network is copied, and keeps its weights; with ``std=0`` every gate is zero and it is the same function at every draw.
-    Each weight that is trained (``requires_grad``) gets one response, whoever reads it; see ``hyperopt.stn.response``.
+    The network is copied and keeps its weights. With ``std=0`` every gate is zero, and it is the same function at every draw.
+    Each trained weight (``requires_grad``) gets one response, whoever reads it; see ``hyperopt.stn.response``.
 
     Args:
-        module: the network; dropout at a tuned rate is ``hyperopt.stn.Dropout(name)`` inside of it.
+        module: the network; dropout at a tuned rate is ``hyperopt.stn.Dropout(name)`` inside it.
         space: the hyperparameters.
         gate: ``unit``: a gate for each output of a layer, as in the papers; ``scalar``: one for the layer.
-        std: standard deviation of the gates at first.
-        skip: names of modules whose weights shall not respond; what lies inside of them is left alone too.
-        respond: False: no weights respond at all; for a plain network that reads the same draws, see ``hyperopt.stn.replay``.
+        std: standard deviation of the initial gates.
+        skip: names of modules whose weights do not respond, nor do those of the modules inside them.
+        respond: False: no weights respond, as for a plain network that reads the same draws; see ``hyperopt.stn.replay``.
 
     Raises:
-        ValueError: a layer with parameters of a kind that has no hyper-layer, or with a parametrization that cannot take any
-            weight; a network that is compiled or wrapped already; a name in ``skip`` that is not there; a dropout of no
-            hyperparameter; or nothing that could respond. The message names it and says what to do.
+        ValueError: a layer has parameters but no hyper-layer, or a parametrization that cannot be set to a given weight; the
+            network is compiled or wrapped; a name in ``skip`` does not exist; a dropout has no hyperparameter; or nothing can
+            respond. The message names it and says what to do.
 
     Example:
         >>> import torch
@@ -253,10 +249,10 @@ def convert(
 
 
 def leading(batch: Any) -> int:
-    """How many rows a batch has: the first dimension of its first tensor.
+    """Return the number of rows of a batch, the first dimension of its first tensor.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no such tensor.
     """
     for leaf in optree.tree_leaves(batch):  # pyright: ignore[reportArgumentType]
         if isinstance(leaf, Tensor) and leaf.dim():
@@ -265,7 +261,7 @@ def leading(batch: Any) -> int:
 
 
 def _join(module: InContext, context: Context, name: str, space: HyperSpace) -> None:
-    """Take a module into the network that reads a hyperparameter by name."""
+    """Add a module that reads a hyperparameter by name to the network."""
     if isinstance(module, HyperLayer):
         raise ValueError(f"convert: {name or 'the network'!r} is a hyper-layer already; convert the plain network, once")
     read = getattr(module, "name", None)
@@ -275,7 +271,7 @@ def _join(module: InContext, context: Context, name: str, space: HyperSpace) -> 
 
 
 def _sum_of_dual(out: Any) -> Any:
-    """Value plus tangent."""
+    """Return the value plus the tangent."""
     if not isinstance(out, Tensor) or not out.is_floating_point():
         return out
     primal, tangent = forward_ad.unpack_dual(out)
@@ -283,10 +279,10 @@ def _sum_of_dual(out: Any) -> Any:
 
 
 def check_network(model: object, owner: str) -> None:
-    """Refuse what is no network from ``convert``.
+    """Refuse a model that is not from ``convert``.
 
     Raises:
-        TypeError: names it and what to give.
+        TypeError: the message names it and says what to give.
     """
     if isinstance(model, STN):
         return

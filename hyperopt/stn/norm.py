@@ -1,11 +1,12 @@
-"""Rules of normalisations, whose gain and shift respond.
+"""Rules of normalisations whose gain and shift respond.
 
     y = W * n(x) + b + (V delta) * H * n(x) + (V_b delta) * h,      n(x): x normalised
 
-Batch statistics are those of the perturbed batch in training, as the layer's inputs are; running statistics move once a call.
+In training, batch statistics are those of the perturbed batch, like the layer's inputs; running statistics are updated once a
+call.
 
-In a linearised network n is made of elementary operations, with a response or without: torch's reverse derivative of the forward
-derivative of its own batch and layer normalisation takes mean and variance for constants, and is wrong without a word.
+In a linearised network n consists of elementary operations, even without a response. The reverse derivative of the forward
+derivative of torch's own batch and layer normalisation is silently wrong, since it treats mean and variance as constants.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ def _normalised(
     parts: Callable[[], Tensor],
     moves: bool,
 ) -> Tensor:
-    """A normalisation with gain and shift.
+    """Compute a normalisation with gain and shift.
 
     Args:
         x: input.
         weight: gain, or None.
         bias: shift, or None.
-        channel: the dimension of the first axis of gain and shift.
+        channel: the dimension of ``x`` for the first axis of gain and shift.
         whole: torch's function of input, gain and shift.
-        unit: ``n(x)``, without any change of running statistics.
+        unit: ``n(x)``, without a change of running statistics.
         parts: the same in elementary operations.
-        moves: whether ``whole`` moves running statistics.
+        moves: whether ``whole`` updates running statistics.
     """
     if isinstance(x, Responding):
         no_rule("nn.functional", x, why="normalises this weight, and has no rule for it")
     w, b = use_of(weight), use_of(bias)
     use = w or b
-    dual = use is None or use.linear  # without a response it is called by the linearised network
+    dual = use is None or use.linear  # without a response, only the linearised network calls this
     if dual:
         value = forward_ad.unpack_dual(x).primal
         if moves:
@@ -74,18 +75,18 @@ def _normalised(
 
 
 def _gain(weight: Tensor, like: Tensor, channel: int) -> Tensor:
-    """A gain whose first axis lies in dimension ``channel``."""
+    """Return a gain in a shape that broadcasts against ``like``, with its first axis in dimension ``channel``."""
     return weight.view(*weight.shape, *[1] * (like.dim() - channel % like.dim() - weight.dim()))
 
 
 def _standard(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """Mean 0 and variance 1 over some dimensions."""
+    """Return x with mean 0 and variance 1 over some dimensions."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
 def _by_statistics(x: Tensor, mean: Any, variance: Any, eps: float) -> Tensor:
-    """With given mean and variance of the channels."""
+    """Return x normalised by given mean and variance of the channels."""
     return (x - _gain(mean, x, 1)) * _gain((variance + eps).rsqrt(), x, 1)
 
 
@@ -100,7 +101,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch normalisation: with the statistics of the batch in training, else the running ones."""
+    """Batch normalisation, with the statistics of the batch in training, else with the running ones."""
 
     def whole(x: Tensor, w: Any, b: Any) -> Tensor:
         return functional.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
@@ -128,7 +129,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Channel by channel of every row."""
+    """Instance normalisation: each channel of every row by itself."""
 
     def whole(x: Tensor, w: Any, b: Any) -> Tensor:
         return functional.instance_norm(x, running_mean, running_var, w, b, use_input_stats, momentum, eps)
@@ -147,7 +148,7 @@ def _instance_norm(
 
 @rule(functional.group_norm)
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """Group by group."""
+    """Group normalisation."""
 
     def parts() -> Tensor:
         return _standard(input.reshape(input.shape[0], num_groups, -1), [2], eps).reshape(input.shape)
@@ -160,7 +161,7 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
 
 @rule(functional.layer_norm)
 def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    """Over the last dimensions; the units are the entries of the first of these."""
+    """Layer normalisation over the last dimensions; the units are the entries of the first of these."""
     dims = [*range(-len(normalized_shape), 0)]
 
     def whole(x: Tensor, w: Any, b: Any) -> Tensor:
@@ -173,7 +174,7 @@ def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any
 
 @rule(functional.rms_norm)
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
-    """Over the last dimensions, without a mean."""
+    """Normalisation over the last dimensions by the root mean square."""
     dims = [*range(-len(normalized_shape), 0)]
 
     def whole(x: Tensor, w: Any, b: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""Rules of the functions that are linear in a weight: products with a matrix, convolutions, looking up; and of its parts.
+"""Rules of functions that are linear in a weight (matrix products, convolutions, embeddings), and of parts of a weight.
 
-y = f(x, W) + b + (V delta) * f(x, H) + (V_b delta) * h          units: outputs
-y = f(x, W) + b + f((V delta) * x, H) + (V_b delta) * h          units: inputs, as of an embedding that is the last layer's too
+y = f(x, W) + b + (V delta) * f(x, H) + (V_b delta) * h          units are outputs
+y = f(x, W) + b + f((V delta) * x, H) + (V_b delta) * h          units are inputs, as for an embedding that is also the last
+layer
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ Call = Callable[[Tensor, Any, Any], Tensor]
 
 
 def applied(call: Call, name: str, x: Any, weight: Any, bias: Any, out_axis: int, outer: int, inner: int) -> Tensor:
-    """``call(x, weight, bias)`` of a function that is linear in weight and bias together, one or both of which respond.
+    """Compute ``call(x, weight, bias)``, linear in weight and bias together, one or both of which respond.
 
     Args:
         call: the plain function; the bias may be None.
-        name: how it is called in messages.
+        name: its name in messages.
         x: input, without a response.
         weight: a matrix or filters.
         bias: a vector, or None.
@@ -50,7 +51,7 @@ def applied(call: Call, name: str, x: Any, weight: Any, bias: Any, out_axis: int
 
 
 def _linear_in_weight(function: Any, out_axis: int, channel: int) -> None:
-    """Register ``function(input, weight, bias, *more)``."""
+    """Register a rule for ``function(input, weight, bias, *more)``."""
 
     def found(input: Any, weight: Any, bias: Any = None, *more: Any, **options: Any) -> Tensor:
         def call(x: Tensor, w: Any, b: Any) -> Tensor:
@@ -87,7 +88,7 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def _matmul(input: Any, other: Any) -> Tensor:
-    """Rows times a matrix."""
+    """Rows times a responding matrix."""
     x, weight = input, other
     if not isinstance(weight, Responding) or weight.dim() != 2 or x.dim() < 2:
         no_rule("matmul", x, weight)
@@ -96,7 +97,7 @@ def _matmul(input: Any, other: Any) -> Tensor:
 
 @rule(torch.addmm)
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """A product and a vector."""
+    """A product with a matrix, plus a vector."""
     if beta != 1 or alpha != 1:
         no_rule("addmm", input, mat1, mat2, why="has a rule for beta=1 and alpha=1 alone")
     return mat1 @ mat2 + input
@@ -104,7 +105,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 def _add(input: Any, other: Any, *, alpha: float = 1) -> Tensor:
-    """A vector that is added to the last dimension."""
+    """The sum of a tensor and a responding vector along the last dimension."""
     x, vector = (other, input) if isinstance(input, Responding) else (input, other)
     if isinstance(x, Responding) or alpha != 1 or vector.dim() != 1 or not isinstance(x, Tensor) or x.dim() < 2:
         no_rule("add", vector, x)
@@ -114,7 +115,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Tensor:
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _mul(input: Any, other: Any) -> Any:
-    """A weight times a number, or a vector that multiplies the last dimension."""
+    """A weight times a number, or a tensor times a responding vector along the last dimension."""
     x, weight = (other, input) if isinstance(input, Responding) else (input, other)
     if isinstance(x, int | float):
         return _each(weight.use, lambda value: value * x)
@@ -126,7 +127,7 @@ def _mul(input: Any, other: Any) -> Any:
 
 @rule(torch.div, Tensor.div, Tensor.__truediv__)
 def _div(weight: Any, other: Any) -> Any:
-    """A weight over a number."""
+    """A weight divided by a number."""
     if not isinstance(other, int | float):
         no_rule("div", weight, other)
     return _each(weight.use, lambda value: value / other)
@@ -134,7 +135,7 @@ def _div(weight: Any, other: Any) -> Any:
 
 @rule(functional.prelu)
 def _prelu(input: Any, weight: Any) -> Tensor:
-    """``max(0, x) + W min(0, x)``, channel by channel."""
+    """``max(0, x) + W min(0, x)`` for each channel."""
     use: Use | None = use_of(weight)
     if use is None or isinstance(input, Responding):
         no_rule("prelu", input, weight)
@@ -153,7 +154,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Look rows up."""
+    """Rows of the weight by their numbers."""
     if max_norm is not None:
         no_rule("embedding", weight, why=f"with max_norm={max_norm} changes the weight itself")
     how: dict[str, Any] = {"padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
@@ -167,7 +168,7 @@ def _embedding(
         return answer(y, use, None, use.spread(gates, y, -1), product)
     if gates.shape[0] == 1:
         return answer(y, use, None, gates[0][input][..., None], product)
-    use.spread(gates[:, :1], y, -1)  # for its check of the rows
+    use.spread(gates[:, :1], y, -1)  # only for its check of the number of rows
     rows = input.movedim(use.examples, 0)
     found = gates.gather(1, rows.reshape(len(rows), -1)).view(rows.shape).movedim(0, use.examples)
     return answer(y, use, None, found[..., None], product)
@@ -175,7 +176,7 @@ def _embedding(
 
 @rule(functional.embedding_bag)
 def _embedding_bag(input: Any, weight: Any, offsets: Any = None, max_norm: Any = None, *more: Any, **options: Any) -> Tensor:
-    """Sums or means of rows that are looked up."""
+    """Sums or means of rows of the weight."""
     use: Use | None = use_of(weight)
     mode = options["mode"] if "mode" in options else more[2] if len(more) > 2 else "mean"
     if use is None or max_norm is not None or mode == "max" or (use.axis != 1 and use.gate.shape[0] != 1):
@@ -191,7 +192,7 @@ def _embedding_bag(input: Any, weight: Any, offsets: Any = None, max_norm: Any =
 
 @rule(Tensor.__getitem__)
 def _getitem(weight: Any, index: Any) -> Any:
-    """Rows by their numbers, as an embedding; or a slice of the first axis."""
+    """Rows by their numbers, as for an embedding; or a slice of the first axis."""
     if isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and weight.dim() == 2:
         return _embedding(index, weight)
     if not isinstance(index, slice):
@@ -200,12 +201,12 @@ def _getitem(weight: Any, index: Any) -> Any:
 
 
 def _each(use: Use, change: Callable[[Tensor], Tensor]) -> Responding:
-    """A weight of which W and H are changed alike, by a linear map that leaves every axis where it is."""
+    """Apply a linear map that keeps all axes to W and H of a weight."""
     return responding(replace(use, base=change(use.base), direction=change(use.direction)))
 
 
 def _parts(use: Use, axis: int, cut: Callable[[Tensor], Any]) -> tuple[Responding, ...]:
-    """Parts of a weight along an axis, on which ``cut`` cuts the first one."""
+    """Return the parts of a weight along an axis; ``cut`` cuts a tensor along its first axis."""
 
     def along(value: Tensor) -> list[Tensor]:
         return [part.movedim(0, axis) for part in cut(value.movedim(axis, 0))]
@@ -218,7 +219,7 @@ def _parts(use: Use, axis: int, cut: Callable[[Tensor], Any]) -> tuple[Respondin
 
 @rule(torch.chunk, Tensor.chunk)
 def _chunk(weight: Any, chunks: int, dim: int = 0) -> tuple[Responding, ...]:
-    """Parts of about one size."""
+    """Parts of about equal size."""
     return _parts(weight.use, dim, lambda value: value.chunk(chunks))
 
 
@@ -230,7 +231,7 @@ def _split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Resp
 
 @rule(torch.narrow, Tensor.narrow)
 def _narrow(weight: Any, dim: int, start: int, length: int) -> Responding:
-    """One part."""
+    """A slice along one dimension."""
     return _parts(weight.use, dim, lambda value: (value[start : start + length],))[0]
 
 
@@ -252,10 +253,10 @@ def _transpose(weight: Any, dim0: int, dim1: int) -> Responding:
 
 
 def _same_values(function: Any) -> None:
-    """Register a function that keeps values and axes."""
+    """Register a rule for a function that keeps values and axes."""
 
     def found(weight: Any, *more: Any, **options: Any) -> Responding:
-        if not isinstance(weight, Responding):  # another tensor, which becomes what the weight is
+        if not isinstance(weight, Responding):  # another tensor, which gets the type of the weight
             return function(weight, *map(base, more), **{key: base(value) for key, value in options.items()})
         return _each(weight.use, lambda value: function(value, *more, **options))
 
@@ -277,7 +278,7 @@ _same_values(torch.clone)
 
 
 def _without_values(function: Any) -> None:
-    """Register a function that takes no more than shape, type and device from a weight."""
+    """Register a rule for a function that only uses shape, dtype and device of a weight."""
 
     def found(*values: Any, **options: Any) -> Any:
         return function(*map(base, values), **options)
@@ -293,7 +294,7 @@ for each in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_ful
 
 @rule(Tensor.detach, torch.detach, *(getattr(Tensor, name).__get__ for name in ("data",)))
 def _detach(weight: Any) -> Responding:
-    """Without derivative in the weight and in its response, as of a constant."""
+    """The weight without derivatives in itself and its response, as a constant."""
     use: Use = weight.use
     m = replace(use.draw, m=use.draw.m.detach(), delta=use.draw.delta.detach())
     return responding(replace(use, base=use.base.detach(), direction=use.direction.detach(), gate=use.gate.detach(), draw=m))

@@ -1,13 +1,12 @@
-"""Rules of recurrent layers and cells: loops over responding products.
+"""Rules of recurrent layers and cells, as loops over responding products.
 
     lstm    i, f, g, o = sigma, sigma, tanh, sigma of a + b          c' = f c + i g,           h' = o tanh(c')
     gru     r, z = sigma(a + b),  n = tanh(a + r b)                  h' = n + z (h - n)
     rnn     h' = tanh(a + b) or relu(a + b)
 
-    a = x W_ih^T + b_ih,    b = h W_hh^T + b_hh,     each weight of the row at hand
+    a = x W_ih^T + b_ih,    b = h W_hh^T + b_hh,     with the weights of each row
 
-The products with the inputs of all times are one. Torch's fused kernels know neither weights for each row nor forward
-derivatives.
+The inputs of all times take one product. Torch's fused kernels support neither weights for each row nor forward derivatives.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _relu(a: Tensor, b: Tensor, state: State) -> State:
 
 
 def _step(cell: Cell, input: Tensor, state: State, weights: Any) -> State:
-    """One step of a cell. shapes: (rows, features), (rows, hidden)."""
+    """Make one step of a cell. shapes: (rows, features), (rows, hidden)."""
     w_ih, w_hh, b_ih, b_hh = weights
     return cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
 
@@ -70,7 +69,7 @@ _register_cell(torch.rnn_relu_cell, _relu)
 
 
 def _one_way(cell: Cell, x: Tensor, state: State, weights: Any, projection: Any, backwards: bool) -> tuple[Tensor, State]:
-    """One layer in one direction. shapes: (time, rows, features), (rows, hidden); (time, rows, hidden)."""
+    """Run one layer in one direction. shapes: (time, rows, features), (rows, hidden); (time, rows, hidden)."""
     w_ih, w_hh, b_ih, b_hh = weights
     inputs = functional.linear(x, at_examples(w_ih, 1), at_examples(b_ih, 1)).unbind(0)
     w_hh, b_hh, projection = (at_examples(each, 0) for each in (w_hh, b_hh, projection))
@@ -84,13 +83,13 @@ def _one_way(cell: Cell, x: Tensor, state: State, weights: Any, projection: Any,
 
 
 def _layers(cell: Cell, input: Any, hx: Any, weights: Any, *more: Any) -> tuple[Tensor, list[Tensor]]:
-    """All layers, in both directions where asked; outputs, and the last states of every layer and direction."""
+    """Run all layers, in both directions if asked for; return outputs, and the last states of every layer and direction."""
     has_biases, count, dropout, training, both, batch_first = more
     x = input.transpose(0, 1) if batch_first else input
     ways = 2 if both else 1
     states: State = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
     each = 4 if has_biases else 2
-    size = len(weights) // (count * ways)  # one more than ``each`` where outputs are projected
+    size = len(weights) // (count * ways)  # one more than ``each`` if outputs are projected
     last: list[State] = []
     for layer in range(count):
         outputs: list[Tensor] = []

@@ -1,14 +1,14 @@
-"""How one weight responds to the hyperparameters, and the weight as the code of a network reads it during a call.
+"""The response of one weight to the hyperparameters, and the weight as the code of a network reads it during a call.
 
     W(lam') = W + diag(V delta) H          V: (units, K) or (1, K) for K hyperparameters,    H: the shape of W
 
-A row of a batch has weights of its own, affine in its hyperparameters. The diagonal acts on one axis of the weight: its outputs,
-or the dimensions of an embedding. So a function that is linear in the weight needs a second product and no weight for each row:
-``f(x, W(lam')) = f(x, W) + (V delta) * f(x, H)``.
+Each row of a batch has its own weights, affine in its hyperparameters. The diagonal acts on one axis of the weight: its
+outputs, or the dimensions of an embedding. A function that is linear in the weight therefore needs a second product, but no
+weight for each row: ``f(x, W(lam')) = f(x, W) + (V delta) * f(x, H)``.
 
-The response belongs to the weight and not to the module: a layer gives it out as a ``Responding`` tensor, and torch asks that
-tensor what each of its functions is to do with it. Whoever reads the weight therefore gets its response, be it the layer, another
-layer that shares the weight, or a call of ``torch.nn.functional``. A function without a rule is refused by name.
+The response belongs to the weight and not to the module. A layer returns its weight as a ``Responding`` tensor, and torch
+calls the rule of each of its functions that gets this tensor. The response thus reaches every use of the weight: by the layer,
+by another layer that shares the weight, or by ``torch.nn.functional``. A function without a rule is refused by name.
 
 Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 3.2; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514, section 4.1.
 """
@@ -27,7 +27,7 @@ from torch.nn import functional
 from hyperopt.stn.draw import Draw
 
 RULES: dict[Any, Callable[..., Any]] = {}
-"""What each function of torch does with weights that respond; filled by ``rule``."""
+"""For each function of torch, its rule for weights that respond; filled by ``rule``."""
 _PROPERTIES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
     *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_nested", "is_sparse", "is_quantized", "is_mkldnn"),
@@ -38,23 +38,22 @@ METADATA = {
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.is_signed),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
-"""What says nothing about the values of a weight."""
+"""Functions that do not use the values of a weight."""
 
 
 class Response(nn.Module):
     """The response of one weight.
 
     Args:
-        direction: H at first. shape: that of the weight
-        axis: of the weight, whose entries are the units.
+        direction: initial H. shape: that of the weight
+        axis: the axis of the weight whose entries are the units.
         count: number of hyperparameters K.
         gate: ``unit``: a gate for each unit; ``scalar``: one for the weight.
-        std: standard deviation of V at first.
+        std: standard deviation of the initial V.
 
     Attributes:
         direction: H.
         gate: V. shape: (units or 1, K)
-        axis: see above.
     """
 
     def __init__(self, direction: Tensor, axis: int, count: int, gate: str, std: float) -> None:
@@ -66,13 +65,13 @@ class Response(nn.Module):
         self.gate = nn.Parameter(std * torch.randn(units, count).to(direction))
 
     def change(self, delta: Tensor) -> Tensor:
-        """``diag(V delta) H`` of one row. shapes: (K,), that of the weight."""
+        """Return ``diag(V delta) H`` of one row. shapes: delta (K,), result that of the weight."""
         shape = [1] * self.direction.dim()
         shape[self.axis] = -1
         return (self.gate @ delta).view(shape) * self.direction
 
     def squares(self, weight: Tensor, draw: Draw) -> Tensor:
-        """``|W + diag(V delta) H|^2`` of every row. shape: (rows,)."""
+        """Return ``|W + diag(V delta) H|^2`` of every row. shape: (rows,)."""
         w, h = self._by_unit(weight), self._by_unit(self.direction)
         total = w.square().sum()
         if draw.responds:
@@ -82,16 +81,16 @@ class Response(nn.Module):
         return total.expand(draw.rows)
 
     def slope(self) -> Tensor:
-        """Squared Frobenius norm of the Jacobian ``d W / d lam``. shape: ()."""
+        """Return the squared Frobenius norm of the Jacobian ``d W / d lam``. shape: ()."""
         return (self.gate.square().sum(1) * self._by_unit(self.direction).square().sum(1)).sum()
 
     def _by_unit(self, weight: Tensor) -> Tensor:
-        """One row for each unit."""
+        """Return the weight as a matrix with one row for each unit."""
         return weight.movedim(self.axis, 0).reshape(weight.shape[self.axis], -1)
 
 
 class RowsError(ValueError):
-    """A layer got another number of examples than there are; the message names it and both numbers."""
+    """A layer got another number of examples than the draw has rows; the message names the layer and both numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +99,15 @@ class Use:
 
     Attributes:
         base: W.
-        direction: H. The same shape.
+        direction: H, of the same shape.
         gate: V. shape: (units or 1, K)
-        axis: of W, with the units.
-        draw: of the call.
+        axis: the axis of W that has the units.
+        draw: the draw of the call.
         linear: whether outputs are linearised in the response, as tangents of a dual level.
-        layer: the kind of layer that gave it out.
-        place: of the weight in the network.
-        examples: the dimension of that layer's inputs and outputs that has the examples.
-        unsure: gets the place where another dimension could be that of the examples too.
+        layer: class name of the layer.
+        place: the weight's name in the network.
+        examples: the dimension of the layer's inputs and outputs that has the examples.
+        unsure: gets ``place`` if another dimension might be that of the examples.
     """
 
     base: Tensor
@@ -123,15 +122,15 @@ class Use:
     unsure: set[str]
 
     def gates(self) -> Tensor:
-        """``V delta``. shape: (rows or 1, units or 1)."""
+        """Return ``V delta``. shape: (rows or 1, units or 1)."""
         return functional.linear(self.draw.delta, self.gate)
 
     def shift(self) -> Tensor:
-        """``(V delta) * H`` of a vector. shape: (rows or 1, entries)."""
+        """Return ``(V delta) * H`` of a vector. shape: (rows or 1, entries)."""
         return functional.linear(self.draw.delta, self.gate * self.direction[:, None])
 
     def spread(self, units: Tensor, like: Tensor, channel: int) -> Tensor:
-        """A number for each row and unit, with as many dimensions as ``like``, whose ``channel`` has the units.
+        """Return the numbers of each row and unit in a shape that broadcasts against ``like``, with units in ``channel``.
 
         Raises:
             RowsError: ``like`` has another number of examples than the draw has rows (one row is for all).
@@ -146,7 +145,7 @@ class Use:
             )
         if dims > 2 and channel == dims - 1 and self.examples == 0 and like.shape[1] == units.shape[0] != 1:
             self.unsure.add(self.place)
-        if like.shape[channel] != units.shape[1] != 1:  # channels in groups, each with the same units
+        if like.shape[channel] != units.shape[1] != 1:  # groups of channels with the same units
             units = units.repeat(1, like.shape[channel] // units.shape[1])
         if dims == 2:
             return units
@@ -156,7 +155,7 @@ class Use:
         return units.view(shape)
 
     def refuse(self, what: str) -> NoReturn:
-        """Say that something cannot be done with the weight."""
+        """Raise an error that says what cannot be done with the weight."""
         raise ValueError(
             f"{self.place!r} of a {self.layer} responds to the hyperparameters, a value for each example: {what}. "
             "Use the weight in a layer that hyperopt.stn.KINDS lists or in its function of torch.nn.functional, use "
@@ -166,17 +165,17 @@ class Use:
 
 
 class Responding(Tensor):
-    """What a layer gives out in place of a weight during a call: knows ``Use``, and has no values of its own."""
+    """The tensor that a layer returns instead of a weight during a call. It has a ``Use`` and no values of its own."""
 
     use: Use
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look up the rule of a function.
+        """Call the rule of a function.
 
         Raises:
-            RuntimeError: under ``torch.compile``, which then runs the code that reads the weight as it is.
-            ValueError: there is no rule; names weight and function.
+            RuntimeError: under ``torch.compile``, which then runs the code that reads the weight eagerly.
+            ValueError: there is no rule; the message names weight and function.
         """
         if torch.compiler.is_compiling():
             raise RuntimeError("a weight that responds cannot be traced; compile what hyperopt.stn.convert gave back")
@@ -190,16 +189,16 @@ class Responding(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse whatever has found its way past ``__torch_function__``: there are no values here.
+        """Refuse operators that did not pass through ``__torch_function__``, since there are no values here.
 
-        Who only looks whether it is a dual number gets it back: the parts are, and it is not.
+        Only the alias that torch makes to look for a dual number is allowed: the parts may be dual, this tensor is not.
         """
         if func is torch.ops.aten.alias.default:
             return responding(args[0].use)
         no_rule(str(func), *args, *(kwargs or {}).values())
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        """Name it."""
+        """Return the name and the shape."""
         return f"Responding({self.use.place!r}, shape={tuple(self.shape)})"
 
 
@@ -212,7 +211,7 @@ def responding(use: Use) -> Responding:
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function the rule of some of torch's: it gets their arguments, of which some are ``Responding``."""
+    """Register a function as the rule of some of torch's; it gets their arguments, some of which are ``Responding``."""
 
     def register(found: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(functions, found))
@@ -222,15 +221,15 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def no_rule(name: str, *values: Any, why: str = "has no rule for it") -> NoReturn:
-    """Refuse a function of some arguments, among which is a weight that responds.
+    """Refuse a function of some arguments, one of which is a weight that responds.
 
     Args:
-        name: of the function in torch.
+        name: name of the function in torch.
         values: the arguments.
-        why: what the function cannot do, or in what case.
+        why: what the function cannot do, or in which case.
 
     Raises:
-        ValueError: always; names weight and function.
+        ValueError: always; the message names weight and function.
     """
     inside = [leaf for value in values for leaf in (value if isinstance(value, list | tuple) else [value])]
     found = next((leaf for leaf in inside if isinstance(leaf, Responding)), None)
@@ -241,39 +240,39 @@ def no_rule(name: str, *values: Any, why: str = "has no rule for it") -> NoRetur
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _requires_grad(weight: Any) -> bool:
-    """Whether the weight does, or its response."""
+    """Whether the weight or its response requires grad."""
     use: Use = weight.use
     return any(part.requires_grad for part in (use.base, use.direction, use.gate, use.draw.delta))
 
 
 def use_of(weight: Any) -> Use | None:
-    """What stands behind a weight that responds; None of any other."""
+    """Return the ``Use`` of a responding weight, and None for any other weight."""
     return weight.use if isinstance(weight, Responding) else None
 
 
 def base(weight: Any) -> Any:
-    """A weight without its response."""
+    """Return a weight without its response."""
     return weight.use.base if isinstance(weight, Responding) else weight
 
 
 def at_examples(weight: Any, dimension: int) -> Any:
-    """The same weight, for inputs that have the examples in this dimension."""
+    """Return the weight for inputs that have the examples in this dimension."""
     return responding(replace(weight.use, examples=dimension)) if isinstance(weight, Responding) else weight
 
 
 def primal(x: Tensor, use: Use) -> Tensor:
-    """The value of what may be a dual."""
+    """Return the value of a tensor that may be dual."""
     return forward_ad.unpack_dual(x).primal if use.linear else x
 
 
 def answer(y: Tensor, use: Use, change: Tensor | None, gates: Tensor | None = None, product: Tensor | None = None) -> Tensor:
-    """``y + change + gates * product``; in the linearised network as its tangent.
+    """Return ``y + change + gates * product``; in a linearised network the additions go to the tangent of ``y``.
 
     Args:
-        y: output at the base weights, a dual where the network is linearised.
+        y: output at the base weights, a dual if the network is linearised.
         use: a weight of the call.
-        change: what is added (None: nothing).
-        gates: broadcasts against ``product``.
+        change: a first addition (None: nothing).
+        gates: factors that broadcast against ``product``.
         product: the output at the response's direction (None: nothing).
     """
     if not use.linear:

@@ -1,4 +1,4 @@
-"""The rounds of a self-tuning network: what one does, in ``SelfTuningSettings``, and what one was like."""
+"""The rounds of a self-tuning network: ``SelfTuningSettings`` says what a round does, ``Round`` what one did."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class SelfTuningSettings:
     """How the weights, their response and the hyperparameters are updated in turn.
 
     Attributes:
-        mode: what the weights respond to. ``classic``: the perturbed hyperparameters ``lam'`` (arXiv 1903.03088); ``centred``:
-            ``lam' - stopgrad(lam)``; ``delta``: the same, and in two steps a batch: the base weights on the unperturbed
-            hyperparameters, the response on perturbed ones (arXiv 2010.13514); ``delta_linear``: further with the network
+        mode: what the weights respond to. ``classic``: the perturbed hyperparameters ``lam'`` (arXiv 1903.03088). ``centred``:
+            ``lam' - stopgrad(lam)``. ``delta``: the same in two steps a batch, the base weights on the unperturbed
+            hyperparameters and the response on perturbed ones (arXiv 2010.13514). ``delta_linear``: the same with the network
             linearised in the response.
-        warmup: updates of the weights before the first one of the hyperparameters; perturbed like all others.
+        warmup: updates of the weights, with perturbations, before the first update of the hyperparameters.
         train_steps: updates of the weights in a round.
         valid_steps: updates of the hyperparameters and their scales in a round.
         entropy: strength tau of the entropy term ``-tau * sum log(sigma sqrt(2 pi e))``.
-        update: ``joint``: hyperparameter and scale from one evaluation; ``sequential``: first the hyperparameter, then the scale
-            on the same rows and the same noise.
-        min_scale: floor of every scale.
-        max_scale: ceiling of every scale.
+        update: ``joint``: hyperparameter and scale from one evaluation; ``sequential``: first the hyperparameter, then the
+            scale with the same rows and the same noise.
+        min_scale: smallest scale.
+        max_scale: largest scale.
         direct_grad: whether the validation loss sees the hyperparameters themselves, and not only the weights that respond.
     """
 
@@ -60,11 +60,11 @@ class Round:
     """What one round did.
 
     Attributes:
-        warming: whether it was part of the warm-up, without a step of the hyperparameters.
+        warming: whether it was part of the warm-up, without an update of the hyperparameters.
         train_loss: mean of its training losses, perturbed, each before its update.
-        valid_loss: its last validation loss, perturbed, before its update, if there was one.
-        metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away, in the user's units; ``stn/scale/<name>``,
-            ``stn/entropy``, ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
+        valid_loss: its last validation loss, perturbed, before an update, if there was one.
+        metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away; ``stn/scale/<name>``, ``stn/entropy``,
+            ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
     """
 
     warming: bool
@@ -74,13 +74,13 @@ class Round:
 
 
 class Past(NamedTuple):
-    """What is kept of a round.
+    """The part of a round that is kept in the history.
 
     Attributes:
-        steps: updates of the weights.
+        steps: number of updates of the weights.
         train_loss: see ``Round``.
         valid_loss: see ``Round``.
-        u: the hyperparameters in R that those updates had.
+        u: the hyperparameters in R during those updates.
         sigma: the scales after the round.
     """
 

@@ -1,4 +1,4 @@
-"""Dropout of a self-tuning network whose mask is a function of each example's own number."""
+"""Dropout of a self-tuning network with masks that depend on each example's own number."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hyperopt.stn.dropout import Dropout
 
 
 class RowDropout(Dropout):
-    """``Dropout`` at the rate ``draw.h[name]``, drawn by the keys of the batch under way: see ``hyperopt.core.random``.
+    """``Dropout`` at the rate ``draw.h[name]``, drawn with the keys of the present batch: see ``hyperopt.core.random``.
 
     Args:
-        name: the hyperparameter.
-        stream: a number of this layer's own in the network, from 0.
-        channels: drop whole channels.
+        name: name of the hyperparameter.
+        stream: the layer's own number in the network, from 0.
+        channels: whether to drop whole channels.
     """
 
     def __init__(self, name: str, stream: int, channels: bool = False) -> None:
-        """Know the name and the stream."""
+        """Keep the name and the stream."""
         super().__init__(name)
         self.stream, self.channels = stream, channels
 
@@ -34,7 +34,7 @@ class RowDropout(Dropout):
         return dropout(input, draw.h[self.name], keys, Stream.LAYER + self.stream, channels=self.channels)
 
     def collapse_(self, draw: Draw) -> None:
-        """Become torch's own dropout, of channels where this was, at the rate of the first row of ``draw``."""
+        """Become torch's own dropout (of channels or entries) at the rate of the first row of ``draw``."""
         kind = nn.Dropout2d if self.channels else nn.Dropout
         super().collapse_(draw)
         del self.stream, self.channels

@@ -1,4 +1,4 @@
-"""The schedule of hyperparameters that a run has found, written down, and replayed on a plain network."""
+"""The schedule of hyperparameters that a run has found, saved, and replayed on a plain network."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hyperopt.stn.space import HyperSpace
 
 @dataclass(frozen=True)
 class TunedSchedule:
-    """Which hyperparameters each update of the weights had.
+    """The hyperparameters of each update of the weights.
 
     Attributes:
-        names: of the hyperparameters.
-        steps: updates of the weights of each round.
+        names: names of the hyperparameters.
+        steps: number of updates of the weights in each round.
         raw: the hyperparameters of each round, in R.
-        values: the same in the user's units, for a reader.
+        values: their values, for readers of the file.
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class TunedSchedule:
 
     @classmethod
     def of(cls, space: HyperSpace, history: Sequence[tuple[int, Sequence[float]]]) -> TunedSchedule:
-        """From ``(updates, values in R)`` of each round."""
+        """Make a schedule from ``(updates, values in R)`` of each round."""
         raw = tuple(tuple(map(float, u)) for _, u in history)
         columns = []
         for i, name in enumerate(space.names):
@@ -47,15 +47,15 @@ class TunedSchedule:
 
     @property
     def updates(self) -> int:
-        """Updates of the weights in all."""
+        """The total number of updates of the weights."""
         return sum(self.steps)
 
     def each(self) -> list[tuple[float, ...]]:
-        """The hyperparameters in R of every single update of the weights."""
+        """Return the hyperparameters in R of every single update of the weights."""
         return [u for steps, u in zip(self.steps, self.raw, strict=True) for _ in range(steps)]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON: the file is whole, or what was there before."""
+        """Write the schedule as JSON, as a whole or not at all."""
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps({name: getattr(self, name) for name in ("names", "steps", "raw", "values")}), encoding="utf-8")
         os.replace(part, path)
@@ -66,7 +66,7 @@ class TunedSchedule:
 
         Raises:
             FileNotFoundError: there is no such file.
-            UnreadableError: it is no schedule.
+            UnreadableError: the file is not a schedule.
         """
         found = read_json(path)
         try:
@@ -98,19 +98,19 @@ def replay(
     """Train a plain network under the schedule of a self-tuning one: the same loss, no response, no perturbation.
 
     Args:
-        schedule: what was found.
+        schedule: the schedule that was found.
         module: the plain network, with ``hyperopt.stn.Dropout`` where dropout was tuned; it is copied.
-        space: the hyperparameters, of the same names.
-        train_loss: that of the self-tuning network.
-        train: gives the next batch.
+        space: the hyperparameters, with the same names.
+        train_loss: training loss of the self-tuning network.
+        train: a function that returns the next batch.
         weights: the optimizer (None: Adam).
-        rows: how many rows a batch has.
+        rows: a function that returns the number of rows of a batch.
 
     Returns:
-        The trained network, without any response, at the last hyperparameters of the schedule; ``collapse`` makes it plain.
+        The trained network, without a response, at the last hyperparameters of the schedule; ``collapse`` makes it plain.
 
     Raises:
-        ValueError: other names than those of the schedule.
+        ValueError: the space has other names than the schedule.
     """
     if space.names != schedule.names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""All hyperparameters of a self-tuning network: their values and scales in R, their names and units."""
+"""All hyperparameters of a self-tuning network: their names, and their values and scales in R."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class HyperSpace(nn.Module):
     """Named hyperparameters, each moved and perturbed in R.
 
     Args:
-        declared: what each name is: ``{"dropout": Bounded(0.1, 0, 0.9)}``, or pairs.
-        centred: draws give ``delta = m - stopgrad(u)`` to the weights, else ``m`` itself.
-        dtype: of values and scales.
-        device: where they live.
-        key: how the hyperparameters are called in messages.
+        declared: the hyperparameters by name, ``{"dropout": Bounded(0.1, 0, 0.9)}``, or as pairs.
+        centred: whether draws give ``delta = m - stopgrad(u)`` to the weights, or ``m`` itself.
+        dtype: dtype of values and scales.
+        device: device of values and scales.
+        key: what messages call the hyperparameters.
 
     Attributes:
-        names: in the order of all vectors.
-        declared: by name.
+        names: the names, in the order of all vectors.
+        declared: the hyperparameters by name.
         u: values in R. shape: (H,)
         s: scales in R, ``sigma = softplus(s)``. shape: (H,)
 
     Raises:
-        ValueError: no hyperparameters, two of one name, something that is none, or an initial value outside of its space.
+        ValueError: there are no hyperparameters, two have the same name, one is something else, or an initial value is outside
+            of its space.
 
     Example:
         >>> from hyperopt.stn import Bounded, HyperSpace, Positive
@@ -83,12 +84,12 @@ class HyperSpace(nn.Module):
         return functional.softplus(self.s)
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal numbers, one row for hyperparameters that are drawn once a batch. shape: (rows, H)."""
+        """Return standard normal numbers, equal in all rows for ``per="batch"`` hyperparameters. shape: (rows, H)."""
         eps = torch.randn(rows, len(self.names), generator=generator, dtype=self.u.dtype, device=self.u.device)
         return torch.where(self.shared, eps[:1], eps) if self._any_shared else eps
 
     def at(self, eps: Tensor) -> Draw:
-        """The draw of a given noise, differentiable in values and scales. shape of eps: (rows, H)."""
+        """Return the draw for a given noise, differentiable in values and scales. shape of eps: (rows, H)."""
         sigma = self.sigma
         step = sigma * eps
         m = self.u + step
@@ -98,9 +99,9 @@ class HyperSpace(nn.Module):
         """Draw the hyperparameters of a batch.
 
         Args:
-            rows: examples of the batch.
-            generator: where the noise comes from (None: torch's own), on the device of the values.
-            perturb: whether to perturb; else every row has the values themselves.
+            rows: number of examples in the batch.
+            generator: generator of the noise, on the device of the values (None: torch's own).
+            perturb: whether to perturb; otherwise every row has the values themselves.
 
         Returns:
             The draw, differentiable in values and scales unless under ``torch.no_grad``.
@@ -114,17 +115,17 @@ class HyperSpace(nn.Module):
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:
-        """The hyperparameters in the user's units."""
+        """Return the values of the hyperparameters."""
         return self._in_units(self.u.cpu())
 
     @torch.no_grad()
     def scales(self) -> dict[str, float]:
-        """The scales of the perturbation, in R."""
+        """Return the scales of the perturbation, in R."""
         return dict(zip(self.names, self.sigma.tolist(), strict=True))
 
     @torch.no_grad()
     def band(self) -> dict[str, tuple[float, float]]:
-        """One scale below and above each value, in the user's units."""
+        """Return the values one scale below and above each value."""
         u, sigma = self.u.cpu(), self.sigma.cpu()
         below, above = self._in_units(u - sigma), self._in_units(u + sigma)
         return {name: (below[name], above[name]) for name in self.names}
@@ -134,18 +135,18 @@ class HyperSpace(nn.Module):
 
     @torch.no_grad()
     def clamp_scales_(self, low: float, high: float) -> None:
-        """Put the scales back between their floor and their ceiling."""
+        """Clamp the scales between their smallest and largest value."""
         bounds = unsoftplus([low, high]).to(self.s)
         self.s.clamp_(bounds[0], bounds[1])
 
 
 def unsoftplus(scales: list[float]) -> Tensor:
-    """The inverse of softplus, in float64; stable for large scales, where ``log(exp(x) - 1)`` is inf."""
+    """Return the inverse of softplus, in float64, stable for large scales, where ``log(exp(x) - 1)`` is inf."""
     return SoftplusTransform().inv(torch.tensor(scales, dtype=torch.float64))  # pyright: ignore[reportReturnType]
 
 
 def _check(name: object, each: object, key: str) -> None:
-    """Refuse what is no hyperparameter that can be tuned."""
+    """Refuse anything that is not a hyperparameter that can be tuned."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{key}: {name!r} is no name of a hyperparameter")
     if isinstance(each, Tuned):

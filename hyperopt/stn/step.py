@@ -1,10 +1,10 @@
-"""The step of a self-tuning network: weights learn to respond, and the hyperparameters move on validation data, in turn.
+"""The step of a self-tuning network: in turn, weights learn to respond, and hyperparameters are updated on validation data.
 
     warm-up    w, r <- step on  L_train(w(lam'), lam')                                      lam' = lam + sigma eps
     a round    train_steps times the same
                valid_steps times  lam, sigma <- step on  L_valid(w(lam')) - tau sum log(sigma sqrt(2 pi e))
 
-``w(lam')`` is affine in what the mode lets it respond to: the derivative of the validation loss passes through that alone.
+``w(lam')`` is affine in what it responds to in the given mode; the derivative of the validation loss passes only through this.
 
 On several ranks each draws the whole batch and its noise, and takes its share of both; both losses are means over the ranks.
 
@@ -31,35 +31,35 @@ from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.warnings import Watch
 
 TrainLoss = Callable[[STN, Any, Draw], Tensor]
-"""``train_loss(model, batch, draw)``: makes the data that ``draw.h`` asks for, calls ``model(x, draw)``, adds the regulariser."""
+"""``train_loss(model, batch, draw)`` makes the data that ``draw.h`` needs, calls ``model(x, draw)``, adds the regulariser."""
 ValidLoss = Callable[[STN, Any, Draw | None], Tensor]
-"""``valid_loss(model, batch, draw)``: calls ``model(x)``; ``draw`` is None unless ``direct_grad``."""
+"""``valid_loss(model, batch, draw)`` calls ``model(x)``; ``draw`` is None unless ``direct_grad``."""
 Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
 SEED = 190303088
-"""Of the perturbations, by default: a number that nobody seeds data with."""
+"""The default seed of the perturbations, which is unlikely to be a seed of the data."""
 
 
 class SelfTuning:
-    """A self-tuning network under training.
+    """Training of a self-tuning network.
 
     Args:
         model: the network, from ``convert``.
         train_loss: see ``TrainLoss``.
         valid_loss: see ``ValidLoss``.
         settings: mode and numbers (None: the defaults).
-        weights: optimizer of the weights, and of the response if that has none of its own (None: Adam, 0.01).
+        weights: optimizer of the weights, and of the response unless that has its own (None: Adam, 0.01).
         values: optimizer of the hyperparameters (None: Adam, 0.003); ``round`` may get another one.
         scales: optimizer of the scales (None: Adam, 0.003).
         response: optimizer of the response parameters (None: that of the weights).
-        seed: of the perturbations. Rows that are drawn by a generator of the same seed would be functions of them: give another.
-        rows: how many rows a batch has.
+        seed: seed of the perturbations. It must differ from the seed of the data, or rows and perturbations are dependent.
+        rows: a function that returns the number of rows of a batch.
 
     Attributes:
-        updates: updates of the weights done.
-        history: what each round was like.
+        updates: number of updates of the weights so far.
+        history: the past rounds.
 
     Raises:
-        ValueError: an optimizer or a schedule that cannot work here.
+        ValueError: an optimizer or a schedule cannot work here.
 
     Example:
         >>> import torch
@@ -120,7 +120,7 @@ class SelfTuning:
         self.history: list[Past] = []
 
     def groups(self) -> dict[str, list[Tensor]]:
-        """What an optimizer of the hyperparameters moves."""
+        """Return the groups for an optimizer of the hyperparameters."""
         return {"values": [self.space.u]}
 
     def round(
@@ -130,17 +130,17 @@ class SelfTuning:
         optimizer: torch.optim.Optimizer | None = None,
         guard: Guard | None = None,
     ) -> Round:
-        """Do one round, or as many updates of the warm-up.
+        """Do one round, or the same number of updates in the warm-up.
 
         Args:
-            train: gives the next training batch.
-            valid: gives the next validation batch.
-            optimizer: over ``groups()`` (None: the one of ``values``).
-            guard: sees ``{"values": [u.grad]}`` before every step of the hyperparameters, and may change it in place.
+            train: a function that returns the next training batch.
+            valid: a function that returns the next validation batch.
+            optimizer: an optimizer of ``groups()`` (None: that of ``values``).
+            guard: gets ``{"values": [u.grad]}`` before every step of the hyperparameters, and may change it in place.
 
         Raises:
             TuningError: a loss, a hyperparameter or a scale is not finite.
-            ValueError: a hyperparameter that the first training loss has not read.
+            ValueError: the first training loss has not read a hyperparameter.
         """
         settings = self.settings
         left = settings.warmup - self.updates
@@ -148,7 +148,7 @@ class SelfTuning:
         before = self.space.u.detach().clone()
         train_losses = [self.weight_step(train()) for _ in range(steps)]
         if left > 0:
-            valid_losses = [self._look(valid())]
+            valid_losses = [self._validation_loss(valid())]
             if guard is not None:
                 guard({"values": []})
         else:
@@ -160,7 +160,7 @@ class SelfTuning:
         return self._record(left > 0, before, train_losses, valid_losses)
 
     def weight_step(self, batch: Any) -> Tensor:
-        """Update the weights and their response on one batch; return the loss before, without its graph."""
+        """Update the weights and their response on one batch; return the loss before the update, without its graph."""
         rows = self.rows(batch)
         self.model.train()
         response = self.optimizers.get("response", self.optimizers["weights"])
@@ -212,11 +212,11 @@ class SelfTuning:
         return found[0]
 
     def schedule(self) -> TunedSchedule:
-        """The hyperparameters of every update of the weights so far."""
+        """Return the hyperparameters of every update of the weights so far."""
         return TunedSchedule.of(self.space, [(past.steps, past.u) for past in self.history])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything: network, hyperparameters, optimizers, schedules, noise, history."""
+        """Return the whole state: network, hyperparameters, optimizers, schedules, noise, history."""
         return {
             "model": self.model.state_dict(),
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
@@ -228,10 +228,10 @@ class SelfTuning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place.
+        """Load what ``state_dict`` returned, in place.
 
         Raises:
-            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+            ValueError: an entry is missing, unknown, or of another shape or dtype; nothing was changed.
         """
         own = self.model.state_dict()
         check_entries(state, ("model", "optimizers", "schedules", "generator", "watch", "updates", "history"), "SelfTuning")
@@ -251,7 +251,7 @@ class SelfTuning:
     def _update(
         self, optimizers: Mapping[str, torch.optim.Optimizer], parameters: Sequence[Tensor], batch: Any, draw: Draw
     ) -> Tensor:
-        """One gradient of the training loss in ``parameters``, and one step of each optimizer."""
+        """Take one gradient of the training loss in ``parameters``, and one step of each optimizer."""
         seen: set[str] | None = set() if self.updates == 0 else None
         draw = draw if seen is None else draw.watched(seen)
         mine = distributed.share_of(draw.rows)
@@ -265,9 +265,9 @@ class SelfTuning:
         if seen is not None:
             self._check_used(seen)
         for each in optimizers.values():
-            each.zero_grad()  # an optimizer may hold more than what is updated here
-        trained = [parameter for parameter in parameters if parameter.requires_grad]  # a frozen one keeps no gradient, and stays
-        with self.model.at(draw):  # a network that recomputes its activations reads it again
+            each.zero_grad()  # an optimizer may have more parameters than those updated here
+        trained = [parameter for parameter in parameters if parameter.requires_grad]  # frozen ones get no gradient
+        with self.model.at(draw):  # for a network that recomputes its activations
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
@@ -278,9 +278,9 @@ class SelfTuning:
         return loss.detach()
 
     def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> tuple[Tensor, Draw]:
-        """The validation loss of the weights at a draw, which it may see only with ``direct_grad``, and that draw as it saw it.
+        """Return the validation loss at a draw, and the draw, whose values the loss may see only with ``direct_grad``.
 
-        The draw is made inside of the mean over the ranks: its rows are another rank's neither in value nor in derivative.
+        The draw is made inside the mean over the ranks, since its rows, and their derivatives, belong to this rank alone.
         """
         direct, mine = self.settings.direct_grad, distributed.share_of(self.rows(batch))
         batch = own(batch, mine)
@@ -296,8 +296,8 @@ class SelfTuning:
         return loss, seen[-1]
 
     @torch.no_grad()
-    def _look(self, batch: Any) -> Tensor:
-        """The validation loss at a draw, without any update."""
+    def _validation_loss(self, batch: Any) -> Tensor:
+        """Return the validation loss at a draw, without any update."""
         self.model.eval()
         draw = self.space.draw(self.rows(batch), self.generator)
         return self._validation(batch, lambda: draw)[0]
@@ -317,7 +317,7 @@ class SelfTuning:
             )
 
     def _record(self, warming: bool, before: Tensor, train_losses: list[Tensor], valid_losses: list[Tensor]) -> Round:
-        """Read all numbers of a round in one transfer, look at them, and keep the hyperparameters."""
+        """Read all numbers of a round in one transfer, check them, and add the round to the history."""
         space, count = self.space, len(self.space.names)
         parts = [before, space.u.detach(), space.s.detach(), space.sigma.detach()]
         losses = [loss.reshape(1).to(space.u) for loss in (*train_losses, *valid_losses)]
@@ -342,13 +342,13 @@ class SelfTuning:
 
 
 def own(batch: Any, rows: slice) -> Any:
-    """Some rows of a batch: of its tensors, and of the keys of its examples."""
+    """Return some rows of a batch: of its tensors, and of the keys of its examples."""
     whole = distributed.ranks() == 1
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    """Refuse what needs one loss evaluated many times, or evaluations."""
+    """Refuse an optimizer that evaluates one loss many times, and a schedule that needs evaluations."""
     if isinstance(optimizer, torch.optim.LBFGS) and name != "values":
         raise ValueError(f"the optimizer of the {name} is LBFGS, which needs one function, and batches differ; use adam or sgd")
     if schedule.by_evaluation:

@@ -1,4 +1,4 @@
-"""What can go wrong with a self-tuning network, said once a run: it would otherwise look like a hyperparameter that is found."""
+"""Warnings, given once a run, of failures of a self-tuning network that look like well-tuned hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hyperopt.core.policy import note_once
 from hyperopt.stn.rounds import SelfTuningSettings
 from hyperopt.stn.space import HyperSpace
 
-DECAY = 0.95  # of the running means of both losses
-WINDOW = 100  # rounds over which the validation loss must have fallen
-TRIVIAL = 0.01  # of the validation loss: a training loss below this part of it is near 0
+DECAY = 0.95  # decay of the running means of both losses
+WINDOW = 100  # number of rounds over which the validation loss must have fallen
+TRIVIAL = 0.01  # a training loss below this fraction of the validation loss is near 0
 
 
 class TuningError(ArithmeticError):
@@ -20,22 +20,22 @@ class TuningError(ArithmeticError):
 
 
 class Watch:
-    """Looks at every round: values, scales, and both losses.
+    """Checks every round: values, scales, and both losses.
 
     Args:
-        settings: floor and ceiling of the scales.
+        settings: settings with the smallest and largest scale.
     """
 
     def __init__(self, settings: SelfTuningSettings) -> None:
-        """Nothing seen yet."""
+        """Start before the first round."""
         self._settings = settings
         self._state: dict[str, Any] = {"train": None, "valid": None, "before": None, "rounds": 0}
 
     def finite(self, updates: int, u: Mapping[str, float], s: Mapping[str, float], losses: Mapping[str, Sequence[float]]) -> None:
-        """Refuse what is not finite.
+        """Refuse numbers that are not finite.
 
         Raises:
-            TuningError: names it.
+            TuningError: the message names the number.
         """
         for kind, values in losses.items():
             if not all(map(math.isfinite, values)):
@@ -53,7 +53,7 @@ class Watch:
                     )
 
     def saturated(self, space: HyperSpace, u: Mapping[str, float], sigma: Mapping[str, float]) -> None:
-        """Note a hyperparameter at the end of its space, and a scale at its floor or ceiling."""
+        """Warn of a hyperparameter at the end of its space, and of a scale at its smallest or largest value."""
         s = self._settings
         for name, each in space.declared.items():
             if (bound := each.saturated(u[name])) is not None:
@@ -76,7 +76,7 @@ class Watch:
                 )
 
     def collapse(self, train: float, valid: float) -> None:
-        """Note a training loss near 0 while the validation loss stands still: a trivial training task."""
+        """Warn of a training loss near 0 while the validation loss does not fall: the training task is trivial."""
         state = self._state
         for kind, value in (("train", train), ("valid", valid)):
             state[kind] = value if state[kind] is None else DECAY * state[kind] + (1 - DECAY) * value
@@ -97,5 +97,5 @@ class Watch:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Load what ``state_dict`` returned."""
         self._state = dict(state)

@@ -6,26 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 
 from hyperopt.app import cli
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.sweep import finished
 from hyperopt.tasks.base import HypergradientError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ["mode=check", "precision=float64", "dataset.train=40", "dataset.val=20", "dataset.test=20", "task.state_size=8"]
 
 
 def check(out: Path, *overrides: str) -> float:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=[*SMALL, "device=cpu", *overrides])
-    return run(cfg, out)
+    return run(composed(*SMALL, "device=cpu", *overrides), out)
 
 
 def test_the_main_job_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,9 +37,7 @@ def test_the_main_job_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_sweep_that_goes_on_knows_the_metric_of_a_check_that_is_done(tmp_path: Path) -> None:
     worst = check(tmp_path)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=[*SMALL, "device=cpu"])
-    assert finished(cfg, RunDirectory(tmp_path)) == worst
+    assert finished(composed(*SMALL, "device=cpu"), RunDirectory(tmp_path)) == worst
 
 
 def test_an_inexact_adjoint_fails(tmp_path: Path) -> None:

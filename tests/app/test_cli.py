@@ -201,6 +201,7 @@ def test_help_lists_groups_examples_and_where_results_go(launch: Launcher) -> No
     assert "schema" not in done.out and "${" not in done.out
 
 
+@pytest.mark.slow
 def test_every_command_of_the_help_text_composes(launch: Launcher) -> None:
     for line in launch("--help").out.splitlines():
         if line.startswith("  hyperopt"):
@@ -282,6 +283,7 @@ class Quadratic(Task):
 '''
 
 
+@pytest.mark.slow
 def test_a_task_from_ones_own_package(tmp_path: Path) -> None:
     package = tmp_path / "elsewhere" / "mine"
     (package / "configs" / "task").mkdir(parents=True)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import CONFIGS, composed
 from hydra.utils import get_class
+from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import TORCHS, build, validate
 from hyperopt.app.config import ConfigError, plain_config
 from hyperopt.app.errors import near
 from hyperopt.app.options import hints, kinds, options, own, registered, targets
-from hyperopt.app.resolvers import config_path, register
+from hyperopt.app.resolvers import config_path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
 PLACES = {"task/space": "task.l2", "task/tuned": "task.decay"}  # of a group whose place is the task's own name for it
@@ -35,24 +34,18 @@ TRAINED = ("f2sa", "saba", "soba", "stocbio", "v_pbgd")  # adjoints that train t
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hydra_ready() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        yield
-
-
 def test_a_checkout_reads_its_own_configs() -> None:
     assert Path(config_path()) == CONFIGS
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# The quick run builds the options of the other groups in ``test_every_option_is_right.py``.
+@pytest.mark.parametrize("option", slow_but([option for option in OPTIONS if option.startswith(("dataset", "stn"))], OPTIONS))
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
     trained = name.startswith((*TRAINED, "t1t2", "finite_difference")) if group == "adjoint" else option == "dataset=diabetes"
     owner = ["task=l2"] if trained else ["solver=broyden"] if name == "shine" else OWNER.get(group, [])
-    cfg = compose("train", [*owner, f"{group}@{place}={name}" if group in PLACES else option])
+    cfg = composed(*owner, f"{group}@{place}={name}" if group in PLACES else option)
     validate(cfg)
     if f"{group}/{name}" in own():
         assert OmegaConf.select(cfg, f"{place}._target_") == targets(group)[name][0]
@@ -60,15 +53,15 @@ def test_every_option_composes_and_passes_the_checks(option: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
-    cfg = compose("train", [f"experiment={name}"])
+    cfg = composed(f"experiment={name}")
     validate(cfg)
     assert cfg.name == name
-    validate(compose("train", [f"experiment={name}", "debug=default"]))
+    validate(composed(f"experiment={name}", "debug=default"))
 
 
 @pytest.mark.parametrize("value", ["1", "0.5", "rate"])
 def test_a_rate_is_a_number_or_a_name(value: str) -> None:
-    cfg = compose("train", ["inner=heavy_ball", f"inner.step_size={value}", "inner.momentum=0"])
+    cfg = composed("inner=heavy_ball", f"inner.step_size={value}", "inner.momentum=0")
     validate(cfg)
     assert str(cfg.inner.step_size) == value
 
@@ -76,17 +69,17 @@ def test_a_rate_is_a_number_or_a_name(value: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "true", "null"])
 def test_a_rate_out_of_range(value: str) -> None:
     with pytest.raises(ConfigError, match=r"inner\.step_size=.*; change inner\.step_size"):
-        validate(compose("train", [f"inner.step_size={value}"]))
+        validate(composed(f"inner.step_size={value}"))
 
 
 def test_the_default_job() -> None:
-    cfg = compose("train")
+    cfg = composed()
     assert (cfg.trainer.max_steps, cfg.optimizer.lr, cfg.optimizer.momentum) == (200, 0.5, 0.9)
     assert cfg.task.solver == cfg.solver and cfg.task.dataset == cfg.dataset and cfg.task.adjoint == cfg.adjoint
 
 
 def test_debug_comes_last_and_is_tiny() -> None:
-    cfg = compose("train", ["debug=default", "experiment=equilibrium_mnist"])
+    cfg = composed("debug=default", "experiment=equilibrium_mnist")
     assert (cfg.trainer.max_steps, cfg.trainer.eval_every, cfg.trainer.progress) == (2, 1, False)
 
 
@@ -151,7 +144,7 @@ PLAIN = ("init", "step_size", "momentum", "lr", "options")  # numbers, or names 
 
 def test_build_makes_what_the_config_says_and_leaves_it_alone() -> None:
     methods = ["solver=anderson", "solver.window=3", "optimizer=adam", "optimizer.clip_norm=2"]
-    cfg = compose("train", [*methods, "trainer.max_steps=7"])
+    cfg = composed(*methods, "trainer.max_steps=7")
     before = OmegaConf.to_yaml(cfg)
     built = build(cfg)
     assert built.trainer.max_steps == 7
@@ -246,7 +239,7 @@ BAD = [
 @pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(compose("train", overrides))
+        validate(composed(*overrides))
     assert message in str(caught.value)
 
 
@@ -254,13 +247,13 @@ def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], messa
 def test_numbers_to_predict_are_refused_where_a_task_classifies(task: str) -> None:
     """By the name that the command line gives the dataset, and with the choices that there are."""
     with pytest.raises(ConfigError) as caught:
-        validate(compose("train", [f"task={task}", "dataset=diabetes"]))
+        validate(composed(f"task={task}", "dataset=diabetes"))
     said = str(caught.value)
     assert said.startswith("dataset=diabetes has numbers to predict, and this task classifies; ") and "\n" not in said
     others = ", ".join(sorted(targets("dataset").keys() - {"diabetes"}))
     assert said.endswith(f"; choices: {others}; change dataset")
     with pytest.raises(ConfigError, match=r"^dataset=synthetic has numbers to predict, .*; change dataset$"):
-        validate(compose("train", [f"task={task}", "dataset=synthetic", "dataset.targets=numbers"]))
+        validate(composed(f"task={task}", "dataset=synthetic", "dataset.targets=numbers"))
 
 
 PICARD, CG, ONE_STEP = (f"hyperopt.core.{name}" for name in ("solvers.picard.Picard", "linear.cg.CG", "adjoints.onestep.OneStep"))
@@ -291,7 +284,7 @@ PRODUCTS, POWER = "hyperopt.bilevel.implicit.ProductSettings", "hyperopt.bilevel
 def test_a_part_of_another_kind_is_refused(overrides: list[str], message: str) -> None:
     """Inside of a list too, whose entries have the type that the class says."""
     with pytest.raises(ConfigError) as caught:
-        validate(compose("train", overrides))
+        validate(composed(*overrides))
     assert message in str(caught.value)
 
 
@@ -309,7 +302,7 @@ def test_a_part_of_another_kind_is_refused(overrides: list[str], message: str) -
 )
 def test_a_target_outside_the_project_is_refused(key: str, target: str) -> None:
     with pytest.raises(ConfigError, match="is outside hyperopt"):
-        validate(compose("train", [f"{key}._target_='{target}'"]))
+        validate(composed(f"{key}._target_='{target}'"))
 
 
 KINDS = [
@@ -351,13 +344,13 @@ KINDS = [
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^adjoint={name} is no Adjoint, and .*choices: anderson, .*; change adjoint$"):
-        validate(compose("train", [f"task={task}", f"adjoint={name}"]))
+        validate(composed(f"task={task}", f"adjoint={name}"))
 
 
 @pytest.mark.parametrize(("overrides", "key", "kind", "choice"), KINDS, ids=lambda value: str(value)[:60])
 def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(compose("train", [each.removeprefix("+") for each in overrides]))
+        validate(composed(*(each.removeprefix("+") for each in overrides)))
     said = str(caught.value)
     assert said.startswith(f"{key}._target_='hyperopt.") and f" is no {kind}; " in said
     assert choice in said.partition("choices: ")[2] and "\n" not in said
@@ -366,7 +359,7 @@ def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind
 @pytest.mark.parametrize("given", ["task.cell={max_norm: 0.5}", "dataset={root: here}", "adjoint.linear_solver={rtol: 1e-3}"])
 def test_a_mapping_that_names_no_part_is_refused(given: str) -> None:
     key = given.partition("=")[0]
-    cfg = compose("train")
+    cfg = composed()
     OmegaConf.update(cfg, key, OmegaConf.create(given.partition("=")[2]), merge=False, force_add=True)
     with pytest.raises(ConfigError, match=rf"^{key} names no .*: it has no _target_; choose an option, or set {key}._target_$"):
         validate(cfg)
@@ -385,7 +378,7 @@ PLAIN_VALUES = [
 
 @pytest.mark.parametrize(("task", "key", "value"), PLAIN_VALUES)
 def test_a_plain_value_in_place_of_a_part_is_refused(task: str, key: str, value: Any) -> None:
-    cfg = compose("train", [task])
+    cfg = composed(task)
     OmegaConf.update(cfg, key, value, merge=False)
     with pytest.raises(ConfigError, match=rf"^{key}=.* names no \w+: it has no _target_; change {key}$"):
         validate(cfg)
@@ -393,24 +386,24 @@ def test_a_plain_value_in_place_of_a_part_is_refused(task: str, key: str, value:
 
 def test_a_target_hidden_in_a_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"adjoint\.fallback\.0\._target_='os\.system' is outside hyperopt"):
-        validate(compose("train", ["adjoint.fallback=[{_target_: os.system}]"]))
+        validate(composed("adjoint.fallback=[{_target_: os.system}]"))
 
 
 def test_a_target_of_an_allowed_package_passes_and_no_other() -> None:
     with pytest.raises(ConfigError, match="cannot be imported"):
-        validate(compose("train", ["task._target_=mine.Task", "allow_targets=[mine]"]))
+        validate(composed("task._target_=mine.Task", "allow_targets=[mine]"))
     with pytest.raises(ConfigError, match=r"allow_targets=\[mine\]"):
-        validate(compose("train", ["task._target_=mine.Task", "allow_targets=[min]"]))
+        validate(composed("task._target_=mine.Task", "allow_targets=[min]"))
 
 
 def test_a_target_that_only_passes_through_the_project_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'hyperopt\.app\.config\.copy\.deepcopy' is no class of an option; choices: "):
-        validate(compose("train", ["solver._target_=hyperopt.app.config.copy.deepcopy"]))
+        validate(composed("solver._target_=hyperopt.app.config.copy.deepcopy"))
 
 
 def test_a_target_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"task\._target_='no_such_package\.Task' cannot be imported"):
-        build(compose("train", ["task._target_=no_such_package.Task", "allow_targets=[no_such_package]"]))
+        build(composed("task._target_=no_such_package.Task", "allow_targets=[no_such_package]"))
 
 
 def test_near_misses() -> None:
@@ -447,7 +440,7 @@ def test_where_a_class_lies_now(old: str, new: str) -> None:
 
 
 def test_an_older_file_of_a_self_tuning_run_builds() -> None:
-    cfg = compose("train", ["task=stn_ridge", "stn.warmup=7"])
+    cfg = composed("task=stn_ridge", "stn.warmup=7")
     old = OmegaConf.to_container(cfg, resolve=True)
     for place in (old, old["task"]):  # pyright: ignore
         place["stn"]["_target_"] = "hyperopt.tasks.stn_settings.SelfTuningOptions"  # pyright: ignore

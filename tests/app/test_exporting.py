@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
@@ -54,10 +54,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(*overrides: str) -> Path:
         if overrides not in made:
-            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-                cfg = compose("train", overrides=[*overrides, *COMMON])
             made[overrides] = tmp_path_factory.mktemp("run")
-            run(cfg, made[overrides])
+            run(composed(*overrides, *COMMON), made[overrides])
         return made[overrides]
 
     return make

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from composing import composed
 from hostile import Place, assert_refused
-from hydra import compose, initialize_config_dir
 from launcher import Launcher
 
 from hyperopt import load_exported
@@ -48,10 +48,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     register()
     made = {}
     for name, overrides in RUNS.items():
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            cfg = compose("train", overrides=[*overrides, *SMALL])
         made[name] = tmp_path_factory.mktemp(name)
-        run(cfg, made[name])
+        run(composed(*overrides, *SMALL), made[name])
         export(made[name])
     return made
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -84,6 +85,7 @@ class Blobs:
 '''
 
 
+@pytest.mark.slow
 def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path) -> None:
     package = tmp_path / "elsewhere" / "mine"
     for group, text in {
@@ -245,7 +247,7 @@ def environment(seed: int = 0) -> Environment:
 
 def built(key: str, target: str) -> Built:
     """The default job on the digits with a part of the package instead of its own."""
-    cfg = compose("train", ["task.state_size=5", "allow_targets=[mine]", "precision=float64"])
+    cfg = composed("task.state_size=5", "allow_targets=[mine]", "precision=float64")
     part = OmegaConf.create(f"{{_target_: mine.lacking.{target}}}")
     OmegaConf.update(cfg, key, part, merge=False, force_add=True)
     return build(cfg)
@@ -360,6 +362,7 @@ def test_each_block_is_short() -> None:
     assert {Path(name).suffix for name in BLOCKS} == {".py", ".yaml"} and len(BLOCKS) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("mine ")])
 def test_the_commands_of_the_manual_run(mine: Path, tmp_path: Path, line: str) -> None:
     """The hypergradient of the cell, and of the task, agrees with a finite difference; training gets somewhere."""

@@ -6,26 +6,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from rank_runs import CASES, COMMON, CONFIGS, run_all
+from composing import composed
+from marks import slow_but
+from rank_runs import CASES, COMMON, run_cases
 
 from hyperopt.app.run import run
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning"),  # PyTorch's own, on the first jvp
-    pytest.mark.xdist_group("ranks"),  # on one worker, so that the runs which all of them compare are made once
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
 RUNS = Path(__file__).parents[1].joinpath("rank_runs.py")
 ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/adjoint", "hypergrad/error", "hypergrad/is_bound")
 """Costs are those of all ranks together; residuals are what is left at the tolerance."""
 
 
-def start(world: int, folder: Path) -> None:
-    """Run all cases on so many processes."""
-    commands = [[sys.executable, str(RUNS), str(rank), str(world), str(folder / "store"), str(folder)] for rank in range(world)]
+# One of a whole batch, of batches, of a trained problem, and of a self-tuning network; the others are slow.
+NAMES = slow_but(["equilibrium", "batches", "trained, implicit", "tuned, images"], CASES)
+
+
+def start(world: int, folder: Path, names: Iterable[str]) -> None:
+    """Run cases on so many processes."""
+    last = (str(world), str(folder / "store"), str(folder), *names)
+    commands = [[sys.executable, str(RUNS), str(rank), *last] for rank in range(world)]
     processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
@@ -45,27 +49,43 @@ def compare(expected: list[dict[str, float]], found: list[dict[str, float]], tol
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def names(request):
+    """The cases that the tests of this session ask for."""
+    parameters = [
+        item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
+    ]
+    return [name for name in CASES if any(each.get("name") == name for each in parameters)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("one")
-    run_all(folder)
+    run_cases(folder, names)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("two")
-    start(2, folder)
+    start(2, folder, names)
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("four")
+    start(4, folder, names)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)
     assert expected[-1]["outer/step_loss"] != expected[0]["outer/step_loss"]
     compare(expected, rows(two / "0" / name))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_rank_has_the_same_numbers(two, name):
     first, second = ([{k: v for k, v in row.items() if k[:5] != "time/"} for row in rows(two / r / name)] for r in "01")
     assert first == second
@@ -82,20 +102,14 @@ def test_a_nan_in_one_share_stops_all_ranks_and_a_slow_one_none(two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_four_ranks_agree(one, tmp_path_factory, name):
-    folder = tmp_path_factory.getbasetemp() / "four"
-    if not folder.exists():
-        folder.mkdir()
-        start(4, folder)
-    compare(rows(one / name), rows(folder / "0" / name))
+def test_four_ranks_agree(one, four, name):
+    compare(rows(one / name), rows(four / "0" / name))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
-        cfg = compose("train", overrides=[*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"])
-    run(cfg, tmp_path)
+    checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
+    run(composed(*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"), tmp_path)
     found = rows(tmp_path)
     begun = int(found[0]["step"])
     assert begun in (0, 2)

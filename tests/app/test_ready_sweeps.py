@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launcher import Launcher
+from marks import slow_but
 
 SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweep"
 JOBS = {"five_seeds": 5, "solver_adjoint": 9, "adjoint_steps": 6}
@@ -17,7 +18,7 @@ def test_every_ready_sweep_is_tested() -> None:
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == set(JOBS)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", slow_but(["five_seeds"], JOBS))
 def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     done = launch(f"sweep={name}", "hydra.sweep.dir=mine")
     assert done.status == 0, done.err
@@ -33,6 +34,7 @@ def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
         assert {cfg.task.adjoint.linear_solver.rtol for cfg in found} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
     argv = ["sweep=five_seeds", "hydra.sweep.dir=mine"]
     launch(*argv)
@@ -40,6 +42,7 @@ def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
     assert [cfg.seed for cfg, _ in launch(*argv, "resume=auto").runs] == [3]
 
 
+@pytest.mark.slow
 def test_a_ready_sweep_for_real(command: Launcher) -> None:
     small = ["dataset.train=20", "dataset.val=20", "dataset.test=20", "dataset.features=2"]
     done = command("sweep=five_seeds", "experiment=l2_logistic", "debug=default", *small, "hydra.sweep.dir=mine")

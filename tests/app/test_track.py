@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composing import composed
 from event_files import PluginData, events, session_starts
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,6 @@ from toy_task import Killed, config, go, raise_at, rows, signal_at
 from hyperopt.app.experiment import flatten
 from hyperopt.app.files import write_json
 from hyperopt.app.options import options, own
-from hyperopt.app.resolvers import register
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.track import START, Tracker, hparams, swept
 
@@ -136,11 +135,9 @@ def test_what_was_overridden_comes_first(tmp_path: Path) -> None:
 
 
 def test_hparams_of_the_real_configs_have_the_same_keys_and_types() -> None:
-    register()
     changes = ["solver=anderson", "adjoint=anderson", "adjoint=unrolled", "optimizer=lbfgs", "optimizer=adam", "threads=2"]
     changes += ["task/cell=householder", "dataset=mnist", "optimizer.clip_norm=1", "trainer.patience=3"]
-    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
-        plain, *others = [hparams(compose("train", overrides=[each])) for each in ("seed=1", *changes)]
+    plain, *others = [hparams(composed(each)) for each in ("seed=1", *changes)]
     for change, row in zip(changes, others, strict=True):
         assert row.keys() == plain.keys(), change
         assert [key for key in row if isinstance(row[key], str) != isinstance(plain[key], str)] == [], change
@@ -204,9 +201,7 @@ def test_figures_are_closed(tmp_path: Path) -> None:
 
 
 def test_hparams_name_the_choices() -> None:
-    register()
-    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
-        row = hparams(compose("train", overrides=["solver=anderson"]))
+    row = hparams(composed("solver=anderson"))
     assert row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann" and row["adjoint"] == "Implicit"
     assert not [key for key in row if "_target_" in key]
 

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, Ridge, flatten
+from marks import slow_but
 from torch import nn
 from torch.nn import functional
 
@@ -80,7 +81,7 @@ def finite(estimate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(DOUBLE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(["two layers"], NETWORKS))
 def test_the_defaults_tune_a_network(name, dtype):
     """15 outer steps end at a lower outer loss than training on alone does."""
     ends = {}
@@ -333,7 +334,7 @@ def moving(name="two layers"):
     return hyperopt.Bilevel(problem, model.w, inner=TorchOptimizer(lr=0.02, max_steps=20)), lam
 
 
-@pytest.mark.parametrize("name", ["two layers", "convolutional"])
+@pytest.mark.parametrize("name", slow_but(["two layers"], ["two layers", "convolutional"]))
 def test_a_run_that_is_taken_up_again_makes_the_same_choices(name):
     def run(bilevel, lam, steps):
         return [(e.choice.name, e.cost.hessian_products, flatten(e.grad)) for e in (bilevel.step(lam) for _ in range(steps))]

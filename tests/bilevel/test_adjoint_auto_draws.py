@@ -53,12 +53,12 @@ def network(name, size=None, dtype=DOUBLE, rows=40):
 
 
 KINDS = [(None, DOUBLE), (None, torch.float32), (10, DOUBLE)]
-QUICK = [("hidden", None, DOUBLE), ("channels", None, torch.float32), ("batch norm", 10, DOUBLE)]  # each network and kind once
-DRAWN = [*QUICK, *((name, *kind) for kind in KINDS for name in NETWORKS if (name, *kind) not in QUICK)]
+QUICK = ("hidden", None, DOUBLE)  # the others are among the slow tests
+DRAWN = [(name, *kind) for kind in KINDS for name in NETWORKS]
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "dtype"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in DRAWN]
+    ("name", "size", "dtype"), [pytest.param(*case, marks=() if case == QUICK else pytest.mark.slow) for case in DRAWN]
 )
 def test_the_defaults_tune_a_network_with_dropout(name, size, dtype):
     """Every hypergradient of 20 outer steps is finite, and the loss ends lower than by training on alone."""
@@ -115,12 +115,12 @@ def regression(size, rows=240, dim=24, keep=1.0):
     ("size", "keep", "name"),
     [
         (None, 1.0, "CG"),  # one function
-        (240, 1.0, "CG"),  # the same rows in another order
+        pytest.param(240, 1.0, "CG", marks=pytest.mark.slow),  # the same rows in another order
         # Fewer rows than weights: a singular Hessian, but for the decay.
         pytest.param(12, 1.0, "Neumann", marks=pytest.mark.slow),
-        (24, 1.0, "Neumann"),  # as many: the worst for the inverse of one batch
+        pytest.param(24, 1.0, "Neumann", marks=pytest.mark.slow),  # as many: the worst for the inverse of one batch
         pytest.param(60, 1.0, "Neumann", marks=pytest.mark.slow),
-        (None, 0.8, "Neumann"),  # dropout on all rows
+        pytest.param(None, 0.8, "Neumann", marks=pytest.mark.slow),  # dropout on all rows
         pytest.param(60, 0.9, "Neumann", marks=pytest.mark.slow),
     ],
 )

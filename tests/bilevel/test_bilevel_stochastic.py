@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, Ridge, central_differences, flatten
+from marks import slow_but
 
 import hyperopt
 from hyperopt import F2SA, SABA, SOBA, VPBGD, Bilevel, BilevelProblem, Minibatches, StocBiO
@@ -34,7 +35,7 @@ def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     assert found.loss == pytest.approx(float(ridge.outer(bilevel.w, ridge.lam, None)), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(("soba", "f2sa"), METHODS))
 def test_the_limit_agrees_with_finite_differences(name):
     """On logistic regression, whose Hessian moves with the weights, with an outer loss that depends on ``lam`` itself too."""
     problem, (method, _, tolerance) = Logistic(strength=-1.0), METHODS[name]
@@ -72,6 +73,7 @@ def sampled(ridge: Ridge, size: int) -> BilevelProblem:
     )
 
 
+@pytest.mark.slow
 def test_variance_reduction_makes_minibatches_exact():
     """SABA converges at constant steps; SOBA, with the same batches and steps, stays where their noise keeps it."""
     ridge, errors = Ridge(), {}
@@ -114,6 +116,7 @@ def test_the_bias_of_a_penalty_falls_as_one_over_it(name):
     assert 8 < errors[0] / errors[1] < 12
 
 
+@pytest.mark.slow
 def test_the_penalty_does_not_multiply_the_noise_of_batches():
     """At penalty 100 and one ``lam``, the mean over batches of epochs is the hypergradient on all rows, but for a tenth.
 

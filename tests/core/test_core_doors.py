@@ -187,7 +187,7 @@ def test_a_start_at_the_solution(methods, door):
 @pytest.mark.parametrize(
     ("methods", "way"),
     [
-        pytest.param(methods, way, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        pytest.param(methods, way, marks=() if (i + j) % 4 == 0 else pytest.mark.slow)
         for i, methods in enumerate(METHODS)
         for j, way in enumerate((by_args, by_closure))
     ],

@@ -121,7 +121,7 @@ def test_hardly_a_product_more_than_looking_at_every_iteration(name, rows, condi
     op, b = Operator(symmetric(30, 1 - 1.0, 1 - 1 / condition)), torch.randn(rows, 30)
     found = KRYLOV[name](1e-6, max_steps=300).solve(op, b)
     monkeypatch.setattr(Recurrence, "attentive", True)
-    monkeypatch.setattr(Recurrence, "first_look", property(lambda self: 0, lambda self, value: None), raising=False)
+    monkeypatch.setattr(Recurrence, "first_check", property(lambda self: 0, lambda self, value: None), raising=False)
     least = KRYLOV[name](1e-6, max_steps=300).solve(op, b)
     assert found.stats.status == least.stats.status == Status.converged
     a_step = 2 if name == "bicgstab" else 1

@@ -101,6 +101,7 @@ def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Pat
     assert kept(tmp_path / "data" / "raw") == SIMPLE  # and no lock
 
 
+@pytest.mark.slow
 def test_of_ten_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
     processes = [start(tmp_path, seconds=0.3) for _ in range(10)]
     assert [process.communicate()[0] for process in processes] == ["True\n"] * 10
@@ -134,6 +135,7 @@ def test_of_processes_that_load_a_dataset_at_once_one_downloads_it(
     assert kept(tmp_path / "root" / "MNIST" / "raw") == FILES
 
 
+@pytest.mark.slow
 def test_processes_that_all_fail_leave_no_file_behind(tmp_path: Path) -> None:
     processes = [start(tmp_path, outcome="fails") for _ in range(3)]
     for process in processes:
@@ -222,6 +224,7 @@ def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, mo
     assert {name: (folder / name).read_bytes() for name in SIMPLE} == SIMPLE
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_a_half_file(tmp_path: Path) -> None:
     """One process fetches again and again while this one reads without a lock: a file is whole or not there."""
     code = (

@@ -9,19 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 from sklearn.datasets import dump_svmlight_file
 
 from hyperopt.app.building import build
 from hyperopt.app.repro import seed_everything
-from hyperopt.app.resolvers import register
 from hyperopt.data import DataError
 from hyperopt.data.libsvm import Libsvm
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.linear import L2Task
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FEATURES = 6
 
 
@@ -83,10 +80,7 @@ def test_other_formats_and_other_labels_are_refused(root: Path) -> None:
 
 
 def task_of(*overrides: str) -> L2Task:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        made = build(compose("train", ["experiment=benchopt_ijcnn1", *overrides]))
+    made = build(composed("experiment=benchopt_ijcnn1", *overrides))
     assert isinstance(made.task, L2Task)
     made.task.setup(Environment(torch.device("cpu"), torch.float64, 0, False, seed_everything(0)))
     return made.task

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OVERRIDES = [
     "experiment=deq_cifar10",
     "dataset.train=5000",
@@ -29,11 +26,7 @@ OVERRIDES = [
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")
 def test_one_epoch_of_5000_images(tmp_path: Path, real_root: Any) -> None:
     root = real_root("cifar-10-batches-py", "cifar-10-batches-bin")
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=[*OVERRIDES, f"paths.data={root}", "dataset.download=false", "device=cpu"])
-    run(cfg, tmp_path)
+    run(composed(*OVERRIDES, f"paths.data={root}", "dataset.download=false", "device=cpu"), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0], rows[-1]
     print({name: value for name, value in last.items() if name.startswith(("outer", "test", "running"))})

@@ -26,6 +26,7 @@ def frobenius(layer: TanhFixedPoint, x: torch.Tensor) -> torch.Tensor:
     return (slope[:, :, None] * layer.weight).square().sum() / z.numel()
 
 
+@pytest.mark.slow
 def test_the_jacobian_penalty_and_its_gradient_tend_to_the_frobenius_norm():
     layer, x = tanh_layer(), torch.randn(3, 4, requires_grad=True)
     with Stabilise(layer, jacobian=4000) as extra:

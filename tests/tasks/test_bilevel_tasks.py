@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
+from marks import slow_but
 
 from hyperopt.app.building import build
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
@@ -34,7 +33,6 @@ from hyperopt.tasks.linear import L2Task
 from hyperopt.tasks.network import WeightDecayTask
 from hyperopt.tasks.scores import loss_of
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 L2 = ("experiment=l2_logistic", "dataset.train=60", "dataset.val=60", "dataset.test=60")
 DIGITS = ("dataset=digits", "dataset.train=60", "dataset.val=60", "dataset.test=60", "inner.max_steps=3")
 BATCHES = (*DIGITS, "task.hidden=[8]", "task.batch_size=25", "task.val_batch_size=25", "inner=torch_optimizer")
@@ -50,15 +48,8 @@ SMALL = {  # an experiment on data of the tests' own, small
 }
 
 
-def composed(*overrides: str):
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=["device=cpu", "trainer.progress=false", *overrides])
-
-
 def made(*overrides: str, dtype: torch.dtype = torch.float64) -> BilevelTask:
-    task = build(composed(*overrides)).task
+    task = build(composed("device=cpu", *overrides)).task
     assert isinstance(task, BilevelTask)
     task.setup(environment(dtype))
     return task
@@ -68,14 +59,14 @@ def environment(dtype: torch.dtype = torch.float64) -> Environment:
     return Environment(torch.device("cpu"), dtype, 0, False, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but(("l2", "weight_decay", "data_cleaning"), SMALL))
 def test_a_run_resumed_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     rows = {}
     overrides = (*SMALL[name], "trainer.eval_every=2", "trainer.checkpoint_every=1", "resume=auto")
     for where, stops in {"whole": (5,), "stopped": (2, 5)}.items():
         out = tmp_path / where
         for stop in stops:
-            run(composed(*overrides, f"trainer.max_steps={stop}", f"hydra.run.dir={out}"), out)
+            run(composed(*overrides, "trainer.progress=false", f"trainer.max_steps={stop}", f"hydra.run.dir={out}"), out)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         rows[where] = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
     assert len(rows["whole"]) == 5
@@ -185,7 +176,7 @@ NOT_ITS_DATA = [
 
 @pytest.mark.parametrize(("task", "dataset", "message"), NOT_ITS_DATA, ids=[task for task, _, _ in NOT_ITS_DATA])
 def test_a_dataset_of_another_kind_is_refused(task: str, dataset: str, message: str) -> None:
-    made = build(composed(task, dataset)).task
+    made = build(composed("device=cpu", task, dataset)).task
     with pytest.raises(ValueError, match=re.escape(message)):
         made.setup(environment())
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 
 import hyperopt
 from hyperopt import SOBA, Bounded, Positive
 from hyperopt.app.building import validate
 from hyperopt.app.repro import seed_everything
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.data.digits import Digits
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.cleaning import CleaningTask, found_clean, replaced
 
 DOUBLE = torch.float64
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def made(seed: int = 0, **settings: Any) -> CleaningTask:
@@ -108,20 +104,14 @@ def test_what_is_refused(settings, message):
     ],
 )
 def test_a_penalty_that_does_not_grow_is_refused_by_its_key(override, message):
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", ["experiment=data_cleaning_mnist", *override.split()])
+    cfg = composed("experiment=data_cleaning_mnist", *override.split())
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(cfg)
 
 
 @pytest.mark.parametrize("adjoint", ["cg", "neumann_rough", "unrolled", "soba", "saba", "stocbio", "f2sa", "v_pbgd"])
 def test_the_experiment_takes_any_adjoint(adjoint):
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        validate(compose("train", ["experiment=data_cleaning_mnist", f"adjoint={adjoint}"]))
+    validate(composed("experiment=data_cleaning_mnist", f"adjoint={adjoint}"))
 
 
 SHORT = {"stocbio": ["adjoint.steps=1", "adjoint.terms=1"], "f2sa": ["adjoint.steps=1"]}  # else the first step diverges already
@@ -131,13 +121,8 @@ SHORT = {"stocbio": ["adjoint.steps=1", "adjoint.terms=1"], "f2sa": ["adjoint.st
 def test_a_run_in_which_a_method_diverges_keeps_its_last_good_checkpoint(adjoint, tmp_path):
     """The run says which step to lower and has failed; what it left is finite and from before."""
     rows = ["dataset=digits", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=1", "task.decay=1.0"]
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        long = ["optimizer=adam", "device=cpu", "trainer.checkpoint_every=1", "trainer.max_steps=100", "trainer.progress=false"]
-        cfg = compose(
-            "train", ["task=data_cleaning", *rows, *long, f"adjoint={adjoint}", "adjoint.step_size=3", *SHORT.get(adjoint, [])]
-        )
+    long = ["optimizer=adam", "device=cpu", "trainer.checkpoint_every=1", "trainer.max_steps=100", "trainer.progress=false"]
+    cfg = composed("task=data_cleaning", *rows, *long, f"adjoint={adjoint}", "adjoint.step_size=3", *SHORT.get(adjoint, []))
     with pytest.raises(hyperopt.SolveError, match=r"ended as (diverged|nonfinite).*Lower step_size=3"):
         run(cfg, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())

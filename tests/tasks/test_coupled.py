@@ -42,6 +42,7 @@ def test_both_states_solve_their_equations():
     close(torch.tanh(joined @ m + torch.cat([u_x, u_y.flatten(1)], 1)), joined, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_first_and_second_derivatives():
     given = inputs()
     assert gradcheck(solve, given, eps=1e-6, atol=1e-8)
@@ -60,6 +61,7 @@ def test_the_hypergradient_of_the_task_passes_every_check():
     assert report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_training_matches_rows_that_were_never_fitted():
     task = made()
     optimizer = torch.optim.Adam([p for group in task.groups().values() for p in group], 0.05)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from composing import composed
+from marks import slow_but
 from optimizers import adam, scheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +18,6 @@ from hyperopt.app import checkpoint
 from hyperopt.app.building import build, validate
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.experiment import flatten
-from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.core import distributed
 from hyperopt.stn import HyperSpace, Positive
@@ -30,15 +28,7 @@ from hyperopt.tasks.stn_ridge import Ridge, StnRidgeTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DOUBLE = torch.float64
-
-
-def composed(*overrides: str) -> DictConfig:
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=[*overrides, "trainer.progress=false", "threads=1"])
 
 
 def ridge(mode: str, scale: float, updates: int, seed: int = 0) -> dict[str, float]:
@@ -58,7 +48,7 @@ def ridge(mode: str, scale: float, updates: int, seed: int = 0) -> dict[str, flo
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["centred", "delta", "delta_linear"])
+@pytest.mark.parametrize("mode", slow_but(["delta"], ["centred", "delta", "delta_linear"]))
 def test_ridge_response_and_hypergradient_are_those_of_the_closed_form(mode: str) -> None:
     found = ridge(mode, 0.05, 600)
     assert found["ridge/weights_error"] < 1e-2
@@ -70,6 +60,7 @@ def test_ridge_classic_does_not_find_the_response_in_the_same_time() -> None:
     assert ridge("classic", 0.05, 600)["ridge/jacobian_error"] > 0.2
 
 
+@pytest.mark.slow
 def test_ridge_at_a_wide_perturbation_only_delta_leaves_the_weights_unbiased() -> None:
     assert ridge("delta", 0.5, 400)["ridge/weights_error"] < 1e-6
     assert 5e-3 < ridge("centred", 0.5, 400)["ridge/weights_error"] < 5e-2

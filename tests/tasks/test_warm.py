@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
 from test_equilibrium_task import matrix, no_guard, sgd, task
 from torch import Tensor
 
 from hyperopt.app.loop_state import MonitorError
-from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.run import run
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.adjoints.unrolled import Unrolled
@@ -237,12 +236,9 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_for_bit(stop: int, last_batch
 
 def job(out: Path, *overrides: str) -> list[dict[str, Any]]:
     """Run the command in this process, in ``out``, and return its rows without ``time/*``."""
-    register()
     rows = ["dataset.train=60", "dataset.val=0", "dataset.test=30"]
     small = ["task.state_size=8", "task.batch_size=25", "task.warm_start=true"]
-    with initialize_config_dir(config_path(), version_base="1.3"):
-        cfg = compose("train", [*rows, *small, "device=cpu", "threads=1", "trainer.progress=false", *overrides])
-    run(cfg, out)
+    run(composed(*rows, *small, "device=cpu", "threads=1", "trainer.progress=false", *overrides), out)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Ridge
+from marks import slow_but
 from torch import nn
 
 import hyperopt
@@ -51,18 +52,12 @@ def following(dtype=DOUBLE) -> BilevelProblem:
     return BilevelProblem(lambda w, lam, batch: (w - lam).square().sum() / 2, lambda w, lam, batch: (w - 3).square().sum() / 2)
 
 
-# stocBiO and F2SA train ten times as long in each outer step: one distance each here, the others with the slow tests.
-LONG = [("stocbio", 1e-15), ("f2sa", 0.0)]
+# stocBiO and F2SA train ten times as long in each outer step.
+ONE_EACH = slow_but([name for name in SINGLE_LOOP if name not in ("stocbio", "f2sa")], SINGLE_LOOP)
 
 
-@pytest.mark.parametrize(
-    ("name", "away"),
-    [
-        pytest.param(name, away, marks=pytest.mark.slow if name in dict(LONG) and (name, away) not in LONG else ())
-        for name in SINGLE_LOOP
-        for away in (0.0, 1e-15, 1e-12, 1e-6)
-    ],
-)
+@pytest.mark.parametrize("away", slow_but([1e-15], [0.0, 1e-15, 1e-12, 1e-6]))
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_single_loop_from_trained_weights(name, away):
     lam = torch.tensor([0.1, 0.2], dtype=DOUBLE)
     bilevel = Bilevel(following(), lam + away, adjoint=SINGLE_LOOP[name])
@@ -71,7 +66,7 @@ def test_single_loop_from_trained_weights(name, away):
     assert float((lam - 3).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("name", SINGLE_LOOP)
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_single_loop_from_trained_weights_in_float32_and_at_zero(name):
     lam = torch.zeros(2)
     bilevel = Bilevel(following(), lam.clone(), adjoint=SINGLE_LOOP[name])

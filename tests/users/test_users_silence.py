@@ -396,7 +396,10 @@ def test_statistics_and_estimates_print_it_too():
 
 @pytest.mark.parametrize(
     "expression",
-    ["hyperopt.nn.DEQ", "hyperopt.stn.convert", "hyperopt.core.fixed_point", "hyperopt.data.DataError", "hyperopt.bilevel.soba"],
+    [
+        *("hyperopt.core.fixed_point", "hyperopt.data.DataError", "hyperopt.bilevel.soba"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyperopt.nn.DEQ", "hyperopt.stn.convert")),
+    ],
 )
 def test_names_in_the_package(expression):
     """After a bare ``import hyperopt``, which loads no torch."""

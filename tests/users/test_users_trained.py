@@ -59,7 +59,12 @@ def test_decay_of_sgd_is_a_penalty(options, curvature):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "extra"), [("Adam", {}), ("RMSprop", {}), ("Adagrad", {}), ("NAdam", {}), ("Adam", {"amsgrad": True})]
+    ("optimizer", "extra"),
+    [
+        ("Adam", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("RMSprop", "Adagrad", "NAdam")),
+        pytest.param("Adam", {"amsgrad": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_decay_in_the_gradient_is_a_penalty_for_adaptive_optimizers_too(optimizer, extra):
     """The trained weights and the hypergradient are those of the penalised loss, step for step."""

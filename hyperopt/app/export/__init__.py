@@ -1,1 +1,1 @@
-"""Runs as files that leave their machine: what was learned, with what it takes to build it and what it is worth."""
+"""Runs as files for other machines: what was learned, how to build it, and how good it is."""

@@ -1,4 +1,4 @@
-"""A limit of the memory that building a model may take, so that a few bytes of settings cannot ask for all there is."""
+"""A limit of the memory for building a model, so that a few bytes of settings cannot ask for all of it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ NEW = {
     *(torch.arange, torch.linspace, torch.empty_strided),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 }
-"""Functions that make a tensor as large as a setting says."""
+"""Functions that make a tensor of a given size."""
 
 
 class Bounded(TorchFunctionMode):
-    """Within it, no tensors can be made that need far more memory than those that are to be loaded into them.
+    """Limits the memory of new tensors within a block, relative to the tensors that will be loaded into them.
 
-    How large a new tensor would be is found by the same call on the device ``meta``, before any memory is taken.
+    The size of a new tensor is found by the same call on the device ``meta``, before any memory is taken.
 
     Args:
-        tensors: to be loaded.
-        numbers: that may be made whatever is to be loaded.
-        calls: of functions that make tensors, likewise.
+        tensors: the tensors to be loaded.
+        numbers: how many entries may be created whatever the tensors are.
+        calls: how many tensors may be created whatever the tensors are.
     """
 
     def __init__(self, tensors: Iterable[Tensor], numbers: int = 1_000_000, calls: int = 1000) -> None:
-        """Nothing is made yet."""
+        """Start with nothing created."""
         super().__init__()
         sizes = [tensor.numel() for tensor in tensors]
         self.held, self.numbers, self.calls = sum(sizes), numbers + 20 * sum(sizes), calls + 50 * len(sizes)
@@ -39,7 +39,7 @@ class Bounded(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Do one call, unless what it makes is too much."""
+        """Make one call, unless its result is too large."""
         given = dict(kwargs or {})
         if func in NEW:
             sketch = {name: value for name, value in given.items() if name not in ("generator", "out", "pin_memory")}

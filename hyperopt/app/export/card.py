@@ -1,4 +1,4 @@
-"""The card of an export: what it is, what it was trained on, what it is worth, and how it was made."""
+"""The card of an export: what it is, what it was trained on, how good it is, and how it was made."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def card_of(
     """Return the card as plain data.
 
     Args:
-        task: at the state that is exported; it is evaluated once more.
-        learned: of it.
-        text: of ``config.yaml``.
-        cfg: the same, read.
-        facts: of ``run.json``.
-        rows: of ``metrics.jsonl``.
-        step: index of the step that is exported.
-        checkpoint: its name.
+        task: the task at the state that is exported; it is evaluated once more.
+        learned: what it has learned.
+        text: the text of ``config.yaml``.
+        cfg: the config in that text.
+        facts: the content of ``run.json``.
+        rows: the rows of ``metrics.jsonl``.
+        step: index of the exported step.
+        checkpoint: name of the checkpoint.
     """
     described = task.describe()
     return {
@@ -105,7 +105,7 @@ def card_of(
 
 
 def certificate(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """Return the latest certificate of the run up to a step, with the step that it is of; nothing where there was none."""
+    """Return the latest certificate of the run up to a step, with its own step; empty if there was none."""
     for row in reversed(rows):
         if row.get("step", 0) <= step and row.get(CERTIFICATE[0]) is not None:
             return {"step": row["step"], **{name: row[name] for name in CERTIFICATE if name in row}}
@@ -144,28 +144,28 @@ def page(card: Mapping[str, Any], file: str) -> str:
 
 
 def listed(facts: Mapping[str, Any]) -> str:
-    """Return facts as a list, each value as code, so that no text of a config is taken for markup."""
+    """Return facts as a list with each value as code, so that no text of a config acts as markup."""
     return "\n".join(f"- {plain_or_code(name)}: {code(value)}" for name, value in facts.items()) or "none"
 
 
 def plain_or_code(text: str) -> str:
-    """Return a name as it is, or as code where markup could be made of it."""
+    """Return a name as it is, or as code if it could act as markup."""
     return text if re.fullmatch(r"[\w./ -]+", text) else code(text)
 
 
 def code(value: object) -> str:
-    """Return a value as code, in one line, between more backticks than it has in a row itself."""
+    """Return a value as code in one line, between more backticks than it has in a row."""
     text = one_line(value, LONGEST)
     marks = "`" * (_backticks(text) + 1)
     return f"{marks} {text} {marks}" if "`" in text or not text else f"{marks}{text}{marks}"
 
 
 def block(language: str, text: str) -> str:
-    """Return lines as a block of code that nothing in them ends."""
+    """Return lines as a block of code that no line can end."""
     marks = "`" * max(3, _backticks(text) + 1)
     return f"{marks}{language}\n{text}\n{marks}"
 
 
 def _backticks(text: str) -> int:
-    """Return the length of the longest row of backticks in a text."""
+    """Return the length of the longest run of backticks in a text."""
     return max(map(len, re.findall("`+", text)), default=0)

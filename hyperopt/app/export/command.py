@@ -1,4 +1,4 @@
-"""``hyperopt export RUN``: what a run has learned, as one file and a card. Free of torch until there is something to do."""
+"""``hyperopt export RUN``: writes what a run has learned as one file and a card. It imports torch only when there is a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyperopt.core.text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with status 1, and one line, where there is nothing that could be exported."""
+    """Run the command line; exit with status 1 and one line if there is nothing to export."""
     parser = argparse.ArgumentParser(
         prog="hyperopt export",
         description="Write the learned hyperparameters and the model of a run as one file of plain tensors, with a card. "

@@ -1,7 +1,8 @@
 """The file of an export: tensors by name, and one JSON text, the card. No code runs when it is read.
 
-``model.pt`` is written by ``torch.save``; ``model.safetensors`` by the library of that name, the card in its metadata. Both hold
-``model.<name>``, the state of the predictor, ``hyperparameters.<name>``, and a checksum of all that and the card.
+``model.pt`` is written by ``torch.save``, and ``model.safetensors`` by the library of that name, with the card in its
+metadata. Both hold ``model.<name>``, the state of the predictor, ``hyperparameters.<name>``, and a checksum of all that and
+the card.
 
 ``model.pt`` is read by ``hyperopt.app.tensor_files``, and not unpickled by torch.
 """
@@ -33,20 +34,20 @@ MISSING = "format safetensors needs the package safetensors: pip install 'hypero
 CHECKSUM = "sha256"
 AGAIN = "name the model.pt or model.safetensors that hyperopt export wrote, or write it again"
 LONGEST = 10_000
-"""Characters of a text in a card, but for the config."""
+"""Largest number of characters of a text in a card, except the config."""
 CARD: dict[str, type] = {
     **dict.fromkeys(("name", "task", "checkpoint", "precision", "config"), str),
     **dict.fromkeys(("step", "classes"), int),
     **dict.fromkeys(("input", "dataset", "hyperparameters", "metrics", "certificate", "versions"), dict),
 }
-"""What every card has."""
+"""The entries that every card has."""
 
 
 class ExportError(ValueError):
-    """There is nothing to export, or a file is no export; the message, always one line, says what to change."""
+    """There is nothing to export, or a file is not an export; the message, always one line, says what to change."""
 
     def __init__(self, message: object) -> None:
-        """Make the message one line: parts of it may come from a file."""
+        """Make the message one line, since parts of it may come from a file."""
         super().__init__(one_line(message))
 
 
@@ -54,15 +55,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
     """Write a file, as a whole or not at all.
 
     Args:
-        path: ends in ``.pt`` or ``.safetensors``.
-        tensors: by name.
+        path: a path that ends in ``.pt`` or ``.safetensors``.
+        tensors: tensors by name.
         card: plain data.
 
     Raises:
         ExportError: safetensors is not installed.
-        WriteError: it could not be written.
+        WriteError: the file could not be written.
     """
-    # Copies: two names of one tensor, or a part of a larger one, would be refused by one format and kept whole by the other.
+    # Copies are needed: for two names of one tensor, or a part of a larger one, one format fails and the other keeps the whole.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **plain(card)})
     check_card(card)
@@ -83,7 +84,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return one checksum of a card and all tensors, with their names, types and shapes."""
+    """Return a checksum of a card and all tensors, with their names, types and shapes."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -92,10 +93,10 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def check_card(card: Mapping[str, Any]) -> None:
-    """Refuse a card without what every card has, or with text that is no plain text.
+    """Refuse a card that lacks an entry or contains text that is not plain.
 
     Raises:
-        ExportError: names the key.
+        ExportError: the message names the key.
     """
     for name, kind in CARD.items():
         if not isinstance(card.get(name), kind) or isinstance(card[name], bool):
@@ -126,14 +127,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, on the CPU, and the card.
 
     Raises:
-        ExportError: no such file, or one that is no export, is damaged, or holds more than tensors and a card.
+        ExportError: there is no such file, or it is not an export, is damaged, or holds more than tensors and a card.
     """
     if not path.is_file():
         raise ExportError(f"there is no file {path}; name the model.pt or model.safetensors that hyperopt export wrote")
     try:
         with path.open("rb") as file:
             tensors, text, expected = _from_zip(file) if zipfile.is_zipfile(file) else _from_safetensors(path)
-        if expected is not None and expected != checksum(tensors, text):  # exports of older versions have none
+        if expected is not None and expected != checksum(tensors, text):  # older versions wrote no checksum
             raise ExportError(f"it is damaged: its checksum is not the one in it; {AGAIN}")
         card = parse_json(text, "its card")
         if card.get("format") != FORMAT:
@@ -141,7 +142,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         check_card(card)
     except ExportError as error:
         raise ExportError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged file makes errors of every kind
+    except Exception as error:  # a damaged file can cause any kind of error
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
         raise ExportError(f"{path}: this is no export, or a damaged one ({reason}); {AGAIN}") from error
     return tensors, card
@@ -166,12 +167,12 @@ def _from_zip(file: BinaryIO) -> Content:
 
 
 def _whole(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain one that takes all of its storage."""
+    """Whether a tensor is a plain one that fills its storage."""
     return tensor.is_contiguous() and not tensor.requires_grad and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _from_safetensors(path: Path) -> Content:
-    if path.suffix != ".safetensors":  # a bare pickle would do as it likes; nothing of it is read
+    if path.suffix != ".safetensors":  # a bare pickle could run code, so nothing of it is read
         raise ExportError(f"this is no export; {AGAIN}")
     try:
         from safetensors import safe_open

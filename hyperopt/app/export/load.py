@@ -1,4 +1,4 @@
-"""``load_exported``: an export becomes a model that predicts, with its hyperparameters and its card."""
+"""``load_exported`` reads an export as a model that predicts, with its hyperparameters and its card."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hyperopt.tasks.scores import classes
 
 @dataclass(frozen=True)
 class Exported:
-    """A model as a run left it.
+    """A model from an export.
 
     Attributes:
-        module: from rows to outputs, in eval mode. The number of parameters, devices and so on are as with any other module.
-        hyperparameters: by name, in their own units; where they are the model itself, its parameters.
+        module: the model in eval mode, from rows to outputs; an ordinary module.
+        hyperparameters: their values by name; the model's parameters if these are the hyperparameters.
         card: task, dataset with its checksums, metrics, certificate, config and versions, as plain data.
     """
 
@@ -41,10 +41,10 @@ class Exported:
         """Return raw inputs as the model takes them: ``(raw / largest - mean) / std``, flattened. shape: (n, features).
 
         Args:
-            raw: numbers as the dataset has them (pixels 0 to 255 of an image, 0 to 16 for digits). shape: (n, *shape)
+            raw: numbers as in the dataset (pixels from 0 to 255 for images, 0 to 16 for digits). shape: (n, *shape)
 
         Raises:
-            ExportError: inputs of another shape, or of a dataset whose rows are made in another way.
+            ExportError: the inputs have another shape, or the rows of the dataset are not made by scaling.
         """
         shape, scaling = tuple(self.card["input"]["shape"]), self.card["input"]["scaling"]
         if scaling is None:
@@ -62,7 +62,7 @@ class Exported:
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Any:
-        """Return the class of each row, or the numbers where there are no classes. shape of x: (n, features)."""
+        """Return the class of each row, or the outputs if there are no classes. shape of x: (n, features)."""
         out = self.module(x)
         return classes(out) if self.card["classes"] else out
 
@@ -70,15 +70,15 @@ class Exported:
 def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exported:
     """Read what ``hyperopt export`` wrote.
 
-    Nothing of the file is run. Its config may name registered settings of this package, with plain values. Only ``allow_targets``
-    allows more, and nothing in the file can. Of all that, only what the model needs is built.
+    No code of the file is run. Its config may name registered settings of this package, with plain values. Only
+    ``allow_targets`` allows more; nothing in the file can. Only what the model needs is built.
 
     Args:
         path: ``model.pt`` or ``model.safetensors``.
         allow_targets: packages of yours that hold the task, the cell or the network.
 
     Raises:
-        ExportError: no such file, no export, or one of a config that this version cannot build.
+        ExportError: there is no such file, it is not an export, or this version cannot build its config.
 
     Example:
         model = hyperopt.load_exported("outputs/mine/export/model.pt")
@@ -97,7 +97,7 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
         with drawing(torch.Generator().manual_seed(0)), Bounded(tensors.values()):  # initial values, all of which are replaced
             module = task.predictor(shape, card["classes"], found["hyperparameters"])
         module.to(dtype).load_state_dict(found["model"])
-    except Exception as error:  # a config that is not what a run wrote makes errors of every kind
+    except Exception as error:  # a config that no run wrote can cause any kind of error
         by = card["versions"].get("hyperopt-bilevel")
         raise ExportError(f"{path}, written by version {by}, cannot be built here: {explained(error)}") from error
     module.eval()
@@ -105,22 +105,22 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
 
 
 NOT_OF_THE_MODEL = ("dataset", "augment", "inner", "stn")
-"""Settings of tasks that a prediction does not need: they are not built."""
+"""Settings of tasks that a prediction does not need; they are not built."""
 
 
 def explained(error: Exception) -> str:
-    """Return what an error of a config says, in one line; its kind too, unless it is made to be read."""
+    """Return the message of an error of a config in one line, with its class unless the message is meant for users."""
     text = one_line(error, 400)
     return text if isinstance(error, ConfigError | ExportError | UnreadableError) else f"{type(error).__name__}: {text}"
 
 
 def built_from(cfg: Any, allow_targets: Sequence[str], *, download: bool = False) -> Built:
-    """Build what the resolved config of a run describes, on the CPU, whatever that run was started for.
+    """Build what the resolved config of a run describes, on the CPU, whatever the run was started for.
 
     Args:
-        cfg: of a run, which may come from elsewhere.
-        allow_targets: packages that it may name; those that the file itself allows do not count.
-        download: whether a dataset that is not there may be fetched; what the file says does not count.
+        cfg: config of a run, which may come from elsewhere.
+        allow_targets: packages that it may name; those that the config itself allows do not count.
+        download: whether a missing dataset may be fetched; the setting in the config does not count.
 
     Raises:
         ConfigError: see ``build``.

@@ -1,7 +1,6 @@
-"""An export as a graph by ``torch.export``: it runs where this package is not installed.
+"""An export as a graph by ``torch.export``, which runs where this package is not installed.
 
-A solve to a tolerance looks at numbers to know when to stop, which no graph holds. What does is a fixed number of Picard
-steps.
+A solve to a tolerance reads numbers to know when to stop, which a graph cannot. A fixed number of Picard steps can be a graph.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def write_program(exported: Exported, path: Path, steps: int | None = None) -> P
     """Write the model as a program from rows to outputs, for any number of rows; ``torch.export.load`` reads it.
 
     Args:
-        exported: a model; an equilibrium model is changed to what is written.
-        path: ends in ``.pt2``.
+        exported: a model; for an equilibrium model, its solver is changed.
+        path: a path that ends in ``.pt2``.
         steps: Picard steps of an equilibrium model (None: those of its own solver, which must be ``Picard(rtol=0, atol=0)``).
 
     Raises:
-        ExportError: a model that is no graph, with what would make it one.
+        ExportError: the model cannot be a graph; the message says what to change.
     """
     module = exported.module
     if isinstance(module, EquilibriumModel):
@@ -45,7 +44,7 @@ def write_program(exported: Exported, path: Path, steps: int | None = None) -> P
         )
     like = next(module.parameters())
     example = torch.zeros(3, int(torch.Size(exported.card["input"]["shape"]).numel()), dtype=like.dtype)
-    # Not strict: the checks of a solve cannot be traced, and a run through them once is enough.
+    # Not strict: the checks of a solve cannot be traced, and running them once is enough.
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=False)
     buffer = io.BytesIO()
@@ -55,7 +54,7 @@ def write_program(exported: Exported, path: Path, steps: int | None = None) -> P
 
 
 def _fix_steps(model: EquilibriumModel, steps: int | None) -> None:
-    """Let the model take a fixed number of Picard steps."""
+    """Make the model take a fixed number of Picard steps."""
     solver = model.solver
     if steps is None and not (isinstance(solver, Picard) and solver.fixed):
         raise ExportError(
@@ -67,4 +66,4 @@ def _fix_steps(model: EquilibriumModel, steps: int | None) -> None:
             model.solver = Picard(0.0, 0.0, max_steps=steps)
         except ValueError as error:
             raise ExportError(f"--steps={steps}: {error}") from error
-    model.adjoint = Implicit(Neumann(0.0))  # not part of the graph; others would refuse to be traced
+    model.adjoint = Implicit(Neumann(0.0))  # not part of the graph, but others would refuse to be traced

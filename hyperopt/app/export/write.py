@@ -1,4 +1,4 @@
-"""``export``: the files of a run's directory become one file, a card and, where it is asked for and works, a graph."""
+"""``export``: turns the files of a run's directory into one file, a card and, if asked for and possible, a graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSALS = (
     *(ExportError, UnreadableError, ConfigError, DataError, WriteError, NotImplementedError),
     checkpoints.CheckpointError,
 )
-"""What ``export`` says in one line."""
+"""Errors that ``export`` reports in one line."""
 CARD = "MODEL_CARD.md"
 
 
@@ -46,26 +46,26 @@ def export(
 ) -> list[Path]:
     """Write what a run has learned.
 
-    The task is built once more with its data and evaluated, so that the metrics of the card are those of what is written.
+    The task is built once more with its data and evaluated, so that the card has the metrics of what is written.
 
     Args:
         run: a run directory.
-        out: where to (None: ``run/export``); files there are replaced.
+        out: directory of the output (None: ``run/export``); files there are replaced.
         checkpoint: ``best`` or ``last``.
         form: ``pt`` or ``safetensors``.
         data: the dataset's directory, if it is not where the run found it.
-        download: whether to fetch a dataset that is not there; what the run's config says of it does not count.
-        program: write ``program.pt2`` too, see ``write_program``.
-        steps: of the solver in it.
+        download: whether to fetch a missing dataset; the setting in the run's config does not count.
+        program: whether to write ``program.pt2`` too, see ``write_program``.
+        steps: number of the solver's steps in it.
         allow_targets: packages of yours that the config names.
 
     Returns:
         The files.
 
     Raises:
-        ExportError: no run, or something in the way that the message names.
+        ExportError: there is no run, or something prevents the export; the message names it.
         UnreadableError: a file of the run is not what this program writes.
-        CheckpointError: no such checkpoint, or an unsafe or damaged one.
+        CheckpointError: there is no such checkpoint, or it is unsafe or damaged.
         NotImplementedError: the task has nothing that predicts.
     """
     files = RunDirectory(run)
@@ -89,18 +89,18 @@ def export(
             generator = seed_everything(cfg.seed)
             built = built_from(cfg, allow_targets, download=download)
             tensors: Any = [leaf for leaf in optree.tree_leaves(saved["task"]) if isinstance(leaf, Tensor)]
-            with Bounded(tensors, numbers=500_000_000, calls=100_000):  # the rows of the dataset are made here too
+            with Bounded(tensors, numbers=500_000_000, calls=100_000):  # these limits leave room for the rows of the dataset
                 built.task.setup(Environment(device, dtype, cfg.seed, False, generator, built.trainer))
             built.task.load_state_dict(saved["task"])
             learned = built.task.learned()
             card = card_of(built.task, learned, text, cfg, facts, rows, saved["state"]["step"] - 1, checkpoint)
     except REFUSALS:
         raise
-    except Exception as error:  # a run that is not what this program wrote makes errors of every kind
+    except Exception as error:  # a run that this program did not write can cause any kind of error
         raise ExportError(f"{run} cannot be built here: {explained(error)}") from error
     if out is None:
         out = files.export
-        if out.is_symlink():  # made by whoever made the run, who shall not choose which files are replaced
+        if out.is_symlink():  # whoever made the run must not choose which files are replaced
             raise ExportError(f"{out} is a link to {out.readlink()}; remove it, or name a directory by --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""``hyperopt report``: one page, and its figures, that compare runs and sweeps. Free of torch."""
+"""``hyperopt report``: one page with figures that compares runs and sweeps. This package imports no torch."""

@@ -1,4 +1,4 @@
-"""The figures of a report. Free of torch; matplotlib comes with the first of them."""
+"""The figures of a report. This module imports no torch, and matplotlib only for the first figure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMED = 12
-"""Most groups that a legend names; more are told apart by the table alone."""
+"""Largest number of groups in a legend; with more, only the table tells them apart."""
 SPAN = 30.0
-"""A positive setting whose values lie further apart than this factor has a logarithmic axis."""
+"""A positive setting whose values differ by more than this factor has a logarithmic axis."""
 
 
 def png(draw: Callable[[Figure], None], width: float = 8.0, height: float = 4.5) -> bytes:
-    """Return a figure, ``width`` by ``height`` inches, as PNG. Its texts are taken as they are: a ``$`` starts no formula."""
+    """Return a figure, ``width`` by ``height`` inches, as PNG. A ``$`` in its texts does not start a formula."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -34,14 +34,14 @@ def png(draw: Callable[[Figure], None], width: float = 8.0, height: float = 4.5)
 
 
 def colour(k: int, count: int) -> Any:
-    """The colour of group ``k`` of ``count``."""
+    """Return the colour of group ``k`` of ``count``."""
     from matplotlib import colormaps
 
     return colormaps["tab10"](k) if count <= 10 else colormaps["turbo"](0.05 + 0.9 * k / (count - 1))
 
 
 def legend(figure: Figure, axes: Axes, groups: Sequence[Group]) -> None:
-    """Name the groups that were drawn below the axes; where there are too many, nothing."""
+    """Name the drawn groups below the axes, unless there are too many."""
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(groups) <= NAMED and handles:
         figure.legend(
@@ -54,7 +54,7 @@ def band(group: Group, metric: str) -> tuple[list[int], list[float], list[float]
     columns = [
         {int(row["step"]): row[metric] for row in run.rows if math.isfinite(row.get(metric, math.nan))} for run in group.runs
     ]
-    columns = [column for column in columns if column]  # a run that failed before its first evaluation has no say
+    columns = [column for column in columns if column]  # leave out runs that failed before their first evaluation
     steps = sorted(set.intersection(*(set(column) for column in columns))) if columns else []
     values = [[column[step] for column in columns] for step in steps]
     means = [statistics.fmean(each) for each in values]
@@ -68,7 +68,7 @@ def band(group: Group, metric: str) -> tuple[list[int], list[float], list[float]
 
 
 def curves(groups: Sequence[Group], metric: str) -> bytes | None:
-    """Draw ``metric`` over the outer steps, a line and a band a group; None where no run measured it."""
+    """Draw ``metric`` over the outer steps, a line and a band for each group; None if no run measured it."""
     bands = [band(each, metric) for each in groups]
     if not any(steps for steps, *_ in bands):
         return None
@@ -91,10 +91,10 @@ def curves(groups: Sequence[Group], metric: str) -> bytes | None:
 def heights(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     """Place the values of one setting on an axis from 0 to 1.
 
-    Numbers lie to scale, logarithmic where they are positive and far apart; anything else at equal distances.
+    Numbers are placed to scale, which is logarithmic if they are positive and far apart; other values at equal distances.
 
     Returns:
-        The height of each, and the ticks ``(height, text)``.
+        The height of each value, and the ticks ``(height, text)``.
     """
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in distinct):
@@ -109,7 +109,7 @@ def heights(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
 
 
 def parallel(groups: Sequence[Group], metric: str, best: Callable[[Sequence[float]], float]) -> bytes | None:
-    """Draw the settings and the mean of ``metric`` as parallel coordinates; None with fewer than two groups that have one."""
+    """Draw the settings and the mean of ``metric`` as parallel coordinates; None for fewer than two groups with a mean."""
     rows = [(each.settings, statistics.fmean(values)) for each in groups if (values := each.values(metric))]
     if len(rows) < 2:
         return None
@@ -153,10 +153,10 @@ def parallel(groups: Sequence[Group], metric: str, best: Callable[[Sequence[floa
 
 
 def error_and_cost(groups: Sequence[Group]) -> bytes | None:
-    """Draw each run's hypergradient error against the cost of a step; None where no run has an estimate above 0.
+    """Draw each run's hypergradient error against the cost of a step; None if no run has an estimate above 0.
 
-    Across: vjps and evaluations, the mean over the steps; up: the median of ``hypergrad/error_estimate``. Filled where it is a
-    bound.
+    The x axis is vjps and evaluations, averaged over the steps; the y axis is the median of ``hypergrad/error_estimate``. A
+    marker is filled if the error is a bound.
     """
     points = [(k, point) for k, each in enumerate(groups) for run in each.runs if (point := error_point(run.rows)) is not None]
     if not points:
@@ -173,7 +173,7 @@ def error_and_cost(groups: Sequence[Group]) -> bytes | None:
             named.add(k)
             axes.plot([cost], [error], "o", color=tone, markerfacecolor=tone if bound else "none", label=label)
         axes.set(xscale="log", yscale="log", xlabel="vjps + evaluations, a step", ylabel="hypergrad/error_estimate (median)")
-        for axis in (axes.xaxis, axes.yaxis):  # the usual labels of such an axis are formulas, which are off here
+        for axis in (axes.xaxis, axes.yaxis):  # the default labels of a logarithmic axis are formulas, which are off here
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if axis is axes.xaxis else (1.0,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
@@ -185,7 +185,7 @@ def error_and_cost(groups: Sequence[Group]) -> bytes | None:
 
 
 def error_point(rows: Sequence[Any]) -> tuple[float, float, bool] | None:
-    """Return cost a step, median error and whether all estimates are bounds; None where a run has none of them."""
+    """Return cost of a step, median error and whether all estimates are bounds; None if a run has none of these."""
     estimates = [row["hypergrad/error_estimate"] for row in rows if row.get("hypergrad/error_estimate", math.nan) > 0]
     estimates = [value for value in estimates if math.isfinite(value)]
     cost = rows[-1].get("cost/vjps", math.nan) + rows[-1].get("cost/evaluations", math.nan) if rows else math.nan

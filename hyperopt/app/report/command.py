@@ -1,4 +1,4 @@
-"""``hyperopt report DIR...``: compare runs and sweeps in one HTML page, with its figures as PNGs beside it. Free of torch."""
+"""``hyperopt report DIR...``: compares runs and sweeps in one HTML page, with its figures as PNGs. It imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperopt.app.run_directory import RunDirectory, number
 from hyperopt.core.text import aligned, printable
 
 ALSO = ("val/accuracy", "test/loss", "test/accuracy")
-"""Shown beside the metric that is compared, where they were measured."""
+"""Metrics that are shown beside the compared one, if they were measured."""
 CAPTION = (
     "Runs that differ only in their seed are one group. Each run that ended counts with its best evaluation by trainer.monitor; "
     "all columns but best are means over seeds, sd the sample standard deviation, and the {mode} of {metric} is best."
@@ -26,7 +26,7 @@ CAPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with status 1, and one line, where there is nothing to report on."""
+    """Run the command line; exit with status 1 and one line if there is nothing to report on."""
     parser = argparse.ArgumentParser(
         prog="hyperopt report", description="Compare runs and sweeps in one HTML page that needs no network."
     )
@@ -48,12 +48,12 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     """Write ``index.html`` and the figures into ``out``.
 
     Args:
-        directories: of runs, sweeps, or anything that holds such.
-        out: is made where it is missing.
-        metric: what to compare by (None: ``trainer.monitor``).
+        directories: directories of runs or sweeps, or directories that contain such.
+        out: the output directory, which is created if it is missing.
+        metric: the metric to compare by (None: ``trainer.monitor``).
 
     Returns:
-        The table, and where the page is, as text.
+        The table and the path of the page, as text.
 
     Raises:
         ReportError: there is nothing to report on.
@@ -96,7 +96,7 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     except OSError as error:
         raise ReportError(f"cannot make {out}: {error.strerror}; change --out") from error
     for name, image in images.items():
-        (out / f"{name}.png").unlink(missing_ok=True)  # of a report before this one
+        (out / f"{name}.png").unlink(missing_ok=True)  # a file of an earlier report
         if image is not None:
             write_bytes(out / f"{name}.png", image)
     write_text(out / "index.html", page(title, facts, sections))
@@ -123,7 +123,7 @@ def what_to_compare(runs: Sequence[Run], metric: str | None) -> tuple[str, str]:
 
 
 def statistics_of(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str], list[list[str]], int | None]:
-    """Return the table as text: its head, a row a group, and which of them has the best mean (None: none has one)."""
+    """Return the table as text: its head, a row for each group, and the index of the best mean (None: there is none)."""
     also = [name for name in ALSO if name != metric and any(each.values(name) for each in groups)]
     keys = list(groups[0].settings)
     head = [*([printable(key) for key in keys] or ["group"]), "runs", f"{printable(metric)} mean", "sd", "best", *also, "seconds"]
@@ -143,7 +143,7 @@ def statistics_of(groups: Sequence[Group], metric: str, mode: str) -> tuple[list
 
 
 def cell(value: float, form: str) -> str:
-    """Return a number, or nothing for one that there is not."""
+    """Return a number as text, empty for NaN."""
     return "" if math.isnan(value) else format(value, form)
 
 

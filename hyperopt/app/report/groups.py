@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed are one group; what tells the groups apart, and their statistics. Free of torch."""
+"""Groups of runs that differ only in their seed: their settings and statistics. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hyperopt.app.report.read import Run
 from hyperopt.core.text import printable
 
 ENDED = ("completed", "evaluated")
-"""Runs that count in a mean; the others are counted beside it."""
+"""Statuses of runs that count in a mean; other runs are only counted."""
 UNSET = "-"
 
 
@@ -24,8 +24,8 @@ class Group:
     """Runs of one config and several seeds.
 
     Attributes:
-        settings: what tells it from the other groups, ``{key: value}``, with the same keys in every group.
-        runs: all of them, failed ones too.
+        settings: the keys whose values differ between groups, ``{key: value}``; all groups have the same keys.
+        runs: all runs, including failed ones.
     """
 
     settings: Mapping[str, Any]
@@ -33,25 +33,25 @@ class Group:
 
     @property
     def label(self) -> str:
-        """Its settings in one line."""
+        """The settings in one line."""
         return ", ".join(f"{printable(key)}={shown(value)}" for key, value in self.settings.items()) or "all runs"
 
     @property
     def statuses(self) -> str:
-        """How many runs ended how."""
+        """How many runs have each status."""
         return ", ".join(
             f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in self.runs).items())
         )
 
     def values(self, metric: str) -> list[float]:
-        """``metric`` at the best evaluation of each run that ended well and measured a finite one."""
+        """Return ``metric`` at the best evaluation of each run that ended well with a finite value."""
         found = [run.best(metric) for run in self.runs if run.status in ENDED]
         return [value for value in found if math.isfinite(value)]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, sample standard deviation (NaN of one value) and best of ``count`` values; NaN of none."""
+    """Mean, sample standard deviation (NaN for one value) and best of ``count`` values; NaN if there are none."""
 
     count: int
     mean: float
@@ -83,9 +83,9 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def relevant(run: Run) -> dict[str, Any]:
-    """Return what must be equal within a group.
+    """Return the part of a run's config that is equal within a group.
 
-    The seed is not part of it, nor another seed that follows it (``dataset.seed: ${seed}``), unless that one was set by itself.
+    The seed is not part of it, nor is another seed that follows it (``dataset.seed: ${seed}``) and was not set itself.
     """
 
     def follows(key: str, value: Any) -> bool:
@@ -96,9 +96,9 @@ def relevant(run: Run) -> dict[str, Any]:
 
 
 def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None:
-    """Return what was swept on the command line, in a person's words; None where that does not tell the groups apart.
+    """Return the settings that were swept on the command line, or None if they do not distinguish the groups.
 
-    ``solver=anderson`` says more than the dozen keys that come with it.
+    They are shorter than the config: ``solver=anderson`` stands for the dozen keys that come with it.
     """
     first = [found[0].overrides for found in groups]
     keys = dict.fromkeys(key for each in first for key in each if counts(key, "group"))
@@ -114,7 +114,7 @@ def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None
 
 
 def value_of(text: str | None) -> Any:
-    """Return an override's value as a number where it is one."""
+    """Return an override's value, as a number if it is one."""
     if text is None:
         return UNSET
     try:
@@ -124,7 +124,7 @@ def value_of(text: str | None) -> Any:
 
 
 def by_config(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
-    """Return the keys of the configs that differ; a ``_target_`` by the name of its class, at the key that it is built for."""
+    """Return the keys of the configs that differ; for a ``_target_``, its class is the value of the key of its part."""
     configs = [relevant(found[0]) for found in groups]
     keys = dict.fromkeys(key for config in configs for key in config)
     swept = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]

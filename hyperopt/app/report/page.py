@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file, everything inline, nothing executed and nothing fetched. Free of torch."""
+"""The page of a report: one HTML file with everything inline, which runs and fetches nothing. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-# The policy holds the page to what it is: even a text that slipped through unescaped could neither run nor call home.
+# With this policy, even a text that was not escaped by mistake could neither run code nor connect to the network.
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -28,7 +28,7 @@ li {{ overflow-wrap: anywhere; }}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int, best: int | None) -> str:
-    """Return a table; its first ``texts`` columns are text, and row ``best`` stands out."""
+    """Return a table; its first ``texts`` columns are text, and row ``best`` is highlighted."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = [' class="text"' if k < texts else "" for k in range(len(cells))]
@@ -55,7 +55,7 @@ def listing(title: str, note: str, items: Sequence[str]) -> str:
 
 
 def page(title: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
-    """Return the whole page; the sections are HTML, all else is text."""
+    """Return the whole page; the sections are HTML, everything else is text."""
     lines = "".join(f"<br>{escape(key)}: {escape(value)}" for key, value in facts.items()).removeprefix("<br>")
     return (
         HEAD.format(title=escape(title))

@@ -1,4 +1,4 @@
-"""Runs as they lie on the disk: found below directories, read whole, or left out with the reason. Free of torch."""
+"""Runs on the disk: found below directories, and read completely or left out with a reason. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperopt.data.reading import UnreadableError, read_json
 
 
 class ReportError(ValueError):
-    """There is nothing to report on, or no way to write it; the message says what to change."""
+    """There is nothing to report on, or the report cannot be written; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Run:
 
     Attributes:
         path: its directory.
-        config: flat, ``{dotted key: value}``, without the copies that the resolved file holds under ``task``.
-        overrides: ``{key: value}`` of the command line that made it, as text.
-        rows: of ``metrics.jsonl``, in order; numbers that were not finite are NaN.
-        summary: of ``summary.json``.
+        config: the flat config, ``{dotted key: value}``, without the copies in the resolved file under ``task``.
+        overrides: ``{key: value}`` of the command line that started it, as text.
+        rows: the rows of ``metrics.jsonl`` in order, with NaN for numbers that were not finite.
+        summary: the content of ``summary.json``.
     """
 
     path: Path
@@ -36,11 +36,11 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it ended: ``completed``, ``failed``, ``interrupted``, ...; else ``running`` or, if no process does, ``killed``."""
+        """``completed``, ``failed``, ``interrupted``, ...; before its end ``running`` or, without a process, ``killed``."""
         return RunDirectory(self.path).status(self.summary)
 
     def best(self, metric: str) -> float:
-        """``metric`` at the best evaluation of the run, or as it was evaluated; NaN where it was not measured."""
+        """Return ``metric`` at the best evaluation of the run, or at its only one; NaN if it was not measured."""
         best = self.summary.get("best") or {}
         return number(((best.get("metrics") or self.summary.get("metrics")) or {}).get(metric))
 
@@ -49,10 +49,10 @@ def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Read every run in or below ``directories``.
 
     Args:
-        directories: of runs, of sweeps, or of anything that holds such.
+        directories: directories of runs or sweeps, or directories that contain such.
 
     Returns:
-        The runs, each once, in the order of their paths; and for each that is left out where it lies and why.
+        The runs, each once, in the order of their paths; and for each run that is left out, its path and the reason.
 
     Raises:
         ReportError: a directory is missing or holds no run, or none of the runs can be read.
@@ -82,12 +82,12 @@ def find(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def natural(path: Path) -> list[tuple[int, int, str]]:
-    """Return what sorts ``path`` with job 2 before job 10."""
+    """Return a key that sorts ``path`` with job 2 before job 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts]
 
 
 def missing_jobs(directory: Path) -> Iterator[str]:
-    """Yield the jobs that an index of a sweep lists though their directories are gone, and each index that cannot be read."""
+    """Yield the jobs in the index of a sweep whose directories are missing, and each index that cannot be read."""
     for index in sorted(directory.rglob(str(RunDirectory.index))):
         try:
             jobs = [(str(job["directory"]), overrides_in(job)) for job in read_json(index)["jobs"]]
@@ -99,7 +99,7 @@ def missing_jobs(directory: Path) -> Iterator[str]:
             yield from (
                 f"{index.parent / name} ({overrides}) is missing"
                 for name, overrides in jobs
-                if not os.path.isdir(index.parent / name)  # of any name: it may be none
+                if not os.path.isdir(index.parent / name)  # any text may be the name, even one that is no path
             )
 
 

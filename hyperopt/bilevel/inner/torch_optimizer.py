@@ -6,7 +6,7 @@ the one that is differentiated. One that shrinks the weights beside an adaptive 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,41 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_flag, check_kind, check_number
 
 DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is no part of the gradient
+
+
+def decay_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], loss: str, zero: Callable[[str], str]) -> float:
+    """The weight decay of a parameter group that is a part of the gradient: a penalty ``weight_decay |w|^2 / 2`` of the loss.
+
+    Args:
+        optimizer: whose group it is.
+        group: its settings.
+        loss: what the loss that is trained is called in messages.
+        zero: what to write so that a setting is 0.
+
+    Raises:
+        ValueError: the optimizer moves the weights in a way that is the gradient of no loss, or that is not known.
+    """
+    decay = float(group.get("weight_decay") or 0.0)
+    family = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
+    beside = group.get("decoupled_weight_decay") or any(name in DECOUPLED for name in family)
+    penalty = f"give {zero('weight_decay')} and put a penalty into {loss}"
+    for refused, what, remedy in (
+        (group.get("maximize"), f"maximize=True climbs {loss}", "minimise the negative loss"),
+        (group.get("lambd"), f"lambd={group.get('lambd')} shrinks the weights beside its step", f"give {zero('lambd')}"),
+        (
+            beside and decay,
+            f"weight_decay={decay:g} shrinks the weights beside an adaptive step",
+            f"{penalty}, or use Adam, whose decay is a part of the gradient",
+        ),
+        (
+            decay and family == ["Optimizer"],
+            f"weight_decay={decay:g}, which may be added to the gradient or shrink the weights beside it",
+            penalty,
+        ),
+    ):
+        if refused:
+            raise ValueError(f"{type(optimizer).__name__} with {what}, which the derivative does not know; {remedy}")
+    return decay
 
 
 @dataclass(frozen=True)
@@ -56,22 +91,11 @@ class TorchOptimizer(InnerSolver):
     @cached_property
     def _decay(self) -> float:
         """The weight decay that is a part of the gradient; what is the gradient of no loss is refused."""
-        given = self._make([torch.zeros(1, 1)], self.options).defaults
-        beside = given.get("decoupled_weight_decay") or self.optimizer in DECOUPLED
-        decay = float(given.get("weight_decay") or 0.0)
-        for refused, what, remedy in (
-            (given.get("maximize"), "maximize=True climbs the inner loss", "minimise the negative loss"),
-            (given.get("lambd"), f"lambd={given.get('lambd')} shrinks the weights beside its step", "give options={'lambd': 0}"),
-            (
-                beside and decay,
-                f"weight_decay={decay:g} shrinks the weights beside an adaptive step",
-                "give options={'weight_decay': 0} and put a penalty into the inner loss, or use Adam, whose decay is a part of "
-                "the gradient",
-            ),
-        ):
-            if refused:
-                raise ValueError(f"TorchOptimizer: {self.optimizer} with {what}, which the derivative does not know; {remedy}")
-        return decay
+        made = self._make([torch.zeros(1, 1)], self.options)
+        try:
+            return decay_of(made, made.param_groups[0], "the inner loss", "options={{'{}': 0}}".format)
+        except ValueError as error:
+            raise ValueError(f"TorchOptimizer: {error}") from None
 
     def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> torch.optim.Optimizer:
         """Build it, with the moments of the outer step before; its weight decay is in the loss (``objective``).

@@ -31,19 +31,19 @@ class Problem:
 
     Attributes:
         phi: the user's map, called ``phi(w, *args)``.
-        args: its arguments; trees of anything, whose tensors the solution is differentiable in.
-        row_args: which of ``args`` are tensors with one leading row for each row of the state.
+        args: its arguments, trees; the solution is differentiable in their tensors.
+        row_args: which of ``args`` are tensors with one leading entry for each row of the state.
         layout: how the state lies in a matrix.
         start: initial state, (rows, dim), detached.
         solver: how to solve.
-        policy: what to do when that fails.
+        policy: what to do if the solve fails.
         fallback: solvers tried in turn under ``policy="fallback"``.
         adjoint_start: where a linear solver starts, up to a factor for each row, (rows, dim); None: at its right-hand side.
-        trace: measure the residual at every iteration.
-        keep_state: keep the solver's state at the solution, of all rows, which are then not dropped.
+        trace: whether to measure the residual at every iteration.
+        keep_state: whether to keep the solver's state of all rows at the solution; no rows are dropped then.
         has_aux: whether the map returns ``(state, aux)``.
         aux: the aux of the latest evaluation, detached.
-        watched: the mode that looked at the first evaluation; a ``FrozenMap`` looks itself.
+        watched: the mode that watched the first evaluation; empty for a ``FrozenMap``, which does this itself.
     """
 
     phi: Callable[..., Any]
@@ -63,25 +63,25 @@ class Problem:
 
     @cached_property
     def pullback(self) -> Callable[..., Any] | None:
-        """The map's own ``pullback(w, fw, *args)``, the one optional attribute of a map, where its state is a matrix."""
+        """The map's own ``pullback(w, fw, *args)``, an optional attribute of the map, if the state is a matrix."""
         return getattr(self.phi, "pullback", None) if self.layout.trivial else None
 
     def bind(self, args: tuple[Any, ...]) -> Bound:
-        """The map on a matrix with its arguments given."""
+        """Return the map on a matrix with its arguments given."""
         return Bound(self, args)
 
     @property
     def droppable(self) -> bool:
-        """Whether a part of the rows may be evaluated without the others."""
+        """Whether some rows can be evaluated without the others."""
         return bool(self.row_args) and not (self.layout.joint or self.keep_state or self.has_aux)
 
     def part(self, index: Tensor) -> Bound:
-        """The map of the rows in ``index``, its arguments detached where they are cut."""
+        """Return the map on the rows in ``index``; arguments that are indexed are detached."""
         rows = frozenset(self.row_args)
         return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
 
     def call(self, w: Tensor, args: tuple[Any, ...], swap: Swap | None = None) -> Tensor:
-        """The map on a matrix (any number of rows); what it closes over is swapped by ``swap``."""
+        """Call the map on a matrix (of any number of rows), with its captured tensors replaced by ``swap``."""
         state = self.layout.tree(w)
         if not self.watched and not isinstance(self.phi, FrozenMap) and not torch.compiler.is_compiling():
             given = [x for arg in args for x in leaves_of(arg) if isinstance(x, Tensor)]
@@ -93,7 +93,7 @@ class Problem:
                 raise random_map(self.phi, self.args)
         elif swap is None:
             out = self.phi(state, *args)
-        else:  # nothing but the map itself runs under the mode, which makes each operation slower
+        else:  # only the map itself runs under the mode, which makes each operation slower
             out = swap.call(self.phi, state, args)
         if self.has_aux:
             out = self._without_aux(out)
@@ -102,11 +102,7 @@ class Problem:
         return self.layout.matrix(out, w.shape[0])
 
     def _without_aux(self, out: Any) -> Any:
-        """The state of ``(state, aux)``; the aux is kept, detached.
-
-        Raises:
-            TypeError: the map returned something else.
-        """
+        """Return the state of ``(state, aux)``, and keep the detached aux."""
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"has_aux=True, but the map returned a {type(out).__name__}; return (state, aux)")
         self.aux[:] = [optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out[1], none_is_leaf=True)]
@@ -114,26 +110,26 @@ class Problem:
 
 
 class Bound(ClosedMap):
-    """The map of a problem on (rows, dim) matrices, with its arguments given: what a solver is run on."""
+    """The map of a problem on (rows, dim) matrices with its arguments given, as a solver needs it."""
 
     def __init__(self, problem: Problem, args: tuple[Any, ...]) -> None:
         """Bind the arguments."""
         self.problem, self.args = problem, args
 
     def __call__(self, w: Tensor) -> Tensor:
-        """``phi(w, *args)``."""
+        """Return ``phi(w, *args)``."""
         return self.problem.call(w, self.args)
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether the map has a ``pullback`` and takes the state as the matrix that it is."""
+        """Whether the map has a ``pullback`` and its state is the matrix itself."""
         return self.problem.pullback is not None
 
     def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
-        """What the map's ``pullback`` returns.
+        """Return what the map's ``pullback`` returns.
 
         Raises:
-            TypeError: it is no ``ClosedForm``.
+            TypeError: this is not a ``ClosedForm``.
         """
         assert self.problem.pullback is not None
         found = self.problem.pullback(w, fw, *self.args)
@@ -146,12 +142,12 @@ class Bound(ClosedMap):
 
 
 def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor], Jacobian | None]:
-    """Return ``part(index)``: a new graph of some rows at ``point``, None where the map no longer gives ``out`` there.
+    """Return ``part(index)``: it builds a new graph of some rows at ``point``, or returns None if the map has changed.
 
-    A linear solve then spends nothing on rows that are solved. A graph knows all of its rows or none, so the map is called once
-    more, on the rows that are left, and only where the caller has said that it takes all that belongs to a row through
-    ``row_args``. If that call does not give what the solve gave, the map is no longer the one that was solved, and the graph of
-    all rows is used on.
+    A linear solve then spends nothing on solved rows. A graph covers all of its rows, so the map is called again on the
+    remaining ones. This is done only if the caller has said, by ``row_args``, that the map takes everything that belongs to a
+    row through them. If the new call does not reproduce ``out``, the map is no longer the one that was solved, and the graph
+    of all rows is used.
     """
 
     def part(index: Tensor) -> Jacobian | None:
@@ -173,11 +169,11 @@ class Adjoint(ABC):
     """How a solution is made differentiable."""
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
-        """Whether the value is differentiable in where the solve starts; a fixed point does not depend on it."""
+        """Whether the value is differentiable in the start of the solve; a fixed point does not depend on it."""
         return False
 
     def unfit(self, solver: FixedPointSolver) -> str | None:
-        """Why it cannot differentiate a fixed point that this solver finds, as the end of a sentence; None if it can."""
+        """Return why it cannot differentiate a fixed point of this solver, as the end of a sentence, or None if it can."""
         return None
 
     @abstractmethod

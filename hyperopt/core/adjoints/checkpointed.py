@@ -1,11 +1,11 @@
-"""Unrolled differentiation in the memory of a few steps: segments of the solve are taken again in backward.
+"""Unrolled differentiation with little memory: backward repeats segments of the solve.
 
-    forward:   the state is kept after every ``segment`` steps, the graph of none
-    backward:  from the last segment to the first, its steps are taken once more with a graph, and backpropagated
+    forward:   keep the state after every ``segment`` steps, and no graph
+    backward:  from the last segment to the first, repeat its steps with a graph and backpropagate
 
-The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward, T in backward. In segments of sqrt(T)
-steps the memory is that of 2 sqrt(T) of them. The last point of a line search that ends at a boundary is evaluated
-again. Under ``torch.func`` and for dual numbers, which forbid what the recomputation rests on, it is ``Unrolled``.
+The hypergradient is that of ``Unrolled``, for twice the evaluations: T forward and T backward. With segments of sqrt(T)
+steps the memory is that of 2 sqrt(T) steps. If a line search ends at a boundary, its last point is evaluated again.
+``torch.func`` and dual numbers do not allow the repetition; there the method is ``Unrolled``.
 
 References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
 """
@@ -27,7 +27,7 @@ class Checkpointed(Adjoint):
     """Checkpointed backpropagation through the solver's own steps.
 
     Args:
-        segment: steps that are kept at a time, at least 1 (None: the root of the solver's ``max_steps``).
+        segment: number of steps in a segment, at least 1 (None: the root of the solver's ``max_steps``).
     """
 
     segment: int | None = None
@@ -37,11 +37,11 @@ class Checkpointed(Adjoint):
         check_optional_count(self, "segment")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
-        """All steps do."""
+        """Return True: all steps are differentiated."""
         return True
 
     def run(self, problem: Problem) -> Solution:
-        """Solve, keeping the state at the segments' ends."""
+        """Solve, keeping the state at the ends of the segments."""
         solver = problem.solver
         segment = self.segment or math.isqrt(solver.max_steps - 1) + 1  # the root, rounded up
         return solve_by_steps(

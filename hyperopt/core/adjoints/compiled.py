@@ -1,11 +1,11 @@
-"""A fixed number of steps each way, in the form that ``torch.compile`` traces as one graph.
+"""A fixed number of steps each way, in a form that ``torch.compile`` traces as one graph.
 
     w <- (1 - d) w + d phi(w, *args),  T times;      v <- J^T v + g,  K times;      args_bar = (d_args phi)^T v
 
-The compiler cannot trace what makes the eager path safe: rows that stop one by one, a search for what the map closes over, a
-recursion for higher derivatives. Without them are left Picard and Neumann with ``rtol=0, atol=0``, of a map whose every
-differentiable tensor stands in ``args``. Here the numbers are those of the eager path; ``Solution.adjoint`` stays None, since a
-compiled backward cannot leave statistics behind. Everything else runs eagerly, beside the compiled graphs.
+The compiler cannot trace what makes the eager path safe: rows that stop one by one, the search for captured tensors, the
+recursion for higher derivatives. It can trace Picard and Neumann with ``rtol=0, atol=0``, for a map whose differentiable
+tensors are all in ``args``. The numbers are those of the eager path. ``Solution.adjoint`` stays None, since a compiled
+backward cannot store statistics. Everything else runs eagerly, beside the compiled graphs.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 
 REASON = (
-    "hyperopt.fixed_point compiles as one graph with Picard(rtol=0, atol=0), Implicit(Neumann(rtol=0, atol=0)) and every tensor "
-    "that the gradient is wanted of in args= (tensors, not trees); everything else runs eagerly, which fullgraph=True refuses"
+    "hyperopt.fixed_point compiles as one graph with Picard(rtol=0, atol=0), Implicit(Neumann(rtol=0, atol=0)) and every "
+    "tensor to be differentiated in args= (tensors, not trees); everything else runs eagerly, which fullgraph=True refuses"
 )
 
 
 @torch.compiler.disable(reason=REASON)
 def outside(solve: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:
-    """``solve(*args, **kwargs)`` eagerly, beside the graph."""
+    """Call ``solve(*args, **kwargs)`` eagerly, beside the compiled graph."""
     return solve(*args, **kwargs)
 
 
 def traceable(adjoint: Adjoint, problem: Problem) -> bool:
-    """Whether the solve is a fixed number of steps each way, and ``args`` has all that its value may be differentiated in."""
+    """Whether the solve is a fixed number of steps each way, and all tensors to be differentiated are in ``args``."""
     if not (isinstance(problem.solver, Picard) and problem.solver.fixed and problem.adjoint_start is None):
         return False
     if not (isinstance(adjoint, Implicit) and isinstance(adjoint.linear_solver, Neumann) and adjoint.linear_solver.fixed):
@@ -45,13 +45,13 @@ def traceable(adjoint: Adjoint, problem: Problem) -> bool:
     trees = [arg for arg in problem.args if arg is not None and not isinstance(arg, Tensor)]
     if any(isinstance(leaf, Tensor) for tree in trees for leaf in optree.tree_leaves(tree)):
         return False
-    # One more evaluation, which the compiler drops again, since nothing needs its value: does the map reach other leaves?
+    # One more evaluation shows whether the map uses other leaves. The compiler removes it, since its value is not used.
     out = problem.call(problem.start.clone(), tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in problem.args))
     return not out.requires_grad
 
 
 def fixed_trips(adjoint: Adjoint, problem: Problem) -> Solution:
-    """The solve itself, of a ``traceable`` problem."""
+    """Solve a ``traceable`` problem."""
     assert isinstance(adjoint, Implicit)
     places = tuple(i for i, arg in enumerate(problem.args) if isinstance(arg, Tensor))
     tensors = [problem.args[i] for i in places]
@@ -60,7 +60,7 @@ def fixed_trips(adjoint: Adjoint, problem: Problem) -> Solution:
 
 
 def exported(problem: Problem) -> Solution:
-    """The solve for ``torch.export``: its steps as they are; a derivative of the exported program is that of the steps.
+    """Solve for ``torch.export``, which records the steps; the exported program differentiates through them.
 
     Raises:
         RuntimeError: the number of steps is not fixed.
@@ -78,7 +78,7 @@ def exported(problem: Problem) -> Solution:
 
 
 def solution(problem: Problem, value: Tensor, before: Tensor) -> Solution:
-    """The value after all steps with its statistics, ``before`` the last one."""
+    """Return the value after all steps with its statistics; ``before`` is the value before the last step."""
     difference, size = torch.linalg.vector_norm(value.detach() - before, dim=1), torch.linalg.vector_norm(value.detach(), dim=1)
     residual = relative(difference, size)
     status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
@@ -88,7 +88,7 @@ def solution(problem: Problem, value: Tensor, before: Tensor) -> Solution:
 
 
 class FixedTrips(torch.autograd.Function):
-    """``apply(problem, places, K, start, *tensors) -> (w_T, w_{T-1})``; the tensors are the arguments at ``places``."""
+    """``apply(problem, places, K, start, *tensors)`` is ``(w_T, w_{T-1})``; the tensors are the arguments at ``places``."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, places: tuple[int, ...], terms: int, start: Tensor, *tensors: Tensor) -> Any:
@@ -98,7 +98,7 @@ class FixedTrips(torch.autograd.Function):
         before = after = start
         for _ in range(solver.max_steps):
             before = after
-            # A copy, which the compiler drops again: the map may work in place.
+            # The map gets a copy, since it may work in place. The compiler removes it if it can.
             after = solver.mix(before, problem.call(before.clone(), args))
         ctx.problem, ctx.places, ctx.terms = problem, places, terms
         ctx.save_for_backward(before, *tensors)
@@ -107,7 +107,7 @@ class FixedTrips(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, unused: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """K vjps at the last evaluation, as the eager path has it, and the closing one."""
+        """Take K vjps at the last evaluation, as the eager path does, and the vjp with the arguments."""
         before, *tensors = ctx.saved_tensors
         problem, places = ctx.problem, ctx.places
 
@@ -122,6 +122,6 @@ class FixedTrips(torch.autograd.Function):
 
 
 def put(args: tuple[Any, ...], places: tuple[int, ...], tensors: Any) -> tuple[Any, ...]:
-    """``args`` with ``tensors`` at ``places``."""
+    """Return ``args`` with ``tensors`` at ``places``."""
     given = dict(zip(places, tensors, strict=True))
     return tuple(given.get(i, arg) for i, arg in enumerate(args))

@@ -1,10 +1,10 @@
-"""Implicit differentiation: solve ``(I - J^T) v = g`` at the solution, then one closing vjp.
+"""Implicit differentiation: solve ``(I - J^T) v = g`` at the solution, then take one vjp with the inputs.
 
     w* = phi(w*, lam)      dE/dlam = d_lam E + (d_lam phi)^T v,      v = J^T v + d_w E
 
-The graph of ``phi`` at the solution is built once, by the last evaluation of the forward solve; a first-order backward is K vjps
-on it and never calls ``phi`` again, but for the rows that are left when others are solved (``hyperopt.core.adjoints.base``).
-Memory does not grow with the number of iterations, forward or backward.
+The last evaluation of the forward solve builds the graph of ``phi`` at the solution. A first-order backward is K vjps on this
+graph. It calls ``phi`` again only to drop rows that are solved (``hyperopt.core.adjoints.base.graph_part``). Memory does not
+grow with the number of iterations, forward or backward.
 References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
@@ -38,16 +38,16 @@ from hyperopt.core.status import AdjointBox, Solution, SolveStats
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """``(I - M) v = b``, as an adjoint is asked to solve it.
+    """A system ``(I - M) v = b`` that an adjoint is asked to solve.
 
     Attributes:
         operator: M, which is ``J^T`` (``what="adjoint"``) or ``J`` (``"tangent"``).
-        b: shape (rows, dim).
-        start: where to start; None: at the method's own.
-        what: which system.
-        box: takes the solution.
-        forward: the forward solve, where there was one at this very point.
-        trace: measure the residual at every iteration.
+        b: right-hand side, shape (rows, dim).
+        start: where to start; None: the method's own start.
+        what: ``"adjoint"`` or ``"tangent"``.
+        box: holder for the solution and its statistics.
+        forward: the forward solve, if there was one at this point.
+        trace: whether to measure the residual at every iteration.
     """
 
     operator: LinearOperator
@@ -59,17 +59,17 @@ class LinearSystem:
     trace: bool = False
 
     def keep(self, v: Tensor, stats: SolveStats) -> None:
-        """Leave a solution and its statistics where they are read."""
+        """Store a solution and its statistics for the user."""
         self.box.stats, self.box.v = stats, v.detach()
 
 
 class ImplicitAdjoint(Adjoint):
-    """An adjoint by the implicit function theorem; how it finds ``v`` is up to the method.
+    """An adjoint by the implicit function theorem; a subclass says how ``v`` is found.
 
     Attributes:
         exact: whether it may be differentiated again.
-        remedy: what to change where it may not.
-        iterates: whether its value, or its convergence, depends on how the map is scaled; see ``LinearSolver.iterates``.
+        remedy: what to change if it may not, for messages.
+        iterates: whether its value, or its convergence, depends on the scaling of the map; see ``LinearSolver.iterates``.
     """
 
     exact: bool
@@ -97,7 +97,7 @@ class ImplicitAdjoint(Adjoint):
         """Solve the system, and ``keep`` the solution with its statistics."""
 
     def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
-        """Return where to start, given the solution ``near`` of a system near by, and the products with M spent on that."""
+        """Return a start, given the solution ``near`` of a similar system, and the number of products with M it took."""
         return near, 0
 
 
@@ -107,11 +107,11 @@ class Implicit(ImplicitAdjoint):
 
     Args:
         linear_solver: solves the adjoint system.
-        policy: what to do when it fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
-        fallback: linear solvers tried in turn under ``policy="fallback"``, each for the rows still unsolved (none: GMRES, then
-            NormalCG).
-        allow_inexact: let an adjoint of a fixed number of steps be differentiated again, although its second derivative is not
-            exact.
+        policy: what to do if that fails: ``raise``, ``warn`` (the 1st, 10th, ... time), ``fallback`` or ``ignore``.
+        fallback: linear solvers tried in turn under ``policy="fallback"``, each on the rows still unsolved (default: GMRES,
+            then NormalCG).
+        allow_inexact: whether an adjoint with a fixed number of steps may be differentiated again, although its second
+            derivative is not exact.
     """
 
     linear_solver: LinearSolver = field(default_factory=Neumann)
@@ -137,7 +137,7 @@ class Implicit(ImplicitAdjoint):
 
     @property
     def iterates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any of the linear solvers does."""
+        """Whether any of the linear solvers iterates ``v <- M v + b``."""
         return any(solver.iterates for solver in self.chain)
 
     @property
@@ -148,7 +148,7 @@ class Implicit(ImplicitAdjoint):
         return (self.linear_solver, *(self.fallback or self._default_fallback()))
 
     def _default_fallback(self) -> tuple[LinearSolver, ...]:
-        """GMRES, then normal CG, to the tolerance and with at least the steps of the first solver."""
+        """Return GMRES and normal CG, with the tolerance and at least the steps of the first solver."""
         first = self.linear_solver
         limits: dict[str, Any] = {"max_steps": max(200, first.max_steps)}
         if not first.fixed:
@@ -156,12 +156,12 @@ class Implicit(ImplicitAdjoint):
         return GMRES(**limits, window=40), NormalCG(**limits)
 
     def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
-        """As the linear solver has it."""
+        """Ask the linear solver for a start."""
         with torch.no_grad():
             return self.linear_solver.warm(operator, b, near)
 
     def solve(self, system: LinearSystem) -> Tensor:
-        """Solve with the linear solver, under the policy and with its fallbacks."""
+        """Solve with the linear solver and its fallbacks, under the policy."""
         dtype = system.b.dtype
         report_floor(
             self.linear_solver, rounding_floor(dtype, system.b.device, system.operator.rounding), dtype, self.policy, system.what
@@ -174,12 +174,12 @@ class Implicit(ImplicitAdjoint):
 
 
 class FixedPoint(System):
-    """The user's fixed point as a system: the map with all that it depends on, ``args`` and closures, made inputs."""
+    """The user's fixed point as a system: all tensors that the map depends on, in ``args`` or captured, become inputs."""
 
     derived = False
 
     def __init__(self, adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> None:
-        """Nothing is solved yet."""
+        """Start with nothing solved."""
         self.adjoint, self.problem, self.box = adjoint, problem, box
         self.exact, self.remedy = adjoint.exact, adjoint.remedy
         self.stats: SolveStats | None = None
@@ -187,13 +187,13 @@ class FixedPoint(System):
         self.inputs: list[Tensor] = []
         self.value: Tensor | None = None
         self.at: Linearization | None = None
-        self.places: list[int] | None = None  # those of the inputs in ``args``, with a closed form
+        self.places: list[int] | None = None  # with a closed form: positions of the inputs in ``args``
         self.out: Tensor | None = None  # phi at the point of linearization, to check that a replay gives the same
         self.point: Tensor | None = None
-        self.fixed_leaves: set[int] = set()  # parameters that came in through a custom Function
+        self.fixed_leaves: set[int] = set()  # parameters that the map uses in a custom Function
 
     def linear(self, lin: LinearOperator, b: Tensor, start: Tensor | None, what: str) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The adjoint's linear solve; all that it makes of products, and the closing one, is counted in its statistics."""
+        """Solve with the adjoint's linear solver; its statistics count all products, including the one with the inputs."""
         before = lin.rmatvecs, lin.matvecs, lin.evaluations
         operator = lin.T if what == "adjoint" else lin
         near = self.problem.adjoint_start
@@ -207,7 +207,7 @@ class FixedPoint(System):
         return value
 
     def close(self, lin: Linearization, v: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """``(d_x phi)^T v``; a closed form has them for all arguments, of which the inputs are some."""
+        """Return ``(d_x phi)^T v`` for each input; a closed form has it for all arguments."""
         if self.places is None:
             return lin.arguments(v, needs)
         wanted = dict(zip(self.places, needs, strict=True))
@@ -217,7 +217,7 @@ class FixedPoint(System):
     # ---- eager: solve first, then attach
 
     def prepare(self) -> Tensor:
-        """Solve without a graph but for the last evaluation, which finds the inputs; returns the value."""
+        """Solve, with a graph only for the last evaluation, which finds the inputs; returns the value."""
         problem = self.problem
         wanted = torch.is_grad_enabled()
         closed = problem.pullback is not None
@@ -268,7 +268,7 @@ class FixedPoint(System):
 
     @staticmethod
     def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
-        """One call of the map, under the running transform, that finds what it depends on."""
+        """Call the map once, under the running transform, to find what it depends on."""
         system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
         problem.call(problem.start, problem.args, swap)
@@ -278,7 +278,7 @@ class FixedPoint(System):
     # ---- System
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """The map at other values of its inputs; refuses if it is no longer the map that was solved."""
+        """Call the map at other values of its inputs; refuse if it is no longer the map that was solved."""
         if self.fixed_leaves:
             raise ClosureError(
                 "a higher derivative was asked for, but the map uses a parameter through a custom autograd.Function, or a "
@@ -296,7 +296,7 @@ class FixedPoint(System):
         return out
 
     def _check_same(self, z: Tensor, out: Tensor) -> None:
-        """A replay at the solution must give what the solve gave."""
+        """Refuse a map that gives another result at the solution than it gave in the solve."""
         if self.out is None or transformed() or self.value is None or z.shape != self.value.shape:
             return
         if not torch.equal(z.detach(), self.value):
@@ -312,7 +312,7 @@ class FixedPoint(System):
                 )
 
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """The prepared value, or a solve at ``inputs``."""
+        """Return the prepared value, or solve at ``inputs``."""
         if self.value is not None:
             return self.value
         given = [x.detach() for x in inputs]
@@ -326,16 +326,16 @@ class FixedPoint(System):
         return run.value.view_as(start)
 
     def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
-        """The graph of the last evaluation, if this is its solution."""
+        """Return the graph of the last evaluation, if there is one."""
         return self.at if self.at is not None else super().linearize(z, inputs)
 
     def vmapped(self, dims: tuple[int | None, ...], randomness: str) -> System:
-        """A batch of these fixed points."""
+        """Return a batch of these fixed points."""
         return VmappedFixedPoint(self, dims, randomness)
 
 
 class VmappedFixedPoint(FixedPoint):
-    """A batch of fixed points: the map under ``vmap``, more rows."""
+    """A batch of fixed points, solved as one with more rows; the map runs under ``vmap``."""
 
     def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...], randomness: str) -> None:
         """Batch the inputs whose entry in ``dims`` is 0."""
@@ -343,11 +343,11 @@ class VmappedFixedPoint(FixedPoint):
         self.parent, self.dims, self.randomness = parent, dims, randomness
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """``vmap`` of the parent's map."""
+        """Call the parent's map under ``vmap``."""
         return torch.vmap(self.parent.map, in_dims=(0, *self.dims), randomness=self.randomness)(z, *inputs)
 
     def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """Solve all; the parent shows the statistics."""
+        """Solve the batch; the parents get its statistics."""
         value = super().solve(start, *inputs)
         parent: FixedPoint | None = self.parent
         while parent is not None:

@@ -1,10 +1,10 @@
-"""One-step differentiation: the derivative of the last application of the map, its state held fixed.
+"""One-step differentiation: the derivative of the last application of the map, with its state held fixed.
 
-    v = g      in place of      v = J^T v + g
+    v = g      instead of      v = J^T v + g
 
-Also called Jacobian-free backpropagation. Costs the closing vjp alone. It leaves out all terms but the first of the Neumann
-series, so its error is of the size of ``q / (1 - q)`` times the gradient for a map that contracts by q: right for a fast solver's
-own map (Newton, q near 0), a descent direction for small q, and wrong near q = 1.
+This is also called Jacobian-free backpropagation, and costs one vjp. It keeps only the first term of the Neumann series, so
+for a map that contracts by q its error is about ``q / (1 - q)`` times the gradient. It is right for the map of a fast solver
+(Newton, q near 0), a descent direction for small q, and wrong near q = 1.
 
 References: Fung et al., AAAI 2022, arXiv 2103.12803; Bolte, Pauwels & Vaiter, NeurIPS 2023, arXiv 2305.13768.
 """
@@ -23,22 +23,22 @@ from hyperopt.core.status import SolveStats, Status
 
 @dataclass(frozen=True)
 class OneStep(ImplicitAdjoint):
-    """The one-step adjoint; it takes no arguments."""
+    """The one-step adjoint. It has no arguments."""
 
     exact = False
-    remedy = "OneStep never is; use an exact adjoint, such as Implicit()"
+    remedy = "OneStep is never exact; use an exact adjoint, such as Implicit()"
 
     def solve(self, system: LinearSystem) -> Tensor:
-        """``v = b``."""
+        """Return ``v = b``."""
         b = system.b
         system.keep(b, truncated(b, torch.linalg.vector_norm(b, dim=1), 0, "OneStep"))
         return b
 
 
 def truncated(b: Tensor, residual: Tensor, products: int, method: str) -> SolveStats:
-    """Statistics of an adjoint iteration from ``v = 0`` that stops early.
+    """Return the statistics of an adjoint iteration from ``v = 0`` that stops early.
 
-    The residual is the last that was measured, at the iterate before the value: the one from ``v = 0`` is known to be ``b``.
+    ``residual`` is the last measured one, at the iterate before the value; the residual at ``v = 0`` is ``b``.
     """
     scale = torch.linalg.vector_norm(b, dim=1)
     last = relative(residual, scale)

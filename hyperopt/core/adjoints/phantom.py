@@ -2,9 +2,9 @@
 
     v_1 = damping g,     v_{t+1} = (1 - damping) v_t + damping (J^T v_t + g),     t = 1 .. steps - 1
 
-This is the Neumann form, whose memory does not grow with ``steps``; at a fixed point it equals unrolling that many damped steps
-of the map. The damping makes the series converge where the plain one does not (a real spectrum below -1). Costs ``steps`` vjps,
-the closing one included.
+This is the Neumann form, whose memory does not grow with ``steps``; at a fixed point it equals unrolling as many damped steps
+of the map. With damping the series converges for some maps for which the plain one does not (a real spectrum below -1). It
+costs ``steps`` vjps, including the one with the inputs.
 
 Reference: Geng et al., NeurIPS 2021, arXiv 2111.05177, section 3 (unrolling-based and Neumann-series-based phantom gradients).
 """
@@ -26,7 +26,7 @@ class Phantom(ImplicitAdjoint):
     """The phantom gradient.
 
     Args:
-        steps: damped steps from ``v = 0``, at least 1.
+        steps: number of damped steps from ``v = 0``, at least 1.
         damping: in (0, 1].
     """
 
@@ -34,7 +34,7 @@ class Phantom(ImplicitAdjoint):
     damping: float = 0.5
 
     exact = False
-    remedy = "Phantom never is; use an exact adjoint, such as Implicit()"
+    remedy = "Phantom is never exact; use an exact adjoint, such as Implicit()"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -42,7 +42,7 @@ class Phantom(ImplicitAdjoint):
         check_number(self, "damping", 0.0, 1.0, open_low=True)
 
     def solve(self, system: LinearSystem) -> Tensor:
-        """The damped steps."""
+        """Take the damped steps."""
         b = system.b
         with torch.no_grad():
             v, residual = self.damping * b, b

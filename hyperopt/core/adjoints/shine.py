@@ -1,15 +1,15 @@
-"""SHINE: the inverse that the forward quasi-Newton solve has built, shared with the adjoint system.
+"""SHINE: the adjoint system is solved with the inverse that the forward quasi-Newton solve has built.
 
-    v = H^T g,      H = the solver's estimate of (I - J)^{-1}           in the place of (I - J^T) v = g
+    v = H^T g,      H = the solver's estimate of (I - J)^{-1}           instead of solving (I - J^T) v = g
     where |v| > ratio |g|:  v = g                                       the one-step direction, row by row
-    then, if asked for, steps of a linear solver from that v
+    optionally, steps of a linear solver from that v
 
-Costs one vjp, which measures the residual, and those of the refinement, beside the closing one. It is not exact: how good H is in
-the direction of g is not known beforehand, so look at the residual; a second derivative is refused. Without a refinement its
-error does not go to 0 with the forward tolerance, since a quasi-Newton method need not learn the whole inverse.
+It costs one vjp to measure the residual, those of the refinement, and the one with the inputs. It is not exact: the accuracy
+of H in the direction of g is unknown, so check the residual; a second derivative is refused. Without a refinement the error
+need not go to 0 with the forward tolerance, since a quasi-Newton method need not learn the whole inverse.
 
-Reference: Ramzi, Mannel, Bai, Starck, Ciuciu & Moreau, ICLR 2022, arXiv 2106.00553, algorithm 1 and section 2.3 (the fallback, at
-a ratio of 1.3: right where the Jacobian is small, but for a contraction of .9 the exact |v| may be 10 |g|).
+Reference: Ramzi, Mannel, Bai, Starck, Ciuciu & Moreau, ICLR 2022, arXiv 2106.00553, algorithm 1 and section 2.3. The paper
+falls back at a ratio of 1.3, which suits small Jacobians; for a contraction of .9 the exact |v| may be 10 |g|.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from hyperopt.core.status import Solution, SolveStats, Status
 class Shine(ImplicitAdjoint):
     """The inverse estimate that the forward solver has built.
 
-    Its statistics: ``iterations`` is 0 in the rows that fell back to ``v = g``; a warm start ``v0`` is not used.
+    In its statistics ``iterations`` is 0 for rows that fell back to ``v = g``. A warm start ``v0`` is not used.
 
     Args:
-        linear_solver: refines from there (None: no refinement).
+        linear_solver: refines the result (None: no refinement).
         ratio: a row whose ``|v|`` is more than this many times ``|g|`` takes ``v = g`` instead; above 0.
-        policy: what to do when the refinement fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time) or ``ignore``.
+        policy: what to do if the refinement fails: ``raise``, ``warn`` (the 1st, 10th, 100th, ... time) or ``ignore``.
     """
 
     linear_solver: LinearSolver | None = None
@@ -47,7 +47,7 @@ class Shine(ImplicitAdjoint):
     policy: str = "warn"
 
     exact = False
-    remedy = "SHINE never is; use Implicit()"
+    remedy = "SHINE is never exact; use Implicit()"
 
     def __post_init__(self) -> None:
         """Check the ranges and the type."""
@@ -56,7 +56,7 @@ class Shine(ImplicitAdjoint):
         check_kind(self, "linear_solver", LinearSolver, optional=True)
 
     def unfit(self, solver: FixedPointSolver) -> str | None:
-        """A solver without an inverse estimate has nothing to share."""
+        """Refuse a solver that keeps no inverse estimate."""
         if solver.keeps_inverse:
             return None
         return f"needs a solver with an inverse estimate, and {solver.name} keeps none; use Broyden, Chord, or Implicit()"
@@ -66,10 +66,10 @@ class Shine(ImplicitAdjoint):
         return super().run(replace(problem, keep_state=True))
 
     def solve(self, system: LinearSystem) -> Tensor:
-        """Apply the shared inverse, then refine.
+        """Apply the inverse estimate, then refine.
 
         Raises:
-            InexactError: there is none here: the solve fell back to a method without, or the transform hides it.
+            InexactError: there is none, because the solve fell back to another method or a transform hides it.
         """
         forward, b = system.forward, system.b
         if forward is None or not forward.solver.keeps_inverse:

@@ -1,8 +1,8 @@
 """Unrolled differentiation: backpropagate through the solver's own steps.
 
-Exact for the iterate that it returns, not for the fixed point: after T steps of a map of contraction q its hypergradient is off
-by O(T q^T) (Grazzi et al., arXiv 2006.16218, theorem 2.1). Memory grows with the steps that are kept. ``last=k`` keeps the last
-k only (truncated backpropagation, Shaban et al., AISTATS 2019, arXiv 1810.10667).
+It is exact for the iterate that it returns, and not for the fixed point: after T steps of a map of contraction q the error of
+its hypergradient is O(T q^T) (Grazzi et al., arXiv 2006.16218, theorem 2.1). Memory grows with the number of differentiated
+steps. ``last=k`` differentiates only the last k (truncated backpropagation, Shaban et al., AISTATS 2019, arXiv 1810.10667).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Unrolled(Adjoint):
         check_optional_count(self, "last")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
-        """All steps do; the last few of them do not."""
+        """Whether all steps are differentiated."""
         return self.last is None or (solver.fixed and self.last >= solver.max_steps)
 
     def run(self, problem: Problem) -> Solution:
-        """Solve with the graph of all steps, or of the last ones after a solve without."""
+        """Solve with the graph of all steps, or of the last ones after a solve without a graph."""
         last = self.last
         if last is not None:
             return solve_by_steps(problem, lambda: self._truncated(problem, last))
@@ -57,7 +57,7 @@ class Unrolled(Adjoint):
         )
 
     def _truncated(self, problem: Problem, last: int) -> Iterate:
-        """A solve without a graph, then ``last`` steps with one."""
+        """Solve without a graph, then take ``last`` steps with one."""
         solver, phi = problem.solver, problem.bind(problem.args)
         if solver.fixed:
             before = max(0, solver.max_steps - last)
@@ -78,8 +78,8 @@ class Unrolled(Adjoint):
                     run = unroll(problem, problem.start, solver.max_steps, stop=True)
                 else:
                     run = solve_forward(problem, phi, phi)
-            # Plain steps, whatever the solver: at its solution an acceleration's history is rounding noise, and so is the
-            # derivative of its least squares problem (Anderson, k = 150: 1e31 times the gradient).
+            # Take plain steps, whatever the solver. At the solution, an acceleration's history is rounding noise, and so is the
+            # derivative of its least squares problem (for Anderson with k = 150, 1e31 times the gradient).
             plain = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
             stepped = unroll(replace(problem, solver=plain), run.value, last, stop=False)
             stepped.stats.row_status = torch.maximum(stepped.stats.row_status, run.stats.row_status)
@@ -90,12 +90,12 @@ class Unrolled(Adjoint):
 
 
 def solve_by_steps(problem: Problem, steps: Callable[[], Iterate]) -> Solution:
-    """The solution by ``steps``, which are taken with a graph, or by a plain solve where no derivative is wanted."""
+    """Solve by ``steps``, which records a graph, or by a plain solve if no derivative is wanted."""
     if torch.is_grad_enabled() or transformed():
-        with torch.enable_grad():  # a tangent goes through the steps under no_grad too
+        with torch.enable_grad():  # under no_grad a forward-mode tangent needs the steps too
             run = steps()
         if not torch.is_grad_enabled():
-            run.value = run.value.clone()  # which keeps a tangent
+            run.value = run.value.clone()  # this drops the graph and keeps a tangent
     else:
         phi = problem.bind(problem.args)
         run = solve_forward(problem, phi, phi)
@@ -104,10 +104,10 @@ def solve_by_steps(problem: Problem, steps: Callable[[], Iterate]) -> Solution:
 
 
 def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: int | None = None) -> Iterate:
-    """``count`` steps with a graph; with ``stop``, rows stop moving after the step at which their residual met the tolerance.
+    """Take ``count`` steps with a graph; with ``stop``, rows stop after the step at which their residual met the tolerance.
 
-    That step is still taken: without it a row that starts at its solution would have no graph, and a zero hypergradient. With
-    ``segment`` the graph is kept of no step but the first of every ``segment``; backward takes the others again.
+    That step is still taken: without it, a row that starts at its solution would have no graph and a zero hypergradient. With
+    ``segment``, no graph is kept, only the state before every ``segment`` steps, and backward repeats the steps.
     """
     solver, phi, cost = problem.solver, problem.bind(problem.args), Cost()
     if not solver.differentiable:
@@ -133,7 +133,7 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
     size = segment or count
     for first in range(0, count, size):
         steps = range(first, min(first + size, count))
-        if segment is None or transformed():  # which allows no second evaluation
+        if segment is None or transformed():  # a transform does not allow steps to be repeated
             w, state = advance(w, state, steps)
         else:
             w, state = checkpoint(advance, w, state, steps, use_reentrant=False, preserve_rng_state=False)
@@ -143,14 +143,14 @@ def unroll(problem: Problem, start: Tensor, count: int, *, stop: bool, segment: 
 
 
 class Watch:
-    """The rows that move at each step, and their residuals; a step that is taken again finds what was seen the first time.
+    """Notes which rows move at each step, and their residuals. A repeated step gets what was noted the first time.
 
     Attributes:
-        last: the step after which no row moves any more; None before.
+        last: the step after which no row moves any more; None until then.
     """
 
     def __init__(self, solver: FixedPointSolver, start: Tensor, stop: bool) -> None:
-        """Nothing seen yet."""
+        """Start before the first step."""
         self.solver, self.stop = solver, stop
         self.active = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
         self.broken = torch.zeros_like(self.active)
@@ -158,15 +158,15 @@ class Watch:
         self.residual = self.size = start.new_zeros(start.shape[0])
         self.trace: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.moving: list[Tensor | None] = []  # at the start of each step; None: all
-        self.moved: list[Tensor | None] = []  # at its end, without the rows that broke down
+        self.moving: list[Tensor | None] = []  # mask of the moving rows at the start of each step; None: all
+        self.moved: list[Tensor | None] = []  # the same at its end, without the rows that broke down
         self.whole = True  # whether all rows move
         self.floor = rounding_floor(start.dtype, start.device)
         self.last: int | None = None
 
     @torch.no_grad()
     def before(self, k: int, at: Point) -> Tensor | None:
-        """Rows that take step ``k``, shape (rows,), measured at its point; None: all."""
+        """Return the mask of rows that take step ``k``, shape (rows,), and measure residuals at its point; None: all."""
         if k < len(self.moving):
             return self.moving[k]
         self.whole = self.whole or bool(seen(self.active).all())
@@ -186,7 +186,7 @@ class Watch:
 
     @torch.no_grad()
     def after(self, k: int, at: Point) -> Tensor | None:
-        """Rows that step ``k`` has moved, shape (rows,); None: all."""
+        """Return the mask of rows that step ``k`` has moved, shape (rows,); None: all."""
         if k < len(self.moved):
             return self.moved[k]
         moving = self.moving[k]
@@ -201,7 +201,7 @@ class Watch:
         return moving
 
     def stats(self, cost: Cost) -> SolveStats:
-        """Statistics of the steps."""
+        """Return the statistics of the steps."""
         status = torch.full_like(self.iterations, int(Status.max_steps if self.stop else Status.converged))
         status = torch.where(self.active, status, int(Status.converged))
         status = torch.full_like(status, int(Status.fixed_steps)) if self.solver.fixed else status

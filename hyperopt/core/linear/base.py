@@ -23,9 +23,9 @@ RELATIVE_TO = ("row", "batch")
 
 @dataclass
 class LinearSolution:
-    """``value`` (rows, dim) and the statistics of the solve.
+    """The value, shape (rows, dim), and the statistics of a linear solve.
 
-    ``stats.vjps`` counts the products with ``M`` and ``stats.jvps`` those with its transpose: what they are for ``M = J^T``.
+    ``stats.vjps`` counts the products with ``M`` and ``stats.jvps`` those with its transpose, as for ``M = J^T``.
     """
 
     value: Tensor
@@ -36,17 +36,17 @@ class LinearSolution:
 class LinearSolver(IterativeMethod, ABC):
     """A method for ``(I - M) v = b``; for the adjoint system ``M = J^T`` and ``b = g``.
 
-    A row stops at ``||v - M v - b|| <= atol + rtol ||b||``: relative to the right-hand side, so that a loss scaled by any factor
-    gives the same gradient scaled by it. ``b = 0`` gives ``v = 0``.
+    A row stops at ``||v - M v - b|| <= atol + rtol ||b||``. This is relative to the right-hand side, so that a loss scaled by
+    a factor gives the gradient scaled by it. ``b = 0`` gives ``v = 0``.
 
     Args:
-        relative_to: what ``rtol`` is relative to. ``row``: each row's own ``||b||``. ``batch``: the larger of that and the root
-            mean square over the rows: the residual of all rows together is at most ``sqrt(2) rtol ||b||``, and rows that hardly
-            matter to the hypergradient, such as examples that are fitted already, are solved as little as they matter.
+        relative_to: what ``rtol`` is relative to. ``row``: each row's own ``||b||``. ``batch``: the larger of that and the
+            root mean square over the rows. The residual of all rows together is then at most ``sqrt(2) rtol ||b||``, and rows
+            that matter little to the hypergradient, such as examples that are fitted already, are solved less accurately.
 
     Attributes:
-        iterates: whether it iterates ``v <- M v + b``, so that its convergence depends on how ``M`` is scaled: whether
-            ``M = I - s A`` converges depends on ``s``, where a Krylov method does the same for every ``s``.
+        iterates: whether the method iterates ``v <- M v + b``. Its convergence for ``M = I - s A`` then depends on ``s``,
+            whereas a Krylov method does the same for every ``s``.
     """
 
     rtol: float = 1e-6
@@ -72,7 +72,7 @@ class LinearSolver(IterativeMethod, ABC):
         return torch.maximum(norm, norm.square().mean().sqrt())
 
     def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
-        """Return where to start, given the solution ``near`` of a system near by, and the products with ``M`` spent on that."""
+        """Return a start, given the solution ``near`` of a similar system, and the number of products with ``M`` it took."""
         return near, 0
 
     @abstractmethod
@@ -83,7 +83,7 @@ class LinearSolver(IterativeMethod, ABC):
 def solve_by_iteration(
     solver: FixedPointSolver, method: LinearSolver, matvec: Products, b: Tensor, x0: Tensor | None, trace: bool
 ) -> LinearSolution:
-    """Solve ``v = M v + b`` as a fixed point by a forward solver, in the name of ``method``."""
+    """Solve ``v = M v + b`` as a fixed point with a forward solver; the statistics name ``method``."""
 
     def affine(operator: LinearOperator, b: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda v: operator.matvec_add(v, b)
@@ -98,34 +98,34 @@ def solve_by_iteration(
     run = iterate(solver, affine(operator, b), start, some=part, scale=method.sizes(b), trace=trace, rounding=operator.rounding)
     run.stats.method = method.name
     run.stats.vjps, run.stats.evaluations = run.stats.evaluations, 0
-    if solver.fixed:  # a fixed number of terms is no failure, but one that left more than v = 0 would have is never silent
+    if solver.fixed:  # a fixed number of terms is not a failure, unless v = 0 would be better
         worse_than_none(run.stats)
     return LinearSolution(run.value, run.stats)
 
 
 def worse_than_none(stats: SolveStats) -> None:
-    """Let rows that end with more residual than ``v = 0`` would leave be ``diverged``."""
+    """Mark rows with a larger residual than that of ``v = 0`` as ``diverged``."""
     stats.row_status = torch.where(stats.residual > 1, int(Status.diverged), stats.row_status)
 
 
 def fitted_start(matvec: Products, b: Tensor, v: Tensor) -> Tensor:
-    """Return a start for ``(I - M) x = b`` from the solution of a system near by, row by row, at the cost of one product with M.
+    """Return a start for ``(I - M) x = b`` from the solution of a similar system, row by row, by one product with M.
 
         alpha_i = argmin |b_i - alpha (I - M) v_i|,      x0_i = alpha_i M v_i + b_i
 
-    Between two outer steps the right-hand side of an example may shrink to nothing (it is fitted now), and the old solution is
-    then off by orders of magnitude where the plain start b is not. Its multiple ``alpha v`` is the best start along the old
-    direction, zero among them, so its residual never exceeds ``|b|``; the step that follows costs no further product with M.
-    A row of zeros, or one that is not finite, starts at ``b``, as if it had no old solution.
+    Between two outer steps the right-hand side of an example may shrink to almost nothing, because the example is fitted now.
+    The old solution is then wrong by orders of magnitude, while the plain start ``b`` is not. ``alpha v`` is the best start
+    along the old direction, including zero, so its residual never exceeds ``|b|``, and the step from it costs no further
+    product. A row whose ``v`` is zero or not finite starts at ``b``.
 
     Args:
         matvec: products with M.
         b: right-hand side. shape: (rows, dim)
-        v: solution of a system near by. shape: (rows, dim)
+        v: solution of a similar system. shape: (rows, dim)
     """
     moved = as_operator(matvec).matvec(v)
     image = v - moved
     alpha = torch.linalg.vecdot(image, b) / torch.linalg.vector_norm(image, dim=1).square()
-    usable = torch.isfinite(alpha)  # it is not where moved is not
+    usable = torch.isfinite(alpha)  # false where moved is not finite
     start = torch.addcmul(b, alpha[:, None], moved)
     return start if bool(usable.all()) else torch.where(usable[:, None], start, b)

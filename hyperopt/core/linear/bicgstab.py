@@ -1,12 +1,12 @@
-"""BiCGStab: two products a step and a fixed few vectors, row by row.
+"""BiCGStab: two products a step and a small fixed number of vectors, row by row.
 
     s = r - alpha A p,         alpha = rho / c,    rho = <r_0, r>,    c = <r_0, A p>
     r' = s - omega A s,        omega = <A s, s> / <A s, A s>
     x += alpha p + omega s;    p = r' - rho' / c (A p - p / omega)
 
-For systems where GMRES would need more vectors than fit. Its residual is erratic: the best value of a cycle is kept. A row in
-which a denominator vanishes runs away or becomes NaN; it starts anew from the best value, and is a ``breakdown`` only if the
-cycle brought nothing.
+It is for systems where GMRES would need more vectors than fit into memory. The residual is erratic, so the best value of a
+cycle is kept. A row in which a denominator vanishes diverges or becomes NaN. It starts again from the best value, and its
+status is ``breakdown`` only if the cycle gained nothing.
 
 Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
 """
@@ -24,7 +24,8 @@ from hyperopt.core.linear.pending import advance
 from hyperopt.core.rowwise import combine, dot, dots
 from hyperopt.core.status import Status
 
-# r and r_0, shape (rows, 2, dim); p; rho; the value that r is the residual of; the least square of the cycle, that of ``run.x``.
+# r and r_0, shape (rows, 2, dim); p; rho; the value with residual r; the least squared residual of the cycle, that of
+# ``run.x``.
 State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -33,11 +34,11 @@ class BiCGStab(KrylovSolver):
     """Stabilized biconjugate gradients, two vjps a step; its arguments are those of ``LinearSolver``."""
 
     def init(self, run: Recurrence) -> State:
-        """The first direction is the residual."""
+        """Take the residual as the first direction."""
         return torch.stack([run.r, run.r], dim=1), run.r, run.rr, run.x, run.rr
 
     def step(self, run: Recurrence, state: State) -> State:
-        """One step of two products."""
+        """Make one step with two products."""
         both, p, rho, x, least = state
         r, r0 = both.unbind(dim=1)
         q = run.product(p)
@@ -55,7 +56,7 @@ class BiCGStab(KrylovSolver):
         return self.finish(run, state) if run.pending.full else state
 
     def finish(self, run: Recurrence, state: State) -> State:
-        """Take the steps, and for the value those up to the best."""
+        """Apply all steps to the current value, and those up to the best one to ``run.x``."""
         both, p, rho, x, least = state
         if not len(run.pending):
             return state
@@ -68,9 +69,9 @@ class BiCGStab(KrylovSolver):
         return both, p, rho, now, best.values
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
-        """Rows whose residual has grown beyond what rounding leaves of the best; NaN shows by itself."""
+        """Return the rows whose residual exceeds the best one so far that rounding destroys it; NaN is found elsewhere."""
         return run.rr * run.eps**2 > state[4]
 
     def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
-        """A cycle that ended in them and brought nothing."""
+        """Return a breakdown for rows in which the cycle ended and gained nothing."""
         return (idle & (stuck | run.rr.isnan())) * int(Status.breakdown)

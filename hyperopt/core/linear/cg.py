@@ -3,14 +3,14 @@
     p = r / <r, r>
     repeat:  c = <p, A p>;   x += p / c;   r -= A p / c;   p += r / <r, r>
 
-This is the usual recurrence with its directions divided by ``<r, r>``: then no ratio of two steps is needed, and the curvature
-along ``p`` is ``c <r, r>`` before the step.
+This is the usual recurrence with its directions divided by ``<r, r>``. No ratio of two steps is needed then, and the curvature
+along ``p`` is ``c <r, r>``, with ``r`` before the step.
 
-For ``A = I - M`` with ``M`` symmetric and its eigenvalues below 1: a gradient step on a convex loss, ``M = I - step * Hessian``.
-There it needs the fewest products of all methods. What it is not made for ends a row at the iterate before, never with a wrong
-number: a direction of negative curvature (status ``negative_curvature``), and an ``A`` that is not symmetric (``breakdown``),
-which is told at steps 4, 16, 64, ... by ``<r', r> = 0`` for the residuals ``r`` and ``r'`` before and after. A preconditioner of
-the weights (``w - P grad``) makes ``M`` asymmetric.
+It is for ``A = I - M`` with a symmetric ``M`` whose eigenvalues are below 1, as for a gradient step on a convex loss,
+``M = I - step * Hessian``. There it needs the fewest products of all methods. In two other cases a row ends at its last good
+iterate: at a direction of negative curvature (status ``negative_curvature``), and if ``A`` is not symmetric (``breakdown``),
+which is tested at steps 4, 16, 64, ... by ``<r', r> = 0`` for the residuals ``r`` and ``r'`` before and after. A
+preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
 
 Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
 """
@@ -36,16 +36,16 @@ class CG(KrylovSolver):
     """Conjugate gradients, one vjp a step; its arguments are those of ``LinearSolver``."""
 
     def init(self, run: Recurrence) -> State:
-        """The first direction is the residual."""
+        """Take the residual, divided by its square, as the first direction."""
         inverse = 1 / (run.rr + run.tiny)
         return run.r * inverse, inverse, torch.full_like(inverse, math.inf)
 
     def step(self, run: Recurrence, state: State) -> State:
-        """One step; the residual of a row whose curvature is not positive becomes NaN."""
+        """Make one step; the residual of a row whose curvature is not positive becomes NaN."""
         p, inverse, least = state
         q = run.product(p)
-        c = dot(p, q, inverse, torch.finfo(p.dtype).tiny ** 0.5)  # more only where r is 0: then p would lead away
-        if run.kept is None:  # what rounding leaves of a curvature that is 0
+        c = dot(p, q, inverse, torch.finfo(p.dtype).tiny ** 0.5)  # the added number matters only where r is 0
+        if run.kept is None:  # the rounding of a curvature that is 0
             run.kept = torch.add(run.tiny, length(q) / (length(p) + run.tiny), alpha=run.eps)
         run.r.addcdiv_(q, torch.nn.functional.threshold(c, 0.0, math.nan), value=-1)
         before, run.rr = run.rr, run.square(run.r)
@@ -60,26 +60,26 @@ class CG(KrylovSolver):
         return p.addcmul_(run.r, inverse), inverse, least
 
     def _asymmetric(self, run: Recurrence, p: Tensor, q: Tensor, c: Tensor, before: Tensor) -> Tensor:
-        """Rows in which ``c <r', r> = c <r', r'> + <r', q>`` is more than rounding leaves of a 0."""
+        """Return the rows in which ``c <r', r> = c <r', r'> + <r', q>`` is further from 0 than rounding allows."""
         off = torch.addcmul(dot(run.r, q), c, run.rr).abs_()
         size = torch.addcmul(length(q), run.kept / run.eps, length(p))  # |A p| + |A| |p|
         return off > math.sqrt(run.eps) * size * (before + run.rr).sqrt()
 
     def finish(self, run: Recurrence, state: State) -> State:
-        """Take the steps before the first without a positive curvature."""
+        """Apply the steps before the first one whose curvature was not positive."""
         p, inverse, least = state
         if not len(run.pending):
             return state
         directions, c, inverses = run.pending.take()
-        curvature = torch.nan_to_num(c / inverses, math.inf, math.inf, -math.inf)  # NaN comes after, or from the products
+        curvature = torch.nan_to_num(c / inverses, math.inf, math.inf, -math.inf)  # NaN follows such a step, or a bad product
         lowest = torch.cummin(torch.cat([least[:, None], curvature], dim=1), dim=1).values
         run.x = advance(run.x, directions, 1 / c, lowest[:, 1:] <= run.kept[:, None])
         return p, inverse, lowest[:, -1]
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
-        """Rows in which a curvature was not positive."""
+        """Return the rows in which a curvature was not positive."""
         return state[2] <= run.kept
 
     def causes(self, run: Recurrence, state: State, stuck: Tensor, idle: Tensor) -> Tensor:
-        """Negative curvature, or none."""
-        return stuck * int(Status.breakdown) + (state[2] < -run.kept)  # which is the next code
+        """Return ``negative_curvature`` or, if the curvature was 0, ``breakdown``."""
+        return stuck * int(Status.breakdown) + (state[2] < -run.kept)  # negative_curvature is the next code

@@ -1,7 +1,7 @@
 """A direct solve: LU of the dense ``I - M`` of each row, built column by column with ``dim`` products.
 
-For small states, and the reference for all other methods. One or two refinements with the measured residual recover what the
-factorisation lost. Costs ``dim`` vjps once, ``rows * dim^2`` numbers of memory and ``rows * dim^3 * 2/3`` operations.
+It is for small states, and the reference for all other methods. One or two refinements with the measured residual recover what
+the factorisation lost. It costs ``dim`` vjps once, ``rows * dim^2`` numbers of memory and ``rows * dim^3 * 2/3`` operations.
 
 Reference: Higham, Accuracy and Stability of Numerical Algorithms, SIAM 2002, chapters 9 and 12.
 """
@@ -19,26 +19,26 @@ from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 
 
 class Refinement(KrylovSolver):
-    """``x <- x + B r`` with an approximate inverse ``B``: every step is a cycle, after which the residual is measured."""
+    """``x <- x + B r`` with an approximate inverse ``B``; the residual is measured after every step."""
 
     apart = False
 
     @abstractmethod
     def correction(self, run: Recurrence) -> Tensor:
-        """``B r``, shape (rows, dim)."""
+        """Return ``B r``, shape (rows, dim)."""
 
     def init(self, run: Recurrence) -> tuple[()]:
-        """No state."""
+        """Return no state."""
         return ()
 
     def step(self, run: Recurrence, state: tuple[()]) -> tuple[()]:
-        """Add the correction; what is left has to be measured."""
+        """Add the correction; the zero residual makes the loop measure the true one."""
         run.x += self.correction(run)
         run.rr = torch.zeros_like(run.rr)
         return ()
 
     def spent(self, run: Recurrence, state: tuple[()]) -> bool:
-        """After every step."""
+        """End the cycle after every step."""
         return True
 
 
@@ -47,8 +47,8 @@ class Dense(Refinement):
     """LU of the dense ``I - M`` of each row, made by ``dim`` vjps.
 
     Args:
-        max_steps: solves with the factors: the first, and refinements of it where ``rtol`` asks for more.
-        max_entries: the most numbers (rows x dim x dim) that the matrices may have, at least 1; larger systems are refused.
+        max_steps: number of solves with the factors: one, and refinements if ``rtol`` asks for more accuracy.
+        max_entries: largest number of entries (rows x dim x dim) of the matrices, at least 1; larger systems are refused.
     """
 
     rtol: float = 1e-10
@@ -61,7 +61,7 @@ class Dense(Refinement):
         check_count(self, "max_entries")
 
     def correction(self, run: Recurrence) -> Tensor:
-        """A solve with the factors; 0 in singular rows.
+        """Solve with the factors; the result is 0 in singular rows.
 
         Raises:
             ValueError: the matrices would have more than ``max_entries`` numbers.
@@ -73,11 +73,11 @@ class Dense(Refinement):
         return found.masked_fill_(singular, 0.0)
 
     def stuck(self, run: Recurrence, state: tuple[()]) -> Tensor:
-        """Singular rows."""
+        """Return the singular rows."""
         return run.kept[2]
 
     def _factors(self, run: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-        """LU factors and pivots of every row's matrix, and which rows are singular to rounding."""
+        """Return LU factors and pivots of every row's matrix, and which rows are singular up to rounding."""
         rows, dim = run.b.shape
         if rows * dim * dim > self.max_entries:
             raise ValueError(
@@ -88,7 +88,7 @@ class Dense(Refinement):
         if matrix is None:
             matrix = run.columns(list(range(dim)))
         else:
-            matrix = (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column by column, for LAPACK
+            matrix = (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column-major, for LAPACK
         eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         diagonal = lu.diagonal(dim1=1, dim2=2).abs()

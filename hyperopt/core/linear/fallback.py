@@ -1,4 +1,4 @@
-"""A chain of linear solvers: each takes over the rows in which those before it failed, and never makes a row worse."""
+"""A chain of linear solvers: each takes over the rows in which the previous ones failed, and never makes a row worse."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hyperopt.core.status import SolveStats, Status
 def solve_chain(
     chain: Sequence[LinearSolver], matvec: Products, b: Tensor, start: Tensor | None, what: str, *, trace: bool = False
 ) -> LinearSolution:
-    """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row is left that failed.
+    """Solve ``(I - M) v = b`` by the solvers of ``chain`` in turn, until no row has failed.
 
-    A solver is given 0 for the right-hand side of every row that is solved, which costs it no step there, and starts from the
-    best value so far. Every switch is logged under the name ``what``.
+    A further solver gets the right-hand side 0 for every solved row, which costs no step there, and starts from the best value
+    so far. Every switch is logged under the name ``what``.
 
     Returns:
         The best value of each row with its status, and the costs of all solvers together. ``stats.method`` is the last solver
-        that gave a row its value, ``stats.fallbacks`` names the others that were tried. Where more than one was, the value is
-        measured once more.
+        that gave a row its value, and ``stats.fallbacks`` names the others that were tried. If there were several, the
+        residual of the value is measured once more.
     """
     best = chain[0].solve(matvec, b, start, trace=trace)
     tried = [chain[0].name]
@@ -47,7 +47,7 @@ def solve_chain(
 
 
 def _check_rows(chain: Sequence[LinearSolver], operator: LinearOperator, b: Tensor, found: LinearSolution) -> None:
-    """Measure a value whose rows are from several solves: rows that are solved apart, but not together, are ``coupled_rows``."""
+    """Measure a value whose rows are from several solves; rows whose residual is larger than alone are ``coupled_rows``."""
     stats = found.stats
     residual = relative(torch.linalg.vector_norm(operator.complement(found.value) - b, dim=1), stats.scale)
     stats.vjps += 1
@@ -60,7 +60,7 @@ def _check_rows(chain: Sequence[LinearSolver], operator: LinearOperator, b: Tens
 
 
 def _solve_some(solver: LinearSolver, matvec: Products, b: Tensor, start: Tensor, rows: Tensor, trace: bool) -> LinearSolution:
-    """Solve for the rows of a mask alone, where the operator can be taken apart; the others are 0 and converged."""
+    """Solve only the rows of a mask, if the operator is divisible; the others are 0 and converged."""
     index = rows.nonzero().squeeze(1)
     operator = as_operator(matvec).select(index) if len(index) <= DROP * len(rows) else None
     if operator is None:
@@ -79,7 +79,7 @@ def _solve_some(solver: LinearSolver, matvec: Products, b: Tensor, start: Tensor
 
 
 def _merge(old: LinearSolution, new: LinearSolution, failed: Tensor) -> LinearSolution:
-    """Row by row the better of two solutions; only the rows in ``failed`` may change."""
+    """Return the better of two solutions for each row; only the rows in ``failed`` may change."""
     a, b = old.stats, new.stats
     solved, lower = b.row_status <= Status.fixed_steps, b.residual < a.residual
     better = failed & (solved | lower | (torch.isnan(a.residual) & ~torch.isnan(b.residual)))
@@ -91,7 +91,7 @@ def _merge(old: LinearSolution, new: LinearSolution, failed: Tensor) -> LinearSo
         a.scale,
         vjps=a.vjps + b.vjps,
         jvps=a.jvps + b.jvps,
-        contraction=a.contraction,  # a property of the map, which the first method, with all rows, has seen best
+        contraction=a.contraction,  # a property of the map, best seen by the first method, which had all rows
         trace=b.trace if changed else a.trace,
         method=b.method if changed else a.method,
     )

@@ -6,8 +6,8 @@
         |r_j| = |r_0| / |u|,    u_1 = 1,  u_{j+1} = -<u, h> / |w|               (u^T H_j = 0)
     x <- x + V y,    y = argmin || |r| e_1 - H y ||  (QR, in float64)
 
-The residual's norm comes from the left null vector ``u`` of ``H``: the residual is the part of ``|r| e_1`` along ``u``. A row
-whose space is exhausted goes on as zeros.
+The residual is the part of ``|r| e_1`` along the left null vector ``u`` of ``H``, which gives its norm. A row whose space is
+exhausted continues with zero vectors.
 
 Reference: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986; Giraud, Langou, Rozloznik & van den Eshof, Numer. Math. 101, 2005
 (two passes of Gram-Schmidt are enough).
@@ -25,20 +25,21 @@ from hyperopt.core.checks import check_count
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 from hyperopt.core.rowwise import combine, dots, length
 
-COLLAPSED = 16.0  # times eps: what rounding leaves of a vector that lies in the space already
+COLLAPSED = 16.0  # times eps: a vector this short after orthogonalization is rounding, and lies in the space already
 
 
 @dataclass
 class Arnoldi:
-    """The space of a cycle.
+    """The Krylov space of a cycle.
 
     Attributes:
-        V: its basis, shape (rows, window + 1, dim).
-        H: the products in that basis, column by column, shape (rows, window, window + 1).
-        u: the left null vector of what is there of ``H``, shape (rows, window + 1); ``uu``: its square, shape (rows, 1).
-        norm: of the residual at the start, shape (rows, 1).
-        collapsed: rows in which the last vector lay in the space, shape (rows, 1).
-        j: vectors multiplied so far.
+        V: basis, shape (rows, window + 1, dim).
+        H: the products in that basis, transposed, shape (rows, window, window + 1).
+        u: left null vector of the filled part of ``H``, shape (rows, window + 1).
+        uu: its square, shape (rows, 1).
+        norm: norm of the residual at the start, shape (rows, 1).
+        collapsed: rows whose last vector was in the space already, shape (rows, 1).
+        j: number of products so far.
     """
 
     V: Tensor
@@ -55,7 +56,7 @@ class GMRES(KrylovSolver):
     """Restarted GMRES, one vjp a step.
 
     Args:
-        window: vectors that are kept before the space is built anew, at least 1.
+        window: number of vectors that are kept before a restart, at least 1.
     """
 
     window: int = 20
@@ -68,7 +69,7 @@ class GMRES(KrylovSolver):
         check_count(self, "window")
 
     def init(self, run: Recurrence) -> Arnoldi:
-        """The first vector is the residual's direction."""
+        """Take the direction of the residual as the first vector."""
         rows, dim = run.r.shape
         most = min(self.window, run.left + 1, dim)
         old: Arnoldi | None = run.kept
@@ -81,7 +82,7 @@ class GMRES(KrylovSolver):
         return run.kept
 
     def step(self, run: Recurrence, state: Arnoldi) -> Arnoldi:
-        """One vector more."""
+        """Add one vector."""
         V, j = state.V[:, : state.j + 1], state.j
         w = run.product(V[:, j])
         size = length(w)
@@ -107,7 +108,7 @@ class GMRES(KrylovSolver):
         return state.j == state.H.shape[1]
 
     def finish(self, run: Recurrence, state: Arnoldi) -> Arnoldi:
-        """Solve the small least squares problem; a column of zeros has no part in it."""
+        """Solve the small least squares problem; zero columns have the coefficient 0."""
         m = state.j
         Q, R = torch.linalg.qr(state.H[:, :m, : m + 1].mT.double())
         pivot = R.diagonal(dim1=1, dim2=2)
@@ -119,5 +120,5 @@ class GMRES(KrylovSolver):
         return state
 
     def stuck(self, run: Recurrence, state: Arnoldi) -> Tensor:
-        """Rows whose space is exhausted above the limit: ``A`` is singular."""
+        """Return the rows whose space is exhausted above the limit, because ``A`` is singular."""
         return state.collapsed & (run.rr > run.limit)

@@ -1,22 +1,22 @@
-"""A linear method at work: the loop's process for ``A x = b`` with ``A = I - M``, in cycles from measured residuals.
+"""The loop's process for a linear system ``A x = b`` with ``A = I - M``, in cycles that start from measured residuals.
 
     r = b - A x                          measured, one product for all rows
     the method's steps from (x, r)       until its recurrence says that every row is done or can do no more
-    r = b - A x                          measured again; rows that are not done start anew from here
+    r = b - A x                          measured again; rows that are not done start again from here
 
-A method is ``init`` and ``step`` on ``run.x``, ``run.r`` and ``run.rr``; it may hold more vectors in its own state. All of it is
-in a unit of the size of ``b``, so that squares neither overflow nor underflow and a loss scaled by any factor takes the same
-steps. One rule makes rows independent: a row whose ``r`` is 0 stays where it is. So rows without a right-hand side, rows that are
-done and rows that have ended badly need no mask: their ``r`` is set to 0. A step tests nothing: where a method breaks down, its
-numbers become infinite or NaN, which the next look sees, and ``run.pending`` lets ``x`` take only the steps that held.
+A method is ``init`` and ``step`` on ``run.x``, ``run.r`` and ``run.rr``; it may keep more vectors in its own state. All
+vectors are in a unit of the size of ``b``, so that squares neither overflow nor underflow and a scaled loss takes the same
+steps. A row whose ``r`` is 0 must stay where it is. Rows without a right-hand side, finished rows and failed rows therefore
+need no mask: their ``r`` is set to 0. A step makes no tests. If a method breaks down, its numbers become infinite or NaN,
+which the next check finds, and ``run.pending`` applies only the steps before that to ``x``.
 
-What it guarantees:
-- The residual that is reported was measured at the value that is returned. A recurrence only says when to measure.
-- Every measurement is of all rows, the settled ones among them, and in one unit: rows that depend on each other are told.
-- A row that the measurement has settled does not move after. A cycle that made a row worse is undone for that row, and ends it.
-- A row whose right-hand side is 0 has the solution 0. Where ``x0`` is worse than 0, or not finite, its row starts at 0.
-- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and nothing is read.
-- Tolerances are raised to the rounding floor of the dtype, which no residual can pass.
+Guarantees:
+- The reported residual was measured at the returned value. A recurrence only says when to measure.
+- Every measurement covers all rows, including settled ones, in one unit, so that rows that depend on each other are found.
+- A settled row does not move any more. A cycle that made a row worse is undone for that row, and ends it.
+- A row whose right-hand side is 0 has the solution 0. A row whose ``x0`` is worse than 0, or not finite, starts at 0.
+- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and the host reads nothing.
+- Tolerances are raised to the rounding floor of the dtype, below which no residual can fall.
 """
 
 from __future__ import annotations
@@ -38,49 +38,50 @@ from hyperopt.core.process import COUPLED, Outcome, Process
 from hyperopt.core.rowwise import dot, full_precision, length
 from hyperopt.core.status import SolveStats, Status
 
-FIRST = 2  # steps before the first look of a solve from 0
-IDLE = 0.99  # a cycle that leaves more than this part of a row's residual ends the row
+FIRST = 2  # number of steps before the first check of a solve that starts at 0
+IDLE = 0.99  # a cycle that leaves more than this fraction of a row's residual ends the row
 
 
 class KrylovSolver(LinearSolver):
-    """A linear solver by recurrences: ``init`` and ``step``. They must mix no rows.
+    """A linear solver by recurrences, ``init`` and ``step``, which must not mix rows.
 
     Attributes:
-        apart: whether some rows may start anew while others go on. Then the state is a tuple of tensors of the rows.
+        apart: whether some rows may start a cycle while others continue. The state must then be a tuple of tensors with one
+            entry for each row.
     """
 
     apart: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, run: Recurrence) -> Any:
-        """The state at the start of a cycle, from ``run.x`` and its residual ``run.r``, whose square is ``run.rr``."""
+        """Return the state at the start of a cycle, from ``run.x`` and its residual ``run.r``, whose square is ``run.rr``."""
 
     @abstractmethod
     def step(self, run: Recurrence, state: Any) -> Any:
-        """One step: change ``run.x`` and ``run.r`` in place and set ``run.rr``; returns the next state."""
+        """Make one step: change ``run.x`` and ``run.r`` in place, set ``run.rr``, and return the next state."""
 
     def finish(self, run: Recurrence, state: Any) -> Any:
-        """Bring ``run.x`` up to date, where ``step`` does not; returns the state."""
+        """Apply pending steps to ``run.x``, if the method has any, and return the state."""
         return state
 
     def goal(self, run: Recurrence, state: Any) -> Tensor:
-        """The square of the residual by the recurrence at which a cycle has done what it can, shape (rows, 1)."""
+        """Return the squared residual of the recurrence at which a cycle can gain no more, shape (rows, 1)."""
         return run.limit
 
     def spent(self, run: Recurrence, state: Any) -> bool:
-        """Whether the cycle must end here for all rows, so that the loop looks."""
+        """Whether the cycle must end here for all rows."""
         return False
 
     def stuck(self, run: Recurrence, state: Any) -> Tensor | None:
-        """Rows in which the method can do no more, shape (rows, 1), as far as is known; None: there are none."""
+        """Return the rows that are known to be unable to continue, shape (rows, 1); None: there are none."""
         return None
 
     def causes(self, run: Recurrence, state: Any, stuck: Tensor, idle: Tensor) -> Tensor:
-        """Codes of ``Status`` of such rows, 0 elsewhere, shape (rows, 1); ``idle``: where the cycle has brought nothing."""
+        """Return codes of ``Status`` for such rows, 0 elsewhere, shape (rows, 1); ``idle``: rows whose cycle gained nothing."""
         return stuck * int(Status.breakdown)
 
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
-        """Solve to the tolerance, or by exactly ``max_steps`` steps; starts at 0 by default."""
+        """Solve to the tolerance, or by exactly ``max_steps`` steps, starting at 0 by default."""
         if not b.numel():
             zeros = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
             empty = b.new_zeros(b.shape[0])
@@ -89,30 +90,33 @@ class KrylovSolver(LinearSolver):
         products = torch.autocast(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         operator = as_operator(matvec)
         floor = rounding_floor(b.dtype, b.device, operator.rounding)
-        with full_precision(b):  # the method, but not the products
+        with full_precision(b):  # for the method's own products, not those of the operator
             return Recurrence(self, operator, b, x0, trace, products, floor).solve()
 
 
 class Recurrence(Process):
-    """A Krylov method on a system; scalars of the rows have shape (rows, 1).
+    """A Krylov method applied to a system; numbers for each row have shape (rows, 1).
 
     Attributes:
         x: the present value in units of ``b``, shape (rows, dim).
         r: its residual by the recurrence, shape (rows, dim).
-        rr: its square; squares are what is compared, so that no root is taken.
-        limit: what that has to be.
-        unit: a power of 2 of the size of ``b``, so that scaling is exact; ``size``: what residuals are relative to, in this unit.
-        pending: steps that ``x`` has not taken yet.
-        taken: steps of this cycle.
-        left: steps left in all.
+        rr: the square of that residual; squares are compared, so that no root is taken.
+        limit: the square at or below which a row is converged.
+        unit: a power of 2 near the size of ``b``, so that scaling is exact.
+        size: what residuals are relative to, in this unit.
+        pending: steps that are not applied to ``x`` yet.
+        taken: number of steps in this cycle.
+        left: number of steps left.
         kept: what a method keeps from one cycle to the next.
-        eps: machine epsilon; ``tiny``: a number, as a tensor, so small that nothing else is meant by it; ``zero``: 0.
+        eps: machine epsilon.
+        tiny: the smallest normal number, as a tensor, which is added to avoid divisions by 0.
+        zero: 0 as a tensor.
     """
 
     recurs = True
-    coupled = COUPLED**2  # of squares
+    coupled = COUPLED**2  # since squares are compared
     rise = math.inf
-    clear = math.inf  # nobody asks for the contraction
+    clear = math.inf  # the contraction is not estimated
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class Recurrence(Process):
         products: Any = None,
         floor: float = 0.0,
     ) -> None:
-        """Measure the start; ``products``: a context for the products, and ``floor`` the least relative residual in it."""
+        """Measure the start; ``products`` is a context for products, and ``floor`` the least relative residual in it."""
         self.within = products or nullcontext()
         self.method, self.operator, self.b = method, operator, b
         info = torch.finfo(b.dtype)
@@ -136,7 +140,7 @@ class Recurrence(Process):
         self.shares = self._shares() if len(b) > 1 else None
         norm = size if method.by_row else length(b) / self.unit
         self.rr = norm * norm
-        self.base = self.zero.expand_as(b)  # x as it was measured last, or the best before
+        self.base = self.zero.expand_as(b)  # the x of the last measurement, or the one before if it was better
         self.r = b / self.unit
         bound = max(method.rtol, floor or FLOOR * self.eps) * self.size
         if method.atol:
@@ -149,13 +153,13 @@ class Recurrence(Process):
             self.base, self.r = torch.where(better, x, self.base), torch.where(better, r, self.r)
             self.rr = torch.where(better, rr, self.rr)
             self.limit = self._limit(self.square(FLOOR * self.eps * self.base))
-        self.x, self.known = self.base, self.rr  # known: the square measured at base
+        self.x, self.known = self.base, self.rr  # known: the squared residual that was measured at base
         self.state: Any = None
         self.kept: Any = None
         self.pending = Pending(b)
-        self.first_look = 0 if x0 is not None else FIRST  # 0 solves nothing but b = 0
+        self.first_check = 0 if x0 is not None else FIRST  # 0 only solves rows with b = 0
         self.taken, self.left = 0, method.max_steps
-        self.measured: tuple[Tensor, Tensor, Tensor] | None = None  # residual, its square, and rows that go on
+        self.measured: tuple[Tensor, Tensor, Tensor] | None = None  # residual, its square, and mask of the rows that continue
         self.codes: Tensor | None = None
         self.moving: Tensor | None = None
         self.trace: list[Tensor] | None = [] if trace else None
@@ -163,12 +167,12 @@ class Recurrence(Process):
     # ---- for the methods
 
     def product(self, v: Tensor) -> Tensor:
-        """``A v``."""
+        """Return ``A v``."""
         with self.within:
             return self.operator.complement(v)
 
     def transposed(self, v: Tensor) -> Tensor:
-        """``A^T v``."""
+        """Return ``A^T v``."""
         if not self.operator.transposable:
             raise TypeError(
                 f"{self.method.name} needs products with the transpose, which this operator does not offer: give it an "
@@ -178,7 +182,7 @@ class Recurrence(Process):
             return v - self.operator.rmatvec(v)
 
     def columns(self, places: list[int]) -> Tensor:
-        """The columns of ``A`` at ``places``, one product each, shape (rows, dim, places)."""
+        """Return the columns of ``A`` at ``places``, by one product each, shape (rows, dim, len(places))."""
         found = []
         for i in places:
             direction = torch.zeros_like(self.b)
@@ -187,14 +191,14 @@ class Recurrence(Process):
         return torch.stack(found, dim=2)
 
     def square(self, a: Tensor) -> Tensor:
-        """``|a|^2`` of each row, never 0, so that it may be divided by, shape (rows, 1)."""
+        """Return ``|a|^2`` of each row, shape (rows, 1); it is never 0, so that it can be divided by."""
         return torch.addcmul(self.tiny, a, a) if a.shape[1] == 1 else dot(a, a, self.tiny)
 
     # ---- Process
 
     @property
     def value(self) -> Tensor:
-        """The value measured last, or the one before where that was better."""
+        """The value of the last measurement, or the one before if it was better."""
         if self.measured is None or self.method.fixed:
             return self.x
         return torch.where(self.measured[1] < self.known, self.x, self.base)
@@ -207,7 +211,7 @@ class Recurrence(Process):
 
     @property
     def faults(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where there is reason to measure, before a measurement; codes of ``Status`` after one."""
+        """A reason to measure, between measurements; after one, codes of ``Status``."""
         if self.measured is not None:
             return self.codes
         if self.state is None or (len(self.pending) and not self.stalled):
@@ -221,55 +225,55 @@ class Recurrence(Process):
         return found if found is None or self.moving is None else found & self.moving
 
     def measure(self, *, closing: bool = False) -> Tensor:
-        """The square by the recurrence."""
+        """Return the squared residual of the recurrence."""
         if self.trace is not None:
             self.trace.append((self.rr.sqrt() / self.size).nan_to_num(0.0).amax())
         if self.moving is None:
             return self.rr[:, 0]
-        return torch.where(self.moving, self.rr[:, 0], self.known[:, 0])  # a row that is settled has no recurrence any more
+        return torch.where(self.moving, self.rr[:, 0], self.known[:, 0])  # the recurrence of a settled row has ended
 
     def limits(self) -> Tensor:
-        """The square of ``rtol |b| + atol``, at least that of the rounding floor; in a cycle, what it can reach."""
+        """Return the square of ``rtol |b| + atol`` (at least of the rounding floor); within a cycle, the cycle's goal."""
         inside = self.state is not None and self.measured is None
         return (self.method.goal(self, self.state) if inside else self.limit)[:, 0]
 
     def _limit(self, rounding: Tensor) -> Tensor:
-        """The limit, at least the square of the rounding floor of ``x``.
+        """Return the limit, raised to the square of the rounding floor of ``x``.
 
-        The floor is at most ``sqrt(eps) |b|``: a system so near to singular that rounding leaves more is not solved.
+        The floor is at most ``sqrt(eps) |b|``: if a nearly singular system has more rounding, it is not solved.
         """
         if self.method.rtol >= math.sqrt(self.eps):
             return self.limit
         return torch.maximum(self.limit, torch.fmin(rounding, self.eps * self.size * self.size))
 
     def step(self) -> None:
-        """One step of the method, after a start where that is due."""
+        """Make one step of the method; first start a cycle if there is none."""
         if self.state is None or self.measured is not None:
             self._start()
         self.taken, self.left = self.taken + 1, self.left - 1
         self.state = self.method.step(self, self.state)
 
     def hold(self, moving: Tensor) -> None:
-        """The other rows are settled."""
+        """Let only the rows in the mask ``moving`` move."""
         self.moving, self.codes = moving, None
 
     def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Not needed: a cycle that made a row worse is undone here."""
+        """Raise an error: the process itself undoes a cycle that made a row worse."""
         raise NotImplementedError
 
     def confirm(self) -> Tensor:
-        """Measure; a row that the cycle has made worse keeps what it had, and one that gained nothing ends."""
+        """Measure the residuals. A row that became worse keeps its old value, and a row that gained nothing ends."""
         if self.state is None:
             return self.known[:, 0]
         self.state = self.method.finish(self, self.state)
         going = self.rr > self.method.goal(self, self.state)
         stuck = self.method.stuck(self, self.state)
-        going = going if stuck is None else going > stuck  # and not
-        done = self.known <= self.limit  # before the cycle, and so it stays, whatever the products are
+        going = going if stuck is None else going > stuck  # going and not stuck
+        done = self.known <= self.limit  # rows that were done before the cycle stay done, whatever the products are
         self.x = torch.where(done, self.base, self.x)
         r, now = self._residual(self.x)
         rounding = self.square(FLOOR * self.eps * self.x)
-        rr = torch.where(done | (rounding > self.known), self.known, now)  # of x so large, no residual tells that it is better
+        rr = torch.where(done | (rounding > self.known), self.known, now)  # rounding of a large x hides whether it is better
         self.measured, self.limit = (r, rr, going), self._limit(rounding)
         idle = rr > IDLE**2 * self.known
         codes = (idle > going) * int(Status.stagnated)
@@ -277,14 +281,14 @@ class Recurrence(Process):
             codes = torch.maximum(codes, self.method.causes(self, self.state, stuck, idle))
         codes = codes.masked_fill(done, int(Status.coupled_rows))[:, 0]
         self.codes = codes if self.moving is None else codes * self.moving
-        # A row that was done has not moved: above its limit now, it depends on rows that have. NaN says nothing of it.
+        # A row that was done has not moved. If it is above its limit now, it depends on rows that moved, unless it is NaN.
         found = torch.where(done, torch.fmax(now, self.known), now if self.method.fixed else torch.minimum(rr, self.known))
         return torch.addcmul(found, rr, self.zero)[:, 0]  # inf becomes NaN
 
     # ---- inside
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``b - A x`` and its square, in one product."""
+        """Return ``b - A x`` and its square, by one product."""
         b = self.b / self.unit
         if self.shares is None:
             r = b.sub_(self.product(x))
@@ -293,10 +297,10 @@ class Recurrence(Process):
         return r, dot(r, r)
 
     def _shares(self) -> Tensor:
-        """The unit of each row in that of all, shape (rows, 1): a measurement is made in one unit.
+        """Return the unit of each row relative to the largest one, shape (rows, 1).
 
-        Where rows depend on each other, a product with rows in units of their own is one with another matrix. Rows so small that
-        the products would lose them in the unit of all keep one of their own.
+        A measurement uses one unit for all rows, because if rows depend on each other, a product with rows in different units
+        would be one with another matrix. Rows so small that the products would lose them keep a larger unit.
         """
         half = torch.finfo(torch.float16)
         low = max(product_eps(self.b.dtype, self.b.device), self.operator.rounding) == half.eps
@@ -304,7 +308,7 @@ class Recurrence(Process):
         return (self.unit / self.unit.amax()).clamp_(min=info.tiny / info.eps)
 
     def _start(self) -> None:
-        """Begin a cycle in all rows, or in those that do not go on."""
+        """Start a cycle, in all rows or in those that do not continue the last one."""
         going, r, rr = None, self.r, self.rr
         if self.measured is not None:
             r, rr, going = self.measured
@@ -326,7 +330,7 @@ class Recurrence(Process):
         self.measured, self.codes, self.taken = None, None, 0
 
     def solve(self) -> LinearSolution:
-        """See ``KrylovSolver.solve``."""
+        """Run the method; see ``KrylovSolver.solve``."""
         steps = self.method.max_steps
         if self.method.fixed:
             for _ in range(steps):
@@ -343,7 +347,7 @@ class Recurrence(Process):
         return self._solution(outcome.status, outcome.iterations - 1, outcome.residual)
 
     def _solution(self, status: Tensor, iterations: Tensor, rr: Tensor) -> LinearSolution:
-        """The value and its statistics; a row without finite products has its right-hand side for a value: 0 would hide it."""
+        """Return the value with its statistics. A row with non-finite products gets ``b`` as its value; 0 would hide it."""
         value = self.value
         del self.r, self.x, self.base, self.state, self.measured, self.kept  # memory
         value = value * self.unit

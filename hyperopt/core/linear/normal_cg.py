@@ -4,8 +4,9 @@
     repeat:  alpha = <s, s> / <A p, A p>;   x += alpha p;   r -= alpha A p
              s' = A^T r;   p = s' + (<s', s'> / <s, s>) p;   s = s'
 
-Converges for any regular ``A``, however its spectrum lies, and its residual never rises; the price is the square of the condition
-number. ``A p`` is a vjp; ``A^T r`` is a jvp, taken as the vjp of the vjp on the one graph at the solution: the map is not called.
+It converges for any regular ``A``, however its spectrum lies, and its residual never rises, but the condition number is
+squared. ``A p`` is a vjp. ``A^T r`` is a jvp, computed as the vjp of the vjp on the graph at the solution, so the map is not
+called.
 
 Reference: Bjorck, Numerical Methods for Least Squares Problems, SIAM 1996, algorithm 7.4.1; Paige & Saunders, ACM TOMS 8, 1982.
 """
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
 
-SINGULAR = 16.0  # times eps |A| |r|: what rounding leaves of an A^T r that is 0
+SINGULAR = 16.0  # times eps |A| |r|: the rounding of an A^T r that is 0
 
-State = tuple[Tensor, Tensor]  # the direction p, and <s, s> of the step before; the first step has no direction
+State = tuple[Tensor, Tensor]  # the direction p, and <s, s> of the previous step
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ class NormalCG(KrylovSolver):
     max_steps: int = 200
 
     def init(self, run: Recurrence) -> State:
-        """No direction yet: the first step has to bring it."""
+        """Start without a direction; the first step finds one."""
         return torch.zeros_like(run.r), torch.full_like(run.rr, torch.inf)
 
     def step(self, run: Recurrence, state: State) -> State:
-        """One step: a product with the transpose, and one with ``A``."""
+        """Make one step: a product with the transpose, and one with ``A``."""
         p, before = state
         s = run.transposed(run.r)
         gamma, now = run.square(s), run.rr
         p = torch.addcmul(s, gamma / before, p)
         q = run.product(p)
         stretch = run.square(q)
-        if run.kept is None:  # |A|^2, from below
+        if run.kept is None:  # an estimate of |A|^2 from below
             run.kept = [torch.maximum(gamma / (now + run.tiny), stretch / run.square(p)), None]
         run.kept[1] = gamma, now
         alpha = gamma / stretch
@@ -55,6 +56,6 @@ class NormalCG(KrylovSolver):
         return p, gamma
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
-        """Rows in which ``A^T r`` has vanished and ``r`` has not: the system has no solution."""
+        """Return the rows in which ``A^T r`` is 0 and ``r`` is not: the system has no solution."""
         largest, (gamma, rr) = run.kept
         return (gamma <= run.tiny + (SINGULAR * run.eps) ** 2 * largest * rr) & (run.rr > run.limit)

@@ -4,9 +4,9 @@
     A ~ C W^+ C^T:      (A_rank + rho I)^{-1} b = (b - C (rho W + C^T C)^{-1} C^T b) / rho
     x <- x + (A_rank + rho I)^{-1} (b - A x)
 
-Costs ``rank`` products once, which do not depend on each other, and one a step, which measures the residual; memory is ``rank``
-vectors. One step from 0 is the method as published; more of them refine its answer where they converge, which they do if the part
-of ``A`` that the sketch leaves out is below ``2 rho``. Where it is above, the answer is too large by the ratio: raise ``rho`` or
+It costs ``rank`` independent products once, and one product a step, which measures the residual; memory is ``rank`` vectors.
+One step from 0 is the method as published. More steps refine its answer if they converge, which they do if the part of ``A``
+that the sketch leaves out is below ``2 rho``. If that part is larger, the answer is too large by the ratio: raise ``rho`` or
 ``rank``.
 
 Reference: Hataya & Yamada, AISTATS 2023, arXiv 2302.09726, equations 5 and 6.
@@ -27,13 +27,13 @@ from hyperopt.core.linear.krylov import Recurrence
 
 @dataclass(frozen=True)
 class Nystrom(Refinement):
-    """The Nystrom approximation: ``rank`` vjps, and one a step.
+    """The Nystrom approximation, which takes ``rank`` vjps and one a step.
 
     Args:
         max_steps: applications of the sketch's inverse; 1 with ``rtol=0, atol=0`` is the method as published.
-        rank: columns of ``I - M`` in the sketch, at least 1; at most as many are drawn as there are unknowns.
-        rho: what is added to the sketch's diagonal, above 0, in the units of ``I - M`` (for a trained problem, of the Hessian).
-        seed: draws the columns; at least 0.
+        rank: number of columns of ``I - M`` in the sketch, at least 1; at most the number of unknowns is used.
+        rho: number above 0 that is added to the diagonal, in the units of ``I - M`` (for a trained problem, of the Hessian).
+        seed: seed of the choice of columns, at least 0.
     """
 
     rtol: float = 0.0
@@ -50,13 +50,13 @@ class Nystrom(Refinement):
         check_count(self, "seed", 0)
 
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
-        """Apply the sketch's inverse; a row left with more residual than 0 would have is ``diverged``: never silently wrong."""
+        """Apply the sketch's inverse; a row with a larger residual than that of 0 is marked ``diverged``."""
         found = super().solve(matvec, b, x0, trace=trace)
         worse_than_none(found.stats)
         return found
 
     def correction(self, run: Recurrence) -> Tensor:
-        """The sketch's inverse times the residual."""
+        """Return the sketch's inverse times the residual."""
         if run.kept is None:
             run.kept = self._sketch(run)
         columns, inverse = run.kept
@@ -65,7 +65,7 @@ class Nystrom(Refinement):
         return (run.r - part[:, :, 0]) / self.rho
 
     def _sketch(self, run: Recurrence) -> tuple[Tensor, Tensor]:
-        """The columns ``C`` and the pseudo-inverse of ``rho W + C^T C``."""
+        """Return the columns ``C`` and the pseudo-inverse of ``rho W + C^T C``."""
         dim = run.b.shape[1]
         drawn = torch.randperm(dim, generator=torch.Generator().manual_seed(self.seed))[: self.rank]
         columns = run.columns(drawn.tolist())

@@ -2,9 +2,9 @@
 
     w <- w + (I - J(w_old))^{-1} (phi(w) - w)
 
-Converges linearly, the faster the nearer ``w_old`` is. A step costs one evaluation and ``2 dim^2`` operations a row; a row whose
-residual does not fall fast enough gets new factors, at one more evaluation and ``dim`` vjps of the batch. Also called the
-simplified or modified Newton method.
+It converges linearly, and the faster, the nearer ``w_old`` is. A step costs one evaluation and ``2 dim^2`` operations a row. A
+row whose residual does not fall fast enough gets new factors, at one more evaluation and ``dim`` vjps of the batch. The method
+is also called simplified or modified Newton.
 
 Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, section 5.4.1.
 """
@@ -25,10 +25,10 @@ from hyperopt.core.solvers.point import Point
 
 @dataclass(frozen=True)
 class Kept:
-    """What a chord step keeps.
+    """What the chord method keeps between steps.
 
     Attributes:
-        factors: of ``I - J``; None before the first step.
+        factors: factors of ``I - J``; None before the first step.
         residual: norm of the last residual, shape (rows,).
     """
 
@@ -47,7 +47,7 @@ class Chord(DenseSolver):
     refresh: float = 0.5
 
     keeps_inverse: ClassVar[bool] = True
-    rise: ClassVar[float] = 1e9  # as for Newton
+    rise: ClassVar[float] = 1e9  # a step far from the solution may be long, as for Newton
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -55,16 +55,16 @@ class Chord(DenseSolver):
         check_number(self, "refresh", 0.0, 1.0, open_low=True)
 
     def init(self, w: Tensor) -> Kept:
-        """No factors; check that they will fit."""
+        """Return no factors; check that they will fit into memory."""
         self.check_size(w)
         return Kept(None, w.new_full((w.shape[0],), torch.inf))
 
     def select(self, state: Kept, index: Tensor) -> Kept:
-        """The factors of some rows."""
+        """Return the state of some rows."""
         return Kept(None if state.factors is None else select(state.factors, index), state.residual[index])
 
     def step(self, state: Kept, at: Point) -> tuple[Tensor, Kept]:
-        """One step, after new factors for the rows that need them."""
+        """Make one step, after new factors for the rows that need them."""
         residual = at.residual
         norm = torch.linalg.vector_norm(residual, dim=1).detach()
         factors = state.factors
@@ -81,5 +81,5 @@ class Chord(DenseSolver):
         return at.w + solve(factors, residual), Kept(factors, norm)
 
     def inverse(self, state: Kept, v: Tensor, *, transpose: bool) -> Tensor:
-        """By the factors at hand."""
+        """Solve with the present factors."""
         return v if state.factors is None else solve(state.factors, v, transpose=transpose)

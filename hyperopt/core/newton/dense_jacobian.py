@@ -1,4 +1,4 @@
-"""Dense systems ``(I - J) x = r``, one a row: what Newton and chord share."""
+"""Dense systems ``(I - J) x = r``, one for each row, for the Newton and chord methods."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hyperopt.core.solvers.point import Point
 
 @dataclass(frozen=True)
 class DenseSolver(FixedPointSolver):
-    """A method that makes the Jacobian of each row.
+    """A method that computes the Jacobian of each row.
 
     Args:
-        max_gib: the most memory that the Jacobians of all rows may take, in GiB, above 0; larger ones are refused.
+        max_gib: largest memory of the Jacobians of all rows, in GiB, above 0; larger ones are refused.
     """
 
     max_gib: float = 2.0
@@ -46,10 +46,10 @@ class DenseSolver(FixedPointSolver):
 
 
 class Factors(NamedTuple):
-    """LU factors of a system ``S = I - J``, one a row.
+    """LU factors of a system ``S = I - J`` for each row.
 
     Attributes:
-        system: S, where its derivative is wanted, else None. shape: (rows, dim, dim)
+        system: S if its derivative is wanted, else None. shape: (rows, dim, dim)
         lu: shape (rows, dim, dim).
         pivots: shape (rows, dim).
     """
@@ -60,22 +60,22 @@ class Factors(NamedTuple):
 
 
 def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor | None]:
-    """LU factors of ``I - J`` at a point, and the rows in which it is singular or not finite, shape (k,); None: there are none.
+    """Return LU factors of ``I - J`` at a point, and a mask of the rows in which it is singular or not finite (None: none).
 
-    Those rows get the factors of the identity, so that nothing infinite enters a derivative either. The host reads one number.
+    Such rows get the factors of the identity, so that nothing infinite enters a derivative. The host reads one number.
 
     Args:
-        at: where.
-        rows: the rows to factor, shape (k,); None: all.
+        at: the point.
+        rows: indices of the rows to factor, shape (k,); None: all. The mask has one entry for each of them.
     """
     J = at.jacobian()
     J = J if rows is None else J[rows]
     eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
-    system = (eye - J.mT).mT  # column by column in memory, as LAPACK takes it: a strided copy costs as much as the factors
+    system = (eye - J.mT).mT  # column-major, as LAPACK needs it: a strided copy would cost as much as the factorisation
     with torch.no_grad():
         lu, pivots, _ = torch.linalg.lu_factor_ex(system)
-        # An exactly singular matrix seldom has a pivot of exactly 0 after rounding: what counts is its size beside the largest.
-        # An entry that is not finite makes a pivot that is not.
+        # After rounding, an exactly singular matrix seldom has a pivot of exactly 0, so the pivot is compared with the largest.
+        # An entry that is not finite gives a pivot that is not finite.
         size = lu.diagonal(dim1=1, dim2=2).abs()
         singular = ~(size.amin(dim=1) > torch.finfo(J.dtype).eps * size.amax(dim=1))
         bad = bool(seen(singular).any())
@@ -87,14 +87,14 @@ def factor(at: Point, rows: Tensor | None = None) -> tuple[Factors, Tensor | Non
 
 
 def solve(factors: Factors, r: Tensor, *, transpose: bool = False) -> Tensor:
-    """``(I - J)^{-1} r`` or ``(I - J^T)^{-1} r``, shape (rows, dim)."""
+    """Return ``(I - J)^{-1} r`` or ``(I - J^T)^{-1} r``, shape (rows, dim)."""
     if factors.system is None:
         return torch.linalg.lu_solve(factors.lu, factors.pivots, r[:, :, None], adjoint=transpose)[:, :, 0]
     return FactoredSolve.apply(factors.system, factors.lu, factors.pivots, r, transpose)
 
 
 class FactoredSolve(torch.autograd.Function):
-    """``x = S^{-1} r``, or with S^T, by given factors of S, differentiable in S and r to every order.
+    """``x = S^{-1} r`` (or with S^T) from given factors of S, differentiable in S and r to every order.
 
         r_bar = S^{-T} x_bar,       S_bar = -r_bar x^T
 
@@ -118,13 +118,13 @@ class FactoredSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One solve with the transpose, and an outer product."""
+        """Solve with the transpose, and form an outer product."""
         system, lu, pivots, x = ctx.saved_tensors  # read once: a checkpoint gives them only once
 
         def pulled(g: Tensor) -> tuple[Tensor | None, Tensor]:
             r = FactoredSolve.apply(system, lu, pivots, g, not ctx.transpose)
             left, right = (x, r) if ctx.transpose else (r, x)
-            outer = (right[..., :, None] * -left[..., None, :]).mT if ctx.needs_input_grad[0] else None  # in the layout of S
+            outer = (right[..., :, None] * -left[..., None, :]).mT if ctx.needs_input_grad[0] else None  # column-major like S
             return outer, r
 
         outer, r = legacy.each(pulled, g) if legacy.batched(g) else pulled(g)
@@ -132,7 +132,7 @@ class FactoredSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, system_t: Any, _: Any, __: Any, r_t: Any, ___: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One solve more: ``S dx = dr - dS x``."""
+        """Solve once more: ``S dx = dr - dS x``."""
         system, lu, pivots, x = ctx.saved_tensors
 
         def pushed(system_t: Tensor | None, r_t: Tensor | None) -> Tensor:
@@ -147,12 +147,12 @@ class FactoredSolve(torch.autograd.Function):
 
 
 def replace_rows(rows: Tensor, new: Factors, old: Factors) -> Factors:
-    """The factors of ``new`` in the rows of a mask, shape (rows,), those of ``old`` elsewhere."""
+    """Return the factors of ``new`` in the rows of a mask, shape (rows,), and those of ``old`` elsewhere."""
     wide = rows[:, None, None]
     system = None if new.system is None or old.system is None else torch.where(wide, new.system, old.system)
     return Factors(system, torch.where(wide, new.lu, old.lu), torch.where(rows[:, None], new.pivots, old.pivots))
 
 
 def select(factors: Factors, index: Tensor) -> Factors:
-    """The factors of some rows."""
+    """Return the factors of some rows."""
     return Factors(*(None if x is None else x[index] for x in factors))  # pyright: ignore[reportArgumentType]

@@ -2,8 +2,8 @@
 
     w <- w + (I - J(w))^{-1} (phi(w) - w),        J = d_w phi
 
-Converges quadratically near a solution at which ``I - J`` is regular, whether or not the map contracts there. A step costs one
-evaluation, ``dim`` vjps for the Jacobians of all rows (none if the map has them in closed form, as ``TanhAffine`` has) and
+It converges quadratically near a solution at which ``I - J`` is regular, whether or not the map contracts there. A step costs
+one evaluation, ``dim`` vjps for the Jacobians of all rows (none if the map has them in closed form, as ``TanhAffine`` has) and
 ``2/3 dim^3`` operations a row. Rows in which ``I - J`` is singular end as ``breakdown``.
 
 Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 5.
@@ -29,14 +29,14 @@ class Newton(DenseSolver):
     """Newton's method with dense Jacobians.
 
     Args:
-        line_search: shorten a step until the residual falls; each try is one evaluation.
+        line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
     """
 
     max_steps: int = 50
     line_search: bool = False
 
     linearizes: ClassVar[bool] = True
-    rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and the next ones come back
+    rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and later steps return
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -44,18 +44,18 @@ class Newton(DenseSolver):
         check_flag(self, "line_search")
 
     def init(self, w: Tensor) -> Tensor:
-        """No residuals for the line search; check that the Jacobians fit."""
+        """Return no residuals for the line search; check that the Jacobians fit into memory."""
         self.check_size(w)
         return w.new_empty((w.shape[0], 0))
 
     def select(self, state: Tensor, index: Tensor) -> Tensor:
-        """The residuals of some rows."""
+        """Return the residuals of some rows."""
         return state[index]
 
     def step(self, state: Tensor, at: Point) -> tuple[Tensor, Tensor]:
-        """One Newton step, of the rows that still move."""
+        """Make one Newton step in the rows that still move."""
         residual = at.residual
-        # Under a transform all rows take the step: which of them move may differ from member to member of a batch.
+        # Under a transform all rows take the step, since the members of a batch may differ in which rows move.
         rows = None if at.active is None or transformed() else at.active.nonzero().squeeze(1)
         factors, broken = factor(at, rows)
         part = residual if rows is None else residual[rows]

@@ -1,11 +1,11 @@
-"""Newton-Krylov: Newton's step by a linear solver on Jacobian-vector products; no matrix is ever made.
+"""Newton-Krylov: Newton's step from a linear solver on Jacobian-vector products, without a matrix.
 
     solve (I - J) d = r to ||r - (I - J) d|| <= eta ||r||,        r = phi(w) - w;        w <- w + d
 
     eta_k = min(forcing, 0.9 (||r_k|| / ||r_{k-1}||)^2)           loose far from the solution, tight near it
 
-Each row has an ``eta`` of its own: its system is scaled by ``1 / (eta ||r||)``, and one absolute tolerance of 1 serves all. A
-step costs one evaluation, one vjp to prepare, and a jvp for each product.
+Each row has its own ``eta``: its system is scaled by ``1 / (eta ||r||)``, so that one absolute tolerance of 1 serves all rows.
+A step costs one evaluation, one vjp to prepare, and a jvp for each product.
 
 References: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 6; Eisenstat & Walker, SIAM J. Sci.
 Comput. 17, 1996, choice 2.
@@ -30,10 +30,10 @@ from hyperopt.core.solvers.point import Point
 
 @dataclass(frozen=True)
 class Progress:
-    """How the last step went.
+    """What the method keeps of the last step.
 
     Attributes:
-        norm: residual norm before it, shape (rows,); infinite before the first.
+        norm: residual norm before the step, shape (rows,); infinite before the first step.
         eta: relative tolerance of its linear system, shape (rows,).
         history: residual norms for the line search, see ``hyperopt.core.solvers.line_search``.
     """
@@ -48,9 +48,9 @@ class NewtonKrylov(FixedPointSolver):
     """Newton's method without a matrix.
 
     Args:
-        linear_solver: solves ``(I - J) d = r``; its ``max_steps`` is the most products a step, its tolerances are replaced.
+        linear_solver: solves ``(I - J) d = r``; its ``max_steps`` limits the products of a step, its tolerances are replaced.
         forcing: the largest relative residual of that solve, in (0, 1].
-        line_search: shorten a step until the residual falls; each try is one evaluation.
+        line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
     """
 
     max_steps: int = 50
@@ -69,12 +69,12 @@ class NewtonKrylov(FixedPointSolver):
         check_kind(self, "linear_solver", LinearSolver)
 
     def init(self, w: Tensor) -> Progress:
-        """No steps yet."""
+        """Return the state before the first step."""
         unknown = w.new_full((w.shape[0],), torch.inf)
         return Progress(unknown, torch.full_like(unknown, self.forcing), w.new_empty((w.shape[0], 0)))
 
     def select(self, state: Progress, index: Tensor) -> Progress:
-        """That of some rows."""
+        """Return the state of some rows."""
         return Progress(state.norm[index], state.eta[index], state.history[index])
 
     def step(self, state: Progress, at: Point) -> tuple[Tensor, Progress]:
@@ -82,7 +82,7 @@ class NewtonKrylov(FixedPointSolver):
         residual = at.residual
         norm = torch.linalg.vector_norm(residual, dim=1)
         eta = (0.9 * (norm / state.norm) ** 2).clamp(max=self.forcing)
-        kept = 0.9 * state.eta**2  # a lucky step must not tighten the next one all at once
+        kept = 0.9 * state.eta**2  # after a lucky step, the tolerance must not tighten at once
         eta = torch.where(kept > 0.1, torch.maximum(eta, kept), eta).clamp(min=rounding_floor(norm.dtype, norm.device))
         moving = torch.isfinite(norm) & (norm > 0)
         moving = moving if at.active is None else moving & at.active
@@ -90,8 +90,8 @@ class NewtonKrylov(FixedPointSolver):
         b = torch.where(moving[:, None], residual / scale, torch.zeros_like(residual))
         found = replace(self.linear_solver, rtol=0.0, atol=1.0).solve(at.jvp, b)
         direction = found.value * scale
-        # Singular, or beyond the linear solver: a residual of 1 is that of no step at all, and of a step as long as this rounding
-        # leaves no residual to see. NaN counts as broken.
+        # The linear system is singular or too hard: its residual is no better than without a step (1), or the step is so long
+        # that its rounding exceeds the residual. NaN counts as broken.
         length = torch.linalg.vector_norm(direction, dim=1)
         broken = moving & ~((found.stats.residual < 1) & (rounding_floor(norm.dtype, norm.device) * length < norm))
         direction = torch.where(broken[:, None], torch.zeros_like(direction), direction)

@@ -4,8 +4,8 @@
     theta = argmin || r_k - sum_i theta_i (r_i - r_{i-1}) ||          over the last ``window`` steps
     w_{k+1} = m_k - sum_i theta_i (m_i - m_{i-1})
 
-The least squares problem is solved from the Gram matrix of the differences, of which one row is new at each step. Its ridge is
-relative to the trace, so that scaling the map leaves the iterates alone; libraries with an absolute ridge need 63, 41 or 20
+The least squares problem is solved from the Gram matrix of the differences, of which each step adds one row. The ridge is
+relative to the trace, so that scaling the map does not change the iterates; libraries with an absolute ridge need 63, 41 or 20
 steps for one map at scales 1e-3, 1 and 1e3. The small systems are solved in float64.
 """
 
@@ -29,8 +29,8 @@ class History:
     Attributes:
         mixed: the differences ``m_i - m_{i-1}``.
         residuals: the differences ``r_i - r_{i-1}``.
-        gram: inner products of the latter, float64, shape (rows, filled, filled), slot by slot.
-        last: ``m`` and ``r`` of the last step, each (rows, dim); None before the first.
+        gram: inner products of the residual differences, float64, shape (rows, filled, filled), in the window's order.
+        last: ``m`` and ``r`` of the last step, each (rows, dim); None before the first step.
     """
 
     mixed: Window
@@ -41,13 +41,13 @@ class History:
 
 @dataclass(frozen=True)
 class AndersonMixing(IterativeMethod):
-    """What Anderson acceleration has, of a map and of a linear system alike (``hyperopt.core.linear.anderson``).
+    """The settings of Anderson acceleration, for a map and for a linear system (``hyperopt.core.linear.anderson``).
 
     Args:
-        window: steps that are mixed, at least 1; one larger than ``max_steps`` is never filled, and no error.
+        window: number of steps that are mixed, at least 1; it may exceed ``max_steps``.
         damping: how much of a residual is added to its iterate, in (0, 1].
-        ridge: at least 0, and relative: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals.
-        restart: forget the whole history when the window is full, instead of its oldest step.
+        ridge: relative ridge, at least 0: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals.
+        restart: whether a full window is emptied, instead of losing its oldest step.
     """
 
     window: int = 5
@@ -69,17 +69,17 @@ class Anderson(AndersonMixing, FixedPointSolver):
     """Anderson acceleration of ``w <- phi(w)``; its arguments are those of ``AndersonMixing``."""
 
     def init(self, w: Tensor) -> History:
-        """No history."""
+        """Return an empty history."""
         size = max(1, self.window - 1)
         return History(Window(size), Window(size), w.new_zeros((w.shape[0], 0, 0), dtype=torch.float64))
 
     def select(self, state: History, index: Tensor) -> History:
-        """History of some rows."""
+        """Return the history of some rows."""
         last = None if state.last is None else (state.last[0][index], state.last[1][index])
         return History(state.mixed.select(index), state.residuals.select(index), state.gram[index], last)
 
     def step(self, state: History, at: Point) -> tuple[Tensor, History]:
-        """One accelerated step."""
+        """Make one accelerated step."""
         residual = at.residual
         mixed = at.fw if self.damping == 1.0 else torch.lerp(at.w, at.fw, self.damping)
         last = mixed, residual
@@ -94,18 +94,18 @@ class Anderson(AndersonMixing, FixedPointSolver):
         return mixes.combine(mixed, theta, -1.0), History(mixes, residuals, gram, last)
 
     def _mixing(self, gram: Tensor, right: Tensor, eps: float) -> Tensor:
-        """Coefficients ``theta`` of each row, shape (rows, m); 0 where the residuals do not differ."""
+        """Return the coefficients ``theta`` of each row, shape (rows, m); 0 where the residuals do not differ."""
         diagonal = gram.diagonal(dim1=1, dim2=2)
         trace = diagonal.sum(dim=1, keepdim=True)
         ridge = trace * (max(self.ridge, eps * eps) / gram.shape[1])
-        if torch.is_grad_enabled():  # a singular system has no derivative: 1 where there is nothing to mix
+        if torch.is_grad_enabled():  # a singular system has no derivative, so rows with nothing to mix get a ridge of 1
             ridge = ridge + (trace == 0)
         theta, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge.expand_as(diagonal)), right)
         return torch.nan_to_num(theta, 0.0, 0.0, 0.0)
 
 
 def _with_row(gram: Tensor, slot: int, row: Tensor) -> Tensor:
-    """The Gram matrix with new inner products in one slot, shape (rows, m, m); ``row`` has shape (rows, m)."""
+    """Return the Gram matrix, shape (rows, m, m), with new inner products ``row``, shape (rows, m), at one slot."""
     m = row.shape[1]
     if gram.shape[1] < m:  # one slot more
         gram = torch.cat([torch.cat([gram, row[:, None, : m - 1]], dim=1), row[:, :, None]], dim=2)

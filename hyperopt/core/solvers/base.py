@@ -1,4 +1,4 @@
-"""``FixedPointSolver``: one step of a method; the driver in ``iterate.py`` owns stopping, freezing and statistics."""
+"""``FixedPointSolver``: one step of a method. ``iterate.py`` does the stopping, the holding of rows and the statistics."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hyperopt.core.solvers.point import Point
 class FixedPointSolver(IterativeMethod, ABC):
     """A method for ``w = phi(w)`` on a ``(rows, dim)`` matrix whose rows are independent.
 
-    A method is a frozen dataclass of its arguments with a few pure functions. Nothing in ``step`` may change a tensor in
-    place or mix rows: iterates are kept by reference, unrolling differentiates through ``step``, and one bad row must not spoil
+    A method is a frozen dataclass of its arguments with a few pure functions. ``step`` must neither change a tensor in place
+    nor mix rows: iterates are kept by reference, unrolling differentiates through ``step``, and one bad row must not spoil
     another.
 
     Attributes:
-        linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and no step is
-            made from the last iterate, since there it would not be free.
-        rise: a residual this many times the best one seen, and above the first, ends a row as diverged.
-        takes_residual: whether a step asks its point for ``residual``, which is then kept.
-        holds: whether rows that are solved must not move on while others do: an acceleration's next step from a solution may be
-            worse, that of a plain iteration is not.
+        linearizes: whether every step takes products with the Jacobian. The map is then evaluated with a graph, and the run
+            ends without a step from its last iterate, since such a step is not free.
+        rise: a row ends as diverged if its residual is this many times its best one, and above the first.
+        takes_residual: whether a step uses ``residual`` of its point, which is then kept.
+        holds: whether solved rows must not move while others do. An accelerated step from a solution may be worse; a plain
+            iteration is not.
         differentiable: whether ``step`` can be differentiated through.
-        keeps_inverse: whether the state holds an estimate of ``(I - J)^{-1}``, see ``inverse``.
+        keeps_inverse: whether the state holds an estimate of ``(I - J)^{-1}``; see ``inverse``.
     """
 
     linearizes: ClassVar[bool] = False
@@ -37,17 +37,17 @@ class FixedPointSolver(IterativeMethod, ABC):
     keeps_inverse: ClassVar[bool] = False
 
     def init(self, w: Tensor) -> Any:
-        """State before the first step; ``w`` has shape (rows, dim)."""
+        """Return the state before the first step; ``w`` has shape (rows, dim)."""
         return None
 
     @abstractmethod
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
-        """The next iterate, shape (rows, dim), from the map at the current one, and the new state."""
+        """Return the next iterate, shape (rows, dim), from the map at the current one, and the new state."""
 
     def select(self, state: Any, index: Tensor) -> Any:
-        """The state of the rows in ``index`` (shape (k,)), when converged rows are dropped."""
+        """Return the state of the rows in ``index``, shape (k,), when converged rows are dropped."""
         return state
 
     def inverse(self, state: Any, v: Tensor, *, transpose: bool) -> Tensor:
-        """The estimate of ``(I - J)^{-1} v`` or, with ``transpose``, ``(I - J^T)^{-1} v``, shape (rows, dim)."""
+        """Return the estimate of ``(I - J)^{-1} v`` or, with ``transpose``, ``(I - J^T)^{-1} v``, shape (rows, dim)."""
         raise NotImplementedError(f"{self.name} keeps no inverse")

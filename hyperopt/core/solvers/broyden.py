@@ -5,14 +5,15 @@
     s = w_{k+1} - w_k,    y = r_k - r_{k+1} = (I - J) s
     H_{k+1} = H_k + (s - H_k y) (s^T H_k) / (s^T H_k y)         so that H_{k+1} y = s
 
-``H`` is kept as ``I + sum_i a_i b_i^T``. When it has ``memory`` terms, the sum is replaced by its best approximation with half as
-many (its largest singular values). On 54 batches of tanh equilibria of radius .9 to .999 with 40 entries, dropping the oldest
-term instead failed in 44; with memory 20, 10 and 5 this took 1.06, 1.25 and 1.5 times the evaluations of an unlimited memory
-(medians), forgetting all terms 1.5, 1.9 and 2.2 times.
+``H`` is kept as ``I + sum_i a_i b_i^T``. When the sum has ``memory`` terms, it is replaced by its best approximation with half
+as many (its largest singular values). On 54 batches of tanh equilibria of radius .9 to .999 with 40 entries, dropping the
+oldest term instead failed for 44. Relative to an unlimited memory, the reduction took 1.06, 1.25 and 1.5 times the evaluations
+with memory 20, 10 and 5 (medians), and forgetting all terms took 1.5, 1.9 and 2.2 times.
 
-A step costs one evaluation and three products with H, of ``4 memory dim`` operations a row each. Converges superlinearly, also
-where the map does not contract; with memory enough, on a linear map of n variables within 2n steps. Invariant under scaling of
-the state. The SHINE adjoint reuses H. While gradients are recorded (unrolling) all terms are kept, as autograd keeps them anyway.
+A step costs one evaluation and three products with H, of ``4 memory dim`` operations a row each. The method converges
+superlinearly, even if the map does not contract; with enough memory it solves a linear map of n variables within 2n steps. It
+is invariant under scaling of the state. The SHINE adjoint reuses H. All terms are kept while gradients are recorded
+(unrolling), since autograd keeps them anyway.
 
 References: Broyden, Math. Comp. 19, 1965; Gay, SIAM J. Numer. Anal. 16, 1979 (2n steps); van de Rotten & Verduyn Lunel, EQUADIFF
 2003 (reduction of the rank); Bai et al., NeurIPS 2019, arXiv 1909.01377 (with limited memory).
@@ -35,12 +36,12 @@ from hyperopt.core.solvers.window import Window
 
 @dataclass(frozen=True)
 class Estimate:
-    """``H = I + sum_i left_i right_i^T``, and where it was last used.
+    """The estimate ``H = I + sum_i left_i right_i^T`` and the step in which it was last used.
 
     Attributes:
         left: ``a_i`` of each term.
         right: ``b_i`` of each term.
-        last: the iterate before and ``phi(w) - w`` there, each (rows, dim); None before the first step.
+        last: the previous iterate and ``phi(w) - w`` there, each (rows, dim); None before the first step.
         history: residual norms for the line search, see ``hyperopt.core.solvers.line_search``; None without one.
     """
 
@@ -50,7 +51,7 @@ class Estimate:
     history: Tensor | None = None
 
     def times(self, x: Tensor, *, transpose: bool = False) -> Tensor:
-        """``H x`` or ``H^T x``, shape (rows, dim)."""
+        """Return ``H x`` or ``H^T x``, shape (rows, dim)."""
         a, b = (self.right, self.left) if transpose else (self.left, self.right)
         return a.combine(x, b.dot(x)) if a.filled else x
 
@@ -60,15 +61,15 @@ class Broyden(FixedPointSolver):
     """Limited-memory good Broyden, with an inverse estimate for each row.
 
     Args:
-        memory: most rank-one terms of the estimate, at least 1; when there are as many, they are reduced to half of them.
-        line_search: shorten a step until the residual falls; each try is one evaluation.
+        memory: largest number of rank-one terms of the estimate, at least 1; a full estimate is reduced to half of them.
+        line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
     """
 
     memory: int = 20
     line_search: bool = False
 
     keeps_inverse: ClassVar[bool] = True
-    rise: ClassVar[float] = 1e9  # a first guess at a direction may lead far out, and the estimate then knows better
+    rise: ClassVar[float] = 1e9  # a step with a poor first estimate may lead far away, from where later steps return
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -77,20 +78,20 @@ class Broyden(FixedPointSolver):
         check_flag(self, "line_search")
 
     def init(self, w: Tensor) -> Estimate:
-        """``H = I``: the first step is a plain one."""
-        # While gradients are recorded all terms are kept, since autograd keeps them anyway.
+        """Start with ``H = I``, for which the first step is a plain one."""
+        # All terms are kept while gradients are recorded, since autograd keeps them anyway.
         size = self.max_steps if torch.is_grad_enabled() else self.memory
         history = w.new_empty((w.shape[0], 0)) if self.line_search else None
         return Estimate(Window(size), Window(size), None, history)
 
     def select(self, state: Estimate, index: Tensor) -> Estimate:
-        """The estimates of some rows."""
+        """Return the estimates of some rows."""
         last = None if state.last is None else (state.last[0][index], state.last[1][index])
         history = None if state.history is None else state.history[index]
         return Estimate(state.left.select(index), state.right.select(index), last, history)
 
     def step(self, state: Estimate, at: Point) -> tuple[Tensor, Estimate]:
-        """Update the estimate by the last step, and take the next."""
+        """Update the estimate by the last step, and make the next one."""
         residual, history = at.residual, state.history
         if state.last is not None:
             state = self._update(state, at.w - state.last[0], state.last[1] - residual)
@@ -101,17 +102,17 @@ class Broyden(FixedPointSolver):
         return out, Estimate(state.left, state.right, (at.w, residual), history)
 
     def inverse(self, state: Estimate, v: Tensor, *, transpose: bool) -> Tensor:
-        """``H v`` or ``H^T v``."""
+        """Return ``H v`` or ``H^T v``."""
         return state.times(v, transpose=transpose)
 
     def _update(self, state: Estimate, s: Tensor, y: Tensor) -> Estimate:
-        """The estimate that meets ``H y = s``; a row that did not move, or whose denominator vanishes, keeps its own."""
+        """Return the estimate with ``H y = s``; rows that did not move or have a vanishing denominator are left as they are."""
         if state.left.count == state.left.size:
             state = _reduced(state, self.memory // 2)
         product, left_s = state.times(y), state.times(s, transpose=True)
         denominator = (s * product).sum(dim=1, keepdim=True)
         with torch.no_grad():
-            # Written so that NaN counts as unusable. The square root: below it, rounding has taken half the digits of the update.
+            # The comparison makes NaN unusable. Below sqrt(eps), rounding has destroyed half of the digits of the update.
             size = torch.linalg.vector_norm(s, dim=1, keepdim=True) * torch.linalg.vector_norm(product, dim=1, keepdim=True)
             usable = denominator.abs() > torch.finfo(s.dtype).eps ** 0.5 * size
             usable = usable & (torch.linalg.vector_norm(left_s, dim=1, keepdim=True) < torch.inf)
@@ -121,12 +122,12 @@ class Broyden(FixedPointSolver):
 
 
 def _reduced(state: Estimate, rank: int) -> Estimate:
-    """The best approximation of ``sum_i left_i right_i^T`` by ``rank`` terms, row by row."""
+    """Return the best approximation of ``sum_i left_i right_i^T`` by ``rank`` terms, row by row."""
     size = state.left.size
     if rank == 0:
         return Estimate(Window(size), Window(size))
     (q, r), (p, t) = (torch.linalg.qr(side.matrix.mT) for side in (state.left, state.right))
-    core = r @ t.mT  # (rows, m, m); an overflow in one row must not stop the decomposition of the others
+    core = r @ t.mT  # (rows, m, m); an overflow in one row must not prevent the decomposition of the others
     core = torch.where(torch.isfinite(core).all(dim=2).all(dim=1)[:, None, None], core, torch.zeros_like(core))
     u, sizes, v = torch.linalg.svd(core)
     rank = min(rank, sizes.shape[1])

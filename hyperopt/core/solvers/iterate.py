@@ -1,16 +1,18 @@
-"""A fixed-point method at work: the loop's process for ``w = phi(w)``, to a tolerance or for a fixed number of steps.
+"""The loop's process for a fixed point ``w = phi(w)``, to a tolerance or for a fixed number of steps.
 
     residual_i = ||phi(w)_i - w_i||           limit_i = atol + rtol s_i
 
-The scale ``s_i`` is ``||phi(w)_i||``, kept between two numbers that the problem sets at the start, ``ref = max(||w_0||,
-||phi(w_0)||)``: at least ``eps ref``, so that a solution at exactly 0 can be met, and at most 10 ``ref``, or what the residual at
-the start allows, so that a state that runs away does not take its own size for a tolerance. A linear system gives its scale.
+The scale ``s_i`` is ``||phi(w)_i||``, clamped to a range that comes from the start, with ``ref = max(||w_0||, ||phi(w_0)||)``.
+It is at least ``eps ref``, so that a solution at exactly 0 can be met. It is at most 10 ``ref``, or what the residual at the
+start allows, so that a state that runs away does not loosen its own tolerance. For a linear system the caller gives the scale.
 
-- One last evaluation of all rows ends a solve that a derivative is wanted of, made through ``last``, in which the caller builds
-  its graph. It is made one step after the tolerance was met, which is free; at the value itself for a method that linearizes.
-- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and nothing is read. The value is the iterate after them; the last
-  evaluation is at the iterate before it, so that T steps are T evaluations, but at the value itself for a method that linearizes.
-- Tolerances are raised to the rounding floor of the dtype, which no residual can pass.
+- If a derivative of the solve is wanted, it ends with one more evaluation of all rows by ``last``, in which the caller builds
+  its graph. This evaluation is at the value itself for a method that linearizes; for others it is one step later, which is
+  free.
+- With ``rtol=0, atol=0`` exactly ``max_steps`` steps are made, and the host reads nothing. The value is the iterate after
+  them. The last evaluation is at the iterate before it, so that T steps cost T evaluations; for a method that linearizes it is
+  at the value itself.
+- Tolerances are raised to the rounding floor of the dtype, below which no residual can fall.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Cost, Map, Point
 from hyperopt.core.status import SolveStats, Status
 
-GROWN = 10.0  # a state this many times the problem's own size has to show more than a small relative residual
-FALLEN = 1e-2  # namely a residual that has fallen to this part of the first
+GROWN = 10.0  # a state this many times the problem's own size is solved only if its residual has also fallen
+FALLEN = 1e-2  # to this fraction of the first residual
 
 
 @dataclass
 class Iterate:
-    """Result of a run.
+    """The result of a run.
 
     Attributes:
-        value: shape (rows, dim).
-        stats: its statistics.
-        solver: the method that gave it.
-        state: the method's state at the end, of all rows; None if rows were dropped.
+        value: the solution, shape (rows, dim).
+        stats: statistics of the run.
+        solver: the method that was used.
+        state: the method's state at the end, for all rows; None if rows were dropped.
     """
 
     value: Tensor
@@ -70,12 +72,12 @@ def iterate(
         solver: the method; its ``rtol``, ``atol`` and ``max_steps`` are the limits.
         phi: the map on (rows, dim) matrices.
         w0: initial state, shape (rows, dim).
-        last: used in place of ``phi`` for one more evaluation of all rows, of the value. Without it none is made after the
-            tolerance is met, and the value is the iterate at which it was.
-        some: ``some(index)`` is the map of the rows in ``index``, or None; given, stopped rows are dropped.
-        scale: what each row's residual is relative to, shape (rows,); by default see above.
-        trace: measure the residual at every evaluation, also when the number of steps is fixed.
-        rounding: the eps of the numbers that ``phi`` returns, where that is larger than the dtype's own.
+        last: a map that replaces ``phi`` in one more evaluation of all rows, at the value. Without it, the value is the
+            iterate that met the tolerance.
+        some: a function that returns the map of the rows in ``index``, or None. If it is given, stopped rows are dropped.
+        scale: what each row's residual is relative to, shape (rows,); by default as in the module's docstring.
+        trace: whether to measure the residual at every evaluation even if the number of steps is fixed.
+        rounding: the eps of the numbers that ``phi`` returns, if it is larger than that of the dtype.
 
     Returns:
         The value and its statistics.
@@ -94,7 +96,7 @@ def iterate(
 
 
 class FixedPointProcess(Process):
-    """A solver on a map; see ``iterate``."""
+    """A forward solver applied to a map; see ``iterate``."""
 
     def __init__(
         self,
@@ -106,36 +108,36 @@ class FixedPointProcess(Process):
         scale: Tensor | None,
         rounding: float = 0.0,
     ) -> None:
-        """Nothing is evaluated yet."""
+        """Start before the first evaluation."""
         self.solver, self.phi, self.last, self.some = solver, phi, last, some
         self.given = None if scale is None else positive(scale)
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes
         self.rise, self.attentive, self.holds, self.divisible = solver.rise, solver.linearizes, solver.holds, some is not None
         self.steady = not solver.holds
         self._set_floor(rounding_floor(w0.dtype, w0.device, rounding))
-        # What autocast lowers of the map, the first evaluation shows; until then it is taken to be all.
+        # Under autocast the first evaluation shows whether the map has lower precision; until then it is assumed.
         self.unseen = torch.is_autocast_enabled(w0.device.type) and not functorch_level()
         self.rounding = rounding
-        # With an absolute tolerance the loop's ratios are not relative residuals, which are then taken at every evaluation.
+        # With an absolute tolerance the loop's ratios are not relative residuals, so these are recorded here.
         self.trace: list[Tensor] = []
         self.cost = Cost()
         self.w, self.state = w0, solver.init(w0)
-        self.part: Map = phi  # the map of the batch
-        self.rows: Tensor | None = None  # the rows in the batch, where others were dropped
-        self.home: Tensor | None = None  # the iterates of all rows, where some were dropped
+        self.part: Map = phi  # the map on the rows of the batch
+        self.rows: Tensor | None = None  # the rows in the batch, after others were dropped
+        self.home: Tensor | None = None  # the iterates of all rows, after some were dropped
         self.moving: Tensor | None = None
         self.at: Point | None = None
-        self.bounds: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of all rows: see ``_bounds``
+        self.bounds: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # for all rows: see ``_bounds``
         self.size: Tensor = w0
 
     def _set_floor(self, floor: float) -> None:
-        """Let ``floor`` be the least relative residual that is asked for."""
+        """Set the least relative residual that can be asked for."""
         self.floor = floor
         self.rtol = max(self.solver.rtol, floor)
         self.clear = 4 * floor / self.rtol if not self.solver.atol else 0.0
 
     def _observe(self) -> Point:
-        """The point of the iterate, whose evaluation shows the precision of the map."""
+        """Evaluate the map at the iterate, and set the floor by the precision in which it was computed."""
         self.unseen = False
         with Watching() as seen:
             at = Point(self.part, self.w, self.cost, graph=self.solver.linearizes)
@@ -149,8 +151,8 @@ class FixedPointProcess(Process):
         return self.w
 
     def measure(self, *, closing: bool = False) -> Tensor:
-        """Evaluate the map at the iterate, unless the step that led there did."""
-        at, self.at = following(self.at, self.w), None  # what the last step has used makes room
+        """Evaluate the map at the iterate, unless the step that led there has done so."""
+        at, self.at = following(self.at, self.w), None  # release what the last step has used
         if closing:
             assert self.last is not None
             self.cost.evaluations += 1
@@ -169,10 +171,10 @@ class FixedPointProcess(Process):
         return norm
 
     def _bounds(self, at: Point, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Least and largest scale of each row, the size from which on a state counts as grown, and the first residual."""
+        """Return the least and largest scale of each row, the size above which its state has grown, and the first residual."""
         ref = torch.maximum(torch.linalg.vector_norm(at.w, dim=1), torch.linalg.vector_norm(at.fw, dim=1))
         if len(ref) > 1:
-            ref = torch.where(ref > 0, ref, ref.amax())  # a row that starts at 0 has no size of its own
+            ref = torch.where(ref > 0, ref, ref.amax())  # a row that starts at 0 has no size itself
         grown = GROWN * ref
         most = torch.maximum(grown, (FALLEN / self.rtol) * residual)
         return positive(torch.finfo(ref.dtype).eps * ref), most, grown, residual
@@ -181,7 +183,7 @@ class FixedPointProcess(Process):
         return vector if self.rows is None else vector[self.rows]
 
     def _scale(self) -> Tensor:
-        """What the residuals are relative to now."""
+        """Return what the residuals are relative to now."""
         if self.given is not None:
             return self._here(self.given)
         assert self.at is not None and self.bounds is not None
@@ -189,12 +191,12 @@ class FixedPointProcess(Process):
         return torch.clamp(self.size, self._here(self.bounds[0]), self._here(self.bounds[1]))
 
     def limits(self) -> Tensor:
-        """``atol + rtol s``."""
+        """Return ``atol + rtol s``."""
         limit = self.rtol * self._scale()
         return limit + self.solver.atol if self.solver.atol else limit
 
     def step(self) -> None:
-        """One step of the method."""
+        """Make one step of the method."""
         at = self.at
         assert at is not None
         w, self.state = self.solver.step(self.state, at)
@@ -206,17 +208,17 @@ class FixedPointProcess(Process):
         self.w = w if self.moving is None else torch.where(self.moving[:, None], w, self.w)
 
     def hold(self, moving: Tensor) -> None:
-        """Rows that do not move keep their iterate, and a method may spare work on them."""
+        """Let only the rows in the mask ``moving`` move; a method may spare work on the others."""
         self.moving = moving
         if self.at is not None:
             self.at.active = moving
 
     def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Other iterates in some rows, which will be evaluated anew."""
+        """Set other iterates in some rows; they will be evaluated again."""
         self.w = torch.where(rows[:, None], by, self.w)
 
     def select(self, index: Tensor) -> bool:
-        """Drop the other rows, where the map can be had for some."""
+        """Drop the other rows, if the map is available for some rows."""
         if self.some is None:
             return False
         rows = index if self.rows is None else self.rows[index]
@@ -239,14 +241,14 @@ class FixedPointProcess(Process):
         return True
 
     def whole(self) -> None:
-        """All rows again; a method's history is not."""
+        """Continue with all rows; the method starts with an empty history."""
         assert self.home is not None and self.rows is not None
         self.w = self.home.index_copy_(0, self.rows, self.w)
         self.part, self.rows, self.home, self.moving, self.faults, self.at = self.phi, None, None, None, None, None
         self.state = self.solver.init(self.w)
 
     def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
-        """Rows whose state has run away are not solved; rows at the rounding floor of a large state are."""
+        """Mark rows whose state has run away as diverged, and rows at the rounding floor of a large state as converged."""
         if self.bounds is None or self.size.shape != status.shape:
             return status
         _, _, grown, first = self.bounds
@@ -260,7 +262,7 @@ class FixedPointProcess(Process):
         return status.masked_fill(left & (residual > rounding) & large & (residual > FALLEN * first), int(Status.diverged))
 
     def stats(self, outcome: Outcome) -> SolveStats:
-        """Statistics of a run."""
+        """Return the statistics of a run."""
         scale = (outcome.limits - self.solver.atol if self.solver.atol else outcome.limits) / self.rtol
         seen = [ratio * self.rtol for ratio in outcome.trace]
         return SolveStats(
@@ -278,18 +280,18 @@ class FixedPointProcess(Process):
 
 
 def positive(scale: Tensor) -> Tensor:
-    """``scale``, raised where it is 0 to a number too small to mean anything else, since residuals are divided by it."""
+    """Return ``scale`` with zeros replaced by a tiny number, since residuals are divided by it."""
     info = torch.finfo(scale.dtype)
     return scale.clamp(min=info.tiny / info.eps)
 
 
 def following(at: Point | None, w: Tensor) -> Point | None:
-    """The point of the iterate ``w``, if the step that led there from ``at`` has evaluated the map at it."""
+    """Return the point at the iterate ``w`` if the step from ``at`` has already evaluated the map there, else None."""
     return at.trial if at is not None and at.trial is not None and at.trial.w is w else None
 
 
 def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Tensor | None, trace: bool) -> Iterate:
-    """Exactly ``max_steps`` steps; the residual is measured at the last evaluation and at two before it."""
+    """Make exactly ``max_steps`` steps; the residual is measured at the last evaluation and at two before it."""
     end = solver.max_steps if solver.linearizes else solver.max_steps - 1  # index of the last evaluation
     probes = {min(1, end), max(0, end - 4), end}
     w, state, cost = w0, solver.init(w0), Cost()
@@ -331,10 +333,10 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
 
 
 def _decay(norms: dict[int, Tensor], size: Tensor, end: int, floor: float) -> Tensor | float:
-    """Contraction factor from the decay of the residual of all rows over the last steps; NaN where it cannot be told.
+    """Return the contraction factor, from the decay of the residual of all rows over the last steps; NaN if it is unknown.
 
-    A Rayleigh quotient would say 0 for a rotation of radius 0.9; the decay says 0.9. At the rounding floor only the whole run
-    tells.
+    For a rotation of radius 0.9 this gives 0.9, where a Rayleigh quotient would give 0. If the residual is at the rounding
+    floor, the decay over the whole run is used.
     """
     early, late = min(1, end), max(0, end - 4)
     if early == end:

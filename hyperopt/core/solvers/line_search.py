@@ -1,11 +1,12 @@
-"""Backtracking on the residual, row by row, not monotone.
+"""Nonmonotone backtracking on the residual, row by row.
 
     r_max = the largest of the last 5 residual norms of the row
     t = 1;   while ||phi(w + t d) - (w + t d)|| > r_max - 1e-4 t ||phi(w) - w||:   t <- t / 2
 
-Asking for less than the last residual, as Newton codes do, ends in minima of the residual that are no solutions: on tanh
-equilibria of radius .99 with 100 entries it lost rows that full steps solve, and a quasi-Newton direction need not even be one of
-descent. Asking for less than the largest of a few lets a row climb out, and still keeps it from running away.
+If the residual must fall below the last one, as in many Newton codes, the search ends in minima of the residual that are not
+solutions. On tanh equilibria of radius .99 with 100 entries it lost rows that full steps solve, and a quasi-Newton direction
+need not be a descent direction. The largest of several residuals as the bound lets a row climb out, and still keeps it from
+diverging.
 
 Reference: Grippo, Lampariello & Lucidi, SIAM J. Numer. Anal. 23, 1986.
 """
@@ -18,25 +19,25 @@ from torch import Tensor
 from hyperopt.core.captured import seen
 from hyperopt.core.solvers.point import Point
 
-DECREASE = 1e-4  # the least fall of the residual that a step must bring, times its length
-HALVINGS = 10  # a row that no shorter step helps takes the shortest, and stagnates
-MEMORY = 5  # residuals that are remembered
+DECREASE = 1e-4  # a step of length t must reduce the residual by at least this times t, relative to the bound
+HALVINGS = 10  # if no shorter step helps, a row takes the shortest one, and stagnates
+MEMORY = 5  # number of residuals that are remembered
 
 
 def remember(history: Tensor, at: Point) -> Tensor:
-    """Residual norms of the last steps with that of this one, shape (rows, at most 5); without any, ``history`` is (rows, 0)."""
+    """Append the residual norms at ``at`` to ``history``, which starts with shape (rows, 0) and keeps at most 5 columns."""
     norm = torch.linalg.vector_norm(at.residual, dim=1).detach()
     return torch.cat([history[:, -(MEMORY - 1) :], norm[:, None]], dim=1)
 
 
 def backtrack(at: Point, direction: Tensor, history: Tensor) -> Tensor:
-    """The next iterate along ``direction``, both (rows, dim); the last point probed is that of the iterate returned.
+    """Return the next iterate along ``direction``, shape (rows, dim); the last probed point is at that iterate.
 
-    Each try is one evaluation of the whole batch, in which the rows that were content before stay where they were; the driver
-    takes the last one over.
+    Each trial is one evaluation of the whole batch, in which rows whose trial was accepted do not move any more. The driver
+    reuses the last one.
 
     Args:
-        at: the point, whose residual is the latest in ``history``.
+        at: the current point; its residual is the latest in ``history``.
         direction: shape (rows, dim).
         history: see ``remember``.
     """

@@ -3,8 +3,8 @@
     while residual > tolerance:
         w <- w + damping (phi(w) - w)
 
-Converges linearly when ``phi`` contracts, at the rate of the contraction factor. Also called fixed-point or Banach iteration.
-Stopped on the residual ``||phi(w) - w||``, never on the damped step, which is smaller by the factor ``damping``.
+It converges linearly, at the rate of the contraction factor, if ``phi`` contracts; it is also called fixed-point or Banach
+iteration. It stops on the residual ``||phi(w) - w||`` and not on the damped step, which is smaller by the factor ``damping``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Picard(FixedPointSolver):
         check_number(self, "damping", 0.0, 1.0, open_low=True)
 
     def step(self, state: Any, at: Point) -> tuple[Tensor, Any]:
-        """One damped step."""
+        """Make one damped step."""
         return self.mix(at.w, at.fw), state
 
     def mix(self, w: Tensor, fw: Tensor) -> Tensor:
-        """``(1 - damping) w + damping fw``."""
+        """Return ``(1 - damping) w + damping fw``."""
         return fw if self.damping == 1.0 else torch.lerp(w, fw, self.damping)

@@ -1,15 +1,16 @@
 """``Point``: the map at one iterate, as a step of a solver sees it.
 
-Most methods read ``w`` and ``fw = phi(w)`` and nothing else. Those that need more ask for it here, and everything that is asked
-for is counted, in evaluations, vjps and jvps over the whole batch:
+Most methods read only ``w`` and ``fw = phi(w)``. Methods that need more get it from here, counted in evaluations, vjps and
+jvps over the whole batch:
 
-    at.vjp(v) = J^T v        at.jvp(v) = J v        at.jacobian() = J, one a row        at.probe(x): the map at another state
+    at.vjp(v) = J^T v        at.jvp(v) = J v        at.jacobian() = J of each row        at.probe(x): the map at another state
 
-J is that of ``phi`` at ``w``, row by row. Where it comes from:
-- a ``ClosedMap`` that has it in closed form gives it, at no evaluation; when unrolling, only if its formulas can be
-  differentiated through (``ClosedForm.differentiable``);
-- else from a graph of ``phi`` at ``w``: built by the evaluation itself if the solver says ``linearizes``, else by one more;
-- with gradients on (unrolling), all of it is differentiable in everything; under ``torch.func`` by its own vjp.
+J is the Jacobian of ``phi`` at ``w``, row by row:
+- A ``ClosedMap`` gives it in closed form without an evaluation. When unrolling, this is used only if the formulas can be
+  differentiated (``ClosedForm.differentiable``).
+- Otherwise it comes from a graph of ``phi`` at ``w``, built by the evaluation itself if the solver has ``linearizes``, else by
+  one more evaluation.
+- With gradients on (unrolling), everything is differentiable in everything; under ``torch.func`` its own vjp is used.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class ClosedMap(ABC):
 
     @abstractmethod
     def __call__(self, w: Tensor, /) -> Tensor:
-        """``phi(w)``."""
+        """Return ``phi(w)``."""
 
     @abstractmethod
     def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
-        """Its Jacobian at ``w``, where ``fw = phi(w)``; only asked for if ``has_closed_form``."""
+        """Return the Jacobian at ``w``, where ``fw = phi(w)``; only called if ``has_closed_form``."""
 
 
 @dataclass
 class Cost:
-    """What a solve has spent, over whole batches."""
+    """The cost of a solve so far, over whole batches."""
 
     evaluations: int = 0
     vjps: int = 0
@@ -56,23 +57,20 @@ class Point:
     Args:
         phi: the map on (rows, dim) matrices.
         w: the iterate, shape (rows, dim).
-        cost: what the solve has spent, which this adds to.
-        fw: ``phi(w)``, if the caller has evaluated it (and then counts it).
-        graph: evaluate so that products with J cost no further evaluation.
+        cost: the cost of the solve, which this point increases.
+        fw: ``phi(w)``, if the caller has evaluated (and counted) it.
+        graph: whether to evaluate with a graph, so that products with J need no further evaluation.
 
     Attributes:
-        w: the iterate.
-        fw: ``phi(w)``, shape (rows, dim).
-        cost: what the solve has spent up to here.
-        active: rows that still move, shape (rows,); None: all. A method may spare work on the others: they will not move.
-        broken: rows in which the method broke down, shape (rows,), set by the step; they end there.
-        trial: the latest point that was probed; if the step leads there, it is the next iterate's and is not evaluated again.
+        active: mask of the rows that still move, shape (rows,); None: all. A method may spare work on the others.
+        broken: mask of the rows in which the method broke down, shape (rows,), set by the step; they end there.
+        trial: the latest probed point; if the step leads there, it serves as the point of the next iterate.
     """
 
     __slots__ = ("_graph", "_linear", "_phi", "_residual", "active", "broken", "cost", "fw", "trial", "w")
 
     def __init__(self, phi: Map, w: Tensor, cost: Cost, fw: Tensor | None = None, *, graph: bool = False) -> None:
-        """Evaluate, unless ``fw`` is given."""
+        """Evaluate the map, unless ``fw`` is given."""
         self._phi, self.cost, self._graph = phi, cost, graph
         self._linear: LinearOperator | None = None
         self._residual: Tensor | None = None
@@ -97,25 +95,25 @@ class Point:
         return self._residual
 
     def probe(self, w: Tensor) -> Point:
-        """The map at another state, shape (rows, dim)."""
+        """Return the map at another state, shape (rows, dim)."""
         self.trial = Point(self._phi, w, self.cost, graph=self._graph)
         return self.trial
 
     def vjp(self, v: Tensor) -> Tensor:
-        """``J^T v``, shape (rows, dim)."""
+        """Return ``J^T v``, shape (rows, dim)."""
         return self._counted(lambda J: J.rmatvec(v))
 
     def jvp(self, v: Tensor) -> Tensor:
-        """``J v``, shape (rows, dim); by a graph it is the vjp of a vjp, which is one more the first time."""
+        """Return ``J v``, shape (rows, dim). On a graph it is the vjp of a vjp, and the first product costs one more."""
         return self._counted(lambda J: J.matvec(v))
 
     def jacobian(self) -> Tensor:
-        """``J[i, j, k] = d phi(w)[i, j] / d w[i, k]``, shape (rows, dim, dim): ``dim`` vjps, or none in closed form."""
+        """Return ``J[i, j, k] = d phi(w)[i, j] / d w[i, k]``, shape (rows, dim, dim): ``dim`` vjps, or none in closed form."""
         rows, dim = self.w.shape
         return self._counted(lambda J: J.T.dense(rows, dim, self.w).mT)
 
     def _counted(self, made: Callable[[LinearOperator], Tensor]) -> Tensor:
-        """What is made of J; the products that a closed form has not known already are counted."""
+        """Return ``made(J)``, and count the products that it took."""
         if self._linear is None:
             self._linear = self._closed()
         if self._linear is None:
@@ -129,7 +127,7 @@ class Point:
         return found
 
     def _closed(self) -> ClosedForm | None:
-        """The map's own formulas; when unrolling, which differentiates through the products, only those that allow it."""
+        """Return the map's closed form, if it has one; when unrolling, only if its products are differentiable."""
         if not (isinstance(self._phi, ClosedMap) and self._phi.has_closed_form):
             return None
         found = self._phi.closed_form(self.w, self.fw)

@@ -1,11 +1,11 @@
-"""Reduced rank extrapolation, row by row: a number of plain steps, then the combination of them whose residual is least.
+"""Reduced rank extrapolation, row by row: several plain steps, and then their combination with the least residual.
 
     cycle:  w_{i+1} = phi(w_i),  r_i = phi(w_i) - w_i,      i = 0 .. k,        k = min(window, dim)
             w_0 <- sum_i gamma_i w_i,        gamma = argmin || sum_i gamma_i r_i ||,        sum_i gamma_i = 1
 
-On a linear map of n <= k variables one cycle, of k + 1 evaluations, gives the solution, whether or not the map contracts; with
-k = 1 the method is Steffensen's. Anderson's method mixes at every step; here the steps of a cycle are plain ones. With
-``u_i = r_{i+1} - r_i`` the condition on gamma is gone:
+On a linear map of n <= k variables one cycle, of k + 1 evaluations, gives the solution, whether or not the map contracts; for
+k = 1 the method is Steffensen's. Unlike Anderson's method, which mixes at every step, a cycle consists of plain steps. With
+``u_i = r_{i+1} - r_i`` the constraint on gamma is eliminated:
 
     theta = argmin || r_k - sum_{i<k} theta_i u_i ||,        sum_i gamma_i w_i = w_k - sum_{i<k} theta_i r_i
 
@@ -26,7 +26,7 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import Point
 from hyperopt.core.solvers.window import Window
 
-RIDGE = 1e-14  # relative, on a system in float64 with a diagonal of 1: what rounding leaves of vectors that depend on each other
+RIDGE = 1e-14  # relative to a diagonal of 1 in float64: the rounding of the Gram matrix of dependent vectors
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class RRE(FixedPointSolver):
     """Cyclic reduced rank extrapolation.
 
     Args:
-        window: plain steps of a cycle, at least 1; a state of fewer entries takes as many as it has.
+        window: number of plain steps of a cycle, at least 1; at most the number of entries of the state is used.
     """
 
     window: int = 5
 
-    rise: ClassVar[float] = 1e9  # where the map does not contract, the plain steps of a cycle lead away before it ends
+    rise: ClassVar[float] = 1e9  # if the map does not contract, the plain steps of a cycle lead away before it ends
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -47,15 +47,15 @@ class RRE(FixedPointSolver):
         check_count(self, "window")
 
     def init(self, w: Tensor) -> Window:
-        """No residuals; a cycle has one more of them than extrapolation takes plain steps."""
+        """Return an empty window; a cycle has one more residual than plain steps."""
         return Window(min(self.window, max(1, w.shape[1])) + 1)
 
     def select(self, state: Window, index: Tensor) -> Window:
-        """The residuals of some rows."""
+        """Return the residuals of some rows."""
         return state.select(index)
 
     def step(self, state: Window, at: Point) -> tuple[Tensor, Window]:
-        """A plain step, or at the end of a cycle the extrapolation."""
+        """Make a plain step, or the extrapolation at the end of a cycle."""
         state = state.add(at.residual)
         if state.count < state.size:
             return at.fw, state
@@ -67,7 +67,7 @@ class RRE(FixedPointSolver):
         gram = unit @ unit.mT + RIDGE * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
         right = at.residual.double()[:, :, None]
         theta, _ = torch.linalg.solve_ex(gram, unit @ right)
-        # Once more for what is left, which the square of the condition in the Gram matrix has cost.
+        # One step of iterative refinement regains the digits lost by the squared condition number of the Gram matrix.
         theta = theta + torch.linalg.solve_ex(gram, unit @ (right - unit.mT @ theta))[0]
         theta = torch.nan_to_num(theta, 0.0, 0.0, 0.0).to(size.dtype) / size
         return at.w - (theta.mT @ residuals[:, :-1])[:, 0], replace(state, count=0, kept=())

@@ -1,4 +1,4 @@
-"""``Window``: the vectors that an accelerated method keeps, one matrix for each row, so that all of them make one product."""
+"""``Window``: the vectors that an accelerated method keeps, as one matrix for each row, so that they take one product."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hyperopt.core.rowwise import combine, dots, full_precision
 
 @dataclass(frozen=True)
 class Window:
-    """Vectors of shape (rows, dim), at most ``size`` of them, the oldest given up first.
+    """At most ``size`` vectors of shape (rows, dim); a new one replaces the oldest.
 
-    They lie in one buffer that is written in place; while gradients are recorded they are kept one by one instead, since autograd
-    keeps them as they were.
+    They lie in one buffer that is written in place. While gradients are recorded they are separate tensors instead, since
+    autograd needs them unchanged.
 
     Attributes:
-        size: most vectors.
+        size: largest number of vectors.
         count: how many have been added.
-        buffer: shape (rows, size, dim); None before the first, and while gradients are recorded.
-        kept: the vectors while gradients are recorded, the slots in order.
+        buffer: shape (rows, size, dim); None before the first vector, and while gradients are recorded.
+        kept: the vectors while gradients are recorded, in the order of their slots.
     """
 
     size: int
@@ -31,7 +31,7 @@ class Window:
 
     @staticmethod
     def of(matrix: Tensor, size: int) -> Window:
-        """A window of ``size`` that holds the rows of a matrix of shape (rows, m, dim) with m <= size."""
+        """Return a window of ``size`` with the vectors of a matrix of shape (rows, m, dim), m <= size."""
         rows, m, dim = matrix.shape
         buffer = matrix.new_empty((rows, size, dim))
         buffer[:, :m] = matrix
@@ -39,24 +39,24 @@ class Window:
 
     @property
     def filled(self) -> int:
-        """How many vectors there are."""
+        """The number of vectors in the window."""
         return min(self.count, self.size)
 
     @property
     def slot(self) -> int:
-        """Where the next vector goes."""
+        """The slot of the next vector."""
         return self.count % self.size
 
     @property
     def matrix(self) -> Tensor:
-        """The vectors, slot by slot, shape (rows, filled, dim)."""
+        """The vectors in the order of their slots, shape (rows, filled, dim)."""
         if self.kept:
             return torch.stack(self.kept, dim=1)
         assert self.buffer is not None
         return self.buffer[:, : self.filled]
 
     def add(self, x: Tensor) -> Window:
-        """With one more vector; the window before it must not be used any more, unless gradients are recorded."""
+        """Return a window with one more vector. The old window is invalid then, unless gradients are recorded."""
         if torch.is_grad_enabled():
             kept = self.kept or (() if self.buffer is None else self.matrix.unbind(dim=1))
             at = self.slot
@@ -70,16 +70,16 @@ class Window:
         return Window(self.size, self.count + 1, buffer)
 
     def select(self, index: Tensor) -> Window:
-        """The vectors of some rows."""
+        """Return the window of some rows."""
         buffer = None if self.buffer is None else self.buffer[index]
         return Window(self.size, self.count, buffer, tuple(x[index] for x in self.kept))
 
     def dot(self, x: Tensor) -> Tensor:
-        """Inner products with ``x``, shape (rows, filled)."""
+        """Return the inner products with ``x``, shape (rows, filled)."""
         with full_precision(x):
             return dots(self.matrix, x)[:, :, 0]
 
     def combine(self, start: Tensor, weights: Tensor, alpha: float = 1.0) -> Tensor:
-        """``start + alpha sum_i weights_i x_i``, shape (rows, dim); weights of shape (rows, filled)."""
+        """Return ``start + alpha sum_i weights_i x_i``, shape (rows, dim); the weights have shape (rows, filled)."""
         with full_precision(start):
             return combine(start, weights[:, :, None], self.matrix, alpha)

@@ -1,10 +1,10 @@
-"""Jitter of brightness, contrast, saturation and hue, its size one for each example.
+"""Jitter of brightness, contrast, saturation and hue, with a size for each example.
 
     brightness    clip(f x)                          contrast      clip(f x + (1 - f) mean(grey(x)))
     saturation    clip(f x + (1 - f) grey(x))        hue           the hue of x turned by f circles
 
-Each of the four takes ``f`` itself, as torchvision's ``adjust_*`` do; ``jitter`` draws it: uniform in ``1 +- size``, for the hue
-in ``+- size``. torchvision shuffles the four; here the order is the one above, so that a draw is one number.
+Each of the four takes ``f`` itself, as torchvision's ``adjust_*`` do. ``jitter`` draws it uniformly from ``1 +- size``, or
+from ``+- size`` for the hue. torchvision shuffles the four; here the order is fixed, so that each draw is one number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GREY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, in torchvision's digits
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luma. shape: (n, 1, height, width), from (n, 3, height, width); one channel is its own."""
+    """Return the luma. shape: (n, 1, height, width), from (n, 3, height, width); a single channel is returned as it is."""
     if images.shape[1] == 1:
         return images
     images_only(images, "grey", 3)
@@ -30,7 +30,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Scale: black at 0, unchanged at 1.
+    """Scale the images: black at factor 0, unchanged at 1.
 
     Args:
         images: in [0, 1]. shape: (n, channels, height, width), floating.
@@ -41,19 +41,19 @@ def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Away from the image's mean grey, or, below 1, towards it. Arguments as of ``adjust_brightness``."""
+    """Move the images away from their mean grey or, below 1, towards it. Arguments: as for ``adjust_brightness``."""
     images_only(images, "contrast")
     return _blend(images, grey(images).mean((1, 2, 3), keepdim=True), column(factor, images, 0.0, math.inf, "contrast"))
 
 
 def adjust_saturation(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Away from each pixel's grey, or, below 1, towards it. Arguments as of ``adjust_brightness``; three channels."""
+    """Move each pixel away from its grey or, below 1, towards it. Arguments: as for ``adjust_brightness``; three channels."""
     images_only(images, "saturation", 3)
     return _blend(images, grey(images), column(factor, images, 0.0, math.inf, "saturation"))
 
 
 def adjust_hue(images: Tensor, turn: Tensor | float) -> Tensor:
-    """Turn each pixel's hue by -0.5 to 0.5 circles; images as of ``adjust_brightness``, of three channels.
+    """Turn each pixel's hue by -0.5 to 0.5 circles; images as for ``adjust_brightness``, with three channels.
 
     ``channel = v - v s max(0, min(k, 4 - k, 1))`` with ``k = (n + 6 h) mod 6`` and n = 5, 3, 1 for red, green, blue.
     """
@@ -62,7 +62,7 @@ def adjust_hue(images: Tensor, turn: Tensor | float) -> Tensor:
     value, largest = images.max(1, keepdim=True)
     chroma = value - images.min(1, keepdim=True).values
     coloured = chroma > 0
-    # The hue in sixths of a circle, from the largest channel: the other two, in the order of the circle, over the chroma.
+    # The hue in sixths of a circle, counted from the largest channel: the difference of the other two over the chroma.
     ahead, behind = (images.gather(1, (largest + k) % 3) for k in (1, 2))
     sixths = 2 * largest + torch.where(coloured, (ahead - behind) / torch.where(coloured, chroma, 1), 0) + 6 * turn
     offsets = torch.tensor([5, 3, 1], dtype=images.dtype, device=images.device).view(3, 1, 1)
@@ -76,17 +76,17 @@ LARGEST = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
 
 
 def jitter(images: Tensor, sizes: Mapping[str, Tensor | float], keys: Keys) -> Tensor:
-    """Return the images, changed at random by up to the sizes given.
+    """Return the images, changed at random by up to the given sizes.
 
     Args:
         images: in [0, 1]. shape: (n, channels, height, width), floating; saturation and hue need three channels.
-        sizes: any of ``brightness``, ``contrast`` and ``saturation``, 0 to 1, and ``hue``, 0 to 0.5; the gradient of each is that
-            of the expected loss. shape: (n,), or a number.
-        keys: of the examples.
+        sizes: any of ``brightness``, ``contrast`` and ``saturation``, 0 to 1, and ``hue``, 0 to 0.5; the gradient of each is
+            that of the expected loss. shape: (n,), or a number.
+        keys: keys of the examples.
 
     Raises:
-        ValueError: an unknown name, no images, another number of sizes or keys than of examples, or a number out of range.
-        TypeError: images that are not floating.
+        ValueError: a name is unknown, there are no images, the number of sizes or keys is wrong, or a number is out of range.
+        TypeError: the images are not floating.
     """
     unknown = [name for name in sizes if name not in ADJUST]
     if unknown:
@@ -101,5 +101,5 @@ def jitter(images: Tensor, sizes: Mapping[str, Tensor | float], keys: Keys) -> T
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """``factor`` of the one and ``1 - factor`` of the other, in [0, 1]."""
+    """Return ``factor * images + (1 - factor) * other``, clamped to [0, 1]."""
     return (factor * images + (1 - factor) * other).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Cutout: squares of an image are blanked, their number and length one for each example.
+"""Cutout: squares of an image are blanked, with a number and length for each example.
 
 Reference: T. DeVries and G. W. Taylor, arXiv 1708.04552.
 """
@@ -18,20 +18,20 @@ from hyperopt.nn.regularise.strength import column, images_only
 def cutout(images: Tensor, holes: Tensor | float, length: Tensor | float, keys: Keys, *, most: int) -> Tensor:
     """Return the images with holes, where a pixel is 0.
 
-    A hole of length L has its centre (r, c) anywhere in the image, all pixels equally likely, and covers rows ``r - ceil(L/2)``
-    up to, without, ``r + floor(L/2)``, and columns likewise: what lies outside of the image is lost. Holes may overlap. Number
-    and length are floored and get no gradient.
+    The centre (r, c) of a hole of length L is uniform over the pixels. The hole covers rows ``r - ceil(L/2)`` up to, but
+    without, ``r + floor(L/2)``, and columns likewise, as far as they are inside the image. Holes may overlap. Number and
+    length are floored and get no gradient.
 
     Args:
-        images: shape: (n, channels, height, width), floating. 0 should be their mean: standardise before, not after.
-        holes: how many, 0 to ``most``. shape: (n,), or a number.
+        images: shape: (n, channels, height, width), floating. Their mean should be 0: standardise before, not after.
+        holes: number of holes, 0 to ``most``. shape: (n,), or a number.
         length: side of a hole in pixels, at least 0. shape: (n,), or a number.
-        keys: of the examples.
-        most: holes that any example may have; the draws of an example do not depend on it.
+        keys: keys of the examples.
+        most: largest number of holes of any example; the draws of an example do not depend on it.
 
     Raises:
-        ValueError: no images, another number of strengths or keys than of examples, or a number out of range.
-        TypeError: images that are not floating.
+        ValueError: there are no images, the number of strengths or keys is wrong, or a number is out of range.
+        TypeError: the images are not floating.
     """
     images_only(images, "cutout")
     keys.check(images)
@@ -54,5 +54,5 @@ def cutout(images: Tensor, holes: Tensor | float, length: Tensor | float, keys: 
 
 
 def _floor(strength: Tensor | float) -> Tensor | float:
-    """The whole number below, without a gradient; NaN stays."""
+    """Return the largest whole number below, without a gradient; NaN stays NaN."""
     return strength.detach().floor() if isinstance(strength, Tensor) else float(np.floor(strength))

@@ -1,4 +1,4 @@
-"""Noise on a batch, its strength one for each example: added to every entry, or as one factor of the whole example."""
+"""Noise with a strength for each example, added to every entry or as one factor of the whole example."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ def gaussian(x: Tensor, deviation: Tensor | float, keys: Keys) -> Tensor:
     Args:
         x: shape: (n, ...), floating.
         deviation: at least 0, in the units of ``x``; its gradient is that of the expected loss. shape: (n,), or a number.
-        keys: of the examples.
+        keys: keys of the examples.
 
     Raises:
-        ValueError: another number of strengths or keys than of examples, or a number below 0.
-        TypeError: a batch that is not floating.
+        ValueError: the number of strengths or keys is wrong, or a number is below 0.
+        TypeError: the batch is not floating.
     """
     keys.check(x)
     return x + column(deviation, x, 0.0, math.inf, "deviation") * keys.normal(Stream.NOISE, tuple(x.shape[1:]), x.dtype)
 
 
 def scaled(x: Tensor, spread: Tensor | float, keys: Keys) -> Tensor:
-    """Return ``x t``, one ``t`` for each example, uniform between ``1 / (1 + spread)`` and ``1 + spread``.
+    """Return ``x t`` with one ``t`` for each example, uniform between ``1 / (1 + spread)`` and ``1 + spread``.
 
     Args:
         x: shape: (n, ...), floating.
         spread: at least 0; its gradient is that of the expected loss. shape: (n,), or a number.
-        keys: of the examples.
+        keys: keys of the examples.
 
     Raises:
-        ValueError: another number of strengths or keys than of examples, or a number below 0.
-        TypeError: a batch that is not floating.
+        ValueError: the number of strengths or keys is wrong, or a number is below 0.
+        TypeError: the batch is not floating.
 
     Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 4.2 and the authors' code.
     """

@@ -1,8 +1,8 @@
-"""What is done to a batch of training images under the hyperparameters of its examples.
+"""The changes to a batch of training images under the hyperparameters of its examples.
 
     jitter (brightness, contrast, saturation, hue) -> standardise -> cutout -> input dropout -> scale -> noise
 
-in this order, each where its hyperparameter is there. Images that are evaluated are standardised alone.
+Each step is made only if its hyperparameter exists. Images for evaluation are only standardised.
 
 Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 4.2; the order is that of the authors' code.
 """
@@ -33,10 +33,10 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_range(name: str, low: float, high: float, allowed: tuple[float, float]) -> None:
-    """Refuse a hyperparameter that may come to have values without a meaning.
+    """Refuse a hyperparameter that may take values without a meaning.
 
     Raises:
-        ValueError: names it and both ranges.
+        ValueError: it may leave its range; the message names it and both ranges.
     """
     if low < allowed[0] or high > allowed[1]:
         raise ValueError(
@@ -50,13 +50,13 @@ class Pipeline:
     """Changes images at random, each example by its own hyperparameters and number.
 
     Attributes:
-        names: of the hyperparameters that are there, out of ``RANGES``.
-        mean: of each channel, over the training rows. shape: (channels, 1, 1)
-        std: likewise.
-        most: holes that any example may have.
+        names: the hyperparameters that exist, out of ``RANGES``.
+        mean: mean of each channel over the training rows. shape: (channels, 1, 1)
+        std: standard deviation of each channel over the training rows. shape: (channels, 1, 1)
+        most: largest number of holes of any example.
 
     Raises:
-        ValueError: an unknown name, or a number of holes without a length.
+        ValueError: a name is unknown, or there is a number of holes without a length.
     """
 
     names: tuple[str, ...]
@@ -74,7 +74,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, images: Tensor, names: tuple[str, ...], most: int = 1) -> Pipeline:
-        """The pipeline that standardises by the given images' channels.
+        """Return the pipeline that standardises by the channels of the given images.
 
         Args:
             images: the training images. shape: (n, channels, height, width)
@@ -82,7 +82,7 @@ class Pipeline:
             most: see the class.
 
         Raises:
-            ValueError: a channel that is constant over all images, or see the class.
+            ValueError: a channel is constant over all images, or as for the class.
         """
         mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3), correction=0)
         if not bool((std > 0).all()):
@@ -90,16 +90,16 @@ class Pipeline:
         return cls(names, mean[:, None, None], std[:, None, None], most)
 
     def plain(self, images: Tensor) -> Tensor:
-        """Standardise alone, for evaluation: ``(x - mean) / std``, channel by channel."""
+        """Only standardise, for evaluation: ``(x - mean) / std`` for each channel."""
         return (images - self.mean) / self.std
 
     def __call__(self, images: Tensor, h: Mapping[str, Tensor], keys: Keys) -> Tensor:
-        """Change images and standardise them; their gradient and those of the continuous strengths stay.
+        """Change images and standardise them, differentiably in the images and the continuous strengths.
 
         Args:
             images: in [0, 1]. shape: (n, channels, height, width), floating.
-            h: at least ``names``, each in its own units. shape of each: (n,)
-            keys: of the examples.
+            h: values of at least ``names``. shape of each: (n,)
+            keys: keys of the examples.
         """
         sizes = {name: h[name] for name in LARGEST if name in self.names}
         x = self.plain(jitter(images, sizes, keys) if sizes else images)

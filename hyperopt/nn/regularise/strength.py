@@ -1,4 +1,4 @@
-"""The strength of a regulariser, one for each example."""
+"""Checks of the strength of a regulariser, which has one value for each example."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def column(strength: Tensor | float, x: Tensor, low: float, high: float, what: str) -> Tensor:
-    """Strengths in the shape that multiplies a batch, those outside of ``[low, high]`` as NaN.
+    """Return strengths in a shape that multiplies a batch, with NaN in place of those outside of ``[low, high]``.
 
     Args:
-        strength: one for all examples, or one for each. shape: (n,).
+        strength: one number for all examples, or one for each. shape: (n,).
         x: the batch. shape: (n, ...), floating.
         low: least strength.
         high: largest strength.
         what: its name in messages.
 
     Returns:
-        In the dtype of ``x``. shape: (n, 1, ..., 1), or (1, ..., 1).
+        Strengths in the dtype of ``x``. shape: (n, 1, ..., 1), or (1, ..., 1).
 
     Raises:
-        ValueError: another shape, or a number outside of the range.
-        TypeError: a batch that is not floating.
+        ValueError: a tensor of another shape, or a number outside of the range.
+        TypeError: the batch is not floating.
     """
     if not x.is_floating_point():
         raise TypeError(f"{what}: a batch of {x.dtype}; convert it to a floating dtype first")
@@ -39,6 +39,6 @@ def column(strength: Tensor | float, x: Tensor, low: float, high: float, what: s
 
 
 def images_only(x: Tensor, what: str, channels: int | None = None) -> None:
-    """Refuse a batch that is no batch of images, or has another number of channels."""
+    """Refuse a batch that does not consist of images, or has another number of channels."""
     if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
         raise ValueError(f"{what}: a batch of shape {tuple(x.shape)}, expected (n, {channels or 'channels'}, height, width)")

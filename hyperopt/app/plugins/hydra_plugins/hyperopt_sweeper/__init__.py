@@ -8,10 +8,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own sweeper, all combinations of what is listed, without its composing every job once more before the first.
+    """Hydra's own grid sweeper, except that it does not compose every job once more before the first.
 
-    ``hyperopt.app.preflight.Preflight`` has composed and checked all jobs by then; a thousand of them take minutes to compose.
+    ``hyperopt.app.preflight.Preflight`` has composed and checked all jobs before, which takes minutes for a thousand of them.
     """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Nothing is left to check."""
+        """Do nothing: all jobs were checked before."""

@@ -1,0 +1,105 @@
+"""What losses, batches and starting points must be like, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+
+def refuse_other_arguments(loss: Any, name: str) -> None:
+    """Refuse what cannot be called with three arguments.
+
+    Raises:
+        TypeError: names the loss.
+    """
+    if not callable(loss):
+        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(w, lam, batch)")
+    if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
+        return  # the usual case, and its signature takes longer to make
+    try:
+        inspect.signature(loss).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"{name} is called {name}(w, lam, batch), but takes other arguments: {error}") from None
+    except ValueError:  # a function that tells nothing of its arguments
+        return
+
+
+def refuse_shared(w: Any, lam: Any) -> None:
+    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
+
+    Raises:
+        ValueError: names it.
+    """
+
+    def place(x: Any) -> tuple[Any, int, int] | None:
+        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+            return None
+        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
+
+    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
+    for name, leaf in named(lam, "lam"):
+        at = place(leaf)
+        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
+            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+
+
+def named(tree: Any, what: str) -> list[tuple[str, Any]]:
+    """The leaves of a tree called ``what``, with what to call each in a message."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def refuse_unlike(found: Any, w: Any, what: str) -> None:
+    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
+
+    Raises:
+        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
+    """
+    structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
+    if structure != wanted:
+        raise ValueError(f"{what} has the structure {structure}, but w has {wanted}; make them the same")
+    for (name, leaf), like in zip(named(found, what), optree.tree_leaves(w), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} is a {type(leaf).__name__}; it must be a tensor, as in w")
+        for of in ("shape", "dtype", "device"):
+            one, two = getattr(leaf, of), getattr(like, of)
+            if one != two:
+                one, two = (tuple(x) if of == "shape" else x for x in (one, two))
+                raise ValueError(f"{name} has {of} {one}, but in w it has {two}; make them the same")
+
+
+def rows_of(batch: Any) -> int | None:
+    """Rows of a batch, the first dimension of its leaves; None where it has none."""
+    return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
+
+
+def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
+    """Refuse a loss that is not one number, or of no rows.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has more or fewer numbers than one, or the batch has no rows.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
+    if loss.numel() != 1:
+        raise ValueError(f"{name} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
+    refuse_no_rows(name, batch)
+
+
+def refuse_no_rows(name: str, batch: Any) -> None:
+    """Refuse a batch without rows of the loss called ``name``.
+
+    Raises:
+        ValueError: gives its shape.
+    """
+    for leaf in optree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:
+            kind = "validation" if name in ("outer_loss", "val_loss") else "training"
+            raise ValueError(f"{name}: the batch has no rows (shape {tuple(leaf.shape)}); is the {kind} set empty?")

@@ -1,0 +1,125 @@
+"""``TrainedBy``: which optimizers train the parameters of a model, and the weight decay that they add to its loss.
+
+What is trained is what is differentiated: weight decay of the training optimizer is a part of the inner loss, and a parameter
+that no optimizer holds is a constant. An optimizer is noted when it steps parameters of the model, by the hook that PyTorch calls
+before every ``Optimizer.step``; the hook goes once each parameter is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hyperopt.bilevel.inner.torch_optimizer import decay_of
+from hyperopt.core.policy import note_once
+
+log = logging.getLogger(__name__)
+
+
+class TrainedBy:
+    """The optimizers of a model.
+
+    Args:
+        given: they, where the user names them; empty: those that are seen to step parameters of the model.
+
+    Attributes:
+        decays: weight decay of each parameter that is trained, by name, as of the latest ``look``; empty: nothing is known.
+    """
+
+    def __init__(self, given: Sequence[torch.optim.Optimizer] = ()) -> None:
+        """Nothing is seen yet."""
+        self.given = list(given)
+        self.decays: dict[str, float] = {}
+        self._seen: list[tuple[weakref.ref[torch.optim.Optimizer], dict[str, float | ValueError]]] = []
+        self._names: dict[int, str] = {}  # of parameters that the hook looks out for
+        self._stepped: set[int] = set()
+        self._handle: Any = None
+
+    def watch(self, parameters: Mapping[str, Tensor]) -> None:
+        """Look out for the optimizers of these parameters, from the next training step on."""
+        self._names, self._stepped = {id(parameter): name for name, parameter in parameters.items()}, set()
+        self._left = set(self._names)
+        if self.given or self._handle is not None:
+            return
+        self._handle = register_optimizer_step_pre_hook(_hook(weakref.WeakMethod(self._note)))
+        weakref.finalize(self, self._handle.remove)
+
+    def rest(self) -> None:
+        """Remove the hook once it has found all; it cannot do so itself, while PyTorch walks through its hooks."""
+        if self._handle is not None and not self._left:
+            self._handle.remove()
+            self._handle = None
+
+    def _note(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note an optimizer that is about to step, if it has parameters of the model."""
+        if not self._left or id(optimizer) in self._stepped:
+            return
+        self._stepped.add(id(optimizer))
+        if found := _decays(optimizer, self._names):
+            self._seen = [each for each in self._seen if each[0]() not in (None, optimizer)]
+            self._seen.append((weakref.ref(optimizer), found))
+            self._left -= {key for key, name in self._names.items() if name in found}
+
+    def look(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+        """The weight decay of each parameter that is trained, by name.
+
+        Args:
+            parameters: those that may be trained, by name.
+
+        Raises:
+            ValueError: an optimizer moves the weights in a way that the derivative does not know, or those that were given have
+                none of the parameters.
+        """
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        live = self.given or [optimizer for ref, _ in self._seen if (optimizer := ref()) is not None]
+        found: dict[str, float | ValueError] = {}
+        for each in [_decays(optimizer, names) for optimizer in live] or [kept for _, kept in self._seen]:
+            found.update(each)
+        found = {name: decay for name, decay in found.items() if name in parameters}
+        if self.given and not found:
+            raise ValueError(
+                "trained_by has none of the model's parameters that require grad; give the optimizer that trains the model"
+            )
+        if not found:  # after a resume, or before the first training step
+            found = {name: decay for name, decay in self.decays.items() if name in parameters}
+        for decay in found.values():
+            if isinstance(decay, ValueError):
+                raise decay
+        if fixed := [name for name in parameters if found and name not in found]:
+            note_once(
+                f"{', '.join(fixed[:8])}{' ...' * (len(fixed) > 8)} require grad, but no optimizer was seen to step them: their "
+                "values count as constants. If they are trained, name their optimizer: Tuner(..., trained_by=optimizer)",
+                "parameters that are not trained",
+            )
+        self.decays = {name: float(decay) for name, decay in found.items()}  # pyright: ignore[reportArgumentType]
+        return self.decays or dict.fromkeys(parameters, 0.0)
+
+
+def _hook(note: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
+    """A hook before each step of every optimizer, which keeps nobody alive."""
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (found := note()) is not None:
+            found(optimizer)
+
+    return hook
+
+
+def _decays(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float | ValueError]:
+    """The weight decay of the optimizer's parameters that have a name here, or why there is none that is known."""
+    found: dict[str, float | ValueError] = {}
+    for group in optimizer.param_groups:
+        mine = [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
+        if mine:
+            try:
+                decay: float | ValueError = decay_of(optimizer, group, "train_loss", "{}=0".format)
+            except ValueError as error:
+                decay = error
+            found.update(dict.fromkeys(mine, decay))
+    return found

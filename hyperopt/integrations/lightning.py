@@ -1,0 +1,89 @@
+"""``TunerCallback`` for Lightning: hyperparameters learn while ``Trainer.fit`` runs.
+
+class Net(lightning.LightningModule):
+    def __init__(self, hyper):
+        super().__init__()
+        ...
+        self.tuner = hyperopt.Tuner(self, hyper, train_loss=..., val_loss=..., optimizer=...)
+
+    def training_step(self, batch, index):
+        return self.tuner.loss(batch)
+
+net = Net(hyper)
+lightning.Trainer(callbacks=[TunerCallback(net.tuner, every_n_steps=100)]).fit(net, train_loader, val_loader)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
+
+from hyperopt.bilevel.batches import source_of
+from hyperopt.bilevel.own_batches import Moved
+from hyperopt.bilevel.record import Record
+from hyperopt.bilevel.tuner import Tuner, check_counts
+from hyperopt.core.checks import check_count
+
+
+class TunerCallback(Callback):
+    """Lets a tuner make a step after every so many steps of the training optimizer.
+
+    The numbers of each step go to the trainer's loggers, and the tuner's state is a part of the trainer's checkpoints.
+
+    Args:
+        tuner: of the module that is trained.
+        every_n_steps: steps of the training optimizer from one step of the tuner to the next; micro-batches that are accumulated
+            are one step.
+        batches: how many of each, see ``Tuner.step``.
+        train: data of the training loss (None: the trainer's training loader).
+        val: data of the validation loss (None: the trainer's first validation loader).
+
+    Attributes:
+        record: of the latest step (None: there was none).
+    """
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        *,
+        every_n_steps: int = 100,
+        batches: int | tuple[int, int] | None = None,
+        train: Any = None,
+        val: Any = None,
+    ) -> None:
+        """Check the numbers."""
+        self.tuner, self.every_n_steps, self.batches, self.data = tuner, every_n_steps, batches, [train, val]
+        check_count(self, "every_n_steps")
+        check_counts(batches)
+        self.record: Record | None = None
+        self._last = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the loaders."""
+        self._last = trainer.global_step
+        validation = trainer.val_dataloaders
+        loaders = trainer.train_dataloader, validation[0] if isinstance(validation, list) and validation else validation
+        for i, (name, loader) in enumerate(zip(("train", "val"), loaders, strict=True)):
+            if self.data[i] is None and loader is None:
+                raise ValueError(f"the trainer has no {name} data for the tuner; give TunerCallback(tuner, {name}=loader)")
+            given = loader if self.data[i] is None else self.data[i]
+            self.data[i] = Moved(source_of(given, name), trainer.strategy.batch_to_device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Make a step of the tuner, where one is due."""
+        step, before = trainer.global_step, self._last
+        self._last = step
+        if step // self.every_n_steps == before // self.every_n_steps:
+            return
+        self.record = self.tuner.step(*self.data, batches=self.batches)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.record.as_dict(), step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tuner's."""
+        return self.tuner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the tuner's."""
+        self.tuner.load_state_dict(state_dict)

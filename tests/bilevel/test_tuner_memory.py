@@ -1,0 +1,65 @@
+"""The memory of a ``Tuner``'s step at its peak, against that of a training step of a convolutional network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hyperopt
+from hyperopt.core.memory import peak_memory
+
+
+def block(of: int, to: int, norm: Any, pool: bool, drop: float) -> list[nn.Module]:
+    conv = nn.Conv2d(of, to, 3, padding=1)
+    return [conv, norm(to), nn.ReLU(), *[nn.Dropout2d(drop)] * bool(drop), *[nn.MaxPool2d(2)] * pool]
+
+
+def network(norm: Any, drop: float) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = ((3, 8, False), (8, 8, True), (8, 16, False), (16, 16, True), (16, 32, False), (32, 32, True))
+    blocks = [part for of, to, pool in widths for part in block(of, to, norm, pool, drop)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def ratio(model: nn.Module, adjoint: Any) -> float:
+    """Peak of a step of the tuner over that of a step of training."""
+    batch = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
+    hyper = hyperopt.Hyperparameters({"decay": hyperopt.Positive(1e-3)})
+    tuner = hyperopt.Tuner(
+        model,
+        hyper,
+        train_loss=lambda m, b, lam: cross_entropy(m(b[0]), b[1]) + lam["decay"] * sum(p.square().sum() for p in m.parameters()),
+        val_loss=lambda m, b, lam: cross_entropy(m(b[0]), b[1]),
+        optimizer=torch.optim.Adam(hyper.parameters(), lr=0.05),
+        adjoint=adjoint,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        tuner.loss(batch).backward()
+        optimizer.step()
+
+    train()
+    with peak_memory("cpu") as one:
+        train()
+    with peak_memory("cpu") as two:
+        tuner.step(batch, batch)
+    return two.peak / one.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda width: nn.Identity()], ids=["batch norm", "no norm"])
+def test_the_peak_is_at_most_three_training_steps(norm: Any, drop: float) -> None:
+    found = ratio(network(norm, drop), "auto")
+    assert 1 < found <= 3, found
+
+
+@pytest.mark.slow
+def test_finite_differences_take_the_memory_of_one() -> None:
+    assert ratio(network(nn.BatchNorm2d, 0.0), hyperopt.FiniteDifference()) <= 1.2
