@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
-STEPS, STEP_SIZE, BATCH = 2500, 0.1, 100
+STEPS, STEP_SIZE, BATCH = 2500, 0.5, 100
 PROBLEMS = {
     "40 % of the labels replaced": ["task.corrupted=0.4"],
     "long tail, 100 to 1": ["task.corrupted=0", "task.imbalance=100"],

@@ -120,7 +120,7 @@ class MetaTask(BilevelTask):
         measured = tuple(name.format(kind) for name in (*names, *further) for kind in self.kinds)
         self.MEASURES = measured  # pyright: ignore[reportAttributeAccessIssue]  # of this object
         who, through, inner = type(self).__name__, isinstance(self.adjoint, Unrolled | Checkpointed), super()._inner
-        used = f"adjoint={type(self.adjoint).__name__}"
+        used = f"adjoint={'auto' if self.adjoint is None else type(self.adjoint).__name__}"
         if isinstance(self.adjoint, Estimator):
             raise ValueError(
                 f"{who}: {used} trains weights from one outer step to the next, and here each has new tasks; change adjoint"
