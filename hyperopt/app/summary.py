@@ -1,4 +1,4 @@
-"""What a run shows of itself: the progress line, the closing table, ``run.json`` and ``summary.json``."""
+"""The output of a run: the progress line, the closing table, ``run.json`` and ``summary.json``."""
 
 from __future__ import annotations
 

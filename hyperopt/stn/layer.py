@@ -26,8 +26,8 @@ class Context:
     Attributes:
         draw: that draw; None outside of a call.
         linear: whether outputs are linearised in the response, as tangents of a dual level.
-        unsure: weights whose layers got inputs of which two dimensions have the size of the draw; see ``STN.forward``.
-        sure: those of them for which the first dimension was found to be that of the examples.
+        unsure: weights of layers whose inputs had two dimensions of the size of the draw; see ``STN.forward``.
+        sure: the weights in ``unsure`` whose examples were found to lie along the first dimension.
     """
 
     def __init__(self) -> None:
