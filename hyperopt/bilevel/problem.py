@@ -180,19 +180,20 @@ class BilevelProblem:
             initial=None if initial is None else lambda lam: collect(initial(lam)),
         )
 
-    def decayed(self, decay: float | Sequence[float]) -> BilevelProblem:
-        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too; ``decay`` may be one for each leaf of ``w``."""
-        inner, constants = self.inner_loss, self.constants
+    def decayed(self, decay: Any) -> BilevelProblem:
+        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too; ``decay`` may be a tree of one for each leaf."""
+        inner, constants, decays = self.inner_loss, self.constants, optree.tree_leaves(decay)
 
         def penalty(w: Any) -> Tensor:
             leaves = optree.tree_leaves(w)
-            each = decay if isinstance(decay, Sequence) else [decay] * len(leaves)
+            each = decays * len(leaves) if len(decays) == 1 else decays
             return torch.stack([d / 2 * leaf.square().sum() for d, leaf in zip(each, leaves, strict=True) if d]).sum()
 
         def known(w: Any, lam: Any) -> InnerConstants:
             assert constants is not None
-            given, each = constants(w, lam), decay if isinstance(decay, Sequence) else [decay]
-            return replace(given, strong_convexity=given.strong_convexity + min(each), smoothness=given.smoothness + max(each))
+            given = constants(w, lam)
+            low, high = given.strong_convexity + min(decays), given.smoothness + max(decays)
+            return replace(given, strong_convexity=low, smoothness=high)
 
         whole = inner.plus(penalty) if isinstance(inner, Composite) else lambda w, lam, batch: inner(w, lam, batch) + penalty(w)
         return replace(self, inner_loss=whole, constants=None if constants is None else known)

@@ -162,8 +162,8 @@ class Tuner:
             inner, outer = losses.loss(self.train_loss, "train_loss", hyper), losses.loss(self.val_loss, "val_loss", hyper)
             device = next(iter(losses.w.values())).device.type
             problem = BilevelProblem(inner, without_trace(outer, device), SameBatch(drawn[0]), SameBatch(drawn[1]))
-            decays = [self._trained.decays.get(name, 0.0) for name in losses.w]
-            problem = problem.decayed(decays) if any(decays) else problem
+            decays = {name: self._trained.decays.get(name, 0.0) for name in losses.w}
+            problem = problem.decayed(decays) if any(decays.values()) else problem
             bilevel = Bilevel(problem, losses.w, adjoint=self.adjoint, products=ProductSettings(keep=False))
             weights = {name: list(leaf.shape) for name, leaf in losses.w.items()}
             bilevel.state.memory = copy.deepcopy(self._memory) if weights == self._weights else {}

@@ -164,6 +164,21 @@ def test_each_parameter_group_has_its_own_decay() -> None:
     assert_close(tuner.step(TRAIN, VAL).grad, expected)
 
 
+def test_a_decay_of_the_weights_alone_is_none_of_the_biases() -> None:
+    """As most recipes have it. Names in the order of the module are not names in the order of the alphabet."""
+    for decayed in ("weight", "bias"):
+        model = mlp()
+        tuner = tuner_of(model)
+        named = dict(model.named_parameters())
+        groups = [
+            {"params": [p for name, p in named.items() if name.endswith(decayed)], "weight_decay": 0.8},
+            {"params": [p for name, p in named.items() if not name.endswith(decayed)], "weight_decay": 0.0},
+        ]
+        train(tuner, torch.optim.SGD(groups, lr=0.1), 3)
+        expected = reference(model, tuner, {f"0.{decayed}": 0.8, f"2.{decayed}": 0.8})
+        assert_close(tuner.step(TRAIN, VAL).grad, expected)
+
+
 def test_two_optimizers_train_one_model() -> None:
     model = mlp()
     tuner = tuner_of(model)
