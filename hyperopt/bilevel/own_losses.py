@@ -26,8 +26,8 @@ from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import Swap
 from hyperopt.core.draws import ImpureMapError
-from hyperopt.core.graph_modes import FullPrecision, refuse_reentrant, without_autocast
-from hyperopt.core.norms import LeanBatchNorm
+from hyperopt.core.graph_modes import autocast_kinds, refuse_reentrant, without_autocast
+from hyperopt.core.norms import lean
 from hyperopt.core.places import Places
 from hyperopt.core.policy import SolveError
 from hyperopt.core.replay import Replay
@@ -48,8 +48,19 @@ class _Called(nn.Module):
         return function(self.model, *args)
 
 
-class _Parameters(Swap):
-    """Swaps the parameters of a module for their replacements, wherever a function of PyTorch is given one."""
+class _Plain(Swap):
+    """Swaps the parameters of a module for their replacements, wherever a function of PyTorch is given one.
+
+    The function runs without autocast, in a form whose second derivatives take little memory: one mode for all, since each takes
+    as long as a small operator.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs, func = self.swap(args), self.swap(kwargs or {}), lean(func)
+        if not autocast_kinds():
+            return func(*args, **kwargs)
+        with without_autocast():
+            return func(*args, **kwargs)
 
     def _swap_tensor(self, tensor: Tensor) -> Tensor:
         entry = self.table.get(id(tensor))
@@ -96,8 +107,7 @@ class ModuleLosses:
         raw = {id(parameter): path for path, parameter in hyper.named_parameters()}
 
         def one(w: dict[str, Tensor], lam: Any, batch: Any) -> Tensor:
-            swap = _Parameters(((p, w[name]) for name, p in parameters.items()), discover=False)
-            with LeanBatchNorm(), FullPrecision(), swap:
+            with _Plain(((p, w[name]) for name, p in parameters.items()), discover=False):
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
             if not math.isfinite(number := float(value.detach())):

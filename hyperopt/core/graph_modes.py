@@ -49,23 +49,18 @@ class TwiceDifferentiable(KeepsGraph):
         return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
 
 
-class FullPrecision(TorchFunctionMode):
-    """What runs inside of ``torch.autocast`` is worked out in the dtype of its tensors: no derivative is rounded to 16 bits."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operator with autocast off."""
-        with without_autocast():
-            return func(*args, **(kwargs or {}))
-
-
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Autocast is off in this block, on every kind of device."""
     with contextlib.ExitStack() as off:
-        for kind in _kinds():
-            if torch.is_autocast_enabled(kind):
-                off.enter_context(torch.autocast(kind, enabled=False))
+        for kind in autocast_kinds():
+            off.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def autocast_kinds() -> list[str]:
+    """The kinds of devices on which autocast is on."""
+    return [kind for kind in _kinds() if torch.is_autocast_enabled(kind)]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""``LeanBatchNorm``: batch normalisation whose second derivatives take little memory.
+"""Batch normalisation whose second derivatives take little memory: ``lean(torch.nn.functional.batch_norm)``.
 
     z = w y + b,        y = (x - mean) r,       r = (var + eps)^(-1/2)
     dx = w r q(g),      dw = sum g y,           db = sum g,         q(g) = g - m(g) - y m(g y)
@@ -18,19 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hyperopt.core.captured import transformed
 
 
-class LeanBatchNorm(TorchFunctionMode):
-    """Batch normalisation by the statistics of the batch is done in this form."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operator, or its form here; transforms of ``torch.func`` and compilers take PyTorch's."""
-        if func is F.batch_norm and not transformed() and not torch.compiler.is_compiling():
-            func = _batch_norm
-        return func(*args, **(kwargs or {}))
+def lean(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The form of a function of PyTorch that is made here, else itself; transforms and compilers get PyTorch's."""
+    return _batch_norm if func is F.batch_norm and not transformed() and not torch.compiler.is_compiling() else func
 
 
 def _batch_norm(
