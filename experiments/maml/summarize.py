@@ -2,8 +2,8 @@
 
     python experiments/maml/summarize.py maml=outputs/maml meta_sgd=outputs/meta_sgd imaml=outputs/imaml omniglot=outputs/omniglot
 
-``results.json`` gets what each run says of itself (its metrics at every evaluation, seconds, settings); a run that is not named is
-kept as it is there. The tables stand in README.md between their marks.
+``results.json`` gets what each run says of itself (its metrics at every evaluation, seconds, settings); a run that is not named
+is kept as it is there. The tables stand in README.md between their marks.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ def sinusoid(results: shared.Row) -> list[str]:
     return lines
 
 
+def omniglot(results: shared.Row) -> list[str]:
+    """Accuracy in percent on new characters by outer steps, after 1 and 3 inner steps."""
+    lines = ["| outer steps | val, 1 inner step, % | test, 0 steps, % | 1 step, % | 3 steps, % |", "|---|---|---|---|---|"]
+    for row in results["omniglot"]["evaluations"] if "omniglot" in results else ():
+        cells = [row["val/accuracy"], *(row[f"test/accuracy_1_shots_{n}_steps"] for n in (0, 1, 3))]
+        lines.append(f"| {row['step'] + 1:,} | {' | '.join(f'{100 * value:.1f}' for value in cells)} |")
+    return lines
+
+
 def draw(results: shared.Row) -> None:
     """The error of new curves over inner steps, and as it was learned."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -87,6 +96,7 @@ def main() -> None:
             shutil.copy(Path(run, "figures", "curves.png"), HERE / "curves.png")
     draw(results)
     shared.write_table(PAGE, "sinusoid", sinusoid(results))
+    shared.write_table(PAGE, "omniglot", omniglot(results))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def tabulate(results: shared.Row) -> None:
         lines.append(f"| {row} | {' | '.join(cells)} |")
     cells = []
     for problem in PROBLEMS:
-        kinds = [name for name in ("weight/right_labels", "weight/replaced_labels") if name in next(iter(results[problem].values()))]
+        kinds = [
+            name for name in ("weight/right_labels", "weight/replaced_labels") if name in next(iter(results[problem].values()))
+        ]
         means = [sum(found[name] for found in results[problem].values()) / len(results[problem]) for name in kinds]
         cells.append(", ".join(f"{mean:.3f}" for mean in means))
     lines.append(f"| mean weight of right labels, of replaced ones | {' | '.join(cells)} |")

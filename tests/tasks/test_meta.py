@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -16,7 +15,6 @@ from hyperopt import CG, SOBA, Checkpointed, Dense, GradientDescent, Implicit, O
 from hyperopt.app.building import validate
 from hyperopt.app.config import ConfigError
 from hyperopt.app.repro import seed_everything
-from hyperopt.app.resolvers import register
 from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.inner.lbfgs import InnerLBFGS
 from hyperopt.tasks.base import Environment
@@ -24,7 +22,6 @@ from hyperopt.tasks.meta import Episodes
 from hyperopt.tasks.sinusoid import SinusoidTask
 
 DOUBLE = torch.float64
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL: dict[str, Any] = {"tasks": 3, "shots": 4, "queries": 5, "hidden": (6,), "val_tasks": 2, "test_tasks": 3}
 
 
@@ -124,7 +121,7 @@ def test_implicit_maml_is_the_closed_form_of_a_linear_model() -> None:
     assert_close(found, ["bias", "weight"], {"bias": wanted[1:], "weight": wanted[:1, None]}, 1e-8)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_implicit_maml_is_the_limit_of_unrolled_training(seed: int) -> None:
     shared: dict[str, Any] = {"proximal": 10.0, "seed": seed}
     trained = GradientDescent(step_size=0.02, max_steps=150)
@@ -222,6 +219,7 @@ def test_an_evaluation_changes_nothing() -> None:
         assert torch.equal(g, wanted)
 
 
+@pytest.mark.slow
 def test_it_learns_to_learn() -> None:
     """After 60 outer steps one inner step lowers the loss of new curves; at first it does next to nothing."""
     task = made(
@@ -285,7 +283,6 @@ def test_what_cannot_work_is_refused_when_it_is_made(case: str) -> None:
     ],
 )
 def test_a_command_that_cannot_work_is_refused_before_any_work(overrides: list[str], message: str) -> None:
-    register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"), pytest.raises(ConfigError, match=message) as told:
-        validate(compose("train", overrides))
+    with pytest.raises(ConfigError, match=message) as told:
+        validate(composed(*overrides))
     assert "\n" not in str(told.value)
