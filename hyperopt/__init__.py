@@ -88,6 +88,7 @@ _PUBLIC = {
     "Bounded": "hyperopt.spaces.space",
     "Simplex": "hyperopt.spaces.space",
     "SpectralBall": "hyperopt.spaces.space",
+    "PositiveDefinite": "hyperopt.spaces.positive_definite",
     "HyperSpace": "hyperopt.stn.space",
     "convert": "hyperopt.stn.network",
     "SelfTuning": "hyperopt.stn.step",
@@ -180,6 +181,7 @@ if TYPE_CHECKING:
     from hyperopt.core.verify import compare_adjoints as compare_adjoints
     from hyperopt.data.sparse import SparseRows as SparseRows
     from hyperopt.spaces.hyperparameters import Hyperparameters as Hyperparameters
+    from hyperopt.spaces.positive_definite import PositiveDefinite as PositiveDefinite
     from hyperopt.spaces.space import Bounded as Bounded
     from hyperopt.spaces.space import Positive as Positive
     from hyperopt.spaces.space import Real as Real

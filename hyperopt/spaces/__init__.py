@@ -13,12 +13,14 @@ _PUBLIC = {
     "Bounded": "hyperopt.spaces.space",
     "Simplex": "hyperopt.spaces.space",
     "SpectralBall": "hyperopt.spaces.space",
+    "PositiveDefinite": "hyperopt.spaces.positive_definite",
     "Hyperparameters": "hyperopt.spaces.hyperparameters",
 }
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hyperopt.spaces.hyperparameters import Hyperparameters as Hyperparameters
+    from hyperopt.spaces.positive_definite import PositiveDefinite as PositiveDefinite
     from hyperopt.spaces.space import Bounded as Bounded
     from hyperopt.spaces.space import Positive as Positive
     from hyperopt.spaces.space import Real as Real

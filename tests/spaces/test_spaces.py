@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hyperopt import Bounded, Hyperparameters, Positive, Real, Simplex, SpectralBall
+from hyperopt import Bounded, Hyperparameters, Positive, PositiveDefinite, Real, Simplex, SpectralBall
 
 DOUBLE = torch.float64
 RANDOM = torch.Generator().manual_seed(0)
@@ -21,6 +21,7 @@ SPACES = {
     "bounded": (Bounded([-0.9, 0.2, 2.9], low=-1, high=3, per="element"), (3,)),
     "simplex": (Simplex([[0.2, 0.3, 0.5], [0.9, 0.05, 0.05]]), (2, 3)),
     "ball": (SpectralBall(BALL, radius=2.0), (4, 3)),
+    "definite": (PositiveDefinite([[2.0, -0.5, 0.1], [-0.5, 1.0, 0.3], [0.1, 0.3, 0.5]]), (3, 3)),
 }
 
 
@@ -61,6 +62,9 @@ OUTSIDE = [
     (Simplex([0.5, 0.6]), "[0.5, 0.6]"),
     (Simplex([1.0, 0.0]), "[1.0, 0.0]"),
     (SpectralBall([[1.0, 0.0], [0.0, 0.1]]), "1.0"),
+    (PositiveDefinite([[1.0, 2.0], [2.0, 1.0]]), "[[1.0, 2.0], [2.0, 1.0]]"),  # an eigenvalue of -1
+    (PositiveDefinite([[1.0, 0.5], [0.0, 1.0]]), "[[1.0, 0.5], [0.0, 1.0]]"),  # not symmetric
+    (PositiveDefinite([[1.0, 1.0], [1.0, 1.0]]), "[[1.0, 1.0], [1.0, 1.0]]"),  # singular
     (Real(float("inf")), "inf"),
     (Real("much"), "much"),
     (Real([1.0, 2.0, 3.0], per="element"), "[1.0, 2.0, 3.0]"),
@@ -69,7 +73,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize(("space", "shown"), OUTSIDE, ids=[repr(space) for space, _ in OUTSIDE])
 def test_an_initial_value_outside_is_refused_with_value_and_key(space, shown):
-    shape = (2, 2) if isinstance(space, SpectralBall) else (2,)
+    shape = (2, 2) if isinstance(space, SpectralBall | PositiveDefinite) else (2,)
     with pytest.raises(ValueError, match=r"task\.space\.mine\.init") as refused:
         Hyperparameters({"mine": space}, {"mine": shape}, dtype=torch.float32, key="task.space")
     assert shown in str(refused.value)
@@ -113,6 +117,10 @@ def test_projections_are_the_nearest_points():
     balls = [SpectralBall().value(5 * torch.randn(3, 2, generator=RANDOM, dtype=DOUBLE)) for _ in range(300)]
     for value in torch.randn(20, 3, 2, generator=RANDOM, dtype=DOUBLE):
         assert nearest(SpectralBall(radius=1.001), 2 * value, balls)
+    factors = [torch.randn(2, 2, generator=RANDOM, dtype=DOUBLE) for _ in range(300)]
+    for value in factors[:20]:
+        assert nearest(PositiveDefinite(), value, [each @ each.mT for each in factors])
+    assert torch.equal(Hyperparameters({"a": PositiveDefinite()}, {"a": (2, 2)}).read()["a"], torch.eye(2))
 
 
 def test_a_step_by_projection_ends_in_the_space():
