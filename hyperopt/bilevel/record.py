@@ -11,9 +11,9 @@ from hyperopt.bilevel.estimate import Estimate
 from hyperopt.core.status import Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
-    """What one step of a ``Tuner`` did; ``str(record)`` is one line.
+    """What one step of a ``Tuner`` did; it prints as one line.
 
     Attributes:
         step: how many steps were made, with this one.
@@ -67,7 +67,7 @@ class Record:
             "cost/gradients": float(self.gradients),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """One line."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
         kind = "bound" if self.estimate.certificate.is_bound else "estimate"

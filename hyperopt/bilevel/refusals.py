@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 
-def refuse_other_arguments(loss: Any, name: str) -> None:
+def refuse_other_arguments(loss: Any, name: str, arguments: str = "w, lam, batch") -> None:
     """Refuse what cannot be called with three arguments.
 
     Raises:
         TypeError: names the loss.
     """
     if not callable(loss):
-        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(w, lam, batch)")
+        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}({arguments})")
     if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
         return  # the usual case, and its signature takes longer to make
     try:
         inspect.signature(loss).bind(None, None, None)
     except TypeError as error:
-        raise TypeError(f"{name} is called {name}(w, lam, batch), but takes other arguments: {error}") from None
+        raise TypeError(f"{name} is called {name}({arguments}), but takes other arguments: {error}") from None
     except ValueError:  # a function that tells nothing of its arguments
         return
 

@@ -32,6 +32,7 @@ from hyperopt.bilevel.own_batches import OwnBatches
 from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, in_words_of_the_tuner, plainly, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
+from hyperopt.bilevel.refusals import refuse_other_arguments
 from hyperopt.bilevel.trained_by import TrainedBy
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.checks import plain
@@ -108,6 +109,11 @@ class Tuner:
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()
+
+    def __repr__(self) -> str:
+        """The model's class, the hyperparameters in their own units, the adjoint and the number of steps."""
+        values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.metrics().items())
+        return f"Tuner({type(self.model).__name__}, {values}, adjoint={self.adjoint!r}, steps={self.steps})"
 
     def _losses(self) -> ModuleLosses:
         """The losses at the present parameters; those that may be trained are looked out for."""
@@ -233,8 +239,7 @@ def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, opti
             f"hyper is a {type(hyper).__name__}; give hyperopt.Hyperparameters({{'decay': hyperopt.Positive(1e-3)}}), or the like"
         )
     for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
-        if not callable(loss):
-            raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}(model, batch, lam)")
+        refuse_other_arguments(loss, name, "model, batch, lam")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer={optimizer!r} is no optimizer of PyTorch; give one of the hyperparameters, such as "

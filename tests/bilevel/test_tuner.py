@@ -627,7 +627,8 @@ def test_the_record_says_it_in_one_line() -> None:
     tuner = tuner_of(model, adjoint="auto")
     record = tuner.step(TRAIN, VAL)
     line = str(record)
-    assert "\n" not in line
+    assert "\n" not in line and repr(record) == line
+    assert repr(tuner).startswith("Tuner(Sequential, decay=") and repr(tuner).endswith(", adjoint='auto', steps=1)")
     for words in (
         "val_loss=",
         "decay=",

@@ -302,6 +302,7 @@ def test_arguments_that_do_not_fit() -> None:
         ({"optimizer": torch.optim.LBFGS(hyper.parameters())}, "optimizer is LBFGS"),
         ({"train_loss": None}, "train_loss is a NoneType; it must be a function"),
         ({"val_loss": 3.0}, "val_loss is a float; it must be a function"),
+        ({"val_loss": lambda model, batch: 0}, r"val_loss is called val_loss\(model, batch, lam\), but takes other arguments"),
         ({"adjoint": "exact"}, "adjoint='exact' is no adjoint"),
         ({"adjoint": hyperopt.Unrolled()}, "Unrolled goes back through training"),
         ({"adjoint": hyperopt.SOBA()}, "adjoint=SOBA trains the weights itself"),
