@@ -101,7 +101,7 @@ def test_a_loss_that_reads_the_hyperparameters_itself() -> None:
 
 
 def test_a_loss_of_other_arguments() -> None:
-    refused("missing 1 required positional argument", TypeError, train_loss=lambda m, b, lam, more: fit(m, b, lam))
+    refused(r"train_loss\(model, batch, lam\), but takes other arguments", TypeError, train_loss=lambda m, b, lam, more: fit(m, b, lam))
 
 
 def test_a_loss_that_changes_its_batch() -> None:
