@@ -70,6 +70,18 @@ def results(rank: int, world: int) -> dict[str, Tensor]:
         sampler = DistributedSampler(dataset, world, rank, shuffle=False)
         return DataLoader(dataset, 24 // world, sampler=sampler)
 
+    if world > 1:
+        tuner = hyperopt.Tuner(
+            mlp(), hyper := hyperparameters(), train_loss=regularised, val_loss=fit, optimizer=torch.optim.SGD(hyper.parameters())
+        )
+        batch, said = whole(0), []
+        broken = (batch[0][0], batch[0][1] * (float("nan") if rank else 1.0))
+        for given in ((broken, batch[1]), ([batch[0]] * (rank + 1), batch[1])):  # one rank's data are not finite, or one more
+            try:
+                tuner.step(*given)
+            except ValueError as error:
+                said.append(str(error))
+        assert "train_loss is nan" in said[0] and "different numbers of batches" in said[1], said
     loaders = loader(train), loader(val)
     go("plain module", mlp(), whole, wrap=False)
     go("ddp", mlp(), whole, wrap=True)

@@ -10,6 +10,8 @@ A problem is two losses of ``(w, lam, batch)``; ``w`` and ``lam`` are trees of t
     estimate.grad            # a tree like lam
     estimate.certificate     # how far it may be from the exact one
 
+Beside a training loop of your own, with losses that call the module itself, ``hyperopt.Tuner`` does all of this.
+
 How a task does its outer steps, with inner training, warm starts and everything that a resume needs in one place:
 
     self.bilevel = hyperopt.Bilevel(problem, w0, inner=GradientDescent(step_size=0.1, max_steps=100), adjoint=Implicit(CG()))

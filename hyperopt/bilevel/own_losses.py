@@ -110,14 +110,14 @@ class ModuleLosses:
             with _Plain(((p, w[name]) for name, p in parameters.items()), discover=False):
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
-            if not math.isfinite(number := float(value.detach())):
-                raise ValueError(f"{name} is {number:g} on a batch: check the data, the weights and the hyperparameters")
             return value
 
         def mean(w: dict[str, Tensor], lam: Any, batches: Sequence[Any]) -> Tensor:
             for batch in batches:
                 refuse_no_rows(name, batch)
             values = [distributed.mean_over_ranks(one, w, lam, batch, rows=rows_of(batch)) for batch in batches]
+            if bad := [number for each in values if not math.isfinite(number := float(each.detach()))]:  # on all ranks alike
+                raise ValueError(f"{name} is {bad[0]:g} on a batch: check the data, the weights and the hyperparameters")
             value = values[0] if len(values) == 1 else torch.stack([each.reshape(()) for each in values]).mean()
             leaves = {id(leaf): leaf for leaf in variables(value)}
             if strays := [path for key, path in raw.items() if key in leaves]:

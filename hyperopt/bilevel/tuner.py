@@ -34,6 +34,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.refusals import refuse_other_arguments
 from hyperopt.bilevel.trained_by import TrainedBy
+from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.checks import plain
 from hyperopt.core.state import check_entries
@@ -162,6 +163,9 @@ class Tuner:
 
     def _step(self, drawn: list[list[Any]]) -> Record:
         """A step on these batches of ``train`` and of ``val``."""
+        counts = distributed.from_all([len(each) for each in drawn])
+        if any(count != counts[0] for count in counts):
+            raise ValueError(f"the ranks have different numbers of batches of train and val: {counts}; give each as many")
         hyper, optimizer = self.hyper, self.optimizer
         with plainly(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
             losses = self._losses()
