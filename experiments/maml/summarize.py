@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 METHODS = {"maml": "MAML", "meta_sgd": "Meta-SGD", "imaml": "iMAML"}
 STEPS, SHOTS = (0, 1, 5, 10), (5, 10)
+EARLY = 1001  # outer steps at which the first rows of a longer run are shown
 
 
 def read(run: Path) -> shared.Row:
@@ -41,20 +42,18 @@ def read(run: Path) -> shared.Row:
     return {"seed": config["seed"], "seconds": seconds, "steps": len(rows), "inner": config["inner"], "evaluations": kept}
 
 
-def at(found: shared.Row, steps: int | None = None) -> shared.Row:
-    """The last evaluation, or that after ``steps`` outer steps."""
-    return next(row for row in reversed(found["evaluations"]) if steps is None or row["step"] + 1 == steps)
-
-
 def sinusoid(results: shared.Row) -> list[str]:
     """Mean squared errors of new curves by shots and inner steps."""
-    lines = [f"| | outer steps | {' | '.join(f'{k} points, {n} steps' for k in SHOTS for n in STEPS if n)} | s |"]
+    heads = [f"{k} points, {n} step{'s' * (n > 1)}" for k in SHOTS for n in STEPS if n]
+    lines = [f"| | outer steps | {' | '.join(heads)} | s |"]
     lines.append("|---|---|" + "---|" * (len(SHOTS) * (len(STEPS) - 1) + 1))
     for name, label in METHODS.items():
-        if name in results:
-            last = at(results[name])
-            cells = [f"{last[f'test/loss_{k}_shots_{n}_steps']:.3f}" for k in SHOTS for n in STEPS if n]
-            lines.append(f"| {label} | {results[name]['steps']:,} | {' | '.join(cells)} | {results[name]['seconds']:.0f} |")
+        rows = results[name]["evaluations"] if name in results else []
+        early = [row for row in rows if row["step"] + 1 == EARLY]
+        for row in (*early, *rows[-1:]):
+            cells = [f"{row[f'test/loss_{k}_shots_{n}_steps']:.3f}" for k in SHOTS for n in STEPS if n]
+            seconds = f"{results[name]['seconds']:.0f}" if row is rows[-1] else ""
+            lines.append(f"| {label} | {row['step'] + 1:,} | {' | '.join(cells)} | {seconds} |")
     return lines
 
 
@@ -72,7 +71,7 @@ def draw(results: shared.Row) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name, label in METHODS.items():
         if name in results:
-            last = at(results[name])
+            last = results[name]["evaluations"][-1]
             for shots, style in zip(SHOTS, ("--", "-"), strict=True):
                 values = [last[f"test/loss_{shots}_shots_{n}_steps"] for n in STEPS]
                 left.plot(STEPS, values, style, marker="o", label=f"{label}, {shots} points")

@@ -16,6 +16,7 @@ NeurIPS 2019, arXiv 1909.04630; Z. Li, F. Zhou, F. Chen and H. Li, Meta-SGD, arX
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
 from hyperopt.core.checks import check_count, check_counts, check_flag, check_number
+from hyperopt.core.policy import SolveError
 from hyperopt.core.random import Keys
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
@@ -241,7 +243,8 @@ class MetaTask(BilevelTask):
         """Adapt to tasks that are always the same, and measure on their queries.
 
         ``outer/*`` are on the tasks of the first outer step; ``val/*`` and ``test/*`` on tasks of their own. They are after the
-        inner solver's own steps, and ``test/<kind>_<shots>_shots_<steps>_steps`` after as many as they say.
+        inner solver's own steps, and ``test/<kind>_<shots>_shots_<steps>_steps`` after as many as they say: NaN where these
+        diverge, as more steps may than the weights and rates were learned for.
         """
         found: dict[str, float] = {}
 
@@ -251,7 +254,14 @@ class MetaTask(BilevelTask):
             for first in range(0, count, AT_A_TIME):
                 some = min(AT_A_TIME, count - first)
                 at = self.drawn(split, first, some, shots)
-                for kind, value in self.measures(self.outputs(self.adapted(at, steps), at.query_x), at.query_y).items():
+                try:
+                    w = self.adapted(at, steps)
+                except SolveError:
+                    if steps is None:
+                        raise
+                    totals = dict.fromkeys(self.kinds, math.nan)
+                    break
+                for kind, value in self.measures(self.outputs(w, at.query_x), at.query_y).items():
                     totals[kind] += value * some / count
             found.update({name.format(kind): value for kind, value in totals.items()})
 

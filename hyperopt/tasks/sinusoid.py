@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.core.checks import check_counts
+from hyperopt.core.policy import SolveError
 from hyperopt.core.random import Keys
 from hyperopt.data.splits import Dataset
 from hyperopt.tasks.base import Environment
@@ -82,8 +83,12 @@ class SinusoidTask(MetaTask):
             axes.set(xlabel="x", ylabel="y")
             axes.grid(alpha=0.3)
         for steps in (0, *(n for n in self.eval_steps if n)):
+            try:
+                w = self.adapted(shown, steps)
+            except SolveError:  # more steps than were learned for
+                continue
             with torch.no_grad():
-                outputs = self.outputs(self.adapted(shown, steps), grid.expand(len(shown.x), *grid.shape))[..., 0].cpu()
+                outputs = self.outputs(w, grid.expand(len(shown.x), *grid.shape))[..., 0].cpu()
             for axes, line in zip(figure.axes, outputs, strict=True):
                 axes.plot(grid[:, 0].cpu(), line, "--" if not steps else "-", label=f"{steps} steps")
         figure.axes[-1].legend(fontsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from hyperopt.app.config import ConfigError
 from hyperopt.app.repro import seed_everything
 from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.inner.lbfgs import InnerLBFGS
+from hyperopt.core.policy import SolveError
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.meta import Episodes
 from hyperopt.tasks.sinusoid import SinusoidTask
@@ -181,6 +183,16 @@ def test_an_evaluation_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("hyperopt.tasks.meta.AT_A_TIME", 2)
     assert task.evaluate() == pytest.approx(whole, rel=1e-12)
     assert set(whole) == set(task.MEASURES)
+
+
+def test_more_steps_than_were_learned_for_may_diverge() -> None:
+    """The further measure is NaN then, and the run goes on; after the inner solver's own steps it is an error."""
+    task = made(inner=GradientDescent(step_size=0.5, max_steps=1), eval_steps=(0, 1, 200))
+    found = task.evaluate()
+    assert math.isfinite(found["test/loss"]) and found["test/loss_4_shots_1_steps"] == found["test/loss"]
+    assert math.isnan(found["test/loss_4_shots_200_steps"]) and set(task.figures()) == {"curves"}
+    with pytest.raises(SolveError, match="diverged"):
+        made(inner=GradientDescent(step_size=0.5, max_steps=200)).evaluate()
 
 
 def test_tasks_are_drawn_by_the_seed_and_their_number_alone() -> None:
