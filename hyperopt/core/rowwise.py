@@ -42,13 +42,15 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 def dots(vectors: Tensor, x: Tensor, start: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Return ``beta start + <vectors_i, x>``, written to ``out`` if that is given.
 
-    Shapes: ``vectors`` (rows, m, dim), ``x`` (rows, dim), ``start`` and the result (rows, m, 1).
+    Shapes: ``vectors`` (rows, m, dim), ``x`` (rows, dim), the result (rows, m, 1), and ``start`` likewise or ().
     """
     if rounds(x):
         found = torch.sum(vectors * x[:, None], dim=2, keepdim=True, out=out if start is None else None)
         return found if start is None else torch.add(found, start, alpha=beta, out=out)
-    column = x[:, :, None]
-    return torch.bmm(vectors, column, out=out) if start is None else torch.baddbmm(start, vectors, column, beta=beta, out=out)
+    row, place = x[:, None], None if out is None else out.mT  # on the CPU several times as fast as columns on the right
+    if start is None:
+        return torch.bmm(row, vectors.mT, out=place).mT
+    return torch.baddbmm(start.mT if start.dim() else start, row, vectors.mT, beta=beta, out=place).mT
 
 
 def dot(a: Tensor, b: Tensor, start: Tensor | None = None, beta: float = 1.0) -> Tensor:
