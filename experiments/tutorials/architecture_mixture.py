@@ -16,6 +16,7 @@
 import argparse
 import functools
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -256,12 +257,14 @@ print("\n".join(f"{order} order chose {chosen(mixtures[-1])}" for order, (_, mix
 
 # %%
 parser = argparse.ArgumentParser(allow_abbrev=False)
-parser.add_argument("--out", type=Path, help="folder for the picture; without it none is drawn")
+parser.add_argument("--out", type=Path, help="folder for the picture (in a notebook it is shown)")
 out = parser.parse_known_args()[0].out
-if out is not None:
+notebook = "ipykernel" in sys.modules
+if out is not None or notebook:
     import matplotlib
 
-    matplotlib.use("Agg")
+    if not notebook:
+        matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(EDGES), figsize=(9, 3), sharey=True, layout="constrained")
@@ -273,7 +276,8 @@ if out is not None:
         panel.set(title=edge, xlabel="epoch")
     panels[0].set(ylabel="weight in the mixture")
     panels[-1].legend(title="solid: second order\ndashed: first", fontsize=8, title_fontsize=8, loc="center right")
-    figure.savefig(out / "architecture_mixture.png", dpi=80)
+    if out is not None:
+        figure.savefig(out / "architecture_mixture.png", dpi=80)
 
 # %% [markdown]
 # ## What to try next

@@ -19,6 +19,7 @@
 """A tutorial: the prior of a Tuner's hyperparameters is tuned by a third level, with an exact gradient."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -236,12 +237,14 @@ if history[-1]["third"] >= history[0]["third"]:
 
 # %%
 parser = argparse.ArgumentParser(allow_abbrev=False)
-parser.add_argument("--out", type=Path, help="folder for the picture; without it none is drawn")
+parser.add_argument("--out", type=Path, help="folder for the picture (in a notebook it is shown)")
 out = parser.parse_known_args()[0].out
-if out is not None:
+notebook = "ipykernel" in sys.modules
+if out is not None or notebook:
     import matplotlib
 
-    matplotlib.use("Agg")
+    if not notebook:
+        matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
@@ -255,7 +258,8 @@ if out is not None:
     other.set(ylabel="strength")
     left.legend()
     right.legend(handles=[*right.lines, *other.lines])
-    figure.savefig(out / "three_levels.png", dpi=80)
+    if out is not None:
+        figure.savefig(out / "three_levels.png", dpi=80)
 
 # %% [markdown]
 # ## What to try next
