@@ -207,7 +207,7 @@ class Places:
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is not None:
             yield name, wrapped
-        if function.__module__.split(".")[0] in FOREIGN:
+        if (function.__module__ or "").split(".")[0] in FOREIGN:  # None: it was run by exec
             return
         if self._deep and vars(function):
             self.contents.append(Items(vars(function)))
