@@ -179,6 +179,15 @@ CHECKS: dict[Callable[[str], None], tuple[str, ...]] = {
     check_an_optimizer: tuple(OPTIMIZERS),
 }
 ALL = [pytest.param(check, option, id=f"{check.__name__[6:]}-{option}") for check in CHECKS for option in CHECKS[check]]
+# A linear solver is right for an equilibrium already, and these take the longest: in the quick run they are left out.
+QUICK = ("adjoint=cg", "adjoint=auto", "adjoint=unrolled", "adjoint=nystrom", "adjoint=soba", "adjoint=saba", "adjoint=f2sa")
+
+
+def marks(check: Callable[[str], None], option: str) -> tuple[pytest.MarkDecorator, ...]:
+    quick = check is check_an_option or not option.startswith("adjoint") or option in QUICK
+    return () if quick else (pytest.mark.slow,)
+
+
 ONE_OF_EACH = {  # group, and what stands for it
     "solver": (check_an_option, "solver=anderson"),
     "adjoint": (check_an_option, "adjoint=gmres"),
@@ -208,7 +217,7 @@ def test_no_option_is_left_out() -> None:
     assert {each for each in own() if each.startswith(groups)} - checked == set()
 
 
-@pytest.mark.parametrize(("check", "option"), ALL)
+@pytest.mark.parametrize(("check", "option"), [pytest.param(*each.values, id=each.id, marks=marks(*each.values)) for each in ALL])
 def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option: str) -> None:
     check(option)
 

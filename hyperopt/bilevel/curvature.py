@@ -118,6 +118,10 @@ class Hessian(Curvature):
         return found
 
 
+COMPILED = ("aot_autograd does not currently support double backward", "compiled with non-empty donated buffers")
+"""What PyTorch says of a second derivative of compiled code; which of them depends on what it has compiled before."""
+
+
 @contextlib.contextmanager
 def second_derivatives() -> Iterator[None]:
     """Second derivatives are taken in this block; an operator that has none is named.
@@ -138,7 +142,7 @@ def second_derivatives() -> Iterator[None]:
                 "the inner loss calls torch.utils.checkpoint with use_reentrant=True, which torch.autograd.grad does not follow; "
                 "give use_reentrant=False"
             ) from error
-        if "aot_autograd does not currently support double backward" in str(error):
+        if any(words in str(error) for words in COMPILED):
             raise RuntimeError(
                 "the inner loss calls compiled code, which has no second derivative in PyTorch: give the module as it was before "
                 "torch.compile (its _orig_mod), or use finite differences of gradients: adjoint=FiniteDifference(), or "

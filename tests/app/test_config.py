@@ -51,6 +51,8 @@ def test_every_option_composes_and_passes_the_checks(option: str) -> None:
         assert OmegaConf.select(cfg, f"{place}._target_") == targets(group)[name][0]
 
 
+# In the quick run, tests/test_readme.py composes those that a command of the manuals names.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
     cfg = composed(f"experiment={name}")

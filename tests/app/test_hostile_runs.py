@@ -20,6 +20,7 @@ import pytest
 import torch
 from hostile import Place, assert_refused
 from launcher import Launcher
+from marks import slow_but
 from toy_task import config, go, rows, signal_at, summary
 
 from hyperopt.app import checkpoint
@@ -675,7 +676,7 @@ def test_a_look_at_ones_own_run_leaves_its_lock(place: Place) -> None:
     assert directory.running is False
 
 
-@pytest.mark.parametrize("row", ["rows", "checkpoint", "unsafe", "content"])
+@pytest.mark.parametrize("row", slow_but(["unsafe"], ["rows", "checkpoint", "unsafe", "content"]))
 def test_the_command_changes_nothing_where_it_refuses_to_go_on(command: Launcher, tmp_path: Path, row: str) -> None:
     place = Place(tmp_path / "place")
     argv = [f"hydra.run.dir={place.work}", "debug=default", "device=cpu", "task.state_size=5", "dataset.train=40"]

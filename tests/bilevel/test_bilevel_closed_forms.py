@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Ridge
+from marks import slow_but
 
 import hyperopt
 from hyperopt import (
@@ -87,7 +88,7 @@ def test_every_inner_solver_from_a_cold_start(inner):
     assert len(ridge.evaluations) == found.cost.inner_gradients == found.inner.evaluations + 1
 
 
-@pytest.mark.parametrize("inner", ["gradient_descent", "heavy_ball"])
+@pytest.mark.parametrize("inner", slow_but(["heavy_ball"], ["gradient_descent", "heavy_ball"]))
 @pytest.mark.parametrize("name", THROUGH)
 def test_every_estimator_through_training(name, inner):
     ridge = Ridge()

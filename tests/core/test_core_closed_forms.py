@@ -119,10 +119,10 @@ PROBLEMS = [scalar, vector, batch, image, coupled, nested, non_contiguous]
 
 
 def thinned():
-    """Every problem with every pair of methods: all pairs on a batch, and every fifth on each other problem, the rest slow."""
+    """Every problem with every pair of methods: all pairs on a batch, and every tenth on each other problem, the rest slow."""
     for number, problem in enumerate(PROBLEMS):
         for place, case in enumerate(GRID):
-            quick = problem is batch or (place + number) % 5 == 0
+            quick = problem is batch or (place + number) % 10 == 0
             marks = () if quick else pytest.mark.slow
             yield pytest.param(problem, *case.values, marks=marks, id=f"{problem.__name__}-{case.id}")
 

@@ -174,7 +174,9 @@ def test_the_distance_of_large_states_is_taken_in_parts(shape):
         assert memory.peak < a.numel() * a.element_size() / 2
 
 
-@pytest.mark.parametrize(("name", "states"), [("cg", 8), ("minres", 12), ("bicgstab", 13)])
+@pytest.mark.parametrize(
+    ("name", "states"), [("cg", 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("minres", 12), ("bicgstab", 13)))]
+)
 def test_memory_of_a_large_solve(name, states):
     b, d = torch.randn(2, 1_000_000), torch.linspace(-0.5, 0.9, 1_000_000)
     with torch.no_grad(), peak_memory("cpu") as memory:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -355,7 +356,7 @@ def test_layers_frozen_under_way_stay(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("make", [Tied, Functional, Sentences, Language])
+@pytest.mark.parametrize("make", slow_but([Tied, Sentences], [Tied, Functional, Sentences, Language]))
 def test_rounds_resume_bit_for_bit(make: Callable[[], nn.Module], mode: str) -> None:
     def fresh() -> stn.SelfTuning:
         torch.manual_seed(0)
@@ -425,7 +426,7 @@ def test_activations_that_are_computed_again() -> None:
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("make", [Tied, Sentences, Functional])
+@pytest.mark.parametrize("make", slow_but([Tied], [Tied, Sentences, Functional]))
 def test_compiled_it_gives_the_same_numbers(make: Callable[[], nn.Module], linear: bool) -> None:
     torch.manual_seed(0)
     model = converted(make())

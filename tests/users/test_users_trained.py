@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import nn
 
 import hyperopt
@@ -41,7 +42,7 @@ def run(
     )
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "finite_differences"])
+@pytest.mark.parametrize("curvature", slow_but(["hessian"], ["hessian", "finite_differences"]))
 @pytest.mark.parametrize(
     "options",
     [{"weight_decay": 0.5}, {"weight_decay": 0.1, "momentum": 0.5}, {"weight_decay": 0.3, "nesterov": True, "momentum": 0.4}],
