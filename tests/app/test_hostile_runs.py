@@ -234,7 +234,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("row", CONFIGS)
-@pytest.mark.parametrize("way", ["resume", "report"])
+@pytest.mark.parametrize("way", slow_but(["resume"], ["resume", "report"]))
 def test_a_hostile_config(place: Place, launched: Callable[..., str], row: str, way: str, monkeypatch: Any, capfd: Any) -> None:
     text, words = CONFIGS[row]
     (place.work / "config.yaml").write_text(text.replace("MARK", str(place.mark)))
@@ -627,7 +627,7 @@ PLACES: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("row", PLACES)
+@pytest.mark.parametrize("row", slow_but(list(PLACES)[::3], PLACES))
 def test_a_place_outside(tmp_path: Path, launched: Callable[..., str], row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv, words = PLACES[row]
     place = Place(tmp_path / "place")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fw
 from core_reference import close, unrolled
+from marks import slow_but
 from torch import func
 from torch.autograd import functional, grad, gradcheck, gradgradcheck
 
@@ -278,7 +279,7 @@ PARAMETER_DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", PARAMETER_DOORS)
+@pytest.mark.parametrize("door", slow_but(list(PARAMETER_DOORS)[::2], PARAMETER_DOORS))
 @pytest.mark.parametrize("name", INSIDE)
 def test_derivatives_inside_the_map(name, door):
     # torch itself refuses requires_grad_() under torch.func, and hessian inside a dual level.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from core_reference import close
+from marks import slow_but
 
 from hyperopt import (
     CG,
@@ -89,7 +90,7 @@ def right_or_told(found: Any, sizes: torch.Tensor, op: LinearOperator, b: torch.
 
 @pytest.mark.parametrize(("rtol", "relative_to"), [(1e-3, "row"), (1e-8, "row"), (1e-8, "batch")])
 @pytest.mark.parametrize("kind", ["alike", "sizes", "zeros"])
-@pytest.mark.parametrize("strength", [0.02, 0.3])
+@pytest.mark.parametrize("strength", slow_but([0.3], [0.02, 0.3]))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_graph_over_the_rows_is_solved_or_told(name, strength, kind, rtol, relative_to):
     for seed in range(3):

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from core_reference import Counted, close
+from marks import slow_but
 
 from hyperopt import (
     CG,
@@ -188,7 +189,7 @@ def test_04_two_calls_before_one_backward_and_a_second_backward():
 
 
 @pytest.mark.parametrize("adjoint", [EXACT, Implicit(NormalCG()), Implicit(Dense()), OneStep(), Phantom(), Unrolled()])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", slow_but([True], [False, True]))
 def test_04_nothing_outlives_the_solution(adjoint, backward):
     m, b = linear(0.5)
     gc.collect()
@@ -246,7 +247,7 @@ ROW_ADJOINTS = {
 }
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", slow_but([math.inf], [math.nan, math.inf]))
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("adjoint", ROW_ADJOINTS.values(), ids=ROW_ADJOINTS)
 def test_05_one_bad_row_leaves_the_others_as_they_are(solver, adjoint, bad):

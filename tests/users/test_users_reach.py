@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 import hyperopt as ho
@@ -195,7 +196,7 @@ LIKE_W = {
 }
 
 
-@pytest.mark.parametrize("kind", LIKE_W)
+@pytest.mark.parametrize("kind", slow_but(list(LIKE_W)[::2], LIKE_W))
 @pytest.mark.parametrize("adjoint", THROUGH, ids=repr)
 @pytest.mark.parametrize(
     "inner",

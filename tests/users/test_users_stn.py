@@ -231,7 +231,7 @@ class Decoder8(nn.Module):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", slow_but([True], [True, False]))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_example_has_the_network_of_its_own_weights(name: str, training: bool, linear: bool) -> None:
     make, x, how = NETWORKS[name]
