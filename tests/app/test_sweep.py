@@ -32,6 +32,7 @@ def index() -> dict[str, Any]:
     return json.loads(Path("mine/sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_index_is_written_as_jobs_end(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, int]] = []
     write = sweep.write_index
@@ -62,6 +63,7 @@ def test_resuming_runs_only_what_is_missing_or_failed(launch: Launcher, monkeypa
     assert [job["overrides"] for job in index()["jobs"]] == [["seed=1"], ["seed=13"], ["seed=2"], ["seed=5"]]
 
 
+@pytest.mark.slow
 def test_a_longer_sweep_goes_on_with_every_job(launch: Launcher) -> None:
     launch(*SWEEP, "seed=1,2", "trainer.max_steps=10")
     assert not launch(*SWEEP, "seed=1,2", "trainer.max_steps=10", "resume=auto", "device=cpu").runs
@@ -114,6 +116,7 @@ def test_jobs_of_many_processes_in_any_order(tmp_path: Path) -> None:
     assert found["jobs"][0]["directory"] == "group=0/1" and found["jobs"][0]["metrics"] == {"val/loss": 0.25}
 
 
+@pytest.mark.slow
 def test_an_unreadable_summary_is_a_job_that_is_not_done(launch: Launcher) -> None:
     launch(*SWEEP, "seed=1,2")
     Path("mine/1/summary.json").write_text('{"status": "comp')

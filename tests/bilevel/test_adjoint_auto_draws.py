@@ -53,16 +53,12 @@ def network(name, size=None, dtype=DOUBLE, rows=40):
 
 
 KINDS = [(None, DOUBLE), (None, torch.float32), (10, DOUBLE)]
-QUICK = ("hidden", None, DOUBLE)  # the others are among the slow tests, those in float32 among the manual ones
 DRAWN = [(name, *kind) for kind in KINDS for name in NETWORKS]
 
 
 @pytest.mark.parametrize(
     ("name", "size", "dtype"),
-    [
-        pytest.param(*case, marks=() if case == QUICK else pytest.mark.manual if case[2] is torch.float32 else pytest.mark.slow)
-        for case in DRAWN
-    ],
+    [pytest.param(*case, marks=pytest.mark.manual if case[2] is torch.float32 else pytest.mark.slow) for case in DRAWN],
 )
 def test_the_defaults_tune_a_network_with_dropout(name, size, dtype):
     """Every hypergradient of 20 outer steps is finite, and the loss ends lower than by training on alone."""

@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Any, int, float]] = {  # the method, outer steps at one
 FIRST_ORDER = ("f2sa", "v_pbgd")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["saba", "f2sa"], METHODS))
 def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     ridge, (method, steps, tolerance) = Ridge(), METHODS[name]
     bilevel = Bilevel(ridge.problem, torch.zeros(8, dtype=DOUBLE), adjoint=method)

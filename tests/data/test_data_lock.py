@@ -17,6 +17,7 @@ from typing import Any
 
 import filelock
 import pytest
+from marks import slow_but
 from mnist_files import CHECKSUMS, FILES, fill, md5, serve_to_torchvision
 
 from hyperopt.data import DataError, files
@@ -183,6 +184,7 @@ def test_the_lock_of_a_killed_process_is_no_lock_and_its_half_files_are_removed(
     assert kept(folder) == SIMPLE
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) -> None:
     first = start(tmp_path, seconds=600)
     wait_for(tmp_path / "started", first)
@@ -194,7 +196,7 @@ def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) 
     assert kept(tmp_path / "data" / "raw") == SIMPLE
 
 
-@pytest.mark.parametrize("moment", ["before the first", "between the two", "after the last"])
+@pytest.mark.parametrize("moment", slow_but(["between the two"], ["before the first", "between the two", "after the last"]))
 def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, moment: str) -> None:
     """Killed when the first file is half way to the disk, when it is there and the second is not, and when both are."""
     function, calls = {"before the first": ("fsync", 1), "between the two": ("fsync", 2), "after the last": ("replace", 2)}[
