@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     assert found["torn lines"] == found["rows differ"] == 0 and found["differences"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.skipif(os.geteuid() != 0, reason="chattr takes root")
 def test_a_directory_that_is_removed_moved_or_locked(tmp_path: Path) -> None:
     found = measure().directory(tmp_path, seed=0, count=50)

@@ -144,8 +144,13 @@ def test_a_refused_launch_ends_all_ranks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        *(pytest.param(number, marks=pytest.mark.manual) for number in (signal.SIGSTOP, signal.SIGTERM)),
+    ],
+)
 def test_one_rank_that_dies_stops_the_others_and_the_run_goes_on(tmp_path, number):
     folder = tmp_path / "run"
     command = [*TORCHRUN, *SMALL, "trainer.checkpoint_every=5", f"hydra.run.dir={folder}"]

@@ -58,7 +58,7 @@ DRAWN = [(name, *kind) for kind in KINDS for name in NETWORKS]
 
 @pytest.mark.parametrize(
     ("name", "size", "dtype"),
-    [pytest.param(*case, marks=pytest.mark.manual if case[2] is torch.float32 else pytest.mark.slow) for case in DRAWN],
+    [pytest.param(*case, marks=pytest.mark.slow if case[1:] == (10, DOUBLE) else pytest.mark.manual) for case in DRAWN],
 )
 def test_the_defaults_tune_a_network_with_dropout(name, size, dtype):
     """Every hypergradient of 20 outer steps is finite, and the loss ends lower than by training on alone."""

@@ -222,7 +222,7 @@ def test_20_drawn_problems():
     check_all(range(20))
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_200_drawn_problems():
     check_all(range(100, 300))
 
