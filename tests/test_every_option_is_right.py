@@ -178,7 +178,8 @@ CHECKS: dict[Callable[[str], None], tuple[str, ...]] = {
     check_a_method_that_trains_itself: tuple(LOOPS),
     check_an_optimizer: tuple(OPTIMIZERS),
 }
-ALL = [pytest.param(check, option, id=f"{check.__name__[6:]}-{option}") for check in CHECKS for option in CHECKS[check]]
+PAIRS = [(check, option) for check in CHECKS for option in CHECKS[check]]
+IDS = [f"{check.__name__[6:]}-{option}" for check, option in PAIRS]
 # A linear solver is right for an equilibrium already, and these take the longest: in the quick run they are left out.
 QUICK = ("adjoint=cg", "adjoint=auto", "adjoint=unrolled", "adjoint=nystrom", "adjoint=soba", "adjoint=saba", "adjoint=f2sa")
 
@@ -217,7 +218,7 @@ def test_no_option_is_left_out() -> None:
     assert {each for each in own() if each.startswith(groups)} - checked == set()
 
 
-@pytest.mark.parametrize(("check", "option"), [pytest.param(*each.values, id=each.id, marks=marks(*each.values)) for each in ALL])
+@pytest.mark.parametrize(("check", "option"), [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS], ids=IDS)
 def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option: str) -> None:
     check(option)
 
@@ -244,7 +245,7 @@ def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, 2.0], ids=["negated", "doubled"])
-@pytest.mark.parametrize(("check", "option"), ALL)
+@pytest.mark.parametrize(("check", "option"), PAIRS, ids=IDS)
 def test_a_wrong_one_of_any_option_is_caught(
     check: Callable[[str], None], option: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
