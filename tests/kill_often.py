@@ -1,6 +1,6 @@
 """Kill runs of the toy task for real, at each of their writes in turn, resume them, and say what is left.
 
-    python kill_often.py DIRECTORY FIRST STEP
+    python kill_often.py DIRECTORY
 
 One process imports everything once, and forks for every run; it runs nothing of it itself, so that a child starts fresh.
 """
@@ -69,15 +69,15 @@ def killed_at(number: int) -> None:
         setattr(os, name, after(getattr(os, name)))
 
 
-def main(root: Path, first: int, step: int) -> None:
-    """Kill a run at its change ``first``, ``first + step``, ... until it has none left; print one line of JSON."""
+def main(root: Path) -> None:
+    """Kill a run at its first change, at its second, ... until it has none left; print one line of JSON."""
     # What a first run loads on its way, once for all children: fonts, and what torch's optimizers import when they first step.
     Toy().figures()["residual"].savefig(io.BytesIO(), format="png")
     pyplot.close("all")
     importlib.import_module("torch._dynamo")
     whole = root / "whole"
     assert forked(lambda: go(config("momentum", "cosine", SETTINGS), whole)) == 0
-    wrong, number, twice = [], first, 0
+    wrong, number, twice = [], 1, 0
     before = time.monotonic()
     while True:
         out = root / str(number)
@@ -98,10 +98,10 @@ def main(root: Path, first: int, step: int) -> None:
         same = [rows(out) == rows(whole), scalars(out) == scalars(whole), not list(out.rglob("*.tmp")), left == 0]
         if os.WTERMSIG(status) != signal.SIGKILL or not all(same):
             wrong.append([number, status, *same])
-        number += step
-    kills = len(range(first, number, step)) + twice
+        number += 1
+    kills = number - 1 + twice
     print(json.dumps({"kills": kills, "changes": number, "wrong": wrong, "seconds": round(time.monotonic() - before, 1)}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]))

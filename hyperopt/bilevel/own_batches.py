@@ -1,4 +1,4 @@
-"""``batches_of``: what a user hands to ``Tuner.step`` as data, as a source of the batches of one step.
+"""``OwnBatches``: what a user hands to ``Tuner.step`` as data, and the batches of one step that are taken from it.
 
 One batch is a tensor, a tuple, a mapping, None, or a list with a tensor in it, such as the ``[x, y]`` that a ``DataLoader``
 gives. Several batches are a list of tuples, lists or mappings. Batches are drawn from an iterator, a ``DataLoader``, a dataset or

@@ -9,20 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def kill_often(where: Path, first: int, step: int) -> dict[str, Any]:
-    """Kill a forked run of the toy task at each of its changes to the file system; see ``kill_often.py``."""
+@pytest.mark.slow
+def test_killed_at_every_write(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, str(ROOT / "tests" / "kill_often.py"), str(where), str(first), str(step)]
+    command = [sys.executable, str(ROOT / "tests" / "kill_often.py"), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [] and found["kills"] > 50
 
 
 def measure() -> ModuleType:
@@ -32,12 +32,6 @@ def measure() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.slow
-def test_killed_at_every_write(tmp_path: Path) -> None:
-    found = kill_often(tmp_path, first=1, step=1)
-    assert found["wrong"] == [] and found["kills"] > 50
 
 
 @pytest.mark.manual
