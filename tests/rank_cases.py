@@ -1,6 +1,6 @@
-"""Hypergradients on one or several ranks, each on its share of the rows: run by ``test_mesh.py``, once a rank.
+"""Hypergradients on one or several ranks, each on its share of the rows: run by ``test_distributed.py``, once a rank.
 
-python rank_cases.py RANK WORLD STORE OUT
+python rank_cases.py RANK WORLD STORE FOLDER
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def naive(rank: int, world: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, world, store, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.save({"results": results(rank, world), "naive": naive(rank, world)}, out)
+    torch.save({"results": results(rank, world), "naive": naive(rank, world)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

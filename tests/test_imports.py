@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,27 @@ def test_the_core_needs_torch_optree_and_numpy_only() -> None:
     outside = {found.partition(".")[0] for module in core for found in graph.find_modules_directly_imported_by(module)}
     drawing = {"matplotlib"}  # of a figure that is asked for, by ``compare_adjoints``
     assert outside - set(sys.stdlib_module_names) - drawing == {"hyperopt", "torch", "optree", "numpy"}
+
+
+def test_no_package_imports_the_compiler_and_nor_does_a_refused_config() -> None:
+    """It takes as long to import as the rest of torch."""
+    code = (
+        "import sys, pkgutil, importlib, hyperopt\n"
+        "names = [m.name for m in pkgutil.walk_packages(hyperopt.__path__, 'hyperopt.') if 'integrations' not in m.name]\n"
+        "for name in names:\n"
+        "    importlib.import_module(name) if '.plugins' not in name else None\n"
+        "assert len(names) > 100\n"
+        "from composing import composed\n"
+        "from hyperopt.app.building import validate\n"
+        "try:\n"
+        "    validate(composed('optimizer.lr=0'))\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stdout == "optimizer.lr=0 is not in (0, inf); change optimizer.lr\nFalse\n", done.stdout + done.stderr
 
 
 def test_nothing_lies_beside_the_packages() -> None:

@@ -35,6 +35,8 @@ from hyperopt.tasks.base import Task
 from hyperopt.tasks.stn import SelfTuningOptions
 from hyperopt.tasks.trainer import TrainerSettings
 
+LAST = ("optimizer", "stn")
+"""Parts that are built after all other checks: making an optimizer of torch imports the compiler, which takes seconds."""
 TORCHS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 GROUPS: dict[str, Any] = {
     "solver": FixedPointSolver | None,
@@ -90,7 +92,7 @@ def build(cfg: DictConfig) -> Built:
         f"task.{name}": str(node._value())[2:-1] for name, node in task.items() if OmegaConf.is_interpolation(cfg.task, name)
     }
     try:
-        made = {name: make(values[name], name, GROUPS[name], allowed) for name in PARTS}
+        made = {name: make(values[name], name, GROUPS[name], allowed) for name in PARTS if name not in LAST}
     except ConfigError as error:
         where = re.match(r"task\.\w+", text := str(error))
         if where is None or where[0] not in shared:
@@ -102,6 +104,7 @@ def build(cfg: DictConfig) -> Built:
         raise ConfigError(
             f"trainer.monitor={trainer.monitor!r} is nothing that the task measures; {known}; change trainer.monitor"
         )
+    made |= {name: make(values[name], name, GROUPS[name], allowed) for name in LAST}
     return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
 
 

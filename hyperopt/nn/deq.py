@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.captured import functorch_level
 from hyperopt.core.checks import POLICIES
+from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.purity import lazy_names
 from hyperopt.core.replay import FrozenMap
@@ -133,7 +134,7 @@ class DEQ(nn.Module):
         z0 = _detached(self.start(x) if z0 is None else z0)
         return fixed_point(phi, z0, args=terms, rows=self._rows(), solver=self.solver, adjoint=self.adjoint).value
 
-    @torch.compiler.disable(reason="a DEQ solves eagerly; compile its cell (compile_map)")
+    @runs_eagerly("a DEQ solves eagerly; compile its cell (compile_map)")
     def _solve(self, x: Any, z0: Any, v0: Any, trace: bool) -> Any:
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in optree.tree_leaves(x)):
             raise ValueError("DEQ: x is on the meta device, which has no numbers to solve for; move it to another device")

@@ -16,8 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hyperopt.core.eager import runs_eagerly
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.response import Response, Use, responding
+
+UNTRACED = "a weight that responds is not a tensor that could be traced; under torch.compile it runs eagerly"
 
 
 class Context:
@@ -117,9 +120,7 @@ class HyperLayer(InContext):
     responses: nn.ModuleDict
     examples: int = 0
 
-    @torch.compiler.disable(
-        reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
-    )
+    @runs_eagerly(UNTRACED)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the layer like the plain one, with the responding weights.
 

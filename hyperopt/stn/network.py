@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
+from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dual import Elementary
 from hyperopt.stn.kinds import check_memory, check_wrapper, copied, respond_, weights_of
-from hyperopt.stn.layer import Context, HyperLayer, InContext
+from hyperopt.stn.layer import UNTRACED, Context, HyperLayer, InContext
 from hyperopt.stn.response import Response, RowsError
 from hyperopt.stn.space import HyperSpace
 
@@ -51,9 +52,7 @@ class STN(nn.Module):
     def linear(self, value: bool) -> None:
         self._context.linear = value
 
-    @torch.compiler.disable(
-        reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
-    )
+    @runs_eagerly(UNTRACED)
     def forward(self, x: Any, draw: Draw | None = None, *args: Any, **kwargs: Any) -> Any:
         """Call the network; see the class.
 

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from composing import composed
 from marks import slow_but
 from rank_runs import CASES, COMMON, run_cases
+from ranks import run_ranks
 
 from hyperopt.app.run import run
 
@@ -24,15 +24,7 @@ ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/ad
 
 # One of a whole batch, of batches, of a trained problem, and of a self-tuning network; the others are slow.
 NAMES = slow_but(["equilibrium", "batches", "trained, implicit", "tuned, images"], CASES)
-
-
-def start(world: int, folder: Path, names: Iterable[str]) -> None:
-    """Run cases on so many processes."""
-    last = (str(world), str(folder / "store"), str(folder), *names)
-    commands = [[sys.executable, str(RUNS), str(rank), *last] for rank in range(world)]
-    processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+FOUR = ["equilibrium", "coupled", "trained, implicit", "tuned, images"]
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -67,14 +59,14 @@ def one(tmp_path_factory, names):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("two")
-    start(2, folder, names)
+    run_ranks(RUNS, 2, folder, *names)
     return folder
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("four")
-    start(4, folder, names)
+    run_ranks(RUNS, 4, folder, *FOUR)
     return folder
 
 
@@ -101,7 +93,7 @@ def test_a_nan_in_one_share_stops_all_ranks_and_a_slow_one_none(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_agree(one, four, name):
     compare(rows(one / name), rows(four / "0" / name))
 

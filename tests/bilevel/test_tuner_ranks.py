@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[1] / "tuner_ranks.py"
 WAYS = (
@@ -27,10 +26,7 @@ pytestmark = pytest.mark.xdist_group("tuner ranks")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     for world in (1, 2):
-        commands = [[sys.executable, str(SCRIPT), str(r), str(world), str(folder / "store"), str(folder)] for r in range(world)]
-        running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
-        errors = [process.communicate(timeout=200)[1] for process in running]
-        assert [process.returncode for process in running] == [0] * world, "\n".join(errors)
+        run_ranks(SCRIPT, world, folder)
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 

@@ -1,13 +1,12 @@
 """Trap 17: one mean in the loss, and every derivative is the whole problem's, on every rank alike."""
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rank_cases import naive, results
+from ranks import run_ranks
 
 import hyperopt
 from hyperopt.core import distributed
@@ -26,10 +25,7 @@ def two(tmp_path_factory):
     """What two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     outs = [folder / f"{rank}.pt" for rank in range(2)]
-    commands = [[sys.executable, str(CASES), str(rank), "2", str(folder / "store"), str(out)] for rank, out in enumerate(outs)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_ranks(CASES, 2, folder)
     return [torch.load(out, weights_only=True) for out in outs]
 
 

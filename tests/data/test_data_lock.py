@@ -103,9 +103,9 @@ def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_of_ten_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
-    processes = [start(tmp_path, seconds=0.3) for _ in range(10)]
-    assert [process.communicate()[0] for process in processes] == ["True\n"] * 10
+def test_of_five_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
+    processes = [start(tmp_path, seconds=0.3) for _ in range(5)]
+    assert [process.communicate()[0] for process in processes] == ["True\n"] * 5
     assert asked(tmp_path) == 1 and kept(tmp_path / "data" / "raw") == SIMPLE
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.implicit import Implicit
+from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.linear.neumann import Neumann
 from hyperopt.core.loop import relative
 from hyperopt.core.solvers.picard import Picard
@@ -30,7 +31,7 @@ REASON = (
 )
 
 
-@torch.compiler.disable(reason=REASON)
+@runs_eagerly(REASON)
 def outside(solve: Callable[..., Solution], *args: Any, **kwargs: Any) -> Solution:
     """Call ``solve(*args, **kwargs)`` eagerly, beside the compiled graph."""
     return solve(*args, **kwargs)
