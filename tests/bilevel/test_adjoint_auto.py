@@ -381,9 +381,8 @@ def test_auto_is_also_the_adjoint_of_a_fixed_point():
         torch.testing.assert_close(found, inverse[0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "two layers" else pytest.mark.manual) for name in NETWORKS]
-)
+@pytest.mark.manual
+@pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_as_good_as_the_fixed_series_over_seeds(name):
     """After 30 outer steps the loss is at most 1.1 times that of 20 terms in the geometric mean of six seeds.
 

@@ -115,12 +115,12 @@ def regression(size, rows=240, dim=24, keep=1.0):
     ("size", "keep", "name"),
     [
         (None, 1.0, "CG"),  # one function
-        pytest.param(240, 1.0, "CG", marks=pytest.mark.slow),  # the same rows in another order
+        pytest.param(240, 1.0, "CG", marks=pytest.mark.manual),  # the same rows in another order
         # Fewer rows than weights: a singular Hessian, but for the decay.
-        pytest.param(12, 1.0, "Neumann", marks=pytest.mark.slow),
+        pytest.param(12, 1.0, "Neumann", marks=pytest.mark.manual),
         pytest.param(24, 1.0, "Neumann", marks=pytest.mark.slow),  # as many: the worst for the inverse of one batch
-        pytest.param(60, 1.0, "Neumann", marks=pytest.mark.slow),
-        pytest.param(None, 0.8, "Neumann", marks=pytest.mark.slow),  # dropout on all rows
+        pytest.param(60, 1.0, "Neumann", marks=pytest.mark.manual),
+        pytest.param(None, 0.8, "Neumann", marks=pytest.mark.manual),  # dropout on all rows
         pytest.param(60, 0.9, "Neumann", marks=pytest.mark.slow),
     ],
 )
