@@ -16,11 +16,12 @@ Row = dict[str, Any]
 def step(rows: list[Row]) -> list[str]:
     """One line a method."""
     lines = [
-        "| trained steps | who | evaluations | products | adjoint residual | CPU s (median) | least |",
-        "|---|---|---|---|---|---|---|",
+        "| trained steps | who | evaluations | products | residual | adjoint residual | CPU s (median) | least |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["trained_steps"], row["who"], row["evaluations"], row["products"], f"{row['adjoint_residual']:.1e}"]
+        cells = [row["trained_steps"], row["who"], row["evaluations"], row["products"]]
+        cells += [f"{row['residual']:.1e}", f"{row['adjoint_residual']:.1e}"]
         lines.append(f"| {' | '.join(map(str, cells))} | {row['cpu_seconds']:.2f} | {row['least']:.2f} |")
     return lines
 

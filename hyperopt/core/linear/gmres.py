@@ -33,7 +33,7 @@ class Arnoldi:
     """The Krylov space of a cycle.
 
     Attributes:
-        V: basis, shape (rows, window + 1, dim).
+        V: basis, shape (rows, window + 1, dim); each vector is contiguous in memory.
         H: the products in that basis, transposed, shape (rows, window, window + 1).
         u: left null vector of the filled part of ``H``, shape (rows, window + 1).
         uu: its square, shape (rows, 1).
@@ -73,9 +73,9 @@ class GMRES(KrylovSolver):
         rows, dim = run.r.shape
         most = min(self.window, run.left + 1, dim)
         old: Arnoldi | None = run.kept
-        V = run.r.new_zeros(rows, most + 1, dim) if old is None else old.V
+        V = run.r.new_empty(most + 1, rows, dim).transpose(0, 1) if old is None else old.V
         norm = (run.rr + run.tiny).sqrt()
-        V[:, 0] = run.r / norm
+        torch.div(run.r, norm, out=V[:, 0])
         H, u = V.new_zeros(rows, most, most + 1), V.new_zeros(rows, most + 1)
         u[:, 0] = 1.0
         run.kept = Arnoldi(V, H, u, torch.ones_like(norm), norm, torch.zeros_like(norm, dtype=torch.bool))
@@ -89,14 +89,14 @@ class GMRES(KrylovSolver):
         h = dots(V, w)
         w = combine(w, h, V, -1.0)
         again = dots(V, w)
-        w = combine(w, again, V, -1.0)
+        w = combine(w, again, V, -1.0, here=True)
         h = h + again
         rest = length(w)
         last = dots(state.u[:, None, : j + 1], h[:, :, 0])[:, :, 0] / (rest + run.tiny)
         state.collapsed = rest <= COLLAPSED * run.eps * size
         state.H[:, j, : j + 1] = h[:, :, 0]
         state.H[:, j, j + 1] = rest[:, 0]
-        state.V[:, j + 1] = w / rest.masked_fill_(state.collapsed, math.inf)
+        torch.div(w, rest.masked_fill_(state.collapsed, math.inf), out=state.V[:, j + 1])
         state.u[:, j + 1] = -last[:, 0]
         state.uu = torch.addcmul(state.uu, last, last)
         run.rr = (state.norm / state.uu) * state.norm
