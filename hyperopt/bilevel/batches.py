@@ -157,7 +157,7 @@ def source_of(given: Any, name: str) -> BatchSource:
         return SameBatch(_as_tensors(given))
     listed = ". A list may be one batch or several: give a tuple for one batch" if isinstance(given, list) else ""
     raise TypeError(
-        f"{name} is a {type(given).__name__}, which is no source of batches{listed}. Give a torch.utils.data.DataLoader, "
+        f"{name} is a {type(given).__name__}, which is not a source of batches{listed}. Give a torch.utils.data.DataLoader, "
         "hyperopt.Minibatches(tensors, size), one batch (a tensor, or a tuple or dict of tensors), or an object with draw(), "
         "state_dict() and load_state_dict(state)"
     )

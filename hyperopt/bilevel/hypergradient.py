@@ -49,7 +49,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
     if not (inner is None or isinstance(inner, InnerSolver)):
         hint = "; TorchOptimizer takes the name of an optimizer of PyTorch" if isinstance(inner, torch.optim.Optimizer) else ""
         raise TypeError(
-            f"inner={inner!r} is no inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
+            f"inner={inner!r} is not an inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
         )
     unused = ("step", "curvature", "resample", "power")
     if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
@@ -77,7 +77,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
         refuse_ignored(adjoint, None, products, unused)
         return UnrolledEstimator(adjoint, inner)
     raise TypeError(
-        f'adjoint={adjoint!r} is no adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
+        f'adjoint={adjoint!r} is not an adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from hyperopt.core.checks import check_optional
+from hyperopt.core.text import with_article
 
 Make = Callable[..., torch.optim.Optimizer]
 """Parameter groups in, an optimizer out: ``functools.partial(torch.optim.Adam, lr=0.01)``."""
@@ -172,7 +173,7 @@ def _check_type(kind: type, name: str, value: Any, hint: Any) -> None:
     allowed |= {int} if float in allowed else set()
     if type(value) not in allowed and not (isinstance(value, tuple) and any(typing.get_args(hint))):
         names = " or ".join(sorted(each.__name__ for each in allowed if each is not type(None)))
-        raise ValueError(f"{kind.__name__}: {name}={value!r} is no {names}; change {name}")
+        raise ValueError(f"{kind.__name__}: {name}={value!r} is not {with_article(names)}; change {name}")
 
 
 def _try(kind: type, values: Mapping[str, Any]) -> None:

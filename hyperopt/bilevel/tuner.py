@@ -106,7 +106,7 @@ class Tuner:
         self._batches = OwnBatches("train"), OwnBatches("val")
         given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
         if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
-            raise TypeError(f"trained_by={trained_by!r} is no optimizer of PyTorch; give that of the model, or a list of them")
+            raise TypeError(f"trained_by={trained_by!r} is not a torch.optim.Optimizer; give that of the model, or a list")
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()
@@ -246,7 +246,7 @@ def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, opti
         refuse_other_arguments(loss, name, "model, batch, lam")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer={optimizer!r} is no optimizer of PyTorch; give one of the hyperparameters, such as "
+            f"optimizer={optimizer!r} is not a torch.optim.Optimizer; give one of the hyperparameters, such as "
             "torch.optim.Adam(hyper.parameters(), lr=0.05)"
         )
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -118,7 +118,7 @@ class HyperLayer(InContext):
     examples: int = 0
 
     @torch.compiler.disable(
-        reason="a weight that responds is no tensor that could be traced; under torch.compile it runs eagerly"
+        reason="a weight that responds to hyperparameters cannot be traced; under torch.compile it runs eagerly"
     )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the layer like the plain one, with the responding weights.

@@ -82,7 +82,7 @@ class TunedSchedule:
             ):
                 raise ValueError("of other lengths")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UnreadableError(f"{path} is no schedule of hyperparameters") from error
+            raise UnreadableError(f"{path} is not a schedule of hyperparameters") from error
         return cls(names, steps, raw, values)
 
 

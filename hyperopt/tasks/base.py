@@ -299,7 +299,7 @@ def load_splits(owner: Any, env: Environment) -> Splits:
     splits = dataset.load(env.dtype, env.device)
     if not isinstance(splits, Splits):
         what = f"{called(dataset)}.load returned {called(splits)}"
-        raise DataError(f"{what}, which is no hyperopt.data.splits.Splits; change its load")
+        raise DataError(f"{what}, which is not a hyperopt.data.splits.Splits; change its load")
     if owner.classifies and not splits.num_classes:
         raise DataError(f"dataset={splits.name} {NUMBERS} (labels are whole numbers); change dataset")
     return splits

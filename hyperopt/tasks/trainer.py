@@ -49,4 +49,6 @@ class TrainerSettings:
         check_choice(self, "on_failure", ON_FAILURE)
         check_flag(self, "progress")
         if not isinstance(self.monitor, str) or not self.monitor:
-            raise ValueError(f"TrainerSettings: monitor={self.monitor!r} names no metric, such as 'val/loss'; change monitor")
+            raise ValueError(
+                f"TrainerSettings: monitor={self.monitor!r} is not the name of a metric, such as 'val/loss'; change monitor"
+            )

@@ -276,7 +276,7 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, curvature="fisher"),
             ValueError,
-            "curvature='fisher' is none of hessian, gauss_newton, finite_differences",
+            "curvature='fisher' is not one of hessian, gauss_newton, finite_differences",
         ),
         (
             lambda: hyperopt.hypergradient(BilevelProblem(inner, outer), W, LAM, inner=GradientDescent(step_size="lr")),
@@ -312,16 +312,16 @@ def test_an_empty_set_and_batches_that_do_not_fit():
         (lambda: HeavyBall(momentum=1.0), ValueError, "momentum=1 never forgets"),
         (lambda: InnerAdam(betas=(0.9, 1.0)), ValueError, r"betas=\(0\.9, 1\.0\) is not in \[0, 1\); change betas"),
         (lambda: InnerAdam(lr=-1.0), ValueError, r"lr=-1\.0 is not in"),
-        (lambda: TorchOptimizer(optimizer=3), TypeError, "TorchOptimizer: optimizer=3 is no str; change optimizer"),  # type: ignore
-        (lambda: hyperopt.ProductSettings(power=30), TypeError, "ProductSettings: power=30 is no PowerSettings"),  # type: ignore
-        (lambda: hyperopt.ProductSettings(power=None), TypeError, "power=None is no PowerSettings; change power"),  # type: ignore
+        (lambda: TorchOptimizer(optimizer=3), TypeError, "TorchOptimizer: optimizer=3 is not a str; change optimizer"),  # type: ignore
+        (lambda: hyperopt.ProductSettings(power=30), TypeError, "ProductSettings: power=30 is not a PowerSettings"),  # type: ignore
+        (lambda: hyperopt.ProductSettings(power=None), TypeError, "power=None is not a PowerSettings; change power"),  # type: ignore
         (lambda: hyperopt.ProductSettings(step=0.0), ValueError, r"step=0\.0 is not in \(0\.0, inf\); change step"),
         (lambda: hyperopt.SABA(seed=-1), ValueError, "SABA: seed=-1 must be a whole number >= 0"),
         (lambda: hyperopt.SOBA(step_size=0.0), ValueError, r"SOBA: step_size=0\.0 is not in"),
         (lambda: hyperopt.VPBGD(ramp=0), ValueError, "VPBGD: ramp=0 must be a whole number >= 1"),
         (lambda: hyperopt.Auto(terms=0), ValueError, "Auto: terms=0 must be a whole number >= 1"),
         (lambda: hyperopt.FiniteDifference(length=0), ValueError, "FiniteDifference: length=0 is not in"),
-        (lambda: TorchOptimizer(options=None), TypeError, "options=None is no dict; change options"),  # type: ignore
+        (lambda: TorchOptimizer(options=None), TypeError, "options=None is not a dict; change options"),  # type: ignore
         (lambda: hyperopt.Nystrom(rank=0), ValueError, "rank=0 must be a whole number >= 1"),
         (lambda: hyperopt.Nystrom(rho=0.0), ValueError, r"rho=0\.0 is not in \(0\.0"),
         (lambda: InnerConstants(2.0, 1.0, 1.0), ValueError, "strong_convexity=2.0 is above smoothness=1.0"),

@@ -117,7 +117,7 @@ def test_an_outer_loop_lowers_the_validation_loss():
 
 
 def test_the_primitive_is_right_to_second_order():
-    """Of a problem that is no quadratic: the derivative of its hypergradient."""
+    """The derivative of the hypergradient of a problem that is not quadratic."""
     problem = hyperopt.BilevelProblem(
         lambda w, lam, batch: (lam * w).exp().sum() + w.square().sum() + (lam * w.roll(1)).sum(), lambda w, lam, batch: w.sum()
     )

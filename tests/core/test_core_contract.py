@@ -257,7 +257,7 @@ REFUSED = [
     (lambda: NewtonKrylov(forcing=2.0), "NewtonKrylov: forcing=2.0"),
     (lambda: NewtonKrylov(line_search=1), "NewtonKrylov: line_search=1"),  # pyright: ignore[reportArgumentType]
     (lambda: Shine(ratio=0.0), "Shine: ratio=0.0"),
-    (lambda: Shine(policy="fallback"), "Shine: policy='fallback' is none of raise, warn, ignore"),
+    (lambda: Shine(policy="fallback"), "Shine: policy='fallback' is not one of raise, warn, ignore"),
     (lambda: Implicit(allow_inexact="no"), "Implicit: allow_inexact='no' must be true or false"),  # pyright: ignore[reportArgumentType]
     (lambda: fixed_point(torch.cos, torch.zeros(1), policy="wran"), "policy='wran'"),
     (lambda: fixed_point(torch.cos, torch.zeros(1), rows="bach"), "rows='bach'"),
@@ -271,14 +271,17 @@ def test_16_bad_settings_name_the_field_and_the_value(make, match):
 
 
 PARTS: list[tuple[Any, str]] = [
-    (lambda: Implicit(Picard()), r"Implicit: linear_solver=Picard\(.*\) is no LinearSolver; change linear_solver"),  # type: ignore
-    (lambda: Implicit(None), "Implicit: linear_solver=None is no LinearSolver"),  # pyright: ignore[reportArgumentType]
-    (lambda: Implicit(Neumann), "is no LinearSolver"),  # pyright: ignore[reportArgumentType]
-    (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is no list of LinearSolver"),  # type: ignore
-    (lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]), r"fallback=\[.*Picard.*\] is no list of LinearSolver"),  # type: ignore
-    (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is no list of LinearSolver"),  # type: ignore
-    (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is no LinearSolver"),  # type: ignore
-    (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is no LinearSolver"),  # type: ignore
+    (lambda: Implicit(Picard()), r"Implicit: linear_solver=Picard\(.*\) is not a LinearSolver; change linear_solver"),  # type: ignore
+    (lambda: Implicit(None), "Implicit: linear_solver=None is not a LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(Neumann), "is not a LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is not a list of LinearSolver"),  # type: ignore
+    (
+        lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]),
+        r"fallback=\[.*Picard.*\] is not a list of LinearSolver",
+    ),  # type: ignore
+    (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is not a list of LinearSolver"),  # type: ignore
+    (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is not a LinearSolver"),  # type: ignore
+    (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is not a LinearSolver"),  # type: ignore
 ]
 
 

@@ -207,7 +207,7 @@ def _standardised() -> Any:
         ({"kernel_size": 4}, "kernel_size=4 is even; change kernel_size"),
         ({"dense": (0,)}, "dense=.* must list whole numbers >= 1"),
         ({"dense": "12"}, "dense='12' must list whole numbers"),
-        ({"dense_dropout": "never"}, "dense_dropout='never' is none of after, before"),
+        ({"dense_dropout": "never"}, "dense_dropout='never' is not one of after, before"),
     ],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:

@@ -112,13 +112,13 @@ DECLARED: list[tuple[Any, str]] = [
     (lambda: Bounded(0.5, scale=0.0), "scale=0.0 is not in"),
     (lambda: Bounded(0.5, scale=-1.0), "scale=-1.0 is not in"),
     (lambda: Bounded(math.nan), "init=nan"),
-    (lambda: Bounded(0.5, per="row"), "per='row' is none of example, batch"),
+    (lambda: Bounded(0.5, per="row"), "per='row' is not one of example, batch"),
     (lambda: Positive(0.0), r"init=0.0 is not inside \(0, inf\)"),
-    (lambda: Positive(1.0, map="square"), "map='square' is none of exp, softplus"),
+    (lambda: Positive(1.0, map="square"), "map='square' is not one of exp, softplus"),
     (lambda: Discrete(5, 0, 4), "init=5 is not inside"),
     (lambda: Discrete(1, 4, 0), "low=4 is not below high=0"),
     (lambda: Discrete(1.5, 0, 4), "init=1.5 must be a whole number"),  # pyright: ignore[reportArgumentType]
-    (lambda: Discrete("relu"), "init='relu' is no number.*hyperopt -m"),  # pyright: ignore[reportArgumentType]
+    (lambda: Discrete("relu"), "init='relu' is not a number.*hyperopt -m"),  # pyright: ignore[reportArgumentType]
 ]
 
 
@@ -140,8 +140,8 @@ SPACES: list[tuple[Any, str]] = [
     ([("a", Positive(1.0)), ("a", Positive(2.0))], "two hyperparameters are called 'a'"),
     ({"a": ["relu", "tanh"]}, r"space\.a=\['relu', 'tanh'\]: a choice between things without an order.*hyperopt -m"),
     ({"a": hyperopt.Bounded(0.5)}, "hyperopt.Bounded has no scale of a perturbation; declare it with hyperopt.stn"),
-    ({"a": 0.5}, r"space\.a=0\.5 is no hyperparameter"),
-    ({"": Positive(1.0)}, "'' is no name"),
+    ({"a": 0.5}, r"space\.a=0\.5 is not a hyperparameter"),
+    ({"": Positive(1.0)}, "'' cannot be the name"),
 ]
 
 

@@ -291,7 +291,7 @@ def test_defaults_are_whole() -> None:
     [
         ({"state_size": 0}, "state_size=0 must be a whole number >= 1; change state_size"),
         ({"state_size": -5}, "state_size=-5"),
-        ({"fitted": "test"}, "fitted='test' is none of train, val; change fitted"),
+        ({"fitted": "test"}, "fitted='test' is not one of train, val; change fitted"),
         ({"classifier_scale": -1.0}, "classifier_scale=-1.0"),
         ({"warm_start": 1}, "warm_start=1 must be true or false"),
         ({"l2": {"B": -1.0}}, r"l2\.B=-1.0 is not in \[0, inf\); change l2"),

@@ -146,7 +146,7 @@ def test_the_optimizers_of_the_group_are_swapped_by_one_override() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stn.mode=centered", "stn.mode='centered' is none of classic, centred, delta, delta_linear; change stn.mode"),
+        ("stn.mode=centered", "stn.mode='centered' is not one of classic, centred, delta, delta_linear; change stn.mode"),
         ("stn.train_steps=0", "stn.train_steps=0 must be a whole number >= 1; change stn.train_steps"),
         ("stn.valid_steps=0", "stn.valid_steps=0 must be a whole number >= 1; change stn.valid_steps"),
         ("task.x_range.init=10.0", r"task.x_range.init=10.0 is not inside \(0.01, 10\).*change task.x_range.init"),

@@ -252,7 +252,9 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_without_rows_selected_on_the_monitor_must_be_another(tmp_path: Path) -> None:
-    with pytest.raises(MonitorError, match=r"monitor='val/loss' is none of the task's metrics outer/accuracy, outer/loss, test/"):
+    with pytest.raises(
+        MonitorError, match=r"monitor='val/loss' is not one of the task's metrics outer/accuracy, outer/loss, test/"
+    ):
         job(tmp_path)
 
 
@@ -294,8 +296,8 @@ def test_it_says_what_it_keeps(caplog: pytest.LogCaptureFixture) -> None:
         ({"batch_size": 0}, "batch_size=0 must be a whole number >= 1; change batch_size"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"eval_rows": 0}, "eval_rows=0"),
-        ({"last_batch": "pad"}, "last_batch='pad' is none of keep, drop; change last_batch"),
-        ({"warm_dtype": "float16"}, "warm_dtype='float16' is none of None, float32, bfloat16; change warm_dtype"),
+        ({"last_batch": "pad"}, "last_batch='pad' is not one of keep, drop; change last_batch"),
+        ({"warm_dtype": "float16"}, "warm_dtype='float16' is not one of None, float32, bfloat16; change warm_dtype"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

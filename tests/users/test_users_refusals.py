@@ -70,7 +70,7 @@ def test_weights_that_cannot_be_trained_are_named(w, words):
     ids=lambda x: type(x).__name__,
 )
 def test_what_is_no_inner_solver_is_refused_when_it_is_given(inner):
-    with pytest.raises(TypeError, match="is no inner solver: give GradientDescent"):
+    with pytest.raises(TypeError, match="is not an inner solver: give GradientDescent"):
         Bilevel(ridge(), START.clone(), inner=inner)
 
 
@@ -174,7 +174,7 @@ def of(net: nn.Module) -> tuple[hyperopt.BilevelProblem, Any]:
 @pytest.mark.parametrize("adjoint", [OneStep(), Unrolled(), Implicit(CG()), "auto"], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("first", [True, False])
 def test_reentrant_checkpoints_are_named_also_where_they_would_hide_weights(first, adjoint):
-    """As the first layer it is no part of the graph of the weights, which would not be trained."""
+    """As the first layer it is not part of the graph of the weights, which would not be trained."""
     layers = [Reentrant(first), nn.Linear(4, 1).double()]
     problem, w = of(nn.Sequential(*layers if first else [nn.Linear(4, 4).double(), *layers]))
     inner = None if isinstance(adjoint, OneStep) else INNER

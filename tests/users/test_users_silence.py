@@ -46,7 +46,7 @@ from hyperopt import (
     stn,
 )
 
-np: Any = numpy  # whose numbers are no int and no float to a type checker
+np: Any = numpy  # to a type checker, its numbers are neither int nor float
 FOLLOWING = BilevelProblem(lambda w, lam, b: (w - lam["a"]).square().sum() / 2, lambda w, lam, b: (w - 3).square().sum() / 2)
 GD = GradientDescent(step_size=0.1, max_steps=5)
 
@@ -216,7 +216,7 @@ def test_fallbacks_that_no_policy_asks_for():
         Implicit(Neumann(), fallback=[CG()])
     with pytest.raises(ValueError, match="fixed_point: fallback is only used under policy='fallback', but policy='raise'"):
         fixed_point(lambda w: w / 2, torch.ones(2), policy="raise", fallback=[Anderson()])
-    with pytest.raises(TypeError, match=r"fallback\[0\]=CG.* is no FixedPointSolver"):
+    with pytest.raises(TypeError, match=r"fallback\[0\]=CG.* is not a FixedPointSolver"):
         fixed_point(lambda w: w / 2, torch.ones(2), policy="fallback", fallback=[CG()])  # pyright: ignore[reportArgumentType]
 
 
@@ -261,7 +261,10 @@ BROKEN = {
     "no memory": (lambda s: {k: v for k, v in s.items() if k != "memory"}, "has no entry 'memory'"),
     "an unknown entry": (lambda s: {**s, "momentum": 1}, "unknown entry 'momentum'"),
     "no mapping": (lambda s: [s], "is a list"),
-    "the place of other batches": (lambda s: {**s, "outer_batches": {"epoch": 0, "number": 7}}, "number=7 is no place here"),
+    "the place of other batches": (
+        lambda s: {**s, "outer_batches": {"epoch": 0, "number": 7}},
+        "number=7 is not a place in these batches",
+    ),
     "no place": (lambda s: {**s, "outer_batches": {}}, "has no entry 'epoch', 'number'"),
     "numbers for weights": (lambda s: {**s, "w": [1.0]}, "entry w is a float"),
 }
