@@ -1,4 +1,4 @@
-"""What losses, batches and starting points must be like, and what is said of those that are not."""
+"""Checks of losses, batches and initial weights, with their error messages."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 
 def refuse_other_arguments(loss: Any, name: str, arguments: str = "w, lam, batch") -> None:
-    """Refuse what cannot be called with three arguments.
+    """Refuse a loss that cannot be called with three arguments.
 
     Raises:
-        TypeError: names the loss.
+        TypeError: the message names the loss.
     """
     if not callable(loss):
         raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}({arguments})")
     if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
-        return  # the usual case, and its signature takes longer to make
+        return  # the usual case, without the slower inspect.signature
     try:
         inspect.signature(loss).bind(None, None, None)
     except TypeError as error:
         raise TypeError(f"{name} is called {name}({arguments}), but takes other arguments: {error}") from None
-    except ValueError:  # a function that tells nothing of its arguments
+    except ValueError:  # the signature is unknown, as for some built-in functions
         return
 
 
 def refuse_shared(w: Any, lam: Any) -> None:
-    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
+    """Refuse weights that share memory with a hyperparameter, which training would overwrite.
 
     Raises:
-        ValueError: names it.
+        ValueError: the message names the hyperparameter.
     """
 
     def place(x: Any) -> tuple[Any, int, int] | None:
@@ -46,20 +46,20 @@ def refuse_shared(w: Any, lam: Any) -> None:
     for name, leaf in named(lam, "lam"):
         at = place(leaf)
         if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
-            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+            raise ValueError(f"{name} shares memory with w, which training changes in place; give a clone of it")
 
 
 def named(tree: Any, what: str) -> list[tuple[str, Any]]:
-    """The leaves of a tree called ``what``, with what to call each in a message."""
+    """Return the leaves of a tree called ``what``, each with its name for messages, such as ``w['bias']``."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
 
 
 def refuse_unlike(found: Any, w: Any, what: str) -> None:
-    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
+    """Refuse a tree, called ``what``, that differs from ``w`` in structure, shapes, dtypes or devices.
 
     Raises:
-        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
+        TypeError, ValueError: the message names the structures, or the leaf and the difference.
     """
     structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
     if structure != wanted:
@@ -75,16 +75,16 @@ def refuse_unlike(found: Any, w: Any, what: str) -> None:
 
 
 def rows_of(batch: Any) -> int | None:
-    """Rows of a batch, the first dimension of its leaves; None where it has none."""
+    """Return the number of rows of a batch, which is the first dimension of its leaves, or None without one."""
     return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
 def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
-    """Refuse a loss that is not one number, or of no rows.
+    """Refuse a loss that is not one number, or whose batch has no rows.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has more or fewer numbers than one, or the batch has no rows.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss does not have exactly one number, or the batch has no rows.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
@@ -94,10 +94,10 @@ def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
 
 
 def refuse_no_rows(name: str, batch: Any) -> None:
-    """Refuse a batch without rows of the loss called ``name``.
+    """Refuse a batch without rows, of the loss called ``name``.
 
     Raises:
-        ValueError: gives its shape.
+        ValueError: the message gives the shape.
     """
     for leaf in optree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:

@@ -444,8 +444,8 @@ FILES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
     "a call": (with_object(lambda: Calls(Path.touch, Path("mark"))), "could run code"),
     "a call that takes memory": (with_object(lambda: Calls(bytearray, 3 * 10**9)), "could run code"),
     "a tensor by its class": (with_object(lambda: Calls(torch.Tensor, 10**9)), "could run code"),
-    "a bare pickle": (lambda path, _: path.write_bytes(pickle.dumps(Calls(Path.touch, Path("mark")))), "no export"),
-    "a pickle under another name": (lambda path, _: path.write_bytes(b"\x80\x04" + b"." * 100), "no export"),
+    "a bare pickle": (lambda path, _: path.write_bytes(pickle.dumps(Calls(Path.touch, Path("mark")))), "not an export"),
+    "a pickle under another name": (lambda path, _: path.write_bytes(b"\x80\x04" + b"." * 100), "not an export"),
     "a zip bomb": (bomb, "it is packed"),
     "an expanded tensor": (tensor_of(lambda: torch.zeros(1).expand(10**12)), "lies in a storage of 1 numbers"),
     "a part of a tensor": (tensor_of(lambda: torch.zeros(1000)[10:13]), "not the whole of a storage"),
@@ -467,8 +467,8 @@ FILES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
         lambda path, content: torch.save({"card": content["card"], "tensors": {"\x1b[2J": torch.ones(2)}}, path),
         "cannot be built here",
     ),
-    "an empty zip": (lambda path, _: zipfile.ZipFile(path, "w").close(), "no export"),
-    "nothing": (lambda path, _: path.write_bytes(b""), "no export"),
+    "an empty zip": (lambda path, _: zipfile.ZipFile(path, "w").close(), "not an export"),
+    "nothing": (lambda path, _: path.write_bytes(b""), "not an export"),
 }
 
 

@@ -196,11 +196,11 @@ def test_float32_agrees_with_float64_to_its_precision():
 
 
 BAD_STATES = {
-    "integer": (lambda: torch.zeros(2, 3, dtype=torch.long), lambda w: w, TypeError, "floating point"),
+    "integer": (lambda: torch.zeros(2, 3, dtype=torch.long), lambda w: w, TypeError, "floating-point"),
     "shape": (lambda: torch.zeros(2, 3), lambda w: w[:, :2], ValueError, "changed the shape"),
     "structure": (lambda: torch.zeros(2, 3), lambda w: (w, w), ValueError, "structure"),
     "type": (lambda: (torch.zeros(2, 3),), lambda w: (1.0,), TypeError, "must be a tensor"),
-    "integer map": (lambda: torch.zeros(2, 3), lambda w: w.long(), TypeError, "floating point"),
+    "integer map": (lambda: torch.zeros(2, 3), lambda w: w.long(), TypeError, "floating-point"),
     "dtype": (lambda: torch.zeros(2).float(), lambda w: w.double(), TypeError, "changed the dtype of leaf 0.*float64.*float32"),
     "in place": (lambda: torch.zeros(2, 3), lambda w: w.mul_(0.5).add_(1), (ValueError, RuntimeError), "in.place"),
     "in place, a leaf": (lambda: [torch.zeros(2, 3)], lambda w: [w[0].add_(1)], (ValueError, RuntimeError), "in.place"),

@@ -37,7 +37,7 @@ def ridge() -> hyperopt.BilevelProblem:
         (None, ValueError, "lam has no tensors"),
         ({}, ValueError, "lam has no tensors"),
         (torch.tensor(1j), TypeError, "lam has dtype torch.complex64"),
-        (hyperopt.Hyperparameters({"l2": hyperopt.Positive(0.3)}), TypeError, r"Hyperparameters its values\(\)"),
+        (hyperopt.Hyperparameters({"l2": hyperopt.Positive(0.3)}), TypeError, r"Hyperparameters their values\(\)"),
         (LAM * torch.nan, SolveError, "lam has entries that are not finite"),
     ],
 )
@@ -56,7 +56,7 @@ def test_a_lam_that_is_none_is_named(lam, error, words, adjoint):
         (torch.zeros(1, 1, dtype=D).expand(4, 1), "expanded tensor"),
         ({"a": [torch.zeros(1, dtype=D).expand(4)]}, r"w\['a'\]\[0\] is an expanded tensor"),
         (iter([START]), "every leaf must be a tensor"),
-        ([START, torch.zeros((), dtype=torch.int64)], "floating point"),
+        ([START, torch.zeros((), dtype=torch.int64)], "floating-point"),
     ],
 )
 def test_weights_that_cannot_be_trained_are_named(w, words):
@@ -92,7 +92,7 @@ def test_inference_mode_and_its_tensors_are_named():
         with pytest.raises(RuntimeError, match=r"inference_mode.*call it outside"):
             hyperopt.hypergradient(ridge(), START, LAM, inner=INNER)
     for w, lam in ((made, LAM), (START, made)):
-        with pytest.raises(ValueError, match=r"inference_mode\(\), and can have no derivative"):
+        with pytest.raises(ValueError, match=r"inference_mode\(\) and cannot be differentiated"):
             hyperopt.hypergradient(ridge(), w, lam, inner=INNER)
 
 
