@@ -305,5 +305,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_strength_for_a_group_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"task\.l2\.D: the model's groups are A, B, c, classifier; change task\.l2"):
+    with pytest.raises(
+        ValueError, match=r"task\.l2\.D: the model has no such group; its groups are A, B, c, classifier; change task\.l2"
+    ):
         task(l2={"D": 1.0})

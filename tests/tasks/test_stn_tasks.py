@@ -212,8 +212,8 @@ def test_the_quadratic_is_not_learned_from_a_range_that_stands_still(tmp_path: P
     ("layer", "message"),
     [
         (torch.nn.BatchNorm1d(3), "statistics of its own rows"),
-        (stn.Dropout("rate"), "by place"),
-        (torch.nn.Dropout(), "by place"),
+        (stn.Dropout("rate"), "by position in the batch"),
+        (torch.nn.Dropout(), "by position in the batch"),
     ],
 )
 def test_layers_that_would_differ_on_several_ranks_are_refused(

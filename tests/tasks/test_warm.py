@@ -276,14 +276,14 @@ def test_there_may_be_no_rows_selected_on() -> None:
     made = task(dataset=Digits(train=60, val=0, test=30))
     assert set(made.evaluate()) == {f"{split}/{kind}" for split in ("outer", "test") for kind in ("loss", "accuracy")}
     assert made.describe()["rows"]["val"] == {"split": "val", "count": 0, "evaluated": 0}
-    with pytest.raises(ValueError, match=r"task\.fitted=val, but dataset\.val=0: no rows to fit"):
+    with pytest.raises(ValueError, match=r"task\.fitted=val, but dataset\.val=0, so there are no rows to fit"):
         task(dataset=Digits(train=60, val=0, test=30), fitted="val")
 
 
 def test_it_says_what_it_keeps(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         made = task(dtype=torch.float32, warm_start=True, batch_size=25)
-    assert "warm starts of 60 rows are kept: 0.0 MB, in memory and in every checkpoint" in caplog.messages
+    assert "the warm starts of 60 rows take 0.0 MB in memory and in every checkpoint" in caplog.messages
     facts = made.describe()
     assert (facts["batch_size"], facts["batches_per_epoch"], facts["warm_bytes"]) == (25, 3, 60 * (2 * 8 * 4 + 8))
     plain = task().describe()
