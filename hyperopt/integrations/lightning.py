@@ -53,11 +53,14 @@ class TunerCallback(Callback):
         val: Any = None,
     ) -> None:
         """Check the arguments."""
-        self.tuner, self.every_n_steps, self.batches, self.data = tuner, every_n_steps, batches, [train, val]
+        self.tuner, self.every_n_steps, self.batches, self.given = tuner, every_n_steps, batches, (train, val)
         check_count(self, "every_n_steps")
         check_counts(batches)
         self.record: Record | None = None
         self._last = 0
+        self._from: list[Any] = [None, None]  # the data behind ``_sources``
+        self._sources: list[Any] = [None, None]
+        self._data: list[Moved] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of the tuner.
@@ -69,10 +72,12 @@ class TunerCallback(Callback):
         validation = trainer.val_dataloaders
         loaders = trainer.train_dataloader, validation[0] if isinstance(validation, list) and validation else validation
         for i, (name, loader) in enumerate(zip(("train", "val"), loaders, strict=True)):
-            if self.data[i] is None and loader is None:
+            data = loader if self.given[i] is None else self.given[i]
+            if data is None:
                 raise ValueError(f"the trainer has no {name} data for the tuner; give TunerCallback(tuner, {name}=loader)")
-            given = loader if self.data[i] is None else self.data[i]
-            self.data[i] = Moved(source_of(given, name), trainer.strategy.batch_to_device)
+            if data is not self._from[i]:  # another ``fit`` with the same loader continues at its position
+                self._from[i], self._sources[i] = data, source_of(data, name)
+        self._data = [Moved(source, trainer.strategy.batch_to_device) for source in self._sources]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Make a step of the tuner if one is due."""
@@ -80,7 +85,7 @@ class TunerCallback(Callback):
         self._last = step
         if step // self.every_n_steps == before // self.every_n_steps:
             return
-        self.record = self.tuner.step(*self.data, batches=self.batches)
+        self.record = self.tuner.step(*self._data, batches=self.batches)
         for logger in trainer.loggers:
             logger.log_metrics(self.record.as_dict(), step=step)
 
