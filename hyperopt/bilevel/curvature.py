@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
 from hyperopt.core.operator import LinearOperator

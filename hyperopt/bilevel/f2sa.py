@@ -23,8 +23,9 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 
@@ -81,8 +82,8 @@ class F2SA(Stochastic):
             at, on = Evaluation(problem, problem.inner_batches.draw()), problem.outer_batches.draw()
             down, both = training(z, at), penalised(y, at, on)
             next_z, next_y = moved(z, down, self.step_size), moved(y, both, self.step_size)
-            trained = growth.see("inner", tree_norm(down), remedy, later(training, next_z, at), steps=self.steps)
-            solved = growth.see("penalised", tree_norm(both), remedy, later(penalised, next_y, at, on), steps=self.steps)
+            trained = growth.check("inner", tree_norm(down), remedy, later_norm(training, next_z, at), steps=self.steps)
+            solved = growth.check("penalised", tree_norm(both), remedy, later_norm(penalised, next_y, at, on), steps=self.steps)
             at.commit()
             z, y = next_z, next_y
 

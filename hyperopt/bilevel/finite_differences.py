@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, unaffected
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core.tree import tree_norm
 
 

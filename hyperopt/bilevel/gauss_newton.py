@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Composite, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import Composite
 from hyperopt.core.jacobian import pull
 
 

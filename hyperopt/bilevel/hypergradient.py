@@ -20,7 +20,8 @@ from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator, ProductSettings
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.refusals import named
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.tied import Tied

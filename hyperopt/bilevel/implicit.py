@@ -30,7 +30,8 @@ from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.finite_differences import FiniteDifferences
 from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
-from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.step_map import PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem

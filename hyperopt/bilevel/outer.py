@@ -63,7 +63,7 @@ class OuterOptimizer:
         return self.make(params)
 
 
-def outer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
+def as_outer_optimizer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
     """Return an ``OuterOptimizer`` for a given one, for a function that makes an optimizer, or for None (Adam with ``lr``)."""
     if isinstance(optimizer, OuterOptimizer):
         return optimizer

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from hyperopt.bilevel.batches import BatchSource, source_of
 from hyperopt.data.sparse import SparseRows
 
-ONE = (Tensor, np.ndarray, SparseRows)
+BATCH_TYPES = (Tensor, np.ndarray, SparseRows)
 
 
 class OwnBatches:
@@ -76,7 +76,7 @@ class OwnBatches:
     def _listed(self, given: Any) -> list[Any]:
         """Return one batch, or the batches of a list, as a list."""
         if not isinstance(given, list):
-            if given is None or isinstance(given, (*ONE, tuple, Mapping)) or not hasattr(given, "__iter__"):
+            if given is None or isinstance(given, (*BATCH_TYPES, tuple, Mapping)) or not hasattr(given, "__iter__"):
                 return [given]
             raise TypeError(
                 f"{self.name} is a {type(given).__name__}, which could be one batch or several; give the tuple (batch,) for one "
@@ -84,7 +84,7 @@ class OwnBatches:
             )
         if not given:
             raise ValueError(f"{self.name} is an empty list; give at least one batch")
-        if any(isinstance(entry, ONE) for entry in given):
+        if any(isinstance(entry, BATCH_TYPES) for entry in given):
             return [given]
         if all(isinstance(entry, tuple | list | Mapping) for entry in given):
             return given

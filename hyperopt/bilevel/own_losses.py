@@ -48,7 +48,7 @@ class _Called(nn.Module):
         return function(self.model, *args)
 
 
-class _Plain(Swap):
+class _Replaced(Swap):
     """A mode that replaces the parameters of a module in the arguments of every PyTorch function.
 
     The function also runs without autocast, and in a form whose second derivative takes little memory. One mode does all three,
@@ -108,7 +108,7 @@ class ModuleLosses:
         raw = {id(parameter): path for path, parameter in hyper.named_parameters()}
 
         def one(w: dict[str, Tensor], lam: Any, batch: Any) -> Tensor:
-            with _Plain(((p, w[name]) for name, p in parameters.items()), discover=False):
+            with _Replaced(((p, w[name]) for name, p in parameters.items()), discover=False):
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
             return value
@@ -164,7 +164,7 @@ def variables(value: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def plainly(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
+def as_plain_modules(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
     """Run the model, and the modules that the functions use, as plain modules in this block.
 
     Compiled code and ``DistributedDataParallel`` are bypassed, autocast is off, and gradients are enabled.
@@ -193,14 +193,14 @@ def in_words_of_the_tuner() -> Iterator[None]:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         text = str(error)
-        for pattern, word in WORDS:
+        for pattern, word in TUNER_WORDS:
             text = re.sub(pattern, word, text)
         if text == str(error) or type(error) not in (TypeError, ValueError, RuntimeError, SolveError, ImpureMapError):
             raise
         raise type(error)(text) from error
 
 
-WORDS = (
+TUNER_WORDS = (
     (r"\bw\['model\.(?:_orig_mod\.|module\.)*([^']*)'\]", r"the model's parameter \1"),
     (r"\b(?:the inner loss|inner_loss)\b", "train_loss"),
     (r"\b(?:the outer loss|outer_loss)\b", "val_loss"),

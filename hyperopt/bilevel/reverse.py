@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import second_derivatives
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 
 Map = Callable[[int, Any, Any], Any]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BatchSource, NoBatches
-from hyperopt.bilevel.single_loop import At, SingleLoop, Terms
+from hyperopt.bilevel.single_loop import LoopPoint, SingleLoop, Terms
 from hyperopt.core.checks import check_count
 
 
@@ -106,7 +106,7 @@ class SABA(SingleLoop):
         super().__post_init__()
         check_count(self, "seed", 0)
 
-    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+    def terms(self, at: LoopPoint, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
         """Return the terms of one batch of each loss, corrected by the tables; see ``SingleLoop.terms``.
 
         Raises:
@@ -129,7 +129,7 @@ class SABA(SingleLoop):
         return Terms(slope, product, mixed, in_w, direct, loss), write, batch
 
 
-def _fill(at: At, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple[Terms, Callable[[], None]]:
+def _fill(at: LoopPoint, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple[Terms, Callable[[], None]]:
     """Return the terms over all rows, and a function that writes the terms of every batch into ``memory``."""
     inner_terms = [at.inner(inner.take(k)) for k in range(len(inner.shares))]
     losses, *columns = zip(*(at.outer(outer.take(k)) for k in range(len(outer.shares))), strict=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
 from hyperopt.core.checks import check_number, check_optional
 from hyperopt.core.tree import layout_of, leaves_of
@@ -50,7 +51,7 @@ class Terms:
     loss: float
 
 
-class At:
+class LoopPoint:
     """The point ``(w, u, lam)`` at which the terms are computed.
 
     Args:
@@ -129,7 +130,7 @@ class SingleLoop(Stochastic):
         return (1 + t / self.horizon) ** -self.decay
 
     @abstractmethod
-    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+    def terms(self, at: LoopPoint, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
         """Return the terms, a function that writes into ``memory`` what must be remembered, and the batch of the inner loss."""
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
@@ -142,17 +143,17 @@ class SingleLoop(Stochastic):
         memory = state.memory.setdefault(name, {"steps": 0})
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         same_hyperparameters(hyper, memory, name)
-        at = At(problem, w, hyper, memory.get("u"))
+        at = LoopPoint(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
         unused = unused_of(hyper.names, *at.parts)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
         growth, factor = Growth(name, memory), self.factor(memory["steps"])
         step = self.step_size if self.adjoint_step is None else self.adjoint_step
-        trained = growth.see(
+        trained = growth.check(
             "inner", float(terms.inner.norm()), f"step_size={self.step_size:g}", at.after(terms.inner, factor * self.step_size)
         )
         remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
-        solved = growth.see(
+        solved = growth.check(
             "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
         )
         slopes = leaves_of(at.weights.tree(terms.inner))

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hyperopt.bilevel.single_loop import At, SingleLoop, Terms
+from hyperopt.bilevel.single_loop import LoopPoint, SingleLoop, Terms
 
 
 @dataclass(frozen=True)
 class SOBA(SingleLoop):
     """The single-loop method on minibatches; its arguments are those of ``SingleLoop``."""
 
-    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+    def terms(self, at: LoopPoint, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
         """Return the terms on the next batches; see ``SingleLoop.terms``."""
         loss, outer, direct = at.outer(at.problem.outer_batches.draw())
         batch = at.problem.inner_batches.draw()

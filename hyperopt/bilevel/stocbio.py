@@ -21,9 +21,10 @@ from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.implicit import subtract
 from hyperopt.bilevel.inner.training import gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later_norm, moved
 from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import layout_of, tree_norm
 
@@ -67,7 +68,7 @@ class StocBiO(Stochastic):
             inner = Evaluation(problem, batch)
             slopes = descend(w, inner)
             following = moved(w, slopes, self.step_size)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            trained = growth.check("inner", tree_norm(slopes), remedy, later_norm(descend, following, inner), steps=self.steps)
             inner.commit()
             w = following
 
@@ -82,7 +83,7 @@ class StocBiO(Stochastic):
             total = total + term
         remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
         # Each series starts at zero, so its last term is compared with this right-hand side and not with earlier outer steps.
-        solved = Growth("StocBiO", {}).see(
+        solved = Growth("StocBiO", {}).check(
             "adjoint", float(term.norm()), remedy, lambda: math.inf, scale=float(b.norm()), steps=self.terms
         )
         mixed = curvature.mixed(eta * total)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.estimator import Estimator
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.checks import check_number
 from hyperopt.core.policy import SolveError
@@ -60,7 +61,7 @@ class Growth:
         self.method = method
         self.first: dict[str, float] = memory.setdefault("first", {})
 
-    def see(
+    def check(
         self, what: str, size: float, remedy: str, after: Callable[[], float], scale: float | None = None, steps: int = 1
     ) -> SolveStats:
         """Return the statistics of a residual, relative to the largest accepted norm.
@@ -109,7 +110,7 @@ def same_hyperparameters(lam: Leaves, memory: dict[str, Any], method: str) -> No
             )
 
 
-def later(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
+def later_norm(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
     """Return a function that computes the norm of ``gradient(*at)``."""
     return lambda: tree_norm(gradient(*at))
 

@@ -10,7 +10,8 @@ import optree
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import Estimate
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 
 
 class Tied:

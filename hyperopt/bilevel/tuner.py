@@ -29,7 +29,7 @@ from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel, estimator_of
 from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.own_batches import OwnBatches
-from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, in_words_of_the_tuner, plainly, without_trace
+from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, as_plain_modules, in_words_of_the_tuner, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.refusals import refuse_other_arguments
@@ -170,7 +170,7 @@ class Tuner:
         if any(count != counts[0] for count in counts):
             raise ValueError(f"the ranks have different numbers of batches of train and val: {counts}; give each rank as many")
         hyper, optimizer = self.hyper, self.optimizer
-        with plainly(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
+        with as_plain_modules(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
             losses = self._losses()
             inner, outer = losses.loss(self.train_loss, "train_loss", hyper), losses.loss(self.val_loss, "val_loss", hyper)
             device = next(iter(losses.w.values())).device.type

@@ -26,7 +26,8 @@ from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.inner.training import Watch, curvature_at, gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
@@ -116,7 +117,7 @@ class UnrolledEstimator(Estimator):
             nonlocal looks
             # This is a measurement and not a training step, so it leaves no trace.
             grads = gradient(Evaluation(problem, batch), w, at)[1]
-            watch.see(k, tree_norm(grads), curvature_at(problem, w, at, batch))
+            watch.check(k, tree_norm(grads), curvature_at(problem, w, at, batch))
             looks += 1
 
         watch.steps = steps

@@ -29,8 +29,9 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
 from hyperopt.core.checks import check_count, check_number, check_optional
 from hyperopt.core.tree import tree_norm
 
@@ -105,7 +106,7 @@ class VPBGD(Stochastic):
             inner = Evaluation(problem, batch)
             slopes, below = first_order(inner, w, hyper)
             following = moved(w, slopes, step)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            trained = growth.check("inner", tree_norm(slopes), remedy, later_norm(descend, following, inner), steps=self.steps)
             inner.commit()
             w = following
 
@@ -113,8 +114,8 @@ class VPBGD(Stochastic):
         both, direct, above = penalised(y)
         grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
         pulled_down = moved(y, both, self.step_size)
-        solved = growth.see(
-            "penalised", tree_norm(both), f"step_size={self.step_size:g}", later(lambda: penalised(pulled_down)[0])
+        solved = growth.check(
+            "penalised", tree_norm(both), f"step_size={self.step_size:g}", later_norm(lambda: penalised(pulled_down)[0])
         )
         with torch.no_grad():
             loss = float(problem.outer(w.tree, hyper.tree, validation))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer, outer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, as_outer_optimizer
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
@@ -117,7 +117,7 @@ def replay(
             f"the schedule is of {', '.join(schedule.names)}, the space of {', '.join(space.names)}; declare the same"
         )
     model = convert(module, space, respond=False)
-    optimizer = outer(weights, 0.01).build({"weights": model.base_parameters()})
+    optimizer = as_outer_optimizer(weights, 0.01).build({"weights": model.base_parameters()})
     model.train()
     for u in schedule.each():
         batch = train()

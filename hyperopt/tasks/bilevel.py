@@ -174,7 +174,7 @@ class BilevelTask(FixedSettings, Task):
             optimizer.zero_grad()
             lam = self.hyper.values()
             estimate = self.bilevel.step(lam)
-            refuse(self._steps, estimate.statuses(), estimate.note)
+            refuse_failed_solve(self._steps, estimate.statuses(), estimate.note)
             try:
                 estimate.backward(lam)
             except SolveError as error:
@@ -322,7 +322,7 @@ def starting_at(trees: Mapping[str, Any]) -> Hyperparameters:
     return made
 
 
-def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:
+def refuse_failed_solve(step: int, statuses: Mapping[str, Status], note: str) -> None:
     """Refuse a hypergradient whose solve broke down; ``guard`` could say only that it is not finite.
 
     Raises:

@@ -37,7 +37,7 @@ from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
-from hyperopt.tasks.misclassified import wrong_figure
+from hyperopt.tasks.misclassified import misclassified_figure
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
@@ -255,7 +255,7 @@ class ImplicitTask(SupervisedTask):
             torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group], allow_unused=True)
             named = {name if len(self.layers) > 1 else "": layer.solution for name, layer in self.layers.items()}
             figures = {"residual": residual_figure({name: found for name, found in named.items() if found is not None})}
-            figures["wrong"] = wrong_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
+            figures["wrong"] = misclassified_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
         return figures
 
     def state_dict(self) -> dict[str, Any]:

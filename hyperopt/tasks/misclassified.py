@@ -17,7 +17,7 @@ SHOWN = 25  # number of images, in five lines of five
 
 
 @torch.no_grad()
-def wrong_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
+def misclassified_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
     """Return a figure of the first misclassified images, each with its predicted and its true class.
 
     Args:

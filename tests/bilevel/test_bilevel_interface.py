@@ -14,7 +14,8 @@ from hyperopt import CG, Estimate, Estimator, GradientDescent, Implicit, Minibat
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Cost, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import outer_gradient
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.tree import tree_norm
 

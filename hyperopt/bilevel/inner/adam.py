@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, rates, spoken
+from hyperopt.bilevel.inner.rates import check_rate, rate_text, rates
 from hyperopt.core.checks import check_betas, check_number
 
 
@@ -66,7 +66,7 @@ class InnerAdam(DifferentiableSolver):
 
     def remedy(self, lam: Any) -> str:
         """Return the advice to lower the learning rate."""
-        return f"lower lr={spoken(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
+        return f"lower lr={rate_text(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
 
 
 def root(v: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.inner.rates import refuse_unfit
 from hyperopt.bilevel.inner.training import Training, curvature_at, steepness
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import IterativeMethod
 from hyperopt.core.status import SolveStats
 

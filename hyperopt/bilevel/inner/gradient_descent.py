@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, smallest, spoken
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rate_text, rates, smallest
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ class GradientDescent(DifferentiableSolver):
 
     def remedy(self, lam: Any) -> str:
         """Return the advice to lower the step size."""
-        return f"lower step_size={spoken(self.step_size, lam, 'GradientDescent: step_size')} of GradientDescent"
+        return f"lower step_size={rate_text(self.step_size, lam, 'GradientDescent: step_size')} of GradientDescent"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, spoken
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rate_text, rates
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,6 @@ class HeavyBall(DifferentiableSolver):
 
     def remedy(self, lam: Any) -> str:
         """Return the advice to lower the step size."""
-        step, momentum = spoken(self.step_size, lam, "HeavyBall: step_size"), spoken(self.momentum, lam, "HeavyBall: momentum")
+        step = rate_text(self.step_size, lam, "HeavyBall: step_size")
+        momentum = rate_text(self.momentum, lam, "HeavyBall: momentum")
         return f"lower step_size={step} of HeavyBall (stable below 2 (1 + momentum) / L, momentum={momentum})"

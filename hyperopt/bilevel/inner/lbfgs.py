@@ -16,7 +16,8 @@ from torch import Tensor
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.training import Training, gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_count
 from hyperopt.core.status import SolveStats
 from hyperopt.core.tree import total_norm, tree_norm

@@ -88,7 +88,7 @@ def smallest(value: float | str, lam: Any, key: str) -> float:
     return min(_numbers(value, lam, key, torch.amin))
 
 
-def spoken(value: float | str, lam: Any, key: str) -> str:
+def rate_text(value: float | str, lam: Any, key: str) -> str:
     """Return the range of the rates, for messages."""
     low = smallest(value, lam, key)
     high = max(_numbers(value, lam, key, torch.amax))

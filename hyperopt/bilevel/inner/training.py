@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian, differentiate
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.core.loop import rounding_floor, run
 from hyperopt.core.policy import SolveError
@@ -77,21 +78,21 @@ class Training(Process):
             status = Status(int(outcome.status))
             if status not in (Status.diverged, Status.nonfinite):
                 break
-            self._look()  # if this raises the scale, training continues
+            self._check_norm()  # if this raises the scale, training continues
         if status != Status.converged and not self.stuck:
             self.step()
         self.solver.finish(self.work, self.memory)
         self.watch.norm, self.watch.met = float(outcome.residual), status == Status.converged
         return self.watch.stats(status)
 
-    def _look(self) -> None:
+    def _check_norm(self) -> None:
         """Compare the norm with the scale.
 
         Raises:
             SolveError: the norm has grown without bound.
         """
         watch = self.watch
-        watch.see(watch.steps - 1, float(self.most), curvature_at(self.problem, self.w, self.lam, self.batch))
+        watch.check(watch.steps - 1, float(self.most), curvature_at(self.problem, self.w, self.lam, self.batch))
         if watch.lost:
             raise SolveError(self.solver.diverged(self.problem, self.w, self.lam, self.batch, watch.growth))
         self.most = self.norm
@@ -118,7 +119,7 @@ class Training(Process):
             self.watch.steps += 1
             if k == 0:
                 self.most = self.norm
-                self._look()
+                self._check_norm()
             elif not self.fixed or k % PROBE == 0 or k & (k - 1) == 0 or k + 1 == self.solver.max_steps:
                 self.most = torch.maximum(self.most, self.norm)
         return self.norm
@@ -185,7 +186,7 @@ class Watch:
         self.gradients = self.products = 0
         self.met = self.lost = False
 
-    def see(self, k: int, norm: float, curvature: Callable[[], Hessian]) -> None:
+    def check(self, k: int, norm: float, curvature: Callable[[], Hessian]) -> None:
         """Check the norm of the gradient before step ``k``; ``curvature`` builds the Hessian there."""
         self.norm, rtol = norm, self.solver.rtol
         scale = self.memory.get("scale", 0.0)
