@@ -9,6 +9,7 @@ step. Only methods that iterate the map (Neumann, Anderson, one-step) need a ste
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Curvature
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.operator import Complement, FunctionOperator
+from hyperopt.core.status import SolveStats, Status
 
 
 class StepMap(Complement):
@@ -84,3 +86,32 @@ def largest_curvature(
             return size, v
         before = size
     return before, v
+
+
+def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor, SolveStats, bool]:
+    """Return ``step sum_{k < K} M^k b`` for the largest ``K <= most`` up to which every term lowers the residual ``|M^K b|``.
+
+    For a symmetric ``M`` the logarithm of ``|M^k b|`` is convex in k. It falls until negative curvature, or a step that is too
+    long, dominates, and rises from then on. At least one term is taken.
+
+    Returns:
+        The sum, shape (1, dim), NaN if the products are not finite or all zero; the statistics; whether the residual rose.
+    """
+    size = left = float(torch.linalg.vector_norm(b))
+    total, term, terms, rose = torch.zeros_like(b), b, 0, False
+    while terms < most and left > rtol * size and not rose:
+        following = operator.matvec(term)
+        norm = float(torch.linalg.vector_norm(following))
+        rose = not norm < left
+        if not rose or not terms:
+            total, term, left, terms = total + term, following, norm, terms + 1
+    status = Status.converged if left <= rtol * size else Status.fixed_steps
+    if not math.isfinite(left):
+        status = Status.nonfinite
+    elif terms and not operator.largest > 0:
+        status = Status.breakdown
+    if status >= Status.breakdown:
+        total = torch.full_like(total, math.nan)
+    code = torch.tensor([int(status)])
+    residual, scale = (torch.tensor([x], dtype=torch.float64) for x in (left / size if size > 0 else left, size))
+    return operator.step * total, SolveStats(code, torch.full_like(code, terms), residual, scale, method="Neumann"), rose

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 import hyperopt
 from hyperopt import CG, Auto, Composite, Functional, GradientDescent, Implicit, InnerLBFGS, Neumann, TorchOptimizer
-from hyperopt.bilevel.auto import series
-from hyperopt.bilevel.step_map import StepMap
+from hyperopt.bilevel.step_map import StepMap, series
 from hyperopt.core.operator import Complement
 from hyperopt.core.policy import reset_warnings
 
