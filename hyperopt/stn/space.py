@@ -81,7 +81,7 @@ class HyperSpace(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """The scales, differentiable. shape: (H,)."""
-        return functional.softplus(self.s)
+        return functional.softplus(self.s, threshold=40.0)  # beyond torch's default of 20, 1e-10 of the scale would be lost
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """Return standard normal numbers, equal in all rows for ``per="batch"`` hyperparameters. shape: (rows, H)."""

@@ -29,6 +29,14 @@ def test_bounded_numbers_come_back_in_their_own_units(part: float, low: float, w
         assert space.scales()["a"] == pytest.approx(scale, rel=10 * tolerance)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 19.9, 20.0, 20.1, 21.0, 25.0, 39.9, 40.1, 100.0, 1e4])
+def test_a_scale_of_any_size_is_kept(scale: float) -> None:
+    space = HyperSpace({"a": Positive(1.0, scale=scale)}, dtype=DOUBLE)
+    assert space.scales()["a"] == pytest.approx(scale, rel=1e-14)
+    (slope,) = torch.autograd.grad(space.sigma.sum(), space.s)
+    assert float(slope) == pytest.approx(1 - math.exp(-scale), rel=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(init=st.floats(1e-8, 1e8), map=st.sampled_from(["exp", "softplus"]))
 def test_positive_numbers_come_back_in_their_own_units(init: float, map: str) -> None:
