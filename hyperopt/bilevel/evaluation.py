@@ -34,8 +34,8 @@ class Evaluation:
         """Prepare for a training step that follows another ``step``, is evaluated once and is then committed.
 
         Nothing needs to be restored then, and the search for the loss's modules is not repeated. The exception is a ``step``
-        that
-        changed tensors other than buffers in place: its graph may have saved them, so this evaluation is recorded as usual.
+        that changed tensors other than buffers in place: its graph may have saved them, so this evaluation is recorded as
+        usual.
         """
         if self.replay is None and step.replay is not None and not step.replay.wrote:
             self.replay = Replay(step.replay.places, step.replay.autocast[0], record=False)

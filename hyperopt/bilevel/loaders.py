@@ -54,8 +54,7 @@ class LoaderBatches:
     """The batches of a ``DataLoader``, epoch after epoch.
 
     Random numbers that the dataset draws from the process-wide generator in this process (an augmentation without workers) are
-    not
-    part of the position: to resume exactly, save and restore the state of that generator too.
+    not part of the position: to resume exactly, save and restore the state of that generator too.
 
     Args:
         loader: the loader.

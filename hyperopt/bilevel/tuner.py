@@ -52,8 +52,7 @@ class Tuner:
         model: the module that is trained, as the loop uses it; it may be compiled or wrapped in ``DistributedDataParallel``.
         hyper: the hyperparameters.
         train_loss: ``L``, a function ``train_loss(model, batch, lam)`` that calls ``model`` and reads the hyperparameters by
-            name,
-            in their own units: ``lam["decay"]``. It returns a scalar that is a mean over the rows of the batch.
+            name, in their own units: ``lam["decay"]``. It returns a scalar that is a mean over the rows of the batch.
         val_loss: ``E``, a function of the same form.
         optimizer: the optimizer of ``hyper.parameters()``, which holds nothing else.
         adjoint: ``"auto"``, which follows the rule in ``hyperopt.bilevel.auto`` and reports its choice in the record, or any

@@ -3,9 +3,8 @@
     L = mean_i lam_i cross_entropy(f(w, x_i), y_i) + decay |w|^2 / 2        E = cross_entropy(f(w, x'), y')
 
 A fraction of the training labels, drawn by the seed, is replaced by one of the other classes with equal probability. Which
-labels
-were replaced is used only for metrics: images with a weight above one half count as clean, and ``clean/f1`` is the harmonic
-mean of precision and recall of that set.
+labels were replaced is used only for metrics: images with a weight above one half count as clean, and ``clean/f1`` is the
+harmonic mean of precision and recall of that set.
 
 Reference: L. Franceschi, M. Donini, P. Frasconi and M. Pontil, Forward and reverse gradient-based hyperparameter optimization,
 ICML 2017, arXiv 1703.01785, section 5.1.
