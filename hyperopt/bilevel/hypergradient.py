@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -213,14 +214,22 @@ class Bilevel:
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the outer loss at the fixed point of the gradient-step map, and that point; see ``core.verify.Objective``.
 
-        ``hyperopt.fixed_point`` solves the map on the next batch of each loss, from the present weights, with the step ``1 /
-        L`` by power iteration. No state changes.
+        ``hyperopt.fixed_point`` solves the map on the next batch of each loss, from the present weights, with a step of ``1 / L``
+        by power iteration. No state changes. If a tensor is at several places of ``w``, the solution lists each tensor once.
+
+        Raises:
+            ValueError: the Hessian of the inner loss is zero or not finite, so there is no stable step.
         """
-        problem = self.problem.at_next_batch()
-        batch = problem.inner_batches.draw()
-        largest, _ = largest_curvature(Hessian(Evaluation(problem, batch), Leaves.of(self.w, "w"), Leaves.of(lam, "lam")))
+        problem, w = self.problem.at_next_batch(), self.state.w
+        evaluation = Evaluation(problem, problem.inner_batches.draw())
+        largest, _ = largest_curvature(Hessian(evaluation, Leaves.of(w, "w"), Leaves.of(lam, "lam")))
+        if not 0 < largest < math.inf:
+            raise ValueError(
+                f"the largest curvature of the inner loss is {largest:g} at the present weights, so its gradient-step map has no "
+                "stable step; check that the inner loss has a minimum in w, and that the weights are finite"
+            )
         phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
-        solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
+        solution = fixed_point(phi, w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
         return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution
 
     def state_dict(self) -> dict[str, Any]:
