@@ -35,18 +35,33 @@ def refuse_shared(w: Any, lam: Any) -> None:
     Raises:
         ValueError: the message names the hyperparameter.
     """
-
-    def place(x: Any) -> tuple[Any, int, int] | None:
-        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
-            return None
-        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
-
-    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
+    weights = [at for at in map(memory_of, optree.tree_leaves(w)) if at is not None]
     for name, leaf in named(lam, "lam"):
-        at = place(leaf)
+        at = memory_of(leaf)
         if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
             raise ValueError(f"{name} shares memory with w, which training changes in place; give a clone of it")
+
+
+def memory_of(x: Any) -> tuple[str, int, int] | None:
+    """Return the device and the first and last address of a tensor's entries, or None if it has none in memory."""
+    if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+        return None
+    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return str(x.device), x.data_ptr(), x.data_ptr() + x.element_size() * reach
+
+
+def share_entries(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors whose addresses overlap have an entry in common; columns of a matrix, for example, have none."""
+    if (one.is_contiguous() and two.is_contiguous()) or one.dtype != two.dtype:
+        return True
+
+    def addresses(x: Tensor) -> Tensor:
+        index = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            index = index[..., None] + torch.arange(size) * stride
+        return x.data_ptr() + x.element_size() * index.flatten()
+
+    return bool(torch.isin(addresses(one), addresses(two)).any())
 
 
 def named(tree: Any, what: str) -> list[tuple[str, Any]]:

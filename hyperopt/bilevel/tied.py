@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from hyperopt.bilevel.estimate import Estimate
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.refusals import memory_of, share_entries
 
 
 class Tied:
@@ -36,8 +36,10 @@ class Tied:
         self.places: list[int] = []  # index in ``distinct`` of each leaf
         known: dict[Any, int] = {}
         for name, leaf in zip(given.names, given.flat, strict=True):
-            if any(size > 1 and stride == 0 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)):
-                raise ValueError(f"{name} is an expanded tensor, whose entries share memory; give a clone of it")
+            _, start, end = memory_of(leaf) or ("", 0, 0)
+            repeated = any(size > 1 and stride == 0 for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+            if repeated or end - start < leaf.numel() * leaf.element_size():
+                raise ValueError(f"{name} is an expanded or unfolded tensor, whose entries share memory; give a clone of it")
             key = (leaf.device, leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if leaf.numel() else id(leaf)
             if key not in known:
                 known[key] = len(self.distinct)
@@ -54,16 +56,19 @@ class Tied:
         """
         spans = []
         for number, place in enumerate(self.places):
-            leaf = self.distinct[place]
-            if leaf.numel() and leaf.is_contiguous():
-                start = leaf.data_ptr()
-                spans.append((str(leaf.device), start, start + leaf.numel() * leaf.element_size(), place, number))
-        for (device, _, end, one, i), (other, start, _, two, j) in itertools.pairwise(sorted(spans)):
-            if device == other and start < end and one != two:
-                first, second = (given.names[k] for k in sorted((i, j)))
-                raise ValueError(
-                    f"{first} and {second} share a part of their memory, so a step of one would change the other; clone one"
-                )
+            if (memory := memory_of(self.distinct[place])) is not None:
+                spans.append((*memory, place, number))
+        open_spans: list[tuple[str, int, int, int, int]] = []  # those that reach beyond the start of the present one
+        for span in sorted(spans):
+            device, start, _, place, number = span
+            open_spans = [each for each in open_spans if each[0] == device and start < each[2]]
+            for *_, other, i in open_spans:
+                if other != place and share_entries(self.distinct[other], self.distinct[place]):
+                    first, second = (given.names[k] for k in sorted((i, number)))
+                    raise ValueError(
+                        f"{first} and {second} share a part of their memory, so a step of one would change the other; clone one"
+                    )
+            open_spans.append(span)
 
     def expand(self, distinct: Any) -> Any:
         """Return the tree made of distinct tensors."""
