@@ -27,7 +27,7 @@ from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.text import called, one_line
+from hyperopt.core.text import called, one_line, with_article
 from hyperopt.data.own import Own
 from hyperopt.data.splits import Dataset
 from hyperopt.nn.cells import CellFactory, OwnCell
@@ -101,9 +101,7 @@ def build(cfg: DictConfig) -> Built:
     trainer, task = made["trainer"], made["task"]
     if isinstance(task, Task) and task.MEASURES and trainer.monitor not in task.MEASURES:
         known = near(trainer.monitor, task.MEASURES)
-        raise ConfigError(
-            f"trainer.monitor={trainer.monitor!r} is nothing that the task measures; {known}; change trainer.monitor"
-        )
+        raise ConfigError(f"trainer.monitor={trainer.monitor!r} is not a metric of the task; {known}; change trainer.monitor")
     made |= {name: make(values[name], name, GROUPS[name], allowed) for name in LAST}
     return Built(**{item.name: made[item.name] for item in dataclasses.fields(Built)})
 
@@ -122,7 +120,7 @@ def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[s
     values: Any = OmegaConf.to_container(cfg)
     check_targets(values, allowed)
     if not isinstance(values["task"], Mapping):
-        raise ConfigError(f"task={short(values['task'])} names no Task: it has no _target_; change task")
+        raise ConfigError(f"task={short(values['task'])} does not name a Task: it has no _target_; change task")
     for name in PARTS:  # parts that are not built must be of the right kind too
         if isinstance(part := values.get(name), Mapping) and "_target_" in part:
             kind = _imported(name, part["_target_"], allowed)
@@ -153,14 +151,14 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
             return [make(child, f"{key}.{n}", inside or Any, allowed) for n, child in enumerate(value)]
     if not isinstance(value, Mapping):
         if value is not None and expected and not isinstance(value, expected) and not _plain(hint):
-            names = _names(expected)
-            raise ConfigError(f"{key}={short(value)} names no {names}: it has no _target_; change {key}")
+            raise ConfigError(f"{key}={short(value)} does not name {_names(expected)}: it has no _target_; change {key}")
         return value
     if "_target_" not in value:
         inside = element(hint, Mapping)
         if inside is None and expected and object not in expected:
-            names = _names(expected)
-            raise ConfigError(f"{key} names no {names}: it has no _target_; choose an option, or set {key}._target_")
+            raise ConfigError(
+                f"{key} does not name {_names(expected)}: it has no _target_; choose an option, or set {key}._target_"
+            )
         return {name: make(child, f"{key}.{name}", inside or Any, allowed) for name, child in value.items()}
     target = value["_target_"]
     kind = _imported(key, target, allowed)
@@ -184,8 +182,8 @@ def make(value: Any, key: str, hint: Any, allowed: Collection[str]) -> Any:
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ConfigError(_with_keys(str(error), key, ordinary or kind)) from error
     if expected and not isinstance(found, expected):
-        names = " or ".join(f"{each.__module__}.{each.__name__}" for each in expected)
-        raise ConfigError(f"{key}._target_={short(target)} makes {called(found)}, which is no {names}; derive it from that")
+        names = " or ".join(with_article(f"{each.__module__}.{each.__name__}") for each in expected)
+        raise ConfigError(f"{key}._target_={short(target)} makes {called(found)}, which is not {names}; derive it from that")
     return found
 
 
@@ -218,8 +216,8 @@ def _of_torch(key: str, target: str, kind: type, given: dict[str, Any], hint: An
 
 
 def _names(kinds: Sequence[type]) -> str:
-    """Return the names of the kinds that fit somewhere, for a message."""
-    return " or ".join(kind.__name__ for kind in kinds)
+    """Return the names of the kinds that fit somewhere, with an article, for a message."""
+    return with_article(" or ".join(kind.__name__ for kind in kinds))
 
 
 def _plain(hint: Any) -> bool:
@@ -238,10 +236,10 @@ def _check_kind(key: str, target: str, kind: type, hint: Any) -> None:
     group = key.rpartition(".")[2]
     able = [name for name, (own, *_) in targets(group).items() if issubclass(get_class(own), expected)]
     if able and (option := next((name for name, (own, *_) in targets(group).items() if own == target), None)):
-        raise ConfigError(f"{key}={option} is no {names}, and nothing else fits here; choices: {', '.join(able)}; change {key}")
+        raise ConfigError(f"{key}={option} is not {names}, and nothing else fits here; choices: {', '.join(able)}; change {key}")
     wanted = (*expected, torch.optim.Optimizer) if OuterOptimizer in expected else expected
     fitting = [each for each in named() if issubclass(get_class(each), wanted)]
-    raise ConfigError(f"{key}._target_={short(target)} is no {names}; {near(target, fitting)}")
+    raise ConfigError(f"{key}._target_={short(target)} is not {names}; {near(target, fitting)}")
 
 
 def _with_options(text: str, group: str) -> str:

@@ -163,10 +163,10 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
             if not isinstance(content.get(name), kind):
                 raise ValueError(f"{name} is {content.get(name)!r:.40}")
         if not all(isinstance(key, str) for key in content["config"]):
-            raise ValueError("config has keys that are no names")
+            raise ValueError("config has keys that cannot be names")
         name, keys, place, *_ = content["rng"]["numpy"]
         if name != "MT19937" or keys.shape != (624,) or not 0 <= place <= 624:  # numpy would read beyond the state
-            raise ValueError("rng.numpy is no state of numpy's generator")
+            raise ValueError("rng.numpy is not a state of numpy's generator")
 
 
 def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def command_line(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(SUBCOMMANDS)
-        print(f"hyperopt: {name!r} is no subcommand; {hint}subcommands: {known}; values are key=value", file=sys.stderr)
+        print(f"hyperopt: {name!r} is not a subcommand; {hint}subcommands: {known}; values are key=value", file=sys.stderr)
         sys.exit(1)
     elif "--version" in argv:
         print(f"hyperopt-bilevel {__version__}")

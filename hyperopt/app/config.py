@@ -99,7 +99,7 @@ def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
             if isinstance(target, str) and (target in registered() or TORCH.fullmatch(target)):
                 continue
             if top == "hyperopt":
-                raise ConfigError(f"{key}._target_={short(target)} is no class of an option; {near(target, registered())}")
+                raise ConfigError(f"{key}._target_={short(target)} is not the class of an option; {near(target, registered())}")
             if top not in allowed:
                 hint = f"; if you trust it, add 'allow_targets=[{top}]' to the command line" if top.isidentifier() else ""
                 raise ConfigError(f"{key}._target_={short(target)} is outside hyperopt{hint}")
@@ -141,12 +141,12 @@ def _check_top(cfg: DictConfig) -> None:
         raise ConfigError(f"name={cfg.name!r:.120} {why}; change name")
     for key, choices in (("mode", MODES), ("resume", RESUME), ("precision", PRECISIONS)):
         if cfg[key] not in choices:
-            raise ConfigError(f"{key}={cfg[key]!r} is none of {', '.join(choices)}; change {key}")
+            raise ConfigError(f"{key}={cfg[key]!r} is not one of {', '.join(choices)}; change {key}")
     for key in ("compile", "accept_lost_rows"):
         if not isinstance(cfg[key], bool):
             raise ConfigError(f"{key}={cfg[key]!r} must be true or false; change {key}")
     if not DEVICE.fullmatch(str(cfg.device)):
-        raise ConfigError(f"device={cfg.device!r} is none of auto, cpu, cuda, cuda:N; change device")
+        raise ConfigError(f"device={cfg.device!r} is not one of auto, cpu, cuda, cuda:N; change device")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed={cfg.seed!r} is not a whole number in [0, {2**32 - 1}]; change seed")
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
@@ -176,7 +176,7 @@ def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
     while stack:
         key, value = stack.pop()
         if isinstance(value, str) and ("${" in value or value == "???"):
-            raise ConfigError(f"{where}: {key[1:]}={short(value)} is no plain value; write the value itself there")
+            raise ConfigError(f"{where}: {key[1:]}={short(value)} is not a plain value; write the value itself there")
         if isinstance(value, dict | list):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(f"{key}.{name}", child) for name, child in pairs]

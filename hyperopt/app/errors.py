@@ -17,7 +17,7 @@ HIDDEN = ("hydra", "schema")
 
 
 def near(word: str, choices: Iterable[str]) -> str:
-    """Return ``did you mean ...? choices: ...`` for a word that is none of ``choices``."""
+    """Return ``did you mean ...? choices: ...`` for a word that is not one of ``choices``."""
     known = sorted(choices)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -12,7 +12,7 @@ from hyperopt.tasks.trainer import TrainerSettings
 
 
 class MonitorError(ValueError):
-    """``trainer.monitor`` names nothing that the task measures."""
+    """``trainer.monitor`` is not one of the metrics of the task."""
 
 
 @dataclass
@@ -129,6 +129,6 @@ def monitored(metrics: Mapping[str, float], trainer: TrainerSettings) -> float:
         MonitorError: the evaluation does not have it.
     """
     if trainer.monitor not in metrics:
-        known = ", ".join(sorted(metrics))
-        raise MonitorError(f"trainer.monitor={trainer.monitor!r} is none of the task's metrics {known}; change trainer.monitor")
+        known = f"the task's metrics {', '.join(sorted(metrics))}"
+        raise MonitorError(f"trainer.monitor={trainer.monitor!r} is not one of {known}; change trainer.monitor")
     return float(metrics[trainer.monitor])

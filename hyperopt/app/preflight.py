@@ -189,7 +189,7 @@ def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> No
         if (why := why_no_component(value)) is not None:
             raise ConfigError(f"{name}={value!r:.120} {why}; change {name}")
     if subdir is not None and (not subdir.strip() or Path(subdir).is_absolute() or {"..", "."} & set(subdir.split("/"))):
-        raise ConfigError(f"hydra.sweep.subdir={subdir!r:.120} is no directory within {key}; change hydra.sweep.subdir")
+        raise ConfigError(f"hydra.sweep.subdir={subdir!r:.120} is not a directory within {key}; change hydra.sweep.subdir")
 
 
 def _check_sweep(where: Path, known: bool) -> None:

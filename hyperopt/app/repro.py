@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hyperopt.core import distributed
+from hyperopt.core.checks import require_choice
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 DISTRIBUTIONS = ("hyperopt-bilevel", "torch", "torchvision", "hydra-core", "omegaconf", "numpy", "scikit-learn", "tensorboard")
@@ -35,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
         ValueError: the name has another form, or this machine does not have the GPU.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N; change device")
+        raise ValueError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N; change device")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -56,8 +57,7 @@ def resolve_precision(name: str) -> torch.dtype:
     Raises:
         ValueError: any other name.
     """
-    if name not in PRECISIONS:
-        raise ValueError(f"precision={name!r} is none of {', '.join(PRECISIONS)}; change precision")
+    require_choice("", "precision", name, PRECISIONS)
     return PRECISIONS[name]
 
 

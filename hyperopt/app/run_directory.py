@@ -212,7 +212,7 @@ class RunDirectory(LockedDirectory):
         best, metrics = found.get("best"), found.get("metrics")
         measured = best.get("metrics") if isinstance(best, dict) else None
         if not all(isinstance(each, dict | None) for each in (best, metrics, measured)):
-            raise UnreadableError(f"{self.summary} is no summary of a run")
+            raise UnreadableError(f"{self.summary} is not the summary of a run")
 
         def finite(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
             if values is None:
@@ -235,7 +235,7 @@ class RunDirectory(LockedDirectory):
             for n, row in enumerate(read_json_lines(self.metrics), 1):
                 rows.append({key: number(value) for key, value in row.items()})
                 if not math.isfinite(rows[-1].get("step", math.nan)):
-                    raise UnreadableError(f"{self.metrics}, line {n}, is no row of metrics")
+                    raise UnreadableError(f"{self.metrics}, line {n}, is not a row of metrics")
         return rows
 
     def read_overrides(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the batches of a loss come from: tensors in memory, a loader or a dataset of ``torch.utils.data``, or one batch."""
+"""Sources of batches for a loss: tensors in memory, a loader or dataset of ``torch.utils.data``, or one batch."""
 
 from __future__ import annotations
 
@@ -18,64 +18,66 @@ from hyperopt.data.sparse import SparseRows
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Where the batches of a loss come from; what ``draw`` returns is handed to the loss as it is."""
+    """Where the batches of a loss come from. What ``draw`` returns is handed to the loss unchanged."""
 
     def draw(self) -> Any:
         """Return the next batch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands, as plain containers and tensors."""
+        """Return the position of the next batch, as plain containers and tensors."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         ...
 
 
 class NoBatches:
-    """For losses that have their data themselves: the batch is None."""
+    """The source for losses that bring their own data: the batch is None."""
 
     def draw(self) -> Any:
         """Return None."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse the position of another source of batches; there is nothing to take back."""
+        """Refuse the state of another source; there is nothing to restore."""
         check_entries(state, (), type(self).__name__)
 
 
 class SameBatch(NoBatches):
-    """One batch, always."""
+    """A source that always returns the same batch."""
 
     def __init__(self, batch: Any) -> None:
-        """Keep it."""
+        """Keep the batch."""
         self.batch = batch
 
     def draw(self) -> Any:
-        """Return it."""
+        """Return the batch."""
         return self.batch
 
 
 class Minibatches:
-    """Rows of tensors, epoch after epoch; see ``hyperopt.data.batches.Batches`` for the order.
+    """Batches of the rows of tensors, epoch after epoch; ``hyperopt.data.batches.Batches`` defines the order.
 
     Args:
-        tensors: a tree of tensors (or ``SparseRows``, or numpy arrays) that share their first dimension, ``(x, y)`` for example.
-        size: rows of a batch; None: all of them, the tensors themselves.
+        tensors: a tree of tensors (or ``SparseRows``, or numpy arrays) that share their first dimension, ``(x, y)`` for
+            example.
+        size: number of rows of a batch, at least 1; None: each batch is the tensors themselves.
         seed: seed of the order.
-        last: what becomes of the rows that are left at the end of an epoch: ``keep`` or ``drop``.
-        key: what the caller's setting for ``size`` is called in messages.
+        last: whether the rows that do not fill a batch at the end of an epoch are a smaller batch (``keep``) or are left out
+            (``drop``).
+        key: name of the caller's setting for ``size``, for messages.
 
     Raises:
-        ValueError: tensors without rows, of different lengths, or fewer rows than ``size``.
+        ValueError: the tensors have no rows or different numbers of rows, or there are fewer rows than ``size``.
     """
 
     def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep", key: str = "size") -> None:
-        """Stand before the first batch."""
+        """Start at the first batch."""
         tensors = _as_tensors(tensors)
         lengths = {leaf.shape[0] if len(leaf.shape) else 0 for leaf in optree.tree_leaves(tensors)}
         if len(lengths) != 1 or not min(lengths):
@@ -85,7 +87,9 @@ class Minibatches:
             )
         (rows,) = lengths
         if size is not None and not 1 <= size <= rows:
-            raise ValueError(f"{key}={size}: a batch of {size} rows from a data set of {rows}; lower {key}, or None for all rows")
+            raise ValueError(
+                f"{key}={size}: a batch cannot have {size} rows of a data set of {rows}; lower {key}, or give None for all rows"
+            )
         self.tensors = tensors
         self.order = Batches(rows, size, seed, last)
 
@@ -95,20 +99,20 @@ class Minibatches:
 
     @property
     def shares(self) -> list[float]:
-        """Of all rows, the part of each piece: the data set cut once, in the order of the first epoch, no row left out."""
+        """The fraction of all rows in each piece; the pieces are the data set cut once, in the order of the first epoch."""
         rows, size = self.order.rows, self.order.size or self.order.rows
         return [min(size, rows - start) / rows for start in range(0, rows, size)]
 
     def piece(self, number: int) -> Any:
-        """Return a piece, the same rows every time; where the next batch stands is left as it is."""
+        """Return a piece, the same rows every time; the position of the next batch does not change."""
         return self._batch(self.order.at((0, number)).index)
 
     def _batch(self, index: Tensor | None) -> Any:
-        """The rows at these places; None: the tensors themselves."""
+        """Return the rows at these indices, or the tensors themselves for None."""
         return self.tensors if index is None else optree.tree_map(lambda leaf: _rows(leaf, index), self.tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands."""
+        """Return the position of the next batch."""
         return self.order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,29 +121,29 @@ class Minibatches:
 
 
 def _rows(leaf: Tensor | SparseRows, index: Tensor) -> Tensor | SparseRows:
-    """Rows of a leaf."""
+    """Return the rows of a leaf at these indices."""
     return leaf.take(index) if isinstance(leaf, SparseRows) else leaf.index_select(0, index.to(leaf.device))
 
 
 def _as_tensors(batch: Any) -> Any:
-    """The batch with numpy arrays as tensors of the same memory and dtype."""
+    """Return the batch with numpy arrays as tensors of the same memory and dtype."""
     return optree.tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
 
 
 def source_of(given: Any, name: str) -> BatchSource:
-    """A source of batches made of what a user has at hand.
+    """Return a source of batches for the data that a user gives.
 
     Args:
         given: one of
-            a source, which is handed back: anything with ``draw``, ``state_dict`` and ``load_state_dict``;
+            a source, that is anything with ``draw``, ``state_dict`` and ``load_state_dict``: it is returned;
             a ``torch.utils.data.DataLoader``: its batches, epoch after epoch, see ``LoaderBatches``;
             a ``torch.utils.data.Dataset`` with a length: one batch of all its rows, which are read once, here;
-            one batch: a tensor or numpy array, or a tuple or dict of them, nested too;
+            one batch, that is a tensor or numpy array, or a (nested) tuple or dict of them;
             None: the batch is None.
-        name: what it is called in messages.
+        name: name of the argument, for messages.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: ``given`` is not one of these.
         ValueError: it is empty.
     """
     if given is None:
@@ -155,36 +159,34 @@ def source_of(given: Any, name: str) -> BatchSource:
         if any(len(leaf.shape) and not leaf.shape[0] for leaf in leaves):
             raise ValueError(f"{name}: the batch has no rows (shapes {[tuple(leaf.shape) for leaf in leaves]})")
         return SameBatch(_as_tensors(given))
-    listed = ". A list may be one batch or several: give a tuple for one batch" if isinstance(given, list) else ""
+    listed = ". A list could be one batch or several: give a tuple for one batch" if isinstance(given, list) else ""
     raise TypeError(
-        f"{name} is a {type(given).__name__}, which is no source of batches{listed}. Give a torch.utils.data.DataLoader, "
+        f"{name} is a {type(given).__name__}, which is not a source of batches{listed}. Give a torch.utils.data.DataLoader, "
         "hyperopt.Minibatches(tensors, size), one batch (a tensor, or a tuple or dict of tensors), or an object with draw(), "
         "state_dict() and load_state_dict(state)"
     )
 
 
 def _is_source(given: Any) -> bool:
-    """Whether it is a source, and not its class."""
+    """Whether ``given`` is a source, and not the class of one."""
     return isinstance(given, BatchSource) and not isinstance(given, type)
 
 
 def _has_list(tree: Any) -> bool:
-    """Whether there is a list among the containers."""
+    """Whether one of the containers in a tree is a list."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else ()
     return isinstance(tree, list) or any(_has_list(child) for child in children)
 
 
 def _whole(dataset: Dataset[Any], name: str) -> Any:
-    """All rows of a dataset as one batch.
+    """Return all rows of a dataset as one batch.
 
     Raises:
-        TypeError: it has no length, or rows of which no batch can be made.
-        ValueError: it is empty.
+        TypeError: the dataset has no length, or its rows cannot be collated into a batch.
+        ValueError: the dataset is empty.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"{name} is a dataset without rows to count ({type(dataset).__name__}): give DataLoader(dataset, batch_size)"
-        )
+        raise TypeError(f"{name} is a dataset without a length ({type(dataset).__name__}): give DataLoader(dataset, batch_size)")
     rows = len(dataset)  # pyright: ignore[reportArgumentType]
     if not rows:
         raise ValueError(f"{name} is a dataset without rows ({type(dataset).__name__})")
@@ -194,5 +196,6 @@ def _whole(dataset: Dataset[Any], name: str) -> Any:
         return default_collate([dataset[i] for i in range(rows)])
     except (TypeError, RuntimeError) as error:
         raise TypeError(
-            f"{name}: no batch can be made of the rows of {type(dataset).__name__}: {error}; give a DataLoader with a collate_fn"
+            f"{name}: the rows of {type(dataset).__name__} cannot be collated into a batch: {error}; give a "
+            "DataLoader with a collate_fn"
         ) from error

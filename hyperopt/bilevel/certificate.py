@@ -1,11 +1,12 @@
-"""The certificate of a trained problem's hypergradient: that of ``hyperopt.core.certificate``, on the gradient-step map.
+"""The certificate of a trained problem's hypergradient: ``hyperopt.core.certificate`` applied to the gradient-step map.
 
     eps   = |grad L(w)| / mu                                               distance of w from the minimum
     delta = (|b - H u| + eps (hessian_lipschitz |u| + outer_lipschitz)) / mu        distance of u from the exact one
     error <= direct_lipschitz eps + mixed_lipschitz eps |u| + mixed_norm delta
 
-for a strongly convex inner loss whose constants are declared; the residuals were measured at ``w``. Elsewhere an estimate, with
-``|b| / |u|``, a curvature that the adjoint has met, for the least, and the largest ``|H v| / |v|`` of the products made.
+This is a bound if the inner loss is strongly convex and its constants are declared; the residuals were measured at ``w``.
+Otherwise the result is an estimate: ``|b| / |u|``, a curvature that the adjoint solve has met, stands in for the smallest
+eigenvalue, and the largest ``|H v| / |v|`` of all products for the largest.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ def certificate(
     constants: InnerConstants | None,
     iterates: bool,
 ) -> Certificate:
-    """The certificate.
+    """Return the certificate of a hypergradient.
 
     Args:
-        operator: the map, after the adjoint solve.
-        adjoint: its statistics.
-        trained: those of the training.
-        u: ``H^{-1} b``, as found. shape: (1, dim)
+        operator: the gradient-step map, after the adjoint solve.
+        adjoint: statistics of the adjoint solve.
+        trained: statistics of the training (None: there was none).
+        u: the computed ``H^{-1} b``. shape: (1, dim)
         b: ``d_w E``. shape: (1, dim)
-        norm: of the hypergradient.
-        constants: of the losses, where they are known.
-        iterates: whether the adjoint iterated the map, so that its step says something about it.
+        norm: norm of the hypergradient.
+        constants: constants of the losses (None: not declared).
+        iterates: whether the adjoint solve iterated the map, so that its step matters.
     """
     size, scale = float(torch.linalg.vector_norm(u)), float(torch.linalg.vector_norm(b))
     largest = float(operator.largest)
@@ -51,7 +52,7 @@ def certificate(
         step, factor = 1 / constants.smoothness, 1 - constants.strong_convexity / constants.smoothness
     else:
         if not iterates and not largest > 0:
-            return Certificate(math.nan, False, math.nan)  # no step, and no product that would say how long one could be
+            return Certificate(math.nan, False, math.nan)  # neither a step nor a product from which to choose one
         if not iterates:
             step = 1 / largest
         factor = 1 - step * scale / size if size > 0 and not math.isnan(largest) else math.nan
@@ -62,7 +63,7 @@ def certificate(
 
 
 def _constants(known: InnerConstants, step: float) -> Constants:
-    """Those of the map with this step."""
+    """Return the constants of the gradient-step map with this step."""
     return Constants(
         contraction=1 - step * known.strong_convexity,
         jacobian_lipschitz=step * known.hessian_lipschitz,
@@ -74,12 +75,12 @@ def _constants(known: InnerConstants, step: float) -> Constants:
 
 
 def at_point(operator: StepMap, step: float, contraction: float, trained: SolveStats | None) -> SolveStats:
-    """How far ``w`` is from a fixed point of the map, as the statistics of a solve: the residual is that at ``w`` itself."""
+    """Return how far ``w`` is from a fixed point of the map, as statistics of a solve; the residual is measured at ``w``."""
     curvature = operator.curvature
     w = curvature.matrix([leaf.detach() for leaf in curvature.w.flat])
     difference = step * torch.linalg.vector_norm(curvature.gradient, dim=1)
     scale = torch.linalg.vector_norm(w - step * curvature.gradient, dim=1)
-    # A fixed number of steps is no statement about w, but the residual here is measured, whatever was asked for.
+    # After a fixed number of steps the status says nothing about w, but this residual is measured.
     ended = Status.converged if trained is None or trained.status == Status.fixed_steps else trained.status
     residual = relative(difference, scale)
     code = torch.full_like(residual, int(ended), dtype=torch.long)

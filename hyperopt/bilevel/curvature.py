@@ -1,9 +1,9 @@
-"""Products with the second derivatives of the inner loss at one point: what an implicit hypergradient is made of.
+"""Products with the second derivatives of the inner loss at one point, from which an implicit hypergradient is made.
 
-    matvec(v) = (d_w grad_w L) v         a Hessian product, or one with a positive semidefinite matrix in its place
-    mixed(v) = (d_lam grad_w L)^T v    the mixed product, one a hypergradient
+    matvec(v) = (d_w grad_w L) v         a product with the Hessian, or with a positive semidefinite matrix instead
+    mixed(v) = (d_lam grad_w L)^T v      the mixed product; a hypergradient takes one
 
-Each is one backward through one graph of the gradient that is kept: nothing is evaluated anew, no parameter is copied.
+Each product is one backward pass through a graph of the gradient, which is built once and kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
 from hyperopt.core.operator import LinearOperator
@@ -26,15 +26,15 @@ from hyperopt.core.tree import Layout, layout_of, leaves_of
 
 
 class Curvature(LinearOperator):
-    """Second derivatives of the inner loss at ``(w, lam)``: the operator H on (1, dim) matrices.
+    """The second derivatives of the inner loss at ``(w, lam)``: an operator H on (1, dim) matrices.
 
     Attributes:
         w, lam: the point.
-        layout: how ``w`` lies in a (1, dim) matrix.
+        layout: the place of each leaf of ``w`` in a (1, dim) matrix.
         gradient: ``grad_w L``, shape (1, dim).
-        missing: places of the leaves of ``w`` on which the inner loss does not depend.
-        gradients: inner gradients that were taken.
-        mixed_products: mixed products that were made.
+        missing: indices of the leaves of ``w`` on which the inner loss does not depend.
+        gradients: number of inner gradients that were computed.
+        mixed_products: number of mixed products that were computed.
     """
 
     symmetric = True
@@ -44,7 +44,7 @@ class Curvature(LinearOperator):
     mixed_products: int
 
     def __init__(self, w: Leaves, lam: Leaves) -> None:
-        """Nothing is spent yet."""
+        """Keep the point; all counts start at zero."""
         self.w, self.lam = w, lam
         self.layout: Layout = layout_of(w.tree, "joint")
         self.missing = []
@@ -52,33 +52,33 @@ class Curvature(LinearOperator):
 
     @abstractmethod
     def mixed(self, v: Tensor) -> list[Tensor | None]:
-        """``(d_lam grad_w L)^T v`` for each hyperparameter, ``v`` of shape (1, dim); None where there is none."""
+        """Return ``(d_lam grad_w L)^T v`` for each hyperparameter, ``v`` of shape (1, dim); None if L does not depend on it."""
 
     def parts(self, v: Tensor) -> list[Tensor]:
-        """A (1, dim) matrix as one tensor for each leaf of ``w``."""
+        """Return a (1, dim) matrix as one tensor for each leaf of ``w``."""
         return leaves_of(self.layout.tree(v))
 
     def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
-        """One tensor for each leaf of ``w`` (None: zeros) as a matrix, shape (1, dim)."""
+        """Return one tensor for each leaf of ``w`` (None: zeros) as a matrix of shape (1, dim)."""
         return self.layout.matrix(self.w.like(values))
 
 
 class Hessian(Curvature):
-    """The Hessian itself, by a second backward.
+    """The Hessian itself, by a second backward pass.
 
     Args:
         inner: the inner loss on a batch.
-        w: the point.
+        w: the weights.
         lam: the hyperparameters.
-        keep: whether the graph of the gradient serves all products; if not, each product takes down its graph as it goes, and the
-            next one builds it again: a gradient more a product, and a sixth to a quarter less memory at the peak.
+        keep: whether all products share one graph of the gradient. If not, each product frees the graph and the next one builds
+            it again, which costs one more gradient a product and saves a sixth to a quarter of the peak memory.
 
     Raises:
         ValueError: the inner loss does not depend on ``w``.
     """
 
     def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, *, keep: bool = True) -> None:
-        """Take the gradient, with its graph."""
+        """Compute the gradient with its graph."""
         super().__init__(w, lam)
         self._inner, self._keep = inner, keep
         grads = self._differentiate()
@@ -86,11 +86,11 @@ class Hessian(Curvature):
         self.missing = [i for i, g in enumerate(grads) if g is None]
 
     def _differentiate(self) -> Sequence[Tensor | None]:
-        """The gradient of the inner loss with its graph."""
+        """Return the gradient of the inner loss, and keep its graph."""
         with torch.enable_grad():
             grads = differentiate(self._inner(self.w.tree, self.lam.tree), self.w.flat)
         self.gradients += 1
-        # Entries of the gradient that are constant have no graph, and add nothing to a product.
+        # Entries of the gradient that are constant have no graph and contribute nothing to a product.
         kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._at, self._grads = [i for i, _ in kept], [g for _, g in kept]
         return grads
@@ -119,15 +119,15 @@ class Hessian(Curvature):
 
 
 COMPILED = ("aot_autograd does not currently support double backward", "compiled with non-empty donated buffers")
-"""What PyTorch says of a second derivative of compiled code; which of them depends on what it has compiled before."""
+"""PyTorch's messages for a second derivative of compiled code; which one comes depends on what was compiled before."""
 
 
 @contextlib.contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Second derivatives are taken in this block; an operator that has none is named.
+    """Turn PyTorch's errors about second derivatives in this block into messages that say what to change.
 
     Raises:
-        RuntimeError: says what to use instead.
+        RuntimeError: an operator has no second derivative, or the loss changes a tensor in place.
     """
     try:
         yield
@@ -159,10 +159,10 @@ def second_derivatives() -> Iterator[None]:
 
 
 def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = True) -> Sequence[Tensor | None]:
-    """The gradient of the inner loss, with its graph if asked for; None for leaves that it does not depend on.
+    """Return the gradient of the inner loss, with its graph if asked for; None for leaves on which the loss does not depend.
 
     Raises:
-        ValueError: it does not depend on ``w``.
+        ValueError: the loss does not depend on any leaf.
     """
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
@@ -187,19 +187,20 @@ def unaffected() -> NoReturn:
 
 
 def unused_of(names: Sequence[str], *gradients: Sequence[Tensor | None]) -> tuple[str, ...]:
-    """The hyperparameters that no part of an implicit hypergradient depends on: theirs is exactly zero.
+    """Return the names of the hyperparameters whose implicit hypergradient is exactly zero, since no part depends on them.
 
     Args:
-        names: of the hyperparameters.
-        gradients: the parts, the direct one and the mixed product; None where there is none.
+        names: names of the hyperparameters.
+        gradients: the parts of the hypergradient (direct gradient, mixed product), each with one entry for each hyperparameter;
+            None if that part does not depend on it.
 
     Raises:
-        ValueError: these are all of them.
+        ValueError: no part depends on any hyperparameter.
     """
     unused = tuple(name for name, *parts in zip(names, *gradients, strict=True) if all(x is None for x in parts))
     if len(unused) == len(names):
         raise ValueError(
-            f"the outer loss depends on none of {', '.join(names)}, neither itself nor through the minimum of the inner loss: "
+            f"the outer loss does not depend on {', '.join(names)}, neither directly nor through the minimum of the inner loss: "
             "the implicit hypergradient is exactly zero. Use lam in one of the losses; a learning rate or momentum of the inner "
             "solver, or where training starts, needs unrolled differentiation: adjoint=Unrolled()"
         )

@@ -1,4 +1,4 @@
-"""``Estimate``: one hypergradient with its certificate and what it cost; ``State``: what a method keeps between outer steps."""
+"""``Estimate``: a hypergradient with its certificate and its cost; ``State``: what a method keeps between outer steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hyperopt.core.tree import tree_norm
 
 @dataclass
 class Cost:
-    """What one outer step has spent, each over a whole batch.
+    """The cost of one outer step, as counts of operations on a whole batch.
 
     Attributes:
-        inner_gradients: of the inner loss; each is an evaluation of the map.
-        outer_gradients: of the outer loss.
-        hessian_products: with the Hessian of the inner loss, or what stands in its place.
-        mixed_products: with its mixed second derivative.
-        transposed_products: those of the Hessian products that a linear solver asked for as ones with the transpose, which is
-            the same matrix here.
+        inner_gradients: gradients of the inner loss; each is an evaluation of the map.
+        outer_gradients: gradients of the outer loss.
+        hessian_products: products with the Hessian of the inner loss, or with the matrix used instead.
+        mixed_products: products with the mixed second derivative of the inner loss.
+        transposed_products: the Hessian products that a linear solver requested as products with the transpose, which is the
+            same matrix here.
     """
 
     inner_gradients: int = 0
@@ -54,11 +54,11 @@ class Cost:
 
 @dataclass
 class State:
-    """What a run of outer steps carries along, changed in place.
+    """What a method keeps from one outer step to the next; it is changed in place.
 
     Attributes:
         w: the inner variables, a tree; inner solvers write into its tensors.
-        memory: what the methods keep, by name: plain containers, numbers and tensors.
+        memory: what each method remembers, by name: plain containers, numbers and tensors.
     """
 
     w: Any
@@ -70,13 +70,13 @@ class Choice:
     """What ``adjoint="auto"`` chose; ``str(choice)`` is a sentence.
 
     Attributes:
-        name: one of ``NAMES``, whose place there is the metric ``adjoint/choice``.
-        why: what it met that made it choose so.
-        adjoint: the adjoint that was used; with ``step``, ``curvature`` and ``resample``, and without a warm start, it gives the
-            same again, up to what is drawn.
-        step: of the gradient-step map, where that was iterated (None: it makes no difference).
-        curvature: of whose products the system was made.
-        resample: whether each product was made on a draw of its own.
+        name: one of ``NAMES``; its index there is the metric ``adjoint/choice``.
+        why: the reason for the choice.
+        adjoint: the adjoint that was used. With ``step``, ``curvature`` and ``resample``, and without a warm start, it gives
+            the same hypergradient again, up to random draws.
+        step: step of the gradient-step map (None: the method does not depend on it).
+        curvature: the matrix of the system, see ``ProductSettings``.
+        resample: whether each product used a draw of its own.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ("CG", "MINRES", "Neumann", "Neumann, Gauss-Newton")
@@ -89,7 +89,7 @@ class Choice:
     resample: bool = False
 
     def __str__(self) -> str:
-        """Name and reason."""
+        """Return the name and the reason."""
         return f"{self.name}: {self.why}"
 
 
@@ -98,18 +98,18 @@ class Estimate:
     """One hypergradient.
 
     Attributes:
-        grad: ``dE/dlam``, in the structure of ``lam``; NaN where the adjoint solve broke down or diverged (a fixed number of
-            steps under ``policy="ignore"`` is used all the same).
-        certificate: how far it may be from the exact one.
-        loss: the outer loss ``E(w, lam)`` that it was taken of.
-        w: the inner variables at which it was taken.
+        grad: ``dE/dlam``, in the structure of ``lam``; NaN if the adjoint solve broke down or diverged (but the result of a
+            fixed number of steps under ``policy="ignore"`` is kept).
+        certificate: how far ``grad`` may be from the exact hypergradient.
+        loss: the outer loss ``E(w, lam)``.
+        w: the inner variables at which the hypergradient was taken.
         inner: statistics of the inner solve (None: there was none).
         adjoint: statistics of the adjoint solve (None: there was none).
-        cost: what was spent.
+        cost: counts of gradients and products.
         unused: the hyperparameters on which the outer loss does not depend, in this way of differentiating it: their
             hypergradient is exactly zero.
-        note: what to change, where the adjoint iteration diverged.
-        choice: which adjoint was chosen and why, under ``adjoint="auto"`` (None: it was given).
+        note: what to change, if the adjoint solve diverged.
+        choice: which adjoint ``adjoint="auto"`` chose and why (None: an adjoint was given).
     """
 
     grad: Any
@@ -124,7 +124,7 @@ class Estimate:
     choice: Choice | None = None
 
     def statuses(self) -> dict[str, Status]:
-        """How the solves ended, under ``inner`` and ``adjoint``."""
+        """Return how the solves ended, by the names ``inner`` and ``adjoint``."""
         parts = {"inner": self.inner, "adjoint": self.adjoint}
         return {name: stats.status for name, stats in parts.items() if stats is not None}
 
@@ -139,7 +139,7 @@ class Estimate:
         return tree_norm(self.grad)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of an outer step, under the names that every task logs."""
+        """Return the numbers of an outer step, under the names that every task logs."""
         found: dict[str, float] = {}
         for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)):
             if stats is not None:
@@ -154,17 +154,17 @@ class Estimate:
         return found
 
     def backward(self, lam: Any) -> None:
-        """Add the hypergradient to the ``.grad`` of the leaves that ``lam`` is, or was computed from (a space's map).
+        """Add the hypergradient to the ``.grad`` of the leaves ``lam``, or of the leaves from which a space computed ``lam``.
 
-        The way from these leaves to ``lam`` is kept, so that the hypergradients of several problems can be added up, each by a
-        call of its own; it goes when ``lam`` does.
+        The graph from these leaves to ``lam`` is kept, so that several problems can each add their hypergradient.
 
         Args:
-            lam: the tree that the estimate was taken at; entries that do not require grad are left out.
+            lam: the tree at which the estimate was taken; entries that do not require grad are left out.
 
         Raises:
             ValueError: ``lam`` has another structure, or no tensor that requires grad.
-            SolveError: the hypergradient is not finite; names the hyperparameters and the cause. No ``.grad`` was changed.
+            SolveError: the hypergradient is not finite; the message names the hyperparameters and the cause. No ``.grad`` was
+                changed.
         """
         pairs = list(self._pairs(lam))
         if not pairs:
@@ -178,10 +178,10 @@ class Estimate:
         torch.autograd.backward([x for _, x, _ in pairs], [g for _, _, g in pairs], retain_graph=True)
 
     def _pairs(self, lam: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, leaf and hypergradient of each leaf of ``lam`` that requires grad.
+        """Yield name, leaf and hypergradient of each leaf of ``lam`` that requires grad.
 
         Raises:
-            ValueError: the leaves are not those of the hypergradient.
+            ValueError: ``lam`` does not have the structure and shapes of the hypergradient.
         """
         paths, leaves, spec = optree.tree_flatten_with_path(lam)
         found, expected = optree.tree_flatten(self.grad)
@@ -199,7 +199,7 @@ class Estimate:
                 yield name, leaf, g
 
     def _cause(self) -> str:
-        """Why the hypergradient is not finite, as far as it is known: what comes first in its making is named."""
+        """Return the earliest known reason why the hypergradient is not finite."""
         if self.inner is not None and self.inner.status >= Status.breakdown:
             return f"the inner solve ended as {self.inner.status}: {self.inner.status.message}"
         bad = [name for name, leaf in zip(*_named(self.w), strict=True) if not bool(leaf.isfinite().all())]
@@ -210,12 +210,12 @@ class Estimate:
         if self.adjoint is not None and self.adjoint.status >= Status.breakdown:
             return f"the adjoint solve ended as {self.adjoint.status}: {self.note or self.adjoint.status.message}"
         return (
-            f"the outer loss is {self.loss:.6g} and the solves are sound, so a derivative of the inner or of the outer loss has "
-            "no finite value at this point (such as that of a square root or a norm at 0)"
+            f"the outer loss is {self.loss:.6g} and the solves succeeded, so a derivative of the inner or of the outer loss is "
+            "not finite at this point (such as that of a square root or a norm at 0)"
         )
 
 
 def _named(tree: Any) -> tuple[list[str], list[Tensor]]:
-    """Names and leaves of the inner variables."""
+    """Return the names and the leaves of the inner variables."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     return ["w" + "".join(f"[{key!r}]" for key in path) for path in paths], leaves

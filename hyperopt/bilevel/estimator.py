@@ -1,8 +1,8 @@
-"""``Estimator``: how a hypergradient of a trained inner problem is found. A method is one class with one function.
+"""``Estimator``: a method that computes the hypergradient of a trained inner problem, as one class with one function.
 
-Everything that a method must remember from one outer step to the next, the weights first of all, lies in the ``State`` that it is
-given, and nowhere else: that is what makes a run continue bit for bit. Methods that move the weights, an adjoint variable and the
-hyperparameters together (one loop), or that keep a second copy of the weights (penalty methods), fit in the same way.
+A method keeps everything that it must remember from one outer step to the next, the weights first of all, in the ``State`` that
+it is given and nowhere else; therefore a resumed run continues bit for bit. This also fits methods that move the weights, an
+adjoint variable and the hyperparameters in one loop, and penalty methods, which keep a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from hyperopt.bilevel.problem import BilevelProblem
 
 
 class Estimator(ABC):
-    """A method for the hypergradient."""
+    """A method that computes a hypergradient."""
 
     @abstractmethod
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Bring the inner variables ``state.w`` where the method wants them, and return the hypergradient there.
+        """Move the inner variables ``state.w`` as the method does, and return the hypergradient there.
 
         Args:
             problem: the losses and their batches.
             lam: the hyperparameters, a tree of tensors, in the units of the losses.
-            state: what the method remembers; changed in place.
+            state: the weights and what the method remembers; changed in place.
         """
 
 
 def refuse_ignored(method: object, inner: object, products: Any, unused: Iterable[str]) -> None:
-    """Refuse what was given to a method that has no use for it, rather than ignore it.
+    """Refuse arguments that a method would ignore.
 
     Args:
         method: the method.
-        inner: the inner solver, where the method trains the weights itself; else None.
-        products: how products are to be taken, a ``ProductSettings``.
+        inner: the inner solver, if the method trains the weights itself and so cannot use it; else None.
+        products: the ``ProductSettings``.
         unused: the fields of ``products`` that the method does not use.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: an argument would be ignored; the message names it.
     """
     name = type(method).__name__
     if inner is not None:
@@ -51,4 +51,4 @@ def refuse_ignored(method: object, inner: object, products: Any, unused: Iterabl
     default = type(products)()
     for field in (f.name for f in fields(products) if f.name in unused):
         if getattr(products, field) != getattr(default, field):
-            raise ValueError(f"{name} has no use for {field}={getattr(products, field)!r}; leave {field} out")
+            raise ValueError(f"{name} does not use {field}={getattr(products, field)!r}; leave {field} out")

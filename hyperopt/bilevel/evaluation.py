@@ -1,7 +1,7 @@
-"""``Evaluation``: the inner loss on one batch, as one function of the weights and the hyperparameters.
+"""``Evaluation``: the inner loss on one batch, as a function of the weights and the hyperparameters.
 
-Finite differences, products, checkpoints and line searches evaluate the loss of one step more than once. All evaluations after
-the first are replays of it: they see its dropout masks and its running statistics, and leave no trace (``hyperopt.core.replay``).
+Finite differences, products, checkpoints and line searches evaluate the loss of one step more than once. Every evaluation after
+the first replays it: it uses the same dropout masks and running statistics, and leaves no trace (``hyperopt.core.replay``).
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ class Evaluation:
 
     Args:
         problem: the losses.
-        batch: of the inner loss.
+        batch: batch of the inner loss.
     """
 
     def __init__(self, problem: BilevelProblem, batch: Any) -> None:
-        """Nothing is evaluated yet."""
+        """Keep the arguments; nothing is evaluated yet."""
         self.problem, self.batch = problem, batch
         self.replay: Replay | None = None
 
     def once_after(self, step: Evaluation) -> None:
-        """Be a step of training that is evaluated once, after another ``step`` of it, and is committed.
+        """Prepare for a training step that follows another ``step``, is evaluated once and is then committed.
 
-        Nothing has to be put back then, and one search for the loss's modules serves both. But if that step has changed tensors
-        in place that are no buffers, which its graph may have saved, this one is watched as it was.
+        Nothing needs to be restored then, and the search for the loss's modules is not repeated. The exception is a ``step``
+        that changed tensors other than buffers in place: its graph may have saved them, so this evaluation is recorded as
+        usual.
         """
         if self.replay is None and step.replay is not None and not step.replay.wrote:
             self.replay = Replay(step.replay.places, step.replay.autocast[0], record=False)
 
     def __call__(self, w: Any, lam: Any) -> Tensor:
-        """``L(w, lam, batch)``."""
+        """Return ``L(w, lam, batch)``."""
         return self.of(lambda w, lam: self.problem.inner(w, lam, self.batch), w, lam)
 
     def of(self, function: Callable[[Any, Any], Any], w: Any, lam: Any) -> Any:
-        """Another function of the loss's parts, ``function(w, lam)``, which draws what the loss draws."""
+        """Return ``function(w, lam)``, made of parts of the loss, with the random numbers and buffers of the loss."""
         if self.replay is None:
             self.replay = Replay(Places.of(self.problem.inner_loss), optree.tree_leaves(w)[0].device.type)
         return self.replay(function, w, lam)
@@ -55,6 +56,6 @@ class Evaluation:
         return self.replay is not None and bool(self.replay.random)
 
     def commit(self) -> None:
-        """Let running statistics, counters and the like be as the latest evaluation left them: it was a step of training."""
+        """Keep the running statistics and counters of the latest evaluation, because it was a step of training."""
         if self.replay is not None:
             self.replay.commit()

@@ -1,14 +1,15 @@
-"""F2SA: the hypergradient from first derivatives alone, by a penalty that grows without end.
+"""F2SA: the hypergradient from first derivatives alone, by a penalty that grows without bound.
 
-Two copies of the weights: ``z`` minimises ``L`` (it is ``state.w``) and ``y`` minimises ``E + lambda L``. T times
+There are two copies of the weights: ``z`` minimises ``L`` (it is ``state.w``) and ``y`` minimises ``E + lambda L``. T times,
 
     z <- z - step grad_w L(z),        y <- y - step (grad_w E(y) / lambda + grad_w L(y))
 
 and then    dE/dlam ~ d_lam E(y) + lambda (d_lam L(y) - d_lam L(z)),        lambda <- lambda + delta
 
-whose bias is ``O(1 / lambda)``. The paper's step for ``y`` is ``alpha``, with ``alpha lambda`` of the size of the step for ``z``:
-here it is that step. The paper draws independent batches for ``y`` and ``z``; here both copies see the same ones, whose noise
-cancels in the difference that ``lambda`` multiplies. Its outer step falls as ``1 / lambda``: that is the outer optimizer's.
+The bias is ``O(1 / lambda)``. Three details differ from the paper. Its step for ``y`` is ``alpha``, with ``alpha lambda`` of
+the size of the step for ``z``; here both steps are equal in that sense. It draws independent batches for ``y`` and ``z``; here
+both copies see the same batches, whose noise cancels in the difference that ``lambda`` multiplies. Its outer step falls as
+``1 / lambda``; here that is left to the outer optimizer.
 
 Reference: Kwon, Kwon, Wright & Nowak, ICML 2023, arXiv 2301.10945, algorithm 1.
 """
@@ -22,20 +23,21 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
 class F2SA(Stochastic):
-    """Two copies of the weights, and a penalty that grows by the same amount in every outer step, without end.
+    """F2SA: two copies of the weights, and a penalty that grows by the same amount in every outer step.
 
     Args:
-        steps: of both copies of ``w`` per outer step (T), at least 1.
+        steps: gradient steps of each copy per outer step (T), at least 1.
         multiplier: the first penalty, ``lambda_0``, above 0; the bias of the hypergradient is ``O(1 / lambda)``.
-        growth: what it grows by in every outer step, ``delta``, above 0.
+        growth: increase of the penalty in every outer step, ``delta``, above 0.
     """
 
     steps: int = 10
@@ -55,14 +57,14 @@ class F2SA(Stochastic):
             )
 
     def penalty(self, t: int) -> float:
-        """The penalty in outer step ``t``."""
+        """Return the penalty in outer step ``t``."""
         return self.multiplier + self.growth * t
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Move both copies, and return the hypergradient where they end; see ``Estimator``.
+        """Move both copies and return the hypergradient where they end; see ``Estimator``.
 
         Raises:
-            SolveError: a copy diverges; names the step to lower. The state is that of the step before.
+            SolveError: a copy diverges; the message names the step size to lower. The state is unchanged.
         """
         memory = state.memory.setdefault("F2SA", {"steps": 0})
         growth, penalty = Growth("F2SA", memory), self.penalty(memory["steps"])
@@ -80,8 +82,8 @@ class F2SA(Stochastic):
             at, on = Evaluation(problem, problem.inner_batches.draw()), problem.outer_batches.draw()
             down, both = training(z, at), penalised(y, at, on)
             next_z, next_y = moved(z, down, self.step_size), moved(y, both, self.step_size)
-            trained = growth.see("inner", tree_norm(down), remedy, later(training, next_z, at), steps=self.steps)
-            solved = growth.see("penalised", tree_norm(both), remedy, later(penalised, next_y, at, on), steps=self.steps)
+            trained = growth.check("inner", tree_norm(down), remedy, later_norm(training, next_z, at), steps=self.steps)
+            solved = growth.check("penalised", tree_norm(both), remedy, later_norm(penalised, next_y, at, on), steps=self.steps)
             at.commit()
             z, y = next_z, next_y
 

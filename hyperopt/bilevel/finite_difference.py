@@ -1,8 +1,10 @@
-"""The one-step hypergradient by finite differences, as in differentiable architecture search: three gradients, no second order.
+"""The one-step hypergradient by finite differences, as in differentiable architecture search (DARTS), from three gradients.
 
     dE/dlam ~ d_lam E - step (grad_lam L(w + h g, lam) - grad_lam L(w - h g, lam)) / 2h,     g = d_w E
 
-References: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equations 7 and 8.
+No second derivative is computed.
+
+Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equations 7 and 8.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class FiniteDifference(OneStep):
     """One-step differentiation with the products of ``hyperopt.bilevel.finite_differences``.
 
     Args:
-        length: of the difference's step in ``w``, above 0 (None: where truncation and rounding balance; DARTS: 0.01).
+        length: norm of the step ``h g`` in ``w``, above 0 (None: balances truncation and rounding errors; DARTS uses 0.01).
     """
 
     length: float | None = None
@@ -29,7 +31,7 @@ class FiniteDifference(OneStep):
     curvature: ClassVar[str] = "finite_differences"
 
     def unfit(self, solver: FixedPointSolver) -> str | None:
-        """A map that is no gradient step has no gradients to difference."""
+        """Return why this cannot be the adjoint of a general map, which has no gradients to difference."""
         return f"{TRAINED}; use OneStep()"
 
     def __post_init__(self) -> None:

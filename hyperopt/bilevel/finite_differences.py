@@ -1,9 +1,9 @@
-"""Second derivatives by central differences of gradients: no graph of a gradient, so the memory of one training step.
+"""Second derivatives by central differences of gradients, in the memory of one training step.
 
-    H v ~ (grad_w L(w + h v) - grad_w L(w - h v)) / 2h,       and the mixed product likewise, of grad_lam L
+    H v ~ (grad_w L(w + h v) - grad_w L(w - h v)) / 2h,       and likewise the mixed product, from grad_lam L
 
-Two gradients a product. With ``h = eps^(1/3) max(1, |w|) / |v|`` truncation and rounding balance; DARTS takes ``0.01 / |v|``. All
-gradients are of one function: with the random numbers and the running statistics of the first.
+A product takes two gradients and no graph of a gradient. ``h = eps^(1/3) max(1, |w|) / |v|`` balances truncation and rounding
+errors; DARTS uses ``0.01 / |v|``. All gradients use the random numbers and the running statistics of the first one.
 
 Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equation 8.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, unaffected
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core.tree import tree_norm
 
 
@@ -23,13 +23,13 @@ class FiniteDifferences(Curvature):
     """Products by differences of gradients on one batch."""
 
     def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, length: float | None = None) -> None:
-        """Take the gradient.
+        """Compute the gradient.
 
         Args:
             inner: the inner loss on a batch.
-            w: the point.
+            w: the weights.
             lam: the hyperparameters.
-            length: of the step, ``h |v|`` (None: the balanced one).
+            length: norm of the step, ``h |v|`` (None: balances truncation and rounding errors).
         """
         super().__init__(w, lam)
         self._inner = inner
@@ -39,24 +39,24 @@ class FiniteDifferences(Curvature):
         self.missing = [i for i, g in enumerate(grads) if g is None]
 
     def _matvec(self, v: Tensor) -> Tensor:
-        """``H v``."""
+        """Return ``H v``."""
         return self.matrix(self._difference(v, w=True))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
-        """``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
+        """Return ``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
         self.mixed_products += 1
         return self._difference(v, w=False)
 
     def _difference(self, v: Tensor, *, w: bool) -> list[Tensor | None]:
         size = float(torch.linalg.vector_norm(v))
-        if not size > 0:  # also NaN, which no step has a length for
+        if not size > 0:  # zero or NaN: no step can be chosen
             return [torch.full_like(leaf, size) for leaf in (self.w.flat if w else self.lam.flat)]
         h = self._length / size
         above, below = self._gradients(v, h, w=w), self._gradients(v, -h, w=w)
         return [None if a is None or b is None else (a - b) / (2 * h) for a, b in zip(above, below, strict=True)]
 
     def _gradients(self, v: Tensor | None, h: float, *, w: bool) -> list[Tensor | None]:
-        """The gradient at ``w + h v``, in ``w`` or in ``lam``."""
+        """Return the gradient at ``w + h v``, in ``w`` or in ``lam``."""
         self.gradients += 1
         at = self.w
         if v is not None:

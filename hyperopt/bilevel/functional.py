@@ -1,8 +1,8 @@
-"""``Functional``: an ``nn.Module`` as a function of its parameters, without a copy of any.
+"""``Functional``: an ``nn.Module`` as a function of its parameters, without a copy of any of them.
 
-A call in training mode moves running statistics, as calling the module does. The library calls a loss once for each step of
-training; where it evaluates one again, or only measures something, the statistics are put back (``hyperopt.core.replay``). So a
-module with batch normalisation has usable statistics after training, as it has in a loop of one's own.
+A call in training mode updates running statistics, as calling the module does. The library calls a loss once for each training
+step; if it evaluates a loss again, or only measures something, it restores the statistics (``hyperopt.core.replay``). A module
+with batch normalisation therefore has the same statistics after training as in an ordinary training loop.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Functional:
     """Calls a module at other values of its parameters: ``functional(w, x)``.
 
     Args:
-        module: its parameters that require grad are the ``w``; others stay what they are. Train or evaluation mode is the
-            module's own. Move it to its device and dtype first.
-        without: parameters that are no weights although they require grad, such as hyperparameters inside of the module.
+        module: the module. Its parameters that require grad are the weights ``w``; the others are constants. It keeps its own
+            train or evaluation mode. Move it to its device and dtype first.
+        without: parameters that require grad but are not weights, such as hyperparameters inside the module.
 
     Attributes:
-        w: ``{name: parameter}``, detached tensors that share the parameters' memory: what is written into them, the module has.
+        w: ``{name: parameter}``, detached tensors that share the memory of the module's parameters.
 
     Raises:
         ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit``.
@@ -40,10 +40,10 @@ class Functional:
     """
 
     def __init__(self, module: nn.Module, without: Iterable[Tensor] = ()) -> None:
-        """Take the parameters."""
+        """Collect the parameters."""
         if isinstance(module, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
             raise ValueError(
-                f"{type(module).__name__} is made by torch.jit, and its code cannot be called at other parameters: give the "
+                f"{type(module).__name__} was made by torch.jit, so it cannot be called at other parameters: give the "
                 "module that it was made from"
             )
         if lazy := lazy_names(module):
@@ -58,10 +58,10 @@ class Functional:
             raise ValueError(f"no parameter of {type(module).__name__} requires grad: there is nothing to train")
 
     def __call__(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """``module(*args, **kwargs)`` at parameters ``w``."""
+        """Return ``module(*args, **kwargs)`` at the parameters ``w``."""
         return functional_call(self.module, w, args, kwargs)
 
     @torch.no_grad()
     def refresh(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """One more forward at ``w``, which moves the module's running statistics."""
+        """Run one more forward pass at ``w``, which updates the module's running statistics."""
         functional_call(self.module, w, args, kwargs)

@@ -1,10 +1,10 @@
-"""Gauss-Newton products: a positive semidefinite matrix in the place of the Hessian.
+"""Gauss-Newton products: products with a positive semidefinite matrix instead of the Hessian.
 
     L(w) = c(z(w), w):      G = (d_w z)^T (d_z d_z c) (d_w z) + d_w d_w c
 
-for a model ``z(w, lam, batch)`` and a criterion ``c(z, w, lam, batch)`` that is convex in its output, as every usual loss is.
-What the Hessian has beside it is the curvature of the model, which may be negative: conjugate gradients never meet that in G. The
-two are the same for a model that is linear in ``w``.
+for a model ``z(w, lam, batch)`` and a criterion ``c(z, w, lam, batch)`` that is convex in the model's output, as every usual
+loss is. The Hessian has one more term, the curvature of the model, which may be negative; so conjugate gradients can meet
+negative curvature in the Hessian, but never in G. The two matrices are equal for a model that is linear in ``w``.
 
 References: Schraudolph, Neural Computation 14, 2002; Martens, ICML 2010.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Curvature, Hessian
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Composite, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import Composite
 from hyperopt.core.jacobian import pull
 
 
@@ -27,10 +28,10 @@ class GaussNewton(Curvature):
     """Products with G; the gradient and the mixed product are exact."""
 
     def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves) -> None:
-        """Build the graphs of the gradient, of the model and of the criterion; each is kept.
+        """Build the graphs of the gradient, of the model and of the criterion, which serve all products.
 
         Raises:
-            TypeError: the inner loss is no ``Composite``.
+            TypeError: the inner loss is not a ``Composite``.
         """
         composite, batch = inner.problem.inner_loss, inner.batch
         if not isinstance(composite, Composite):
@@ -40,20 +41,20 @@ class GaussNewton(Curvature):
         self._exact = Hessian(inner, w, lam)
         self.gradient, self.missing, self.gradients = self._exact.gradient, self._exact.missing, 1
 
-        def parts(w: Any, lam: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def evaluate(w: Any, lam: Any) -> tuple[Tensor, Tensor, Tensor]:
             z = composite.model(w, lam, batch)
             out = z.detach().requires_grad_()
             return z, out, composite.criterion(out, w, lam, batch)
 
         with torch.enable_grad():
-            self._z, self._out, loss = inner.of(parts, w.tree, lam.tree)
+            self._z, self._out, loss = inner.of(evaluate, w.tree, lam.tree)
             self._slope = torch.autograd.grad(loss, self._out, create_graph=True, retain_graph=True)[0]
             self._penalty = torch.autograd.grad(loss, w.flat, create_graph=True, allow_unused=True)
             self._cotangent = torch.zeros_like(self._out).requires_grad_()
             self._pulled = self._model_pull(self._cotangent, create_graph=True)
 
     def _matvec(self, v: Tensor) -> Tensor:
-        """``G v``: a product with the model's Jacobian, one with the criterion's Hessian, one with the Jacobian's transpose."""
+        """Return ``G v`` by a product each with the model's Jacobian, the criterion's Hessian and the transposed Jacobian."""
         parts = self.parts(v)
         used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
         (pushed,) = pull([p for p, _ in used], [self._cotangent], [part for _, part in used])
@@ -71,7 +72,7 @@ class GaussNewton(Curvature):
         return self._loss.whole(product, self._batch)
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
-        """The exact mixed product."""
+        """Return the exact mixed product."""
         self.mixed_products += 1
         return self._exact.mixed(v)
 

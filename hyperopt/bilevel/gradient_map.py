@@ -1,10 +1,11 @@
-"""``GradientMap``: a step of training as a map, for ``hyperopt.fixed_point``: ``phi(state, lam)``, differentiable in both.
+"""``GradientMap``: one training step as a map ``phi(state, lam)`` for ``hyperopt.fixed_point``, differentiable in both arguments.
 
-    gradient descent    phi(w) = w - step * grad_w L(w, lam)                       whose fixed point is the trained model
+    gradient descent    phi(w) = w - step * grad_w L(w, lam)                       its fixed point is the trained model
     heavy ball          phi(w, m) = (w - step m', m'),   m' = momentum m + grad_w L
-    Adam                phi(w, m, v, t), which has no fixed point of its own: it is for unrolling alone
+    Adam                phi(w, m, v, t), which has no fixed point: use it for unrolling only
 
-Rates may be hyperparameters, one for all weights or one for each: they are taken from ``lam`` and stay in the graph.
+Learning rates may be hyperparameters, one for all weights or one for each weight. They are read from ``lam`` and stay in the
+graph.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class GradientMap:
 
     Args:
         problem: the losses.
-        inner: whose step.
-        batches: the batch of each step in turn, in which case the state carries the number of the step (None: the problem's next
-            batch, which should then always be the same).
+        inner: the inner solver whose step the map takes.
+        batches: the batch of each step in turn; the state then includes the number of the step (None: the problem's next
+            batch, drawn once, serves every step).
 
     Example:
         >>> import torch, hyperopt
@@ -43,12 +44,12 @@ class GradientMap:
     """
 
     def __init__(self, problem: BilevelProblem, inner: DifferentiableSolver, batches: Sequence[Any] | None = None) -> None:
-        """Keep the parts."""
+        """Keep the arguments."""
         self.problem, self.inner, self.batches = problem, inner, batches
         self._evaluations: dict[int, Evaluation] = {}
 
     def start(self, w: Any) -> Any:
-        """The state at the start: ``w`` itself where the solver keeps nothing else."""
+        """Return the initial state: ``w`` itself if the solver keeps nothing else."""
         buffers = self.inner.buffers(optree.tree_leaves(w))
         if not buffers and self.batches is None:
             return w
@@ -58,30 +59,30 @@ class GradientMap:
         return state
 
     def weights(self, state: Any) -> Any:
-        """The ``w`` of a state."""
-        return state["w"] if self._whole else state
+        """Return the ``w`` of a state."""
+        return state["w"] if self._state_is_dict else state
 
     @property
-    def _whole(self) -> bool:
-        """Whether a state is more than ``w``."""
+    def _state_is_dict(self) -> bool:
+        """Whether a state holds more than ``w``."""
         return self.batches is not None or self.inner.keeps_buffers
 
     def __call__(self, state: Any, lam: Any) -> Any:
-        """The next state."""
+        """Return the next state."""
         if self.batches is None:
             return self.step(state, lam, self._evaluation(0, None))
         count = state["count"].detach()
         return {**self.step(state, lam, self._evaluation(int(count), self.batches)), "count": count + 1}
 
     def _evaluation(self, k: int, batches: Sequence[Any] | None) -> Evaluation:
-        """The loss of step ``k``: the map is the same function whenever it is called there."""
+        """Return the loss of step ``k``, the same evaluation in each call, so that the map is one function."""
         if k not in self._evaluations:
             batch = self.problem.inner_batches.draw() if batches is None else batches[k]
             self._evaluations[k] = Evaluation(self.problem, batch)
         return self._evaluations[k]
 
     def step(self, state: Any, lam: Any, evaluation: Evaluation) -> Any:
-        """The state after a step on this evaluation of the inner loss."""
+        """Return the state after one step on this evaluation of the inner loss."""
         wanted = torch.is_grad_enabled()
         weights = self.weights(state)
         self.inner.check_rates(weights, lam)
@@ -90,14 +91,14 @@ class GradientMap:
         def loss(*at: Tensor) -> Tensor:
             return evaluation(optree.tree_unflatten(spec, at), lam)
 
-        if functorch_level():  # which lets no leaves be made
+        if functorch_level():  # inside a torch.func transform new leaves cannot be made
             grads = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
         else:
             with torch.enable_grad():
                 at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
                 found = differentiate(loss(*at), at, create_graph=wanted)
             grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
-        old: list[Tensor] = list(state["buffers"]) if self._whole else []
+        old: list[Tensor] = list(state["buffers"]) if self._state_is_dict else []
         moved, buffers = self.inner.advance(leaves, grads, old, lam)
         w = optree.tree_unflatten(spec, list(moved))
-        return {"w": w, "buffers": list(buffers)} if self._whole else w
+        return {"w": w, "buffers": list(buffers)} if self._state_is_dict else w

@@ -1,8 +1,9 @@
-"""``hypergradient``: the hypergradient of a trained inner problem, and ``Bilevel``, the same from one outer step to the next."""
+"""``hypergradient``: the hypergradient of a trained inner problem; ``Bilevel``: the same from one outer step to the next."""
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -20,7 +21,8 @@ from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.implicit import ImplicitEstimator, ProductSettings
 from hyperopt.bilevel.inner.base import DifferentiableSolver, InnerSolver
 from hyperopt.bilevel.inner.gradient_descent import GradientDescent
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.refusals import named
 from hyperopt.bilevel.step_map import largest_curvature
 from hyperopt.bilevel.tied import Tied
@@ -38,18 +40,17 @@ from hyperopt.core.status import Solution
 
 
 def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
-    """The estimator that an adjoint makes for trained inner problems; ``"auto"`` and None are ``Auto()``.
+    """Return the estimator for an adjoint of a trained inner problem; ``"auto"`` and None mean ``Auto()``.
 
     Raises:
-        TypeError: it is neither an adjoint nor an estimator, or needs what a trained problem does not have; or ``inner`` is no
-            inner solver.
-        ValueError: it goes through training, and the inner solver is missing or cannot be differentiated through; or it has no
-            use for the inner solver or for the products.
+        TypeError: ``adjoint`` is neither an adjoint of a trained problem nor an estimator, or ``inner`` is not an inner solver.
+        ValueError: the adjoint differentiates training, but the inner solver is missing or cannot be differentiated; or the
+            adjoint would ignore the inner solver or a setting of the products.
     """
     if not (inner is None or isinstance(inner, InnerSolver)):
         hint = "; TorchOptimizer takes the name of an optimizer of PyTorch" if isinstance(inner, torch.optim.Optimizer) else ""
         raise TypeError(
-            f"inner={inner!r} is no inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
+            f"inner={inner!r} is not an inner solver: give GradientDescent(...), TorchOptimizer(...), InnerLBFGS(...), ...{hint}"
         )
     unused = ("step", "curvature", "resample", "power")
     if adjoint is None or (isinstance(adjoint, str) and adjoint == "auto"):
@@ -57,7 +58,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
     if isinstance(adjoint, Estimator):
         refuse_ignored(adjoint, inner, products, unused)
         return adjoint
-    if isinstance(adjoint, FiniteDifference):  # its products are differences of gradients already
+    if isinstance(adjoint, FiniteDifference):  # it chooses the curvature itself
         refuse_ignored(adjoint, None, products, ("curvature",))
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
         if not adjoint.iterates:  # the solution of the adjoint system does not depend on a step
@@ -71,33 +72,33 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
         if not isinstance(inner, DifferentiableSolver):
             what = "there is no inner solver" if inner is None else f"{inner.name} cannot be differentiated through"
             raise ValueError(
-                f"{type(adjoint).__name__} goes back through training, but {what}; give inner=GradientDescent(...), "
+                f"{type(adjoint).__name__} differentiates training, but {what}; give inner=GradientDescent(...), "
                 'HeavyBall(...) or InnerAdam(...), or an implicit adjoint such as adjoint="auto"'
             )
         refuse_ignored(adjoint, None, products, unused)
         return UnrolledEstimator(adjoint, inner)
     raise TypeError(
-        f'adjoint={adjoint!r} is no adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
+        f'adjoint={adjoint!r} is not an adjoint of a trained problem; give "auto", Implicit(CG()), Unrolled(), OneStep(), ...'
     )
 
 
 def refuse_unstarted(problem: BilevelProblem, inner: InnerSolver | None) -> None:
-    """Refuse a problem that says where training starts, without an inner solver that trains.
+    """Refuse a problem that has ``initial`` but no inner solver that would train from there.
 
     Raises:
-        ValueError: names ``initial``.
+        ValueError: the message names ``initial``.
     """
     if problem.initial is not None and inner is None:
         raise ValueError(
-            "the problem has initial=..., where each training starts, but nothing trains: give inner=GradientDescent(...)"
+            "the problem has initial=..., the start of each training, but no inner solver: give inner=GradientDescent(...)"
         )
 
 
 def estimated(estimator: Estimator, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-    """An estimate.
+    """Return ``estimator.estimate(...)``.
 
     Raises:
-        SolveError: a solve failed; names hyperparameters that are not finite, which would explain it.
+        SolveError: a solve failed; the message names hyperparameters that are not finite, if that is the reason.
     """
     try:
         return estimator.estimate(problem, lam, state)
@@ -105,7 +106,7 @@ def estimated(estimator: Estimator, problem: BilevelProblem, lam: Any, state: St
         bad = [name for name, leaf in named(lam, "lam") if not bool(leaf.isfinite().all())]
         if bad:
             raise SolveError(
-                f"{', '.join(bad)} has entries that are not finite, so that nothing can be trained: {error}"
+                f"{', '.join(bad)} has entries that are not finite, so the weights cannot be trained: {error}"
             ) from error
         raise
 
@@ -121,27 +122,28 @@ def hypergradient(
     curvature: str = "hessian",
     resample: bool = False,
 ) -> Estimate:
-    r"""The hypergradient of a trained inner problem.
+    r"""Return the hypergradient of a trained inner problem.
 
     .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
 
     Args:
         problem: the two losses.
-        w: the inner variables, a tree of tensors: trained already, or, with ``inner``, where training starts. Not changed.
-        lam: the hyperparameters, a tree of tensors; need not require grad.
-        adjoint: how to differentiate. ``"auto"`` chooses by what it meets, see ``hyperopt.bilevel.auto``, and says in
-            ``estimate.choice`` what it chose and why.
-        inner: trains ``w`` first; methods that differentiate through training need it.
-        step: of the gradient-step map, for adjoints that iterate it (default: the inner solver's, else from declared constants,
-            else from power iteration).
-        curvature: ``"hessian"``, ``"gauss_newton"`` or ``"finite_differences"``; of implicit adjoints.
-        resample: whether each of their products has a batch of its own.
+        w: the inner variables, a tree of tensors, which are not changed. They are trained already or, with ``inner``, the start
+            of training.
+        lam: the hyperparameters, a tree of tensors, which need not require grad.
+        adjoint: how to differentiate. ``"auto"`` follows the rule in ``hyperopt.bilevel.auto``; ``estimate.choice`` then says
+            what was chosen and why.
+        inner: the inner solver that trains ``w`` first (None: ``w`` is trained already). Unrolling needs one.
+        step: step of the gradient-step map, above 0, for adjoints that iterate it (None: that of the inner solver, else from
+            declared constants, else from power iteration).
+        curvature: ``"hessian"``, ``"gauss_newton"`` or ``"finite_differences"``, for implicit adjoints.
+        resample: whether each product of an implicit adjoint uses a batch of its own.
 
     Returns:
         ``Estimate``: ``grad`` in the structure of ``lam``, ``certificate``, ``loss``, ``w``, statistics and cost.
 
     Raises:
-        TypeError, ValueError: losses that are no scalars, or depend on nothing; see the messages.
+        TypeError, ValueError: an argument does not fit, or a loss is not a scalar or does not depend on ``w``.
         SolveError: a solve failed under ``policy="raise"``, or training diverged.
 
     Reference: Lorraine et al., AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
@@ -160,7 +162,7 @@ def hypergradient(
     refuse_unstarted(problem, inner)
     tied = Tied(w)
     problem, w = tied.apart(problem, w)
-    if inner is not None or isinstance(adjoint, Estimator):  # both may move it
+    if inner is not None or isinstance(adjoint, Estimator):  # both change w in place
         w = optree.tree_map(lambda x: x.detach().clone(), w)
     products = ProductSettings(step=step, warm=False, curvature=curvature, resample=resample)
     estimator = estimator_of(adjoint, inner, products)
@@ -169,19 +171,18 @@ def hypergradient(
 
 
 class Bilevel:
-    """A bilevel problem under way: trained weights, warm starts and the memory of every method, in one place.
+    """A bilevel problem with its present state: the weights, warm starts and the memory of the method.
 
     Args:
         problem: the two losses.
-        w: where the inner variables start, a tree in which one tensor at several places is one variable. Its tensors are changed
-            in place: with ``Functional`` they are the module's own.
-        inner: trains them before each hypergradient, from where they are.
-        adjoint: how to differentiate; ``"auto"`` chooses by what it meets, and says so in ``estimate.choice``.
-        products: how implicit adjoints take their products, and whether they start where the last one ended; see
-            ``ProductSettings``.
+        w: the initial inner variables, a tree of tensors, which are changed in place; with ``Functional`` they are the module's
+            own. A tensor at several places of the tree is one variable.
+        inner: the inner solver that trains ``w`` before each hypergradient, from its present values (None: nothing is trained).
+        adjoint: how to differentiate; ``"auto"`` follows the rule in ``hyperopt.bilevel.auto``, see ``estimate.choice``.
+        products: how implicit adjoints compute their products, and whether solves start where the last one ended.
 
     Attributes:
-        state: what is carried along.
+        state: the weights and what the method remembers.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class Bilevel:
         adjoint: Adjoint | Estimator | str | None = "auto",
         products: ProductSettings | None = None,
     ) -> None:
-        """Nothing is trained yet."""
+        """Check the arguments; nothing is trained yet."""
         refuse_unstarted(problem, inner)
         self._tied = Tied(w)
         self.problem, w = self._tied.apart(problem, w)
@@ -202,29 +203,37 @@ class Bilevel:
 
     @property
     def w(self) -> Any:
-        """The inner variables."""
+        """The present inner variables."""
         return self._tied.expand(self.state.w) if self._tied.any else self.state.w
 
     def step(self, lam: Any) -> Estimate:
-        """Train from where the weights are, and return the hypergradient there; ``lam`` itself is not changed."""
+        """Train from the present weights and return the hypergradient where training ends; ``lam`` is not changed."""
         self.problem.place(self.state.w, lam)
         return self._tied.whole(estimated(self.estimator, self.problem, lam, self.state))
 
     def objective(self, lam: Any, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """The outer loss at the fixed point of the gradient-step map, and that point: see ``hyperopt.core.verify.Objective``.
+        """Return the outer loss at the fixed point of the gradient-step map, and that point; see ``core.verify.Objective``.
 
-        The primitive alone is at work here, on the next batch of each loss, from the present weights, at the step ``1 / L`` by
-        power iteration. No state changes.
+        ``hyperopt.fixed_point`` solves the map on the next batch of each loss, from the present weights, with a step of ``1 / L``
+        by power iteration. No state changes. If a tensor is at several places of ``w``, the solution lists each tensor once.
+
+        Raises:
+            ValueError: the Hessian of the inner loss is zero or not finite, so there is no stable step.
         """
-        problem = self.problem.at_next_batch()
-        batch = problem.inner_batches.draw()
-        largest, _ = largest_curvature(Hessian(Evaluation(problem, batch), Leaves.of(self.w, "w"), Leaves.of(lam, "lam")))
+        problem, w = self.problem.at_next_batch(), self.state.w
+        evaluation = Evaluation(problem, problem.inner_batches.draw())
+        largest, _ = largest_curvature(Hessian(evaluation, Leaves.of(w, "w"), Leaves.of(lam, "lam")))
+        if not 0 < largest < math.inf:
+            raise ValueError(
+                f"the largest curvature of the inner loss is {largest:g} at the present weights, so its gradient-step map has no "
+                "stable step; check that the inner loss has a minimum in w, and that the weights are finite"
+            )
         phi = GradientMap(problem, GradientDescent(step_size=1 / largest))
-        solution = fixed_point(phi, self.w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
+        solution = fixed_point(phi, w, (lam,), rows="joint", solver=solver, adjoint=adjoint, policy="ignore")
         return problem.outer(solution.value, lam, problem.outer_batches.draw()), solution
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, as plain containers and tensors."""
+        """Return everything that the next step depends on, as plain containers and tensors."""
         return {
             "w": optree.tree_leaves(self.state.w),
             "memory": self.state.memory,
@@ -234,11 +243,11 @@ class Bilevel:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, the weights in place: all of it, or nothing.
+        """Restore what ``state_dict`` returned, the weights in place. If an entry does not fit, nothing is changed.
 
         Raises:
-            TypeError: an entry of another kind.
-            ValueError: names the entry that is missing, unknown, or of another shape or dtype; nothing was changed.
+            TypeError: an entry has another type.
+            ValueError: an entry is missing, unknown, or has another shape or dtype; the message names it.
         """
         check_entries(state, ("w", "memory", "inner_batches", "outer_batches"), "Bilevel")
         w, kept = Leaves.of(self.state.w, "w"), list(state["w"])

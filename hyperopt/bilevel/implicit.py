@@ -2,9 +2,9 @@
 
     dE/dlam = d_lam E - (d_lam grad_w L)^T u,        H u = d_w E,     H = Hessian of L in w
 
-which is the adjoint of the gradient-step map, ``v = u / step``, whatever solver has found ``w``. The system is solved by the same
-linear solvers as every other adjoint system of this package. What the map does not depend on, a learning rate or momentum of the
-inner solver, has a hypergradient of exactly zero here: at a minimum it changes nothing how one has got there.
+This is the adjoint of the gradient-step map, with ``v = u / step``, and it does not depend on the solver that found ``w``. The
+system is solved by the same linear solvers as every other adjoint system of this package. A learning rate or momentum of the
+inner solver has a hypergradient of exactly zero here, because a minimum does not depend on the way to it.
 
 References: Bengio, Neural Computation 12, 2000; Pedregosa, ICML 2016, arXiv 1602.02355; Lorraine et al., AISTATS 2020,
 arXiv 1911.02590, algorithm 2; Grazzi et al., ICML 2020, arXiv 2006.16218, algorithm 2.
@@ -30,7 +30,8 @@ from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.finite_differences import FiniteDifferences
 from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
-from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.step_map import PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
@@ -48,17 +49,17 @@ CURVATURES = ("hessian", "gauss_newton", "finite_differences")
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """How an implicit hypergradient takes its products.
+    """How an implicit hypergradient computes its products with second derivatives.
 
     Args:
-        step: of the gradient-step map, above 0, for adjoints that iterate it (None: the inner solver's, else from declared
-            constants, else ``1 / L`` by power iteration).
-        warm: start the adjoint, and the power iteration, where those of the last outer step ended.
+        step: step of the gradient-step map, above 0, for adjoints that iterate it (None: that of the inner solver, else from
+            declared constants, else ``1 / L`` by power iteration).
+        warm: whether the adjoint solve and the power iteration start where those of the last outer step ended.
         curvature: ``hessian``, ``gauss_newton`` (which needs an inner loss that is a ``Composite``) or ``finite_differences``.
-        resample: a batch of its own for each product.
-        keep: the graph of the gradient from one product with the Hessian to the next; if not, each product builds it, which takes
-            less memory and more time.
-        power: the power iteration.
+        resample: whether each product uses a batch of its own.
+        keep: whether the graph of the gradient is kept from one Hessian product to the next. If not, each product builds it
+            again, which takes less memory and more time.
+        power: settings of the power iteration.
     """
 
     step: float | None = None
@@ -80,17 +81,17 @@ class ProductSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """Where a hypergradient is taken, and what was found there before its adjoint system is solved.
+    """The point at which a hypergradient is taken, with everything that its adjoint system is made of.
 
     Attributes:
         problem: the losses.
-        w, lam: the point.
+        w, lam: the weights and the hyperparameters.
         state: what the method remembers.
-        trained: statistics of the training that has led here (None: there was none).
-        inner: the inner loss on its batch (None where each product draws its own).
+        trained: statistics of the training that led to ``w`` (None: there was none).
+        inner: the inner loss on its batch (None: each product draws its own batch).
         curvature: products with the second derivatives of the inner loss.
         b: ``d_w E``. shape: (1, dim)
-        constants: of the losses, where they are declared.
+        constants: constants of the losses (None: not declared).
     """
 
     problem: BilevelProblem
@@ -109,13 +110,13 @@ class Solved:
     """A solved adjoint system.
 
     Attributes:
-        u: ``H^{-1} b``, as found; NaN where there is no solution that may be used. shape: (1, dim)
-        operator: the gradient-step map whose system it was.
-        stats: of the solve.
-        iterates: whether the map itself was iterated, so that its step says something about it.
-        note: what to change where the solve failed.
-        choice: what was chosen, and why, where the method chooses.
-        certified: whether ``u`` claims to be near the exact solution; if not, nothing can be said of its distance from that.
+        u: the computed ``H^{-1} b``; NaN if it must not be used. shape: (1, dim)
+        operator: the gradient-step map of the system.
+        stats: statistics of the solve.
+        iterates: whether the map was iterated, so that its step matters.
+        note: what to change, if the solve failed.
+        choice: what ``adjoint="auto"`` chose and why (None: the adjoint was given).
+        certified: whether ``u`` approximates the exact solution; if not, its distance from that is unknown.
     """
 
     u: Tensor
@@ -129,18 +130,18 @@ class Solved:
 
 @dataclass(frozen=True)
 class ImplicitEstimator(ProductSettings, Estimator):
-    """Any implicit adjoint on the gradient-step map; see ``ProductSettings`` for its further arguments.
+    """The estimator for every implicit adjoint; see ``ProductSettings`` for the other arguments.
 
     Args:
-        adjoint: how the adjoint system is solved.
-        inner: trains ``w`` first (None: it is trained already).
+        adjoint: the adjoint that solves the adjoint system.
+        inner: the inner solver that trains ``w`` first (None: ``w`` is trained already).
     """
 
     adjoint: ImplicitAdjoint = field(default_factory=lambda: Implicit(CG()))
     inner: InnerSolver | None = None
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Train, solve the adjoint system, take the mixed product; see ``Estimator``."""
+        """Train, solve the adjoint system and compute the mixed product; see ``Estimator``."""
         trained = None
         if self.inner is not None:
             trained = self.inner.solve(problem, lam, state)
@@ -152,9 +153,9 @@ class ImplicitEstimator(ProductSettings, Estimator):
         constants = (
             None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
         )
-        if inner is None or not inner.random:  # random losses leave out what another draw uses (a layer that is skipped)
+        if inner is None or not inner.random:  # one draw of a random loss may skip a layer that another draw uses
             refuse_untrained(w, first, g_w)
-        g_w = [None if i in first.missing else g for i, g in enumerate(g_w)]  # no training moves it, whatever lam is
+        g_w = [None if i in first.missing else g for i, g in enumerate(g_w)]  # training never moves these leaves
         b = first.matrix(g_w)
         solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
         operator, stats, u = solved.operator, solved.stats, solved.u
@@ -169,7 +170,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         grad = hyper.like(found)
         both = (first,) if curvature is first else (first, curvature)
         gradients, products = sum(c.gradients for c in both), sum(c.matvecs for c in both)
-        stats.vjps = products - stats.jvps  # those of a warm start, and of the power iteration, among them
+        stats.vjps = products - stats.jvps  # includes the products of a warm start and of the power iteration
         cost = Cost(gradients + (trained.evaluations if trained else 0), 1, products, curvature.mixed_products, stats.jvps)
         known = Certificate(math.nan, False, math.nan)
         if solved.certified:
@@ -177,7 +178,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, solved.note, solved.choice)
 
     def solve(self, at: Point) -> Solved:
-        """Solve the adjoint system; NaN in the place of what is no solution, since a number made of it would be a wrong one."""
+        """Solve the adjoint system. A failed solve returns NaN, so that no wrong hypergradient is made from it."""
         operator = StepMap(at.curvature, self._step(at, self.adjoint.iterates))
         u, stats = self._solve(self.adjoint, operator, at)
         note = self._note(stats.status, operator)
@@ -186,7 +187,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         return Solved(u, operator, stats, self.adjoint.iterates, note)
 
     def _solve(self, adjoint: ImplicitAdjoint, operator: StepMap, at: Point) -> tuple[Tensor, SolveStats]:
-        """``u`` and the statistics, from where the last solve ended if that is wanted."""
+        """Return ``u`` and the statistics of a solve, which starts where the last one ended if ``warm``."""
         box = AdjointBox()
         near, start = at.state.memory.get("u") if self.warm else None, None
         if near is not None:
@@ -196,7 +197,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         return u, box.stats
 
     def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves, inner: Evaluation | None, kind: str) -> Curvature:
-        """Products of one kind, with one inner loss or each on a batch of its own."""
+        """Return products of one kind: with one evaluation of the inner loss or, for None, each on a batch of its own."""
 
         def make(inner: Evaluation) -> Curvature:
             if kind == "finite_differences":
@@ -209,13 +210,13 @@ class ImplicitEstimator(ProductSettings, Estimator):
         return Resampled(lambda: make(Evaluation(problem, problem.inner_batches.draw())))
 
     def _accepts(self, status: Status) -> bool:
-        """Whether a fixed number of steps that left more residual than none would is to be used all the same."""
+        """Whether a diverged solve is used anyway: one with a fixed number of steps under ``policy="ignore"``."""
         adjoint = self.adjoint
         asked = isinstance(adjoint, Implicit) and adjoint.linear_solver.fixed and adjoint.policy == "ignore"
         return asked and status == Status.diverged
 
     def _note(self, status: Status, operator: StepMap) -> str:
-        """What to change where the adjoint diverged."""
+        """Return what to change after an adjoint solve that diverged, and log it once; else an empty text."""
         if status < Status.diverged or self._accepts(status):
             return ""
         note = "Nystrom's sketch leaves out too much of the Hessian: give it a larger rho or rank"
@@ -223,19 +224,19 @@ class ImplicitEstimator(ProductSettings, Estimator):
             largest, _ = largest_curvature(operator.curvature, self.power)
             note = f"the gradient-step map does not contract at step={operator.step:.4g}"
             if not largest > 0:
-                note += "; the Hessian of the inner loss is zero here. See whether the inner loss depends on all of w"
+                note += "; the Hessian of the inner loss is zero here. Check that the inner loss depends on all of w"
             elif operator.step > 2 / largest:
                 note += f"; the largest stable step is {2 / largest:.4g} (2 / L, by power iteration). Lower the argument step"
             else:
                 note += ", although that is a stable step: the inner loss is not convex here"
-            note += ', or leave the choice to adjoint="auto"'
+            note += ', or use adjoint="auto"'
         if isinstance(self.adjoint, Implicit) and self.adjoint.linear_solver.fixed:
-            note += '. With policy="ignore", Implicit uses what a fixed number of steps gives all the same'
+            note += '. With policy="ignore", Implicit uses the result of a fixed number of steps anyway'
         note_once(note, f"adjoint {status.name}")
         return note
 
     def _step(self, at: Point, iterates: bool) -> float:
-        """The step of the map; 1 for an adjoint to which it makes no difference."""
+        """Return the step of the gradient-step map; 1 for an adjoint that does not depend on it."""
         if self.step is not None:
             return self.step
         if not iterates:
@@ -248,7 +249,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         return self._stable_step(at.curvature, at.state)
 
     def _stable_step(self, curvature: Curvature, state: State) -> float:
-        """``1 / L`` by power iteration."""
+        """Return ``1 / L`` by power iteration."""
         largest, direction = largest_curvature(curvature, self.power, state.memory.get("largest"))
         if self.warm:
             state.memory["largest"] = direction
@@ -256,21 +257,21 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
 
 def refuse_untrained(w: Leaves, curvature: Curvature, outer: list[Any]) -> None:
-    """Refuse a leaf of ``w`` that the outer loss uses and no training moves: its Hessian is 0, and there is no adjoint.
+    """Refuse a leaf of ``w`` that the outer loss uses and the inner loss does not: its adjoint system has no solution.
 
     Raises:
-        ValueError: names it.
+        ValueError: the message names the leaf.
     """
     for i in curvature.missing:
         if outer[i] is not None and bool(outer[i].any()):
             raise ValueError(
-                f"the outer loss depends on {w.names[i]}, on which the inner loss does not: nothing trains it, and its adjoint "
+                f"the outer loss depends on {w.names[i]}, but the inner loss does not: nothing trains it, so its adjoint system "
                 "has no solution. If it is a buffer or a hyperparameter, take it out of w"
             )
 
 
 def subtract(direct: Tensor | None, mixed: Tensor | None) -> Tensor | None:
-    """``direct - mixed``, None standing for zero."""
+    """Return ``direct - mixed``, where None means zero."""
     if mixed is None:
         return direct
     return -mixed if direct is None else direct - mixed

@@ -1,14 +1,14 @@
-"""``torch.utils.data`` as a source of batches: a ``DataLoader`` whose place can be kept and taken back.
+"""``LoaderBatches``: a ``DataLoader`` of ``torch.utils.data`` as a source of batches whose position can be saved and restored.
 
-A loader is not changed: a copy of it is walked, epoch after epoch, with random generators of its own. One that was given
-(``DataLoader(..., generator=g)``) is copied, so that the order is the one that the loader itself would give; where there is none,
-the order is drawn from the seed of PyTorch (``torch.manual_seed``). No number is taken from the process-wide generator, whatever
-the dataset itself does.
+The loader itself is not changed. A copy of it, with its own random generators, is iterated epoch after epoch. A generator that
+was given (``DataLoader(..., generator=g)``) is copied, so the order is the one that the loader would give; without one, the
+order comes from PyTorch's seed (``torch.manual_seed``). The copy never draws from the process-wide generator, though the
+dataset may.
 
-Where the next batch stands is the state of these generators when the epoch began, and how many batches of it were drawn. To take
-that back, the epoch begins again, or goes on where that place lies ahead. Rows of a map-style dataset are skipped without being
-read; batches of an iterable dataset, or of worker processes, whose random numbers belong to the epoch, are read and dropped. That
-the rows are the same as they were is checked by a checksum: of their indices, or of the last batch.
+A position is the state of these generators at the start of the epoch and the number of batches drawn since. To restore it, the
+epoch is started again, or continued if the position lies ahead. The rows of a map-style dataset are skipped without being read.
+The batches of an iterable dataset or of worker processes, whose random numbers belong to the epoch, are read and discarded. A
+checksum of the rows' indices, or of the last batch, verifies that the skipped rows are the same as before.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 @dataclass(frozen=True)
 class Place:
-    """Where the next batch stands.
+    """The position of the next batch.
 
     Attributes:
-        epoch: epochs before this one.
-        drawn: batches of it that were drawn.
-        generators: states of the generators when it began.
-        mark: checksum of the indices of these batches; 0 where the loader does not show them.
-        batch: the last of them (None: there is none).
+        epoch: number of the epoch, from 0.
+        drawn: number of batches drawn in this epoch.
+        generators: states of the generators at the start of the epoch.
+        mark: checksum of the indices of the drawn batches; 0 if the loader does not show them.
+        batch: the last batch that was drawn (None: there is none).
     """
 
     epoch: int
@@ -45,27 +45,27 @@ class Place:
     batch: Any = None
 
     def same(self, other: Place) -> bool:
-        """Whether two places are one."""
+        """Whether two positions are the same."""
         pairs = zip(self.generators, other.generators, strict=True)
         return (self.epoch, self.drawn) == (other.epoch, other.drawn) and all(torch.equal(a, b) for a, b in pairs)
 
 
 class LoaderBatches:
-    """Batches of a ``DataLoader``, epoch after epoch, as it gives them.
+    """The batches of a ``DataLoader``, epoch after epoch.
 
-    Random numbers that the dataset takes from a process-wide generator in this process (an augmentation, without workers) are not
-    part of the place: save and restore that generator's state to resume exactly.
+    Random numbers that the dataset draws from the process-wide generator in this process (an augmentation without workers) are
+    not part of the position: to resume exactly, save and restore the state of that generator too.
 
     Args:
-        loader: where they come from.
-        name: what it is called in messages; sources of different names draw different orders.
+        loader: the loader.
+        name: name of the argument, for messages; sources with different names draw different orders.
 
     Raises:
-        ValueError: it has no batches.
+        ValueError: the loader has no batches.
     """
 
     def __init__(self, loader: DataLoader[Any], name: str) -> None:
-        """Stand before the first batch."""
+        """Start at the first batch."""
         self.name, self.length = name, _length(loader)
         self.rows = None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset)
         if self.length == 0:
@@ -81,15 +81,15 @@ class LoaderBatches:
             self._index = vars(self.loader)[place] = _Marked(getattr(self.loader, place))
         self._iterator: Iterator[Any] | None = None
         self._place = Place(0, 0, self._states())
-        self._before: Place | None = None  # of the latest draw
-        self._kept: Place | None = None  # after a batch that was drawn, and given back
+        self._before: Place | None = None  # the position before the latest draw
+        self._kept: Place | None = None  # the position after a batch that was drawn and put back
         if self.length is None:
             start = self.state_dict()
             self.draw()
             self.load_state_dict(start)
 
     def draw(self) -> Any:
-        """Return the next batch, of the next epoch at the end of one.
+        """Return the next batch; after the last one of an epoch, the first of the next epoch.
 
         Raises:
             ValueError: the next epoch has no batches.
@@ -101,7 +101,7 @@ class LoaderBatches:
         return after.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands."""
+        """Return the position of the next batch."""
         place = self._place
         return {
             "epoch": place.epoch,
@@ -113,19 +113,19 @@ class LoaderBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned.
+        """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: it is of another loader, or this loader does not give the same batches again.
+            ValueError: the state is that of another loader, or this loader does not give the same batches again.
         """
         self._refuse_another(state)
         place = Place(state["epoch"], state["drawn"], tuple(state["generators"]))
         if place.same(self._place):
             return
-        if self._before is not None and place.same(self._before):  # the latest draw was a look at the next batch
+        if self._before is not None and place.same(self._before):  # only the latest draw is undone: keep its batch
             self._kept, self._place, self._before = self._place, self._before, None
             return
-        at = self._place if self._kept is None else self._kept  # where the iterator stands
+        at = self._place if self._kept is None else self._kept  # the position of the iterator
         self._before = self._kept = None
         ahead = self._iterator is not None and place.drawn >= at.drawn
         if not (ahead and place.same(replace(at, drawn=place.drawn))):
@@ -144,14 +144,14 @@ class LoaderBatches:
     def _refuse_another(self, state: dict[str, Any]) -> None:
         if missing := {"epoch", "drawn", "generators", "mark", "length", "rows"} - set(state):
             raise ValueError(
-                f"{self.name}: the state of a DataLoader's batches has no {sorted(missing)[0]!r}: it is of another source"
+                f"{self.name}: the state of a DataLoader's batches has no {sorted(missing)[0]!r}: it belongs to another source"
             )
         for what, now in (("length", self.length), ("rows", self.rows)):
             if state[what] != now:
                 unit = "batches an epoch" if what == "length" else "rows"
                 raise ValueError(
-                    f"{self.name} has {now} {unit}, but its state was saved with {state[what]}: the place would be another one; "
-                    "give the same dataset and batch_size, or start anew"
+                    f"{self.name} has {now} {unit}, but its state was saved with {state[what]}, so its position cannot be "
+                    "restored; give the same dataset and batch_size, or start anew"
                 )
         if len(state["generators"]) != len(self._generators):
             raise ValueError(f"{self.name} has other samplers than those of its state; give the same DataLoader")
@@ -160,15 +160,15 @@ class LoaderBatches:
         return tuple(generator.get_state() for generator in self._generators)
 
     def _begin(self, epoch: int) -> None:
-        """Begin an epoch."""
+        """Start an epoch."""
         for sampler in self._samplers:
-            set_epoch = getattr(sampler, "set_epoch", None)  # a DistributedSampler's order is a function of it
+            set_epoch = getattr(sampler, "set_epoch", None)  # the order of a DistributedSampler depends on the epoch
             if callable(set_epoch):
                 set_epoch(epoch)
         self._iterator = iter(self.loader)
 
     def _next(self) -> Place:
-        """The place after the next batch."""
+        """Draw the next batch and return the position after it."""
         place = self._place
         if self._iterator is None:
             self._begin(place.epoch)
@@ -191,12 +191,12 @@ class LoaderBatches:
         if not epoch:
             return ValueError(f"{self.name} is a DataLoader without batches; is its dataset empty, or smaller than one batch?")
         return ValueError(
-            f"{self.name}: the DataLoader gave no batch in epoch {epoch}: its dataset, or its sampler, can be walked once only; "
+            f"{self.name}: the DataLoader gave no batch in epoch {epoch}: its dataset or its sampler can be iterated only once; "
             "let its __iter__ return a new iterator every time"
         )
 
     def _skipped(self, at: Place, place: Place, mark: int) -> Place:
-        """The place reached from ``at`` by passing over the batches between, which are to have the checksum ``mark``."""
+        """Skip the batches from ``at`` to ``place``, whose checksum must be ``mark``, and return the position reached."""
         batch, given = at.batch, at.drawn
         try:
             for given in range(at.drawn, place.drawn):  # noqa: B007
@@ -211,15 +211,15 @@ class LoaderBatches:
             ) from None
         if place.drawn and found != mark:
             raise ValueError(
-                f"{self.name}: the batches before the one to go on with are not those of the saved run, so its place cannot be "
-                "taken back: the data have changed, or their order comes from random numbers that the DataLoader does not own. "
+                f"{self.name}: the batches before the saved position are not those of the saved run, so the position cannot be "
+                "restored: the data have changed, or their order comes from random numbers that the DataLoader does not own. "
                 "Give a custom sampler a `generator` attribute or a set_epoch method; seed an iterable dataset's random numbers"
             )
         return Place(place.epoch, place.drawn, place.generators, 0 if self._index is None else found, batch)
 
 
 class _Marked:
-    """The indices of a sampler, with a checksum of those that were given."""
+    """A sampler that keeps a checksum of the indices it has given."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler, self.mark = sampler, 0
@@ -235,7 +235,7 @@ class _Marked:
 
 
 def _copied(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], list[Any], list[torch.Generator]]:
-    """A loader of the same dataset with samplers and generators of its own; the samplers, and the generators."""
+    """Return a copy of a loader with its own samplers and generators, those samplers, and those generators."""
     copies: dict[int, Any] = {}
     generators: list[torch.Generator] = []
 
@@ -264,14 +264,14 @@ def _copied(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], list[A
         return made
 
     made = copy.copy(loader)
-    vars(made)["_iterator"] = None  # that of persistent workers is the user's
+    vars(made)["_iterator"] = None  # the iterator of persistent workers belongs to the user's loader
     samplers = [value for value in (loader.sampler, loader.batch_sampler) if isinstance(value, Sampler)]
     fill(made)
     return made, [sampler(value) for value in samplers], generators
 
 
 def _length(thing: Any) -> int | None:
-    """Its length; None where it has none."""
+    """Return the length, or None without one."""
     try:
         return len(thing)
     except TypeError:
@@ -279,7 +279,7 @@ def _length(thing: Any) -> int | None:
 
 
 def checksum(batch: Any) -> int:
-    """Of the numbers and words in a batch."""
+    """Return a checksum of the numbers and texts in a batch."""
     mark = 0
     for leaf in optree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:

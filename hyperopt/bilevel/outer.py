@@ -1,4 +1,4 @@
-"""Outer optimizers: those of ``torch.optim`` over named groups of hyperparameters, with a schedule and a bound on the gradient.
+"""Outer optimizers: those of ``torch.optim`` over named groups of hyperparameters, with a schedule and gradient clipping.
 
 optimizer = OuterOptimizer(functools.partial(torch.optim.Adam, lr=0.01), clip_norm=1.0)
 made = optimizer.build({"decay": [raw]})        # a torch.optim.Adam
@@ -21,20 +21,21 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from hyperopt.core.checks import check_optional
+from hyperopt.core.text import with_article
 
 Make = Callable[..., torch.optim.Optimizer]
-"""Parameter groups in, an optimizer out: ``functools.partial(torch.optim.Adam, lr=0.01)``."""
+"""A function from parameter groups to an optimizer, such as ``functools.partial(torch.optim.Adam, lr=0.01)``."""
 MakeScheduler = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
-"""An optimizer in, its schedule out: ``functools.partial(torch.optim.lr_scheduler.StepLR, step_size=30)``."""
+"""A function from an optimizer to its schedule, such as ``functools.partial(lr_scheduler.StepLR, step_size=30)``."""
 
 
 @dataclass(frozen=True)
 class OuterOptimizer:
-    """How hyperparameters are moved, before there are any.
+    """The settings of the outer optimizer, from which ``build`` makes one for given hyperparameters.
 
     Attributes:
         make: makes the optimizer of ``[{"params": tensors, "name": group}, ...]``.
-        scheduler: makes its schedule (None: the learning rate stays).
+        scheduler: makes its learning-rate schedule (None: the rate is constant).
         clip_norm: largest 2-norm of the gradient over all groups together; a longer one is scaled down (None: no clipping).
     """
 
@@ -43,16 +44,16 @@ class OuterOptimizer:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the bound."""
+        """Check the range."""
         check_optional(self, "clip_norm", 0.0, open_low=True)
 
     def build(self, groups: Mapping[str, Sequence[Tensor]]) -> torch.optim.Optimizer:
         """Return the optimizer over named groups of hyperparameters; each ``param_group`` carries its ``name``.
 
-        LBFGS has one curvature model of everything, so for it all groups become one, named ``all``.
+        LBFGS takes one group only, so for it all groups are merged into one named ``all``.
 
         Raises:
-            ValueError: no hyperparameters, or one of them twice.
+            ValueError: there are no hyperparameters, or one occurs twice.
         """
         params: list[dict[str, Any]] = [{"params": list(group), "name": name} for name, group in groups.items() if len(group)]
         if not params:
@@ -62,20 +63,20 @@ class OuterOptimizer:
         return self.make(params)
 
 
-def outer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
-    """Return what is given as an ``OuterOptimizer``: a function that makes an optimizer, or None for Adam with this rate."""
+def as_outer_optimizer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
+    """Return an ``OuterOptimizer`` for a given one, for a function that makes an optimizer, or for None (Adam with ``lr``)."""
     if isinstance(optimizer, OuterOptimizer):
         return optimizer
     return OuterOptimizer(optimizer or functools.partial(torch.optim.Adam, lr=lr))
 
 
 class PowerLR(lr_scheduler.LambdaLR):
-    """The learning rate times ``(1 + t / horizon)^-decay`` in step t, as the analyses of single-loop methods ask for.
+    """Multiply the learning rate by ``(1 + t / horizon)^-decay`` in step t, as the theory of single-loop methods requires.
 
     Args:
-        optimizer: whose rate moves.
+        optimizer: the optimizer whose learning rate changes.
         decay: exponent, in (0, 1].
-        horizon: steps until the fall sets in, above 0.
+        horizon: number of steps before the rate falls noticeably, above 0.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float, horizon: float = 1.0) -> None:
@@ -91,8 +92,8 @@ class Schedule:
     """A learning-rate schedule that is stepped by the loop: every outer step, and, for ``ReduceLROnPlateau``, every evaluation.
 
     Args:
-        make: makes it (None: the learning rate stays).
-        optimizer: whose learning rates move.
+        make: makes the scheduler (None: the learning rate is constant).
+        optimizer: the optimizer whose learning rates change.
     """
 
     def __init__(self, make: MakeScheduler | None, optimizer: torch.optim.Optimizer) -> None:
@@ -101,18 +102,18 @@ class Schedule:
 
     @property
     def by_evaluation(self) -> bool:
-        """Whether it goes by evaluations and not by steps."""
+        """Whether the schedule counts evaluations and not steps."""
         return isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau)
 
     def after_step(self) -> None:
         """Advance a schedule that counts outer steps."""
         if self._scheduler is not None and not self.by_evaluation:
-            with warnings.catch_warnings():  # its optimizer may stand still while a self-tuning network warms up
+            with warnings.catch_warnings():  # the optimizer makes no steps while a self-tuning network warms up
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 self._scheduler.step()
 
     def after_evaluation(self, monitored: float) -> None:
-        """Show a schedule that goes by evaluations the monitored quantity."""
+        """Advance a schedule that counts evaluations, by the monitored quantity."""
         if isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step(monitored)
 
@@ -121,20 +122,20 @@ class Schedule:
         return {} if self._scheduler is None else self._scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state)
 
 
 def with_values(kind: type, values: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a class of torch with the values of a config as its arguments, tried once on a parameter of its own.
+    """Return a class of torch with the values of a config as its arguments, after trying them on a dummy parameter.
 
     Args:
         kind: an optimizer or a schedule.
-        values: its arguments, the parameters or the optimizer left out; a list becomes a tuple.
+        values: its arguments except the parameters or the optimizer; a list becomes a tuple.
 
     Raises:
-        ValueError: names the argument that the class refuses, its value and what the class says.
+        ValueError: the class refuses an argument; the message names it, its value and the reason.
     """
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     hints = typing.get_type_hints(kind.__init__)
@@ -165,18 +166,18 @@ def _needed(kind: type, name: str) -> bool:
 
 
 def _check_type(kind: type, name: str, value: Any, hint: Any) -> None:
-    """Refuse a value that is no number, no text, or neither true nor false, where its argument is annotated so."""
+    """Refuse a value whose argument is annotated as a number, a text or a boolean, if the value has another type."""
     allowed = {each for each in (hint, *typing.get_args(hint)) if each in (int, float, bool, str, type(None))}
     if not allowed or value is None:
         return
     allowed |= {int} if float in allowed else set()
     if type(value) not in allowed and not (isinstance(value, tuple) and any(typing.get_args(hint))):
         names = " or ".join(sorted(each.__name__ for each in allowed if each is not type(None)))
-        raise ValueError(f"{kind.__name__}: {name}={value!r} is no {names}; change {name}")
+        raise ValueError(f"{kind.__name__}: {name}={value!r} is not {with_article(names)}; change {name}")
 
 
 def _try(kind: type, values: Mapping[str, Any]) -> None:
-    """Build a class of torch, and make two steps with it."""
+    """Build an optimizer, or a schedule that then makes two steps."""
     parameter = torch.nn.Parameter(torch.ones(1))
     if issubclass(kind, torch.optim.Optimizer):
         kind([parameter], **values)  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""A trained problem on several ranks: each draws the whole batch and takes its share; both losses are means over the ranks."""
+"""A trained problem on several ranks: each rank has its share of every batch, and both losses are means over the ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hyperopt.data.sparse import SparseRows
 
 
 def over_ranks(problem: BilevelProblem) -> BilevelProblem:
-    """The problem whose losses and derivatives of every kind are those of all ranks' rows, the same bits on each rank.
+    """Return the problem whose losses and derivatives are those of the rows of all ranks, bit for bit the same on each rank.
 
-    A loss must be a mean over the rows of its batch, plus what does not depend on them; the leaves of a batch share their first
-    dimension, and w and lam, the same on all ranks, come in through its arguments. A loss whose batch is None is worked out whole
-    on every rank. On one rank it is the problem itself.
+    A loss must be a mean over the rows of its batch, plus terms that do not depend on the rows. The leaves of a batch share
+    their first dimension. ``w`` and ``lam`` must be the same on all ranks and reach the loss through its arguments. A loss
+    whose batch is None is computed in full on every rank. With one rank the result is the problem itself.
 
     Example:
         >>> import torch, hyperopt
@@ -44,24 +44,24 @@ def over_ranks(problem: BilevelProblem) -> BilevelProblem:
 
 
 def _mean(loss: Loss) -> Loss:
-    """The mean of a loss over the ranks."""
+    """Return the mean of a loss over the ranks."""
     if isinstance(loss, Composite):
         return dataclasses.replace(loss, ranks=True)
     return lambda w, lam, batch: distributed.mean_over_ranks(loss, w, lam, batch, rows=rows_of(batch))
 
 
 class _Share:
-    """This rank's share of every batch of a source; where the next one stands is the same on every rank."""
+    """This rank's share of every batch of a source; the position in the source is the same on every rank."""
 
     def __init__(self, source: BatchSource) -> None:
-        """Wrap it."""
+        """Wrap the source."""
         self.source = source
         self.last = self.part = None
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
         self.shares = getattr(source, "shares", [1.0])
 
     def draw(self) -> Any:
-        """This rank's rows of the next batch; all rows, always the same, are cut once."""
+        """Return this rank's rows of the next batch; a batch that is the same object as the last one is not cut again."""
         batch = self.source.draw()
         if self.last is None or batch is not self.last:
             self.last, self.part = batch, optree.tree_map(_part, batch)
@@ -69,11 +69,11 @@ class _Share:
 
 
 def _shared(source: BatchSource) -> BatchSource:
-    """See ``_Share``; of one batch that never changes, once for all."""
+    """Return a source of this rank's share of every batch; the share of a constant batch is cut once."""
     return SameBatch(_Share(source).draw()) if isinstance(source, SameBatch) else _Share(source)
 
 
 def _part(leaf: Any) -> Any:
-    """This rank's rows of a leaf."""
+    """Return this rank's rows of a leaf."""
     mine = distributed.share_of(leaf.shape[0])
     return leaf.take(torch.arange(mine.start, mine.stop)) if isinstance(leaf, SparseRows) else leaf[mine]

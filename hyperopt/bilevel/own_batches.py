@@ -1,8 +1,8 @@
-"""``OwnBatches``: what a user hands to ``Tuner.step`` as data, and the batches of one step that are taken from it.
+"""``OwnBatches``: the data that a user gives to ``Tuner.step``, and the batches that one step takes from them.
 
-One batch is a tensor, a tuple, a mapping, None, or a list with a tensor in it, such as the ``[x, y]`` that a ``DataLoader``
-gives. Several batches are a list of tuples, lists or mappings. Batches are drawn from an iterator, a ``DataLoader``, a dataset or
-a source with ``draw()``.
+One batch is a tensor, a tuple, a mapping, None, or a list that contains a tensor, such as the ``[x, y]`` of a ``DataLoader``. A
+list of tuples, lists or mappings is several batches. An iterator, a ``DataLoader``, a dataset or a source with ``draw()`` is
+something from which batches are drawn.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch.utils.data import DataLoader, Dataset
 from hyperopt.bilevel.batches import BatchSource, source_of
 from hyperopt.data.sparse import SparseRows
 
-ONE = (Tensor, np.ndarray, SparseRows)
+BATCH_TYPES = (Tensor, np.ndarray, SparseRows)
 
 
 class OwnBatches:
     """The data of one loss from one step to the next.
 
     Args:
-        name: what the argument is called in messages.
+        name: name of the argument, for messages.
 
     Attributes:
-        kept: the place of a source that is yet to come, as ``state_dict`` returned it.
+        kept: a restored position, which the next source takes over (None: there is none).
     """
 
     def __init__(self, name: str) -> None:
-        """No source is known yet."""
+        """Start without a source."""
         self.name = name
         self.given: Any = None
         self.source: BatchSource | None = None
         self.kept: dict[str, Any] | None = None
 
     def take(self, given: Any, count: int | None) -> list[Any]:
-        """The batches of a step.
+        """Return the batches of a step.
 
         Args:
-            given: the data, see the module.
-            count: how many (None: one of what batches are drawn from, all of a list).
+            given: the data; see the docstring of the module.
+            count: number of batches, at least 1 (None: all of a list; one from anything that batches are drawn from).
 
         Raises:
-            TypeError: it is no data, or may be one batch or several.
-            ValueError: it is empty, or has another number of batches.
+            TypeError: the data have the wrong type, or could be one batch or several.
+            ValueError: the data are empty, or there are not ``count`` batches.
         """
         if isinstance(given, Iterator):
             return self._next(given, count or 1)
@@ -59,8 +59,8 @@ class OwnBatches:
         if count is not None and count != len(found):
             what = "one batch" if len(found) == 1 else f"a list of {len(found)} batches"
             raise ValueError(
-                f"{self.name} is {what}, but batches={count}; give as many, or batches=(n of train, n of val), or leave batches "
-                "out: then all of a list are taken, and one of a DataLoader"
+                f"{self.name} is {what}, but batches={count}; give that many, or batches=(number for train, number for val), "
+                "or leave batches out: then a step takes all of a list, and one batch of a DataLoader"
             )
         return found
 
@@ -68,54 +68,54 @@ class OwnBatches:
         found = [batch for _, batch in zip(range(count), given, strict=False)]
         if len(found) < count:
             raise ValueError(
-                f"{self.name} is an iterator that had {len(found)} more batches, but {count} are needed; give a new one, or a "
-                "DataLoader, which goes on in its next epoch"
+                f"{self.name} is an iterator with {len(found)} batches left, but {count} are needed; give a new iterator, or "
+                "a DataLoader, which continues with its next epoch"
             )
         return found
 
     def _listed(self, given: Any) -> list[Any]:
-        """One batch, or those of a list."""
+        """Return one batch, or the batches of a list, as a list."""
         if not isinstance(given, list):
-            if given is None or isinstance(given, (*ONE, tuple, Mapping)) or not hasattr(given, "__iter__"):
+            if given is None or isinstance(given, (*BATCH_TYPES, tuple, Mapping)) or not hasattr(given, "__iter__"):
                 return [given]
             raise TypeError(
-                f"{self.name} is a {type(given).__name__}, which may be one batch or many; give (batch,), a tuple, for one, or "
-                "iter(...) of it, which you keep, to have batches drawn from it"
+                f"{self.name} is a {type(given).__name__}, which could be one batch or several; give the tuple (batch,) for one "
+                "batch, or keep iter(...) of it and give that in every step to draw batches from it"
             )
         if not given:
             raise ValueError(f"{self.name} is an empty list; give at least one batch")
-        if any(isinstance(entry, ONE) for entry in given):
+        if any(isinstance(entry, BATCH_TYPES) for entry in given):
             return [given]
         if all(isinstance(entry, tuple | list | Mapping) for entry in given):
             return given
         raise TypeError(
-            f"{self.name} is a list of {type(given[0]).__name__}, which may be one batch or many; give a tuple for one batch, or "
-            "iter(...) of the list for many"
+            f"{self.name} is a list of {type(given[0]).__name__}, which could be one batch or several; give a tuple for one "
+            "batch, or iter(...) of the list for several"
         )
 
     def _source(self, given: Any) -> BatchSource:
-        """The source made of what is given, which stands where it stood after the step before."""
+        """Return the source for the given data, at its position after the last step."""
         if self.source is None or given is not self.given:
             source = source_of(given, self.name)
             if self.kept is not None:
                 source.load_state_dict(self.kept)
             elif self.source is not None and self._same_data(given):
-                with contextlib.suppress(ValueError):  # of other batches: it starts anew
+                with contextlib.suppress(ValueError):  # the batches differ: start at the first one
                     source.load_state_dict(self.source.state_dict())
             self.given, self.source, self.kept = given, source, None
         return self.source
 
     def _same_data(self, given: Any) -> bool:
-        """Whether a loader is made anew, of the dataset of the one before: its first batch would come at every step."""
+        """Whether ``given`` is a new loader of the same dataset, which would otherwise give its first batch in every step."""
         pair = given, self.given
         return all(isinstance(each, DataLoader) for each in pair) and len({id(each.dataset) for each in pair}) == 1
 
     def place(self) -> tuple[Any, ...]:
-        """Where it stands, to be handed to ``back``."""
+        """Return the present position, for ``back``."""
         return self.given, self.source, copy.deepcopy(self.state_dict())
 
     def back(self, place: tuple[Any, ...]) -> None:
-        """Stand where it stood."""
+        """Return to a position of ``place``."""
         self.given, self.source, state = place
         if self.source is None:
             self.kept = state
@@ -123,28 +123,28 @@ class OwnBatches:
             self.source.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the next batch stands; None where there is no source."""
+        """Return the position of the next batch (None: there is no source)."""
         return self.kept if self.source is None else self.source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Let the next source that is given stand there."""
+        """Keep a position for the next source."""
         self.given = self.source = None
         self.kept = state
 
 
 class Moved:
-    """The batches of a source, each handed to a function as it is drawn, such as one that moves it to a device.
+    """The batches of a source after a function, such as one that moves a batch to a device.
 
     Args:
         source: the source.
-        move: the function.
+        move: the function of a batch.
     """
 
     def __init__(self, source: BatchSource, move: Callable[[Any], Any]) -> None:
-        """Its place is that of the source."""
+        """Share the position of the source."""
         self.source, self.move = source, move
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
 
     def draw(self) -> Any:
-        """The next batch."""
+        """Return the next batch."""
         return self.move(self.source.draw())

@@ -1,11 +1,11 @@
-"""``ModuleLosses``: losses that call a module of the user's, as functions ``(w, lam, batches)`` of a ``BilevelProblem``.
+"""``ModuleLosses``: a user's losses, which call a module, as functions ``(w, lam, batches)`` of a ``BilevelProblem``.
 
     loss(model, batch, lam)   ->   mean over batches and ranks of  loss(model at w, batch, lam)
 
-The module is called itself, at other values of its parameters: they are replaced in the module (``Functional``), and wherever
-else the loss meets one of them (a list of the parameters that was made before). Nothing of an evaluation stays: buffers, modes,
-counters and gradients are put back (``hyperopt.core.replay``), and the wrappers that serve training are passed by, since they
-have no second derivative, or another one on each rank: compiled code, ``DistributedDataParallel``, autocast.
+The user's own module is called at other values of its parameters. They are replaced inside the module (``Functional``), and
+also where the loss uses a parameter directly, from a list that was made earlier for example. An evaluation leaves no trace:
+buffers, modes, counters and gradients are restored (``hyperopt.core.replay``). Compiled code, ``DistributedDataParallel`` and
+autocast are bypassed, because they have no second derivative, or a different one on each rank.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from hyperopt.core.replay import Replay
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
 OwnLoss = Callable[[Any, Any, dict[str, Any]], Tensor]
-"""``loss(model, batch, lam)``, a scalar: plain code that calls the module, with the hyperparameters in their own units."""
+"""``loss(model, batch, lam)`` returns a scalar; it calls the module and reads the hyperparameters in their own units."""
 
 
 class _Called(nn.Module):
-    """Runs a function of a module, which is a part of it."""
+    """A module whose forward calls ``function(model, ...)``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class _Called(nn.Module):
         return function(self.model, *args)
 
 
-class _Plain(Swap):
-    """Swaps the parameters of a module for their replacements, wherever a function of PyTorch is given one.
+class _Replaced(Swap):
+    """A mode that replaces the parameters of a module in the arguments of every PyTorch function.
 
-    The function runs without autocast, in a form whose second derivatives take little memory: one mode for all, since each takes
-    as long as a small operator.
+    The function also runs without autocast, and in a form whose second derivative takes little memory. One mode does all three,
+    since each mode costs as much time as a small operator.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,19 +72,20 @@ class ModuleLosses:
 
     Args:
         model: the module.
-        hyper: the hyperparameters; none of their parameters is a weight, even inside of the module.
-        trained: of the parameters that require grad, by name, those that are weights: which of them something trains.
+        hyper: the hyperparameters; their parameters are not weights, even if they are inside the module.
+        trained: a function that takes the parameters that require grad, by name, and returns the names of those that are
+            trained; these are the weights.
 
     Attributes:
         w: the weights by name, as in ``Functional``.
-        parameters: the same, as they are in the module.
+        parameters: the module's own parameters, by the same names.
 
     Raises:
         ValueError: no parameter requires grad, one is in half precision or sharded, or a lazy module has not been called yet.
     """
 
     def __init__(self, model: nn.Module, hyper: Hyperparameters, trained: Callable[[dict[str, Tensor]], Collection[str]]) -> None:
-        """Take the parameters as they are now."""
+        """Collect the parameters as they are now."""
         called = _Called(model)
         own = dict(called.named_parameters())
         left = Functional(called, hyper.parameters()).w
@@ -95,19 +96,19 @@ class ModuleLosses:
         for name, parameter in self.parameters.items():
             if parameter.dtype.itemsize < 4:
                 raise ValueError(
-                    f"{_parameter(name)} has dtype {parameter.dtype}, in which a hypergradient would have two or three digits; "
+                    f"{_parameter(name)} has dtype {parameter.dtype}, which gives a hypergradient only two or three digits; "
                     "keep the weights in float32 and train under torch.autocast"
                 )
             if hasattr(parameter, "placements"):
-                raise ValueError(f"{_parameter(name)} is sharded (a DTensor), and each rank has a part of it alone; use DDP")
+                raise ValueError(f"{_parameter(name)} is sharded (a DTensor), so each rank has only a part of it; use DDP")
 
     def loss(self, own: OwnLoss, name: str, hyper: Hyperparameters) -> Callable[[Any, Any, Sequence[Any]], Tensor]:
-        """A loss of the user's, called ``name`` in messages, as a function of ``(w, lam, batches)``."""
+        """Return a user's loss, called ``name`` in messages, as a function of ``(w, lam, batches)``."""
         functional, parameters = self.functional, self.parameters
         raw = {id(parameter): path for path, parameter in hyper.named_parameters()}
 
         def one(w: dict[str, Tensor], lam: Any, batch: Any) -> Tensor:
-            with _Plain(((p, w[name]) for name, p in parameters.items()), discover=False):
+            with _Replaced(((p, w[name]) for name, p in parameters.items()), discover=False):
                 value = functional(w, own, batch, lam)
             refuse_no_scalar(value, name, batch)
             return value
@@ -116,25 +117,25 @@ class ModuleLosses:
             for batch in batches:
                 refuse_no_rows(name, batch)
             values = [distributed.mean_over_ranks(one, w, lam, batch, rows=rows_of(batch)) for batch in batches]
-            if bad := [number for each in values if not math.isfinite(number := float(each.detach()))]:  # on all ranks alike
+            if bad := [number for each in values if not math.isfinite(number := float(each.detach()))]:  # the same on all ranks
                 raise ValueError(f"{name} is {bad[0]:g} on a batch: check the data, the weights and the hyperparameters")
             value = values[0] if len(values) == 1 else torch.stack([each.reshape(()) for each in values]).mean()
             leaves = {id(leaf): leaf for leaf in variables(value)}
             if strays := [path for key, path in raw.items() if key in leaves]:
                 raise ValueError(
-                    f"{name} reads {', '.join(strays)} from the Hyperparameters themselves, where no hypergradient is taken; "
-                    "let it use the lam that it is given"
+                    f"{name} reads {', '.join(strays)} from the Hyperparameters object, which has no hypergradient; "
+                    "let it use its argument lam"
                 )
             if strays := [key for key, p in parameters.items() if id(p) in leaves]:
                 raise ValueError(
-                    f"{name} hands {_parameter(strays[0])} to a custom autograd.Function from outside of the module, where it "
-                    "cannot be followed; let the module itself call the function"
+                    f"{name} gives {_parameter(strays[0])} to a custom autograd.Function outside the module, where it cannot "
+                    "be replaced; let the module itself call the function"
                 )
             if not any(id(leaf) in leaves for leaf in w.values()):
                 refuse_reentrant(value)
                 raise ValueError(
-                    f"{name} does not depend on the parameters of the model that require grad, {_parameter(next(iter(w)))} among "
-                    "them; let it call the model that it is given, without detach, no_grad or .item()"
+                    f"{name} does not depend on the parameters of the model that require grad, such as "
+                    f"{_parameter(next(iter(w)))}; let it call its argument model, without detach, no_grad or .item()"
                 )
             return value
 
@@ -142,12 +143,12 @@ class ModuleLosses:
 
 
 def without_trace(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """``function``, every evaluation of which draws its own random numbers and leaves its modules and objects as they were."""
+    """Return ``function`` such that each call draws its own random numbers and leaves modules and objects unchanged."""
     return lambda *args: Replay(Places.of(function), device)(function, *args)
 
 
 def variables(value: Tensor) -> list[Tensor]:
-    """The leaves in the graph of a tensor."""
+    """Return the leaves of the graph of a tensor."""
     found, seen, left = [], set(), [value.grad_fn]
     if value.is_leaf:
         return [value]
@@ -163,14 +164,14 @@ def variables(value: Tensor) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def plainly(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
-    """In this block the model, and the modules that the functions use, run as they were written.
+def as_plain_modules(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
+    """Run the model, and the modules that the functions use, as plain modules in this block.
 
-    Compiled code and ``DistributedDataParallel`` are passed by, autocast is off, and derivatives are on.
+    Compiled code and ``DistributedDataParallel`` are bypassed, autocast is off, and gradients are enabled.
     """
     modules = [*model.modules(), *(module for function in functions for module in Places.of(function).modules)]
     with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # without it, nothing is compiled
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             if module._compiled_call_impl is not None:
@@ -187,19 +188,19 @@ def plainly(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_words_of_the_tuner() -> Iterator[None]:
-    """Errors of the library in this block speak of the arguments of a ``Tuner``."""
+    """Let the library's errors in this block name the arguments of a ``Tuner``."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         text = str(error)
-        for pattern, word in WORDS:
+        for pattern, word in TUNER_WORDS:
             text = re.sub(pattern, word, text)
         if text == str(error) or type(error) not in (TypeError, ValueError, RuntimeError, SolveError, ImpureMapError):
             raise
         raise type(error)(text) from error
 
 
-WORDS = (
+TUNER_WORDS = (
     (r"\bw\['model\.(?:_orig_mod\.|module\.)*([^']*)'\]", r"the model's parameter \1"),
     (r"\b(?:the inner loss|inner_loss)\b", "train_loss"),
     (r"\b(?:the outer loss|outer_loss)\b", "val_loss"),
@@ -208,7 +209,7 @@ WORDS = (
     (r"take it out of w", "freeze it (requires_grad_(False))"),
     (r"; a learning rate or momentum of the inner solver, .*", ""),
 )
-"""What the library says, as a pattern, and what it is for a ``Tuner``."""
+"""Patterns in the library's messages, and their replacements for a ``Tuner``."""
 
 
 def _parameter(name: str) -> str:

@@ -1,18 +1,18 @@
-"""``BilevelProblem``: two losses, and where their batches come from."""
+"""``BilevelProblem``: two losses and the sources of their batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
 from hyperopt.bilevel.batches import BatchSource, NoBatches, SameBatch, source_of
+from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.refusals import named, refuse_no_scalar, refuse_other_arguments, refuse_shared, refuse_unlike, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import functorch_level
@@ -20,21 +20,21 @@ from hyperopt.core.checks import check_number
 from hyperopt.core.graph_modes import KeepsGraph
 
 Loss = Callable[[Any, Any, Any], Tensor]
-"""``loss(w, lam, batch)``, a scalar."""
+"""``loss(w, lam, batch)`` returns a scalar."""
 
 
 @dataclass(frozen=True)
 class InnerConstants:
-    """What is known about the losses around ``w``: in a ball that holds it and the minimum.
+    """Constants of the losses that hold in a ball containing ``w`` and the minimum.
 
     Attributes:
-        strong_convexity: ``mu > 0``: the least eigenvalue of the Hessian of the inner loss is at least that.
-        smoothness: ``L``: its largest is at most that.
-        mixed_norm: largest norm of ``d_lam grad_w L``, all hyperparameters together.
-        hessian_lipschitz: of ``w -> Hessian``; 0 for a quadratic loss.
-        mixed_lipschitz: of ``w -> d_lam grad_w L``.
-        outer_lipschitz: of ``w -> d_w E``.
-        direct_lipschitz: of ``w -> d_lam E``.
+        strong_convexity: ``mu > 0``, a lower bound of the eigenvalues of the Hessian of the inner loss.
+        smoothness: ``L >= mu``, an upper bound of these eigenvalues.
+        mixed_norm: upper bound of the norm of ``d_lam grad_w L``, for all hyperparameters together.
+        hessian_lipschitz: Lipschitz constant of ``w -> Hessian``; 0 for a quadratic loss.
+        mixed_lipschitz: Lipschitz constant of ``w -> d_lam grad_w L``.
+        outer_lipschitz: Lipschitz constant of ``w -> d_w E``.
+        direct_lipschitz: Lipschitz constant of ``w -> d_lam E``.
     """
 
     strong_convexity: float
@@ -50,17 +50,19 @@ class InnerConstants:
         for name in vars(self):
             check_number(self, name, 0.0, open_low=name in ("strong_convexity", "smoothness"))
         if self.strong_convexity > self.smoothness:
-            raise ValueError(f"InnerConstants: strong_convexity={self.strong_convexity} is above smoothness={self.smoothness}")
+            raise ValueError(
+                f"InnerConstants: strong_convexity={self.strong_convexity} is above smoothness={self.smoothness}; change one"
+            )
 
 
 @dataclass(frozen=True)
 class Composite:
-    """An inner loss in two parts, which Gauss-Newton products need to tell apart.
+    """An inner loss made of a model and a criterion, which Gauss-Newton products need separately.
 
     Attributes:
-        model: ``z(w, lam, batch)``, one tensor.
-        criterion: ``c(z, w, lam, batch)``, a scalar, convex in ``z``; penalties on ``w`` belong here.
-        ranks: whether a batch is the share of this rank, and the loss a mean over the ranks; ``over_ranks`` sets it.
+        model: ``z(w, lam, batch)``, returns one tensor.
+        criterion: ``c(z, w, lam, batch)``, returns a scalar that is convex in ``z``; penalties on ``w`` belong here.
+        ranks: whether a batch is this rank's share and the loss is a mean over the ranks; ``over_ranks`` sets it.
     """
 
     model: Callable[[Any, Any, Any], Tensor]
@@ -68,7 +70,7 @@ class Composite:
     ranks: bool = False
 
     def __call__(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss."""
+        """Return the inner loss."""
         if not self.ranks:
             return self._own(w, lam, batch)
         return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
@@ -77,7 +79,7 @@ class Composite:
         return self.criterion(self.model(w, lam, batch), w, lam, batch)
 
     def of(self, expand: Callable[[Any], Any]) -> Composite:
-        """The same loss of other variables ``x``, at ``w = expand(x)``."""
+        """Return the loss as a function of other variables ``x``, where ``w = expand(x)``."""
         return replace(
             self,
             model=lambda w, lam, batch: self.model(expand(w), lam, batch),
@@ -85,11 +87,11 @@ class Composite:
         )
 
     def plus(self, penalty: Callable[[Any], Tensor]) -> Composite:
-        """The loss and a penalty on the weights."""
+        """Return the loss plus a penalty on the weights."""
         return replace(self, criterion=lambda z, w, lam, batch: self.criterion(z, w, lam, batch) + penalty(w))
 
     def whole(self, product: Tensor, batch: Any) -> Tensor:
-        """A product with the matrix of all rows, from that with the matrix of these."""
+        """Return the product with the matrix of the rows of all ranks, given the product for this rank's rows."""
         return distributed.average(product, rows_of(batch)) if self.ranks else product
 
 
@@ -98,16 +100,16 @@ class BilevelProblem:
     """``min over lam of E(w(lam), lam)`` where ``w(lam)`` minimises ``L(., lam)``.
 
     Attributes:
-        inner_loss: ``L(w, lam, batch)``, a scalar that depends on both.
-        outer_loss: ``E(w, lam, batch)``, a scalar.
-        inner_batches: where the batches of the inner loss come from: ``Minibatches``, a loader or dataset of
-            ``torch.utils.data``, or one batch; ``hyperopt.bilevel.batches.source_of`` converts it (default: the batch is None).
-        outer_batches: where those of the outer loss come from, likewise.
-        refresh: ``refresh(w, lam, batch)``, called once after each training to move running statistics, see ``Functional``.
-        constants: ``constants(w, lam)``, what is known about the losses in closed form; makes the certificate a bound.
-        initial: ``initial(lam)``, a tree like ``w``: where every training starts, so that the start may be learned, as in MAML
-            (None: where the weights are). ``Unrolled`` and ``Checkpointed`` differentiate through it. A minimum does not depend
-            on where its search started: an implicit adjoint's gradient is zero there.
+        inner_loss: ``L(w, lam, batch)``, returns a scalar that depends on ``w``.
+        outer_loss: ``E(w, lam, batch)``, returns a scalar.
+        inner_batches: the batches of the inner loss: ``Minibatches``, a loader or dataset of ``torch.utils.data``, or one
+            batch; see ``hyperopt.bilevel.batches.source_of`` (default: the batch is None).
+        outer_batches: the batches of the outer loss, likewise.
+        refresh: ``refresh(w, lam, batch)``, called once after each training to update running statistics, see ``Functional``.
+        constants: ``constants(w, lam)``, returns the constants of the losses; they make the certificate a bound.
+        initial: ``initial(lam)``, returns the start of every training as a tree like ``w``, so that the start can be learned,
+            as in MAML (None: training starts from the present weights). ``Unrolled`` and ``Checkpointed`` differentiate through
+            it; the hypergradient of an implicit adjoint is zero there, since a minimum does not depend on the start.
     """
 
     inner_loss: Loss
@@ -119,17 +121,17 @@ class BilevelProblem:
     initial: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Convert what the batches come from."""
+        """Check the losses and convert the sources of batches."""
         for name in ("inner_loss", "outer_loss"):
             refuse_other_arguments(getattr(self, name), name)
         for name in ("inner_batches", "outer_batches"):
             object.__setattr__(self, name, source_of(getattr(self, name), name))
 
     def start(self, w: Any, lam: Any) -> Any:
-        """Where training starts: ``initial(lam)``, differentiable in ``lam``; ``w`` without one.
+        """Return the start of training: ``initial(lam)``, differentiable in ``lam``, or ``w`` without ``initial``.
 
         Raises:
-            TypeError, ValueError: what ``initial`` returned is not like ``w``.
+            TypeError, ValueError: ``initial`` returned something that is not like ``w``.
         """
         if self.initial is None:
             return w
@@ -138,11 +140,11 @@ class BilevelProblem:
         return found
 
     def place(self, w: Any, lam: Any) -> None:
-        """Write where training starts into ``w``, which is about to be changed in place.
+        """Check ``lam``, and write the start of training into ``w`` in place if there is ``initial``.
 
         Raises:
-            TypeError, ValueError: ``lam`` is no tree of tensors of a floating-point dtype, ``w`` shares memory with it, or
-                ``initial`` returned something else than a tree like ``w``.
+            TypeError, ValueError: ``lam`` is not a tree of floating-point tensors, ``w`` shares memory with it, or ``initial``
+                returned something that is not like ``w``.
         """
         Leaves.of(lam, "lam")
         refuse_shared(w, lam)
@@ -152,7 +154,7 @@ class BilevelProblem:
                     old.copy_(new)
 
     def at_next_batch(self) -> BilevelProblem:
-        """The problem on the next batch of each loss alone, which is not used up."""
+        """Return the problem on the next batch of each loss only; the positions of the sources do not change."""
         sources = []
         for source in (self.inner_batches, self.outer_batches):
             kept = copy.deepcopy(source.state_dict())
@@ -161,11 +163,11 @@ class BilevelProblem:
         return replace(self, inner_batches=sources[0], outer_batches=sources[1])
 
     def inner(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The inner loss, checked to be a scalar and to leave what it is given as it was."""
+        """Return the inner loss, after a check that it is a scalar and did not change its arguments."""
         return self._evaluated(self.inner_loss, "inner_loss", w, lam, batch)
 
     def of(self, expand: Callable[[Any], Any], collect: Callable[[Any], Any]) -> BilevelProblem:
-        """The problem in other variables ``x``, where ``w = expand(x)`` and ``x = collect(w)``."""
+        """Return the problem in other variables ``x``, where ``w = expand(x)`` and ``x = collect(w)``."""
 
         def at(function: Callable[..., Any]) -> Callable[..., Any]:
             return lambda w, *others: function(expand(w), *others)
@@ -181,7 +183,7 @@ class BilevelProblem:
         )
 
     def decayed(self, decay: Any) -> BilevelProblem:
-        """The problem whose inner loss has the penalty ``decay |w|^2 / 2`` too; ``decay`` may be a tree of one for each leaf."""
+        """Return the problem with ``decay |w|^2 / 2`` added to the inner loss; ``decay`` is a number or a tree like ``w``."""
         inner, constants, decays = self.inner_loss, self.constants, optree.tree_leaves(decay)
 
         def penalty(w: Any) -> Tensor:
@@ -199,7 +201,7 @@ class BilevelProblem:
         return replace(self, inner_loss=whole, constants=None if constants is None else known)
 
     def inner_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
-        """The inner loss on a batch, as a function of ``(w, lam)``."""
+        """Return the inner loss on a batch, as a function of ``(w, lam)``."""
 
         def loss(w: Any, lam: Any) -> Tensor:
             with KeepsGraph():
@@ -208,22 +210,22 @@ class BilevelProblem:
         return loss
 
     def outer_on(self, batch: Any) -> Callable[[Any, Any], Tensor]:
-        """The outer loss on a batch, as a function of ``(w, lam)``."""
+        """Return the outer loss on a batch, as a function of ``(w, lam)``."""
         return lambda w, lam: self.outer(w, lam, batch)
 
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
-        """The outer loss, likewise."""
+        """Return the outer loss, after the checks of ``inner``."""
         with KeepsGraph():
             return self._evaluated(self.outer_loss, "outer_loss", w, lam, batch)
 
     @staticmethod
     def _evaluated(loss: Loss, name: str, w: Any, lam: Any, batch: Any) -> Tensor:
-        """A loss.
+        """Return a loss.
 
         Raises:
-            TypeError, ValueError: it is no scalar, or was worked out on an empty batch; or it changed what it was given.
+            TypeError, ValueError: the loss is not a scalar, its batch is empty, or it changed one of its arguments in place.
         """
-        with torch._C.DisableTorchFunction():  # what is only looked at concerns no mode around the loss
+        with torch._C.DisableTorchFunction():  # these checks must not be seen by modes around the loss
             given = [] if functorch_level() else [x for tree in (w, lam, batch) for x in optree.tree_leaves(tree)]
             counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in given]
         value = loss(w, lam, batch)
@@ -232,7 +234,7 @@ class BilevelProblem:
                 if count is not None and x._version != count:
                     names = [key for tree, what in ((w, "w"), (lam, "lam"), (batch, "batch")) for key, _ in named(tree, what)]
                     raise ValueError(
-                        f"{name} changed {names[i]} in place, on which it is evaluated again; compute a new tensor instead "
+                        f"{name} changed {names[i]} in place, but is evaluated on it again; compute a new tensor instead "
                         "(inplace=False in a module)"
                     )
             refuse_no_scalar(value, name, batch)
@@ -240,66 +242,11 @@ class BilevelProblem:
         return value if single else value.reshape(())
 
 
-@dataclass
-class Leaves:
-    """The tensors of a tree as leaves of a new graph, which share the memory of those that were given.
-
-    Attributes:
-        tree: the tree of leaves.
-        flat: its tensors in order.
-        names: what to call each in a message.
-    """
-
-    tree: Any
-    flat: list[Tensor]
-    names: list[str]
-
-    @staticmethod
-    def of(tree: Any, what: str) -> Leaves:
-        """Detach every tensor of ``tree``, called ``what`` in messages, and let it require grad.
-
-        Raises:
-            TypeError: a leaf that is no tensor, or not of a floating-point dtype.
-            ValueError: a tree without tensors, or with a parameter that has no size yet, or with an inference tensor.
-            RuntimeError: a transform of ``torch.func``, or inference mode, is under way.
-        """
-        if functorch_level():
-            raise RuntimeError(
-                "a hypergradient reads numbers as it goes and writes into w, which no transform of torch.func follows. Transform "
-                "the outer loss at fixed_point(GradientMap(problem, inner), w, (lam,), rows='joint').value instead, or use a loop"
-            )
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("a hypergradient needs derivatives, which torch.inference_mode() switches off: call it outside")
-        pairs = named(tree, what)
-        names = [name for name, _ in pairs]
-        if not pairs:
-            raise ValueError(f"{what} has no tensors; give a tensor, or a tuple, list or dict of tensors")
-        for name, leaf in pairs:
-            if not isinstance(leaf, Tensor):
-                hint = "; of a module, give hyperopt.Functional(module).w, of Hyperparameters its values()"
-                raise TypeError(
-                    f"{name} is a {type(leaf).__name__}; every leaf must be a tensor" + hint * isinstance(leaf, nn.Module)
-                )
-            if is_lazy(leaf):
-                raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
-            if leaf.is_inference():
-                raise ValueError(f"{name} was made in torch.inference_mode(), and can have no derivative; give a clone of it")
-            if not leaf.is_floating_point():
-                raise TypeError(f"{name} has dtype {leaf.dtype}; it must be floating point (buffers that count go elsewhere)")
-        flat = [leaf.detach().requires_grad_() for _, leaf in pairs]
-        return Leaves(optree.tree_unflatten(optree.tree_structure(tree), flat), flat, names)
-
-    def like(self, values: Sequence[Tensor | None]) -> Any:
-        """The tree with other tensors; zeros for None."""
-        filled = [torch.zeros_like(leaf) if x is None else x for leaf, x in zip(self.flat, values, strict=True)]
-        return optree.tree_unflatten(optree.tree_structure(self.tree), filled)
-
-
 def outer_gradient(problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> tuple[Tensor, list[Any], list[Any]]:
-    """The outer loss, detached, and its partial gradients in ``w`` and ``lam``, None where it does not depend on one.
+    """Return the detached outer loss and its partial gradients in ``w`` and ``lam``; None for leaves that it does not use.
 
     Raises:
-        ValueError: the loss does not depend on ``w`` at all.
+        ValueError: the loss depends neither on ``w`` nor on ``lam``.
     """
     with torch.enable_grad():
         loss = problem.outer(w.tree, lam.tree, batch)

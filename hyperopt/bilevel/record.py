@@ -1,4 +1,4 @@
-"""``Record``: what one step of a ``Tuner`` found, did and cost."""
+"""``Record``: the results and the cost of one step of a ``Tuner``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from hyperopt.core.status import Status
 
 @dataclass(frozen=True, repr=False)
 class Record:
-    """What one step of a ``Tuner`` did; it prints as one line.
+    """The results of one step of a ``Tuner``; it prints as one line.
 
     Attributes:
-        step: how many steps were made, with this one.
-        hyper: the hyperparameters after the step, as ``Hyperparameters.metrics`` names them, in their own units.
-        gradients: what the step cost, in gradient evaluations: backward passes through a loss, products with second derivatives
-            among them.
-        products: products with second derivatives that the adjoint system took.
-        estimate: the hypergradient itself, without the weights: ``estimate.grad`` is in the units of the hyperparameters.
+        step: number of steps so far, including this one.
+        hyper: the hyperparameters after the step, in their own units, by the names of ``Hyperparameters.metrics``.
+        gradients: the cost of the step in backward passes through a loss, including products with second derivatives.
+        products: number of Hessian products of the adjoint solve.
+        estimate: the hypergradient, without the weights; ``estimate.grad`` is in the units of the hyperparameters.
     """
 
     step: int
@@ -47,7 +46,7 @@ class Record:
 
     @property
     def adjoint(self) -> str:
-        """The adjoint that was used and, where it was chosen, why."""
+        """The adjoint that was used and, under ``adjoint="auto"``, why."""
         stats = self.estimate.adjoint
         return str(self.estimate.choice or (stats.method if stats else "none"))
 
@@ -57,7 +56,7 @@ class Record:
         return self.estimate.certificate.error
 
     def as_dict(self) -> dict[str, float]:
-        """All numbers, by the names of TensorBoard."""
+        """Return all numbers, by their names in TensorBoard."""
         return {
             "outer/loss": self.loss,
             **self.hyper,
@@ -68,7 +67,7 @@ class Record:
         }
 
     def __repr__(self) -> str:
-        """One line."""
+        """Return one line."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
         kind = "bound" if self.estimate.certificate.is_bound else "estimate"
         error = f"no error {kind} for" if math.isnan(self.error) else f"error {kind} {self.error:.2g} of"

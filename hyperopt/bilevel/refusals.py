@@ -1,4 +1,4 @@
-"""What losses, batches and starting points must be like, and what is said of those that are not."""
+"""Checks of losses, batches and initial weights, with their error messages."""
 
 from __future__ import annotations
 
@@ -12,54 +12,69 @@ from torch import Tensor
 
 
 def refuse_other_arguments(loss: Any, name: str, arguments: str = "w, lam, batch") -> None:
-    """Refuse what cannot be called with three arguments.
+    """Refuse a loss that cannot be called with three arguments.
 
     Raises:
-        TypeError: names the loss.
+        TypeError: the message names the loss.
     """
     if not callable(loss):
         raise TypeError(f"{name} is a {type(loss).__name__}; it must be a function {name}({arguments})")
     if isinstance(loss, FunctionType) and loss.__code__.co_argcount == 3 and not loss.__code__.co_kwonlyargcount:
-        return  # the usual case, and its signature takes longer to make
+        return  # the usual case, without the slower inspect.signature
     try:
         inspect.signature(loss).bind(None, None, None)
     except TypeError as error:
         raise TypeError(f"{name} is called {name}({arguments}), but takes other arguments: {error}") from None
-    except ValueError:  # a function that tells nothing of its arguments
+    except ValueError:  # the signature is unknown, as for some built-in functions
         return
 
 
 def refuse_shared(w: Any, lam: Any) -> None:
-    """Refuse weights that lie in the memory of a hyperparameter, which training would overwrite.
+    """Refuse weights that share memory with a hyperparameter, which training would overwrite.
 
     Raises:
-        ValueError: names it.
+        ValueError: the message names the hyperparameter.
     """
-
-    def place(x: Any) -> tuple[Any, int, int] | None:
-        if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
-            return None
-        reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.device, x.data_ptr(), x.data_ptr() + x.element_size() * reach
-
-    weights = [at for at in map(place, optree.tree_leaves(w)) if at is not None]
+    weights = [at for at in map(memory_of, optree.tree_leaves(w)) if at is not None]
     for name, leaf in named(lam, "lam"):
-        at = place(leaf)
+        at = memory_of(leaf)
         if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
-            raise ValueError(f"{name} lies in the memory of w, which training changes in place; give a clone of it")
+            raise ValueError(f"{name} shares memory with w, which training changes in place; give a clone of it")
+
+
+def memory_of(x: Any) -> tuple[str, int, int] | None:
+    """Return the device and the first and last address of a tensor's entries, or None if it has none in memory."""
+    if not (isinstance(x, Tensor) and x.numel() and x.layout == torch.strided):
+        return None
+    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return str(x.device), x.data_ptr(), x.data_ptr() + x.element_size() * reach
+
+
+def share_entries(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors whose addresses overlap have an entry in common; columns of a matrix, for example, have none."""
+    if (one.is_contiguous() and two.is_contiguous()) or one.dtype != two.dtype:
+        return True
+
+    def addresses(x: Tensor) -> Tensor:
+        index = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            index = index[..., None] + torch.arange(size) * stride
+        return x.data_ptr() + x.element_size() * index.flatten()
+
+    return bool(torch.isin(addresses(one), addresses(two)).any())
 
 
 def named(tree: Any, what: str) -> list[tuple[str, Any]]:
-    """The leaves of a tree called ``what``, with what to call each in a message."""
+    """Return the leaves of a tree called ``what``, each with its name for messages, such as ``w['bias']``."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     return [(what + "".join(f"[{key!r}]" for key in path), leaf) for path, leaf in zip(paths, leaves, strict=True)]
 
 
 def refuse_unlike(found: Any, w: Any, what: str) -> None:
-    """Refuse a tree, called ``what``, whose tensors are not those of ``w`` one by one.
+    """Refuse a tree, called ``what``, that differs from ``w`` in structure, shapes, dtypes or devices.
 
     Raises:
-        TypeError, ValueError: names the structures, or the leaf, its shape and dtype.
+        TypeError, ValueError: the message names the structures, or the leaf and the difference.
     """
     structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
     if structure != wanted:
@@ -75,16 +90,16 @@ def refuse_unlike(found: Any, w: Any, what: str) -> None:
 
 
 def rows_of(batch: Any) -> int | None:
-    """Rows of a batch, the first dimension of its leaves; None where it has none."""
+    """Return the number of rows of a batch, which is the first dimension of its leaves, or None without one."""
     return next((leaf.shape[0] for leaf in optree.tree_leaves(batch) if len(getattr(leaf, "shape", ()))), None)
 
 
 def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
-    """Refuse a loss that is not one number, or of no rows.
+    """Refuse a loss that is not one number, or whose batch has no rows.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has more or fewer numbers than one, or the batch has no rows.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss does not have exactly one number, or the batch has no rows.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
@@ -94,10 +109,10 @@ def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
 
 
 def refuse_no_rows(name: str, batch: Any) -> None:
-    """Refuse a batch without rows of the loss called ``name``.
+    """Refuse a batch without rows, of the loss called ``name``.
 
     Raises:
-        ValueError: gives its shape.
+        ValueError: the message gives the shape.
     """
     for leaf in optree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:

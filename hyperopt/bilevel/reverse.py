@@ -1,11 +1,11 @@
-"""Backpropagation through training: with the graph of all steps, or of a few, which are taken again on the way back.
+"""Backpropagation through training, with the graph of all steps or with the graph of one segment of steps at a time.
 
-    forward    the state is kept at the start of every segment, no graph
-    backward   from the last segment to the first: its steps once more with their graph, then (a_w, a_lam) through it
+    forward    keep the state at the start of every segment, without a graph
+    backward   from the last segment to the first: repeat its steps with a graph, then pull (a_w, a_lam) back through it
 
-In segments of sqrt(T) steps the memory is that of sqrt(T) graphs and as many states, for twice the gradients. What serves a
-general map, ``torch.utils.checkpoint``, cannot be used here: it takes a segment again for every gradient inside of it, and each
-step of training is one.
+With segments of sqrt(T) steps the memory is that of sqrt(T) graphs and sqrt(T) states, for twice the gradients.
+``torch.utils.checkpoint`` cannot be used: it repeats a segment for every gradient inside it, and each training step is a
+gradient.
 
 References: Griewank & Walther, ACM TOMS 26, 2000; Chen, Xu, Zhang & Guestrin, arXiv 1604.06174, section 4.
 """
@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import second_derivatives
-from hyperopt.bilevel.problem import Leaves
+from hyperopt.bilevel.leaves import Leaves
 
 Map = Callable[[int, Any, Any], Any]
 
 
 @dataclass
-class Passed:
-    """A training and the way back through it.
+class Backpropagated:
+    """The end of a training, and the gradients through it.
 
     Attributes:
-        final: the state at the end.
+        final: the final state.
         loss: the outer loss there, detached.
-        grads: its gradient in each hyperparameter; None: it does not depend on it.
+        grads: the gradient of the outer loss in each hyperparameter; None if it does not depend on it.
     """
 
     final: Any
@@ -42,8 +42,8 @@ class Passed:
     grads: Sequence[Tensor | None]
 
 
-def unroll(phi: Map, start: Any, lam: Leaves, steps: int, last: int | None, outer: Callable[[Any], Tensor]) -> Passed:
-    """Take ``phi`` ``steps`` times from ``start`` and backpropagate ``outer`` through the ``last`` steps (None: through all).
+def unroll(phi: Map, start: Any, lam: Leaves, steps: int, last: int | None, outer: Callable[[Any], Tensor]) -> Backpropagated:
+    """Apply ``phi`` ``steps`` times from ``start`` and backpropagate ``outer`` through the ``last`` steps (None: through all).
 
     The arguments are those of ``reverse``.
     """
@@ -57,20 +57,20 @@ def unroll(phi: Map, start: Any, lam: Leaves, steps: int, last: int | None, oute
         loss = outer(state)
         with second_derivatives():
             grads = torch.autograd.grad(loss, lam.flat, allow_unused=True)
-    return Passed(optree.tree_map(torch.Tensor.detach, state), loss.detach(), grads)
+    return Backpropagated(optree.tree_map(torch.Tensor.detach, state), loss.detach(), grads)
 
 
-def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, outer: Callable[[Any], Tensor]) -> Passed:
-    """Take ``phi`` ``steps`` times from ``start`` and backpropagate ``outer`` of the final state to the hyperparameters.
+def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, outer: Callable[[Any], Tensor]) -> Backpropagated:
+    """Apply ``phi`` ``steps`` times from ``start`` and backpropagate ``outer`` of the final state to the hyperparameters.
 
     Args:
-        phi: the map of each step, ``phi(k, state, lam)``; called twice for each, which must give the same.
-        start: a tree of tensors, which may have been computed from ``lam.tree``; leaves that the map does not differentiate, such
-            as counters, are carried along.
+        phi: the map of each step, ``phi(k, state, lam)``; it is called twice for each step and must return the same state.
+        start: the initial state, a tree of tensors that may have been computed from ``lam.tree``. It may hold tensors that the
+            map does not differentiate, such as counters.
         lam: the hyperparameters.
-        steps: how many.
-        segment: steps whose graph is kept at a time (None: the root of ``steps``, rounded up).
-        outer: the loss of a final state; it may depend on ``lam.tree`` too.
+        steps: number of steps, at least 1.
+        segment: number of steps whose graph is kept at a time (None: the square root of ``steps``, rounded up).
+        outer: the loss of a final state, which may also depend on ``lam.tree``.
     """
     size = segment or math.isqrt(steps - 1) + 1
     firsts = range(0, steps, size)
@@ -88,7 +88,7 @@ def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, 
     total = list(slopes[len(end) :])
 
     def pull(outputs: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Add what ``outputs`` give to the hyperparameters, and return what they give to ``inputs``."""
+        """Pull ``back`` through ``outputs``: add to the hyperparameters' gradients and return those of ``inputs``."""
         nonlocal total
         pairs = [(x, g) for x, g in zip(optree.tree_leaves(outputs), back, strict=True) if g is not None and x.requires_grad]
         if not pairs:
@@ -107,15 +107,15 @@ def reverse(phi: Map, start: Any, lam: Leaves, steps: int, segment: int | None, 
                 now = phi(k, now, lam.tree)
         back = pull(now, begin)
     pull(start, [])
-    return Passed(optree.tree_unflatten(whole, [leaf.detach() for leaf in end]), loss.detach(), total)
+    return Backpropagated(optree.tree_unflatten(whole, [leaf.detach() for leaf in end]), loss.detach(), total)
 
 
 def _leaves(state: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of a state as leaves of a new graph, and its structure."""
+    """Return the tensors of a state as leaves of a new graph, and the structure of the state."""
     leaves, spec = optree.tree_flatten(state)
     return [leaf.detach().requires_grad_() for leaf in leaves], spec
 
 
 def add(one: Tensor | None, two: Tensor | None) -> Tensor | None:
-    """The sum, None standing for zero."""
+    """Return the sum, where None means zero."""
     return two if one is None else one if two is None else one + two

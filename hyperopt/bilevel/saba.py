@@ -1,13 +1,13 @@
-"""SABA: the single loop with the variance reduction of SAGA in all of its terms.
+"""SABA: the single-loop method with the variance reduction of SAGA in all of its terms.
 
-The rows are cut once into batches. For each batch a table keeps every term as it was when the batch was last visited. With a
-batch ``k`` of ``m`` at random, its share ``q_k`` of the rows, and ``T`` a term,
+The rows are cut into batches once. A table keeps, for each batch, the value of every term when the batch was last visited. For
+a random batch ``k`` of ``m``, with a fraction ``q_k`` of the rows, and a term ``T``,
 
     direction = m q_k (T_k(now) - table_k) + sum_i q_i table_i,        table_k <- T_k(now)
 
-which has no bias, and a variance that vanishes as the method converges: constant steps, and linear convergence where the outer
-objective satisfies a Polyak-Lojasiewicz inequality. The tables take three numbers a weight or hyperparameter and inner batch, and
-are filled at the very first step, which costs a pass over all rows.
+The direction is unbiased and its variance vanishes as the method converges. So constant steps suffice, and convergence is
+linear if the outer objective satisfies a Polyak-Lojasiewicz inequality. The tables hold, for each inner batch, three numbers a
+weight or hyperparameter. The first step fills them, which costs a pass over all rows.
 
 Reference: Dagreou, Ablin, Vaiter & Moreau, NeurIPS 2022, arXiv 2201.13409, section 2 (SABA); SAGA: Defazio, Bach &
 Lacoste-Julien, NIPS 2014, arXiv 1407.0202.
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.problem import BatchSource, NoBatches
-from hyperopt.bilevel.single_loop import At, SingleLoop, Terms
+from hyperopt.bilevel.single_loop import LoopPoint, SingleLoop, Terms
 from hyperopt.core.checks import check_count
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A data set cut into the same batches for good.
+    """A data set cut into fixed batches.
 
     Attributes:
-        take: the batch of a number.
-        shares: of the rows, one for each.
+        take: returns the batch with a given number.
+        shares: the fraction of the rows in each batch.
     """
 
     take: Callable[[int], Any]
@@ -43,42 +43,42 @@ class Pieces:
 
     @staticmethod
     def of(source: BatchSource) -> Pieces:
-        """Those of a source of batches.
+        """Return the fixed batches of a source.
 
         Raises:
-            TypeError: it has batches, but cannot give one again.
+            TypeError: the source cannot return the same batch again.
         """
-        if isinstance(source, NoBatches):  # one batch, always
+        if isinstance(source, NoBatches):  # the same batch always
             return Pieces(lambda k: source.draw(), [1.0])
         if not isinstance(source, Minibatches):
             raise TypeError(
-                f"SABA keeps a table of batches that it visits again, which a {type(source).__name__} cannot give; use "
+                f"SABA visits the same batches again and again, which a {type(source).__name__} does not allow; use "
                 "Minibatches on one rank, or the method SOBA"
             )
         return Pieces(source.piece, source.shares)
 
 
 class Table:
-    """The last values of some terms on every batch, and their mean; each a (batches, dim) matrix."""
+    """The last values of some terms on every batch, each a (batches, dim) matrix, and their means, each (1, dim)."""
 
     def __init__(self, kept: list[list[Tensor]], shares: list[float]) -> None:
-        """Keep what ``kept`` has of another table, without a copy."""
+        """Share the matrices and means of ``kept``, without a copy."""
         (self.rows, self.mean), self.shares = kept, shares
 
     @property
     def kept(self) -> list[list[Tensor]]:
-        """All that a table remembers."""
+        """The matrices and the means, for the state of the method."""
         return [self.rows, self.mean]
 
     @staticmethod
     def filled(values: Sequence[Sequence[Tensor]], shares: list[float]) -> Table:
-        """The table of these terms of every batch."""
+        """Return the table of the terms of every batch."""
         rows = [torch.cat(list(column)) for column in zip(*values, strict=True)]
         q = rows[0].new_tensor(shares)[None]
         return Table([rows, [q @ column for column in rows]], shares)
 
     def reduced(self, k: int, now: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """The directions, given the terms of batch ``k`` as they are now, and what writes them into the table."""
+        """Return the directions for the present terms of batch ``k``, and a function that writes these terms into the table."""
         q, m = self.shares[k], len(self.shares)
         changes = [new - row[k : k + 1] for new, row in zip(now, self.rows, strict=True)]
         found = [mean + m * q * change for mean, change in zip(self.mean, changes, strict=True)]
@@ -93,10 +93,10 @@ class Table:
 
 @dataclass(frozen=True)
 class SABA(SingleLoop):
-    """The single loop with tables of the last terms of every batch.
+    """The single-loop method with tables of the last terms of every batch.
 
     Args:
-        seed: of the order in which batches are visited, at least 0.
+        seed: seed of the order in which batches are visited, at least 0.
     """
 
     seed: int = 0
@@ -106,11 +106,11 @@ class SABA(SingleLoop):
         super().__post_init__()
         check_count(self, "seed", 0)
 
-    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
-        """Those of one batch of each loss, corrected by the tables.
+    def terms(self, at: LoopPoint, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+        """Return the terms of one batch of each loss, corrected by the tables; see ``SingleLoop.terms``.
 
         Raises:
-            TypeError: the batches cannot be visited again.
+            TypeError: a source cannot return the same batch again.
         """
         inner, outer = Pieces.of(at.problem.inner_batches), Pieces.of(at.problem.outer_batches)
         draw = np.random.RandomState((self.seed, memory["steps"]))  # the same on every machine, and after a resume
@@ -129,15 +129,16 @@ class SABA(SingleLoop):
         return Terms(slope, product, mixed, in_w, direct, loss), write, batch
 
 
-def _fill(at: At, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple[Terms, Callable[[], None]]:
-    """The terms over all rows, and what puts those of every batch into ``memory``."""
-    within = [at.inner(inner.take(k)) for k in range(len(inner.shares))]
+def _fill(at: LoopPoint, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple[Terms, Callable[[], None]]:
+    """Return the terms over all rows, and a function that writes the terms of every batch into ``memory``."""
+    inner_terms = [at.inner(inner.take(k)) for k in range(len(inner.shares))]
     losses, *columns = zip(*(at.outer(outer.take(k)) for k in range(len(outer.shares))), strict=True)
-    one, two = Table.filled(within, inner.shares), Table.filled(list(zip(*columns, strict=True)), outer.shares)
+    inner_table = Table.filled(inner_terms, inner.shares)
+    outer_table = Table.filled(list(zip(*columns, strict=True)), outer.shares)
     loss = sum(q * value for q, value in zip(outer.shares, losses, strict=True))
 
     def write() -> None:
-        memory.update(inner=one.kept, outer=two.kept)
+        memory.update(inner=inner_table.kept, outer=outer_table.kept)
 
-    (slope, product, mixed), (in_w, direct) = one.mean, two.mean
+    (slope, product, mixed), (in_w, direct) = inner_table.mean, outer_table.mean
     return Terms(slope, product, mixed, in_w, direct, loss), write

@@ -1,12 +1,12 @@
-"""One loop: the weights, the adjoint variable and the hyperparameters each move by one step at a time.
+"""Single-loop methods: the weights, the adjoint variable and the hyperparameters each move by one step at a time.
 
     w   <- w   - step  D_w,      D_w = grad_w L
     u   <- u   - step' D_u,      D_u = H u - d_w E
     lam <- lam - ...   D_lam,    D_lam = d_lam E - (d_lam grad_w L)^T u
 
-All three directions are taken at the same ``(w, u, lam)`` and are sums over examples, so that each can be estimated without bias
-from minibatches. ``D_lam`` is the hypergradient that is returned; the step in ``lam`` is the outer optimizer's. With ``u = -v``
-these are the directions of the paper.
+All three directions are taken at the same ``(w, u, lam)``. They are sums over examples, so minibatches estimate each of them
+without bias. ``D_lam`` is returned as the hypergradient, and the outer optimizer takes the step in ``lam``. The paper's adjoint
+variable is ``v = -u``.
 
 Reference: Dagreou, Ablin, Vaiter & Moreau, NeurIPS 2022, arXiv 2201.13409, algorithm 1.
 """
@@ -23,7 +23,8 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
 from hyperopt.core.checks import check_number, check_optional
 from hyperopt.core.tree import layout_of, leaves_of
@@ -31,15 +32,15 @@ from hyperopt.core.tree import layout_of, leaves_of
 
 @dataclass(frozen=True)
 class Terms:
-    """What the directions are sums of, each of shape (1, dim): the numbers in ``w`` for three, those in ``lam`` for two.
+    """The terms of the three directions.
 
     Attributes:
-        inner: ``grad_w L``.
-        product: ``H u``.
-        mixed: ``(d_lam grad_w L)^T u``.
-        outer: ``d_w E``.
-        direct: ``d_lam E``.
-        loss: ``E``, where it was worked out.
+        inner: ``grad_w L``. shape: (1, size of w)
+        product: ``H u``. shape: (1, size of w)
+        mixed: ``(d_lam grad_w L)^T u``. shape: (1, size of lam)
+        outer: ``d_w E``. shape: (1, size of w)
+        direct: ``d_lam E``. shape: (1, size of lam)
+        loss: ``E`` on the batch of ``outer``.
     """
 
     inner: Tensor
@@ -50,20 +51,21 @@ class Terms:
     loss: float
 
 
-class At:
-    """The point at which terms are taken.
+class LoopPoint:
+    """The point ``(w, u, lam)`` at which the terms are computed.
 
     Args:
         problem: the losses.
-        w, lam: weights and hyperparameters.
-        u: the adjoint variable, shape (1, dim); None: zero.
+        w: the weights.
+        lam: the hyperparameters.
+        u: the adjoint variable, shape (1, size of w); None: zero.
 
     Attributes:
-        parts: what the terms in ``lam`` were made of: for each a tensor a hyperparameter, None where it does not depend on it.
+        parts: every term in ``lam`` so far, as one tensor for each hyperparameter; None if the term does not depend on it.
     """
 
     def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
-        """Nothing is worked out yet."""
+        """Keep the point; nothing is computed yet."""
         self.problem, self.w, self.lam = problem, w, lam
         self.weights, self.hyper = layout_of(w.tree, "joint"), layout_of(lam.tree, "joint")
         self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
@@ -73,7 +75,7 @@ class At:
         self.parts: list[list[Tensor | None]] = []
 
     def inner(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
+        """Return ``inner``, ``product`` and ``mixed`` on a batch of the inner loss, from one graph."""
         self.evaluation = Evaluation(self.problem, batch)
         self.curvature = curvature = Hessian(self.evaluation, self.w, self.lam)
         product, mixed = curvature.matvec(self.u), curvature.mixed(self.u)
@@ -84,7 +86,7 @@ class At:
         return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
 
     def after(self, residual: Tensor, step: float) -> Callable[[], float]:
-        """What gives the norm of a residual after a step: ``(I - step H) r``, of ``grad_w L`` and of ``H u - d_w E`` alike."""
+        """Return a function that gives ``|(I - step H) residual|``, the norm of ``D_w`` or ``D_u`` after a step."""
 
         def norm() -> float:
             assert self.curvature is not None
@@ -94,7 +96,7 @@ class At:
         return norm
 
     def outer(self, batch: Any) -> tuple[float, Tensor, Tensor]:
-        """``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
+        """Return ``loss``, ``outer`` and ``direct`` on a batch of the outer loss."""
         loss, in_w, in_lam = outer_gradient(self.problem, self.w, self.lam, batch)
         self.cost.outer_gradients += 1
         self.parts.append(in_lam)
@@ -103,12 +105,13 @@ class At:
 
 @dataclass(frozen=True)
 class SingleLoop(Stochastic):
-    """The loop; a method says where its terms come from.
+    """The base of single-loop methods; a subclass says how it computes the terms.
 
     Args:
-        adjoint_step: of the steps in ``u``, above 0 (None: ``step_size``).
-        decay: both steps are multiplied by ``(1 + t / horizon)^-decay`` in outer step ``t``; in [0, 1], and 0 keeps them.
-        horizon: see ``decay``, in outer steps, above 0.
+        adjoint_step: step size in ``u``, above 0 (None: ``step_size``).
+        decay: both step sizes are multiplied by ``(1 + t / horizon)^-decay`` in outer step ``t``; in [0, 1], 0 for constant
+            steps.
+        horizon: see ``decay``; in outer steps, above 0.
     """
 
     adjoint_step: float | None = None
@@ -123,34 +126,34 @@ class SingleLoop(Stochastic):
         check_number(self, "horizon", 0.0, open_low=True)
 
     def factor(self, t: int) -> float:
-        """What the steps are multiplied by in outer step ``t``."""
+        """Return the factor of both step sizes in outer step ``t``."""
         return (1 + t / self.horizon) ** -self.decay
 
     @abstractmethod
-    def terms(self, at: At, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
-        """Return the terms, what writes into ``memory`` all that is to be remembered of them, and the batch of the inner loss."""
+    def terms(self, at: LoopPoint, memory: dict[str, Any]) -> tuple[Terms, Callable[[], None], Any]:
+        """Return the terms, a function that writes into ``memory`` what must be remembered, and the batch of the inner loss."""
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """The hypergradient at the present ``w`` and ``u``, which then move by one step; see ``Estimator``.
+        """Return the hypergradient at the present ``w`` and ``u``, which then move by one step; see ``Estimator``.
 
         Raises:
-            SolveError: the method diverges; names the step to lower. The state is that of the step before.
+            SolveError: the method diverges; the message names the step size to lower. The state is unchanged.
         """
         name = type(self).__name__
         memory = state.memory.setdefault(name, {"steps": 0})
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         same_hyperparameters(hyper, memory, name)
-        at = At(problem, w, hyper, memory.get("u"))
+        at = LoopPoint(problem, w, hyper, memory.get("u"))
         terms, write, batch = self.terms(at, memory)
         unused = unused_of(hyper.names, *at.parts)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
         growth, factor = Growth(name, memory), self.factor(memory["steps"])
         step = self.step_size if self.adjoint_step is None else self.adjoint_step
-        trained = growth.see(
+        trained = growth.check(
             "inner", float(terms.inner.norm()), f"step_size={self.step_size:g}", at.after(terms.inner, factor * self.step_size)
         )
         remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
-        solved = growth.see(
+        solved = growth.check(
             "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
         )
         slopes = leaves_of(at.weights.tree(terms.inner))

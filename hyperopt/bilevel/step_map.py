@@ -1,13 +1,15 @@
-"""The gradient-step map ``phi(w) = w - step * grad_w L(w, lam)``: its adjoint system, and its largest stable step.
+"""The gradient-step map ``phi(w) = w - step * grad_w L(w, lam)``: its adjoint system and its largest stable step.
 
     (I - d_w phi)^T v = d_w E       is       step * H v = d_w E
 
 ``H`` is symmetric, so the operator is its own transpose. The solution ``u = step * v = H^{-1} d_w E`` does not depend on the
-step; only methods that iterate the map (Neumann, Anderson, one-step) need one below ``2 / L``.
+step. Only methods that iterate the map (Neumann, Anderson, one-step) need a step below ``2 / L``, with the largest eigenvalue
+``L`` of H.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +18,19 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import Curvature
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.operator import Complement, FunctionOperator
+from hyperopt.core.status import SolveStats, Status
 
 
 class StepMap(Complement):
     """The operator ``M = (d_w phi)^T = I - step * H`` on (1, dim) matrices.
 
     Attributes:
-        largest: the largest ``|H v| / |v|`` of all products made, which no eigenvalue's modulus of H can be all below; NaN before
-            the first.
+        largest: the largest ``|H v| / |v|`` of all products so far, a lower bound of the spectral norm of H; NaN before the
+            first product.
     """
 
     def __init__(self, curvature: Curvature, step: float) -> None:
-        """Keep the products and the step."""
+        """Keep the curvature and the step."""
         self.curvature, self.step = curvature, step
         self.largest = torch.full_like(curvature.gradient[0, 0], torch.nan)
         super().__init__(FunctionOperator(self._product, symmetric=True), step)
@@ -43,8 +46,8 @@ class PowerSettings:
     """Tolerance and budget of a power iteration.
 
     Args:
-        rtol: it stops when the estimate changes by less than this part; at least 0.
-        max_steps: most products, at least 1.
+        rtol: relative change of the estimate at which the iteration stops, at least 0.
+        max_steps: largest number of products, at least 1.
     """
 
     rtol: float = 1e-2
@@ -59,17 +62,17 @@ class PowerSettings:
 def largest_curvature(
     curvature: Curvature, settings: PowerSettings | None = None, start: Tensor | None = None
 ) -> tuple[float, Tensor]:
-    """The eigenvalue of the largest modulus of ``H``, from below, and its direction, by power iteration.
+    """Return a lower bound of the spectral norm of ``H`` and the direction where it is attained, by power iteration.
 
     Args:
         curvature: products with H.
         settings: tolerance and budget.
-        start: a direction to start from, shape (1, dim): that of a problem near by (None: a random one, always the same).
+        start: initial direction, shape (1, dim), such as the result for a similar problem (None: a fixed random one).
     """
     settings = settings or PowerSettings()
     v = start
     if v is None:
-        generator = torch.Generator().manual_seed(0)  # its own: it must not move the caller's random numbers
+        generator = torch.Generator().manual_seed(0)  # a generator of its own leaves the caller's random numbers alone
         v = torch.randn(curvature.gradient.shape, generator=generator, dtype=torch.float64).to(curvature.gradient)
     v = v / torch.linalg.vector_norm(v)
     before = 0.0
@@ -83,3 +86,32 @@ def largest_curvature(
             return size, v
         before = size
     return before, v
+
+
+def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor, SolveStats, bool]:
+    """Return ``step sum_{k < K} M^k b`` for the largest ``K <= most`` up to which every term lowers the residual ``|M^K b|``.
+
+    For a symmetric ``M`` the logarithm of ``|M^k b|`` is convex in k. It falls until negative curvature, or a step that is too
+    long, dominates, and rises from then on. At least one term is taken.
+
+    Returns:
+        The sum, shape (1, dim), NaN if the products are not finite or all zero; the statistics; whether the residual rose.
+    """
+    size = left = float(torch.linalg.vector_norm(b))
+    total, term, terms, rose = torch.zeros_like(b), b, 0, False
+    while terms < most and left > rtol * size and not rose:
+        following = operator.matvec(term)
+        norm = float(torch.linalg.vector_norm(following))
+        rose = not norm < left
+        if not rose or not terms:
+            total, term, left, terms = total + term, following, norm, terms + 1
+    status = Status.converged if left <= rtol * size else Status.fixed_steps
+    if not math.isfinite(left):
+        status = Status.nonfinite
+    elif terms and not operator.largest > 0:
+        status = Status.breakdown
+    if status >= Status.breakdown:
+        total = torch.full_like(total, math.nan)
+    code = torch.tensor([int(status)])
+    residual, scale = (torch.tensor([x], dtype=torch.float64) for x in (left / size if size > 0 else left, size))
+    return operator.step * total, SolveStats(code, torch.full_like(code, terms), residual, scale, method="Neumann"), rose

@@ -1,9 +1,9 @@
-"""stocBiO: a few steps of stochastic gradient descent, then a Neumann series whose every product has a batch of its own.
+"""stocBiO: some steps of stochastic gradient descent, then a Neumann series that uses a new batch for every product.
 
     u = eta sum_{q=0}^{Q} prod_{j=1}^{q} (I - eta H(B_j)) d_w E,        dE/dlam ~ d_lam E - (d_lam grad_w L)^T u
 
-The weights start where they are, the adjoint anew. A batch for training in each of D steps, one of the outer loss, Q for the
-series and one for the mixed product; the error is ``(1 - eta mu)^Q`` plus noise.
+Training continues from the present weights, and the series starts at zero. A hypergradient takes D batches for training, one of
+the outer loss, Q for the series and one for the mixed product. Its error is ``(1 - eta mu)^Q`` plus noise.
 
 Reference: Ji, Yang & Liang, ICML 2021, arXiv 2010.07962, algorithms 1 and 2.
 """
@@ -19,22 +19,24 @@ import torch
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
+from hyperopt.bilevel.implicit import subtract
 from hyperopt.bilevel.inner.training import gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later, moved
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later_norm, moved
 from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import layout_of, tree_norm
 
 
 @dataclass(frozen=True)
 class StocBiO(Stochastic):
-    """Some steps of training, then a Neumann series with a batch for each of its terms.
+    """stocBiO: some steps of training, then a Neumann series with a batch for each of its terms.
 
     Args:
-        steps: of training per outer step (D), at least 1.
-        terms: products with the Hessian (Q), at least 1.
-        adjoint_step: of the series, ``eta``, above 0 (None: ``step_size``).
+        steps: training steps per outer step (D), at least 1.
+        terms: number of Hessian products (Q), at least 1.
+        adjoint_step: step size of the series, ``eta``, above 0 (None: ``step_size``).
     """
 
     steps: int = 10
@@ -49,10 +51,10 @@ class StocBiO(Stochastic):
         check_optional(self, "adjoint_step", 0.0, open_low=True)
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Train from where the weights are, and sum the series there; see ``Estimator``.
+        """Train from the present weights and sum the series where training ends; see ``Estimator``.
 
         Raises:
-            SolveError: training or the series diverges; names the step to lower. The state is that of the step before.
+            SolveError: training or the series diverges; the message names the step size to lower. The state is unchanged.
         """
         growth = Growth("StocBiO", state.memory.setdefault("StocBiO", {}))
         hyper, w, batch = Leaves.of(lam, "lam"), Leaves.of(state.w, "w"), None
@@ -66,7 +68,7 @@ class StocBiO(Stochastic):
             inner = Evaluation(problem, batch)
             slopes = descend(w, inner)
             following = moved(w, slopes, self.step_size)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            trained = growth.check("inner", tree_norm(slopes), remedy, later_norm(descend, following, inner), steps=self.steps)
             inner.commit()
             w = following
 
@@ -80,19 +82,13 @@ class StocBiO(Stochastic):
             term = term - eta * curvature.matvec(term)
             total = total + term
         remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
-        # The series starts anew in every outer step, and so does what its last term is compared with.
-        solved = Growth("StocBiO", {}).see(
+        # Each series starts at zero, so its last term is compared with this right-hand side and not with earlier outer steps.
+        solved = Growth("StocBiO", {}).check(
             "adjoint", float(term.norm()), remedy, lambda: math.inf, scale=float(b.norm()), steps=self.terms
         )
         mixed = curvature.mixed(eta * total)
         unused = unused_of(hyper.names, in_lam, mixed)
-        grad = [_difference(g, m, leaf) for g, m, leaf in zip(in_lam, mixed, hyper.flat, strict=True)]
+        grad = [subtract(g, m) for g, m in zip(in_lam, mixed, strict=True)]
         commit(problem, state, w, lam, batch)
         cost = Cost(self.steps + curvature.gradients, 1, curvature.matvecs, curvature.mixed_products)
         return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
-
-
-def _difference(direct: torch.Tensor | None, mixed: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """``direct - mixed``, where None is zero."""
-    zero = torch.zeros_like(like)
-    return (zero if direct is None else direct) - (zero if mixed is None else mixed)

@@ -1,9 +1,9 @@
-"""T1-T2: the Hessian of the inner loss taken for the identity.
+"""T1-T2: the adjoint system with the identity instead of the Hessian of the inner loss.
 
     dE/dlam ~ d_lam E - (d_lam grad_w L)^T d_w E
 
-One mixed product and nothing else. Right in direction where the curvature is much the same in all of them; one-step
-differentiation is the same but for the factor ``step``.
+It takes one mixed product and nothing else. Its direction is right if the curvature is about the same in all directions.
+One-step differentiation is the same up to the factor ``step``.
 
 Reference: Luketina, Berglund, Greff & Raiko, ICML 2016, arXiv 1511.06727, section 2.
 """
@@ -32,14 +32,14 @@ class T1T2(ImplicitAdjoint):
     remedy = "T1T2 never is; give an exact adjoint, such as adjoint=Implicit(hyperopt.CG())"
 
     def unfit(self, solver: FixedPointSolver) -> str | None:
-        """A map that is no gradient step has no step to divide by."""
+        """Return why this cannot be the adjoint of a general map, which has no step to divide by."""
         return f"{TRAINED}; use OneStep()"
 
     def solve(self, system: LinearSystem) -> Tensor:
-        """``v = b / step``, which is ``u = b``.
+        """Return ``v = b / step``, which is ``u = b``.
 
         Raises:
-            TypeError: the map is no gradient step.
+            TypeError: the map is not a gradient step.
         """
         if not isinstance(system.operator, StepMap):
             raise TypeError(f"T1T2 {TRAINED}; use OneStep()")

@@ -1,8 +1,8 @@
-"""``TrainedBy``: which optimizers train the parameters of a model, and the weight decay that they add to its loss.
+"""``TrainedBy``: the optimizers that train the parameters of a model, and the weight decay that they add to its loss.
 
-What is trained is what is differentiated: weight decay of the training optimizer is a part of the inner loss, and a parameter
-that no optimizer holds is a constant. An optimizer is noted when it steps parameters of the model, by the hook that PyTorch calls
-before every ``Optimizer.step``; the hook goes once each parameter is known.
+What is trained must be what is differentiated. Therefore the weight decay of the training optimizer is part of the inner loss,
+and a parameter that no optimizer holds is a constant. A hook that PyTorch calls before every ``Optimizer.step`` finds the
+optimizers that step parameters of the model; it is removed when the optimizer of each parameter is known.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class TrainedBy:
     """The optimizers of a model.
 
     Args:
-        given: they, where the user names them; empty: those that are seen to step parameters of the model.
+        given: the optimizers (empty: the ones that the hook sees stepping parameters of the model).
 
     Attributes:
-        decays: weight decay of each parameter that is trained, by name, as of the latest ``look``; empty: nothing is known.
+        decays: weight decay of each trained parameter, by name, at the latest ``look`` (empty: nothing is known yet).
     """
 
     def __init__(self, given: Sequence[torch.optim.Optimizer] = ()) -> None:
-        """Nothing is seen yet."""
+        """Start without a hook."""
         self.given = list(given)
         self.decays: dict[str, float] = {}
         self._seen: list[tuple[weakref.ref[torch.optim.Optimizer], dict[str, float | ValueError]]] = []
-        self._names: dict[int, str] = {}  # of parameters that the hook looks out for
+        self._names: dict[int, str] = {}  # names of the parameters to find, by id
         self._stepped: set[int] = set()
         self._handle: Any = None
 
     def watch(self, parameters: Mapping[str, Tensor]) -> None:
-        """Look out for the optimizers of these parameters, from the next training step on."""
+        """Find the optimizers of these parameters, from the next training step on."""
         self._names, self._stepped = {id(parameter): name for name, parameter in parameters.items()}, set()
         self._left = set(self._names)
         if self.given or self._handle is not None:
@@ -51,13 +51,13 @@ class TrainedBy:
         weakref.finalize(self, self._handle.remove)
 
     def rest(self) -> None:
-        """Remove the hook once it has found all; it cannot do so itself, while PyTorch walks through its hooks."""
+        """Remove the hook if all optimizers are found; it cannot remove itself while PyTorch iterates over its hooks."""
         if self._handle is not None and not self._left:
             self._handle.remove()
             self._handle = None
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note an optimizer that is about to step, if it has parameters of the model."""
+        """Record an optimizer that is about to step, if it has parameters of the model."""
         if not self._left or id(optimizer) in self._stepped:
             return
         self._stepped.add(id(optimizer))
@@ -67,13 +67,13 @@ class TrainedBy:
             self._left -= {key for key, name in self._names.items() if name in found}
 
     def look(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-        """The weight decay of each parameter that is trained, by name.
+        """Return the weight decay of each trained parameter, by name.
 
         Args:
-            parameters: those that may be trained, by name.
+            parameters: the parameters that may be trained, by name.
 
         Raises:
-            ValueError: an optimizer moves the weights in a way that the derivative does not know, or those that were given have
+            ValueError: an optimizer changes the weights in a way that cannot be differentiated, or the given optimizers hold
                 none of the parameters.
         """
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -84,7 +84,7 @@ class TrainedBy:
         found = {name: decay for name, decay in found.items() if name in parameters}
         if self.given and not found:
             raise ValueError(
-                "trained_by has none of the model's parameters that require grad; give the optimizer that trains the model"
+                "trained_by holds none of the model's parameters that require grad; give the optimizer that trains the model"
             )
         if not found:  # after a resume, or before the first training step
             found = {name: decay for name, decay in self.decays.items() if name in parameters}
@@ -93,8 +93,8 @@ class TrainedBy:
                 raise decay
         if fixed := [name for name in parameters if found and name not in found]:
             note_once(
-                f"{', '.join(fixed[:8])}{' ...' * (len(fixed) > 8)} require grad, but no optimizer was seen to step them: their "
-                "values count as constants. If they are trained, name their optimizer: Tuner(..., trained_by=optimizer)",
+                f"{', '.join(fixed[:8])}{' ...' * (len(fixed) > 8)} require grad, but no optimizer has stepped them, so they are "
+                "treated as constants. If they are trained, name their optimizer: Tuner(..., trained_by=optimizer)",
                 "parameters that are not trained",
             )
         self.decays = {name: float(decay) for name, decay in found.items()}  # pyright: ignore[reportArgumentType]
@@ -102,7 +102,7 @@ class TrainedBy:
 
 
 def _hook(note: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
-    """A hook before each step of every optimizer, which keeps nobody alive."""
+    """Return a hook for the steps of all optimizers, which does not keep the owner of ``note`` alive."""
 
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if (found := note()) is not None:
@@ -112,7 +112,7 @@ def _hook(note: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> 
 
 
 def _decays(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float | ValueError]:
-    """The weight decay of the optimizer's parameters that have a name here, or why there is none that is known."""
+    """Return the weight decay of the optimizer's parameters in ``names``, or an error that says why it cannot be known."""
     found: dict[str, float | ValueError] = {}
     for group in optimizer.param_groups:
         mine = [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]

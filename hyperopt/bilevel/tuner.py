@@ -1,4 +1,4 @@
-"""``Tuner``: hyperparameters that learn beside a training loop which stays as it is.
+"""``Tuner``: learns hyperparameters beside a training loop that stays as it is.
 
     hyper = hyperopt.Hyperparameters({"decay": hyperopt.Positive(1e-3)})
     tuner = hyperopt.Tuner(model, hyper, train_loss=..., val_loss=..., optimizer=torch.optim.Adam(hyper.parameters(), lr=0.05))
@@ -6,8 +6,8 @@
         optimizer.zero_grad(); tuner.loss(batch).backward(); optimizer.step()
     record = tuner.step(train_loader, val_loader)
 
-A step takes the implicit hypergradient at the weights where they are, of ``val_loss`` through a minimum of ``train_loss`` and of
-the weight decay of the optimizer that trains, and lets ``optimizer`` move the hyperparameters once. Nothing else is moved.
+A step computes the implicit hypergradient at the present weights: that of ``val_loss`` through a minimum of ``train_loss`` plus
+the weight decay of the training optimizer. Then ``optimizer`` moves the hyperparameters once. Nothing else changes.
 
 References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
@@ -29,7 +29,7 @@ from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel, estimator_of
 from hyperopt.bilevel.implicit import ProductSettings
 from hyperopt.bilevel.own_batches import OwnBatches
-from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, in_words_of_the_tuner, plainly, without_trace
+from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, as_plain_modules, in_words_of_the_tuner, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.refusals import refuse_other_arguments
@@ -44,29 +44,30 @@ ENTRIES = ("hyper", "optimizer", "memory", "weights", "decays", "train", "val", 
 
 
 class Tuner:
-    r"""Moves hyperparameters by hypergradients, beside a training loop of the user's.
+    r"""Move hyperparameters by hypergradients, beside the user's own training loop.
 
     .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
 
     Args:
-        model: the module that is trained, as the loop uses it: compiled, or in ``DistributedDataParallel``, too.
+        model: the module that is trained, as the loop uses it; it may be compiled or wrapped in ``DistributedDataParallel``.
         hyper: the hyperparameters.
-        train_loss: ``L``, as ``train_loss(model, batch, lam)``: plain code that calls ``model``, with the hyperparameters by name
-            in their own units, ``lam["decay"]``. Returns a scalar, a mean over the rows of the batch.
-        val_loss: ``E``, likewise.
-        optimizer: moves ``hyper.parameters()``, and nothing else.
-        adjoint: ``"auto"``, which chooses by what it meets and says so in the record, or any implicit adjoint of the library.
-        trained_by: the optimizer, or optimizers, that train the model, whose weight decay is a part of what is trained (default:
-            those that are seen to step its parameters).
+        train_loss: ``L``, a function ``train_loss(model, batch, lam)`` that calls ``model`` and reads the hyperparameters by
+            name, in their own units: ``lam["decay"]``. It returns a scalar that is a mean over the rows of the batch.
+        val_loss: ``E``, a function of the same form.
+        optimizer: the optimizer of ``hyper.parameters()``, which holds nothing else.
+        adjoint: ``"auto"``, which follows the rule in ``hyperopt.bilevel.auto`` and reports its choice in the record, or any
+            implicit adjoint of the library.
+        trained_by: the optimizer or optimizers that train the model; their weight decay is part of the trained loss (default:
+            the ones that step its parameters).
 
     Attributes:
-        steps: steps made.
+        steps: number of steps so far.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, named with what to give instead.
+        TypeError, ValueError: an argument does not fit; the message names it and what to give instead.
 
-    The weights are the parameters that require grad at the moment of a step, and which an optimizer trains, if one was seen. In
-    ``torch.distributed`` each rank gives batches of its own, the losses are means over all rows, and each rank does the same.
+    The weights are the parameters that require grad at the time of a step and, once an optimizer has stepped, that it holds. In
+    ``torch.distributed`` each rank gives its own batches, and the losses are means over the rows of all ranks.
 
     Example:
         >>> import torch, hyperopt
@@ -96,28 +97,28 @@ class Tuner:
         adjoint: Adjoint | Estimator | str | None = "auto",
         trained_by: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
     ) -> None:
-        """Check the arguments, and look out for the optimizer that trains the model."""
+        """Check the arguments, and watch for the optimizer that trains the model."""
         check_arguments(model, hyper, train_loss, val_loss, optimizer, adjoint)
         self.model, self.hyper, self.optimizer, self.adjoint = model, hyper, optimizer, adjoint
         self.train_loss, self.val_loss = train_loss, val_loss
         self.steps = 0
         self._memory: dict[str, Any] = {}
-        self._weights: dict[str, list[int]] = {}  # whose memory it is: shapes by name
+        self._weights: dict[str, list[int]] = {}  # shapes of the weights, by name, that ``_memory`` fits
         self._batches = OwnBatches("train"), OwnBatches("val")
         given = [trained_by] if isinstance(trained_by, torch.optim.Optimizer) else trained_by
         if not isinstance(given, list | tuple) or any(not isinstance(each, torch.optim.Optimizer) for each in given):
-            raise TypeError(f"trained_by={trained_by!r} is no optimizer of PyTorch; give that of the model, or a list of them")
+            raise TypeError(f"trained_by={trained_by!r} is not a torch.optim.Optimizer; give that of the model, or a list")
         self._trained = TrainedBy(given)
         with in_words_of_the_tuner():
             self._losses()
 
     def __repr__(self) -> str:
-        """The model's class, the hyperparameters in their own units, the adjoint and the number of steps."""
+        """Return the model's class, the hyperparameters in their own units, the adjoint and the number of steps."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.metrics().items())
         return f"Tuner({type(self.model).__name__}, {values}, adjoint={self.adjoint!r}, steps={self.steps})"
 
     def _losses(self) -> ModuleLosses:
-        """The losses at the present parameters; those that may be trained are looked out for."""
+        """Return the losses at the present parameters, and watch for the optimizers of these parameters."""
 
         def trained(parameters: dict[str, Tensor]) -> dict[str, float]:
             found = self._trained.look(parameters)
@@ -127,30 +128,31 @@ class Tuner:
         return ModuleLosses(self.model, self.hyper, trained)
 
     def loss(self, batch: Any) -> Tensor:
-        """``train_loss`` on a batch for a step of training, with the hyperparameters as constants."""
+        """Return ``train_loss`` on a batch, for a training step, with the hyperparameters as constants."""
         self._trained.rest()
         return self.train_loss(self.model, batch, self.hyper.read())
 
     def step(self, train: Any, val: Any, *, batches: int | tuple[int, int] | None = None) -> Record:
-        """One hypergradient at the weights where they are, and one step of ``optimizer``.
+        """Compute one hypergradient at the present weights, and make one step of ``optimizer``.
 
         Args:
-            train: data of ``train_loss``: one batch (a tensor, tuple, mapping, or a list with tensors in it), a list of batches,
-                an iterator, a ``DataLoader``, which goes on from step to step, a dataset, or a source such as ``Minibatches``.
+            train: data of ``train_loss``: one batch (a tensor, tuple, mapping, or a list that contains a tensor), a list of
+                batches, an iterator, a ``DataLoader`` (which continues from step to step), a dataset, or a source such as
+                ``Minibatches``.
             val: data of ``val_loss``, likewise.
-            batches: how many batches of each, or of ``train`` and of ``val``; a loss is the mean over them (default: one of what
-                batches are drawn from, and all of a list).
+            batches: number of batches, or a pair of numbers for ``train`` and ``val``, at least 1; a loss is the mean over its
+                batches (default: all of a list, and one from anything that batches are drawn from).
 
         Returns:
-            ``Record``: what was found, what it cost, and how far it may be off.
+            ``Record``: the loss, the hypergradient with its error estimate, and the cost.
 
         Raises:
-            TypeError, ValueError, RuntimeError: a loss or data that do not fit, named with what to change.
+            TypeError, ValueError, RuntimeError: a loss or the data do not fit; the message says what to change.
             SolveError: the hypergradient is not finite.
-            All of them are raised before anything is moved; what was taken from an iterator of the user's is not put back.
+            Nothing has changed when an error is raised, except that an iterator has lost the batches drawn from it.
         """
         if not any(parameter.requires_grad for parameter in self.hyper.parameters()):
-            raise ValueError("no hyperparameter requires grad, so that none would move; call hyper.requires_grad_()")
+            raise ValueError("no hyperparameter requires grad, so none would change; call hyper.requires_grad_()")
         counts = check_counts(batches)
         places = [mine.place() for mine in self._batches]
         try:
@@ -162,12 +164,12 @@ class Tuner:
             raise
 
     def _step(self, drawn: list[list[Any]]) -> Record:
-        """A step on these batches of ``train`` and of ``val``."""
+        """Make a step on these batches of ``train`` and of ``val``."""
         counts = distributed.from_all([len(each) for each in drawn])
         if any(count != counts[0] for count in counts):
-            raise ValueError(f"the ranks have different numbers of batches of train and val: {counts}; give each as many")
+            raise ValueError(f"the ranks have different numbers of batches of train and val: {counts}; give each rank as many")
         hyper, optimizer = self.hyper, self.optimizer
-        with plainly(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
+        with as_plain_modules(self.model, self.train_loss, self.val_loss), in_words_of_the_tuner():
             losses = self._losses()
             inner, outer = losses.loss(self.train_loss, "train_loss", hyper), losses.loss(self.val_loss, "val_loss", hyper)
             device = next(iter(losses.w.values())).device.type
@@ -188,12 +190,12 @@ class Tuner:
         self.steps += 1
         cost = estimate.cost
         gradients = cost.inner_gradients + cost.outer_gradients
-        if not isinstance(self.adjoint, FiniteDifference):  # whose products are gradients
+        if not isinstance(self.adjoint, FiniteDifference):  # its products are made of gradients, which are counted already
             gradients += cost.hessian_products + cost.mixed_products
         return Record(self.steps, hyper.metrics(), gradients, cost.hessian_products, replace(estimate, w=None))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on beside the model, as plain containers and tensors."""
+        """Return everything that the next step depends on except the model, as plain containers and tensors."""
         train, val = (mine.state_dict() for mine in self._batches)
         state = {
             "hyper": self.hyper.state_dict(),
@@ -208,10 +210,10 @@ class Tuner:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned: all of it, or nothing. Load the model's own state too.
+        """Restore what ``state_dict`` returned; load the model's own state too. If an entry does not fit, nothing is changed.
 
         Raises:
-            TypeError, ValueError: names the entry that is missing, unknown, or does not fit; nothing was changed.
+            TypeError, ValueError: an entry is missing, unknown, or does not fit; the message names it.
         """
         check_entries(state, ENTRIES, "Tuner")
         state = copy.deepcopy(state)
@@ -234,54 +236,54 @@ def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, opti
     """Refuse arguments of a ``Tuner`` that do not fit.
 
     Raises:
-        TypeError, ValueError: names the argument and what to give instead.
+        TypeError, ValueError: an argument does not fit; the message names it and what to give instead.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give the torch.nn.Module that is trained")
     if not isinstance(hyper, Hyperparameters):
         raise TypeError(
-            f"hyper is a {type(hyper).__name__}; give hyperopt.Hyperparameters({{'decay': hyperopt.Positive(1e-3)}}), or the like"
+            f"hyper is a {type(hyper).__name__}; give one such as hyperopt.Hyperparameters({{'decay': hyperopt.Positive(1e-3)}})"
         )
     for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
         refuse_other_arguments(loss, name, "model, batch, lam")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer={optimizer!r} is no optimizer of PyTorch; give one of the hyperparameters, such as "
-            "torch.optim.Adam(hyper.parameters(), lr=0.05)"
+            f"optimizer={optimizer!r} is not a torch.optim.Optimizer; give the optimizer of the hyperparameters, "
+            "such as torch.optim.Adam(hyper.parameters(), lr=0.05)"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "optimizer is LBFGS, which looks at the loss for several hyperparameters, but the weights are trained for one; give "
-            "torch.optim.Adam, SGD, or another that takes one gradient a step"
+            "optimizer is LBFGS, which evaluates the loss at several hyperparameters in one step, but the weights are trained "
+            "for one; give torch.optim.Adam, SGD, or another that takes one gradient a step"
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if missing := [name for name, p in hyper.named_parameters() if p.requires_grad and id(p) not in held]:
         raise ValueError(
-            f"optimizer does not hold {', '.join(missing)} of hyper, so that they would never move; give it hyper.parameters()"
+            f"optimizer does not hold {', '.join(missing)} of hyper, so they would never change; give it hyper.parameters()"
         )
     held -= {id(parameter) for parameter in hyper.parameters()}
     if held:
         weights = {id(parameter): name for name, parameter in model.named_parameters()}
         names = [weights[key] for key in held if key in weights] or ["other tensors"]
         raise ValueError(
-            f"optimizer holds {', '.join(names[:8])} beside the hyperparameters, and would move them too; give it "
-            "hyper.parameters() alone"
+            f"optimizer holds {', '.join(names[:8])} beside the hyperparameters, and would change them too; give it "
+            "hyper.parameters() only"
         )
     if isinstance(adjoint, Estimator):
         raise ValueError(
-            f"adjoint={type(adjoint).__name__} trains the weights itself, which your loop does; give an implicit adjoint, such "
-            'as "auto" or hyperopt.Implicit(hyperopt.CG())'
+            f"adjoint={type(adjoint).__name__} trains the weights itself, but your loop does that; give an implicit adjoint "
+            'such as "auto" or hyperopt.Implicit(hyperopt.CG())'
         )
     estimator_of(adjoint, None, ProductSettings())
 
 
 def check_counts(batches: Any) -> tuple[int | None, int | None]:
-    """How many batches of ``train`` and of ``val``.
+    """Return the numbers of batches of ``train`` and ``val``.
 
     Raises:
-        ValueError: ``batches`` is neither a whole number above 0 nor two of them.
+        ValueError: ``batches`` is neither a whole number of at least 1 nor a pair of them.
     """
     pair = tuple(map(plain, batches)) if isinstance(batches, tuple | list) else (plain(batches), plain(batches))
     if len(pair) != 2 or any(n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1) for n in pair):
-        raise ValueError(f"batches={batches!r} must be a whole number of at least 1, or two, of train and of val")
+        raise ValueError(f"batches={batches!r} must be a whole number >= 1, or a pair of them for train and val; change batches")
     return pair

@@ -1,10 +1,10 @@
-"""Hypergradients through training itself: backpropagation through every inner step, through the last few, or recomputed.
+"""Hypergradients through training itself: by backpropagation through all or the last inner steps, or with recomputed steps.
 
     w_{t+1} = phi(w_t, lam),      dE/dlam = d_lam E + sum_t (d_lam phi_t)^T (d_w phi_{t+1})^T ... (d_w phi_T)^T d_w E
 
-exact for the model as it was trained, be it far from a minimum, and the only way to learning rates and momentum. The map is that
-of the inner solver, taken exactly ``max_steps`` times. Each step draws its own random numbers and moves running statistics once;
-where ``Checkpointed`` takes a step again, it is an exact replay.
+They are exact for the model as it was trained, even far from a minimum, and the only way to differentiate learning rates and
+momentum. ``phi`` is the step of the inner solver, taken exactly ``max_steps`` times. Each step draws its own random numbers and
+updates running statistics once; if ``Checkpointed`` repeats a step, it is an exact replay.
 
 References: Maclaurin, Duvenaud & Adams, ICML 2015, arXiv 1502.03492; Franceschi et al., ICML 2017, arXiv 1703.01785; Shaban et
 al., AISTATS 2019, arXiv 1810.10667 (truncation).
@@ -26,7 +26,8 @@ from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.inner.training import Watch, curvature_at, gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
@@ -41,19 +42,19 @@ class UnrolledEstimator(Estimator):
     """Backpropagation through the inner solver.
 
     Attributes:
-        adjoint: which steps keep their graph.
-        inner: takes exactly ``max_steps`` steps.
+        adjoint: says which steps keep their graph.
+        inner: the inner solver, which takes exactly ``max_steps`` steps.
     """
 
     adjoint: Unrolled | Checkpointed
     inner: DifferentiableSolver
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
-        """Train with a graph, and go back; see ``Estimator``.
+        """Train, and backpropagate through the steps; see ``Estimator``.
 
         Raises:
             SolveError: training diverged.
-            ValueError: the outer loss does not depend on ``lam``, not through ``w`` either.
+            ValueError: the outer loss depends on ``lam`` neither directly nor through ``w``.
         """
         hyper, steps = Leaves.of(lam, "lam"), self.inner.max_steps
         batches = [problem.inner_batches.draw() for _ in range(steps)]
@@ -75,10 +76,10 @@ class UnrolledEstimator(Estimator):
             return loss
 
         def step(k: int, now: Any, lam: Any) -> Any:
-            if k and not isinstance(self.adjoint, Checkpointed):  # which takes every step again
+            if k and not isinstance(self.adjoint, Checkpointed):  # which evaluates every step twice
                 evaluations[k].once_after(evaluations[0])
             following = phi.step(now, lam, evaluations[k])
-            evaluations[k].commit()  # the first time
+            evaluations[k].commit()  # does nothing when the step is repeated
             return following
 
         if isinstance(self.adjoint, Checkpointed):
@@ -102,9 +103,10 @@ class UnrolledEstimator(Estimator):
         return Estimate(hyper.like(found.grads), none, float(found.loss), state.w, trained, None, cost, unused)
 
     def _watch(self, problem: BilevelProblem, lam: Leaves, state: State, w: Any, batches: list[Any]) -> tuple[SolveStats, int]:
-        """Measure the gradient after the training, and before the very first one; refuse a training that diverged.
+        """Measure the gradient after training, and also before the first training; refuse a training that diverged.
 
-        Returns the statistics and the gradients that it took.
+        Returns:
+            The statistics, and the number of gradients that were computed.
         """
         at = optree.tree_map(torch.Tensor.detach, lam.tree)
         begin, end = Leaves.of(state.w, "w"), Leaves.of(w, "w")
@@ -113,9 +115,9 @@ class UnrolledEstimator(Estimator):
 
         def look(k: int, w: Leaves, batch: Any) -> None:
             nonlocal looks
-            # A measurement, which is no step of training: it leaves no trace.
+            # This is a measurement and not a training step, so it leaves no trace.
             grads = gradient(Evaluation(problem, batch), w, at)[1]
-            watch.see(k, tree_norm(grads), curvature_at(problem, w, at, batch))
+            watch.check(k, tree_norm(grads), curvature_at(problem, w, at, batch))
             looks += 1
 
         watch.steps = steps
@@ -133,12 +135,12 @@ class UnrolledEstimator(Estimator):
         last = getattr(self.adjoint, "last", None) or self.inner.max_steps
         if last < self.inner.max_steps and any(x.requires_grad for x in optree.tree_leaves(start)):
             raise ValueError(
-                f"Unrolled(last={last}) goes back through the last {last} of {self.inner.max_steps} steps, and never reaches "
-                "initial(lam), where training starts; use Unrolled() or Checkpointed()"
+                f"Unrolled(last={last}) differentiates the last {last} of {self.inner.max_steps} steps, and never reaches "
+                "initial(lam), the start of training; use Unrolled() or Checkpointed()"
             )
 
     def _refuse(self, lam: Leaves) -> NoReturn:
         raise ValueError(
-            f"the outer loss depends on none of {', '.join(lam.names)}, neither itself nor through w: the inner loss must be "
+            f"the outer loss does not depend on {', '.join(lam.names)}, neither directly nor through w: the inner loss must be "
             "computed from the lam, and the outer loss from the w, that it is given"
         )

@@ -1,20 +1,21 @@
-"""V-PBGD: gradient descent on the outer loss and a growing penalty for the gap between the inner loss and its least value.
+"""V-PBGD: gradient descent on the outer loss plus a growing penalty on the gap between the inner loss and its minimum.
 
     F(lam, y) = E(y, lam) + gamma (L(y, lam) - min_w L(w, lam))
 
-``w`` (``state.w``) follows the minimum of ``L`` by T steps of gradient descent; ``y`` is a second copy, which descends on ``F``
-with the hyperparameters, both from the same point:
+``w`` (``state.w``) approximates the minimum of ``L`` by T gradient steps. ``y`` is a second copy of the weights; it descends on
+``F``, as the hyperparameters do, both from the same point:
 
     dE/dlam ~ d_lam E(y) + gamma (d_lam L(y) - d_lam L(w))
     y <- y - step min(1 / gamma, 1) (grad_w E(y) + gamma grad_w L(y))
 
-First derivatives alone. The bias is ``O(1 / gamma)``. ``gamma`` grows linearly and then stays, and the step of ``y`` falls
-with it, as in the authors' program for data cleaning; the same factor for ``lam`` is left to the outer optimizer.
+Only first derivatives are needed, and the bias is ``O(1 / gamma)``. ``gamma`` grows linearly and then stays constant, and the
+step of ``y`` falls with it, as in the authors' program for data cleaning; the same factor for ``lam`` is left to the outer
+optimizer.
 
-The paper takes all rows for every gradient. Where there are batches, ``y`` moves on the last batch on which ``w`` moves, and the
-difference that ``gamma`` multiplies is taken on it before either does: noise that both copies have cancels there. On a batch of
-its own ``y`` would drift from ``w``, for good where batches go through the rows in epochs, since the one copy then sees the rows
-that the other has not seen; so would it with T above one, which is refused there.
+The paper uses all rows for every gradient. With minibatches, ``y`` moves on the last batch on which ``w`` moves, and the
+difference that ``gamma`` multiplies is taken on that batch before either moves, so that noise in both copies cancels. With a
+batch of its own, ``y`` would drift away from ``w``, permanently if the batches go through the rows in epochs, because one copy
+then sees rows that the other has not seen. More than one step (T > 1) would have the same effect, so it is refused there.
 
 Reference: Shen & Chen, ICML 2023, arXiv 2302.05185, algorithm 1 (V-PBGD).
 """
@@ -28,22 +29,23 @@ import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later, moved, second_copy
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
+from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
 from hyperopt.core.checks import check_count, check_number, check_optional
 from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
 class VPBGD(Stochastic):
-    """Two copies of the weights, and a penalty that grows linearly from ``start`` to ``end`` and stays there.
+    """V-PBGD: two copies of the weights, and a penalty that grows linearly from ``start`` to ``end`` and then stays.
 
     Args:
-        steps: of the copy of ``w`` that solves the inner problem, per outer step (T), at least 1; more than 1 only on one batch.
-        inner_step: of those steps, above 0 (None: ``step_size``, which is that of the penalised copy).
-        start: the first penalty, ``gamma``, at least 0.
-        end: the last, above ``start``; the bias of the hypergradient is ``O(1 / end)``.
-        ramp: outer steps from one to the other, at least 1.
+        steps: gradient steps of ``w`` per outer step (T), at least 1; more than 1 is allowed only without minibatches.
+        inner_step: step size of ``w``, above 0 (None: ``step_size``, the step size of ``y``).
+        start: the first penalty ``gamma``, at least 0.
+        end: the last penalty, above ``start``; the bias of the hypergradient is ``O(1 / end)``.
+        ramp: number of outer steps from ``start`` to ``end``, at least 1.
     """
 
     steps: int = 1
@@ -66,21 +68,21 @@ class VPBGD(Stochastic):
             )
 
     def penalty(self, t: int) -> float:
-        """The penalty in outer step ``t``."""
+        """Return the penalty in outer step ``t``."""
         return self.start + (self.end - self.start) * min(t / self.ramp, 1.0)
 
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:
         """Move ``w``, return the hypergradient before its last move, and move ``y``; see ``Estimator``.
 
         Raises:
-            ValueError: more than one step of ``w`` in batches of epochs.
-            SolveError: a copy diverges; names the step to lower. The state is that of the step before.
+            ValueError: there are minibatches, and ``steps`` is above 1.
+            SolveError: a copy diverges; the message names the step size to lower. The state is unchanged.
         """
         pieces = len(getattr(problem.inner_batches, "shares", [1.0]))
         if self.steps > 1 and pieces > 1:
             raise ValueError(
-                f"VPBGD: steps={self.steps} in epochs of {pieces} batches: one copy of the weights sees batches that the other "
-                "does not, and the penalty multiplies what that leaves in the hypergradient; set steps=1, or give all rows "
+                f"VPBGD: steps={self.steps} with {pieces} batches an epoch: one copy of the weights sees batches that the other "
+                "does not, and the penalty multiplies the resulting error of the hypergradient; set steps=1, or give all rows "
                 "in one batch"
             )
         memory = state.memory.setdefault("VPBGD", {"steps": 0})
@@ -104,7 +106,7 @@ class VPBGD(Stochastic):
             inner = Evaluation(problem, batch)
             slopes, below = first_order(inner, w, hyper)
             following = moved(w, slopes, step)
-            trained = growth.see("inner", tree_norm(slopes), remedy, later(descend, following, inner), steps=self.steps)
+            trained = growth.check("inner", tree_norm(slopes), remedy, later_norm(descend, following, inner), steps=self.steps)
             inner.commit()
             w = following
 
@@ -112,8 +114,8 @@ class VPBGD(Stochastic):
         both, direct, above = penalised(y)
         grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
         pulled_down = moved(y, both, self.step_size)
-        solved = growth.see(
-            "penalised", tree_norm(both), f"step_size={self.step_size:g}", later(lambda: penalised(pulled_down)[0])
+        solved = growth.check(
+            "penalised", tree_norm(both), f"step_size={self.step_size:g}", later_norm(lambda: penalised(pulled_down)[0])
         )
         with torch.no_grad():
             loss = float(problem.outer(w.tree, hyper.tree, validation))

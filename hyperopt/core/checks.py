@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from hyperopt.core.text import with_article
+
 POLICIES = ("raise", "warn", "fallback", "ignore")
 
 
@@ -22,6 +24,18 @@ def taken(owner: Any, name: str) -> Any:
     if number is not value:
         object.__setattr__(owner, name, number)
     return number
+
+
+def require_choice(where: str, name: str, value: Any, choices: Iterable[str | None]) -> None:
+    """Refuse the value of an argument that is not one of ``choices``; ``where`` opens the message, such as ``"DEQ: "``."""
+    if value not in (known := tuple(choices)):
+        raise ValueError(f"{where}{name}={value!r} is not one of {', '.join(map(str, known))}; change {name}")
+
+
+def require_kind(where: str, name: str, value: Any, kind: type, advice: str = "") -> None:
+    """Refuse the value of an argument that is not a ``kind``; ``advice`` ends the message (empty: change the argument)."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{where}{name}={value!r} is not {with_article(kind.__name__)}; {advice or f'change {name}'}")
 
 
 def check_number(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -81,10 +95,8 @@ def check_below(owner: Any, low: str, high: str) -> None:
 
 
 def check_choice(owner: Any, name: str, choices: tuple[str | None, ...]) -> None:
-    """Refuse a field of ``owner`` that is none of ``choices``."""
-    value = getattr(owner, name)
-    if value not in choices:
-        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}; change {name}")
+    """Refuse a field of ``owner`` that is not one of ``choices``."""
+    require_choice(f"{type(owner).__name__}: ", name, getattr(owner, name), choices)
 
 
 def check_flag(owner: Any, name: str) -> None:
@@ -96,15 +108,15 @@ def check_flag(owner: Any, name: str) -> None:
 def check_kind(owner: Any, name: str, kind: type, *, optional: bool = False) -> None:
     """Refuse a field of ``owner`` that is not a ``kind`` (or None, with ``optional``)."""
     value = getattr(owner, name)
-    if not (isinstance(value, kind) or (optional and value is None)):
-        raise TypeError(f"{type(owner).__name__}: {name}={value!r} is no {kind.__name__}; change {name}")
+    if not (optional and value is None):
+        require_kind(f"{type(owner).__name__}: ", name, value, kind)
 
 
 def check_kinds(owner: Any, name: str, kind: type) -> None:
     """Refuse a field of ``owner`` that is not a list of ``kind``. A list from a config becomes a tuple."""
     given = getattr(owner, name)
     if not isinstance(given, list | tuple) or not all(isinstance(each, kind) for each in given):
-        raise TypeError(f"{type(owner).__name__}: {name}={given!r} is no list of {kind.__name__}; change {name}")
+        raise TypeError(f"{type(owner).__name__}: {name}={given!r} is not a list of {kind.__name__}; change {name}")
     object.__setattr__(owner, name, tuple(given))
 
 

@@ -13,7 +13,7 @@ from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.adjoints.compiled import exported, fixed_trips, outside, traceable
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.checks import POLICIES
+from hyperopt.core.checks import POLICIES, require_choice, require_kind
 from hyperopt.core.loop import rounding_floor
 from hyperopt.core.policy import report_floor
 from hyperopt.core.purity import refuse_changing, refuse_changing_modules
@@ -92,21 +92,17 @@ def fixed_point(
         >>> sol = hyperopt.fixed_point(lambda w: torch.cos(a * w), torch.zeros(()))
         >>> sol.value.backward()
     """
-    if policy not in POLICIES:
-        raise ValueError(f"fixed_point: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
+    require_choice("fixed_point: ", "policy", policy, POLICIES)
     if not isinstance(args, tuple):
         raise TypeError(f"fixed_point: args is a {type(args).__name__}; give a tuple, args=(x,) for one argument")
     solver = SOLVER if solver is None else solver
     adjoint = ADJOINT if adjoint is None else adjoint
-    if not isinstance(solver, FixedPointSolver):
-        raise TypeError(f"fixed_point: solver={solver!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"fixed_point: adjoint={adjoint!r} is no Adjoint; give Implicit(...), Unrolled(...), ...")
+    require_kind("fixed_point: ", "solver", solver, FixedPointSolver, "give Picard(...), Anderson(...), ...")
+    require_kind("fixed_point: ", "adjoint", adjoint, Adjoint, "give Implicit(...), Unrolled(...), ...")
     if (why := adjoint.unfit(solver)) is not None:
         raise ValueError(f"fixed_point: adjoint={type(adjoint).__name__}() {why}")
     for i, each in enumerate(fallback):
-        if not isinstance(each, FixedPointSolver):
-            raise TypeError(f"fixed_point: fallback[{i}]={each!r} is no FixedPointSolver; give Picard(...), Anderson(...), ...")
+        require_kind("fixed_point: ", f"fallback[{i}]", each, FixedPointSolver, "give Picard(...), Anderson(...), ...")
     if fallback and policy != "fallback":
         raise ValueError(f"fixed_point: fallback is only used under policy='fallback', but policy={policy!r}; change one of them")
     refuse_untraceable()
@@ -122,7 +118,7 @@ def fixed_point(
         )
     for i in row_args:
         if not 0 <= i < len(args) or not isinstance(args[i], Tensor) or args[i].shape[:1] != (layout.rows,):
-            raise ValueError(f"fixed_point: row_args names argument {i}, which is no tensor with {layout.rows} leading rows")
+            raise ValueError(f"fixed_point: row_args names argument {i}, which is not a tensor with {layout.rows} leading rows")
     start = layout.matrix(w0 if adjoint.reaches_start(solver) else optree.tree_map(lambda x: x.detach(), w0))
     adjoint_start = None if v0 is None else layout.matrix(optree.tree_map(lambda x: x.detach(), v0), dual=True)
     problem = Problem(phi, args, row_args, layout, start, solver, policy, tuple(fallback), adjoint_start, trace, has_aux=has_aux)

@@ -330,4 +330,4 @@ def as_operator(given: LinearOperator | Callable[[Tensor], Tensor]) -> LinearOpe
         return given
     if callable(given):
         return FunctionOperator(given)
-    raise TypeError(f"{given!r} is no LinearOperator and no function v -> M v; give one of them")
+    raise TypeError(f"{given!r} is neither a LinearOperator nor a function v -> M v; give one of them")

@@ -33,6 +33,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def with_article(word: str) -> str:
+    """Return a word with "a" or "an" before it."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
 def one_line(text: object, longest: int = 600) -> str:
     """Return text from elsewhere as one line without escape sequences; the middle of a very long one is left out."""
     line = printable(" ".join(str(text).split()))

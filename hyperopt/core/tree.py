@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.core.checks import plain
+from hyperopt.core.checks import plain, require_choice
 from hyperopt.core.precision import half_eps
 
 ROWS = ("auto", "batch", "joint")
@@ -142,8 +142,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
             structure or holds something other than positive numbers.
         TypeError: a leaf is not a tensor, or its dtype is neither floating-point nor complex.
     """
-    if rows not in ROWS:
-        raise ValueError(f"rows={rows!r} is none of {', '.join(ROWS)}; change rows")
+    require_choice("", "rows", rows, ROWS)
     leaves, spec = optree.tree_flatten(w0)
     if not leaves:
         raise ValueError("w0 has no tensors; give a tensor, or a tuple, list or dict of tensors")

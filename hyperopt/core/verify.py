@@ -235,7 +235,7 @@ def _tensors(hyperparameters: Mapping[str, Sequence[Tensor]] | Sequence[Tensor])
         raise ValueError("there are no hyperparameters to differentiate in; give the leaf tensors that the outer loss depends on")
     for i, tensor in enumerate(tensors):
         if not (tensor.is_leaf and tensor.requires_grad):
-            raise ValueError(f"hyperparameter {i}, of shape {tuple(tensor.shape)}, is no leaf that requires grad")
+            raise ValueError(f"hyperparameter {i}, of shape {tuple(tensor.shape)}, is not a leaf that requires grad")
     return tensors
 
 

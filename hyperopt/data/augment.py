@@ -58,7 +58,7 @@ class Augment:
             A new tensor of the same shape, dtype and device.
 
         Raises:
-            ValueError: a shape is wrong, the index is not int64, the seed or epoch is negative, or ``fill`` is no byte for
+            ValueError: a shape is wrong, the index is not int64, the seed or epoch is negative, or ``fill`` is not a byte for
                 bytes.
         """
         self._check(images, index)
@@ -86,4 +86,4 @@ class Augment:
         if index.dtype != torch.int64 or index.shape != images.shape[:1]:
             raise ValueError(f"index is {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape ({len(images)},)")
         if images.dtype == torch.uint8 and self.fill not in range(256):
-            raise ValueError(f"fill={self.fill!r} is no byte, and the images are bytes; change fill")
+            raise ValueError(f"fill={self.fill!r} is not a whole number from 0 to 255, but the images are bytes; change fill")

@@ -114,7 +114,7 @@ class Batches:
         epoch, number = plain(state["epoch"]), plain(state["number"])
         if not (isinstance(epoch, int) and isinstance(number, int) and epoch >= 0 and 0 <= number < self.per_epoch):
             raise ValueError(
-                f"the state for Batches: epoch={epoch!r}, number={number!r} is no place here, where an epoch has "
+                f"the state for Batches: epoch={epoch!r}, number={number!r} is not a place in these batches, where an epoch has "
                 f"{self.per_epoch} batches; give the state of the same rows in batches of the same size"
             )
         self._epoch, self._number = epoch, number

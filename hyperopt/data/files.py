@@ -50,7 +50,7 @@ def check_path(owner: Any, name: str) -> None:
     """Refuse a field of ``owner`` that does not name a file or directory."""
     value = getattr(owner, name)
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
-        raise ValueError(f"{type(owner).__name__}: {name}={value!r} names no file or directory; change {name}")
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} does not name a file or directory; change {name}")
 
 
 @dataclass(frozen=True)

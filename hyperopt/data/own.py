@@ -44,7 +44,7 @@ class Own:
         seed: seed of the draw, 0 to 2**32 - 1 (None: that of the run).
 
     Raises:
-        TypeError: ``data`` is none of these, or lacks a method.
+        TypeError: ``data`` is not one of these, or lacks a method.
         ValueError: no data can have such a size or order.
     """
 
@@ -80,7 +80,7 @@ class Own:
         if not _is_rows(data):
             data = data()  # pyright: ignore[reportCallIssue]
             if not _is_rows(data) or (fault := _fault(data)) is not None:
-                why = fault if _is_rows(data) else "is no torch.utils.data.Dataset and no pair (x, y) of arrays"
+                why = fault if _is_rows(data) else "is neither a torch.utils.data.Dataset nor a pair (x, y) of arrays"
                 raise DataError(f"{name} returned {called(data)}, which {why}")
         x, y = _items(data, name) if isinstance(data, TorchDataset) else _pair(data, name)
         x, y = _checked(x, y, name)
@@ -147,9 +147,9 @@ def _fault(data: Any) -> str | None:
         if lacks:
             return f"has no {' and no '.join(lacks)}: a dataset needs a length, and an item (x, y) for each number below it"
     elif isinstance(made, type):
-        return "is no torch.utils.data.Dataset, and has no method load(dtype, device) that returns hyperopt.data.splits.Splits"
+        return "is not a torch.utils.data.Dataset, and has no method load(dtype, device) that returns hyperopt.data.splits.Splits"
     elif not callable(data):
-        return None if _is_rows(data) else "is no torch.utils.data.Dataset, no pair (x, y) of arrays and no function"
+        return None if _is_rows(data) else "is not a torch.utils.data.Dataset, a pair (x, y) of arrays or a function"
     if not _is_rows(data):
         try:
             inspect.signature(data).bind()
@@ -190,7 +190,7 @@ def _numbers(value: Any, where: str) -> Tensor:
     try:
         found = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where} is no array of numbers: {one_line(error)}; give a tensor or an array") from error
+        raise DataError(f"{where} is not an array of numbers: {one_line(error)}; give a tensor or an array") from error
     if found.is_complex() or found.layout != torch.strided:
         raise DataError(f"{where} is {found.dtype} and {found.layout}; give real numbers, dense")
     return found

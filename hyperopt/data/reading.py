@@ -119,7 +119,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _mapping(found: Any, where: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _mapping(found: Any, where: str) -> dict[str, Any]:
             raise UnreadableError(f"{where} is nested more than {DEEPEST} levels deep")
         if isinstance(node, dict):
             if odd := [key for key in node if not isinstance(key, str | int)]:
-                raise UnreadableError(f"{where} has the key {odd[0]!r}, which is no name")
+                raise UnreadableError(f"{where} has the key {odd[0]!r}, which cannot be a name")
             stack += [(child, depth + 1) for child in node.values()]
         elif isinstance(node, list):
             stack += [(child, depth + 1) for child in node]

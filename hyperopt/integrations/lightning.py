@@ -1,4 +1,4 @@
-"""``TunerCallback`` for Lightning: hyperparameters learn while ``Trainer.fit`` runs.
+"""``TunerCallback`` for Lightning: hyperparameters are learned while ``Trainer.fit`` runs.
 
 class Net(lightning.LightningModule):
     def __init__(self, hyper):
@@ -27,20 +27,20 @@ from hyperopt.core.checks import check_count
 
 
 class TunerCallback(Callback):
-    """Lets a tuner make a step after every so many steps of the training optimizer.
+    """Make a step of a tuner after every ``every_n_steps`` steps of the training optimizer.
 
-    The numbers of each step go to the trainer's loggers, and the tuner's state is a part of the trainer's checkpoints.
+    The numbers of each step go to the trainer's loggers, and the tuner's state is part of the trainer's checkpoints.
 
     Args:
-        tuner: of the module that is trained.
-        every_n_steps: steps of the training optimizer from one step of the tuner to the next; micro-batches that are accumulated
-            are one step.
-        batches: how many of each, see ``Tuner.step``.
+        tuner: the tuner of the module that is trained.
+        every_n_steps: number of steps of the training optimizer between two steps of the tuner, at least 1; accumulated
+            micro-batches count as one step.
+        batches: number of batches of a step, see ``Tuner.step``.
         train: data of the training loss (None: the trainer's training loader).
         val: data of the validation loss (None: the trainer's first validation loader).
 
     Attributes:
-        record: of the latest step (None: there was none).
+        record: the record of the latest step (None: there was none).
     """
 
     def __init__(
@@ -52,38 +52,47 @@ class TunerCallback(Callback):
         train: Any = None,
         val: Any = None,
     ) -> None:
-        """Check the numbers."""
-        self.tuner, self.every_n_steps, self.batches, self.data = tuner, every_n_steps, batches, [train, val]
+        """Check the arguments."""
+        self.tuner, self.every_n_steps, self.batches, self.given = tuner, every_n_steps, batches, (train, val)
         check_count(self, "every_n_steps")
         check_counts(batches)
         self.record: Record | None = None
         self._last = 0
+        self._from: list[Any] = [None, None]  # the data behind ``_sources``
+        self._sources: list[Any] = [None, None]
+        self._data: list[Moved] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the loaders."""
+        """Find the data of the tuner.
+
+        Raises:
+            ValueError: the trainer has no loader for data that were not given.
+        """
         self._last = trainer.global_step
         validation = trainer.val_dataloaders
         loaders = trainer.train_dataloader, validation[0] if isinstance(validation, list) and validation else validation
         for i, (name, loader) in enumerate(zip(("train", "val"), loaders, strict=True)):
-            if self.data[i] is None and loader is None:
+            data = loader if self.given[i] is None else self.given[i]
+            if data is None:
                 raise ValueError(f"the trainer has no {name} data for the tuner; give TunerCallback(tuner, {name}=loader)")
-            given = loader if self.data[i] is None else self.data[i]
-            self.data[i] = Moved(source_of(given, name), trainer.strategy.batch_to_device)
+            if data is not self._from[i]:  # another ``fit`` with the same loader continues at its position
+                self._from[i], self._sources[i] = data, source_of(data, name)
+        self._data = [Moved(source, trainer.strategy.batch_to_device) for source in self._sources]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Make a step of the tuner, where one is due."""
+        """Make a step of the tuner if one is due."""
         step, before = trainer.global_step, self._last
         self._last = step
         if step // self.every_n_steps == before // self.every_n_steps:
             return
-        self.record = self.tuner.step(*self.data, batches=self.batches)
+        self.record = self.tuner.step(*self._data, batches=self.batches)
         for logger in trainer.loggers:
             logger.log_metrics(self.record.as_dict(), step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tuner's."""
+        """Return the state of the tuner."""
         return self.tuner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the tuner's."""
+        """Restore the state of the tuner."""
         self.tuner.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""``TunerCallback`` for Hugging Face's ``Trainer``: hyperparameters learn while ``Trainer.train`` runs.
+"""``TunerCallback`` for Hugging Face's ``Trainer``: hyperparameters are learned while ``Trainer.train`` runs.
 
 class Tuned(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -30,29 +30,29 @@ from hyperopt.core import distributed
 from hyperopt.core.checks import check_count
 
 FILE = "tuner.pt"
-"""The tuner's state in a checkpoint of the trainer."""
+"""Name of the file of the tuner's state in a checkpoint of the trainer."""
 
 
 class TunerCallback(TrainerCallback):
-    """Lets a tuner make a step after every so many steps of the training optimizer.
+    """Make a step of a tuner after every ``every_n_steps`` steps of the training optimizer.
 
-    The numbers of each step go to the trainer's log, and the tuner's state into the trainer's checkpoints, from which a training
-    that is resumed takes it.
+    The numbers of each step go to the trainer's log. The tuner's state is saved in the trainer's checkpoints and restored when
+    training resumes from one.
 
     Args:
-        tuner: of the model that is trained.
-        trainer: the trainer, whose datasets and collator the tuner's batches come from.
-        every_n_steps: steps of the training optimizer from one step of the tuner to the next.
-        batches: how many of each, see ``Tuner.step``.
+        tuner: the tuner of the model that is trained.
+        trainer: the trainer; its datasets and its collator make the tuner's batches.
+        every_n_steps: number of steps of the training optimizer between two steps of the tuner, at least 1.
+        batches: number of batches of a step, see ``Tuner.step``.
 
     Attributes:
-        record: of the latest step (None: there was none).
+        record: the record of the latest step (None: there was none).
     """
 
     def __init__(
         self, tuner: Tuner, trainer: Trainer, *, every_n_steps: int = 100, batches: int | tuple[int, int] | None = None
     ) -> None:
-        """Check the numbers, and make loaders of the datasets."""
+        """Check the arguments, and make loaders of the datasets."""
         self.tuner, self.trainer, self.every_n_steps, self.batches = tuner, trainer, every_n_steps, batches
         check_count(self, "every_n_steps")
         check_counts(batches)
@@ -64,26 +64,30 @@ class TunerCallback(TrainerCallback):
         )
 
     def _source(self, loader: DataLoader[Any], size: int, name: str) -> BatchSource:
-        """The dataset in batches of the tuner's own: to walk the trainer's loader would move its place and count its steps."""
+        """Return batches of the loader's dataset, by a new loader, so that the position of the trainer's own does not move."""
         dataset: Any = loader.dataset
         sampler = DistributedSampler(dataset) if distributed.ranks() > 1 else None
         own = DataLoader(dataset, size, shuffle=sampler is None, sampler=sampler, collate_fn=loader.collate_fn)
         return Moved(source_of(own, name), lambda batch: send_to_device(batch, self.trainer.args.device))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Take back the state of the checkpoint that a training goes on from."""
+        """Restore the tuner's state from the checkpoint from which training resumes."""
         if state.global_step and not self.tuner.steps:
             self.load(Path(args.resume_from_checkpoint or self._folder(args, state)))
 
     def load(self, folder: Path | str) -> None:
-        """Take back the tuner's state from a checkpoint of the trainer."""
+        """Restore the tuner's state from a checkpoint of the trainer.
+
+        Raises:
+            FileNotFoundError: the folder holds no state of a tuner.
+        """
         file = Path(folder) / FILE
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: call load(folder) with the checkpoint that the training goes on from")
+            raise FileNotFoundError(f"{file} does not exist; call load(folder) with the checkpoint from which training resumes")
         self.tuner.load_state_dict(torch.load(file, map_location=self.trainer.args.device, weights_only=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Make a step of the tuner, where one is due."""
+        """Make a step of the tuner if one is due."""
         if state.global_step % self.every_n_steps == 0:
             self.record = self.tuner.step(*self.data, batches=self.batches)
             self.trainer.log(self.record.as_dict())

@@ -145,7 +145,7 @@ class OwnCell(CellFactory):
         if issubclass(kind, nn.Module):
             fault = _fault(kind)
         elif isinstance(made, type) or not callable(made):
-            fault = "is no torch.nn.Module, and no hyperopt.nn.cells.CellFactory"
+            fault = "is neither a torch.nn.Module nor a hyperopt.nn.cells.CellFactory"
         if fault is None and not isinstance(self.module, nn.Module):
             try:
                 inspect.signature(self.module).bind(**dict.fromkeys(self._sizes()))
@@ -177,7 +177,7 @@ class OwnCell(CellFactory):
             made = self.module(**{each: sizes[each] for each in self._sizes()})
         if isinstance(made, Cell):
             return made
-        fault = _fault(type(made)) if isinstance(made, nn.Module) else "is no torch.nn.Module"
+        fault = _fault(type(made)) if isinstance(made, nn.Module) else "is not a torch.nn.Module"
         if fault is not None:
             raise CellError(f"{name} made {called(made)}, which {fault}")
         size = getattr(made, "state_size", state_size)
@@ -214,6 +214,6 @@ def _check_state(module: nn.Module, size: int, features: int, name: str) -> None
         raise CellError(f"{what} failed: {one_line(error)}; {change}") from error
     if not isinstance(out, torch.Tensor) or out.shape != z.shape:
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        raise CellError(f"{what} returned {found}, which is no state; {change}")
+        raise CellError(f"{what} returned {found}, which cannot be the next z; {change}")
     if any(map(is_lazy, module.parameters())):
         materialise(module, z, x, guessed=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from hyperopt.core.checks import require_choice
 from hyperopt.nn.householder import HouseholderProduct
 
 NORMS = (None, "weight", "spectral")
@@ -218,8 +219,7 @@ def normalise(module: nn.Module, norm: str | None) -> None:
     Raises:
         ValueError: the norm is unknown, or there is nothing to normalise.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is none of {', '.join(map(str, NORMS))}; change norm")
+    require_choice("", "norm", norm, NORMS)
     if norm is None:
         return
     owners = [inner for inner in module.modules() if inner._parameters.get("weight") is not None and inner.weight.dim() >= 2]  # pyright: ignore[reportCallIssue]

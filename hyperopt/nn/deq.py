@@ -23,7 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.captured import functorch_level
-from hyperopt.core.checks import POLICIES
+from hyperopt.core.checks import POLICIES, require_choice, require_kind
 from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.fixed_point import fixed_point
 from hyperopt.core.purity import lazy_names
@@ -95,15 +95,12 @@ class DEQ(nn.Module):
         if not isinstance(cell, nn.Module):
             raise TypeError(f"DEQ: cell is a {type(cell).__name__}; give a module with forward(z, x)")
         for name, value, kind in (("solver", solver, FixedPointSolver), ("adjoint", adjoint, Adjoint)):
-            if not (value is None or isinstance(value, kind)):
-                raise TypeError(f"DEQ: {name}={value!r} is no {kind.__name__}; change {name}")
-        for value in fallback:
-            if not isinstance(value, FixedPointSolver):
-                raise TypeError(f"DEQ: fallback={value!r} is no FixedPointSolver; change fallback")
-        if rows not in ROWS:
-            raise ValueError(f"DEQ: rows={rows!r} is none of {', '.join(ROWS)}; change rows")
-        if policy not in POLICIES:
-            raise ValueError(f"DEQ: policy={policy!r} is none of {', '.join(POLICIES)}; change policy")
+            if value is not None:
+                require_kind("DEQ: ", name, value, kind)
+        for i, value in enumerate(fallback):
+            require_kind("DEQ: ", f"fallback[{i}]", value, FixedPointSolver)
+        require_choice("DEQ: ", "rows", rows, ROWS)
+        require_choice("DEQ: ", "policy", policy, POLICIES)
         if initial is not None and not callable(initial):
             raise TypeError(f"DEQ: initial={initial!r} must be a function of x that returns the initial state; change initial")
         self.cell = cell
@@ -196,7 +193,7 @@ class DEQ(nn.Module):
         if self._initial is not None:
             return self._initial(x)
         if not isinstance(x, Tensor):
-            raise TypeError(f"DEQ: x is a {type(x).__name__}, which names no initial state; set initial")
+            raise TypeError(f"DEQ: x is a {type(x).__name__}, which does not tell the shape of a state; set initial")
         return zero_state(x)
 
     @property

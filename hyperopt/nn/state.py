@@ -28,7 +28,7 @@ def alike(one: Any, two: Any) -> bool:
 
 
 def refuse_guess(error: Exception, cell: nn.Module, phi: Callable[..., Any], z0: Any, terms: tuple[Any, ...]) -> None:
-    """Raise an error that asks for ``initial``, if a solve from zeros failed because they are no state of the cell.
+    """Raise an error that asks for ``initial``, if a solve from zeros failed because zeros are not a state of the cell.
 
     Args:
         error: the error of the solve.

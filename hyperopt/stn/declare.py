@@ -39,8 +39,8 @@ class Tuned(ABC):
         name, init = type(self).__name__, self.init
         if isinstance(init, str) and "${" not in init:
             raise ValueError(
-                f"{name}: init={init!r} is no number: a choice between words has no order in which a response could be learned; "
-                f"try its values in a sweep (hyperopt -m key=a,b); change init"
+                f"{name}: init={init!r} is not a number: a choice between words has no order in which a response could be "
+                f"learned; try its values in a sweep (hyperopt -m key=a,b); change init"
             )
         check_number(self, "init", -math.inf)
         if isinstance(init, int | float) and not low < init < high:

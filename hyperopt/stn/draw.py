@@ -29,7 +29,7 @@ class Values(Mapping[str, Tensor]):
         """Return one hyperparameter.
 
         Raises:
-            KeyError: there is none of this name, or the draw hides the values.
+            KeyError: no hyperparameter has this name, or the draw hides the values.
         """
         draw = self._draw
         names = draw.space.names

@@ -20,7 +20,7 @@ from hyperopt.core.eager import runs_eagerly
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.response import Response, Use, responding
 
-UNTRACED = "a weight that responds is not a tensor that could be traced; under torch.compile it runs eagerly"
+UNTRACED = "a weight that responds to hyperparameters cannot be traced; under torch.compile it runs eagerly"
 
 
 class Context:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
+from hyperopt.core.checks import require_choice
 from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
@@ -218,12 +219,11 @@ def convert(
         >>> stn(torch.ones(5, 4), space.draw(rows=5)).shape
         torch.Size([5, 1])
     """
-    if gate not in GATES:
-        raise ValueError(f"convert: gate={gate!r} is none of {', '.join(GATES)}; change gate")
+    require_choice("convert: ", "gate", gate, GATES)
     names = [name for name, _ in module.named_modules()]
     unknown = [name for name in skip if name not in names]
     if unknown:
-        raise ValueError(f"convert: skip names {unknown[0]!r}, which is no module of the network; its modules are {names[1:]}")
+        raise ValueError(f"convert: skip names {unknown[0]!r}, which is not a module of the network; its modules are {names[1:]}")
     other = next((p for p in module.parameters() if (p.dtype, p.device) != (space.u.dtype, space.u.device)), None)
     if other is not None and other.is_floating_point():
         raise ValueError(

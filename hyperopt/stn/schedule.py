@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer, outer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, as_outer_optimizer
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
@@ -82,7 +82,7 @@ class TunedSchedule:
             ):
                 raise ValueError("of other lengths")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UnreadableError(f"{path} is no schedule of hyperparameters") from error
+            raise UnreadableError(f"{path} is not a schedule of hyperparameters") from error
         return cls(names, steps, raw, values)
 
 
@@ -117,7 +117,7 @@ def replay(
             f"the schedule is of {', '.join(schedule.names)}, the space of {', '.join(space.names)}; declare the same"
         )
     model = convert(module, space, respond=False)
-    optimizer = outer(weights, 0.01).build({"weights": model.base_parameters()})
+    optimizer = as_outer_optimizer(weights, 0.01).build({"weights": model.base_parameters()})
     model.train()
     for u in schedule.each():
         batch = train()

@@ -81,7 +81,7 @@ class HyperSpace(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """The scales, differentiable. shape: (H,)."""
-        return functional.softplus(self.s)
+        return functional.softplus(self.s, threshold=40.0)  # beyond torch's default of 20, 1e-10 of the scale would be lost
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """Return standard normal numbers, equal in all rows for ``per="batch"`` hyperparameters. shape: (rows, H)."""
@@ -148,7 +148,7 @@ def unsoftplus(scales: list[float]) -> Tensor:
 def _check(name: object, each: object, key: str) -> None:
     """Refuse anything that is not a hyperparameter that can be tuned."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{key}: {name!r} is no name of a hyperparameter")
+        raise ValueError(f"{key}: {name!r} cannot be the name of a hyperparameter; give a text that is not empty")
     if isinstance(each, Tuned):
         return
     if isinstance(each, spaces.Space):
@@ -159,4 +159,4 @@ def _check(name: object, each: object, key: str) -> None:
         )
     if isinstance(each, str | list | tuple | set | frozenset | dict):
         raise ValueError(f"{key}.{name}={each!r}: {CATEGORICAL}")
-    raise ValueError(f"{key}.{name}={each!r} is no hyperparameter; declare it with hyperopt.stn (Bounded, Positive, Discrete)")
+    raise ValueError(f"{key}.{name}={each!r} is not a hyperparameter; declare it with hyperopt.stn (Bounded, Positive, Discrete)")

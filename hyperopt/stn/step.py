@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, outer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, as_outer_optimizer
 from hyperopt.core import distributed
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
@@ -105,10 +105,10 @@ class SelfTuning:
         if response is None:
             groups["response"] = self._response
         else:
-            made["response"] = outer(response, 0.01), {"response": self._response}
-        made["weights"] = outer(weights, 0.01), groups
-        made["scales"] = outer(scales, 0.003), {"scales": [self.space.s]}
-        made["values"] = outer(values, 0.003), self.groups()
+            made["response"] = as_outer_optimizer(response, 0.01), {"response": self._response}
+        made["weights"] = as_outer_optimizer(weights, 0.01), groups
+        made["scales"] = as_outer_optimizer(scales, 0.003), {"scales": [self.space.s]}
+        made["values"] = as_outer_optimizer(values, 0.003), self.groups()
         self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
         self._clip = {name: each.clip_norm for name, (each, _) in made.items()}
         self._schedules = {name: Schedule(made[name][0].scheduler, each) for name, each in self.optimizers.items()}

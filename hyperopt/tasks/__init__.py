@@ -1,1 +1,1 @@
-"""Tasks: what one outer step and one evaluation do, one file a family; the settings are free of torch."""
+"""Tasks: each defines what one outer step and one evaluation do, with one file for each family of experiments."""

@@ -1,4 +1,4 @@
-"""What the outer loop drives: a ``Task`` does one outer step and one evaluation; ``hyperopt.app.run`` owns everything else."""
+"""``Task``: what one outer step and one evaluation do. ``hyperopt.app.run`` drives a task and owns everything else."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
-"""Called in every closure after backward with the groups' gradients themselves, ``{group: [p.grad, ...]}``, never copies of them:
-it refuses a group that is not finite, and clips in place. ``guard(self.gradients())`` is all that a task writes."""
+"""A check of the gradients ``{group: [p.grad, ...]}``, which a task calls in every closure after ``backward``, as
+``guard(self.gradients())``. It refuses a group that is not finite and clips in place, so copies will not do."""
 
 
 MEANS = ("outer/step_accuracy", "outer/jacobian", "warm/rows")
-"""Metrics that are means over rows, beside those whose name says so."""
+"""Metrics that are means over rows, in addition to those whose names end in ``_mean``."""
 
 NUMBERS = "has numbers to predict, and this task classifies; give a dataset of classes"
 
-
 SPLIT_MEASURES = tuple(f"{split}/{kind}" for split in ("outer", "val", "test") for kind in ("loss", "accuracy"))
-"""What a task measures that fits a model on one split, is selected on another and tested on a third."""
+"""The metrics of a task that fits a model on one split, selects it on another and tests it on a third."""
 
 
 class HypergradientError(ArithmeticError):
-    """A hypergradient, an outer loss or a solve behind them is not usable; the message names the step and the group."""
+    """A hypergradient, an outer loss or one of their solves cannot be used; the message names the step and the group."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Environment:
     """What a run gives its task.
 
     Attributes:
-        device: where modules and data live.
-        dtype: floating type of parameters and data.
-        seed: seed of the run; splits and initialisation come from it.
+        device: device of modules and data.
+        dtype: floating-point dtype of parameters and data.
+        seed: seed of the run, for splits and initialisation.
         compile: whether to compile the map (``torch.compile``).
-        generator: a CPU generator, seeded, whose state is part of every checkpoint.
-        trainer: the settings of the loop: how long a schedule of the task's own is.
+        generator: a seeded CPU generator, whose state is part of every checkpoint.
+        trainer: the settings of the outer loop, which a schedule of the task may need.
     """
 
     device: torch.device
@@ -67,16 +66,16 @@ class Environment:
 
 @dataclass
 class StepRecord:
-    """What one outer step did.
+    """The results of one outer step.
 
     Attributes:
         loss: the outer loss before the update (the first evaluation of the closure), logged as ``outer/step_loss``.
-        metrics: named numbers of this step: ``inner/iterations`` (of the slowest row), ``inner/iterations_mean`` (over the
-            rows), ``inner/residual``, ``inner/contraction``, ``inner/fallbacks`` (equilibria of the step that took one),
-            the same for ``adjoint``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and ``cost/evaluations``,
-            ``cost/vjps`` and ``cost/jvps`` of this step alone, all calls of the closure counted (totals are logged).
-        statuses: how the solves ended, keys ``inner`` and ``adjoint``.
-        rows: how much this rank weighs in a mean over the ranks.
+        metrics: numbers of this step by name: ``inner/iterations`` (of the slowest row), ``inner/iterations_mean`` (over the
+            rows), ``inner/residual``, ``inner/contraction``, ``inner/fallbacks`` (number of equilibria that used one), the same
+            for ``adjoint``, ``hypergrad/error_estimate``, ``hypergrad/is_bound``, and ``cost/evaluations``, ``cost/vjps`` and
+            ``cost/jvps`` of this step, over all calls of the closure (the run logs totals).
+        statuses: how the solves ended, by the names ``inner`` and ``adjoint``.
+        rows: weight of this rank in a mean over the ranks.
     """
 
     loss: float
@@ -85,7 +84,7 @@ class StepRecord:
     rows: int = 1
 
     def over_ranks(self) -> StepRecord:
-        """The record of all ranks together: costs summed, means by rows, of everything else the worst, which is the largest."""
+        """Return the record of all ranks: sums of costs, means weighted by rows, and the largest of every other number."""
         if distributed.ranks() == 1:
             return self
         records: list[StepRecord] = distributed.from_all(self)
@@ -104,7 +103,7 @@ class StepRecord:
 
     @staticmethod
     def first_of(records: Sequence[StepRecord]) -> StepRecord:
-        """The record of the first call of a closure, its costs those of all calls together."""
+        """Return the record of the first call of a closure, with the costs of all calls added up."""
         first = records[0]
         for cost in [name for name in first.metrics if name.startswith("cost/")]:
             first.metrics[cost] = sum(record.metrics[cost] for record in records)
@@ -117,9 +116,10 @@ class Task(ABC):
     Subclasses set ``name`` and implement the methods below; ``setup`` is called once, before ``groups``.
 
     Attributes:
-        name: what to call the task in files and messages.
-        classifies: whether the targets of its dataset must be labels of classes.
-        MEASURES: names that an evaluation may have, so that a monitor that it never has is refused at once; empty: not known.
+        name: name of the task in files and messages.
+        classifies: whether the targets of its dataset must be class labels.
+        MEASURES: the metrics that an evaluation may return, so that another ``trainer.monitor`` is refused early (empty: not
+            known).
     """
 
     name: str = "own"
@@ -132,22 +132,22 @@ class Task(ABC):
 
     @abstractmethod
     def groups(self) -> dict[str, list[Tensor]]:
-        """Return the hyperparameters, named and grouped: leaf tensors that require grad, each in one group."""
+        """Return the hyperparameters as named groups of leaf tensors that require grad, each tensor in one group."""
 
     @abstractmethod
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step.
 
-        Build a closure (``zero_grad``, loss, ``backward``, ``guard(self.gradients())``, return the loss) and hand it to
-        ``optimizer.step``, which may call it several times; then project the hyperparameters where they have a constraint.
+        Build a closure (``zero_grad``, loss, ``backward``, ``guard(self.gradients())``, return the loss) and pass it to
+        ``optimizer.step``, which may call it several times; then project hyperparameters that have a constraint.
 
         Args:
-            optimizer: over the tensors of ``groups()``.
+            optimizer: the optimizer of the tensors of ``groups()``.
             guard: see ``Guard``.
 
         Returns:
-            The record of the first evaluation, its costs summed over all evaluations; on several ranks that of all of them, see
-            ``StepRecord.over_ranks``.
+            The record of the first evaluation, with the costs of all evaluations; on several ranks, the record of all ranks,
+            see ``StepRecord.over_ranks``.
         """
 
     def descend(
@@ -158,17 +158,18 @@ class Task(ABC):
         record: Callable[[float], StepRecord] = StepRecord,
         rows: int = 1,
     ) -> StepRecord:
-        """Let the optimizer make one step down a loss: all that ``step`` does in most tasks.
+        """Let the optimizer make one step on a loss; this is all that ``step`` does in most tasks.
 
         Args:
             optimizer: see ``step``.
             guard: see ``Guard``.
-            loss: of this step on the rows of this rank; the same function at every call, since a line search makes several.
+            loss: the loss on the rows of this rank. It must be the same function in every call, since a line search makes
+                several.
             record: makes the record of an evaluation from its loss, after ``backward`` and before ``guard``.
-            rows: of this rank, whose mean ``loss`` is.
+            rows: number of rows of this rank, over which ``loss`` is a mean.
 
         Returns:
-            The record of the first evaluation, its costs summed over all.
+            The record of the first evaluation, with the costs of all evaluations.
         """
         records: list[StepRecord] = []
 
@@ -187,87 +188,89 @@ class Task(ABC):
     def evaluate(self) -> dict[str, float]:
         """Return metrics at the present hyperparameters, without gradients or any change of state.
 
-        Keys: ``outer/*`` on the fitted rows, ``val/*`` on those selected on, ``test/*`` on those held out.
+        Their names are ``outer/*`` on the fitted rows, ``val/*`` on the rows for selection, ``test/*`` on the held-out rows.
         """
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Solve the inner problem in this way and return the outer loss and the solution, for ``mode=check``; no state changes.
+        """Return the outer loss and the solution found by a solver and an adjoint, for ``mode=check``; no state changes.
 
         Raises:
-            NotImplementedError: the task has no inner equilibrium to differentiate through, or does not offer it.
+            NotImplementedError: the task has no inner equilibrium, or does not implement this.
         """
-        raise NotImplementedError(f"task={self.name} has no objective(solver, adjoint) to check; see Task.objective")
+        raise NotImplementedError(
+            f"task={self.name} does not implement objective(solver, adjoint), so mode=check cannot check it"
+        )
 
     def learned(self) -> Learned:
-        """Return what ``hyperopt export`` keeps: what the metrics of an evaluation at the present state are measured on.
+        """Return what ``hyperopt export`` keeps: the model that an evaluation at the present state measures.
 
         Raises:
-            NotImplementedError: the task has nothing that predicts.
+            NotImplementedError: the task has no model that predicts.
         """
         raise NotImplementedError(f"task={self.name} has no learned() and predictor(), and cannot be exported; see Task.learned")
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
-        """Build the model that ``learned`` gives the weights of, from the settings and these facts alone, without data.
+        """Build the model whose weights ``learned`` returns, from the settings and these arguments only, without data.
 
         Args:
-            shape: of one input, before flattening.
-            classes: 0: the outputs are numbers.
-            hyperparameters: as learned, for what depends on them.
+            shape: shape of one input, before flattening.
+            classes: number of classes; 0 if the outputs are numbers.
+            hyperparameters: the learned hyperparameters, if the model depends on them.
 
         Returns:
-            A module that takes flattened rows, its initial values whatever they are.
+            A module that takes flattened rows; its initial values do not matter.
         """
         raise NotImplementedError(f"task={self.name} has no predictor(); see Task.predictor")
 
     def figures(self) -> Mapping[str, Figure | bytes]:
-        """Return named matplotlib figures of the present state; the bytes of a GIF are an animation."""
+        """Return matplotlib figures of the present state by name; an animation is the bytes of a GIF."""
         return {}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a bit-for-bit resume needs (modules, warm starts, data order) as plain containers and tensors."""
+        """Return all that a bit-for-bit resume needs (modules, warm starts, data order), as plain containers and tensors."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place: the tensors of ``groups()`` stay the same objects."""
+        """Restore what ``state_dict`` returned, in place: the tensors of ``groups()`` stay the same objects."""
 
     def describe(self) -> dict[str, Any]:
-        """Return plain facts for ``run.json``: sizes, the dataset's name and checksums, the rows behind each metric."""
+        """Return facts for ``run.json``: sizes, the dataset's name and checksums, the number of rows of each metric."""
         return {}
 
     def sizes(self) -> dict[str, int]:
-        """Return how many numbers each group of hyperparameters has."""
+        """Return the number of entries of each group of hyperparameters."""
         return {name: sum(tensor.numel() for tensor in group) for name, group in self.groups().items()}
 
     def gradients(self) -> dict[str, list[Tensor]]:
-        """Return ``{group: [p.grad, ...]}``, hyperparameters without a gradient left out."""
+        """Return ``{group: [p.grad, ...]}``, without hyperparameters that have no gradient."""
         return {name: [p.grad for p in group if p.grad is not None] for name, group in self.groups().items()}
 
 
 class FixedSettings:
-    """A dataclass whose arguments stay as they are, while ``setup`` and the steps set its other attributes.
+    """A dataclass whose arguments cannot be changed, while ``setup`` and the steps set its other attributes.
 
-    What depends on a setting is built once, so that one changed later would do nothing, or half of what it says.
+    A task is built from its settings once, so a setting that is changed later would have no effect, or only part of one.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute.
 
         Raises:
-            FrozenInstanceError: it is an argument of a task that has been made.
+            FrozenInstanceError: the attribute is an argument.
         """
         if name in vars(self) and any(each.name == name and each.init for each in fields(self)):  # pyright: ignore
             kind = type(self).__name__
-            raise FrozenInstanceError(f"{kind}: {name} is a setting and stays as it is; make another {kind} with {name}=...")
+            raise FrozenInstanceError(f"{kind}: {name} is a setting and cannot be changed; make another {kind} with {name}=...")
         super().__setattr__(name, value)
 
 
 def check_dataset(owner: Any) -> None:
-    """Refuse a setting ``dataset`` of a task that cannot be its dataset, before anything is loaded; None is one.
+    """Refuse a setting ``dataset`` that does not fit the task, before anything is loaded. None is allowed.
 
     Raises:
-        TypeError: it is no dataset, or lacks something; says what it is and what to give.
-        ValueError: it says that its targets are numbers, and the task classifies.
+        TypeError: the setting is not a dataset, or lacks a method; the message says what to give.
+        ValueError: its targets are numbers, but the task classifies.
     """
     given, name = owner.dataset, type(owner).__name__
     if given is None:
@@ -287,10 +290,10 @@ def check_dataset(owner: Any) -> None:
 
 
 def load_splits(owner: Any, env: Environment) -> Splits:
-    """Load the setting ``dataset`` of a task, the digits if it is None; what has no seed of its own is drawn by the run's.
+    """Load the dataset of a task (None: the digits); a dataset without a seed uses that of the run.
 
     Raises:
-        DataError: what was loaded are no splits, or its targets are numbers, and the task classifies.
+        DataError: ``load`` does not return splits, or the targets are numbers, but the task classifies.
     """
     dataset = Digits(seed=env.seed) if owner.dataset is None else as_dataset(owner.dataset)
     assert dataset is not None  # see ``check_dataset``
@@ -299,7 +302,7 @@ def load_splits(owner: Any, env: Environment) -> Splits:
     splits = dataset.load(env.dtype, env.device)
     if not isinstance(splits, Splits):
         what = f"{called(dataset)}.load returned {called(splits)}"
-        raise DataError(f"{what}, which is no hyperopt.data.splits.Splits; change its load")
+        raise DataError(f"{what}, which is not a hyperopt.data.splits.Splits; change its load")
     if owner.classifies and not splits.num_classes:
         raise DataError(f"dataset={splits.name} {NUMBERS} (labels are whole numbers); change dataset")
     return splits

@@ -1,10 +1,10 @@
-"""Trained problems as tasks: a subclass gives two losses and data, the rest is here.
+"""Trained problems as tasks; a subclass gives the two losses and the data.
 
-    min over lam   E(w(lam), lam)     outer loss, on the rows that the hyperparameters are fitted to
+    min over lam   E(w(lam), lam)     outer loss, on the rows to which the hyperparameters are fitted
     subject to     w(lam) = argmin L(., lam)     inner loss, a training loss
 
-One outer step trains ``w`` from where it is, takes one hypergradient there and updates the hyperparameters. An evaluation trains
-a copy at the hyperparameters as they are then, and changes nothing.
+One outer step trains ``w`` from its present values, takes one hypergradient there and updates the hyperparameters. An
+evaluation trains a copy at the present hyperparameters and changes nothing.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Parts:
 
     Attributes:
         problem: the two losses and their batches.
-        w: where the inner variables start, a tree.
-        shapes: of each hyperparameter that is no single number, see ``Hyperparameters``.
-        rows: what ``<name>/loss`` and ``<name>/accuracy`` are measured on, by name.
-        module: the model where it has buffers, which are then part of every checkpoint.
-        whole: the problem on all rows, which evaluations train on (None: as outer steps do, on ``problem``).
+        w: the initial inner variables, a tree of tensors.
+        shapes: the shape of each hyperparameter that is not a single number, see ``Hyperparameters``.
+        rows: the rows on which ``<name>/loss`` and ``<name>/accuracy`` are measured, by name.
+        module: the model, if it has buffers, which are then part of every checkpoint.
+        whole: the problem on all rows, for the training of an evaluation (None: ``problem``).
     """
 
     problem: BilevelProblem
@@ -78,18 +78,18 @@ class Parts:
 
 @dataclass(eq=False)
 class BilevelTask(FixedSettings, Task):
-    """A trained problem.
+    """A trained problem as a task.
 
     Attributes:
-        inner: how the model is trained (None: gradient descent).
-        adjoint: how the hypergradient is found (None: chosen by what it meets, see ``hyperopt.bilevel.auto``).
-        products: how an implicit adjoint takes its products.
-        warm_start: train from where the last outer step ended; else from the first weights, every time.
+        inner: the inner solver that trains the model (None: gradient descent).
+        adjoint: how to differentiate (None: the rule of ``hyperopt.bilevel.auto``).
+        products: how an implicit adjoint computes its products.
+        warm_start: whether each training starts where the last one ended; else it starts from the initial weights.
         dataset: the rows (None: digits).
-        solver: of ``mode=check``, which is about the fixed point of the gradient step.
-        spaces: names of the settings that are spaces: the hyperparameters.
+        solver: the solver of ``mode=check``, for the fixed point of the gradient step.
+        spaces: names of the settings that are spaces; they are the hyperparameters.
         hyper: the hyperparameters, after ``setup``.
-        bilevel: the problem under way, after ``setup``.
+        bilevel: the problem with its present state, after ``setup``.
         parts: what the subclass has built, after ``setup``.
         splits: the dataset, after ``setup``.
     """
@@ -120,29 +120,29 @@ class BilevelTask(FixedSettings, Task):
 
     @abstractmethod
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """Return the outputs of the model at ``w``, one row each: logits, or numbers. shape: (n, outputs)."""
+        """Return the outputs of the model at ``w``: logits, or numbers. shape: (n, outputs)."""
 
     def setup(self, env: Environment) -> None:
         """Load the rows and build the problem.
 
         Raises:
-            ValueError: no validation rows, labels that do not fit, or a hyperparameter that starts outside of its space.
+            ValueError: there are no validation rows, labels do not fit, or a hyperparameter starts outside its space.
         """
         self.load(env)
         built = self.build(env)
         whole = None if built.whole is None else over_ranks(built.whole)
         self.parts = parts = replace(built, problem=over_ranks(built.problem), whole=whole)
         self.hyper = self.hyperparameters(env)
-        # A method that trains the weights itself takes no inner solver; evaluations train by it all the same.
+        # An estimator trains the weights itself and takes no inner solver; evaluations still train by one.
         adjoint, products = self.adjoint, self.products
         inner = None if isinstance(adjoint, Estimator) else self._inner
         if isinstance(adjoint, Estimator | Unrolled | Checkpointed):
-            products = None  # they are those of implicit adjoints
+            products = None  # only implicit adjoints have them
         elif isinstance(adjoint, FiniteDifference):
             products = replace(products, curvature="hessian")
         self.bilevel = Bilevel(parts.problem, parts.w, inner=inner, adjoint=adjoint, products=products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
-        self._steps = 0  # outer steps done
+        self._steps = 0  # number of outer steps so far
 
     def load(self, env: Environment) -> None:
         """Load the rows; called before ``build``."""
@@ -150,7 +150,7 @@ class BilevelTask(FixedSettings, Task):
         check_labels(self.splits)
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
-        """Return the hyperparameters at their start; called after ``build``."""
+        """Return the initial hyperparameters; called after ``build``."""
         spaces = {name: getattr(self, name) for name in self.spaces}
         return Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
 
@@ -165,7 +165,7 @@ class BilevelTask(FixedSettings, Task):
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         records: list[StepRecord] = []
-        start = self._state()  # for every call of the closure: a line search must see one function
+        start = self._state()  # restored in every call of the closure, since a line search needs one fixed function
 
         def closure() -> float:
             if records:
@@ -174,7 +174,7 @@ class BilevelTask(FixedSettings, Task):
             optimizer.zero_grad()
             lam = self.hyper.values()
             estimate = self.bilevel.step(lam)
-            refuse(self._steps, estimate.statuses(), estimate.note)
+            refuse_failed_solve(self._steps, estimate.statuses(), estimate.note)
             try:
                 estimate.backward(lam)
             except SolveError as error:
@@ -191,29 +191,29 @@ class BilevelTask(FixedSettings, Task):
         return first
 
     def evaluate(self) -> dict[str, float]:
-        """Train at the present hyperparameters, measure on all rows, and put everything back."""
-        return self._trained(self.measure)
+        """Train at the present hyperparameters, measure on all rows, and restore the state."""
+        return self._at_trained(self.measure)
 
     def learned(self) -> Learned:
-        """Return the hyperparameters, and the model trained at them as an evaluation trains it."""
-        weights = self._trained(lambda w: optree.tree_map(torch.clone, w))
+        """Return the hyperparameters, and the model as an evaluation trains it."""
+        weights = self._at_trained(lambda w: optree.tree_map(torch.clone, w))
         return Learned.on(self.splits, self.state_of(weights), self.hyper.read())
 
     def state_of(self, w: Any) -> Mapping[str, Tensor]:
-        """Return the weights as the state of ``predictor``: by default they are that already."""
+        """Return the weights as the state of ``predictor`` (default: unchanged)."""
         return w
 
-    def _trained(self, what: Callable[[Any], Found]) -> Found:
-        """Return ``what(w)`` of the weights trained at the present hyperparameters, and put everything back."""
+    def _at_trained(self, measure: Callable[[Any], Found]) -> Found:
+        """Train at the present hyperparameters, return ``measure(w)``, and restore the state."""
         start = self._state()
         self._cold()
         self._inner.solve(self.parts.whole or self.parts.problem, self.hyper.read(), self.bilevel.state)
-        found = what(self.bilevel.w)
+        found = measure(self.bilevel.w)
         self._return_to(start)
         return found
 
     def measure(self, w: Any) -> dict[str, float]:
-        """Return ``<name>/loss``, and ``<name>/accuracy`` where there are classes, of a model on each set of rows."""
+        """Return ``<name>/loss``, and ``<name>/accuracy`` if there are classes, of a model on each set of rows."""
         return scores(self.parts.rows, lambda x: self.predict(w, x))
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
@@ -221,11 +221,11 @@ class BilevelTask(FixedSettings, Task):
         return self.bilevel.objective(self.hyper.values(), solver, adjoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters, the weights, and what every method remembers."""
+        """Return the hyperparameters, the weights, and what the method remembers."""
         return {"hyper": self.hyper.state_dict(), "steps": self._steps, **self._live()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         self.hyper.load_state_dict(state["hyper"])
         self._steps = state["steps"]
         self._return_to(state)
@@ -249,7 +249,7 @@ class BilevelTask(FixedSettings, Task):
         }
 
     def _live(self) -> dict[str, Any]:
-        """All that training and hypergradients change, as it is: not a copy."""
+        """Return everything that training and hypergradients change, without copying it."""
         module = self.parts.module
         return {"bilevel": self.bilevel.state_dict(), "buffers": {} if module is None else dict(module.named_buffers())}
 
@@ -265,7 +265,7 @@ class BilevelTask(FixedSettings, Task):
 
     @torch.no_grad()
     def _cold(self) -> None:
-        """Without warm starts, put the weights back to where they were at first."""
+        """Without warm starts, restore the initial weights."""
         if self._w0 is not None:
             for leaf, first in zip(optree.tree_leaves(self.bilevel.w), optree.tree_leaves(self._w0), strict=True):
                 leaf.copy_(first)
@@ -276,8 +276,8 @@ class TunedTask(BilevelTask):
     """A model that is trained on the training rows and tuned on the validation rows.
 
     Attributes:
-        selection_rows: the last validation rows, which the hyperparameters are not fitted to: val/* is theirs, and with it the
-            best step and early stopping (0: val/* and outer/* are the same rows).
+        selection_rows: number of validation rows, the last ones, to which the hyperparameters are not fitted. They are the rows
+            of ``val/*``, which selects the best step and stops early (0: ``val/*`` and ``outer/*`` are the same rows).
     """
 
     selection_rows: int = 0
@@ -289,7 +289,7 @@ class TunedTask(BilevelTask):
 
     @functools.cached_property
     def fitted(self) -> Rows:
-        """The validation rows that the hyperparameters are fitted to.
+        """The validation rows to which the hyperparameters are fitted.
 
         Raises:
             ValueError: there are none.
@@ -303,7 +303,7 @@ class TunedTask(BilevelTask):
         return val.take(slice(len(val) - kept)) if kept else val
 
     def rows(self) -> dict[str, Rows]:
-        """Return the rows behind the metrics, by name; a dataset without test rows has no ``test/*``."""
+        """Return the rows of the metrics by name; a dataset without test rows has no ``test/*``."""
         splits, kept = self.splits, self.selection_rows
         selected = splits.val.take(slice(len(splits.val) - kept, None)) if kept else splits.val
         found = {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
@@ -312,7 +312,7 @@ class TunedTask(BilevelTask):
 
 @torch.no_grad()
 def starting_at(trees: Mapping[str, Any]) -> Hyperparameters:
-    """Unbounded hyperparameters that start where the tensors of a tree are, such as the initial weights of a network."""
+    """Return unbounded hyperparameters with the values of trees of tensors, such as the initial weights of a network."""
     first: Tensor = next(leaf for tree in trees.values() for leaf in optree.tree_leaves(tree))
     spaces = {name: Real(per="element") for name in trees}
     made = Hyperparameters(spaces, trees, dtype=first.dtype, device=first.device, key="task")
@@ -322,11 +322,11 @@ def starting_at(trees: Mapping[str, Any]) -> Hyperparameters:
     return made
 
 
-def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:
-    """Refuse a hypergradient behind which a solve broke down, before the guard says only that it is not finite.
+def refuse_failed_solve(step: int, statuses: Mapping[str, Status], note: str) -> None:
+    """Refuse a hypergradient whose solve broke down; ``guard`` could say only that it is not finite.
 
     Raises:
-        HypergradientError: names the step, the solve, and what to change.
+        HypergradientError: the message names the step, the solve, and what to change.
     """
     for name, status in statuses.items():
         if status >= Status.breakdown:
@@ -334,20 +334,21 @@ def refuse(step: int, statuses: Mapping[str, Status], note: str) -> None:
 
 
 def check_labels(splits: Splits) -> None:
-    """Refuse a dataset without validation rows, and labels outside of its classes.
+    """Refuse a dataset without validation rows, and labels outside its classes.
 
     Raises:
-        ValueError: names the split and the label.
+        ValueError: the message names the split and the labels.
     """
     if not len(splits.val):
         raise ValueError(
-            f"dataset={splits.name} has no validation rows (dataset.val=0): the hyperparameters of a trained model are fitted to "
-            "them; raise dataset.val"
+            f"dataset={splits.name} has no validation rows (dataset.val=0), but the hyperparameters are fitted to them; "
+            "raise dataset.val"
         )
     for name in ("train", "val", "test"):
         y = getattr(splits, name).y
         if y.is_floating_point() != (splits.num_classes == 0):
-            raise ValueError(f"dataset={splits.name}: {splits.num_classes} classes, but targets of {y.dtype}; change dataset")
+            what = f"there are {splits.num_classes} classes, but the targets have dtype {y.dtype}"
+            raise ValueError(f"dataset={splits.name}: {what}; change dataset")
         if splits.num_classes and len(y) and not 0 <= int(y.min()) <= int(y.max()) < splits.num_classes:
             raise ValueError(
                 f"dataset={splits.name}: the {name} rows have labels from {int(y.min())} to {int(y.max())}, but there are "

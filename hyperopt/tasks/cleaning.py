@@ -1,10 +1,10 @@
-"""Data cleaning: one weight for each training image, some of whose labels are wrong; a clean validation set tunes the weights.
+"""Data cleaning: some training labels are wrong; one weight for each training image is tuned on a clean validation set.
 
     L = mean_i lam_i cross_entropy(f(w, x_i), y_i) + decay |w|^2 / 2        E = cross_entropy(f(w, x'), y')
 
-A share of the training labels, drawn by the seed, is replaced by another class, each of the others as likely. Which ones is kept
-aside, for the measures alone: an image counts as found clean where its weight is above one half, and ``clean/f1`` is the harmonic
-mean of the precision and the recall of that set.
+A fraction of the training labels, drawn by the seed, is replaced by one of the other classes with equal probability. Which
+labels were replaced is used only for metrics: images with a weight above one half count as clean, and ``clean/f1`` is the
+harmonic mean of precision and recall of that set.
 
 Reference: L. Franceschi, M. Donini, P. Frasconi and M. Pontil, Forward and reverse gradient-based hyperparameter optimization,
 ICML 2017, arXiv 1703.01785, section 5.1.
@@ -28,17 +28,17 @@ from hyperopt.tasks.base import SPLIT_MEASURES, Environment
 from hyperopt.tasks.bilevel import Parts
 from hyperopt.tasks.network import NetworkTask
 
-CLEAN = 0.5  # an image of a larger weight counts as clean
+CLEAN = 0.5  # images with a larger weight count as clean
 
 
 @dataclass(eq=False)
 class CorruptedTask(NetworkTask):
-    """A network trained on rows some of whose labels are replaced, and tuned on clean ones.
+    """A network that is trained on rows with some replaced labels, and tuned on clean rows.
 
     Attributes:
-        hidden: as for every network; none by default.
-        corrupted: share of the training labels that are replaced by another class, in [0, 1].
-        decay: strength of the L2 of the model.
+        hidden: sizes of the hidden layers (none: a linear model).
+        corrupted: fraction of the training labels that are replaced by another class, in [0, 1].
+        decay: strength of the L2 penalty on the model, at least 0.
         corrupt: which training labels were replaced, after ``setup``. shape: (n,), bool.
     """
 
@@ -57,16 +57,16 @@ class CorruptedTask(NetworkTask):
         check_number(self, "decay", 0.0)
 
     def training_batches(self, env: Environment) -> Minibatches:
-        """Replace labels, and return batches ``(x, y, places)`` of the training rows.
+        """Replace labels, and return batches ``(x, y, places)`` of the training rows, where ``places`` are their indices.
 
         Raises:
-            ValueError: validation rows of one class only.
+            ValueError: the validation rows have only one class.
         """
         seen = self.splits.val.y.unique()
         if len(seen) < 2:
             raise ValueError(
-                f"dataset={self.splits.name} has validation labels of {len(seen)} class: "
-                "they say nothing about which training labels are wrong; raise dataset.val or change dataset"
+                f"dataset={self.splits.name} has validation labels of {len(seen)} class only, "
+                "which cannot tell which training labels are wrong; raise dataset.val or change dataset"
             )
         train = self.splits.train
         labels, self.corrupt = replaced(train.y, self.splits.num_classes, self.corrupted, env.seed)
@@ -75,17 +75,17 @@ class CorruptedTask(NetworkTask):
         return Minibatches((train.x, labels, places), self.batch_size, env.seed, key="task.batch_size")
 
     def validation_batches(self, env: Environment) -> Minibatches:
-        """Batches ``(x, y)`` of the clean rows."""
+        """Return batches ``(x, y)`` of the clean rows."""
         return self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size")
 
     def penalty(self, w: dict[str, Tensor]) -> Tensor:
-        """The L2 of the model."""
+        """Return the L2 penalty on the model."""
         return self.decay / 2 * torch.stack([x.square().sum() for x in w.values()]).sum()
 
 
 @dataclass(eq=False)
 class CleaningTask(CorruptedTask):
-    """A weight for each training row, some of whose labels are replaced.
+    """A network with a tuned weight for each training row.
 
     Attributes:
         weights: space of the weights.
@@ -117,24 +117,24 @@ class CleaningTask(CorruptedTask):
         return Parts(problem, self.model.w, {"weights": (len(self.corrupt),)}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-        """The weighted loss and the decay."""
+        """Return the weighted loss plus the penalty."""
         _, y, places = batch
         loss = (lam["weights"][places] * functional.cross_entropy(z, y, reduction="none")).mean()
         return loss + self.penalty(w)
 
     def measure(self, w: Any) -> dict[str, float]:
-        """As every trained problem, with how well the found set is clean."""
+        """Return the metrics of every trained problem, and ``clean/*``."""
         return {**super().measure(w), **found_clean(self.hyper.read()["weights"], self.corrupt)}
 
 
 def replaced(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels of which a share is replaced by another class, by the seed alone; and which ones were.
+    """Return labels of which a fraction is replaced by another class, and a mask of the replaced ones.
 
     Args:
-        labels: shape: (n,), int64.
-        classes: how many there are.
-        share: of the labels, in [0, 1].
-        seed: 0 to 2**32 - 1.
+        labels: the labels, int64. shape: (n,)
+        classes: number of classes.
+        share: fraction of the labels to replace, in [0, 1].
+        seed: seed of the draw, 0 to 2**32 - 1.
     """
     draw = np.random.RandomState((seed, 8))
     chosen = draw.permutation(len(labels))[: round(share * len(labels))]
@@ -145,7 +145,7 @@ def replaced(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Ten
 
 
 def found_clean(weights: Tensor, corrupt: Tensor) -> dict[str, float]:
-    """``clean/precision``, ``clean/recall`` and ``clean/f1`` of the images whose weight is above one half."""
+    """Return ``clean/precision``, ``clean/recall`` and ``clean/f1`` of the images with a weight above one half."""
     found, clean = weights > CLEAN, ~corrupt
     right = float((found & clean).sum())
     precision, recall = (right / max(float(part.sum()), 1.0) for part in (found, clean))

@@ -3,8 +3,8 @@
     min over (M, B)   mean_i (|x_i - x'_i|^2 + |y_i - y'_i|^2) / 2      x', y': targets, from a model with hidden M and B
     subject to        (x_i, y_i) = f(x_i, y_i; M, B u_i)                 x in R^n, y in R^(p x q)
 
-A worked example of a fixed point in several variables: ``hyperopt.fixed_point`` takes the tuple as it is, and everything else
-(solvers, adjoints, certificate, ``mode=check``) is what it is for one variable.
+This is a worked example of a fixed point in several variables. ``hyperopt.fixed_point`` takes the tuple of states directly; the
+solvers, the adjoints, the certificate and ``mode=check`` work as they do for one variable.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ SPLITS = {"outer": "fitted", "val": "selected on", "test": "held out"}
 
 @dataclass(eq=False)
 class CoupledTask(FixedSettings, SolvingTask):
-    """One outer step is one hypergradient on all fitted rows and one update.
+    """The task of two coupled states; an outer step takes one hypergradient on all fitted rows.
 
     Attributes:
-        x_size: entries of the one state.
-        y_shape: shape of the other, two numbers.
-        features: entries of one input.
-        rows: examples of each split: fitted, selected on, held out.
-        max_norm: largest spectral norm of the coupling matrix M, in (0, 1); that of the hidden model has 0.9 of it.
-        noise: standard deviation of the noise in the targets.
-        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
-        solver: how the states are found (None: Picard).
-        adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        x_size: number of entries of x, at least 1.
+        y_shape: shape (p, q) of y.
+        features: number of entries of an input, at least 1.
+        rows: number of examples in each split: fitted, for selection, held out.
+        max_norm: largest spectral norm of the coupling matrix M, in (0, 1); the hidden model has 0.9 of it.
+        noise: standard deviation of the noise in the targets, at least 0.
+        certificate_every: number of outer steps between two certificates (``hypergrad/error_estimate``).
+        solver: the solver of the states (None: Picard).
+        adjoint: the adjoint (None: implicit, by the Neumann series).
         policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
-        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
+        fallback: solvers that ``policy=fallback`` tries in turn (none: Anderson, Broyden, Newton-Krylov).
         model: the layer, after ``setup``.
-        inputs, targets: of each split, after ``setup``.
+        inputs, targets: the inputs and targets of each split, after ``setup``.
     """
 
     name = "coupled"
@@ -90,10 +90,10 @@ class CoupledTask(FixedSettings, SolvingTask):
         check_adjoint(self)
 
     def setup(self, env: Environment) -> None:
-        """Draw the hidden model, the rows and the model from ``env.generator``, in float64, and put them where they belong."""
+        """Draw the hidden model, the rows and the model from ``env.generator`` in float64, then move them to device and dtype."""
         generator = env.generator
 
-        # So large that M lies on the edge of the ball.
+        # With this scale M lies on the boundary of the ball.
         hidden = self._build(self.features, 0.9 * self.max_norm, 1.0, generator).to(env.device, env.dtype)
         self.model = self._build(self.features, self.max_norm, 0.01, generator).to(env.device, env.dtype)
         self.inputs, self.targets = {}, {}
@@ -114,7 +114,7 @@ class CoupledTask(FixedSettings, SolvingTask):
         return DEQ(cell, self.solver, self.adjoint, policy=self.policy, fallback=self.fallback)
 
     def learned(self) -> Learned:
-        """Return the layer, from inputs to both states."""
+        """Return the layer, which maps inputs to both states."""
         return Learned(self.model.state_dict(), {}, (self.features,), 0, scaled_by())
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> DEQ:
@@ -154,12 +154,12 @@ class CoupledTask(FixedSettings, SolvingTask):
         return record.over_ranks()
 
     def solutions(self) -> Sequence[Solution]:
-        """Return the model's latest solve."""
+        """Return the model's latest solution."""
         return [] if self.model.solution is None else [self.model.solution]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return ``loss``, and ``error_x`` and ``error_y``: each state's distance from its targets relative to their size."""
+        """Return ``loss``, and ``error_x`` and ``error_y``, the relative distances of the states from their targets."""
         metrics = {}
         for split in SPLITS:
             metrics[f"{split}/loss"] = self.loss(split).item()
@@ -169,7 +169,7 @@ class CoupledTask(FixedSettings, SolvingTask):
         return metrics
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the loss of a step; see ``Task.objective``."""
+        """Return the outer loss of a step and the solution; see ``Task.objective``."""
         model = copy.copy(self.model)  # shares the parameters
         model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
         loss = self.loss("outer", model)
@@ -177,22 +177,22 @@ class CoupledTask(FixedSettings, SolvingTask):
         return loss, model.solution
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``residual``, of one traced solve each way."""
+        """Return ``residual``, of one traced forward and one traced backward solve."""
         loss = self.loss("outer", trace=True)
         torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
         return {} if self.model.solution is None else {"residual": residual_figure({"": self.model.solution})}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the model's tensors; rows and targets come from the seed."""
+        """Return the model's tensors; inputs and targets come from the seed."""
         return {"model": dict(self.model.state_dict()), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         self.model.load_state_dict(state["model"])
         self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
-        """Return the sizes, and the rows behind each metric."""
+        """Return the sizes, and the number of rows of each metric."""
         return {
             "name": self.name,
             "x_size": self.x_size,

@@ -1,4 +1,4 @@
-"""Distillation: a training set of a few learned images, on which a model is trained that does well on real ones.
+"""Dataset distillation: a few learned training images, such that a model trained on them does well on real images.
 
     L = cross_entropy(f(w, images), 0 .. classes - 1) + decay / 2 |w|^2            the images are the hyperparameters
     E = cross_entropy(f(w, x), y)                                                  on the real training rows
@@ -37,11 +37,11 @@ class DataDistillationTask(BilevelTask):
 
     Attributes:
         images: space of the images.
-        images_per_class: how many of each class.
-        decay: strength of the L2 of the model that is trained on them.
-        hidden: sizes of its hidden layers (none: a linear model).
-        batch_size: real rows of one outer step (None: all).
-        model: the model that is trained on them, after ``setup``.
+        images_per_class: number of images of each class, at least 1.
+        decay: strength of the L2 penalty on the model, at least 0.
+        hidden: sizes of the model's hidden layers (none: a linear model).
+        batch_size: number of real rows of an outer step, at least 1 (None: all).
+        model: the model that is trained on the images, after ``setup``.
     """
 
     name = "data_distillation"
@@ -86,7 +86,7 @@ class DataDistillationTask(BilevelTask):
         return Parts(problem, self.model.w, {"images": (len(labels), features)}, rows)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """The model's logits."""
+        """Return the model's logits."""
         return self.model(w, x)
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Sequential:
@@ -94,8 +94,8 @@ class DataDistillationTask(BilevelTask):
         return classifier(shape, self.hidden, classes, torch.Generator())
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``images``: the learned ones, one row each of ``images_per_class``; none where the rows are no images."""
-        from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+        """Return ``images``, the learned images, one line for each of ``images_per_class``; nothing if rows are not images."""
+        from matplotlib.figure import Figure  # imported here because it takes half a second
 
         shape = self.splits.shape
         if len(shape) != 3:

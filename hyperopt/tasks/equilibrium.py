@@ -1,10 +1,10 @@
-"""The equilibrium model, fitted by implicit hypergradients on one split, selected on another and tested on a third.
+"""The equilibrium model: fitted by implicit hypergradients on one split, selected on another and tested on a third.
 
     min over (A, B, c, classifier)   mean_i cross_entropy(classifier(w_i), y_i) + sum_g l2_g / 2 |g|^2
     subject to                       w_i = tanh(w_i A + B x_i + c)      for every fitted row i
 
-Reference: R. Grazzi, L. Franceschi, M. Pontil and S. Salzo, On the iteration complexity of hypergradient computation, ICML 2020,
-arXiv 2006.16218, section 5.
+Reference: R. Grazzi, L. Franceschi, M. Pontil and S. Salzo, On the iteration complexity of hypergradient computation, ICML
+2020, arXiv 2006.16218, section 5.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ WARM_DTYPES = (None, "float32", "bfloat16")
 
 @dataclass(eq=False)
 class EquilibriumTask(SupervisedTask):
-    """One outer step is one hypergradient on a batch of the fitted rows, by default all of them, and one update.
+    """The equilibrium model; an outer step takes one hypergradient on a batch of the fitted rows (by default all of them).
 
     Attributes:
-        state_size: entries of one state ``w_i``, unless the cell is a module that says so itself.
-        cell: the inner map with its own settings (None: a free, projected A); see ``hyperopt.nn.cells.CellFactory``. An ordinary
-            module with ``forward(z, x)`` will do; see ``hyperopt.nn.cells.OwnCell``.
-        classifier_scale: standard deviation of the normal initial weights of the classifier, whose bias starts at zero (None:
-            ``torch.nn.Linear``'s own initial values for both).
-        warm_start: start each inner solve on the fitted rows, and its adjoint solve, from the row's own solutions when it was
-            seen last. Keeps two states of memory for every fitted row.
-        warm_dtype: floating type of what is kept (None: that of the run); ``bfloat16`` halves the memory of float32.
-        tolerance: ``fixed``: ``solver.rtol`` in every step. ``gradient``: that is for a hypergradient as large as it ever was;
-            where it is smaller, so is the tolerance, in proportion; see ``hyperopt.tasks.tolerance``.
-        certificate_every: outer steps from one certificate (``hypergrad/error_estimate``) to the next.
+        state_size: number of entries of a state ``w_i``, unless the cell is a module with its own ``state_size``.
+        cell: the inner map (None: a projected matrix A without structure); see ``hyperopt.nn.cells.CellFactory``. It may be an
+            ordinary module with ``forward(z, x)``; see ``hyperopt.nn.cells.OwnCell``.
+        classifier_scale: standard deviation of the classifier's normal initial weights, with zero bias (None: both as
+            ``torch.nn.Linear`` initialises them).
+        warm_start: whether the solves of a fitted row start from the row's last state and adjoint variable, which takes the
+            memory of two states for every fitted row.
+        warm_dtype: floating-point dtype of these (None: that of the run); ``bfloat16`` takes half the memory of float32.
+        tolerance: ``fixed``: every step uses ``solver.rtol``. ``gradient``: the tolerance is proportional to the norm of the
+            hypergradient and at most ``solver.rtol``; see ``hyperopt.tasks.tolerance``.
+        certificate_every: number of outer steps between two certificates (``hypergrad/error_estimate``).
         l2: ``{group: strength}``; ``strength / 2 * |group|^2`` is added to the outer loss of a step, not to ``outer/loss``.
         model: the model, after ``setup``.
-        warm: what is kept of the fitted rows under ``warm_start``, after ``setup``; else None.
-        forcing: what drives the tolerance under ``tolerance="gradient"``, after ``setup``; else None.
+        warm: the store of warm starts, after ``setup`` (None: ``warm_start`` is off).
+        forcing: the rule of the tolerance, after ``setup`` (None: ``tolerance="fixed"``).
     """
 
     name = "equilibrium"
@@ -107,10 +107,11 @@ class EquilibriumTask(SupervisedTask):
                 raise ValueError(f"{name}: l2.{group}={strength!r} is not in [0, inf); change l2")
 
     def setup(self, env: Environment) -> None:
-        """Load the rows and build the model; initial values come from ``env.generator`` alone, the order from ``env.seed``.
+        """Load the rows and build the model, with initial values from ``env.generator`` and the order of rows from ``env.seed``.
 
         Raises:
-            ValueError: a nonzero ``l2`` of a group that the model does not have, no rows to fit, or fewer than ``batch_size``.
+            ValueError: ``l2`` names a group that the model does not have, or there are no fitted rows, or fewer than
+                ``batch_size``.
         """
         self.load(env)
         fitted = self.rows["outer"]
@@ -119,16 +120,17 @@ class EquilibriumTask(SupervisedTask):
             self.model.cell.compile_map()
         self.forcing = None if self.tolerance == "fixed" else GradientTolerance()
         if self.forcing is not None and self.model.solver is not None and self.model.solver.rtol == 0:
-            raise ValueError("task.tolerance=gradient needs a tolerance that can fall: give solver.rtol > 0")
+            raise ValueError("task.tolerance=gradient lowers solver.rtol, which is 0; set solver.rtol above 0")
         self.warm = None
         if self.warm_start:
             kept = None if self.warm_dtype is None else getattr(torch, self.warm_dtype)
             self.warm = WarmStore(len(fitted), self.model.cell.state_size, env.dtype, kept, env.device)
             size = self.warm.nbytes / 1e6
-            log.info("warm starts of %d rows are kept: %.1f MB, in memory and in every checkpoint", len(fitted), size)
+            log.info("the warm starts of %d rows take %.1f MB in memory and in every checkpoint", len(fitted), size)
         unknown = [group for group, strength in self.l2.items() if strength and group not in self.model.groups()]
         if unknown:
-            raise ValueError(f"task.l2.{unknown[0]}: the model's groups are {', '.join(self.model.groups())}; change task.l2")
+            known = ", ".join(self.model.groups())
+            raise ValueError(f"task.l2.{unknown[0]}: the model has no such group; its groups are {known}; change task.l2")
 
     def _build(self, features: int, classes: int, generator: torch.Generator | None) -> EquilibriumModel:
         cell = (self.cell or ProjectedCell()).build(features, self.state_size, generator)
@@ -148,11 +150,11 @@ class EquilibriumTask(SupervisedTask):
         return {name: list(group) for name, group in self.model.groups().items()}
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits; the solve starts from zero."""
+        """Return the logits, from a solve that starts at zero."""
         return self.model(x)
 
     def solutions(self) -> Sequence[Solution]:
-        """Return the model's latest solve."""
+        """Return the model's latest solution."""
         return [] if self.model.solution is None else [self.model.solution]
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
@@ -196,7 +198,7 @@ class EquilibriumTask(SupervisedTask):
         return sum(terms[1:], start=terms[0]) if terms else 0.0
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the loss of a step on the fitted rows that are evaluated; see ``Task.objective``."""
+        """Return the outer loss of a step on the evaluated fitted rows, and the solution; see ``Task.objective``."""
         model, rows = copy.copy(self.model), self.evaluated()["outer"]  # the copy shares the parameters
         model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
         loss = functional.cross_entropy(model(rows.x), rows.y) + self._penalty()
@@ -204,7 +206,7 @@ class EquilibriumTask(SupervisedTask):
         return loss, model.solution
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``residual`` (of one traced solve each way) and, for a cell with a matrix A, ``spectrum``."""
+        """Return ``residual`` (of one traced forward and backward solve) and, for a cell with a matrix A, ``spectrum``."""
         loss = self._loss(self.evaluated()["outer"], trace=True)
         torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
         figures = {}
@@ -216,7 +218,7 @@ class EquilibriumTask(SupervisedTask):
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the model's tensors, where the data order stands, and what the next solves start from (None: from zero)."""
+        """Return the model's tensors, the position in the data, the warm starts and the state of the tolerance (None: unused)."""
         return {
             "model": dict(self.model.state_dict()),
             "batches": self.batches.state_dict(),
@@ -226,7 +228,7 @@ class EquilibriumTask(SupervisedTask):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         self.model.load_state_dict(state["model"])
         self.batches.load_state_dict(state["batches"])
         if self.warm is not None:
@@ -236,7 +238,7 @@ class EquilibriumTask(SupervisedTask):
         self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes, the dataset with its checksums, and the rows behind each metric."""
+        """Return sizes, the dataset with its checksums, and the number of rows of each metric."""
         return {
             **super().describe(),
             "state_size": self.model.cell.state_size,

@@ -1,4 +1,4 @@
-"""What a run has learned, in the form in which it leaves the run: see ``hyperopt.app.export``."""
+"""``Learned``: the result of a run in the form in which ``hyperopt.app.export`` writes it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Learned:
     """A model and its hyperparameters.
 
     Attributes:
-        weights: the state of ``Task.predictor``.
-        hyperparameters: in the user's units, by name; none where they are the weights themselves.
-        shape: of one input, before flattening.
-        classes: of the outputs; 0: they are numbers.
-        scaling: from raw inputs to the predictor's, see ``Splits.scaling``.
+        weights: the state dict of ``Task.predictor``.
+        hyperparameters: the hyperparameters by name, in the user's units; empty if they are the weights.
+        shape: shape of one input, before flattening.
+        classes: number of classes; 0 if the outputs are numbers.
+        scaling: the map from raw inputs to those of the predictor, see ``Splits.scaling``.
     """
 
     weights: Mapping[str, Tensor]
@@ -32,11 +32,11 @@ class Learned:
 
     @classmethod
     def on(cls, splits: Splits, weights: Mapping[str, Tensor], hyperparameters: Any = None) -> Learned:
-        """What was learned on a dataset; ``hyperparameters`` may be any tree."""
+        """Return what was learned on a dataset; ``hyperparameters`` may be any tree."""
         return cls(weights, named(hyperparameters or {}), splits.shape, splits.num_classes, splits.scaling)
 
 
 def named(tree: Any) -> dict[str, Tensor]:
-    """The leaves of a tree by their paths, joined by dots."""
+    """Return the leaves of a tree by their paths, joined by dots."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     return {".".join(map(str, path)): leaf.detach() for path, leaf in zip(paths, leaves, strict=True)}

@@ -1,11 +1,11 @@
-"""Few-shot classification: a network that learns to tell new classes apart from a few images of each.
+"""Few-shot classification: a network that learns to classify images of new classes from a few examples of each.
 
-A task is ``ways`` classes of a split, in an order of its own, with ``shots`` images of each to learn from and ``queries``
-others to judge by. With a dataset whose splits share no class (``omniglot``), those of ``val/*`` and ``test/*`` were never
-trained on.
+A task consists of ``ways`` classes of a split, in random order, with ``shots`` images of each class to learn from and
+``queries`` other images to test on. In a dataset whose splits share no class (``omniglot``), the classes of ``val/*`` and
+``test/*`` were never trained on.
 
-The network is that of MAML's paper: convolutions of 3 x 3 and stride 2, each followed by batch normalisation and a ReLU, and a
-linear layer. As there, the statistics are always those of the images at hand: of a task's shots, or of its queries together.
+The network is that of the MAML paper: convolutions of 3 x 3 with stride 2, each followed by batch normalisation and a ReLU, and
+a linear layer. As in the paper, batch statistics are always those of the present images: of a task's shots, or of its queries.
 
 Reference: C. Finn, P. Abbeel and S. Levine, ICML 2017, arXiv 1703.03400, section 5.2.
 """
@@ -34,9 +34,9 @@ class Classes:
     """The rows of a split by their class.
 
     Attributes:
-        rows: of the split.
-        places: those of each class, one line each; a short line is filled up with any. shape: (classes, most)
-        counts: rows of each class. shape: (classes,)
+        rows: the rows of the split.
+        places: row numbers, one line for each class; short lines are padded with zeros. shape: (classes, largest count)
+        counts: number of rows of each class. shape: (classes,)
     """
 
     rows: Rows
@@ -45,7 +45,7 @@ class Classes:
 
     @staticmethod
     def of(rows: Rows) -> Classes:
-        """The classes that have rows."""
+        """Return the classes that have rows."""
         labels, counts = torch.unique(rows.y, return_counts=True)
         places = torch.zeros(len(labels), int(counts.max()), dtype=torch.int64, device=rows.y.device)
         for line, label, count in zip(places, labels, counts.tolist(), strict=True):
@@ -55,12 +55,12 @@ class Classes:
 
 @dataclass(eq=False)
 class FewShotTask(MetaTask):
-    """Classification of a few new classes of images.
+    """Few-shot classification of images.
 
     Attributes:
-        ways: classes of a task, at least 2.
-        channels: of each convolution.
-        classes: of each split, after ``setup``.
+        ways: number of classes of a task, at least 2.
+        channels: number of channels of each convolution.
+        classes: the classes of each split, after ``setup``.
     """
 
     name = "few_shot"
@@ -85,8 +85,8 @@ class FewShotTask(MetaTask):
         """Load the images and sort them by class.
 
         Raises:
-            ValueError: the rows are no images, a split has fewer classes than ``ways``, or a class has fewer images than
-                ``shots`` and ``queries``.
+            ValueError: the rows are not images, a split has fewer than ``ways`` classes, or a class has fewer than ``shots``
+                plus ``queries`` images.
         """
         self.splits = splits = load_splits(self, env)
         if len(splits.shape) != 3:
@@ -137,16 +137,16 @@ class FewShotTask(MetaTask):
         return Episodes(*part(places[..., :shots]), *part(places[..., shots:]))
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """The mean cross-entropy of each task."""
+        """Return the mean cross-entropy of each task."""
         each = functional.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none")
         return each.view(y.shape).mean(1)
 
     def measures(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """The loss, and the share of the queries that are classified right."""
+        """Return the loss, and the fraction of the queries that are classified correctly."""
         return {**super().measures(outputs, y), "accuracy": float((outputs.argmax(2) == y).double().mean())}
 
     def describe_data(self) -> dict[str, Any]:
-        """Return the dataset, and the number of tasks and classes behind each metric."""
+        """Return the dataset, and the number of tasks and classes of each metric."""
         counts = {name: len(of.counts) for name, of in self.classes.items()}
         found = {**super().describe_data(), "dataset": self.splits.name, "checksums": self.splits.checksums}
         return {**found, "shape": list(self.splits.shape), "classes": counts}

@@ -2,7 +2,7 @@
 
     min over parameters   mean_i cross_entropy(network(x_i), y_i),      inside of it   z_i = cell(z_i, layer input_i)
 
-The outer loop's hyperparameters are all parameters of the network, its inner problems are the layers' equilibria.
+The hyperparameters of the outer loop are all parameters of the network; its inner problems are the equilibria of the layers.
 
 Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377; Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020.
 """
@@ -37,7 +37,7 @@ from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
 from hyperopt.tasks.exports import Learned
-from hyperopt.tasks.misclassified import wrong_figure
+from hyperopt.tasks.misclassified import misclassified_figure
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
@@ -48,27 +48,27 @@ if TYPE_CHECKING:
 
 SOLVED = ("failed", "fallbacks", "iterations", "iterations_mean")
 RUNNING = ("running/loss", "running/accuracy", *(f"running/{side}_{kind}" for side in ("inner", "adjoint") for kind in SOLVED))
-"""Means over the steps since the latest evaluation."""
+"""Names of the means over the steps since the last evaluation."""
 
 
 @dataclass(eq=False)
 class ImplicitTask(SupervisedTask):
-    """One outer step is one gradient on a minibatch and one update of all parameters.
+    """A network with implicit layers; an outer step takes one gradient on a minibatch and updates all parameters.
 
     Attributes:
-        network: what is built, with its own settings (None: the tanh layer in a small MLP); see
-            ``hyperopt.nn.factories.NetworkFactory``.
-        batch_size: as for every supervised task; here 100 by default.
-        eval_batch_size: rows of one forward of an evaluation.
-        augment: how the images of a step are changed at random (None: not); see ``hyperopt.data.augment.Augment``.
-        workers: processes that make the batches ahead of time; 0: none. They change no number.
+        network: the factory of the network (None: a small MLP with a tanh layer); see ``hyperopt.nn.factories.NetworkFactory``.
+        batch_size: number of fitted rows of an outer step (None: all).
+        eval_batch_size: number of rows of one forward pass in an evaluation.
+        augment: random changes of the images in training (None: none); see ``hyperopt.data.augment.Augment``.
+        workers: number of processes that prepare batches (0: none); the results do not depend on it.
         jacobian: weight of the Jacobian penalty in the loss of a step (0: none); see ``hyperopt.nn.stabilise``.
-        pretrain_steps: first outer steps, in which a layer is ``pretrain_iterations`` evaluations of its cell, unrolled.
-        pretrain_iterations: see there.
+        pretrain_steps: number of first outer steps in which a layer is ``pretrain_iterations`` unrolled evaluations of its
+            cell.
+        pretrain_iterations: number of evaluations of the cell in these steps, at least 1.
         model: the network, after ``setup``.
-        layers: its implicit layers by their names, after ``setup``.
-        loader: makes the batches, after ``setup``.
-        running: means over the steps since the latest evaluation.
+        layers: its implicit layers by name, after ``setup``.
+        loader: the loader of the batches, after ``setup``.
+        running: means over the steps since the last evaluation, after ``setup``.
     """
 
     name = "implicit"
@@ -98,11 +98,11 @@ class ImplicitTask(SupervisedTask):
         check_count(self, "pretrain_iterations")
 
     def setup(self, env: Environment) -> None:
-        """Load the rows and build the network; its initial values come from ``env.generator`` alone, the order from ``env.seed``.
+        """Load the rows and build the network, with initial values from ``env.generator`` and the order from ``env.seed``.
 
         Raises:
-            ValueError: a network without an implicit layer, or that does not take these images; no rows to fit, or fewer than
-                ``batch_size``.
+            ValueError: the network has no implicit layer or does not take these images, or there are no fitted rows, or fewer
+                than ``batch_size``.
         """
         self.load(env, order=torch.device("cpu") if self.workers else None)
         self.evaluation_rows = self.eval_batch_size
@@ -116,7 +116,7 @@ class ImplicitTask(SupervisedTask):
         for name, module in self.model.named_modules() if distributed.ranks() > 1 else ():
             if isinstance(module, _BatchNorm):
                 raise ValueError(
-                    f"task.network has {name} = {module}: on {distributed.ranks()} ranks each would take the statistics of its "
+                    f"task.network has {name} = {module}: on {distributed.ranks()} ranks each would use the statistics of its "
                     f"own rows; use GroupNorm or LayerNorm, or one rank"
                 )
         if env.compile:
@@ -142,11 +142,11 @@ class ImplicitTask(SupervisedTask):
         return Learned.on(self.splits, {f"network.{name}": value for name, value in self.model.state_dict().items()})
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
-        """Build the network behind a layer that makes rows into images."""
+        """Build the network, after a layer that reshapes rows to images."""
         return nn.Sequential(OrderedDict(images=nn.Unflatten(1, shape), network=self._build(shape, classes)))
 
     def groups(self) -> dict[str, list[Tensor]]:
-        """Return the parameters by the part of the network that they are in; a shared one counts for its first part."""
+        """Return the parameters grouped by the network's top-level modules; a shared one belongs to the first of them."""
         groups: dict[str, list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             groups.setdefault(name.partition(".")[0], []).append(parameter)
@@ -157,7 +157,7 @@ class ImplicitTask(SupervisedTask):
         return self.model(x.unflatten(1, self.splits.shape))
 
     def solutions(self) -> Sequence[Solution]:
-        """Return the layers' latest solves."""
+        """Return the latest solutions of the layers."""
         return [layer.solution for layer in self.layers.values() if layer.solution is not None]
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
@@ -178,13 +178,13 @@ class ImplicitTask(SupervisedTask):
             return total + self.jacobian * extra.jacobian
 
         self.model.train()
-        # A line search must see one function: the same dropout, the same signs of the penalty, the same statistics.
+        # A line search needs one fixed function: the same dropout masks, the same signs of the penalty, the same statistics.
         once = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.LBFGS)
         replay = Replay(Places.of_modules([self.model]), images.device.type)
 
         def again() -> Tensor:
             total = replay(loss)
-            replay.commit()  # after the first call
+            replay.commit()  # has an effect only after the first call
             return total
 
         with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
@@ -195,23 +195,23 @@ class ImplicitTask(SupervisedTask):
         return record
 
     def pretraining(self) -> tuple[FixedPointSolver, Adjoint]:
-        """What solves the layers in the first ``pretrain_steps`` steps: a few evaluations, unrolled, converged or not."""
+        """Return solver and adjoint of the first ``pretrain_steps`` steps: a fixed number of evaluations, unrolled."""
         return Picard(0.0, 0.0, max_steps=self.pretrain_iterations), Unrolled()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the three sets of rows, and the means over the steps since the evaluation before.
+        """Return loss and accuracy on the three sets of rows, and means over the steps since the last evaluation.
 
-        ``running/loss`` and ``running/accuracy`` are those of the steps' own batches, before each update and in training mode;
-        ``running/inner_iterations`` and ``running/adjoint_iterations`` means of the slowest row's, ``..._mean`` of all rows';
-        ``running/inner_failed`` and ``running/inner_fallbacks`` shares of the steps, the same for ``adjoint``.
+        ``running/loss`` and ``running/accuracy`` are measured on the batches of the steps, before each update and in training
+        mode. ``running/inner_iterations`` is the mean of the slowest row's iterations, ``..._iterations_mean`` that of all
+        rows, and ``running/inner_failed`` and ``running/inner_fallbacks`` are fractions of the steps; the same for ``adjoint``.
         """
         with self._evaluating():
             return {**super().evaluate(), **self.running.read()}
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The network in eval mode; each layer's latest solve is put back, since it is that of the latest step."""
+        """Put the network into eval mode in this block; afterwards each layer has the solution of the latest step again."""
         before = {layer: layer.solution for layer in self.layers.values()}
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
@@ -232,7 +232,7 @@ class ImplicitTask(SupervisedTask):
 
     @contextlib.contextmanager
     def _solved_by(self, solver: FixedPointSolver, adjoint: Adjoint) -> Iterator[None]:
-        """Every layer solved and differentiated in another way."""
+        """Give every layer another solver and adjoint in this block."""
         before = [(layer, layer.solver, layer.adjoint, layer.policy) for layer in self.layers.values()]
         try:
             for layer in self.layers.values():
@@ -243,7 +243,7 @@ class ImplicitTask(SupervisedTask):
                 layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``residual`` (of one traced solve each way) and ``wrong``: test images that the network gets wrong."""
+        """Return ``residual`` (of one traced forward and backward solve) and ``wrong``, misclassified test images."""
         rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
         with self._evaluating():
             hooks = [layer.register_forward_pre_hook(_traced, with_kwargs=True) for layer in self.layers.values()]
@@ -255,11 +255,11 @@ class ImplicitTask(SupervisedTask):
             torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group], allow_unused=True)
             named = {name if len(self.layers) > 1 else "": layer.solution for name, layer in self.layers.items()}
             figures = {"residual": residual_figure({name: found for name, found in named.items() if found is not None})}
-            figures["wrong"] = wrong_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
+            figures["wrong"] = misclassified_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the network's tensors, where the data order stands, and the running means."""
+        """Return the network's tensors, the position in the data, and the running means."""
         return {
             "model": self.model.state_dict(),
             "batches": self.batches.state_dict(),
@@ -268,17 +268,17 @@ class ImplicitTask(SupervisedTask):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         self.model.load_state_dict(state["model"])
         self.batches.load_state_dict(state["batches"])
         self.running.load_state_dict(state["running"])
         self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes, the dataset with its checksums, the rows behind each metric, and the implicit layers."""
+        """Return sizes, the dataset with its checksums, the number of rows of each metric, and the implicit layers."""
         return {**super().describe(), "shape": list(self.splits.shape), "layers": list(self.layers)}
 
 
 def _traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward hook that makes an implicit layer keep its residuals."""
+    """Let an implicit layer keep its residuals; a forward hook."""
     return args, {**kwargs, "trace": True}

@@ -1,10 +1,10 @@
-"""Linear models: one L2 strength for each feature, and L2 around a learned centre.
+"""Linear models with an L2 strength for each feature, or with an L2 penalty around a learned centre.
 
     l2                    L = loss(X w, y) + sum_j lam_j |w_j|^2 / 2            E = loss(X' w, y')
     bias_regularization   L = loss(X w, y) + beta / 2 |w - lam|^2               E = loss(X' w, y')
 
-with one output for numbers (half the squared error) and for two classes (logistic), else one for each class (cross-entropy). The
-rows of a dataset may be sparse, and stay so.
+The model has one output for numbers (half the squared error) and for two classes (logistic loss), and one for each of more
+classes (cross-entropy). The rows of a dataset may be sparse, and then stay sparse.
 
 References: C. B. Do, C.-S. Foo and A. Y. Ng, Efficient multiple hyperparameter learning for log-linear models, NIPS 2007;
 G. Denevi et al., Learning-to-learn stochastic gradient descent with biased regularization, ICML 2019, arXiv 1903.10399.
@@ -34,24 +34,24 @@ from hyperopt.tasks.scores import loss_of
 
 Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
 
-DENSE_FEATURES = 1000  # most features for which the constants of the certificate are worked out
+DENSE_FEATURES = 1000  # largest number of features for which the constants of the certificate are computed
 
 
 def outputs_of(classes: int) -> int:
-    """One output for each class; one alone for two classes and for numbers."""
+    """Return the number of outputs: one for each class, but one for two classes and for numbers."""
     return classes if classes > 2 else 1
 
 
 class LinearModel(nn.Module):
-    """``x w`` for dense rows and for sparse ones, without intercept.
+    """The linear map ``x w`` without intercept, for dense or sparse rows.
 
     Args:
-        features: of a row.
-        outputs: of a row.
+        features: number of features.
+        outputs: number of outputs.
     """
 
     def __init__(self, features: int, outputs: int) -> None:
-        """Start at zero."""
+        """Start with zero weights."""
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(features, outputs))
 
@@ -62,12 +62,13 @@ class LinearModel(nn.Module):
 
 @dataclass(eq=False)
 class LinearTask(TunedTask):
-    """A linear model without intercept, trained on the training rows with a penalty, tuned on the validation rows.
+    """A linear model without intercept, trained with a penalty on the training rows and tuned on the validation rows.
 
     Attributes:
-        retrain: evaluations also train on the training and validation rows together, and test that: ``retrained/*``.
-        batch_size: training rows of one inner gradient (None: all); evaluations train on all of them.
-        val_batch_size: validation rows of one outer gradient (None: all).
+        retrain: whether evaluations also train on the training and validation rows together and test that model, as
+            ``retrained/*``.
+        batch_size: number of training rows of an inner gradient (None: all); evaluations train on all of them.
+        val_batch_size: number of validation rows of an outer gradient (None: all).
     """
 
     retrain: bool = False
@@ -83,18 +84,18 @@ class LinearTask(TunedTask):
 
     @abstractmethod
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
-        """The penalty of weights of shape (features, outputs)."""
+        """Return the penalty on weights of shape (features, outputs)."""
 
     @abstractmethod
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
-        """Shape of the hyperparameter."""
+        """Return the shape of the hyperparameter."""
 
     @abstractmethod
     def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
-        """Those of a quadratic inner problem, in closed form, from what ``_spectra`` returns."""
+        """Return the constants of a quadratic inner problem in closed form, from the results of ``_spectra``."""
 
     def build(self, env: Environment) -> Parts:
-        """Start at zero weights."""
+        """Build the problem, with zero initial weights."""
         splits = self.splits
         outputs = outputs_of(splits.num_classes)
         features = splits.train.x.shape[1]
@@ -122,11 +123,11 @@ class LinearTask(TunedTask):
         return Parts(problem, w, shapes, self.rows(), whole=whole)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
-        """``x w``."""
+        """Return ``x w``."""
         return x @ w
 
     def state_of(self, w: Tensor) -> dict[str, Tensor]:
-        """The weights, named."""
+        """Return the weights by name."""
         return {"weight": w}
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> LinearModel:
@@ -134,18 +135,18 @@ class LinearTask(TunedTask):
         return LinearModel(math.prod(shape), outputs_of(classes))
 
     def _spectra(self) -> tuple[Tensor, float]:
-        """``X^T X / n`` of the training rows, and the largest eigenvalue of that of the fitted rows."""
+        """Return ``X^T X / n`` of the training rows, and the largest eigenvalue of ``X^T X / n`` of the fitted rows."""
         gram = [rows.x.T @ rows.x / len(rows) for rows in (self.splits.train, self.fitted)]
         return gram[0], float(torch.linalg.eigvalsh(gram[1])[-1])
 
     def evaluate(self) -> dict[str, float]:
-        """As every trained problem, and with ``retrain`` also ``retrained/*``."""
+        """Return the metrics of every trained problem and, with ``retrain``, also ``retrained/*``."""
         return {**super().evaluate(), **(self.retrained() if self.retrain else {})}
 
     def retrained(self) -> dict[str, float]:
-        """``retrained/*`` on the test rows, of the model trained on training and validation rows at the present hyperparameters.
+        """Return test metrics of the model trained on training and validation rows at the present hyperparameters.
 
-        The mean loss over more rows weighs as much as that over fewer, so the strengths mean the same.
+        The loss is a mean over rows, so a strength has the same meaning for more rows.
         """
         whole = joined(self.splits.train, self.splits.val)
         start, (x, y) = self._state(), pairs(whole)
@@ -158,7 +159,7 @@ class LinearTask(TunedTask):
 
 @dataclass(eq=False)
 class L2Task(LinearTask):
-    """One L2 strength for each feature, or one for all (``per: tensor``).
+    """An L2 strength for each feature, or one for all (``per: tensor``).
 
     Attributes:
         l2: space of the strengths.
@@ -171,15 +172,15 @@ class L2Task(LinearTask):
     l2: Space | None = None
 
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
-        """A strength is shared by the outputs of a feature."""
+        """Return (features, 1): the outputs share the strength of a feature."""
         return (features, 1)
 
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
-        """``sum_j lam_j |w_j|^2 / 2``."""
+        """Return ``sum_j lam_j |w_j|^2 / 2``."""
         return (lam["l2"] * w.square()).sum() / 2
 
     def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
-        """``d_lam grad_w L = diag(w)``, in a ball around ``w`` that holds the minimum."""
+        """Return the constants, with ``d_lam grad_w L = diag(w)``, in a ball around ``w`` that contains the minimum."""
         hessian = gram + torch.diag(lam["l2"].expand(w.shape).reshape(-1))
         values = torch.linalg.eigvalsh(hessian)
         least, largest = float(values[0]), float(values[-1])
@@ -197,7 +198,7 @@ class L2Task(LinearTask):
 
 @dataclass(eq=False)
 class BiasRegularizationTask(LinearTask):
-    """L2 of a fixed strength around a learned centre.
+    """An L2 penalty of fixed strength around a learned centre.
 
     Attributes:
         centre: space of the centre.
@@ -217,25 +218,25 @@ class BiasRegularizationTask(LinearTask):
         check_number(self, "beta", 0.0, open_low=True)
 
     def shape(self, features: int, outputs: int) -> tuple[int, ...]:
-        """That of the weights."""
+        """Return the shape of the weights."""
         return (features, outputs)
 
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:
-        """``beta / 2 |w - lam|^2``."""
+        """Return ``beta / 2 |w - lam|^2``."""
         return self.beta / 2 * (w - lam["centre"]).square().sum()
 
     def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
-        """``d_lam grad_w L = - beta I``."""
+        """Return the constants, with ``d_lam grad_w L = - beta I``."""
         values = torch.linalg.eigvalsh(gram) + self.beta
         return InnerConstants(float(values[0]), float(values[-1]), self.beta, outer_lipschitz=outer)
 
 
 def pairs(rows: Rows) -> Batch:
-    """Features, to be multiplied by weights, and targets."""
+    """Return the features, in a form that can be multiplied by weights, and the targets."""
     return (rows.x if rows.x.layout == torch.strided else SparseRows(rows.x), rows.y)
 
 
 def joined(one: Rows, two: Rows) -> Rows:
-    """The rows of both."""
+    """Return the rows of both sets as one."""
     x = torch.cat([one.x, two.x]) if one.x.layout == torch.strided else torch.cat([r.x.to_sparse_coo() for r in (one, two)])
     return Rows(x, torch.cat([one.y, two.y]), torch.cat([one.index, two.index]))

@@ -1,14 +1,13 @@
-"""Meta-learning: weights from which a few examples of a new task are learned; a subclass gives the network and the tasks.
+"""Meta-learning: weights from which a few examples of a new task are learned. A subclass gives the network and the tasks.
 
-    min over theta   mean_t E_t(w_t(theta))           E_t: loss on queries of task t
-    MAML             w_t: a few steps of training on the shots of task t, from theta; differentiated through (unrolled)
-    iMAML            w_t = argmin L_t(w) + proximal / 2 |w - theta|^2; differentiated at the minimum (implicit, such as cg)
+    min over theta   mean_t E_t(w_t(theta))           E_t: loss on the queries of task t
+    MAML             w_t: a few training steps on the shots of task t, from theta; differentiated by unrolling
+    iMAML            w_t = argmin L_t(w) + proximal / 2 |w - theta|^2; differentiated at the minimum by an implicit adjoint
 
-The tasks of an outer step are one inner problem: ``w`` has a row of weights for each task, the inner loss is the sum over the
-tasks, and so each of them is trained as it would be alone. Task number ``i`` is drawn by the seed and ``i`` alone; every outer
-step takes the next ``tasks`` numbers. The tasks behind ``val/*`` and ``test/*`` are others, and always the same.
-
-With ``meta_sgd`` the inner solver's rate is a hyperparameter too, one for each weight.
+The tasks of an outer step form one inner problem. ``w`` has a row of weights for each task and the inner loss is the sum over
+the tasks, so each task is trained as it would be alone. Task number ``i`` depends only on the seed and ``i``; every outer step
+takes the next ``tasks`` numbers. The tasks of ``val/*`` and ``test/*`` are other ones and always the same. With ``meta_sgd``
+the learning rate of the inner solver is a hyperparameter too, one for each weight.
 
 References: C. Finn, P. Abbeel and S. Levine, ICML 2017, arXiv 1703.03400; A. Rajeswaran, C. Finn, S. Kakade and S. Levine,
 NeurIPS 2019, arXiv 1909.04630; Z. Li, F. Zhou, F. Chen and H. Li, Meta-SGD, arXiv 1707.09835.
@@ -42,19 +41,17 @@ from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import Environment, Guard, StepRecord
 from hyperopt.tasks.bilevel import BilevelTask, Parts, starting_at
 
-SPLITS = ("outer", "val", "test")  # whose tasks are drawn independently of each other's
-AT_A_TIME = 100  # tasks of an evaluation, which bounds its memory
+SPLITS = ("outer", "val", "test")  # the tasks of each are drawn independently of the others
+AT_A_TIME = 100  # number of tasks that an evaluation trains at a time, which bounds its memory
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Some tasks: each with a few examples to learn from, and with others to judge by.
+    """The examples of some tasks.
 
     Attributes:
-        x: inputs to learn from. shape: (tasks, examples, ...)
-        y: their targets. shape: (tasks, examples, ...)
-        query_x: inputs to judge by, likewise.
-        query_y: their targets.
+        x, y: inputs and targets to learn from (the shots). shape of each: (tasks, examples, ...)
+        query_x, query_y: inputs and targets to test on. shape of each: (tasks, queries, ...)
     """
 
     x: Tensor
@@ -68,21 +65,20 @@ class MetaTask(BilevelTask):
     """Initial weights of a network, learned so that little training adapts it to a new task.
 
     Attributes:
-        adjoint: as for every trained problem; here backpropagation through training by default.
-        warm_start: no setting here: every training starts from the learned weights.
-        tasks: tasks of one outer step.
-        shots: examples of a task to learn from (of each class, where there are classes).
-        queries: other examples of it, on which the adapted network is judged, likewise.
-        proximal: strength of the pull towards the initial weights (0: none, which is MAML).
-        meta_sgd: also learn the rate of the inner solver, one for each weight, which starts at the inner solver's own.
-        val_tasks: tasks behind ``val/*``.
-        test_tasks: tasks behind ``test/*``.
-        eval_shots: shots of the further measures ``test/<kind>_<shots>_shots_<steps>_steps`` (none: ``shots``).
-        eval_steps: inner steps of these; 0: the initial weights themselves.
-        env: of the run, after ``setup``.
-        kinds: of measures: the names that ``measures`` returns.
+        adjoint: the adjoint (default: backpropagation through training).
+        warm_start: not a setting here, since every training starts from the learned weights.
+        tasks: number of tasks of an outer step.
+        shots: number of examples of a task to learn from (of each class, if there are classes).
+        queries: number of other examples on which the adapted network is tested, likewise.
+        proximal: strength of the penalty on the distance from the initial weights (0: none, which is MAML).
+        meta_sgd: whether to learn a learning rate of the inner solver for each weight, from the solver's own rate.
+        val_tasks, test_tasks: numbers of tasks of ``val/*`` and of ``test/*``.
+        eval_shots: numbers of shots for the metrics ``test/<kind>_<shots>_shots_<steps>_steps`` (none: ``shots``).
+        eval_steps: numbers of inner steps for these metrics; 0 means the initial weights.
+        env: the environment of the run, after ``setup``.
+        kinds: names of the metrics that ``measures`` returns.
         model: the network, after ``setup``.
-        episodes: tasks of the outer step under way, after ``setup``.
+        episodes: the tasks of the present outer step, after ``setup``.
     """
 
     spaces = ()
@@ -105,11 +101,7 @@ class MetaTask(BilevelTask):
     episodes: Episodes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the ranges, and that the adjoint, the inner solver and the method belong together.
-
-        Raises:
-            ValueError: names the argument.
-        """
+        """Check the ranges, and that adjoint, inner solver and method fit together."""
         super().__post_init__()
         for name in ("tasks", "shots", "queries", "val_tasks", "test_tasks"):
             check_count(self, name)
@@ -120,57 +112,57 @@ class MetaTask(BilevelTask):
         names = (f"{split}/{{}}" for split in SPLITS)
         further = (self._further(shots, steps) for shots in self._shots for steps in self.eval_steps)
         measured = tuple(name.format(kind) for name in (*names, *further) for kind in self.kinds)
-        self.MEASURES = measured  # pyright: ignore[reportAttributeAccessIssue]  # of this object
+        self.MEASURES = measured  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of the object
         who, through, inner = type(self).__name__, isinstance(self.adjoint, Unrolled | Checkpointed), super()._inner
         used = f"adjoint={'auto' if self.adjoint is None else type(self.adjoint).__name__}"
         if isinstance(self.adjoint, Estimator):
             raise ValueError(
-                f"{who}: {used} trains weights from one outer step to the next, and here each has new tasks; change adjoint"
+                f"{who}: {used} continues training from one outer step to the next, but each has new tasks; change adjoint"
             )
         if through and not isinstance(inner, DifferentiableSolver):
-            raise ValueError(f"{who}: {used} cannot go back through inner={type(inner).__name__}; change inner")
+            raise ValueError(f"{who}: {used} cannot differentiate inner={type(inner).__name__}; change inner")
         if isinstance(self.adjoint, Unrolled) and self.adjoint.last is not None:
-            raise ValueError(
-                f"{who}: adjoint.last={self.adjoint.last} never reaches the weights where training starts; change it to null"
-            )
+            raise ValueError(f"{who}: adjoint.last={self.adjoint.last} never reaches the initial weights; change it to null")
         if not through and (not self.proximal or self.meta_sgd):
-            why = "a rate" if self.proximal else "the start of training, as proximal=0 asks for"
-            raise ValueError(f"{who}: {used} is about the minimum, which does not depend on {why}; change adjoint to unrolled")
+            why = "a rate" if self.proximal else "the start of training if proximal=0"
+            raise ValueError(
+                f"{who}: {used} differentiates the minimum, which does not depend on {why}; change adjoint to unrolled"
+            )
         rates = [name for name in getattr(inner, "rate_names", ()) if isinstance(getattr(inner, name), str)]
         if rates:
             raise ValueError(
-                f"{who}: inner.{rates[0]}={getattr(inner, rates[0])!r} names a hyperparameter that is not here; change "
+                f"{who}: inner.{rates[0]}={getattr(inner, rates[0])!r} names a hyperparameter that does not exist here; change "
                 f"inner.{rates[0]} to a number, and meta_sgd to true if it is to be learned"
             )
 
     @abstractmethod
     def network(self, env: Environment) -> nn.Module:
-        """Build the network of one task, its initial values from ``env.generator``."""
+        """Build the network of one task, with initial values from ``env.generator``."""
 
     @abstractmethod
     def draw(self, keys: Keys, split: str, shots: int) -> Episodes:
-        """Return the tasks with these keys, which are those of one split."""
+        """Return the tasks of a split with these keys."""
 
     @abstractmethod
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of each task. shapes: (tasks, examples, ...) to (tasks,)."""
 
     def measures(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """Return means over the tasks, one for each of ``kinds``."""
+        """Return a mean over the tasks for each of ``kinds``."""
         return {"loss": float(self.losses(outputs, y).mean())}
 
     def load(self, env: Environment) -> None:
-        """There are no rows, unless a subclass has some."""
+        """Load nothing; a subclass may have a dataset."""
 
     def build(self, env: Environment) -> Parts:
-        """Build the network, and a row of weights for each task."""
+        """Build the network, with a row of weights for each task."""
         self.env = env
         self.model = Functional(self.network(env).to(env.device, env.dtype))
         self.episodes = self.drawn("outer", 0, self.tasks)
         return Parts(self.problem(lambda: self.episodes), self.rows_of(self.model.w, self.tasks), {}, {})
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
-        """The weights where the network's initialisation has put them, and the rates where the inner solver has its own."""
+        """Return the network's initial weights and, with ``meta_sgd``, the inner solver's own rate for each weight."""
         trees = {"initial": self.model.w}
         if self.meta_sgd:
             rate = getattr(super()._inner, self._rate)
@@ -179,7 +171,7 @@ class MetaTask(BilevelTask):
 
     @property
     def _rate(self) -> str:
-        """The inner solver's argument that is its rate."""
+        """Name of the inner solver's argument that is its rate."""
         inner = super()._inner
         assert isinstance(inner, DifferentiableSolver)
         return inner.rate_names[0]
@@ -190,15 +182,15 @@ class MetaTask(BilevelTask):
 
     @staticmethod
     def rows_of(w: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Weights repeated, a row for each task. shapes: (...) to (count, ...)."""
+        """Return weights repeated for each task. shapes: (...) to (count, ...)."""
         return {name: leaf.detach().expand(count, *leaf.shape).clone() for name, leaf in w.items()}
 
     def outputs(self, w: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The network at each task's weights on that task's inputs. shapes: (tasks, ...), (tasks, examples, ...)."""
+        """Return the network at each task's weights on that task's inputs. shapes: (tasks, ...), (tasks, examples, ...)."""
         return torch.vmap(self.model)(w, x)
 
     def problem(self, episodes: Callable[[], Episodes]) -> BilevelProblem:
-        """The two losses on tasks. The batch of either is None: on several ranks, each works out all tasks."""
+        """Return the two losses on tasks. Their batch is None, so with several ranks each computes all tasks."""
 
         def model(w: dict[str, Tensor], lam: dict[str, Any], batch: None) -> Tensor:
             return self.outputs(w, episodes().x)
@@ -221,7 +213,7 @@ class MetaTask(BilevelTask):
         return BilevelProblem(Composite(model, criterion), outer, initial=initial)
 
     def drawn(self, split: str, first: int, count: int, shots: int | None = None) -> Episodes:
-        """The tasks of a split with numbers ``first`` to ``first + count - 1``."""
+        """Return the tasks of a split with numbers ``first`` to ``first + count - 1``."""
         numbers = torch.arange(first, first + count, device=self.env.device)
         return self.draw(Keys(numbers, self.env.seed, SPLITS.index(split)), split, shots or self.shots)
 
@@ -231,7 +223,7 @@ class MetaTask(BilevelTask):
         return super().step(optimizer, guard)
 
     def adapted(self, episodes: Episodes, steps: int | None = None) -> dict[str, Tensor]:
-        """The weights of each task after ``steps`` steps of the inner solver (None: its own number) from the initial ones."""
+        """Return the weights of each task after ``steps`` inner steps from the initial weights (None: as many as in training)."""
         lam = self.hyper.read()
         w = self.rows_of(lam["initial"], len(episodes.x))
         if steps != 0:
@@ -242,9 +234,9 @@ class MetaTask(BilevelTask):
     def evaluate(self) -> dict[str, float]:
         """Adapt to tasks that are always the same, and measure on their queries.
 
-        ``outer/*`` are on the tasks of the first outer step; ``val/*`` and ``test/*`` on tasks of their own. They are after the
-        inner solver's own steps, and ``test/<kind>_<shots>_shots_<steps>_steps`` after as many as they say: NaN where these
-        diverge, as more steps may than the weights and rates were learned for.
+        ``outer/*`` uses the tasks of the first outer step; ``val/*`` and ``test/*`` have their own tasks. They take the steps
+        of the inner solver. ``test/<kind>_<shots>_shots_<steps>_steps`` takes the steps in its name, and is NaN if these
+        diverge: the weights and rates were not learned for so many.
         """
         found: dict[str, float] = {}
 
@@ -274,37 +266,33 @@ class MetaTask(BilevelTask):
 
     @property
     def _shots(self) -> tuple[int, ...]:
-        """Those of the further measures."""
+        """The numbers of shots of the further metrics."""
         return self.eval_shots or (self.shots,)
 
     @staticmethod
     def _further(shots: int, steps: int) -> str:
-        """The name of a further measure, whose kind is to be put in."""
+        """Return the name of a further metric, as a format string for its kind."""
         return f"test/{{}}_{shots}_shots_{steps}_steps"
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the outer loss at the minimum of the inner loss on the next tasks; see ``Task.objective``.
 
         Raises:
-            NotImplementedError: that minimum does not depend on the initial weights.
+            NotImplementedError: ``proximal`` is 0, so the minimum does not depend on the initial weights.
         """
         if not self.proximal:
-            raise NotImplementedError(
-                "mode=check is about a minimum, on which with task.proximal=0 nothing learned has an influence"
-            )
+            raise NotImplementedError("mode=check needs a minimum that depends on the initial weights; set task.proximal above 0")
         self.episodes = self.drawn("outer", self._steps * self.tasks, self.tasks)
         return super().objective(solver, adjoint)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """There are no rows to predict anything for."""
-        raise NotImplementedError(f"task={self.name} predicts for tasks, see outputs")
+        """Refuse: the model predicts for tasks and not for rows, see ``outputs``."""
+        raise NotImplementedError(f"task={self.name} predicts for tasks; see outputs")
 
     def learned(self) -> Any:
-        """There is nothing that predicts before it has been adapted to a task."""
-        raise NotImplementedError(
-            f"task={self.name} learns where training starts; its network predicts nothing before it is trained"
-        )
+        """Refuse: the network predicts nothing before it is adapted to a task."""
+        raise NotImplementedError(f"task={self.name} learns initial weights, which predict nothing before they are trained")
 
     def describe_data(self) -> dict[str, Any]:
-        """Return the number of tasks behind each metric."""
+        """Return the number of tasks of each metric."""
         return {"dataset": "drawn", "rows": {"outer": self.tasks, "val": self.val_tasks, "test": self.test_tasks}}

@@ -1,4 +1,4 @@
-"""The figure of the images that a network gets wrong."""
+"""The figure of misclassified images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hyperopt.data.splits import Rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 25  # images, in five lines of five
+SHOWN = 25  # number of images, in five lines of five
 
 
 @torch.no_grad()
-def wrong_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
-    """Return the first images that are classified wrongly, each with the class that it was taken for and its own.
+def misclassified_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
+    """Return a figure of the first misclassified images, each with its predicted and its true class.
 
     Args:
-        logits: of flattened rows, shape (rows, classes).
-        rows: where to look, flattened.
-        shape: of one image, (channels, height, width) with 1 or 3 channels.
-        batch: rows of one forward.
+        logits: a function from flattened rows to logits, shape (rows, classes).
+        rows: the flattened images.
+        shape: shape of one image, (channels, height, width) with 1 or 3 channels.
+        batch: number of rows of one forward pass.
     """
-    from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     places, taken = [], []
     for first in range(0, len(rows), batch):

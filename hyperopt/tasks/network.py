@@ -1,10 +1,10 @@
-"""Networks: a weight decay for each weight, and a learned augmentation of the training images.
+"""Networks with a weight decay for each weight, or with a learned augmentation of the training images.
 
     weight_decay    L = cross_entropy(f(w, x), y) + sum_j lam_j w_j^2 / 2        E = cross_entropy(f(w, x'), y')
     augmentation    L = cross_entropy(f(w, a(lam, x, noise)), y)                 E = cross_entropy(f(w, x'), y')
 
-``f`` is a multilayer perceptron; ``a`` adds to an image what a small convolutional network makes of it and of noise. The batches
-of both losses are drawn by the seed alone.
+``f`` is a multilayer perceptron. ``a`` adds to an image the output of a small convolutional network, whose inputs are the image
+and noise. The batches of both losses depend only on the seed.
 
 Reference: J. Lorraine, P. Vicol and D. Duvenaud, Optimizing millions of hyperparameters by implicit differentiation, AISTATS
 2020, arXiv 1911.02590, sections 5.2 and 5.4.
@@ -36,10 +36,10 @@ from hyperopt.tasks.scores import loss_of
 
 
 def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Linear layers with ReLU between them, initialised as ``torch.nn.Linear`` does, from ``generator`` alone.
+    """Return linear layers with ReLU between them, initialised from ``generator`` as ``torch.nn.Linear`` initialises them.
 
     Args:
-        sizes: of the input, the hidden layers and the output.
+        sizes: sizes of the input, the hidden layers and the output.
         generator: a CPU generator.
     """
     layers: list[nn.Module] = []
@@ -51,13 +51,13 @@ def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequentia
 
 
 def classifier(shape: Sequence[int], hidden: Sequence[int], classes: int, generator: torch.Generator) -> nn.Sequential:
-    """A perceptron from flattened inputs of this shape to logits, or to one number where there are no classes."""
+    """Return a perceptron from flattened inputs of this shape to logits, or to one number if there are no classes."""
     return perceptron((math.prod(shape), *hidden, max(classes, 1)), generator)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Uniform in ``+- 1 / sqrt(fan in)``, weights and biases alike."""
+    """Draw all weights and biases uniformly in ``+- 1 / sqrt(fan in)``."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             for tensor in module.parameters(recurse=False):
@@ -66,12 +66,12 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 @dataclass(eq=False)
 class NetworkTask(TunedTask):
-    """A perceptron, trained on batches of the training rows, tuned on batches of the validation rows.
+    """A perceptron, trained on batches of the training rows and tuned on batches of the validation rows.
 
     Attributes:
         hidden: sizes of the hidden layers (none: a linear model).
-        batch_size: training rows of one inner gradient (None: all).
-        val_batch_size: validation rows of one outer step (None: all).
+        batch_size: number of training rows of an inner gradient (None: all).
+        val_batch_size: number of validation rows of an outer step (None: all).
         model: the perceptron, after ``setup``.
     """
 
@@ -95,15 +95,15 @@ class NetworkTask(TunedTask):
         self.model = Functional(model.to(env.device, env.dtype))
 
     def outer(self, w: Any, lam: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean loss on a batch."""
+        """Return the mean loss on a batch."""
         return loss_of(self.model(w, batch[0]), batch[1])
 
     def batches(self, rows: Rows, size: int | None, seed: int, key: str) -> Minibatches:
-        """Batches of ``(x, y)``; ``key`` is the setting that gives their size."""
+        """Return batches ``(x, y)``; ``key`` is the name of the setting ``size``, for messages."""
         return Minibatches((rows.x, rows.y), size, seed, key=key)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """The network's outputs."""
+        """Return the network's outputs."""
         return self.model(w, x)
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Sequential:
@@ -113,7 +113,7 @@ class NetworkTask(TunedTask):
 
 @dataclass(eq=False)
 class WeightDecayTask(NetworkTask):
-    """A weight decay for each weight of a network, or (``per: tensor``) for each of its tensors.
+    """A network with a weight decay for each weight, or (``per: tensor``) for each parameter tensor.
 
     Attributes:
         decay: space of the decays.
@@ -137,55 +137,55 @@ class WeightDecayTask(NetworkTask):
         return Parts(problem, self.model.w, {"decay": self.model.w}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean loss and the decay."""
+        """Return the mean loss plus the weight decay."""
         terms = [(lam["decay"][name] * w[name].square()).sum() for name in w]
         return loss_of(z, batch[1]) + torch.stack(terms).sum() / 2
 
 
 class Augmenter(nn.Module):
-    """Adds to an image what two convolutions make of it and of noise: ``x + scale * conv(relu(conv(x, noise)))``."""
+    """Adds to an image two convolutions of it and of noise: ``x + scale * conv(relu(conv(x, noise)))``."""
 
     def __init__(self, channels: int, width: int, scale: float) -> None:
-        """Draw nothing yet: see ``initialise``."""
+        """Build the layers; ``initialise`` draws their weights."""
         super().__init__()
         self.first = nn.Conv2d(2 * channels, width, 5, padding=2)
         self.second = nn.Conv2d(width, channels, 5, padding=2)
         self.scale = scale
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Images and noise of the same shape, (n, channels, height, width)."""
+        """Return changed images, given images and noise of the same shape, (n, channels, height, width)."""
         return x + self.scale * self.second(functional.relu(self.first(torch.cat([x, noise], 1))))
 
 
 class Noisy:
-    """Batches of ``(x, y, noise)``: standard normal noise of the shape of ``x``, from a generator of its own."""
+    """Batches ``(x, y, noise)`` with standard normal noise of the shape of ``x``, from a generator of its own."""
 
     def __init__(self, batches: Minibatches, seed: int) -> None:
-        """Stand before the first batch."""
+        """Start at the first batch."""
         self.batches, self.generator, self.shares = batches, torch.Generator().manual_seed(seed), batches.shares
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The next batch."""
+        """Return the next batch."""
         x, y = self.batches.draw()
         return x, y, torch.randn(x.shape, generator=self.generator, dtype=torch.float64).to(x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch stands."""
+        """Return the position of the next batch, and the generator's state."""
         return {"batches": self.batches.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         self.batches.load_state_dict(state["batches"])
         self.generator.set_state(state["generator"])
 
 
 @dataclass(eq=False)
 class AugmentationTask(NetworkTask):
-    """The weights of an augmentation network are the hyperparameters of a classifier trained on what it makes of the images.
+    """A classifier trained on augmented images; the hyperparameters are the weights of the augmentation network.
 
     Attributes:
-        width: channels between the two convolutions of the augmentation network.
-        scale: factor of what it adds to an image, above 0.
+        width: number of channels between the two convolutions of the augmentation network.
+        scale: factor of what the network adds to an image, above 0.
         augmenter: the augmentation network, after ``setup``.
     """
 
@@ -208,7 +208,7 @@ class AugmentationTask(NetworkTask):
         """Build both networks.
 
         Raises:
-            ValueError: the rows of the dataset are no images.
+            ValueError: the rows of the dataset are not images.
         """
         if len(self.splits.shape) != 3:
             raise ValueError(f"dataset={self.splits.name} has rows of shape {self.splits.shape}, not images; change dataset")
@@ -227,10 +227,10 @@ class AugmentationTask(NetworkTask):
         return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
-        """The weights of the augmentation network, where its initialisation has put them."""
+        """Return the initial weights of the augmentation network."""
         return starting_at({"augmenter": self.augmenter.w})
 
     def augmented(self, lam: dict[str, Any], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The images of a batch, changed; flat. shape: (n, features)."""
+        """Return the augmented images of a batch, flattened. shape: (n, features)."""
         x, _, noise = (part.unflatten(1, self.splits.shape) if part.dim() == 2 else part for part in batch)
         return self.augmenter(lam["augmenter"], x, noise).flatten(1)

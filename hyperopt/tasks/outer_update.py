@@ -1,4 +1,4 @@
-"""What the tasks share whose outer loss goes through equilibria: one update of an optimizer, and its record."""
+"""``SolvingTask``: the outer step and its record, for tasks whose outer loss contains equilibria."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from hyperopt.tasks.solve_figures import solve_metrics
 
 
 def check_adjoint(owner: Any) -> None:
-    """Refuse an adjoint that cannot differentiate what the task's solver finds."""
+    """Refuse an adjoint that does not fit the task's solver."""
     if owner.adjoint is not None and (why := owner.adjoint.unfit(owner.solver or Picard())) is not None:
         raise ValueError(f"{type(owner).__name__}: adjoint={type(owner.adjoint).__name__} {why}; change adjoint")
 
 
 class SolvingTask(Task):
-    """A task with one or more equilibria inside its outer loss.
+    """A task with one or more equilibria in its outer loss.
 
     Attributes:
-        steps: outer steps done; ``setup`` sets it to 0.
+        steps: number of outer steps so far; ``setup`` sets it to 0.
     """
 
     steps: int
 
     @abstractmethod
     def solutions(self) -> Sequence[Solution]:
-        """Return the latest solve of every equilibrium in the model."""
+        """Return the latest solution of every equilibrium in the model."""
 
     def update(
         self,
@@ -50,15 +50,14 @@ class SolvingTask(Task):
         Args:
             optimizer: see ``Task.step``.
             guard: see ``Guard``.
-            loss: the outer loss of this step on the rows of this rank; the same function at every call, since a line search makes
-                several.
-            measure: further metrics, taken after the first backward and before the guard clips.
-            rows: of this rank, whose mean ``loss`` is.
+            loss: the outer loss on the rows of this rank; see ``Task.descend``.
+            measure: returns further metrics; called after the first ``backward`` and before ``guard``, which may clip.
+            rows: number of rows of this rank, over which ``loss`` is a mean.
 
         Returns:
-            The record of the first evaluation, its costs summed over all.
+            The record of the first evaluation, with the costs of all evaluations.
         """
-        measures = iter([measure])  # for the first call alone
+        measures = iter([measure])  # only for the first call
 
         def record(value: float) -> StepRecord:
             metrics, statuses = solve_metrics(self.solutions())
@@ -69,13 +68,14 @@ class SolvingTask(Task):
         return found
 
     def certificate(self, every: int, constants: Callable[[], Constants | None] = lambda: None) -> dict[str, float]:
-        """Return the certificate of the hypergradient of the latest backward through the one equilibrium, where it is due.
+        """Return the certificate of the latest hypergradient through the first equilibrium, if one is due; else nothing.
 
-        It makes no evaluation and no vjp: it costs some norms of (rows, state) matrices, and what ``constants`` costs.
+        It takes no evaluation and no vjp, only some norms of (rows, state) matrices and the cost of ``constants``.
 
         Args:
-            every: outer steps from one certificate to the next.
-            constants: of the cell and the outer loss, where they are known (unused on several ranks, each of which sees a part).
+            every: number of outer steps between two certificates.
+            constants: returns the constants of the cell and the outer loss, or None; not used on several ranks, since each has
+                only a part of the rows.
         """
         solutions = self.solutions()
         if self.steps % every or not solutions or solutions[0].adjoint is None:

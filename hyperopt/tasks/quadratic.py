@@ -1,14 +1,15 @@
-"""Two finite sums of random quadratics with a value function in closed form: the simulated problem of benchopt's bilevel suite.
+"""Two finite sums of random quadratics whose value function has a closed form: the simulated problem of benchopt's bilevel suite.
 
     L(w, lam) = mean_i [ (x_i w)^2 + (g_i lam)^2 ] / 2 + (a_i lam) (b_i w) + c_i w + d_i lam
 
-and E likewise, with rows of its own. The rows ``x_i`` are normal with a covariance of eigenvalues from ``least`` to ``largest``,
-evenly spaced in their logarithm; those of ``g_i`` too, but for one that is 0; ``a_i = U D z_i``, ``b_i = V z_i`` with ``z_i``
-standard normal, U and V orthogonal, and singular values D from ``least`` to ``cross``; ``c_i`` and ``d_i`` are standard normal.
-The Hessian of ``h(lam) = E(w(lam), lam)`` must be positive, else the rows are drawn again. Numbers and distributions are those of
-the suite; the draws are not.
+E has the same form with rows of its own. The rows ``x_i`` are normal; the eigenvalues of their covariance go from ``least`` to
+``largest``, evenly spaced in their logarithm. The rows ``g_i`` are alike, but one eigenvalue is 0. ``a_i = U D z_i`` and
+``b_i = V z_i`` with standard normal ``z_i``, orthogonal U and V, and singular values D from ``least`` to ``cross``. ``c_i`` and
+``d_i`` are standard normal. If the Hessian of ``h(lam) = E(w(lam), lam)`` is not positive, the rows are drawn again. The
+numbers and distributions are those of the suite; the draws are not.
 
-Reference: M. Dagreou, P. Ablin, S. Vaiter and T. Moreau, NeurIPS 2022, arXiv 2201.13409; the suite is benchopt/benchmark_bilevel.
+Reference: M. Dagreou, P. Ablin, S. Vaiter and T. Moreau, NeurIPS 2022, arXiv 2201.13409; the suite is
+benchopt/benchmark_bilevel.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelTask, Parts
 
-DRAWS = 20  # tries at a value function with a minimum
+DRAWS = 20  # number of attempts to draw a value function with a minimum
 DOUBLE = torch.float64
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The rows of one sum, each of shape (n, dim) or (n, hyper_dim): see the formula."""
+    """The rows of one sum; see the formula. shape of x, b, c: (n, dim); of g, a, d: (n, hyper_dim)."""
 
     x: Tensor
     g: Tensor
@@ -42,12 +43,12 @@ class Terms:
     d: Tensor
 
     def mean(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Mean Hessians in ``w`` and ``lam``, cross term of shape (hyper_dim, dim), and linear terms."""
+        """Return the mean Hessians in ``w`` and ``lam``, the cross term, shape (hyper_dim, dim), and the linear terms."""
         n = len(self.x)
         return self.x.T @ self.x / n, self.g.T @ self.g / n, self.a.T @ self.b / n, self.c.mean(0), self.d.mean(0)
 
     def flat(self) -> tuple[Tensor, ...]:
-        """As a batch."""
+        """Return the rows as a batch."""
         return (self.x, self.g, self.a, self.b, self.c, self.d)
 
 
@@ -57,18 +58,18 @@ class QuadraticTask(BilevelTask):
 
     Attributes:
         lam: space of the hyperparameters.
-        rows: terms of the inner loss.
-        val_rows: terms of the outer loss.
-        dim: inner variables.
-        hyper_dim: hyperparameters.
-        least: least eigenvalue of the mean Hessians, and least singular value of the mean cross terms.
-        largest: largest eigenvalue of the mean Hessians.
-        cross: largest singular value of the mean cross terms.
-        batch_size: terms of one inner gradient (None: all).
-        val_batch_size: terms of one outer gradient (None: all).
-        curvature: Hessian of ``h``, after ``setup``. shape: (hyper_dim, hyper_dim)
-        best: its minimum. shape: (hyper_dim,)
-        least_value: ``min h``.
+        rows: number of terms of the inner loss.
+        val_rows: number of terms of the outer loss.
+        dim: number of inner variables.
+        hyper_dim: number of hyperparameters.
+        least: smallest eigenvalue of the mean Hessians and smallest singular value of the mean cross terms, above 0.
+        largest: largest eigenvalue of the mean Hessians, at least ``least``.
+        cross: largest singular value of the mean cross terms, above 0.
+        batch_size: number of terms of an inner gradient (None: all).
+        val_batch_size: number of terms of an outer gradient (None: all).
+        curvature: the Hessian of ``h``, after ``setup``. shape: (hyper_dim, hyper_dim)
+        best: the minimiser of ``h``, after ``setup``. shape: (hyper_dim,)
+        least_value: the minimum of ``h``, after ``setup``.
     """
 
     name = "quadratic"
@@ -106,7 +107,7 @@ class QuadraticTask(BilevelTask):
         """Draw the rows.
 
         Raises:
-            ValueError: the value function had no minimum in any of 20 draws.
+            ValueError: the value function has no minimum in any of 20 draws.
         """
         draw = torch.Generator().manual_seed(env.seed)
         for _ in range(DRAWS):
@@ -119,7 +120,7 @@ class QuadraticTask(BilevelTask):
             )
 
     def build(self, env: Environment) -> Parts:
-        """Start at zero."""
+        """Build the problem, with zero initial variables."""
 
         def loss(w: Tensor, lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
             x, g, a, b, c, d = batch
@@ -134,11 +135,11 @@ class QuadraticTask(BilevelTask):
         return Parts(BilevelProblem(loss, loss, inner, outer), w, {"lam": (self.hyper_dim,)}, {})
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """There are no rows to predict anything for."""
+        """Refuse: there is no model."""
         raise NotImplementedError("task=quadratic has no model")
 
     def evaluate(self) -> dict[str, float]:
-        """The value function at the present hyperparameters, in closed form, and how far it is above its minimum."""
+        """Return the value function at the present hyperparameters, in closed form, and its distance from the minimum."""
         away = self.hyper.read()["lam"].to("cpu", DOUBLE) - self.best
         gap = float(away @ self.curvature @ away) / 2
         value = self.least_value + gap
@@ -149,7 +150,7 @@ class QuadraticTask(BilevelTask):
         return {"dataset": "drawn", "rows": {"train": self.rows, "outer": self.val_rows}}
 
     def _solve(self) -> bool:
-        """Work out ``h``; whether it has a minimum."""
+        """Compute ``h``, and return whether it has a minimum."""
         (hessian, _, cross, linear, _), (hessian_v, hyper_v, cross_v, linear_v, direct_v) = (each.mean() for each in self.sums)
         slope, at_zero = -torch.linalg.solve(hessian, cross.T), -torch.linalg.solve(hessian, linear)
         mixed = cross_v @ slope
@@ -163,7 +164,7 @@ class QuadraticTask(BilevelTask):
         return True
 
     def _terms(self, n: int, draw: torch.Generator) -> Terms:
-        """The rows of one sum."""
+        """Draw the rows of one sum."""
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=DOUBLE)

@@ -1,4 +1,4 @@
-"""Means over the steps since the latest evaluation: what a table with one line an epoch shows of all its steps."""
+"""``Running``: means over the steps since the last evaluation, for a table that has one line an epoch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SHOWN = {
 
 
 class Running:
-    """Sums over steps. ``read`` may be called any number of times; the next ``add`` after it begins anew."""
+    """Means over steps. ``read`` may be called several times; the next ``add`` after it starts new means."""
 
     def __init__(self) -> None:
-        """No steps yet."""
+        """Start without steps."""
         self._sums: dict[str, float] = {}
         self._steps = 0
         self._was_read = False
@@ -38,7 +38,7 @@ class Running:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the means, none before the first step."""
+        """Return the means, or nothing before the first step."""
         self._was_read = True
         return {name: total / self._steps for name, total in self._sums.items()}
 
@@ -47,5 +47,5 @@ class Running:
         return {"sums": dict(self._sums), "steps": self._steps, "was_read": self._was_read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         self._sums, self._steps, self._was_read = dict(state["sums"]), state["steps"], state["was_read"]

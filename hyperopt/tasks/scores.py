@@ -1,4 +1,4 @@
-"""How good a model's outputs are: the loss that the targets ask for, and the accuracy where there are classes."""
+"""The scores of a model on sets of rows: the loss that fits the targets, and the accuracy if there are classes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn import functional
 from hyperopt.core import distributed
 from hyperopt.data.splits import Rows
 
-ROWS = 10_000  # at a time: bounds the memory of an evaluation, and changes no number
+ROWS = 10_000  # number of rows of one call, which bounds the memory of an evaluation
 
 
 @torch.no_grad()
 def scores(rows: Mapping[str, Rows], outputs: Callable[[Tensor], Tensor], at_a_time: int = ROWS) -> dict[str, float]:
-    """Return ``<name>/loss``, and ``<name>/accuracy`` where the targets are classes, on each set of rows.
+    """Return ``<name>/loss``, and ``<name>/accuracy`` if the targets are classes, on each set of rows.
 
     Args:
         rows: the sets of rows by name.
-        outputs: of flattened rows: logits, or numbers. shape: (n, outputs).
-        at_a_time: rows of one call; sparse rows are taken all at once.
+        outputs: a function from flattened rows to logits or numbers, shape (n, outputs).
+        at_a_time: number of rows of one call of ``outputs``; sparse rows are one call.
     """
     found = {}
     for name, whole in rows.items():
@@ -36,13 +36,13 @@ def scores(rows: Mapping[str, Rows], outputs: Callable[[Tensor], Tensor], at_a_t
 
 
 def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """The mean loss that the targets ask for.
+    """Return the mean loss that fits the targets.
 
-    Numbers: half the squared error; two classes with one output: logistic; else cross-entropy of the logits.
+    It is half the squared error for numbers, the logistic loss for two classes with one output, else the cross-entropy.
 
     Args:
-        outputs: shape: (n, outputs).
-        y: numbers or class labels. shape: (n,).
+        outputs: numbers or logits. shape: (n, outputs)
+        y: numbers or class labels. shape: (n,)
     """
     if y.is_floating_point():
         return (outputs[:, 0] - y).square().mean() / 2
@@ -52,5 +52,5 @@ def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def classes(outputs: Tensor) -> Tensor:
-    """The class of each row. shape: (n,)."""
+    """Return the predicted class of each row. shape: (n,)."""
     return (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)

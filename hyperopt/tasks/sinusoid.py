@@ -2,7 +2,7 @@
 
     y = a sin(x - phase),      a in (0.1, 5), phase in (0, pi), x in (-5, 5), all uniform
 
-A task is one curve, of which a few points are given. The loss is the mean squared error.
+A task is to learn one curve from a few of its points. The loss is the mean squared error.
 
 References: C. Finn, P. Abbeel and S. Levine, ICML 2017, arXiv 1703.03400, section 5.1.
 """
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AMPLITUDE, PHASE, SHOTS, QUERIES = range(4)  # streams of random numbers
-REACH = 5.0
-LOWEST, HIGHEST = 0.1, 5.0  # amplitudes
-SHOWN = 4  # curves of the figure
+REACH = 5.0  # largest |x|
+LOWEST, HIGHEST = 0.1, 5.0  # range of the amplitudes
+SHOWN = 4  # number of curves in the figure
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class SinusoidTask(MetaTask):
 
     Attributes:
         hidden: sizes of the hidden layers.
-        dataset: no setting here: the curves are drawn.
+        dataset: not a setting here, since the curves are drawn.
     """
 
     name = "sinusoid"
@@ -68,12 +68,12 @@ class SinusoidTask(MetaTask):
         return Episodes(x, amplitude * torch.sin(x - phase), query_x, amplitude * torch.sin(query_x - phase))
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """The mean squared error of each curve."""
+        """Return the mean squared error of each curve."""
         return (outputs - y).square().mean((1, 2))
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``curves``: test curves, their shots, and the network on them before and after ``eval_steps`` inner steps."""
-        from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+        """Return ``curves``: the shots of test curves, and the network before and after ``eval_steps`` inner steps."""
+        from matplotlib.figure import Figure  # imported here because it takes half a second
 
         shown = self.drawn("test", 0, min(SHOWN, self.test_tasks))
         grid = torch.linspace(-REACH, REACH, 200).to(shown.x)[:, None]
@@ -85,7 +85,7 @@ class SinusoidTask(MetaTask):
         for steps in (0, *(n for n in self.eval_steps if n)):
             try:
                 w = self.adapted(shown, steps)
-            except SolveError:  # more steps than were learned for
+            except SolveError:  # the weights were not learned for so many steps
                 continue
             with torch.no_grad():
                 outputs = self.outputs(w, grid.expand(len(shown.x), *grid.shape))[..., 0].cpu()

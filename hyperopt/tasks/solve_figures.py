@@ -1,4 +1,4 @@
-"""What a task shows of its solves: the numbers of a step, the figure of the residuals, and that of its matrix."""
+"""The metrics of a task's solves, and the figures of their residuals and of the recurrent matrix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def solve_metrics(solutions: Sequence[Solution]) -> tuple[dict[str, float], dict[str, Status]]:
-    """Return the metrics and statuses of the latest forward and backward solves, under the names of ``StepRecord``.
+    """Return the metrics and statuses of the latest forward and backward solves, by the names of ``StepRecord``.
 
-    Of several equilibria the slowest row, the worst residual and the worst status count, and the sum of the costs.
+    For several equilibria these are the slowest row, the worst residual, the worst status and the sums of the costs.
     """
     if not solutions:
-        raise RuntimeError("there is no solve to report: call the model first")
+        raise RuntimeError("no model has been solved yet; call the model first")
     metrics = {"cost/evaluations": 0.0, "cost/vjps": 0.0, "cost/jvps": 0.0}
     statuses = {}
     backward = [solution.adjoint for solution in solutions if solution.adjoint is not None]
@@ -43,15 +43,15 @@ def solve_metrics(solutions: Sequence[Solution]) -> tuple[dict[str, float], dict
 
 
 def _worst(values: Sequence[float]) -> float:
-    """Return the largest value, NaN if any is."""
+    """Return the largest value, or NaN if one is NaN."""
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 def residual_figure(solutions: Mapping[str, Solution]) -> Figure:
-    """Return the worst relative residual against iteration, forward and adjoint, on a semilog axis.
+    """Return a semilog plot of the worst relative residual over the iterations, forward and adjoint.
 
     Args:
-        solutions: traced solves by the name of their equilibrium, which may be empty.
+        solutions: traced solutions by the name of their equilibrium; a name may be empty.
     """
     figure, axes = axes_of("iteration", "largest relative residual over the rows")
     for layer, solution in solutions.items():
@@ -67,8 +67,8 @@ def residual_figure(solutions: Mapping[str, Solution]) -> Figure:
 
 
 def axes_of(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """Return a figure of its own, outside pyplot's global list, and its axes."""
-    from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+    """Return a figure outside pyplot's global list, and its axes."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -78,7 +78,7 @@ def axes_of(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def spectrum_figure(matrix: ContractiveMatrix) -> Figure:
-    """Return the eigenvalues of A in the complex plane, the unit circle and the circle of the norm's bound."""
+    """Return a plot of the eigenvalues of A, the unit circle and the circle of the bound on the norm."""
     figure, axes = axes_of("real part", "imaginary part")
     values = torch.linalg.eigvals(matrix.matrix().detach().double().cpu()).numpy()
     bound = float(matrix.norm_bound())

@@ -1,8 +1,9 @@
-"""Tasks that tune themselves: a subclass gives a network, its hyperparameters, two losses and batches, the rest is here.
+"""Self-tuning networks as tasks; a subclass gives a network, its hyperparameters, two losses and batches.
 
 One outer step is one round: some updates of the weights on training batches, then some of the hyperparameters on validation
-batches; during the warm-up only the former. ``optimizer`` moves the hyperparameters in R; the optimizers of weights, scales and
-response are the task's own (``stn.weights``, ``stn.scales``, ``stn.response``), and lie in its state.
+batches; the warm-up has only the first part. The outer optimizer moves the hyperparameters in R. The optimizers of the weights,
+scales and response belong to the task (``stn.weights``, ``stn.scales``, ``stn.response``), and their states are part of its
+state.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hyperopt.bilevel.batches import BatchSource
 from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.core import distributed
 from hyperopt.core.checks import check_choice, check_number
@@ -40,48 +42,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Source(Protocol):
-    """Where batches come from, for example ``hyperopt.Minibatches``."""
-
-    def draw(self) -> Any:
-        """Return the next batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
-
-
 @dataclass(frozen=True)
 class StnParts:
     """What a subclass builds.
 
     Attributes:
-        module: the plain network; it is drawn from the run's seed inside ``build``.
+        module: the plain network; ``build`` draws its weights from the run's seed.
         declared: the hyperparameters by name.
         train: batches of ``train_loss``.
         valid: batches of ``valid_loss``.
-        skip: modules whose weights shall not respond.
+        skip: names of modules whose weights do not respond to the hyperparameters.
     """
 
     module: nn.Module
     declared: Mapping[str, Tuned]
-    train: Source
-    valid: Source
+    train: BatchSource
+    valid: BatchSource
     skip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SelfTuningOptions(SelfTuningSettings):
-    """All of the ``stn`` group: the step, the gates of the hyper-layers, and the optimizers beside the outer one.
+    """The settings of the ``stn`` group: the step, the gates of the hyper-layers, and the task's own optimizers.
 
     Attributes:
         gate: ``unit``: a gate for each output of a layer; ``scalar``: one for the layer.
-        gate_std: standard deviation of the gates at first.
-        weights: optimizer of the weights, and of the response if that has none of its own (None: Adam, 0.01).
-        scales: optimizer of the scales (None: Adam, 0.003).
+        gate_std: standard deviation of the initial gates, at least 0.
+        weights: optimizer of the weights (None: Adam with rate 0.01).
+        scales: optimizer of the scales (None: Adam with rate 0.003).
         response: optimizer of the response (None: that of the weights).
     """
 
@@ -100,13 +88,13 @@ class SelfTuningOptions(SelfTuningSettings):
 
 @dataclass(eq=False)
 class SelfTuningTask(FixedSettings, Task):
-    """A network that tunes its hyperparameters.
+    """A self-tuning network as a task.
 
     Attributes:
-        stn: how (None: the defaults).
+        stn: the settings of self-tuning (None: the defaults).
         parts: what the subclass has built, after ``setup``.
         model: the self-tuning network, after ``setup``.
-        tuning: its step, after ``setup``.
+        tuning: the object that makes its rounds, after ``setup``.
     """
 
     stn: SelfTuningOptions | None = None
@@ -117,31 +105,31 @@ class SelfTuningTask(FixedSettings, Task):
 
     @abstractmethod
     def build(self, env: Environment) -> StnParts:
-        """Return network, hyperparameters and batches; torch's own generator is seeded for the network's initial values."""
+        """Return network, hyperparameters and batches; PyTorch's generator is seeded for the network's initial values."""
 
     @abstractmethod
     def train_loss(self, model: STN, batch: Any, draw: Draw) -> Tensor:
-        """The training loss at a draw; see ``hyperopt.stn.step.TrainLoss``."""
+        """Return the training loss at a draw; see ``hyperopt.stn.step.TrainLoss``."""
 
     @abstractmethod
     def valid_loss(self, model: STN, batch: Any, draw: Draw | None) -> Tensor:
-        """The validation loss; see ``hyperopt.stn.step.ValidLoss``."""
+        """Return the validation loss; see ``hyperopt.stn.step.ValidLoss``."""
 
     @abstractmethod
     def measure(self, model: STN) -> dict[str, float]:
-        """Return metrics at the hyperparameters themselves, ``val/loss`` among them; called in eval mode, without gradients."""
+        """Return metrics at the present hyperparameters, including ``val/loss``; called in eval mode, without gradients."""
 
     @property
     def options(self) -> SelfTuningOptions:
-        """How it tunes itself."""
+        """The settings of self-tuning."""
         return self.stn or SelfTuningOptions()
 
     def setup(self, env: Environment) -> None:
         """Build everything.
 
         Raises:
-            ValueError: a hyperparameter, a layer or an optimizer that cannot work (names it); on several ranks also a layer that
-                takes the statistics of a whole batch, or draws without regard to which rows it has.
+            ValueError: a hyperparameter, a layer or an optimizer does not fit; on several ranks also a layer that uses
+                statistics of the batch, or draws random numbers that do not depend on the row. The message names it.
         """
         options = self.options
         with drawing(env.generator):
@@ -162,21 +150,23 @@ class SelfTuningTask(FixedSettings, Task):
         )
 
     def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
-        """Return the network as it is before it is converted, and the hyperparameters, without data: what ``predictor`` needs."""
-        raise NotImplementedError(f"task={self.name} has no plain(), and cannot be exported; see SelfTuningTask.plain")
+        """Return the network before its conversion, and the hyperparameters, without data; ``predictor`` needs them."""
+        raise NotImplementedError(
+            f"task={self.name} does not implement plain(), so it cannot be exported; see SelfTuningTask.plain"
+        )
 
     def learned(self) -> Learned:
-        """Return the plain network at the hyperparameters that were found, and these."""
+        """Return the plain network at the present hyperparameters, and these."""
         values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
         return Learned(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """The shape of one input."""
         return (1,)
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
-        """Build the plain network, its dropout at the rates that were found."""
+        """Build the plain network, with the learned dropout rates."""
         module, declared = self.plain(shape, classes)
         plain = convert(module, HyperSpace(declared), respond=False).collapse()
         for place, each in module.named_modules():
@@ -187,7 +177,7 @@ class SelfTuningTask(FixedSettings, Task):
         return plain
 
     def groups(self) -> dict[str, list[Tensor]]:
-        """Return the hyperparameters in R, one vector."""
+        """Return the hyperparameters in R as one vector."""
         return self.tuning.groups()
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
@@ -197,7 +187,7 @@ class SelfTuningTask(FixedSettings, Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Measure at the hyperparameters themselves, in eval mode; ``stn/response_norm`` is that of ``d w / d lam``."""
+        """Measure at the present hyperparameters in eval mode; ``stn/response_norm`` is the norm of ``d w / d lam``."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -207,16 +197,16 @@ class SelfTuningTask(FixedSettings, Task):
                 module.training = mode
 
     def figures(self) -> dict[str, Figure | bytes]:
-        """Return ``trajectory``: each hyperparameter with its band, its scale, and both losses, round by round."""
+        """Return ``trajectory``: each hyperparameter with its band and scale, and both losses, over the rounds."""
         return {"trajectory": trajectory_figure(self.tuning)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return network, hyperparameters, optimizers, noise, history and the places in the data."""
+        """Return network, hyperparameters, optimizers, noise, history and the positions in the data."""
         sources = {"train": self.parts.train.state_dict(), "valid": self.parts.valid.state_dict()}
         return {"tuning": self.tuning.state_dict(), **sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         self.tuning.load_state_dict(state["tuning"])
         self.parts.train.load_state_dict(state["train"])
         self.parts.valid.load_state_dict(state["valid"])
@@ -232,23 +222,23 @@ class SelfTuningTask(FixedSettings, Task):
 
 
 def check_layers(module: nn.Module) -> None:
-    """Refuse, on several ranks, a layer whose output for a row depends on which other rows this rank has.
+    """Refuse, on several ranks, a layer whose output for a row depends on the other rows of the rank.
 
     Raises:
-        ValueError: names it.
+        ValueError: the message names the layer.
     """
     for name, each in module.named_modules() if distributed.ranks() > 1 else ():
         if isinstance(each, _BatchNorm):
-            what = "would take the statistics of its own rows; use GroupNorm or LayerNorm"
+            what = "would use the statistics of its own rows; use GroupNorm or LayerNorm"
         elif isinstance(each, _DropoutNd) and not isinstance(each, RowDropout):
-            what = "would drop by place, not by example; use hyperopt.stn.row_dropout.RowDropout"
+            what = "would drop by position in the batch, not by example; use hyperopt.stn.row_dropout.RowDropout"
         else:
             continue
         raise ValueError(f"the network has {name} = {each}: on {distributed.ranks()} ranks each {what}, or one rank")
 
 
 def schedule_of(checkpoint: Path, space: HyperSpace) -> TunedSchedule:
-    """Return the schedule that a run has found, from one of its checkpoints; see ``hyperopt.stn.replay``.
+    """Return the schedule of hyperparameters of a run, from one of its checkpoints; see ``hyperopt.stn.schedule``.
 
     Args:
         checkpoint: ``checkpoints/last.pt`` or ``best.pt`` of the run.

@@ -1,4 +1,4 @@
-"""The pictures of a self-tuning run."""
+"""The figures of a self-tuning run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hyperopt.stn.step import SelfTuning
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST = 20  # hyperparameters shown
-FRAMES = 60  # of an animation: more are thinned out
+MOST = 20  # largest number of hyperparameters in a figure
+FRAMES = 60  # largest number of frames of an animation
 
 
 def trajectory_figure(tuning: SelfTuning) -> Figure:
-    """Each hyperparameter in its own units, one scale above and below, then all scales, then both losses."""
-    from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+    """Return plots of each hyperparameter plus and minus one scale, in its own units, of all scales, and of both losses."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     space = tuning.space
     history = tuning.history
@@ -59,11 +59,11 @@ def trajectory_figure(tuning: SelfTuning) -> Figure:
 
 
 def fit_animation(x: Tensor, frames: Sequence[Sequence[float]]) -> bytes:
-    """The function that a network learns beside ``x^2``, as a GIF.
+    """Return a GIF of the function that a network learns, and of ``x^2``.
 
     Args:
         x: points. shape: (n,)
-        frames: round, tuned range, and the n values of the function.
+        frames: for each frame the round, the tuned range, and the n values of the function.
     """
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure

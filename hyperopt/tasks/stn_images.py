@@ -1,7 +1,8 @@
-"""A classifier of images that tunes its own regularisation: dropout, weight decay, and what is done to its training images.
+"""A classifier of images that tunes its own regularisation: dropout, weight decay and the augmentation of its training images.
 
-    lam = (dropout of each layer, input noise, weight decay, cutout, colour jitter, ...), each example of a training batch under
-    its own perturbation of it
+    lam = (dropout of each layer, input noise, weight decay, cutout, colour jitter, ...)
+
+Each example of a training batch has its own perturbation of ``lam``.
 
 Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 4.2.
 """
@@ -30,19 +31,19 @@ from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise
 
 @dataclass(eq=False)
 class StnImagesTask(SelfTuningTask):
-    """One outer step is one round on batches of images.
+    """A self-tuning classifier of images; an outer step is one round on batches of images.
 
     Attributes:
-        classifier: the network (None: two dense layers of 200).
-        tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... where the network has places for them, those of
-            ``hyperopt.nn.regularise.pipeline.RANGES`` that change the images, and ``weight_decay``.
-        batch_size: training rows of one update of the weights.
-        val_batch_size: validation rows of one update of the hyperparameters.
-        eval_rows: ``outer/*`` are measured on the first so many training rows (None: on all of them).
-        eval_batch_size: rows of one forward of an evaluation.
+        classifier: the network (None: two dense layers of 200 units).
+        tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... for the dropout layers of the network, the names of
+            ``hyperopt.nn.regularise.pipeline.RANGES``, which change the images, and ``weight_decay``.
+        batch_size: number of training rows for an update of the weights.
+        val_batch_size: number of validation rows for an update of the hyperparameters.
+        eval_rows: number of training rows, the first ones, on which ``outer/*`` is measured (None: all).
+        eval_batch_size: number of rows of one forward pass in an evaluation.
         dataset: the rows (None: digits).
         splits: the dataset, after ``setup``.
-        problem: its batches and losses, after ``setup``.
+        problem: the batches and losses, after ``setup``.
     """
 
     name = "stn_images"
@@ -72,7 +73,8 @@ class StnImagesTask(SelfTuningTask):
         """Load the rows and build the network.
 
         Raises:
-            ValueError: no images, no validation rows, or a hyperparameter that nothing reads or that has no meaning.
+            ValueError: the rows are not images, there are no validation rows, or a hyperparameter is not used or may leave its
+                valid range.
         """
         self.splits = load_splits(self, env)
         sizes = (self.batch_size, self.val_batch_size)
@@ -85,37 +87,37 @@ class StnImagesTask(SelfTuningTask):
         return self.classifier or Classifier()
 
     def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
-        """The classifier, of standardised images."""
+        """Return the classifier of standardised images, and the hyperparameters."""
         return self._classifier.build(shape, classes, self.tuned), self.tuned
 
     def learned(self) -> Learned:
-        """Return the plain network at the hyperparameters that were found, and these."""
+        """Return the plain network at the present hyperparameters, and these."""
         found, pipeline = super().learned(), self.problem.pipeline
         weights = {f"network.{name}": value for name, value in found.weights.items()}
         standard = {"standardise.mean": pipeline.mean, "standardise.std": pipeline.std}
         return Learned.on(self.splits, {**standard, **weights}, found.hyperparameters)
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
-        """Build the plain network, behind layers that make rows into images and standardise them."""
+        """Build the plain network, after layers that reshape rows to images and standardise them."""
         network = super().predictor(shape, classes, hyperparameters)
         return nn.Sequential(OrderedDict(images=nn.Unflatten(1, shape), standardise=Standardise(shape[0]), network=network))
 
     def train_loss(self, model: STN, batch: Batch, draw: Draw) -> Tensor:
-        """Cross-entropy on changed images, and the decay."""
+        """Return the cross-entropy on changed images plus the weight decay."""
         return self.problem.train_loss(model, batch, draw)
 
     def valid_loss(self, model: STN, batch: Batch, draw: Draw | None) -> Tensor:
-        """Cross-entropy on images as they are."""
+        """Return the cross-entropy on unchanged images."""
         return self.problem.valid_loss(model, batch, draw)
 
     def measure(self, model: STN) -> dict[str, float]:
-        """Return loss and accuracy: ``outer/*`` on training rows, ``val/*`` and ``test/*``, all on images as they are."""
+        """Return loss and accuracy on unchanged images: ``outer/*`` on training rows, ``val/*`` and ``test/*``."""
         train = self.splits.train.take(None if self.eval_rows is None else slice(self.eval_rows))
         rows = {"outer": train, "val": self.splits.val, "test": self.splits.test}
         return scores(rows, lambda x: self.problem.logits(model, x), self.eval_batch_size)
 
     def describe(self) -> dict[str, Any]:
-        """Return names, sizes, the dataset with its checksums, and the rows behind each metric."""
+        """Return names, sizes, the dataset with its checksums, and the number of rows of each metric."""
         splits = {"outer": ("train", self.splits.train), "val": ("val", self.splits.val), "test": ("test", self.splits.test)}
         return {
             **super().describe(),

@@ -1,9 +1,9 @@
-"""Images on which a self-tuning network is trained and tuned: batches, what the draw does to them, and both losses.
+"""The batches and losses of an image dataset on which a self-tuning network is trained and tuned.
 
     train    mean cross_entropy(f(w(lam'), a(x, lam')), y) + mean decay' |w(lam')|^2 / 2
     valid    mean cross_entropy(f(w(lam'), x), y)
 
-``a`` is the pipeline of ``hyperopt.nn.regularise`` and the dropout inside of ``f``, each example under its own hyperparameters.
+``a`` is the pipeline of ``hyperopt.nn.regularise`` and the dropout inside ``f``. Each example has its own hyperparameters.
 """
 
 from __future__ import annotations
@@ -26,57 +26,57 @@ from hyperopt.stn.network import STN
 
 DECAY = "weight_decay"
 Batch = tuple[Tensor, Tensor, Keys]
-"""Images, labels and keys of some rows."""
+"""Images, labels and random keys of some rows."""
 
 
 class ImageBatches:
     """Batches of images, labels and keys.
 
     Args:
-        rows: flattened.
-        shape: of one image, channels first.
-        size: rows of a batch.
-        seed: of their order, and of what happens to the images.
+        rows: flattened images.
+        shape: shape of one image, channels first.
+        size: number of rows of a batch.
+        seed: seed of the order of rows and of the random changes of images.
     """
 
     def __init__(self, rows: Rows, shape: tuple[int, ...], size: int, seed: int) -> None:
-        """Stand before the first batch."""
+        """Start at the first batch."""
         self.rows, self.shape, self.seed = rows, shape, seed
         self.order = Batches(len(rows), size, seed, device=rows.index.device)
 
     def draw(self) -> Batch:
-        """The next batch."""
+        """Return the next batch."""
         batch = self.order.take()
         found = self.rows.take(batch.index)
         return found.x.unflatten(1, self.shape), found.y, Keys(found.index, self.seed, batch.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands."""
+        """Return the position of the next batch."""
         return self.order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         self.order.load_state_dict(state)
 
 
 class Standardise(nn.Module):
-    """``(x - mean) / std`` channel by channel, as ``Pipeline.plain``; its numbers are buffers, for a network that leaves its run.
+    """``(x - mean) / std`` for each channel, as ``Pipeline.plain``, with the numbers in buffers, for an exported network.
 
     Args:
-        channels: of the images.
+        channels: number of channels of the images.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, channels: int) -> None:
-        """Change nothing, until the numbers are loaded."""
+        """Start as the identity, until the numbers are loaded."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Standardise. shape: (n, channels, height, width)."""
+        """Return standardised images. shape: (n, channels, height, width)."""
         return (images - self.mean) / self.std
 
 
@@ -84,21 +84,21 @@ class ImageProblem:
     """The rows of a dataset, as a self-tuning network or a plain one trains on them.
 
     Args:
-        splits: the dataset; pixels in [0, 1] (``normalize=unit``): the training rows' mean and deviation are taken off later.
+        splits: the dataset, with pixels in [0, 1] (``normalize=unit``); images are standardised after the other changes.
         declared: the hyperparameters by name.
-        dropouts: names of dropout rates that the network has a place for.
-        batch_size: training rows of one update.
-        val_batch_size: validation rows of one update of the hyperparameters.
-        seed: of the order of both, and of what happens to the training images.
+        dropouts: names of the dropout rates that the network uses.
+        batch_size: number of training rows for an update of the weights.
+        val_batch_size: number of validation rows for an update of the hyperparameters.
+        seed: seed of the order of rows and of the random changes of training images.
 
     Attributes:
         train: batches of the training rows.
         valid: batches of the validation rows.
-        pipeline: what is done to the images.
+        pipeline: the changes of the images.
 
     Raises:
-        ValueError: no images or no validation rows, a hyperparameter that nothing here reads, one that may come to have a value
-            without a meaning, or batches larger than the rows.
+        ValueError: the rows are not images, there are no validation rows, a hyperparameter is not used or may leave its valid
+            range, or a batch is larger than its rows.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class ImageProblem:
         val_batch_size: int,
         seed: int,
     ) -> None:
-        """Check what is declared, and stand before the first batches."""
+        """Check the hyperparameters, and start at the first batches."""
         if len(splits.shape) != 3 or not splits.num_classes:
             raise ValueError(f"dataset={splits.name} has rows of shape {splits.shape}, not images of classes; change dataset")
         if not len(splits.val):
-            raise ValueError("dataset.val=0: there is nothing to tune the hyperparameters on; raise dataset.val")
+            raise ValueError("dataset.val=0: there are no validation rows to tune the hyperparameters on; raise dataset.val")
         _check_declared(declared, dropouts, splits.shape[0])
         self.shape, self.decays = splits.shape, DECAY in declared
         holes = declared.get("cut_holes")
@@ -129,7 +129,7 @@ class ImageProblem:
         self.valid = ImageBatches(splits.val, splits.shape, val_batch_size, seed + 1)
 
     def train_loss(self, model: STN, batch: Batch, draw: Draw) -> Tensor:
-        """The training loss under a draw; see ``hyperopt.stn.step``."""
+        """Return the training loss under a draw; see ``hyperopt.stn.step``."""
         images, labels, keys = batch
         with keyed(keys):
             logits = model(self.pipeline(images, draw.h, keys), draw)
@@ -139,25 +139,25 @@ class ImageProblem:
         return loss
 
     def valid_loss(self, model: nn.Module, batch: Batch, draw: Draw | None = None) -> Tensor:
-        """The validation loss at the draw that is in place; nothing is done to the images."""
+        """Return the validation loss on unchanged images, at the draw of the model's context."""
         return functional.cross_entropy(model(self.pipeline.plain(batch[0])), batch[1])
 
     def logits(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Logits of flattened rows, at the hyperparameters themselves. shape: (n, classes)."""
+        """Return the logits of flattened rows, at the present hyperparameters. shape: (n, classes)."""
         return model(self.pipeline.plain(x.unflatten(1, self.shape)))
 
 
 def _bounds(each: Tuned) -> tuple[float, float]:
-    """Where a hyperparameter may come to."""
+    """Return the range that a hyperparameter may reach."""
     return (each.low, each.high) if isinstance(each, Bounded | Discrete) else (0.0, math.inf)
 
 
 def _check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], channels: int) -> None:
-    """Refuse what nothing reads, and what may come to have a value without a meaning."""
+    """Refuse hyperparameters that are not used, and those that may leave their valid range."""
     known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), DECAY: (0.0, math.inf)}
     for name, each in declared.items():
         if name not in known:
-            raise ValueError(f"nothing reads the hyperparameter {name!r}; the names are {', '.join(known)}")
+            raise ValueError(f"the hyperparameter {name!r} is not used; the names are {', '.join(known)}")
         check_range(name, *_bounds(each), known[name])
         if name in ("saturation", "hue") and channels != 3:
-            raise ValueError(f"{name} is declared, and the images have {channels} channels, not 3; drop it")
+            raise ValueError(f"{name} is declared, but the images have {channels} channels, not 3; drop it")

@@ -1,9 +1,9 @@
-"""The study of the hypertraining notebook: how wide must the training inputs be to learn ``y = x^2`` on [-2, 2]?
+"""The study of the hypertraining notebook: how wide must the range of training inputs be to learn ``y = x^2`` on [-2, 2]?
 
-    training      x = r_i * U(-1, 1),  r_i the perturbed range of the row, outside of the gradient        mean (f(x) - x^2)^2
+    training      x = r_i * U(-1, 1),  r_i the perturbed range of the row, without a gradient             mean (f(x) - x^2)^2
     validation    x = U(-2, 2)                                                                            the same
 
-The range appears in the data alone: a narrow one makes training easy and validation impossible, a wide one wastes the network.
+Only the data depend on the range: a narrow range makes training easy and validation impossible, a wide one wastes the network.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ ACTIVATION: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "softplus": nn.Softplus,
 }
-POINTS = 100  # of the grid that the distance is measured on
+POINTS = 100  # number of points of the grid for metrics
 
 
 class Uniform:
     """Batches of uniform numbers in ``[-1, 1]``.
 
     Args:
-        rows: of a batch.
-        generator: a generator of its own.
-        like: dtype and device of the numbers.
+        rows: number of rows of a batch.
+        generator: the source of random numbers.
+        like: a tensor with the dtype and device of the numbers.
     """
 
     def __init__(self, rows: int, generator: torch.Generator, like: Tensor) -> None:
@@ -51,7 +51,7 @@ class Uniform:
         self.rows, self.generator, self.like = rows, generator, like
 
     def draw(self) -> Tensor:
-        """The next batch. shape: (rows, 1)."""
+        """Return the next batch. shape: (rows, 1)."""
         drawn = torch.rand(self.rows, 1, generator=self.generator, dtype=torch.float64)
         return (2 * drawn - 1).to(self.like)
 
@@ -60,23 +60,23 @@ class Uniform:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         self.generator.set_state(state["generator"])
 
 
 @dataclass(eq=False)
 class StnQuadraticTask(SelfTuningTask):
-    """A small network learns ``y = x^2`` on inputs of a range that is tuned.
+    """A small network that learns ``y = x^2`` on inputs from a tuned range.
 
     Attributes:
-        x_range: the tuned range of the training inputs.
-        activation: of the hidden layers.
-        width: units of a hidden layer.
-        batch_size: rows of a batch of either kind.
-        reach: validation inputs are uniform in ``[-reach, reach]``.
-        frame_every: rounds from one frame of the animation to the next.
+        x_range: the tuned range of the training inputs (None: bounded by 0.01 and 10, from 0.5).
+        activation: activation of the hidden layers.
+        width: number of units of a hidden layer.
+        batch_size: number of rows of a training or validation batch.
+        reach: validation inputs are uniform in ``[-reach, reach]``; above 0.
+        frame_every: number of rounds between two frames of the animation.
         grid: points of ``[-reach, reach]``, after ``setup``. shape: (100, 1)
-        frames: of the animation: round, range, and the learned function on the grid.
+        frames: for each frame of the animation the round, the range, and the learned function on the grid.
     """
 
     name = "stn_quadratic"
@@ -101,7 +101,7 @@ class StnQuadraticTask(SelfTuningTask):
         check_number(self, "reach", 0.0, open_low=True)
 
     def build(self, env: Environment) -> StnParts:
-        """Build the network, and draw the batches from generators of their own."""
+        """Build the network, and batches with generators of their own."""
         like = torch.zeros((), dtype=env.dtype, device=env.device)
         network, declared = self.plain(self.shape, 0)
         self.frames = []
@@ -114,7 +114,7 @@ class StnQuadraticTask(SelfTuningTask):
         return StnParts(network, declared, batches(), batches())
 
     def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
-        """Layers 1-w, three activated w-w, w-1."""
+        """Return the network, with hidden layers of ``width`` units, and the range."""
         width = self.width
         layers: list[nn.Module] = [nn.Linear(shape[0], width)]
         for _ in range(3):
@@ -122,17 +122,17 @@ class StnQuadraticTask(SelfTuningTask):
         return nn.Sequential(*layers, nn.Linear(width, 1)), {"x_range": self.x_range or Bounded(0.5, 0.01, 10.0, scale=0.5)}
 
     def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
-        """The squared error on inputs of each row's own range."""
+        """Return the squared error on inputs from each row's own range."""
         x = batch * draw.h["x_range"].detach()[:, None]
         return (model(x, draw) - x.square()).square().mean()
 
     def valid_loss(self, model: STN, batch: Tensor, draw: Draw | None) -> Tensor:
-        """The squared error on ``[-reach, reach]``."""
+        """Return the squared error on ``[-reach, reach]``."""
         x = self.reach * batch
         return (model(x) - x.square()).square().mean()
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
-        """Do one round, and from time to time keep a frame of the animation."""
+        """Do one round, and keep a frame of the animation every ``frame_every`` rounds."""
         record = super().step(optimizer, guard)
         if len(self.tuning.history) % self.frame_every == 0:
             with torch.no_grad():
@@ -141,9 +141,9 @@ class StnQuadraticTask(SelfTuningTask):
         return record
 
     def measure(self, model: STN) -> dict[str, float]:
-        """Return losses at the range, and ``val/distance``, the largest error.
+        """Return the losses, and ``val/distance``, the largest error.
 
-        ``val/*`` are on a grid of 100 points of ``[-reach, reach]``, ``train/loss`` on one of the tuned range.
+        ``val/*`` is measured on a grid of 100 points of ``[-reach, reach]``, ``train/loss`` on a grid of the tuned range.
         """
         error = model(self.grid) - self.grid.square()
         narrow = self.grid * (model.space.values()["x_range"] / self.reach)
@@ -156,14 +156,14 @@ class StnQuadraticTask(SelfTuningTask):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """As every self-tuning task, and the frames of the animation."""
+        """Return the state of every self-tuning task, and the frames of the animation."""
         return {**super().state_dict(), "frames": [list(frame) for frame in self.frames]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place."""
+        """Restore what ``state_dict`` returned, in place."""
         super().load_state_dict(state)
         self.frames = [list(frame) for frame in state["frames"]]
 
     def figures(self) -> dict[str, Figure | bytes]:
-        """Return ``trajectory``, and ``fit``: the function that is learned beside ``x^2``, round by round."""
+        """Return ``trajectory``, and ``fit``, an animation of the learned function and ``x^2``."""
         return {**super().figures(), **({"fit": fit_animation(self.grid[:, 0].cpu(), self.frames)} if self.frames else {})}

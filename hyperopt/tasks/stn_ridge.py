@@ -1,21 +1,22 @@
-"""Ridge regression with a tuned strength: a self-tuning network of which everything is known.
+"""Ridge regression with a tuned strength: a self-tuning network whose best response has a closed form.
 
     L(w, lam) = |X w - y|^2 / (2 n) + h |w|^2 / 2,   h = exp(lam)         w*(lam) = (X^T X / n + h I)^{-1} X^T y / n
     d w* / d lam = - h (X^T X / n + h I)^{-1} w*                           d E / d lam = (d w* / d lam)^T X'^T (X' w* - y') / n'
 
-A row of a batch is the whole training set under a strength of its own, so that the expected loss is that of the papers: the
-network learns ``w*`` as an affine function of lam in the neighbourhood that the scale makes.
+A row of a batch is the whole training set under its own strength, so the expected loss is that of the papers: the network
+learns ``w*`` as an affine function of ``lam`` in the neighbourhood that the scale defines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hyperopt.bilevel.batches import SameBatch
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.stn.declare import Positive, Tuned
 from hyperopt.stn.draw import Draw
@@ -24,32 +25,9 @@ from hyperopt.tasks.base import Environment
 from hyperopt.tasks.stn import SelfTuningTask, StnParts
 
 
-class Whole:
-    """One batch, again and again.
-
-    Args:
-        batch: that batch.
-    """
-
-    def __init__(self, batch: Any) -> None:
-        """Keep it."""
-        self.batch = batch
-
-    def draw(self) -> Any:
-        """The batch."""
-        return self.batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is no place."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing back."""
-
-
 @dataclass(frozen=True)
 class Ridge:
-    """The closed forms.
+    """The closed forms of ridge regression.
 
     Attributes:
         x: training rows. shape: (n, features)
@@ -64,23 +42,23 @@ class Ridge:
     y_val: Tensor
 
     def weights(self, strength: Tensor | float) -> Tensor:
-        """``w*``. shape: (features,)."""
+        """Return ``w*``. shape: (features,)."""
         return torch.linalg.solve(self._hessian(strength), self.x.T @ self.y / len(self.y))
 
     def jacobian(self, strength: Tensor | float) -> Tensor:
-        """``d w* / d lam`` with ``lam = log strength``. shape: (features,)."""
+        """Return ``d w* / d lam`` with ``lam = log strength``. shape: (features,)."""
         return -strength * torch.linalg.solve(self._hessian(strength), self.weights(strength))
 
     def slope(self, w: Tensor) -> Tensor:
-        """``d E / d w``. shape: (features,)."""
+        """Return ``d E / d w``. shape: (features,)."""
         return self.x_val.T @ (self.x_val @ w - self.y_val) / len(self.y_val)
 
     def loss(self, w: Tensor) -> Tensor:
-        """``E``. shape: ()."""
+        """Return ``E``. shape: ()."""
         return (self.x_val @ w - self.y_val).square().mean() / 2
 
     def best(self) -> float:
-        """The strength of the least validation loss, by golden section in its logarithm between 1e-6 and 1e4."""
+        """Return the strength with the smallest validation loss, by golden section search between 1e-6 and 1e4."""
         low, high = -13.8, 9.2
         ratio = (5**0.5 - 1) / 2
         for _ in range(60):
@@ -96,16 +74,16 @@ class Ridge:
 
 @dataclass(eq=False)
 class StnRidgeTask(SelfTuningTask):
-    """A linear model with an L2 strength that is tuned, of which the best response is known.
+    """A linear model with a tuned L2 strength, whose best response is known.
 
     Attributes:
-        decay: the tuned strength.
-        features: of one row.
-        rows: of each of the two sets.
-        noise: standard deviation of the noise in the targets.
-        draws: strengths in a batch.
+        decay: the tuned strength (None: positive, from 0.1).
+        features: number of features.
+        rows: number of training rows and of validation rows.
+        noise: standard deviation of the noise in the targets, at least 0.
+        draws: number of strengths in a batch.
         ridge: the closed forms, after ``setup``.
-        best: the strength of the least validation loss, after ``setup``.
+        best: the strength with the smallest validation loss, after ``setup``.
     """
 
     name = "stn_ridge"
@@ -146,40 +124,41 @@ class StnRidgeTask(SelfTuningTask):
             sets += [x.to(**like), (x @ true + self.noise * normal(self.rows)).to(**like)]
         self.ridge = Ridge(*sets)
         self.best = self.ridge.best()
-        # One row of the batch for each draw: the whole training set.
+        # Each row of a batch is the whole training set, for one draw.
         train = self.ridge.x.expand(self.draws, -1, -1)
         valid = self.ridge.x_val.expand(self.draws, -1, -1)
-        return StnParts(*self.plain(self.shape, 0), Whole(train), Whole(valid))
+        return StnParts(*self.plain(self.shape, 0), SameBatch(train), SameBatch(valid))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """The shape of one input."""
         return (self.features,)
 
     def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
-        """A linear model without intercept."""
+        """Return a linear model without intercept, and the strength."""
         return nn.Linear(shape[0], 1, bias=False), {"decay": self.decay or Positive(0.1)}
 
     def train_loss(self, model: STN, batch: Tensor, draw: Draw) -> Tensor:
-        """The mean over the draws of ``L``."""
+        """Return the mean of ``L`` over the draws."""
         fit = (model(batch, draw)[..., 0] - self.ridge.y).square().mean() / 2
         return fit + (draw.h["decay"].detach() * model.squared_norm(draw)).mean() / 2
 
     def valid_loss(self, model: STN, batch: Tensor, draw: Draw | None) -> Tensor:
-        """The mean over the draws of ``E``."""
+        """Return the mean of ``E`` over the draws."""
         return (model(batch)[..., 0] - self.ridge.y_val).square().mean() / 2
 
     def response(self) -> tuple[Tensor, Tensor]:
-        """The learned ``w(lam)`` and its Jacobian ``d w / d lam``. shape of each: (features,)."""
+        """Return the learned ``w(lam)`` and its Jacobian ``d w / d lam``. shape of each: (features,)."""
         _, _, response = self.model.weights()["weight"]
         plain = self.model.collapse()
         return plain.weight.detach()[0], (response.gate @ response.direction).detach()[0]  # pyright: ignore
 
     def measure(self, model: STN) -> dict[str, float]:
-        """Return losses at lam, and how far the response is from its closed form.
+        """Return the losses, and the errors of the learned response.
 
-        ``ridge/weights_error`` and ``ridge/jacobian_error`` are relative; ``ridge/hypergradient_ratio`` is that of the learned to
-        the exact hypergradient, both of the validation loss without noise; ``ridge/decay_ratio`` is to the best strength.
+        ``ridge/weights_error`` and ``ridge/jacobian_error`` are relative errors. ``ridge/hypergradient_ratio`` is the learned
+        hypergradient of the unperturbed validation loss divided by the exact one, and ``ridge/decay_ratio`` the present
+        strength divided by the best one.
         """
         strength = torch.tensor(model.space.values()["decay"], dtype=self.ridge.x.dtype)
         w, jacobian = self.response()

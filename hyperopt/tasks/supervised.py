@@ -1,4 +1,4 @@
-"""What the tasks share that fit a classifier on rows of a dataset: which rows are which, one update, one evaluation."""
+"""``SupervisedTask``: the rows, batches and evaluation of tasks that fit a classifier by solving equilibria."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ LAST_BATCH = ("keep", "drop")
 
 @dataclass(eq=False)
 class SupervisedTask(FixedSettings, SolvingTask):
-    """A task that fits one split of a dataset, in batches, is selected on another and tested on a third.
+    """A task that fits one split of a dataset in batches, selects on another and tests on a third.
 
     Attributes:
-        fitted: the split of the dataset behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
-        batch_size: fitted rows of one outer step, drawn in epochs without replacement (None: all of them, always).
-        last_batch: what becomes of the rows that are left when ``batch_size`` does not divide the fitted rows: ``keep`` makes a
-            shorter batch of them, ``drop`` leaves them out of this epoch.
-        eval_rows: ``outer/*`` are measured on the first so many fitted rows (None: on all of them); with
-            ``dataset.order=shuffled`` these are drawn at random, once.
-        solver: how the states are found (None: Picard).
-        adjoint: how the hypergradient is found (None: implicit, by the Neumann series).
+        fitted: the split that is fitted, behind ``outer/*``: ``train`` or ``val``; the other one is behind ``val/*``.
+        batch_size: number of fitted rows of an outer step, drawn in epochs without replacement (None: always all of them).
+        last_batch: what happens to the remaining rows if ``batch_size`` does not divide the fitted rows: ``keep`` makes a
+            smaller batch of them, ``drop`` leaves them out of this epoch.
+        eval_rows: number of fitted rows, the first ones, on which ``outer/*`` is measured (None: all); with
+            ``dataset.order=shuffled`` these are a random sample.
+        solver: the solver of the states (None: Picard).
+        adjoint: the adjoint (None: implicit, by the Neumann series).
         policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
-        fallback: solvers tried in turn under ``policy=fallback`` (none: Anderson, Broyden, Newton-Krylov).
+        fallback: solvers that ``policy=fallback`` tries in turn (none: Anderson, Broyden, Newton-Krylov).
         dataset: the rows (None: digits).
         splits: the dataset, after ``load``.
-        rows: ``{"outer": fitted, "val": selected on, "test": held out}``, after ``load``; those selected on may be none.
-        batches: the order in which the fitted rows are taken, after ``load``.
-        evaluation_rows: rows of one forward of an evaluation; bounds its memory, and changes no number.
+        rows: ``{"outer": fitted, "val": for selection, "test": held out}``, after ``load``; ``val`` may have no rows.
+        batches: the order in which the fitted rows are used, after ``load``.
+        evaluation_rows: number of rows of one forward pass in an evaluation, which bounds its memory.
     """
 
     classifies = True
@@ -79,31 +79,33 @@ class SupervisedTask(FixedSettings, SolvingTask):
         """Load the rows, and draw their order from ``env.seed``.
 
         Args:
-            env: what the run gives.
-            order: where the places of a batch's rows go (None: to ``env.device``).
+            env: the environment of the run.
+            order: device of the row numbers of a batch (None: ``env.device``).
 
         Raises:
             DataError: see ``load_splits``.
-            ValueError: no rows to fit, or fewer than ``batch_size``.
+            ValueError: there are no fitted rows, or fewer than ``batch_size``.
         """
         self.splits = load_splits(self, env)
         fitted, selected = self.splits.train, self.splits.val
         if self.fitted == "val":
             fitted, selected = selected, fitted
         if not len(fitted):
-            raise ValueError(f"task.fitted={self.fitted}, but dataset.{self.fitted}=0: no rows to fit; change one of them")
+            raise ValueError(
+                f"task.fitted={self.fitted}, but dataset.{self.fitted}=0, so there are no rows to fit; change one of them"
+            )
         self.rows = {"outer": fitted, "val": selected, "test": self.splits.test}
         self.batches = Batches(len(fitted), self.batch_size, env.seed, self.last_batch, order or env.device)
         self.steps = 0
 
     def place(self, batch: Batch) -> dict[str, float]:
-        """Return the metrics that say which batch this was; none where there are no batches."""
+        """Return the metrics that say which batch this was; nothing without minibatches."""
         if batch.index is None:
             return {}
         return {"batch/rows": float(batch.rows), "batch/epoch": batch.epoch + batch.number / self.batches.per_epoch}
 
     def evaluated(self) -> dict[str, Rows]:
-        """Return the rows that each metric is measured on; rows selected on, if there are none, have no metric."""
+        """Return the rows on which each metric is measured, without splits that have no rows."""
         fitted = self.rows["outer"]
         shown = {**self.rows, "outer": fitted if self.eval_rows is None else fitted.take(slice(self.eval_rows))}
         return {name: rows for name, rows in shown.items() if len(rows)}
@@ -113,7 +115,7 @@ class SupervisedTask(FixedSettings, SolvingTask):
         return scores(self.evaluated(), self.logits, self.evaluation_rows)
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes, the dataset with its checksums, and the rows behind each metric."""
+        """Return sizes, the dataset with its checksums, and the number of rows of each metric."""
         selected = "val" if self.fitted == "train" else "train"
         names, evaluated = {"outer": self.fitted, "val": selected, "test": "test"}, self.evaluated()
         return {

@@ -1,4 +1,4 @@
-"""The outer loop's own settings, which every task is told of."""
+"""``TrainerSettings``: the settings of the outer loop, which every task receives."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ ON_FAILURE = ("raise", "warn")
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The outer loop: how long, how often, and when to stop.
+    """The settings of the outer loop.
 
-    max_steps: outer steps (step k is logged after k + 1 updates).
-    max_seconds: stop after this many seconds of training, those before a resume included (None: no limit).
-    eval_every: evaluate at steps k with ``k % eval_every == 0``, and at the last one.
-    checkpoint_every: write ``checkpoints/last.pt`` each time this many steps are done, and at the end.
-    monitor: the quantity that ``best.pt``, early stopping, the plateau schedule and the job's return value go by.
-    mode: ``min`` or ``max``: which way ``monitor`` is better.
-    patience: stop after this many evaluations in a row without improvement (None: never).
-    figures_every: draw the task's figures each time this many steps are done (None: at the end only).
-    progress: show a live progress line on stderr.
-    on_failure: what to do when a solve ends as ``diverged`` or ``nonfinite``: ``raise``, or ``warn`` (1st, 10th, ... time). A
-        hypergradient or outer loss that is not finite always stops the run; milder statuses always warn.
+    Attributes:
+        max_steps: number of outer steps (step k is logged after k + 1 updates), at least 1.
+        max_seconds: largest number of seconds of training, including those before a resume, above 0 (None: no limit).
+        eval_every: evaluate at steps k with ``k % eval_every == 0``, and at the last one.
+        checkpoint_every: write ``checkpoints/last.pt`` after each multiple of this number of steps, and at the end.
+        monitor: the metric for ``best.pt``, early stopping, the plateau schedule and the job's return value.
+        mode: ``min`` or ``max``: whether a smaller or a larger ``monitor`` is better.
+        patience: stop after this many evaluations in a row without improvement (None: never).
+        figures_every: draw the task's figures after each multiple of this number of steps (None: at the end only).
+        progress: whether to show a live progress line on stderr.
+        on_failure: what to do when a solve ends as ``diverged`` or ``nonfinite``: ``raise``, or ``warn`` (1st, 10th, ... time).
+            A hypergradient or outer loss that is not finite always stops the run; milder statuses always warn.
     """
 
     max_steps: int = 200
@@ -49,4 +50,6 @@ class TrainerSettings:
         check_choice(self, "on_failure", ON_FAILURE)
         check_flag(self, "progress")
         if not isinstance(self.monitor, str) or not self.monitor:
-            raise ValueError(f"TrainerSettings: monitor={self.monitor!r} names no metric, such as 'val/loss'; change monitor")
+            raise ValueError(
+                f"TrainerSettings: monitor={self.monitor!r} is not the name of a metric, such as 'val/loss'; change monitor"
+            )

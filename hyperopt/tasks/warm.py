@@ -1,7 +1,8 @@
-"""Warm starts: the state and the adjoint variable of every fitted row, kept from one visit of the row to its next.
+"""Warm starts: the state and the adjoint variable of every fitted row, kept from one visit of the row to the next.
 
-With minibatches a row is seen once an epoch, and what is kept of it is one epoch of updates old: its staleness. The adjoint
-variables of a mean over ``n`` rows carry a factor ``1/n``; what is kept is ``n v``, which a batch of another size can start from.
+With minibatches a row is visited once an epoch, so its kept state is one epoch of updates old; this age is its staleness. The
+adjoint variables of a mean over ``n`` rows have a factor ``1/n``. What is kept is ``n v``, from which a batch of another size
+can start.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from hyperopt.core import distributed
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Where the solves of one batch start.
+    """The start of the solves of one batch.
 
     Attributes:
-        state: None: at zero, which is also where the rows start that were not seen before. shape: (rows, dim)
-        adjoint: None: at the gradient of the loss; a row of zeros stands for that too. shape: (rows, dim)
-        metrics: ``warm/rows``, the part of the rows seen before, and, if there are such rows, the mean and the largest number of
-            steps since then: 1 for a row of the batch before.
+        state: initial states (None: zeros); rows that were not visited before start at zero. shape: (rows, dim)
+        adjoint: initial adjoint variables (None: the gradient of the loss); a row of zeros means the gradient too. shape:
+            (rows, dim)
+        metrics: ``warm/rows``, the fraction of the rows that were visited before, and, if there are any, the mean and the
+            largest number of steps since their last visit, which is 1 for a row of the last batch.
     """
 
     state: Tensor | None = None
@@ -32,15 +34,15 @@ class WarmStart:
 
 
 class WarmStore:
-    """What is kept of each of ``rows`` rows.
+    """The last states and adjoint variables of the fitted rows.
 
     Args:
-        rows: fitted rows.
-        dim: entries of a state.
-        dtype: of what is handed out.
-        kept: of what is kept (None: ``dtype``); ``bfloat16`` takes half the memory of float32 and keeps 8 bits of each entry, its
-            range being that of float32.
-        device: where it is kept.
+        rows: number of fitted rows.
+        dim: number of entries of a state.
+        dtype: dtype of the states that ``start`` returns.
+        kept: dtype of the kept states (None: ``dtype``); ``bfloat16`` takes half the memory of float32 and keeps 8 significant
+            bits with the range of float32.
+        device: device of the kept states.
     """
 
     def __init__(
@@ -51,24 +53,24 @@ class WarmStore:
         kept: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Start with no row seen."""
+        """Start without visited rows."""
         self.dtype = dtype
         self._state = torch.zeros(rows, dim, dtype=kept or dtype, device=device)
         self._adjoint = torch.zeros_like(self._state)  # of the sum over rows, not of their mean
-        self._seen = torch.full((rows,), -1, dtype=torch.int64, device=device)  # the latest step of each row
+        self._seen = torch.full((rows,), -1, dtype=torch.int64, device=device)  # the step of the last visit; -1: none
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, and about those that it adds to every checkpoint."""
+        """The memory in bytes, which is also about what it adds to every checkpoint."""
         return sum(tensor.nbytes for tensor in (self._state, self._adjoint, self._seen))
 
     def start(self, index: Tensor | slice | None, step: int, count: int | None = None) -> WarmStart:
-        """Return where the rows of a batch start.
+        """Return the start of the solves of a batch.
 
         Args:
-            index: their places; None: all rows.
-            step: index of the step under way.
-            count: rows that the loss is a mean of, those of other ranks too (None: these).
+            index: row numbers of the batch; None: all rows.
+            step: number of the present step.
+            count: number of rows over which the loss is a mean, including those of other ranks (None: the rows of ``index``).
         """
         rows = slice(None) if index is None else index
         seen = self._seen[rows]
@@ -87,11 +89,11 @@ class WarmStore:
         """Keep the solution of a batch.
 
         Args:
-            index: places of its rows; None: all rows.
-            step: index of the step under way.
-            state: shape: (rows, dim)
-            adjoint: adjoint variables (None: they were not solved for). shape: (rows, dim)
-            count: rows that the loss is a mean of, those of other ranks too (None: these).
+            index: row numbers of the batch; None: all rows.
+            step: number of the present step.
+            state: the states. shape: (rows, dim)
+            adjoint: the adjoint variables (None: there are none). shape: (rows, dim)
+            count: number of rows over which the loss is a mean, including those of other ranks (None: the rows of ``index``).
         """
         rows = slice(None) if index is None else index
         self._state[rows] = state.to(self._state.dtype)
@@ -100,7 +102,7 @@ class WarmStore:
         self._seen[rows] = step
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that is kept, by whatever rank: each keeps its own rows, and nothing of others."""
+        """Return everything that is kept, of all ranks; each rank keeps only its own rows."""
         if distributed.ranks() == 1:
             return self._tensors()
         return {
@@ -110,7 +112,7 @@ class WarmStore:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, in place: this rank's rows of it."""
+        """Restore what ``state_dict`` returned, in place: this rank's rows of it."""
         mine = distributed.share_of(len(self._seen))
         for (name, tensor), nothing in zip(self._tensors().items(), (0, 0, -1), strict=True):
             tensor.fill_(nothing)

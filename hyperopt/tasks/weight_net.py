@@ -1,16 +1,17 @@
-r"""Meta-Weight-Net: a small network that maps the loss of a training example to its weight; clean validation rows tune it.
+r"""Meta-Weight-Net: a small network that maps the loss of a training example to its weight, tuned on clean validation rows.
 
     gradient of L in w = mean_i V(l_i; lam) grad_w l_i + decay w         l_i = cross_entropy(f(w, x_i), y_i)
     E = cross_entropy(f(w, x'), y')                                      V = sigmoid(b + v . tanh(a l + c)), lam = (a, b, c, v)
 
-The weight multiplies the gradient and is not differentiated in ``w``, as in the paper. The loss with that gradient is
+As in the paper, the weight multiplies the gradient and is not differentiated in ``w``. The loss with that gradient is
 
     L = mean_i G(l_i; lam) + decay |w|^2 / 2,     G(l) = \int_0^l V(s) ds,
 
-and that is what is trained here, the integral by Gauss and Legendre's rule: a loss like any other, so that every adjoint is
-right, after any number of inner steps. (A weight that is merely detached would have a part of its derivative missing.)
+and this loss is trained here, with the integral by Gauss-Legendre quadrature. It is an ordinary loss, so every adjoint is right
+after any number of inner steps. (With a weight that is only detached, a part of the derivative would be missing.)
 
-Rows may be unevenly many in each class: class ``c`` of ``C`` keeps ``imbalance ** (-c / (C - 1))`` of its rows.
+The classes may have different numbers of rows: class ``c`` of ``C`` keeps a fraction ``imbalance ** (-c / (C - 1))`` of its
+rows.
 
 Reference: J. Shu et al., NeurIPS 2019, arXiv 1902.07379.
 """
@@ -40,35 +41,35 @@ from hyperopt.tasks.scores import ROWS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NODES = 16  # of the rule for the integral
+NODES = 16  # number of quadrature nodes
 
 
 class WeightNet(nn.Module):
-    """``loss -> weight``, one hidden layer of tanh, a sigmoid at the end.
+    """A network from a loss to a weight, with one tanh layer and a sigmoid output.
 
     Args:
-        width: of the hidden layer.
+        width: number of units of the hidden layer.
     """
 
     def __init__(self, width: int) -> None:
-        """Draw nothing yet: see ``initialise``."""
+        """Build the layers; ``initialise`` draws their weights."""
         super().__init__()
         self.first = nn.Linear(1, width)
         self.second = nn.Linear(width, 1)
 
     def forward(self, losses: Tensor) -> Tensor:
-        """Weights in (0, 1), in the shape of the losses."""
+        """Return weights in (0, 1), in the shape of the losses."""
         return torch.sigmoid(self.second(torch.tanh(self.first(losses[..., None]))))[..., 0]
 
 
 @dataclass(eq=False)
 class WeightNetTask(CorruptedTask):
-    """A network that weighs training examples by their loss.
+    """A classifier whose training examples are weighted by a learned function of their loss.
 
     Attributes:
-        width: hidden units of the network that is learned.
-        imbalance: rows of the first class for one of the last, at least 1.
-        weight_net: the network that is learned, after ``setup``.
+        width: number of hidden units of the weight network.
+        imbalance: number of rows of the first class for each row of the last, at least 1.
+        weight_net: the weight network, after ``setup``.
     """
 
     name = "weight_net"
@@ -112,12 +113,12 @@ class WeightNetTask(CorruptedTask):
         return Parts(problem, self.model.w, {}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
-        """The weights of the network that is learned, where its initialisation has put them."""
+        """Return the initial weights of the weight network."""
         return starting_at({"weight_net": self.weight_net.w})
 
     @torch.no_grad()
     def training_losses(self, w: dict[str, Tensor]) -> Tensor:
-        """The loss of each training row. shape: (n,)."""
+        """Return the loss of each training row. shape: (n,)."""
         train = self.splits.train
         parts = [
             functional.cross_entropy(self.model(w, x), y, reduction="none")
@@ -127,18 +128,18 @@ class WeightNetTask(CorruptedTask):
 
     @torch.no_grad()
     def weights(self, losses: Tensor) -> Tensor:
-        """What the network that is learned gives to losses, in their shape."""
+        """Return the learned weights of losses, in their shape."""
         return self.weight_net(self.hyper.read()["weight_net"], losses)
 
     def measure(self, w: Any) -> dict[str, float]:
-        """As every trained problem, with the mean weights of training rows whose labels are right, and of the others."""
+        """Return the metrics of every trained problem, and the mean weights of training rows with right and replaced labels."""
         weights = self.weights(self.training_losses(w))
         kinds = {"right": weights[~self.corrupt], "replaced": weights[self.corrupt]}
         return {**super().measure(w), **{f"weight/{kind}_labels": float(of.mean()) for kind, of in kinds.items() if len(of)}}
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``weights``: the learned curve, over the losses of training rows whose labels are right, and of the others."""
-        from matplotlib.figure import Figure  # here: half a second to import, and only a drawing needs it
+        """Return ``weights``: the learned function, and histograms of the losses of rows with right and replaced labels."""
+        from matplotlib.figure import Figure  # imported here because it takes half a second
 
         losses = self.training_losses(self.bilevel.w)
         reach = max(1.0, math.ceil(float(losses.quantile(0.99))))
@@ -159,7 +160,7 @@ class WeightNetTask(CorruptedTask):
 
 
 def long_tailed(rows: Rows, classes: int, imbalance: float) -> Rows:
-    """The first rows of each class: of class ``c`` a share ``imbalance ** (-c / (classes - 1))``, at least one row."""
+    """Return the first rows of each class: a fraction ``imbalance ** (-c / (classes - 1))`` of class ``c``, at least one row."""
     if imbalance == 1:
         return rows
     kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.y.device)

@@ -19,6 +19,7 @@ from hyperopt.app.config import ConfigError, plain_config
 from hyperopt.app.errors import near
 from hyperopt.app.options import hints, kinds, options, own, registered, targets
 from hyperopt.app.resolvers import config_path
+from hyperopt.core.text import with_article
 
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*/*.yaml"))
 OPTIONS = [f"{path.parent}={path.name}" for path in FILES if path.parts[0] not in ("hydra", "experiment")]
@@ -161,7 +162,7 @@ BAD = [
     (["solver.max_steps=0"], "solver.max_steps=0 must be a whole number >= 1; change solver.max_steps"),
     (["adjoint.linear_solver.max_steps=0"], "adjoint.linear_solver.max_steps=0 must be a whole number >= 1"),
     (["adjoint=anderson", "adjoint.linear_solver.window=0"], "adjoint.linear_solver.window=0"),
-    (["adjoint.policy=shrug"], "adjoint.policy='shrug' is none of raise, warn, fallback, ignore; change adjoint.policy"),
+    (["adjoint.policy=shrug"], "adjoint.policy='shrug' is not one of raise, warn, fallback, ignore; change adjoint.policy"),
     (["adjoint=unrolled", "adjoint.last=0"], "adjoint.last=0"),
     (["solver.rtol=-1"], "solver.rtol=-1 is not in [0.0, inf); change solver.rtol"),
     (["solver=broyden", "solver.memory=0"], "solver.memory=0 must be a whole number >= 1; change solver.memory"),
@@ -169,18 +170,18 @@ BAD = [
     (["solver=newton", "solver.max_gib=0"], "solver.max_gib=0"),
     (["solver=newton_krylov", "solver.linear_solver.max_steps=0"], "solver.linear_solver.max_steps=0"),
     (["adjoint=shine", "adjoint.ratio=0"], "adjoint.ratio=0 is not in (0.0, inf); change adjoint.ratio"),
-    (["task.policy=shrug"], "task.policy='shrug' is none of raise, warn, fallback, ignore; change task.policy"),
+    (["task.policy=shrug"], "task.policy='shrug' is not one of raise, warn, fallback, ignore; change task.policy"),
     (["solver.damping=0"], "solver.damping=0 is not in (0.0, 1.0]"),
     (["optimizer.lr=0"], "optimizer.lr=0"),
-    (["optimizer.lr=fast"], "optimizer.lr='fast' is no float or int; change optimizer.lr"),
+    (["optimizer.lr=fast"], "optimizer.lr='fast' is not a float or int; change optimizer.lr"),
     (["optimizer.momentum=-1"], "optimizer.momentum=-1 is refused: Invalid momentum value: -1; change optimizer.momentum"),
-    (["optimizer.nesterov=3"], "optimizer.nesterov=3 is no bool; change optimizer.nesterov"),
+    (["optimizer.nesterov=3"], "optimizer.nesterov=3 is not a bool; change optimizer.nesterov"),
     (["optimizer.momentum=0", "optimizer.nesterov=true"], "Nesterov momentum requires a momentum"),
     (["optimizer=adam", "optimizer.betas=[0.9]"], "optimizer.betas="),
     (["optimizer=lbfgs", "optimizer.line_search_fn=3"], "optimizer.line_search_fn=3"),
     (["optimizer._target_=torch.optim.Foo"], "optimizer._target_='torch.optim.Foo' cannot be imported"),
-    (["optimizer._target_=torch.optim.lr_scheduler.StepLR"], "is no OuterOptimizer"),
-    (["solver._target_=torch.optim.Adam"], "is no FixedPointSolver; choices: hyperopt.core.newton.chord.Chord"),
+    (["optimizer._target_=torch.optim.lr_scheduler.StepLR"], "is not an OuterOptimizer"),
+    (["solver._target_=torch.optim.Adam"], "is not a FixedPointSolver; choices: hyperopt.core.newton.chord.Chord"),
     (["+optimizer.alpha=0.5"], "optimizer.alpha: torch.optim.SGD takes no 'alpha'; choices: dampening"),
     (["optimizer.clip_norm=-1"], "optimizer.clip_norm=-1"),
     (["optimizer=adam", "optimizer.betas=[0.9,1.5]"], "optimizer.betas="),
@@ -192,10 +193,10 @@ BAD = [
     (["optimizer/scheduler=step", "optimizer.scheduler.step_size=0"], "optimizer.scheduler.step_size=0 is refused"),
     (["optimizer/scheduler=power", "optimizer.scheduler.decay=2"], "optimizer.scheduler.decay=2 is not in (0, 1]"),
     (["optimizer/scheduler=plateau", "optimizer.scheduler.factor=1"], "optimizer.scheduler.factor=1 is refused"),
-    (["optimizer/scheduler=exponential", "optimizer.scheduler.gamma=half"], "optimizer.scheduler.gamma='half' is no float"),
+    (["optimizer/scheduler=exponential", "optimizer.scheduler.gamma=half"], "optimizer.scheduler.gamma='half' is not a float"),
     (["trainer.max_steps=-3"], "trainer.max_steps=-3"),
     (["trainer.max_seconds=0"], "trainer.max_seconds=0"),
-    (["trainer.mode=best"], "trainer.mode='best' is none of min, max"),
+    (["trainer.mode=best"], "trainer.mode='best' is not one of min, max"),
     (["task.state_size=0"], "task.state_size=0"),
     (["task.batch_size=0"], "task.batch_size=0 must be a whole number >= 1; change task.batch_size"),
     (["task=implicit", "task.workers=-1"], "task.workers=-1 must be a whole number >= 0; change task.workers"),
@@ -203,10 +204,10 @@ BAD = [
     (["task=implicit", "task.network.width=0"], "task.network.width=0 must be a whole number >= 1; change task.network.width"),
     (
         ["task=implicit", "task/network=deq_resnet", "task.network.norm=batch"],
-        "task.network.norm='batch' is none of None, weight",
+        "task.network.norm='batch' is not one of None, weight",
     ),
     (["task=implicit", "task/augment=crop_flip", "task.augment.flip=2"], "flip=2"),
-    (["task.last_batch=pad"], "task.last_batch='pad' is none of keep, drop; change task.last_batch"),
+    (["task.last_batch=pad"], "task.last_batch='pad' is not one of keep, drop; change task.last_batch"),
     (
         ["dataset.train=1500"],
         "dataset.train=1500 and val=400 need 1900 different rows; there are 1797; lower dataset.train or dataset.val",
@@ -216,19 +217,19 @@ BAD = [
         "dataset.train=0 must be a whole number from 1 to 1797, the rows that there are to train on; change dataset.train",
     ),
     (["dataset=synthetic", "dataset.noise=-inf"], "dataset.noise=-inf is not in (-inf, inf); change dataset.noise"),
-    (["dataset=libsvm", "dataset.file=''"], "dataset.file='' names no file or directory; change dataset.file"),
+    (["dataset=libsvm", "dataset.file=''"], "dataset.file='' does not name a file or directory; change dataset.file"),
     (
         ["task=implicit", "task/augment=crop_flip", "task.augment.fill=nan"],
         "task.augment.fill=nan is not in (-inf, inf); change task.augment.fill",
     ),
     (["dataset=mnist", "dataset.train=40000", "dataset.val=30000"], "60000"),
-    (["dataset.order=sideways"], "dataset.order='sideways' is none of"),
+    (["dataset.order=sideways"], "dataset.order='sideways' is not one of"),
     (["seed=-1"], "seed=-1 is not a whole number in [0, 4294967295]; change seed"),
-    (["device=tpu"], "device='tpu' is none of auto, cpu, cuda, cuda:N; change device"),
+    (["device=tpu"], "device='tpu' is not one of auto, cpu, cuda, cuda:N; change device"),
     (["device=cuda:"], "device='cuda:'"),
-    (["precision=float16"], "precision='float16' is none of float32, float64; change precision"),
-    (["mode=dream"], "mode='dream' is none of train, evaluate, check; change mode"),
-    (["resume=yes_please"], "resume='yes_please' is none of never, auto; change resume"),
+    (["precision=float16"], "precision='float16' is not one of float32, float64; change precision"),
+    (["mode=dream"], "mode='dream' is not one of train, evaluate, check; change mode"),
+    (["resume=yes_please"], "resume='yes_please' is not one of never, auto; change resume"),
     (["threads=0"], "threads=0 must be a whole number >= 1"),
     (["ckpt_path=nowhere.pt"], "ckpt_path='nowhere.pt' is not a file; change ckpt_path"),
     (["mode=evaluate"], "mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path"),
@@ -265,21 +266,21 @@ PRODUCTS, POWER = "hyperopt.bilevel.implicit.ProductSettings", "hyperopt.bilevel
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([f"adjoint.linear_solver._target_={PICARD}"], f"adjoint.linear_solver._target_='{PICARD}' is no LinearSolver; "),
-        ([f"adjoint.linear_solver._target_={ONE_STEP}"], f"adjoint.linear_solver._target_='{ONE_STEP}' is no LinearSolver; "),
-        (["adjoint=shine", f"adjoint.linear_solver={{_target_: {PICARD}}}"], f"'{PICARD}' is no LinearSolver; "),
-        (["solver=newton_krylov", f"solver.linear_solver._target_={PICARD}"], f"'{PICARD}' is no LinearSolver; "),
-        ([f"adjoint.fallback=[{{_target_: {PICARD}}}]"], f"adjoint.fallback.0._target_='{PICARD}' is no LinearSolver; "),
+        ([f"adjoint.linear_solver._target_={PICARD}"], f"adjoint.linear_solver._target_='{PICARD}' is not a LinearSolver; "),
+        ([f"adjoint.linear_solver._target_={ONE_STEP}"], f"adjoint.linear_solver._target_='{ONE_STEP}' is not a LinearSolver; "),
+        (["adjoint=shine", f"adjoint.linear_solver={{_target_: {PICARD}}}"], f"'{PICARD}' is not a LinearSolver; "),
+        (["solver=newton_krylov", f"solver.linear_solver._target_={PICARD}"], f"'{PICARD}' is not a LinearSolver; "),
+        ([f"adjoint.fallback=[{{_target_: {PICARD}}}]"], f"adjoint.fallback.0._target_='{PICARD}' is not a LinearSolver; "),
         ([f"adjoint.fallback=[{{_target_: {CG}}},{{_target_: {ONE_STEP}}}]"], "adjoint.fallback.1._target_="),
-        (["adjoint.fallback=[cg]"], "adjoint.fallback.0='cg' names no LinearSolver: it has no _target_"),
-        ([f"solver._target_={CG}"], f"solver._target_='{CG}' is no FixedPointSolver; "),
-        ([f"solver._target_={ONE_STEP}"], f"solver._target_='{ONE_STEP}' is no FixedPointSolver; "),
-        ([f"adjoint._target_={PICARD}"], f"adjoint._target_='{PICARD}' is no Adjoint or Estimator; "),
-        ([f"inner._target_={PICARD}"], f"inner._target_='{PICARD}' is no InnerSolver; "),
-        (["task=l2", f"task.products._target_={POWER}"], f"task.products._target_='{POWER}' is no ProductSettings; "),
+        (["adjoint.fallback=[cg]"], "adjoint.fallback.0='cg' does not name a LinearSolver: it has no _target_"),
+        ([f"solver._target_={CG}"], f"solver._target_='{CG}' is not a FixedPointSolver; "),
+        ([f"solver._target_={ONE_STEP}"], f"solver._target_='{ONE_STEP}' is not a FixedPointSolver; "),
+        ([f"adjoint._target_={PICARD}"], f"adjoint._target_='{PICARD}' is not an Adjoint or Estimator; "),
+        ([f"inner._target_={PICARD}"], f"inner._target_='{PICARD}' is not an InnerSolver; "),
+        (["task=l2", f"task.products._target_={POWER}"], f"task.products._target_='{POWER}' is not a ProductSettings; "),
         (
             ["task=l2", f"task.products.power._target_={PRODUCTS}"],
-            f"task.products.power._target_='{PRODUCTS}' is no PowerSettings",
+            f"task.products.power._target_='{PRODUCTS}' is not a PowerSettings",
         ),
     ],
 )
@@ -345,7 +346,7 @@ KINDS = [
 @pytest.mark.parametrize("task", ["equilibrium", "implicit", "coupled"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^adjoint={name} is no Adjoint, and .*choices: anderson, .*; change adjoint$"):
+    with pytest.raises(ConfigError, match=rf"^adjoint={name} is not an Adjoint, and .*choices: anderson, .*; change adjoint$"):
         validate(composed(f"task={task}", f"adjoint={name}"))
 
 
@@ -354,7 +355,7 @@ def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind
     with pytest.raises(ConfigError) as caught:
         validate(composed(*(each.removeprefix("+") for each in overrides)))
     said = str(caught.value)
-    assert said.startswith(f"{key}._target_='hyperopt.") and f" is no {kind}; " in said
+    assert said.startswith(f"{key}._target_='hyperopt.") and f" is not {with_article(kind)}; " in said
     assert choice in said.partition("choices: ")[2] and "\n" not in said
 
 
@@ -363,7 +364,9 @@ def test_a_mapping_that_names_no_part_is_refused(given: str) -> None:
     key = given.partition("=")[0]
     cfg = composed()
     OmegaConf.update(cfg, key, OmegaConf.create(given.partition("=")[2]), merge=False, force_add=True)
-    with pytest.raises(ConfigError, match=rf"^{key} names no .*: it has no _target_; choose an option, or set {key}._target_$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{key} does not name .*: it has no _target_; choose an option, or set {key}._target_$"
+    ):
         validate(cfg)
 
 
@@ -382,7 +385,7 @@ PLAIN_VALUES = [
 def test_a_plain_value_in_place_of_a_part_is_refused(task: str, key: str, value: Any) -> None:
     cfg = composed(task)
     OmegaConf.update(cfg, key, value, merge=False)
-    with pytest.raises(ConfigError, match=rf"^{key}=.* names no \w+: it has no _target_; change {key}$"):
+    with pytest.raises(ConfigError, match=rf"^{key}=.* does not name an? \w+: it has no _target_; change {key}$"):
         validate(cfg)
 
 
@@ -399,7 +402,7 @@ def test_a_target_of_an_allowed_package_passes_and_no_other() -> None:
 
 
 def test_a_target_that_only_passes_through_the_project_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'hyperopt\.app\.config\.copy\.deepcopy' is no class of an option; choices: "):
+    with pytest.raises(ConfigError, match=r"'hyperopt\.app\.config\.copy\.deepcopy' is not the class of an option; choices: "):
         validate(composed("solver._target_=hyperopt.app.config.copy.deepcopy"))
 
 

@@ -184,7 +184,7 @@ def test_a_hostile_pickle_is_not_run(how: str, tmp_path: Path, capfd: pytest.Cap
         torch.save({"card": Evil(), "tensors": {}}, path)
     else:
         path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ExportError, match="not loaded, since that could run code" if how == "zip" else "is no export"):
+    with pytest.raises(ExportError, match="not loaded, since that could run code" if how == "zip" else "is not an export"):
         load_exported(path)
     assert "code ran" not in capfd.readouterr().out
 
@@ -207,12 +207,12 @@ def test_files_that_are_none(runs: Any, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="there is no file"):
         load_exported(tmp_path / "model.pt")
     (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ExportError, match="is no export"):
+    with pytest.raises(ExportError, match="is not an export"):
         load_exported(tmp_path / "cut.pt")
     buffer = io.BytesIO()
     torch.save({"format": 2, "task": {}}, buffer)
     (tmp_path / "checkpoint.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(ExportError, match="is no export"):
+    with pytest.raises(ExportError, match="is not an export"):
         load_exported(tmp_path / "checkpoint.pt")
 
 

@@ -116,7 +116,7 @@ class Named:
     words: str
 
 
-NO_OPTION = "is no class of an option"
+NO_OPTION = "is not the class of an option"
 NAMED = {
     "empty a file by a class": Named("optimizer", empties, NO_OPTION),
     "write a file by a method": Named("trainer", overwrites, "_args_"),
@@ -129,20 +129,20 @@ NAMED = {
     "another package": Named("task.cell", lambda _: {"_target_": "os.system", "command": SYSTEM}, "is outside hyperopt"),
     "a package by its own leave": Named("allow_targets", lambda _: ["hyperopt", "subprocess"], "is outside hyperopt"),
     "another package through ours": Named("task.cell", lambda _: {"_target_": "hyperopt.app.files.os.system"}, NO_OPTION),
-    "a class of ours that is no setting": Named("task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, NO_OPTION),
+    "a class of ours that is not a setting": Named("task.cell", lambda _: {"_target_": "hyperopt.nn.deq.DEQ"}, NO_OPTION),
     "partial": Named("task.cell", lambda _: {"_target_": CELL, "_partial_": True}, "_partial_"),
     "arguments": Named("task.cell", lambda _: {"_target_": CELL, "_args_": [0.3]}, "_args_"),
     "call": Named("task.cell", lambda _: {"_target_": CELL, "_call_": False}, "_call_"),
     "recursion in plain values": Named("task.l2", lambda _: {"_recursive_": False}, "_recursive_"),
-    "an interpolation": Named("task.cell.input_scale", lambda _: "${oc.decode:'0.3'}", "is no plain value"),
-    "the environment": Named("name", lambda _: "${oc.env:HOME}", "is no plain value"),
+    "an interpolation": Named("task.cell.input_scale", lambda _: "${oc.decode:'0.3'}", "is not a plain value"),
+    "the environment": Named("name", lambda _: "${oc.env:HOME}", "is not a plain value"),
     "a list as a target": Named("task.cell", lambda _: {"_target_": ["os", "system"]}, "_target_"),
     "a number as a target": Named("task.cell", lambda _: {"_target_": 5}, "_target_"),
-    "a dataset as a cell": Named("task.cell", lambda _: {"_target_": "hyperopt.data.digits.Digits"}, "is no CellFactory"),
-    "a cell as an optimizer": Named("optimizer", lambda _: {"_target_": CELL}, "is no OuterOptimizer"),
-    "a text as a cell": Named("task.cell", lambda _: "projected", "names no CellFactory"),
-    "a list as a cell": Named("task.cell", lambda _: [{"_target_": CELL}], "names no CellFactory"),
-    "no target": Named("task.cell", lambda _: {"bias": True}, "names no CellFactory"),
+    "a dataset as a cell": Named("task.cell", lambda _: {"_target_": "hyperopt.data.digits.Digits"}, "is not a CellFactory"),
+    "a cell as an optimizer": Named("optimizer", lambda _: {"_target_": CELL}, "is not an OuterOptimizer"),
+    "a text as a cell": Named("task.cell", lambda _: "projected", "does not name a CellFactory"),
+    "a list as a cell": Named("task.cell", lambda _: [{"_target_": CELL}], "does not name a CellFactory"),
+    "no target": Named("task.cell", lambda _: {"bias": True}, "does not name a CellFactory"),
     "a text as a size": Named("task.state_size", lambda _: "many", "must be a whole number"),
     "a number that is none": Named("task.cell.max_norm", lambda _: [1], "is not in (0, 1)"),
     "a list as a task": Named("task", lambda _: [1], "task"),
@@ -225,11 +225,11 @@ OF_RUNS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a damaged config": (damaged_config, "config.yaml"),
     "a deep config": (of_run("config.yaml", "x: " + "[" * 3000 + "]" * 3000), "config.yaml"),
     "an empty config": (of_run("config.yaml", ""), "config.yaml"),
-    "facts that are no JSON": (of_run("run.json", '{"git": '), "run.json"),
+    "facts that are not JSON": (of_run("run.json", '{"git": '), "run.json"),
     "deep facts": (of_run("run.json", '{"git": ' + "[" * 100_000 + "]" * 100_000 + "}"), "run.json"),
     "facts of another kind": (of_run("run.json", '{"versions": [1, 2]}'), "cannot be built here"),
     "an escape sequence in the facts": (of_run("run.json", '{"versions": {"torch": "\\u001b[2J"}}'), "versions"),
-    "rows that are no JSON": (of_run("metrics.jsonl", "{]\n"), "metrics.jsonl, line 1"),
+    "rows that are not JSON": (of_run("metrics.jsonl", "{]\n"), "metrics.jsonl, line 1"),
     "rows of another kind": (of_run("metrics.jsonl", '{"step": "x", "hypergrad/error_estimate": 1}\n'), "cannot be built here"),
     "no rows": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
     "a seed that is none": (add("config.yaml", "seed", "x"), "cannot be built here"),
@@ -444,8 +444,8 @@ FILES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
     "a call": (with_object(lambda: Calls(Path.touch, Path("mark"))), "could run code"),
     "a call that takes memory": (with_object(lambda: Calls(bytearray, 3 * 10**9)), "could run code"),
     "a tensor by its class": (with_object(lambda: Calls(torch.Tensor, 10**9)), "could run code"),
-    "a bare pickle": (lambda path, _: path.write_bytes(pickle.dumps(Calls(Path.touch, Path("mark")))), "no export"),
-    "a pickle under another name": (lambda path, _: path.write_bytes(b"\x80\x04" + b"." * 100), "no export"),
+    "a bare pickle": (lambda path, _: path.write_bytes(pickle.dumps(Calls(Path.touch, Path("mark")))), "not an export"),
+    "a pickle under another name": (lambda path, _: path.write_bytes(b"\x80\x04" + b"." * 100), "not an export"),
     "a zip bomb": (bomb, "it is packed"),
     "an expanded tensor": (tensor_of(lambda: torch.zeros(1).expand(10**12)), "lies in a storage of 1 numbers"),
     "a part of a tensor": (tensor_of(lambda: torch.zeros(1000)[10:13]), "not the whole of a storage"),
@@ -467,8 +467,8 @@ FILES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
         lambda path, content: torch.save({"card": content["card"], "tensors": {"\x1b[2J": torch.ones(2)}}, path),
         "cannot be built here",
     ),
-    "an empty zip": (lambda path, _: zipfile.ZipFile(path, "w").close(), "no export"),
-    "nothing": (lambda path, _: path.write_bytes(b""), "no export"),
+    "an empty zip": (lambda path, _: zipfile.ZipFile(path, "w").close(), "not an export"),
+    "nothing": (lambda path, _: path.write_bytes(b""), "not an export"),
 }
 
 
@@ -584,7 +584,7 @@ INSIDE: dict[str, tuple[Callable[[Place], Any], str]] = {
     "another package": (lambda _: [{"x": {"_target_": "os.system", "command": SYSTEM}}], "is outside hyperopt"),
     "another package through the allowed one": (lambda _: {"_target_": "own_parts.os.system"}, "which is not allowed"),
     "arguments": (lambda _: {"_target_": "own_parts.Cell", "_args_": [1]}, "_args_"),
-    "an interpolation": (lambda _: ["${oc.env:HOME}"], "is no plain value"),
+    "an interpolation": (lambda _: ["${oc.env:HOME}"], "is not a plain value"),
 }
 
 
@@ -626,8 +626,8 @@ OVERRIDES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "call through ours": (lambda _: ["solver._target_=hyperopt.app.config.copy.deepcopy"], NO_OPTION),
     "partial": (lambda _: ["+solver._partial_=true"], "_partial_"),
     "arguments": (lambda _: ["+optimizer._args_=[1]"], "_args_"),
-    "a dataset as a cell": (lambda _: ["task.cell._target_=hyperopt.data.digits.Digits"], "is no CellFactory"),
-    "a cell as a trainer": (lambda _: [f"trainer._target_={CELL}"], "is no TrainerSettings"),
+    "a dataset as a cell": (lambda _: ["task.cell._target_=hyperopt.data.digits.Digits"], "is not a CellFactory"),
+    "a cell as a trainer": (lambda _: [f"trainer._target_={CELL}"], "is not a TrainerSettings"),
 }
 
 

@@ -192,11 +192,11 @@ DATASET, CELL, TASK = "dataset", "task.cell", "task"
 BEFORE = [  # found when the config is checked
     (CELL, "Wordless", "task.cell: mine.lacking.Wordless has no method forward(z, x)"),
     (CELL, "Unary", "task.cell: mine.lacking.Unary has forward(self, z), which cannot be called as forward(z, x): "),
-    (CELL, "Plain", "task.cell: mine.lacking.Plain is no torch.nn.Module, and no hyperopt.nn.cells.CellFactory"),
+    (CELL, "Plain", "task.cell: mine.lacking.Plain is neither a torch.nn.Module nor a hyperopt.nn.cells.CellFactory"),
     (CELL, "needs", "task.cell: mine.lacking.needs cannot be made with no arguments alone: missing a required argument: 'path'"),
     (DATASET, "Endless", "dataset: mine.lacking.Endless has no __len__: a dataset needs a length, and an item (x, y)"),
     (DATASET, "Blank", "dataset: mine.lacking.Blank has no __getitem__: a dataset needs a length, and an item (x, y)"),
-    (DATASET, "Plain", "dataset: mine.lacking.Plain is no torch.utils.data.Dataset, and has no method load(dtype, device)"),
+    (DATASET, "Plain", "dataset: mine.lacking.Plain is not a torch.utils.data.Dataset, and has no method load(dtype, device)"),
     (DATASET, "needs", "dataset: mine.lacking.needs cannot be called: missing a required argument: 'path'"),
     (DATASET, "arrays, val: -1", "dataset.val=-1 must be a whole number >= 0; change dataset.val"),
     (
@@ -208,9 +208,9 @@ BEFORE = [  # found when the config is checked
     (
         TASK,
         "Plain",
-        "task._target_='mine.lacking.Plain' makes mine.lacking.Plain, which is no hyperopt.tasks.base.Task; derive it",
+        "task._target_='mine.lacking.Plain' makes mine.lacking.Plain, which is not a hyperopt.tasks.base.Task; derive it",
     ),
-    (TASK, "nothing", "task._target_='mine.lacking.nothing' makes NoneType, which is no hyperopt.tasks.base.Task; derive it"),
+    (TASK, "nothing", "task._target_='mine.lacking.nothing' makes NoneType, which is not a hyperopt.tasks.base.Task; derive it"),
 ]
 LATER = [  # found once the rows are there
     (
@@ -219,13 +219,13 @@ LATER = [  # found once the rows are there
         "mine.lacking.Short: forward(z, x) on z of shape (2, 5) and x of shape (2, 64) returned a tensor of shape (2, 3)",
     ),
     (CELL, "Fixed", "mine.lacking.Fixed: forward(z, x) on z of shape (2, 5) and x of shape (2, 64) failed: "),
-    (CELL, "nothing", "mine.lacking.nothing made NoneType, which is no torch.nn.Module"),
+    (CELL, "nothing", "mine.lacking.nothing made NoneType, which is not a torch.nn.Module"),
     (DATASET, "Named", "mine.lacking.Named: item 0 is a dict, not a pair (x, y); return x and y from __getitem__"),
     (DATASET, "Ragged", "mine.lacking.Ragged: x of item 3 has shape (3,), but that of item 0 has (2,); make them alike"),
     (
         DATASET,
         "nothing",
-        "mine.lacking.nothing returned NoneType, which is no torch.utils.data.Dataset and no pair (x, y) of arrays",
+        "mine.lacking.nothing returned NoneType, which is neither a torch.utils.data.Dataset nor a pair (x, y) of arrays",
     ),
     (
         DATASET,

@@ -117,7 +117,7 @@ def test_the_page_and_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.splitlines()[1].split()[:6] == ["0.1", "3", "completed", "1.1", "0.1", "1"]
     assert {path.name for path in out.iterdir()} == {"index.html", "curves.png", "parallel.png", "error_cost.png"}
     assert text_of(out / "index.html").count('src="data:image/png;base64,') == 3
-    report([tmp_path / "sweep"], out)  # its own page is no run, and is replaced
+    report([tmp_path / "sweep"], out)  # its own page is not a run, and is replaced
     assert len(find([tmp_path / "sweep"])[0]) == 6
 
 

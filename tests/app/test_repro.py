@@ -78,13 +78,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"device='cuda:2'.*cuda:0 to cuda:1"):
         repro.resolve_device("cuda:2")
     for name in ("gpu", "cuda:", "cuda:-1", "CPU", "cpu\n"):
-        with pytest.raises(ValueError, match="is none of auto, cpu, cuda, cuda:N"):
+        with pytest.raises(ValueError, match="is not one of auto, cpu, cuda, cuda:N"):
             repro.resolve_device(name)
 
 
 def test_precision_and_threads() -> None:
     assert repro.resolve_precision("float64") is torch.float64
-    with pytest.raises(ValueError, match="precision='bfloat16' is none of float32, float64"):
+    with pytest.raises(ValueError, match="precision='bfloat16' is not one of float32, float64"):
         repro.resolve_precision("bfloat16")
     with pytest.raises(ValueError, match="threads=0"):
         repro.configure(torch.device("cpu"), torch.float32, 0)

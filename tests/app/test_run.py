@@ -171,7 +171,7 @@ def test_mild_failures_warn_once_a_run_and_kind(tmp_path: Path, caplog: pytest.L
 
 
 def test_monitor_unknown(tmp_path: Path) -> None:
-    with pytest.raises(MonitorError, match=r"trainer.monitor='val/acc' is none of .*val/loss"):
+    with pytest.raises(MonitorError, match=r"trainer.monitor='val/acc' is not one of .*val/loss"):
         go(config(trainer={"monitor": "val/acc"}), tmp_path)
 
 

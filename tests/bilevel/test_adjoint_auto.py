@@ -17,8 +17,7 @@ from torch.nn import functional
 
 import hyperopt
 from hyperopt import CG, Auto, Composite, Functional, GradientDescent, Implicit, InnerLBFGS, Neumann, TorchOptimizer
-from hyperopt.bilevel.auto import series
-from hyperopt.bilevel.step_map import StepMap
+from hyperopt.bilevel.step_map import StepMap, series
 from hyperopt.core.operator import Complement
 from hyperopt.core.policy import reset_warnings
 
@@ -319,7 +318,7 @@ def test_products_that_are_not_finite_and_a_hessian_of_zero_are_refused():
 
 def test_an_unknown_name_is_refused():
     ridge = Ridge()
-    with pytest.raises(TypeError, match=r"adjoint='best' is no adjoint of a trained problem; give \"auto\", Implicit"):
+    with pytest.raises(TypeError, match=r"adjoint='best' is not an adjoint of a trained problem; give \"auto\", Implicit"):
         hyperopt.Bilevel(ridge.problem, torch.zeros(8, dtype=DOUBLE), adjoint="best")
     for wrong in ({"rtol": 0.0}, {"max_steps": 0}, {"terms": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -260,7 +260,7 @@ def test_products(curvature):
     from hyperopt.bilevel.evaluation import Evaluation
     from hyperopt.bilevel.finite_differences import FiniteDifferences
     from hyperopt.bilevel.gauss_newton import GaussNewton
-    from hyperopt.bilevel.problem import Leaves
+    from hyperopt.bilevel.leaves import Leaves
 
     model, problem, lam = network()
     w = {name: tensor.clone() for name, tensor in model.w.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, Ridge, flatten
@@ -14,7 +15,8 @@ from hyperopt import CG, Estimate, Estimator, GradientDescent, Implicit, Minibat
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.estimate import Cost, State
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.problem import Leaves, outer_gradient
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import outer_gradient
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.tree import tree_norm
 
@@ -68,6 +70,64 @@ def test_a_hypergradient_of_a_trained_problem_can_be_checked():
     assert [source.state_dict() for source in batches] == before and not problem.w0["weight"].any()
 
 
+ONE, TWO, THREE = (torch.tensor(values, dtype=DOUBLE) for values in ([0.5, 0.2], [0.1, 0.3], [0.4, -1.0]))
+TIED = {
+    "a dict": {"a": ONE, "b": ONE, "c": TWO},
+    "a list with another in between": [ONE, TWO, ONE],
+    "one tensor alone": (ONE, ONE),
+    "a nested tree": {"x": [ONE, TWO], "y": {"z": (TWO, THREE, ONE)}},
+    "two pairs": [ONE, TWO, TWO, ONE],
+    "none tied": {"a": ONE, "b": TWO},
+}
+
+
+@pytest.mark.parametrize("w", TIED.values(), ids=TIED)
+def test_the_objective_of_tied_weights(w: Any) -> None:
+    """``L = sum_i a_i |w_i - i lam|^2`` over the places i: a tensor at some of them ends at their weighted mean."""
+    places = [id(leaf) for leaf in optree.tree_leaves(w)]
+    weights = [1.0 + 0.5 * i for i in range(len(places))]
+
+    def inner(w: Any, lam: Any, batch: Any) -> torch.Tensor:
+        return sum(
+            a * (x - (i + 1) * lam).square().sum() for i, (a, x) in enumerate(zip(weights, optree.tree_leaves(w), strict=True))
+        )  # type: ignore
+
+    def outer(w: Any, lam: Any, batch: Any) -> torch.Tensor:
+        return sum((i + 1) * x.square().sum() for i, x in enumerate(optree.tree_leaves(w)))  # type: ignore
+
+    of = {key: [i for i, place in enumerate(places) if place == key] for key in places}
+    ends = {key: sum(weights[i] * (i + 1) for i in at) / sum(weights[i] for i in at) for key, at in of.items()}
+    factor = sum((i + 1) * ends[place] ** 2 for i, place in enumerate(places))
+    lam = torch.tensor([0.7, -0.4], dtype=DOUBLE, requires_grad=True)
+    before = [leaf.clone() for leaf in optree.tree_leaves(w)]
+    bilevel = hyperopt.Bilevel(hyperopt.BilevelProblem(inner, outer), w)
+    loss, _ = bilevel.objective(lam, hyperopt.Picard(rtol=1e-13, max_steps=2000), Implicit(CG(rtol=1e-13)))
+    (grad,) = torch.autograd.grad(loss, lam)
+    torch.testing.assert_close(loss.detach(), factor * lam.detach().square().sum(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(grad, 2 * factor * lam.detach(), rtol=1e-9, atol=0)
+    assert all(torch.equal(x, y) for x, y in zip(optree.tree_leaves(w), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "largest"),
+    [
+        (lambda w, lam: (w * lam).sum(), "0"),
+        (lambda w, lam: (w * lam).abs().sum(), "0"),
+        (lambda w, lam: (lam - 5 * w).relu().sum(), "0"),
+        (lambda w, lam: ((w - w.detach()) * lam).square().sum() * float("inf"), "nan"),
+        (lambda w, lam: (w * lam).square().sum() * 1e308 * 1e308, "inf"),
+    ],
+    ids=["linear", "absolute values", "a kink", "not a number", "infinite"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_objective_without_a_stable_step_is_refused(loss: Any, largest: str) -> None:
+    problem = hyperopt.BilevelProblem(lambda w, lam, batch: loss(w, lam), lambda w, lam, batch: w.square().sum())
+    lam = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    bilevel = hyperopt.Bilevel(problem, torch.full((2,), 0.1, dtype=DOUBLE))
+    with pytest.raises(ValueError, match=f"largest curvature of the inner loss is (nan|inf|{largest}) .*no stable step"):
+        bilevel.objective(lam, hyperopt.Picard(), Implicit(CG()))
+
+
 def test_backward_adds_to_the_leaves_and_passes_constants_by():
     ridge = Ridge()
     w = ridge.solution(ridge.lam)
@@ -117,7 +177,7 @@ def test_an_outer_loop_lowers_the_validation_loss():
 
 
 def test_the_primitive_is_right_to_second_order():
-    """Of a problem that is no quadratic: the derivative of its hypergradient."""
+    """The derivative of the hypergradient of a problem that is not quadratic."""
     problem = hyperopt.BilevelProblem(
         lambda w, lam, batch: (lam * w).exp().sum() + w.square().sum() + (lam * w.roll(1)).sum(), lambda w, lam, batch: w.sum()
     )

@@ -131,7 +131,7 @@ def test_the_penalty_does_not_multiply_the_noise_of_batches():
 
 def test_several_steps_in_batches_of_epochs_are_refused():
     bilevel = Bilevel(sampled(Ridge(), 6), torch.zeros(8, dtype=DOUBLE), adjoint=VPBGD(steps=3))
-    with pytest.raises(ValueError, match=r"VPBGD: steps=3 in epochs of 7 batches"):
+    with pytest.raises(ValueError, match=r"VPBGD: steps=3 with 7 batches an epoch"):
         bilevel.step(Ridge().lam)
     assert not bilevel.w.any()
 

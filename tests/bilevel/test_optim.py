@@ -11,7 +11,7 @@ from optimizers import KINDS, adam, optimizer, scheduler, sgd
 from toy_task import OPTIMIZERS
 
 from hyperopt.app.nonfinite import HypergradientGuard
-from hyperopt.bilevel.outer import OuterOptimizer, PowerLR, Schedule, outer, with_values
+from hyperopt.bilevel.outer import OuterOptimizer, PowerLR, Schedule, as_outer_optimizer, with_values
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.tasks.trainer import TrainerSettings
 
@@ -121,7 +121,7 @@ def test_plateau_goes_by_its_mode() -> None:
         (lambda: with_values(torch.optim.Adam, {"betas": [0.9, 1.0]}), r"betas=\(0.9, 1.0\)"),
         (lambda: with_values(torch.optim.Adam, {"betas": [0.9]}), r"betas=\(0.9,\)"),
         (lambda: with_values(torch.optim.Adam, {"eps": -1.0}), "eps=-1.0"),
-        (lambda: with_values(torch.optim.AdamW, {"weight_decay": "much"}), "weight_decay='much' is no float"),
+        (lambda: with_values(torch.optim.AdamW, {"weight_decay": "much"}), "weight_decay='much' is not a float"),
         (lambda: with_values(torch.optim.lr_scheduler.StepLR, {"step_size": 0}), "StepLR: step_size=0"),
         (lambda: with_values(torch.optim.lr_scheduler.StepLR, {}), "step_size"),
         (lambda: with_values(PowerLR, {"decay": 1.5}), "PowerLR: decay=1.5 is not in"),
@@ -134,7 +134,7 @@ def test_plateau_goes_by_its_mode() -> None:
         (lambda: TrainerSettings(patience=0), "patience=0"),
         (lambda: TrainerSettings(figures_every=0), "figures_every=0"),
         (lambda: TrainerSettings(max_seconds=0.0), "max_seconds=0.0"),
-        (lambda: TrainerSettings(mode="best"), "mode='best' is none of min, max"),
+        (lambda: TrainerSettings(mode="best"), "mode='best' is not one of min, max"),
         (lambda: TrainerSettings(monitor=""), "monitor=''"),
         (lambda: TrainerSettings(on_failure="hope"), "on_failure='hope'"),
     ],
@@ -145,10 +145,10 @@ def test_bad_settings_name_key_and_value(make: Any, message: str) -> None:
 
 
 def test_a_function_that_makes_an_optimizer_will_do() -> None:
-    made = outer(lambda params: torch.optim.RMSprop(params, lr=0.2), lr=0.1).build(parameters())
+    made = as_outer_optimizer(lambda params: torch.optim.RMSprop(params, lr=0.2), lr=0.1).build(parameters())
     assert isinstance(made, torch.optim.RMSprop) and [group["name"] for group in made.param_groups] == ["a", "b"]
-    assert outer(None, lr=0.1).build(parameters()).param_groups[0]["lr"] == 0.1
-    assert outer(kept := sgd(), lr=0.1) is kept
+    assert as_outer_optimizer(None, lr=0.1).build(parameters()).param_groups[0]["lr"] == 0.1
+    assert as_outer_optimizer(kept := sgd(), lr=0.1) is kept
 
 
 def test_guard_measures_and_clips_in_place() -> None:

@@ -228,7 +228,7 @@ def test_an_optimizer_that_is_gone_is_remembered() -> None:
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda p: torch.optim.AdamW(p, lr=0.01), "AdamW with weight_decay=0.01 shrinks the weights beside"),
+        (lambda p: torch.optim.AdamW(p, lr=0.01), "AdamW with weight_decay=0.01 shrinks the weights outside"),
         (lambda p: torch.optim.SGD(p, lr=0.01, maximize=True), "maximize=True climbs train_loss"),
         (lambda p: torch.optim.ASGD(p, lr=0.01), "lambd=0.0001 shrinks"),
         (lambda p: torch.optim.NAdam(p, weight_decay=0.1, decoupled_weight_decay=True), "weight_decay=0.1 shrinks"),

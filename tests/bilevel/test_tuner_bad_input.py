@@ -46,7 +46,7 @@ def refused(words: str, kind: Any = (TypeError, ValueError, RuntimeError), steps
 )
 def test_a_training_loss_that_does_not_depend_on_the_hyperparameters(loss: Any) -> None:
     refused(
-        "val_loss depends on none of .*decay.*neither itself nor through the minimum of train_loss", ValueError, train_loss=loss
+        "val_loss does not depend on .*decay.*neither directly nor through the minimum of train_loss", ValueError, train_loss=loss
     )
 
 
@@ -94,7 +94,7 @@ def test_losses_that_are_none(name: str, loss: Any, words: str) -> None:
 def test_a_loss_that_reads_the_hyperparameters_itself() -> None:
     hyper = hyperparameters()
     refused(
-        "train_loss reads decay from the Hyperparameters themselves.*use the lam",
+        "train_loss reads decay from the Hyperparameters object.*use its argument lam",
         hyper=hyper,
         train_loss=lambda m, b, lam: regularised(m, b, lam) + hyper.values()["decay"] * m[0].weight.square().sum(),
     )
@@ -126,8 +126,8 @@ class Stream(IterableDataset):
         (DataLoader(Stream()), None, "train is a DataLoader without batches"),
         (TensorDataset(torch.zeros(0, 4)), None, "train is a dataset without rows"),
         ([], None, "train is an empty list"),
-        (iter([]), None, "train is an iterator that had 0 more batches, but 1 are needed"),
-        (iter([TRAIN]), 2, "train is an iterator that had 1 more batches, but 2 are needed"),
+        (iter([]), None, "train is an iterator with 0 batches left, but 1 are needed"),
+        (iter([TRAIN]), 2, "train is an iterator with 1 batches left, but 2 are needed"),
         (
             (torch.zeros(0, 4, dtype=DOUBLE), torch.zeros(0, 1, dtype=DOUBLE)),
             None,
@@ -136,9 +136,9 @@ class Stream(IterableDataset):
         (TRAIN, 2, "train is one batch, but batches=2"),
         (list(TRAIN), 2, "train is one batch, but batches=2"),
         ([TRAIN, TRAIN], 3, "train is a list of 2 batches, but batches=3"),
-        (["a", "b"], None, "train is a list of str, which may be one batch or many"),
-        ({1, 2}, None, "train is a set, which may be one batch or many"),
-        (TRAIN, 0, "batches=0 must be a whole number of at least 1"),
+        (["a", "b"], None, "train is a list of str, which could be one batch or several"),
+        ({1, 2}, None, "train is a set, which could be one batch or several"),
+        (TRAIN, 0, "batches=0 must be a whole number >= 1"),
         (TRAIN, 1.5, "batches=1.5 must be a whole number"),
         (TRAIN, True, "batches=True must be a whole number"),
         (TRAIN, (1, 2, 3), r"batches=\(1, 2, 3\) must be"),
@@ -273,7 +273,7 @@ def test_weights_that_nothing_trains_are_named() -> None:
             return self.two(self.one(x))
 
     refused(
-        r"val_loss depends on the model's parameter two\.\w+, on which train_loss does not: .*freeze it",
+        r"val_loss depends on the model's parameter two\.\w+, but train_loss does not: .*freeze it",
         ValueError,
         model=Two(),
         train_loss=lambda m, b, lam: regularised(m.one, b, lam),
@@ -295,24 +295,24 @@ def test_arguments_that_do_not_fit() -> None:
         ({"optimizer": some}, "optimizer does not hold bias of hyper"),
         ({"optimizer": both}, r"optimizer holds .*0\.weight.* beside the hyperparameters"),
         ({"optimizer": stray}, "optimizer holds other tensors beside"),
-        ({"optimizer": torch.optim.SGD}, "is no optimizer of PyTorch"),
+        ({"optimizer": torch.optim.SGD}, "is not a torch.optim.Optimizer"),
         ({"optimizer": torch.optim.LBFGS(hyper.parameters())}, "optimizer is LBFGS"),
         ({"train_loss": None}, "train_loss is a NoneType; it must be a function"),
         ({"val_loss": 3.0}, "val_loss is a float; it must be a function"),
         ({"train_loss": lambda model, batch, lam, more: 0}, r"train_loss\(model, batch, lam\), but takes other arguments"),
         ({"val_loss": lambda model, batch: 0}, r"val_loss is called val_loss\(model, batch, lam\), but takes other arguments"),
-        ({"adjoint": "exact"}, "adjoint='exact' is no adjoint"),
-        ({"adjoint": hyperopt.Unrolled()}, "Unrolled goes back through training"),
+        ({"adjoint": "exact"}, "adjoint='exact' is not an adjoint"),
+        ({"adjoint": hyperopt.Unrolled()}, "Unrolled differentiates training"),
         ({"adjoint": hyperopt.SOBA()}, "adjoint=SOBA trains the weights itself"),
         ({"trained_by": 3}, "trained_by"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             hyperopt.Tuner(model, hyper, **{**good, **changes})
-    with pytest.raises(TypeError, match=r"hyper is a dict; give hyperopt\.Hyperparameters"):
+    with pytest.raises(TypeError, match=r"hyper is a dict; give one such as hyperopt\.Hyperparameters"):
         hyperopt.Tuner(model, {"decay": 1.0}, **good)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="model is a function"):
         hyperopt.Tuner(fit, hyper, **good)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="trained_by has none of the model's parameters"):
+    with pytest.raises(ValueError, match="trained_by holds none of the model's parameters"):
         hyperopt.Tuner(model, hyper, trained_by=outer, **good)
 
 

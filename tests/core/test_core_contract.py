@@ -196,11 +196,11 @@ def test_float32_agrees_with_float64_to_its_precision():
 
 
 BAD_STATES = {
-    "integer": (lambda: torch.zeros(2, 3, dtype=torch.long), lambda w: w, TypeError, "floating point"),
+    "integer": (lambda: torch.zeros(2, 3, dtype=torch.long), lambda w: w, TypeError, "floating-point"),
     "shape": (lambda: torch.zeros(2, 3), lambda w: w[:, :2], ValueError, "changed the shape"),
     "structure": (lambda: torch.zeros(2, 3), lambda w: (w, w), ValueError, "structure"),
     "type": (lambda: (torch.zeros(2, 3),), lambda w: (1.0,), TypeError, "must be a tensor"),
-    "integer map": (lambda: torch.zeros(2, 3), lambda w: w.long(), TypeError, "floating point"),
+    "integer map": (lambda: torch.zeros(2, 3), lambda w: w.long(), TypeError, "floating-point"),
     "dtype": (lambda: torch.zeros(2).float(), lambda w: w.double(), TypeError, "changed the dtype of leaf 0.*float64.*float32"),
     "in place": (lambda: torch.zeros(2, 3), lambda w: w.mul_(0.5).add_(1), (ValueError, RuntimeError), "in.place"),
     "in place, a leaf": (lambda: [torch.zeros(2, 3)], lambda w: [w[0].add_(1)], (ValueError, RuntimeError), "in.place"),
@@ -257,7 +257,7 @@ REFUSED = [
     (lambda: NewtonKrylov(forcing=2.0), "NewtonKrylov: forcing=2.0"),
     (lambda: NewtonKrylov(line_search=1), "NewtonKrylov: line_search=1"),  # pyright: ignore[reportArgumentType]
     (lambda: Shine(ratio=0.0), "Shine: ratio=0.0"),
-    (lambda: Shine(policy="fallback"), "Shine: policy='fallback' is none of raise, warn, ignore"),
+    (lambda: Shine(policy="fallback"), "Shine: policy='fallback' is not one of raise, warn, ignore"),
     (lambda: Implicit(allow_inexact="no"), "Implicit: allow_inexact='no' must be true or false"),  # pyright: ignore[reportArgumentType]
     (lambda: fixed_point(torch.cos, torch.zeros(1), policy="wran"), "policy='wran'"),
     (lambda: fixed_point(torch.cos, torch.zeros(1), rows="bach"), "rows='bach'"),
@@ -271,14 +271,17 @@ def test_16_bad_settings_name_the_field_and_the_value(make, match):
 
 
 PARTS: list[tuple[Any, str]] = [
-    (lambda: Implicit(Picard()), r"Implicit: linear_solver=Picard\(.*\) is no LinearSolver; change linear_solver"),  # type: ignore
-    (lambda: Implicit(None), "Implicit: linear_solver=None is no LinearSolver"),  # pyright: ignore[reportArgumentType]
-    (lambda: Implicit(Neumann), "is no LinearSolver"),  # pyright: ignore[reportArgumentType]
-    (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is no list of LinearSolver"),  # type: ignore
-    (lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]), r"fallback=\[.*Picard.*\] is no list of LinearSolver"),  # type: ignore
-    (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is no list of LinearSolver"),  # type: ignore
-    (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is no LinearSolver"),  # type: ignore
-    (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is no LinearSolver"),  # type: ignore
+    (lambda: Implicit(Picard()), r"Implicit: linear_solver=Picard\(.*\) is not a LinearSolver; change linear_solver"),  # type: ignore
+    (lambda: Implicit(None), "Implicit: linear_solver=None is not a LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(Neumann), "is not a LinearSolver"),  # pyright: ignore[reportArgumentType]
+    (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is not a list of LinearSolver"),  # type: ignore
+    (
+        lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]),
+        r"fallback=\[.*Picard.*\] is not a list of LinearSolver",
+    ),  # type: ignore
+    (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is not a list of LinearSolver"),  # type: ignore
+    (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is not a LinearSolver"),  # type: ignore
+    (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is not a LinearSolver"),  # type: ignore
 ]
 
 

@@ -219,7 +219,7 @@ def test_a_batch_of_zeros_and_a_fixed_number_of_steps_have_no_batch_scale():
     b = torch.randn(3, 4) * torch.tensor([[1.0], [1e-6], [1e-12]])
     fixed = [Neumann(0, 0, 7, relative_to=to).solve(op, b) for to in ("row", "batch")]
     assert torch.equal(fixed[0].value, fixed[1].value) and torch.equal(fixed[0].stats.residual, fixed[1].stats.residual)
-    with pytest.raises(ValueError, match="relative_to='rows' is none of row, batch"):
+    with pytest.raises(ValueError, match="relative_to='rows' is not one of row, batch"):
         GMRES(relative_to="rows")
 
 

@@ -76,7 +76,7 @@ def test_what_some_rows_cost_is_counted_by_the_whole():
 
 def test_what_is_no_operator_is_refused():
     assert not as_operator(lambda v: v).transposable
-    with pytest.raises(TypeError, match="no LinearOperator and no function"):
+    with pytest.raises(TypeError, match="neither a LinearOperator nor a function"):
         as_operator(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="no matrix @ v"):
         MatrixOperator(3)

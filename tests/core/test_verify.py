@@ -94,7 +94,7 @@ def test_bad_input():
     problem = Problem()
     with pytest.raises(ValueError, match="no hyperparameters"):
         check_hypergradient(problem, [])
-    with pytest.raises(ValueError, match=r"hyperparameter 1, of shape \(4, 3\), is no leaf"):
+    with pytest.raises(ValueError, match=r"hyperparameter 1, of shape \(4, 3\), is not a leaf"):
         check_hypergradient(problem, [problem.A, 2 * problem.b])
     with pytest.raises(ValueError, match=r"shape \(4, 3\); it must be a scalar"):
         check_hypergradient(lambda solver, adjoint: (problem(solver, adjoint)[1].value, problem(solver, adjoint)[1]), [problem.b])

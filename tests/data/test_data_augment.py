@@ -175,7 +175,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             augment(x, i, seed=seed, epoch=epoch)  # pyright: ignore[reportArgumentType]
     for fill in (0.5, -1, 256):
-        with pytest.raises(ValueError, match="is no byte"):
+        with pytest.raises(ValueError, match="is not a whole number from 0 to 255"):
             Augment(fill=fill)(images(4, dtype=torch.uint8), index, seed=0, epoch=0)
 
 

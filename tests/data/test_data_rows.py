@@ -1,4 +1,4 @@
-"""Datasets that are no images: drawn from a linear model, scikit-learn's diabetes study, and sparse word counts."""
+"""Datasets that are not images: drawn from a linear model, scikit-learn's diabetes study, and sparse word counts."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_diabetes_is_standardised_over_the_training_rows_alone() -> None:
 
 BAD = [
     (lambda: Synthetic(features=0), ": features=0"),
-    (lambda: Synthetic(targets="words"), ": targets='words' is none of classes, numbers"),
+    (lambda: Synthetic(targets="words"), ": targets='words' is not one of classes, numbers"),
     (lambda: Synthetic(noise=float("nan")), ": noise=nan"),
     (lambda: Diabetes(train=400, val=42), "leave none to test on"),
-    (lambda: Newsgroups(normalize="standard"), ": normalize='standard' is none of unit"),
+    (lambda: Newsgroups(normalize="standard"), ": normalize='standard' is not one of unit"),
     (lambda: Newsgroups(train=11_000), "need 16657 different rows"),
 ]
 

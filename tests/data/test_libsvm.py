@@ -121,5 +121,5 @@ def test_the_published_steps(root: Path) -> None:
 
 
 def test_a_batch_above_the_dataset(root: Path) -> None:
-    with pytest.raises(ValueError, match="a batch of 121 rows from a data set of 120"):
+    with pytest.raises(ValueError, match="a batch cannot have 121 rows of a data set of 120"):
         task_of(f"paths.data={root}", "task.batch_size=121")

@@ -168,14 +168,14 @@ def test_where_nothing_is_it_says_what_was_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": "tiny"}, "size='tiny' is none of full, small; change size"),
+        ({"size": "tiny"}, "size='tiny' is not one of full, small; change size"),
         ({"val": 0}, "val=0 must be a whole number from 1 to 963"),
         ({"size": "small", "val": 136}, "val=136 must be a whole number from 1 to 135"),
         ({"size": "small", "train": 117}, "train=117 must be a whole number from 1 to 116, what val=20 leaves of 136"),
         ({"size": "small", "test": 107}, "test=107 must be a whole number from 1 to 106"),
         ({"rotations": 4}, "rotations=4 must be true or false"),
         ({"seed": -1}, "seed=-1 must be"),
-        ({"root": ""}, "root='' names no file or directory"),
+        ({"root": ""}, "root='' does not name a file or directory"),
     ],
 )
 def test_what_cannot_be_is_refused_when_it_is_made(settings: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Own((X + 1j, Y)).load(), "arrays: x is torch.complex128 and torch.strided; give real numbers, dense"),
     (lambda: Own((X.to_sparse(), Y)).load(), "arrays: x is torch.float64 and torch.sparse_coo; give real numbers, dense"),
     (lambda: Own(("here", Y)).load(), "arrays: x is a str, not numbers; give a tensor or an array"),
-    (lambda: Own(([[1], [1, 2]], Y)).load(), "arrays: x is no array of numbers: .*; give a tensor or an array"),
+    (lambda: Own(([[1], [1, 2]], Y)).load(), "arrays: x is not an array of numbers: .*; give a tensor or an array"),
     (lambda: Own(TensorDataset(X)).load(), r"TensorDataset: item 0 is a tuple of 1, not a pair \(x, y\)"),
     (lambda: Own(Subset(TensorDataset(X, Y), [])).load(), "Subset has no items"),
     (lambda: Own(lambda: Stream()).load(), "returned .*Stream, which has no __len__ and no __getitem__"),
@@ -111,10 +111,10 @@ def test_what_the_rows_lack_is_said(load: Callable[[], Any], message: str) -> No
 EARLY: list[tuple[Callable[[], Any], str]] = [
     (lambda: Own(Stream()), "Stream has no __len__ and no __getitem__"),
     (lambda: Own(TensorDataset), "TensorDataset is a class; give an object of it"),  # pyright: ignore[reportArgumentType]
-    (lambda: Own(3), "^int is no torch.utils.data.Dataset, no pair"),  # pyright: ignore[reportArgumentType]
+    (lambda: Own(3), "^int is not a torch.utils.data.Dataset, a pair"),  # pyright: ignore[reportArgumentType]
     (lambda: Own(lambda path: path), "cannot be called: missing a required argument: 'path'"),  # pyright: ignore
     (lambda: Own((X, Y), train=0), "^Own: train=0 must be a whole number >= 1; change train$"),
-    (lambda: Own((X, Y), order="random"), "^Own: order='random' is none of shuffled, head_tail, tail_head; change order$"),
+    (lambda: Own((X, Y), order="random"), "^Own: order='random' is not one of shuffled, head_tail, tail_head; change order$"),
     (lambda: Own((X, Y), seed=-1), "^Own: seed=-1 must be a whole number from 0 to 4294967295; change seed$"),
 ]
 

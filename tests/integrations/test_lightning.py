@@ -162,3 +162,43 @@ def test_bad_input(tmp_path: Path) -> None:
     trainer = lightning.Trainer(max_epochs=1, logger=False, callbacks=[TunerCallback(net.tuner)], enable_progress_bar=False)
     with pytest.raises(ValueError, match="the trainer has no val data for the tuner"):
         trainer.fit(net, loaders()[0])
+
+
+def seen_in_two_fits(first: Any, second: Any, **given: Any) -> list[Any]:
+    """Return the batches that the tuner gets in its one step of each of two fits with the same callback."""
+    from hyperopt.integrations.lightning import TunerCallback
+
+    net, seen = Net(), []
+    callback = TunerCallback(net.tuner, every_n_steps=1, **given)
+    net.tuner.step = lambda train, val, batches: seen.append((train.draw(), val.draw()))  # type: ignore[assignment]
+    for pair in (first, second):
+        settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=1, limit_train_batches=1, logger=False, callbacks=[callback], **settings
+        )
+        trainer.fit(net, *pair)
+    return seen
+
+
+def rows(loader: DataLoader[Any], number: int) -> torch.Tensor:
+    return list(loader)[number][0]
+
+
+@pytest.mark.parametrize("changed", [("train",), ("val",), ("train", "val"), ()], ids=str)
+def test_another_fit_uses_its_own_loaders(changed: tuple[str, ...]) -> None:
+    """A loader that is the same in both fits continues with its second batch; another one starts at its first."""
+    first = loaders()
+    others = [DataLoader(TensorDataset(*(t.float() for t in data(18, seed=n))), 6, shuffle=False) for n in (5, 6)]
+    second = tuple(o if name in changed else f for name, f, o in zip(("train", "val"), first, others, strict=True))
+    seen = seen_in_two_fits(first, second)
+    for i, name in enumerate(("train", "val")):
+        assert torch.equal(seen[0][i][0], rows(first[i], 0))
+        assert torch.equal(seen[1][i][0], rows(second[i], 0 if name in changed else 1))
+
+
+def test_data_that_are_given_serve_every_fit() -> None:
+    given, first, second = loaders(), loaders(), loaders()
+    own = DataLoader(TensorDataset(*(t.float() for t in data(18, seed=7))), 9, shuffle=False)
+    seen = seen_in_two_fits(first, second, train=own, val=given[1])
+    for number in (0, 1):
+        assert torch.equal(seen[number][0][0], rows(own, number)) and torch.equal(seen[number][1][0], rows(given[1], number))

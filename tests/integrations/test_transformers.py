@@ -145,7 +145,7 @@ def test_a_checkpoint_from_another_folder_is_named(tmp_path: Path) -> None:
     from hyperopt.integrations.transformers import TunerCallback
 
     trainer, tuner, callback = trained(tmp_path / "one", 4)
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-4.tuner\.pt is not there: call load"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-4.tuner\.pt does not exist; call load"):
         trained(tmp_path / "two", 8, resume=str(tmp_path / "one" / "checkpoint-4"))
     callback.load(tmp_path / "one" / "checkpoint-4")
     with pytest.raises(ValueError, match="every_n_steps=0 must be a whole number"):

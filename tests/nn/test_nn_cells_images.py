@@ -191,7 +191,7 @@ def test_images_of_the_wrong_shape():
         (lambda: ResNetCell(48, 64, 0), "groups=0 must be at least 1"),
         (lambda: ResNetCell(kernel_size=2), "kernel_size=2 must be odd"),
         (lambda: ResNetCell(dropout=1.0), r"dropout=1.0 is not in \[0, 1\)"),
-        (lambda: ResNetCell(norm="batch"), "norm='batch' is none of None, weight, spectral"),
+        (lambda: ResNetCell(norm="batch"), "norm='batch' is not one of None, weight, spectral"),
         (lambda: normalise(nn.ReLU(), "weight"), "ReLU has no matrix or kernel called weight"),
         (lambda: MDEQCell(()), "channels is empty"),
         (lambda: MDEQCell((24, 25)), r"channels\[1\]=25 is not divisible by groups=8"),

@@ -272,11 +272,11 @@ def test_a_cell_that_does_not_return_a_state(change, error, message):
     ("arguments", "error", "message"),
     [
         ({"cell": torch.tanh}, TypeError, "cell is a builtin_function_or_method; give a module"),
-        ({"solver": Neumann()}, TypeError, r"solver=Neumann.* is no FixedPointSolver"),
-        ({"adjoint": Neumann()}, TypeError, r"adjoint=Neumann.* is no Adjoint"),
-        ({"fallback": (Neumann(),)}, TypeError, r"fallback=Neumann.* is no FixedPointSolver"),
-        ({"rows": "each"}, ValueError, "rows='each' is none of auto, batch, joint"),
-        ({"policy": "hope"}, ValueError, "policy='hope' is none of raise, warn, fallback, ignore"),
+        ({"solver": Neumann()}, TypeError, r"solver=Neumann.* is not a FixedPointSolver"),
+        ({"adjoint": Neumann()}, TypeError, r"adjoint=Neumann.* is not an Adjoint"),
+        ({"fallback": (Neumann(),)}, TypeError, r"fallback\[0\]=Neumann.* is not a FixedPointSolver"),
+        ({"rows": "each"}, ValueError, "rows='each' is not one of auto, batch, joint"),
+        ({"policy": "hope"}, ValueError, "policy='hope' is not one of raise, warn, fallback, ignore"),
         ({"initial": 0}, TypeError, "initial=0 must be a function of x"),
         ({"tolerance": 1e-3}, TypeError, "tolerance"),
     ],
@@ -287,7 +287,7 @@ def test_bad_arguments_are_refused_at_once(arguments, error, message):
 
 
 def test_bad_inputs_are_refused():
-    with pytest.raises(TypeError, match="x is a dict, which names no initial state; set initial"):
+    with pytest.raises(TypeError, match="x is a dict, which does not tell the shape of a state; set initial"):
         tiny()({"a": images()})
     with pytest.raises(TypeError, match="must be floating point"):
         tiny()(torch.zeros(3, 2, 3, 3, dtype=torch.long))

@@ -88,9 +88,9 @@ def test_a_bound_itself_has_its_place_by_projection():
     ("made", "message"),
     [
         (lambda: Bounded(low=1.0, high=1.0), r"low=1\.0 is not below high=1\.0"),
-        (lambda: Positive(map="sigmoid"), "map='sigmoid' is none of exp, softplus"),
-        (lambda: Real(per="row"), "per='row' is none of tensor, element"),
-        (lambda: Real(by="magic"), "by='magic' is none of"),
+        (lambda: Positive(map="sigmoid"), "map='sigmoid' is not one of exp, softplus"),
+        (lambda: Real(per="row"), "per='row' is not one of tensor, element"),
+        (lambda: Real(by="magic"), "by='magic' is not one of"),
         (lambda: SpectralBall(radius=0.0), r"radius=0\.0 is not in \(0\.0"),
         (lambda: Hyperparameters({}), "there are no hyperparameters"),
         (lambda: Hyperparameters({"a": Real()}, {"b": (2,)}), "'b', which has no space; the spaces are a"),

@@ -167,11 +167,11 @@ def _saved(state: Any) -> Any:
 @pytest.mark.parametrize(
     ("tuned", "message"),
     [
-        ({"dropout2": Bounded(0.1, 0.0, 0.9)}, "nothing reads the hyperparameter 'dropout2'; the names are brightness"),
+        ({"dropout2": Bounded(0.1, 0.0, 0.9)}, "the hyperparameter 'dropout2' is not used; the names are brightness"),
         ({"dropout0": Bounded(0.1, 0.0, 1.5)}, "dropout0 may be 0 to 1.5, but has a meaning from 0 to 1 only"),
         ({"dropout0": Positive(0.1)}, "dropout0 may be 0 to inf"),
         ({"weight_decay": Bounded(0.1, -1.0, 1.0)}, "weight_decay may be -1 to 1"),
-        ({"hue": Bounded(0.1, 0.0, 0.5)}, "hue is declared, and the images have 1 channels"),
+        ({"hue": Bounded(0.1, 0.0, 0.5)}, "hue is declared, but the images have 1 channels"),
         ({"cut_holes": Discrete(1, 0, 3)}, "cut_holes is there without cut_length"),
     ],
 )
@@ -207,7 +207,7 @@ def _standardised() -> Any:
         ({"kernel_size": 4}, "kernel_size=4 is even; change kernel_size"),
         ({"dense": (0,)}, "dense=.* must list whole numbers >= 1"),
         ({"dense": "12"}, "dense='12' must list whole numbers"),
-        ({"dense_dropout": "never"}, "dense_dropout='never' is none of after, before"),
+        ({"dense_dropout": "never"}, "dense_dropout='never' is not one of after, before"),
     ],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:

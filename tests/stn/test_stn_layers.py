@@ -420,13 +420,13 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "own": (lambda: nn.ParameterList([torch.ones(2)]), {}, r"ParameterList with parameters of its own \(0\).*skip=\[''\]"),
     "nothing": (lambda: nn.ReLU(), {}, "no layer of ReLU has weights that could respond"),
     "all skipped": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["0"]}, "no layer of Sequential"),
-    "skip of nothing": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["one"]}, "skip names 'one', which is no module"),
+    "skip of nothing": (lambda: nn.Sequential(nn.Linear(2, 2)), {"skip": ["one"]}, "skip names 'one', which is not a module"),
     "dropout of nothing": (
         lambda: nn.Sequential(nn.Linear(2, 2), Dropout("c")),
         {},
         r"Dropout\('c'\) at '1': the space has a, b",
     ),
-    "gate": (lambda: nn.Linear(2, 2), {"gate": "each"}, "gate='each' is none of unit, scalar"),
+    "gate": (lambda: nn.Linear(2, 2), {"gate": "each"}, "gate='each' is not one of unit, scalar"),
 }
 
 

@@ -29,6 +29,14 @@ def test_bounded_numbers_come_back_in_their_own_units(part: float, low: float, w
         assert space.scales()["a"] == pytest.approx(scale, rel=10 * tolerance)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 19.9, 20.0, 20.1, 21.0, 25.0, 39.9, 40.1, 100.0, 1e4])
+def test_a_scale_of_any_size_is_kept(scale: float) -> None:
+    space = HyperSpace({"a": Positive(1.0, scale=scale)}, dtype=DOUBLE)
+    assert space.scales()["a"] == pytest.approx(scale, rel=1e-14)
+    (slope,) = torch.autograd.grad(space.sigma.sum(), space.s)
+    assert float(slope) == pytest.approx(1 - math.exp(-scale), rel=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(init=st.floats(1e-8, 1e8), map=st.sampled_from(["exp", "softplus"]))
 def test_positive_numbers_come_back_in_their_own_units(init: float, map: str) -> None:
@@ -112,13 +120,13 @@ DECLARED: list[tuple[Any, str]] = [
     (lambda: Bounded(0.5, scale=0.0), "scale=0.0 is not in"),
     (lambda: Bounded(0.5, scale=-1.0), "scale=-1.0 is not in"),
     (lambda: Bounded(math.nan), "init=nan"),
-    (lambda: Bounded(0.5, per="row"), "per='row' is none of example, batch"),
+    (lambda: Bounded(0.5, per="row"), "per='row' is not one of example, batch"),
     (lambda: Positive(0.0), r"init=0.0 is not inside \(0, inf\)"),
-    (lambda: Positive(1.0, map="square"), "map='square' is none of exp, softplus"),
+    (lambda: Positive(1.0, map="square"), "map='square' is not one of exp, softplus"),
     (lambda: Discrete(5, 0, 4), "init=5 is not inside"),
     (lambda: Discrete(1, 4, 0), "low=4 is not below high=0"),
     (lambda: Discrete(1.5, 0, 4), "init=1.5 must be a whole number"),  # pyright: ignore[reportArgumentType]
-    (lambda: Discrete("relu"), "init='relu' is no number.*hyperopt -m"),  # pyright: ignore[reportArgumentType]
+    (lambda: Discrete("relu"), "init='relu' is not a number.*hyperopt -m"),  # pyright: ignore[reportArgumentType]
 ]
 
 
@@ -140,8 +148,8 @@ SPACES: list[tuple[Any, str]] = [
     ([("a", Positive(1.0)), ("a", Positive(2.0))], "two hyperparameters are called 'a'"),
     ({"a": ["relu", "tanh"]}, r"space\.a=\['relu', 'tanh'\]: a choice between things without an order.*hyperopt -m"),
     ({"a": hyperopt.Bounded(0.5)}, "hyperopt.Bounded has no scale of a perturbation; declare it with hyperopt.stn"),
-    ({"a": 0.5}, r"space\.a=0\.5 is no hyperparameter"),
-    ({"": Positive(1.0)}, "'' is no name"),
+    ({"a": 0.5}, r"space\.a=0\.5 is not a hyperparameter"),
+    ({"": Positive(1.0)}, "'' cannot be the name"),
 ]
 
 

@@ -163,7 +163,7 @@ def splits_of(train: int = 8, val: int = 8, labels: tuple[int, int] = (0, 1), cl
 BAD = [
     (Given(splits_of(val=0)), Positive(0.1), "no validation rows (dataset.val=0)"),
     (Given(splits_of(labels=(0, 5))), Positive(0.1), "labels from 0 to 5, but there are 2 classes"),
-    (Given(splits_of(classes=0)), Positive(0.1), "0 classes, but targets of torch.int64"),
+    (Given(splits_of(classes=0)), Positive(0.1), "there are 0 classes, but the targets have dtype torch.int64"),
     (None, Positive(-1.0), "task.l2.init=-1.0 is not inside (0, inf)"),
     (None, Positive(0.0), "change task.l2.init"),
 ]

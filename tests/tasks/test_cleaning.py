@@ -85,8 +85,8 @@ class OneClass(Digits):
     ("settings", "message"),
     [
         ({"dataset": OneClass(train=100, val=100, test=50)}, "validation labels of 1 class"),
-        ({"batch_size": 201}, "task.batch_size=201: a batch of 201 rows from a data set of 200; lower task.batch_size"),
-        ({"val_batch_size": 500}, "task.val_batch_size=500: a batch of 500 rows from a data set of 200"),
+        ({"batch_size": 201}, "task.batch_size=201: a batch cannot have 201 rows of a data set of 200; lower task.batch_size"),
+        ({"val_batch_size": 500}, "task.val_batch_size=500: a batch cannot have 500 rows of a data set of 200"),
         ({"corrupted": 1.5}, "corrupted=1.5"),
         ({"decay": -1.0}, "decay=-1.0"),
     ],

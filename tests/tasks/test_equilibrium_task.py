@@ -291,7 +291,7 @@ def test_defaults_are_whole() -> None:
     [
         ({"state_size": 0}, "state_size=0 must be a whole number >= 1; change state_size"),
         ({"state_size": -5}, "state_size=-5"),
-        ({"fitted": "test"}, "fitted='test' is none of train, val; change fitted"),
+        ({"fitted": "test"}, "fitted='test' is not one of train, val; change fitted"),
         ({"classifier_scale": -1.0}, "classifier_scale=-1.0"),
         ({"warm_start": 1}, "warm_start=1 must be true or false"),
         ({"l2": {"B": -1.0}}, r"l2\.B=-1.0 is not in \[0, inf\); change l2"),
@@ -305,5 +305,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_strength_for_a_group_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"task\.l2\.D: the model's groups are A, B, c, classifier; change task\.l2"):
+    with pytest.raises(
+        ValueError, match=r"task\.l2\.D: the model has no such group; its groups are A, B, c, classifier; change task\.l2"
+    ):
         task(l2={"D": 1.0})

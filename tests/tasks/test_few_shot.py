@@ -176,7 +176,7 @@ def test_more_than_the_data_have_is_refused(settings: dict[str, Any], message: s
         ({"shots": 0}, "^FewShotTask: shots=0 must be"),
         ({"tasks": 0}, "^FewShotTask: tasks=0 must be"),
         ({"channels": (0,)}, r"^FewShotTask: channels=\(0,\) must list"),
-        ({"adjoint": Implicit(CG())}, "adjoint=Implicit is about the minimum"),
+        ({"adjoint": Implicit(CG())}, "adjoint=Implicit differentiates the minimum"),
         ({"dataset": Diabetes()}, "has numbers to predict, and this task classifies"),
     ],
 )

@@ -326,8 +326,8 @@ BAD = [
     ({"workers": -1}, "workers=-1 must be a whole number >= 0; change workers"),
     ({"jacobian": -1.0}, "jacobian=-1.0 is not in"),
     ({"pretrain_iterations": 0}, "pretrain_iterations=0 must be a whole number >= 1"),
-    ({"fitted": "test"}, "fitted='test' is none of train, val"),
-    ({"policy": "shrug"}, "policy='shrug' is none of"),
+    ({"fitted": "test"}, "fitted='test' is not one of train, val"),
+    ({"policy": "shrug"}, "policy='shrug' is not one of"),
 ]
 
 

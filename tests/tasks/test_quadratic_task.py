@@ -80,7 +80,7 @@ def test_every_method_descends(name: str) -> None:
     [
         ({"least": 2.0}, "least=2.0 is above largest=1.0"),
         ({"rows": 0}, "rows=0"),
-        ({"batch_size": 401}, "a batch of 401 rows from a data set of 400"),
+        ({"batch_size": 401}, "a batch cannot have 401 rows of a data set of 400"),
         ({"cross": 1e3}, "no minimum in 20 draws of cross=1000"),
     ],
 )

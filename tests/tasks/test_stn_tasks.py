@@ -146,7 +146,7 @@ def test_the_optimizers_of_the_group_are_swapped_by_one_override() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stn.mode=centered", "stn.mode='centered' is none of classic, centred, delta, delta_linear; change stn.mode"),
+        ("stn.mode=centered", "stn.mode='centered' is not one of classic, centred, delta, delta_linear; change stn.mode"),
         ("stn.train_steps=0", "stn.train_steps=0 must be a whole number >= 1; change stn.train_steps"),
         ("stn.valid_steps=0", "stn.valid_steps=0 must be a whole number >= 1; change stn.valid_steps"),
         ("task.x_range.init=10.0", r"task.x_range.init=10.0 is not inside \(0.01, 10\).*change task.x_range.init"),
@@ -212,8 +212,8 @@ def test_the_quadratic_is_not_learned_from_a_range_that_stands_still(tmp_path: P
     ("layer", "message"),
     [
         (torch.nn.BatchNorm1d(3), "statistics of its own rows"),
-        (stn.Dropout("rate"), "by place"),
-        (torch.nn.Dropout(), "by place"),
+        (stn.Dropout("rate"), "by position in the batch"),
+        (torch.nn.Dropout(), "by position in the batch"),
     ],
 )
 def test_layers_that_would_differ_on_several_ranks_are_refused(

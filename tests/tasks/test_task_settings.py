@@ -222,7 +222,7 @@ class Odd:
 
 def test_what_loads_no_splits_is_named() -> None:
     with pytest.raises(
-        DataError, match=r"Odd\.load returned NoneType, which is no hyperopt\.data\.splits\.Splits; change its load"
+        DataError, match=r"Odd\.load returned NoneType, which is not a hyperopt\.data\.splits\.Splits; change its load"
     ):
         EquilibriumTask(dataset=Odd()).setup(  # pyright: ignore[reportArgumentType]
             Environment(torch.device("cpu"), torch.float64, 0, False, torch.Generator().manual_seed(0))

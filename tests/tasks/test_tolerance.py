@@ -91,5 +91,5 @@ def test_the_solver_of_the_task_stays_what_it_was() -> None:
 
 
 def test_a_fixed_number_of_steps_has_no_tolerance_to_drive() -> None:
-    with pytest.raises(ValueError, match=r"task.tolerance=gradient .* give solver.rtol > 0"):
+    with pytest.raises(ValueError, match=r"task.tolerance=gradient .* set solver.rtol above 0"):
         task(solver=Picard(rtol=0, atol=0), tolerance="gradient")

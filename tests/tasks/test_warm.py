@@ -252,7 +252,9 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_without_rows_selected_on_the_monitor_must_be_another(tmp_path: Path) -> None:
-    with pytest.raises(MonitorError, match=r"monitor='val/loss' is none of the task's metrics outer/accuracy, outer/loss, test/"):
+    with pytest.raises(
+        MonitorError, match=r"monitor='val/loss' is not one of the task's metrics outer/accuracy, outer/loss, test/"
+    ):
         job(tmp_path)
 
 
@@ -274,14 +276,14 @@ def test_there_may_be_no_rows_selected_on() -> None:
     made = task(dataset=Digits(train=60, val=0, test=30))
     assert set(made.evaluate()) == {f"{split}/{kind}" for split in ("outer", "test") for kind in ("loss", "accuracy")}
     assert made.describe()["rows"]["val"] == {"split": "val", "count": 0, "evaluated": 0}
-    with pytest.raises(ValueError, match=r"task\.fitted=val, but dataset\.val=0: no rows to fit"):
+    with pytest.raises(ValueError, match=r"task\.fitted=val, but dataset\.val=0, so there are no rows to fit"):
         task(dataset=Digits(train=60, val=0, test=30), fitted="val")
 
 
 def test_it_says_what_it_keeps(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         made = task(dtype=torch.float32, warm_start=True, batch_size=25)
-    assert "warm starts of 60 rows are kept: 0.0 MB, in memory and in every checkpoint" in caplog.messages
+    assert "the warm starts of 60 rows take 0.0 MB in memory and in every checkpoint" in caplog.messages
     facts = made.describe()
     assert (facts["batch_size"], facts["batches_per_epoch"], facts["warm_bytes"]) == (25, 3, 60 * (2 * 8 * 4 + 8))
     plain = task().describe()
@@ -294,8 +296,8 @@ def test_it_says_what_it_keeps(caplog: pytest.LogCaptureFixture) -> None:
         ({"batch_size": 0}, "batch_size=0 must be a whole number >= 1; change batch_size"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"eval_rows": 0}, "eval_rows=0"),
-        ({"last_batch": "pad"}, "last_batch='pad' is none of keep, drop; change last_batch"),
-        ({"warm_dtype": "float16"}, "warm_dtype='float16' is none of None, float32, bfloat16; change warm_dtype"),
+        ({"last_batch": "pad"}, "last_batch='pad' is not one of keep, drop; change last_batch"),
+        ({"warm_dtype": "float16"}, "warm_dtype='float16' is not one of None, float32, bfloat16; change warm_dtype"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

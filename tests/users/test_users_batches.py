@@ -334,15 +334,15 @@ def test_a_vector_is_a_batch() -> None:
         (DataLoader(TensorDataset(X[:3]), 4, drop_last=True), "drop_last=True"),
         (DataLoader(type("Nothing", (IterableDataset,), {"__iter__": lambda self: iter(())})(), 2), "without batches"),
         (TensorDataset(X[:0]), "without rows"),
-        (Stream(), "rows to count"),
-        ([(X, Y), (X, Y)], "list may be one batch or several"),
-        ([X, Y], "list may be one batch or several"),
-        ((X, [Y]), "no source of batches"),
-        (iter(DataLoader(DATA, 4)), "no source of batches"),
-        (lambda: (X, Y), "no source of batches"),
-        (ho.Minibatches, "no source of batches"),
-        ((), "no source of batches"),
-        ((X, "words"), "no source of batches"),
+        (Stream(), "without a length"),
+        ([(X, Y), (X, Y)], "list could be one batch or several"),
+        ([X, Y], "list could be one batch or several"),
+        ((X, [Y]), "not a source of batches"),
+        (iter(DataLoader(DATA, 4)), "not a source of batches"),
+        (lambda: (X, Y), "not a source of batches"),
+        (ho.Minibatches, "not a source of batches"),
+        ((), "not a source of batches"),
+        ((X, "words"), "not a source of batches"),
         (X[:0], "no rows"),
         (type("Half", (), {"draw": lambda self: X})(), "state_dict"),
     ],
@@ -396,12 +396,12 @@ def test_a_stream_that_has_become_shorter_or_ends_for_good_is_refused() -> None:
     assert torch.equal(again.draw(), last)
     with pytest.raises(ValueError, match="gives only 1 now"):
         source_of(DataLoader(Once(3), 3), "inner_batches").load_state_dict(source.state_dict())
-    with pytest.raises(ValueError, match="can be walked once only"):
+    with pytest.raises(ValueError, match="can be iterated only once"):
         source.draw()
 
 
 def test_the_state_of_another_kind_of_source_is_refused() -> None:
     source = source_of(DataLoader(DATA, 5), "inner_batches")
     assert isinstance(source, LoaderBatches)
-    with pytest.raises(ValueError, match="of another source"):
+    with pytest.raises(ValueError, match="belongs to another source"):
         source.load_state_dict(ho.Minibatches((X, Y), 5).state_dict())

@@ -298,7 +298,7 @@ def test_a_graph_that_comes_with_the_input() -> None:
     layer = DEQ(cell, TIGHT, EXACT, initial=lambda x: torch.zeros_like(x["features"]))
     check_gradient(layer, x, cell.w.weight)
     assert x["adjacency"].grad is not None and float(x["adjacency"].grad.norm()) > 0
-    with pytest.raises(TypeError, match="x is a dict, which names no initial state; set initial"):
+    with pytest.raises(TypeError, match="x is a dict, which does not tell the shape of a state; set initial"):
         DEQ(cell)(x)
 
 

@@ -106,7 +106,7 @@ def test_meta_learned_start_over_tasks_lowers_the_loss_after_training() -> None:
 
         tasks.append(ho.BilevelProblem(loss, loss, initial=lambda lam: lam))
     lam = {"a": drawn(1, 6, seed=7).requires_grad_(), "b": drawn(6, 1, seed=8).requires_grad_()}
-    with pytest.raises(ValueError, match=r"lam\['a'\] lies in the memory of w"):
+    with pytest.raises(ValueError, match=r"lam\['a'\] shares memory with w"):
         ho.Bilevel(tasks[0], lam, inner=ho.GradientDescent(), adjoint=ho.Unrolled()).step(lam)
     w = {name: torch.zeros_like(x) for name, x in lam.items()}
     runs = [ho.Bilevel(p, w, inner=ho.GradientDescent(step_size=0.1, max_steps=3), adjoint=ho.Unrolled()) for p in tasks]
@@ -163,9 +163,9 @@ def test_a_start_that_cannot_be_reached_is_refused() -> None:
     problem, w = ho.BilevelProblem(loss, loss, initial=lambda lam: lam), drawn(3)
     with pytest.raises(ValueError, match=r"never reaches initial\(lam\)"):
         ho.hypergradient(problem, w, w, inner=ho.GradientDescent(max_steps=5), adjoint=ho.Unrolled(last=2))
-    with pytest.raises(ValueError, match="nothing trains"):
+    with pytest.raises(ValueError, match="no inner solver"):
         ho.hypergradient(problem, w, w)
-    with pytest.raises(ValueError, match="nothing trains"):
+    with pytest.raises(ValueError, match="no inner solver"):
         ho.Bilevel(problem, w, adjoint=ho.SOBA(step_size=0.1))
 
 
@@ -364,7 +364,7 @@ def test_hyperparameters_that_no_loss_uses_are_zero_and_named(adjoint: Any) -> N
 def test_a_call_that_could_not_do_anything_is_refused(adjoint: Any) -> None:
     problem, _, _ = regression()
     problem = ho.BilevelProblem(problem.inner_loss, problem.inner_loss)
-    with pytest.raises(ValueError, match=r"depends on none of lam\['a'\], lam\['b'\].*Use lam in one of the losses"):
+    with pytest.raises(ValueError, match=r"does not depend on lam\['a'\], lam\['b'\].*Use lam in one of the losses"):
         ho.hypergradient(problem, drawn(4, 1), {"a": torch.tensor(1.0, **D), "b": torch.tensor(1.0, **D)}, adjoint=adjoint)
 
 
@@ -418,5 +418,5 @@ def test_parameters_of_one_of_the_losses_alone() -> None:
     found, wanted = slope(lambda lam: ho.hypergradient(problem, w, lam, inner=ho.InnerLBFGS(rtol=1e-12), adjoint=tight), lam)
     assert found == pytest.approx(wanted, rel=1e-6)
     problem = ho.BilevelProblem(lambda w, lam, batch: (x @ w["a"] - y).square().mean() + lam * w["a"].square().sum(), fit)
-    with pytest.raises(ValueError, match=r"w\['b'\], on which the inner loss does not"):
+    with pytest.raises(ValueError, match=r"w\['b'\], but the inner loss does not"):
         ho.hypergradient(problem, w, lam, adjoint=tight)

@@ -37,7 +37,7 @@ def ridge() -> hyperopt.BilevelProblem:
         (None, ValueError, "lam has no tensors"),
         ({}, ValueError, "lam has no tensors"),
         (torch.tensor(1j), TypeError, "lam has dtype torch.complex64"),
-        (hyperopt.Hyperparameters({"l2": hyperopt.Positive(0.3)}), TypeError, r"Hyperparameters its values\(\)"),
+        (hyperopt.Hyperparameters({"l2": hyperopt.Positive(0.3)}), TypeError, r"Hyperparameters their values\(\)"),
         (LAM * torch.nan, SolveError, "lam has entries that are not finite"),
     ],
 )
@@ -53,10 +53,10 @@ def test_a_lam_that_is_none_is_named(lam, error, words, adjoint):
     ("w", "words"),
     [
         (nn.Linear(4, 1), r"hyperopt.Functional\(module\).w"),
-        (torch.zeros(1, 1, dtype=D).expand(4, 1), "expanded tensor"),
-        ({"a": [torch.zeros(1, dtype=D).expand(4)]}, r"w\['a'\]\[0\] is an expanded tensor"),
+        (torch.zeros(1, 1, dtype=D).expand(4, 1), "expanded or unfolded tensor"),
+        ({"a": [torch.zeros(1, dtype=D).expand(4)]}, r"w\['a'\]\[0\] is an expanded or unfolded tensor"),
         (iter([START]), "every leaf must be a tensor"),
-        ([START, torch.zeros((), dtype=torch.int64)], "floating point"),
+        ([START, torch.zeros((), dtype=torch.int64)], "floating-point"),
     ],
 )
 def test_weights_that_cannot_be_trained_are_named(w, words):
@@ -70,7 +70,7 @@ def test_weights_that_cannot_be_trained_are_named(w, words):
     ids=lambda x: type(x).__name__,
 )
 def test_what_is_no_inner_solver_is_refused_when_it_is_given(inner):
-    with pytest.raises(TypeError, match="is no inner solver: give GradientDescent"):
+    with pytest.raises(TypeError, match="is not an inner solver: give GradientDescent"):
         Bilevel(ridge(), START.clone(), inner=inner)
 
 
@@ -92,7 +92,7 @@ def test_inference_mode_and_its_tensors_are_named():
         with pytest.raises(RuntimeError, match=r"inference_mode.*call it outside"):
             hyperopt.hypergradient(ridge(), START, LAM, inner=INNER)
     for w, lam in ((made, LAM), (START, made)):
-        with pytest.raises(ValueError, match=r"inference_mode\(\), and can have no derivative"):
+        with pytest.raises(ValueError, match=r"inference_mode\(\) and cannot be differentiated"):
             hyperopt.hypergradient(ridge(), w, lam, inner=INNER)
 
 
@@ -174,7 +174,7 @@ def of(net: nn.Module) -> tuple[hyperopt.BilevelProblem, Any]:
 @pytest.mark.parametrize("adjoint", [OneStep(), Unrolled(), Implicit(CG()), "auto"], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("first", [True, False])
 def test_reentrant_checkpoints_are_named_also_where_they_would_hide_weights(first, adjoint):
-    """As the first layer it is no part of the graph of the weights, which would not be trained."""
+    """As the first layer it is not part of the graph of the weights, which would not be trained."""
     layers = [Reentrant(first), nn.Linear(4, 1).double()]
     problem, w = of(nn.Sequential(*layers if first else [nn.Linear(4, 4).double(), *layers]))
     inner = None if isinstance(adjoint, OneStep) else INNER

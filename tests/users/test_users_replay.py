@@ -59,9 +59,7 @@ def test_products_by_finite_differences_are_those_by_autograd(layer):
         torch.manual_seed(1)
         lam = torch.ones(30, dtype=D)
         found.append(hyperopt.hypergradient(problem, model.w, lam, adjoint=adjoint, curvature=curvature, step=0.1).grad)
-        outer = network(layer)[
-            0
-        ]  # the loss is evaluated to be differentiated, which is no step: the outer one alone moves the state
+        outer = network(layer)[0]  # the inner loss is differentiated, which is not a step: only the outer loss moves the state
         for b, kept in zip(outer.buffers(), before, strict=True):
             b.copy_(kept)
         outer(data(seed=1)[0])

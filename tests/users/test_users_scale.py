@@ -1,4 +1,4 @@
-"""A start at a solution is no divergence, a step that is too long still is, and a tolerance knows how products are rounded."""
+"""A start at a solution is not called divergence, a step that is too long is, and tolerances know the rounding of products."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ from hyperopt import (
     stn,
 )
 
-np: Any = numpy  # whose numbers are no int and no float to a type checker
+np: Any = numpy  # to a type checker, its numbers are neither int nor float
 FOLLOWING = BilevelProblem(lambda w, lam, b: (w - lam["a"]).square().sum() / 2, lambda w, lam, b: (w - 3).square().sum() / 2)
 GD = GradientDescent(step_size=0.1, max_steps=5)
 
@@ -192,14 +192,14 @@ def test_inner_of_a_single_loop_method(method):
 def test_products_of_a_method_that_makes_none(adjoint, given):
     (name,) = given
     inner = None if adjoint in METHODS else GD
-    with pytest.raises(ValueError, match=f"{type(adjoint).__name__} has no use for {name}="):
+    with pytest.raises(ValueError, match=f"{type(adjoint).__name__} does not use {name}="):
         hyperopt.hypergradient(FOLLOWING, torch.zeros(2), {"a": torch.ones(2)}, inner=inner, adjoint=adjoint, **given)
-    with pytest.raises(ValueError, match=f"{type(adjoint).__name__} has no use for {name}="):
+    with pytest.raises(ValueError, match=f"{type(adjoint).__name__} does not use {name}="):
         Bilevel(FOLLOWING, torch.zeros(2), inner=inner, adjoint=adjoint, products=ProductSettings(**given))
 
 
 def test_a_curvature_beside_finite_differences():
-    with pytest.raises(ValueError, match="FiniteDifference has no use for curvature='gauss_newton'"):
+    with pytest.raises(ValueError, match="FiniteDifference does not use curvature='gauss_newton'"):
         hyperopt.hypergradient(
             FOLLOWING, torch.zeros(2), {"a": torch.ones(2)}, adjoint=FiniteDifference(), curvature="gauss_newton"
         )
@@ -207,7 +207,7 @@ def test_a_curvature_beside_finite_differences():
 
 @pytest.mark.parametrize("linear", [CG(), hyperopt.GMRES(), hyperopt.Dense(), hyperopt.Nystrom()], ids=lambda s: s.name)
 def test_a_step_of_a_method_that_does_not_iterate_the_map(linear):
-    with pytest.raises(ValueError, match=rf"{linear.name} has no use for step=0\.3; leave step out"):
+    with pytest.raises(ValueError, match=rf"{linear.name} does not use step=0\.3; leave step out"):
         hyperopt.hypergradient(FOLLOWING, torch.zeros(2), {"a": torch.ones(2)}, adjoint=Implicit(linear), step=0.3)
 
 
@@ -216,7 +216,7 @@ def test_fallbacks_that_no_policy_asks_for():
         Implicit(Neumann(), fallback=[CG()])
     with pytest.raises(ValueError, match="fixed_point: fallback is only used under policy='fallback', but policy='raise'"):
         fixed_point(lambda w: w / 2, torch.ones(2), policy="raise", fallback=[Anderson()])
-    with pytest.raises(TypeError, match=r"fallback\[0\]=CG.* is no FixedPointSolver"):
+    with pytest.raises(TypeError, match=r"fallback\[0\]=CG.* is not a FixedPointSolver"):
         fixed_point(lambda w: w / 2, torch.ones(2), policy="fallback", fallback=[CG()])  # pyright: ignore[reportArgumentType]
 
 
@@ -261,7 +261,10 @@ BROKEN = {
     "no memory": (lambda s: {k: v for k, v in s.items() if k != "memory"}, "has no entry 'memory'"),
     "an unknown entry": (lambda s: {**s, "momentum": 1}, "unknown entry 'momentum'"),
     "no mapping": (lambda s: [s], "is a list"),
-    "the place of other batches": (lambda s: {**s, "outer_batches": {"epoch": 0, "number": 7}}, "number=7 is no place here"),
+    "the place of other batches": (
+        lambda s: {**s, "outer_batches": {"epoch": 0, "number": 7}},
+        "number=7 is not a place in these batches",
+    ),
     "no place": (lambda s: {**s, "outer_batches": {}}, "has no entry 'epoch', 'number'"),
     "numbers for weights": (lambda s: {**s, "w": [1.0]}, "entry w is a float"),
 }

@@ -82,7 +82,7 @@ def test_decay_in_the_gradient_is_a_penalty_for_adaptive_optimizers_too(optimize
 @pytest.mark.parametrize(
     ("optimizer", "options", "words"),
     [
-        ("AdamW", {}, "weight_decay=0.01 shrinks the weights beside an adaptive step"),
+        ("AdamW", {}, "weight_decay=0.01 shrinks the weights outside an adaptive step"),
         ("AdamW", {"weight_decay": 0.1}, "weight_decay=0.1"),
         ("Adam", {"weight_decay": 0.1, "decoupled_weight_decay": True}, "weight_decay=0.1"),
         ("ASGD", {}, "lambd=0.0001"),

@@ -113,7 +113,7 @@ def check_card(card: Mapping[str, Any]) -> None:
         texts = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
         for text in texts:
             if isinstance(text, str) and (len(text) > LONGEST or not text.isprintable()):
-                raise ExportError(f"{key} has {text!r:.60}, which is no line of at most {LONGEST} characters")
+                raise ExportError(f"{key} has {text!r:.60}, which is not one line of at most {LONGEST} characters")
         if isinstance(value, dict | list | tuple):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(f"{key}.{name}", child) for name, child in pairs]
@@ -144,7 +144,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ExportError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can cause any kind of error
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
-        raise ExportError(f"{path}: this is no export, or a damaged one ({reason}); {AGAIN}") from error
+        raise ExportError(f"{path}: this is not an export, or it is damaged ({reason}); {AGAIN}") from error
     return tensors, card
 
 
@@ -173,7 +173,7 @@ def _whole(tensor: Tensor) -> bool:
 
 def _from_safetensors(path: Path) -> Content:
     if path.suffix != ".safetensors":  # a bare pickle could run code, so nothing of it is read
-        raise ExportError(f"this is no export; {AGAIN}")
+        raise ExportError(f"this is not an export; {AGAIN}")
     try:
         from safetensors import safe_open
     except ImportError as error:

@@ -94,12 +94,12 @@ def missing_jobs(directory: Path) -> Iterator[str]:
         except (FileNotFoundError, UnreadableError) as error:
             yield str(error)
         except (KeyError, TypeError, AttributeError):
-            yield f"{index} is no index of a sweep"
+            yield f"{index} is not an index of a sweep"
         else:
             yield from (
                 f"{index.parent / name} ({overrides}) is missing"
                 for name, overrides in jobs
-                if not os.path.isdir(index.parent / name)  # any text may be the name, even one that is no path
+                if not os.path.isdir(index.parent / name)  # any text may be the name, even one that cannot be a path
             )
 
 

@@ -1,10 +1,10 @@
-"""Adam with its step in the graph, so that its learning rate, as everything else, has a hypergradient by unrolling.
+"""Adam whose step stays in the graph, so that its learning rate has a hypergradient by unrolling.
 
     m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2,    w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-from ``m = v = 0`` at the start of every training; ``inner=torch_optimizer`` is the one whose moments live on, and that cannot be
-differentiated through. The numbers are those of ``torch.optim.Adam``: nothing is added under the root to make it smooth, its
-derivative is taken to be 0 where ``v`` is exactly 0.
+Every training starts at ``m = v = 0``; with ``inner=torch_optimizer`` the moments continue from one training to the next, but
+it cannot be differentiated. The numbers are those of ``torch.optim.Adam``: nothing is added under the square root to make it
+smooth, and its derivative is taken as 0 where ``v`` is exactly 0.
 
 Reference: Kingma & Ba, ICLR 2015, arXiv 1412.6980, algorithm 1.
 """
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, rates, spoken
+from hyperopt.bilevel.inner.rates import check_rate, rate_text, rates
 from hyperopt.core.checks import check_betas, check_number
 
 
 @dataclass(frozen=True)
 class InnerAdam(DifferentiableSolver):
-    """Adam, which can be differentiated through.
+    """Adam as a differentiable inner solver.
 
     Args:
         lr: learning rate, a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
-        betas: how much of the mean and of the mean square of the gradient is kept each step, both in [0, 1).
-        eps: added to the root of the mean square; at least 0.
+        betas: decay rates of the averages of the gradient and of its square, both in [0, 1).
+        eps: added to the square root of the second average, at least 0.
     """
 
     lr: Any = 0.001
@@ -48,14 +48,14 @@ class InnerAdam(DifferentiableSolver):
         check_number(self, "eps", 0.0)
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
-        """Both moments of each tensor, and the number of steps taken, a tensor because a state is made of tensors."""
+        """Return both moments of each tensor, and the number of steps, as a tensor because a state is made of tensors."""
         moments = [torch.zeros_like(x, requires_grad=False) for _ in range(2) for x in w]
         return [*moments, torch.zeros((), dtype=w[0].dtype, device=w[0].device)]
 
     def advance(
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """One step, in the graph."""
+        """Make one step in the graph; see ``DifferentiableSolver.advance``."""
         lrs, (b1, b2), count = rates(self.lr, lam, "InnerAdam: lr", w), self.betas, buffers[-1].detach() + 1
         means, squares = buffers[: len(w)], buffers[len(w) : -1]
         means = [b1 * m + (1 - b1) * g for m, g in zip(means, grads, strict=True)]
@@ -65,11 +65,11 @@ class InnerAdam(DifferentiableSolver):
         return moved, [*means, *squares, count]
 
     def remedy(self, lam: Any) -> str:
-        """Name the learning rate."""
-        return f"lower lr={spoken(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
+        """Return the advice to lower the learning rate."""
+        return f"lower lr={rate_text(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
 
 
 def root(v: Tensor) -> Tensor:
-    """The square root, with derivative 0 instead of infinity at 0."""
+    """Return the square root, with derivative 0 instead of infinity at 0."""
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)

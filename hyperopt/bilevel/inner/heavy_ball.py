@@ -1,7 +1,7 @@
-"""Heavy ball: ``m <- momentum m + grad L(w)``, ``w <- w - step_size m``, from ``m = 0`` at the start of every training.
+"""Heavy ball: ``m <- momentum m + grad L(w)``, ``w <- w - step_size m``, with ``m = 0`` at the start of every training.
 
-On a quadratic of condition number kappa it converges like ``1 - 2 / sqrt(kappa)`` at the best rates, gradient descent like
-``1 - 2 / kappa``.
+On a quadratic with condition number kappa the error falls by the factor ``1 - 2 / sqrt(kappa)`` a step at the best rates, that
+of gradient descent by ``1 - 2 / kappa``.
 
 Reference: Polyak, USSR Comput. Math. Math. Phys. 4, 1964.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, spoken
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rate_text, rates
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HeavyBall(DifferentiableSolver):
 
     Args:
         step_size: a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
-        momentum: a number in [0, 1), or the name of the hyperparameter that holds it, in the same way.
+        momentum: a number in [0, 1), or the name of the hyperparameter that holds it, likewise.
     """
 
     step_size: Any = 0.1
@@ -40,14 +40,14 @@ class HeavyBall(DifferentiableSolver):
         check_rate(self, "step_size", 0.0, open_low=True)
         check_rate(self, "momentum", 0.0, 1.0)
         if self.momentum == 1:
-            raise ValueError("HeavyBall: momentum=1 never forgets; change momentum")
+            raise ValueError("HeavyBall: momentum=1 is not in [0, 1); change momentum")
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
-        """The momentum of each tensor."""
+        """Return zeros as the momentum of each tensor."""
         return [torch.zeros_like(x, requires_grad=False) for x in w]
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: list[Tensor]) -> None:
-        """One step, in place."""
+        """Make one step in place."""
         steps = plain_rates(self.step_size, lam, "HeavyBall: step_size", w)
         momenta = plain_rates(self.momentum, lam, "HeavyBall: momentum", w)
         for x, m, g, step, momentum in zip(w, work, grads, steps, momenta, strict=True):
@@ -57,13 +57,14 @@ class HeavyBall(DifferentiableSolver):
     def advance(
         self, w: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], lam: Any
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """One step, in the graph."""
+        """Make one step in the graph; see ``DifferentiableSolver.advance``."""
         steps = rates(self.step_size, lam, "HeavyBall: step_size", w)
         momenta = rates(self.momentum, lam, "HeavyBall: momentum", w)
         moving = [momentum * m + g for m, g, momentum in zip(buffers, grads, momenta, strict=True)]
         return [x - step * m for x, m, step in zip(w, moving, steps, strict=True)], moving
 
     def remedy(self, lam: Any) -> str:
-        """Name the rates."""
-        step, momentum = spoken(self.step_size, lam, "HeavyBall: step_size"), spoken(self.momentum, lam, "HeavyBall: momentum")
+        """Return the advice to lower the step size."""
+        step = rate_text(self.step_size, lam, "HeavyBall: step_size")
+        momentum = rate_text(self.momentum, lam, "HeavyBall: momentum")
         return f"lower step_size={step} of HeavyBall (stable below 2 (1 + momentum) / L, momentum={momentum})"

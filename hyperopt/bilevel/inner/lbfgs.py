@@ -1,4 +1,4 @@
-"""L-BFGS to a tolerance on the gradient, for smooth problems on all their data: tens of gradients to a minimum, at any scale.
+"""L-BFGS to a tolerance on the gradient, for smooth problems on all their data; it takes tens of gradients at any scale.
 
 Reference: Liu & Nocedal, Math. Programming 45, 1989; the line search is that of ``torch.optim.LBFGS`` (strong Wolfe).
 """
@@ -16,20 +16,21 @@ from torch import Tensor
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.inner.training import Training, gradient
-from hyperopt.bilevel.problem import BilevelProblem, Leaves
+from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_count
 from hyperopt.core.status import SolveStats
 from hyperopt.core.tree import total_norm, tree_norm
 
-SCALE = 1e12  # of the first gradient as the optimizer sees it, where the dtype has room for it
+SCALE = 1e12  # norm to which the first gradient is scaled, if the range of the dtype allows
 
 
 @dataclass(frozen=True)
 class InnerLBFGS(InnerSolver):
-    """L-BFGS with a strong Wolfe line search. Its statistics count every gradient, those of the line search among them.
+    """L-BFGS with a strong Wolfe line search. Its statistics count every gradient, including those of the line search.
 
     Args:
-        history: pairs of differences that are kept, at least 1.
+        history: number of pairs of differences that are kept, at least 1.
     """
 
     rtol: float = 1e-6
@@ -41,31 +42,31 @@ class InnerLBFGS(InnerSolver):
         check_count(self, "history")
 
     def training(self, problem: BilevelProblem, w: Leaves, lam: Any, memory: dict[str, Any]) -> Training:
-        """This solver at work on the next batch."""
-        return _Searching(self, problem, w, lam, memory)
+        """Return a training on the next batch."""
+        return _LBFGSTraining(self, problem, w, lam, memory)
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: _Steps) -> None:
-        """One step, whose line search takes gradients of its own."""
+        """Make one step, whose line search takes further gradients."""
         work.step()
 
     def remedy(self, lam: Any) -> str:
-        """What to change."""
+        """Return what to change if training diverges."""
         return "the inner loss is unbounded below or not finite: add a penalty, or use GradientDescent"
 
 
-class _Searching(Training):
-    """L-BFGS at work, on one batch.
+class _LBFGSTraining(Training):
+    """A training by L-BFGS, on one batch.
 
-    Where the line search has found nothing more and a full step without it does not lower the gradient either, rounding has the
-    last word: the step is undone, and no other is made.
+    If the line search makes no more progress, and a full step without it does not lower the gradient either, the gradient is at
+    its rounding floor: the step is undone, and no other is made.
     """
 
-    attentive = True  # a step of some evaluations is worth a look
+    attentive = True  # a step costs several evaluations, much more than a check
 
     def __init__(self, solver: InnerLBFGS, problem: BilevelProblem, w: Leaves, lam: Any, memory: dict[str, Any]) -> None:
         super().__init__(solver, problem, w, lam, memory)
         self.batch = problem.inner_batches.draw()
-        self.inner = Evaluation(problem, self.batch)  # a line search must see one function
+        self.inner = Evaluation(problem, self.batch)  # a line search needs one fixed function
         self.work = _Steps(self.inner, w, lam, solver.history)
 
     def run(self) -> SolveStats:
@@ -75,7 +76,7 @@ class _Searching(Training):
         return stats
 
     def take(self) -> list[Tensor]:
-        """The gradient on the batch, where a step led or, if that is no lower than before and nothing is left, before it."""
+        """Return the gradient after the last step or, if that step is undone, before it."""
         grads = self.work.gradient()
         if self.work.searched_out and not bool(total_norm(grads) < self.norm):
             self.stuck = True
@@ -85,15 +86,15 @@ class _Searching(Training):
 
 
 class _Steps:
-    """One minimisation by ``torch.optim.LBFGS``, a step at a time.
+    """One minimisation by ``torch.optim.LBFGS``, a step at a time, with two additions.
 
-    Two things that it does not do by itself. It drops pairs with ``<y, s> <= 1e-10``, whatever the loss is measured in: the loss
-    is scaled. And where the loss is flat to rounding its line search finds nothing more, long before the gradient is at its own
-    rounding floor: full steps without a search go on from there.
+    The loss is scaled, since torch drops pairs with ``<y, s> <= 1e-10`` whatever the units of the loss. And after the line
+    search has stopped making progress, because differences of the loss are below rounding, full steps without a line search
+    continue until the gradient is at its own rounding floor.
 
     Attributes:
-        spent: gradients taken.
-        searched_out: whether the line search has found nothing more.
+        spent: number of gradients computed.
+        searched_out: whether the line search has stopped making progress.
     """
 
     def __init__(self, inner: Evaluation, w: Leaves, lam: Any, history: int) -> None:
@@ -102,7 +103,7 @@ class _Steps:
         self._latest: tuple[list[Tensor], Tensor, list[Tensor]] | None = None
         self._before = self._copy()
         size = tree_norm(self.gradient())
-        # A power of two: no rounding. The line search squares products of two gradients: the fourth power must not overflow.
+        # A power of two does not round. The line search squares products of two gradients, so the fourth power must not overflow.
         scale = min(SCALE, torch.finfo(w.flat[0].dtype).max ** 0.2)
         self._scale = 2.0 ** round(math.log2(scale / size)) if 0 < size < math.inf else 1.0
         self._optimizer = torch.optim.LBFGS(
@@ -111,7 +112,7 @@ class _Steps:
         self._optimizer.param_groups[0]["line_search_fn"] = "strong_wolfe"
 
     def gradient(self) -> list[Tensor]:
-        """The gradient at ``w``; not taken again where the last line search took it."""
+        """Return the gradient at ``w``, which is not computed again if the last line search computed it."""
         return self._evaluate()[2]
 
     def _evaluate(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -127,10 +128,12 @@ class _Steps:
         return self._scale * loss
 
     def step(self) -> None:
-        """One step."""
+        """Make one step."""
         self._before = self._copy()
         self._optimizer.step(self._closure)
-        lost = not all(bool(x.isfinite().all()) for x in self.w.flat)  # between two points that rounding makes one
+        lost = not all(
+            bool(x.isfinite().all()) for x in self.w.flat
+        )  # the line search divided by the distance of two equal points
         if lost:
             self.restore()
         if not self.searched_out and (lost or same(self.w.flat, self._before)):
@@ -149,5 +152,5 @@ class _Steps:
 
 
 def same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors are equal to the bit."""
+    """Whether two lists of tensors are equal bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -1,4 +1,4 @@
-"""Rates of the inner solvers: a number, or hyperparameters, one for all weights or one for each (Meta-SGD).
+"""Rates of the inner solvers: numbers or hyperparameters, one for all weights or one for each weight (Meta-SGD).
 
 Reference: Li, Zhou, Chen & Li, arXiv 1707.09835: Meta-SGD, a learning rate for each weight.
 """
@@ -24,10 +24,10 @@ def check_rate(owner: object, name: str, low: float, high: float = float("inf"),
 
 
 def named_rate(value: float | str, lam: Any, key: str) -> Any:
-    """A rate of an inner solver: the number, or the hyperparameter of that name.
+    """Return a rate of an inner solver: the number itself, or the hyperparameter with that name.
 
     Raises:
-        ValueError: ``lam`` has no such entry.
+        ValueError: ``lam`` has no entry with that name.
     """
     if not isinstance(value, str):
         return value
@@ -38,7 +38,7 @@ def named_rate(value: float | str, lam: Any, key: str) -> Any:
 
 
 def rates(value: float | str, lam: Any, key: str, w: Sequence[Tensor]) -> list[Any]:
-    """The rate of each tensor of ``w``: a number, or a tensor that broadcasts to it."""
+    """Return the rate of each tensor of ``w``: a number, or a tensor that broadcasts to it."""
     leaves = [
         x.reshape(()) if isinstance(x, Tensor) and x.numel() == 1 else x for x in optree.tree_leaves(named_rate(value, lam, key))
     ]
@@ -48,14 +48,14 @@ def rates(value: float | str, lam: Any, key: str, w: Sequence[Tensor]) -> list[A
 
 
 def plain_rates(value: float | str, lam: Any, key: str, w: Sequence[Tensor]) -> list[Any]:
-    """``rates`` for a step in place: of one number each as a float, which makes no copy of a weight; each is read once."""
+    """Return ``rates`` for a step in place: single numbers as floats, so that no copy of a weight is made."""
     found = rates(value, lam, key, w)
     numbers = {id(r): r.item() for r in found if isinstance(r, Tensor) and not r.dim()}
     return [numbers.get(id(r), r) for r in found]
 
 
 def move(x: Tensor, direction: Tensor, rate: Any) -> None:
-    """``x <- x - rate direction``, in place."""
+    """Make the step ``x <- x - rate direction`` in place."""
     if isinstance(rate, Tensor):
         x.sub_(rate * direction)
     else:
@@ -66,7 +66,7 @@ def refuse_unfit(value: float | str, lam: Any, key: str, w: Any) -> None:
     """Refuse rates that are neither one number nor in the structure of ``w``, each of a shape that broadcasts to its weight's.
 
     Raises:
-        ValueError: ``lam`` has no entry of that name, or names the structures, or the shapes.
+        ValueError: ``lam`` has no entry with that name, or its structure or a shape does not fit.
     """
     found = named_rate(value, lam, key)
     structure, wanted = optree.tree_structure(found), optree.tree_structure(w)
@@ -84,23 +84,23 @@ def refuse_unfit(value: float | str, lam: Any, key: str, w: Any) -> None:
 
 
 def smallest(value: float | str, lam: Any, key: str) -> float:
-    """The smallest of the rates: where training contracts at all of them, it does at this one for all weights."""
+    """Return the smallest rate; if training contracts with all of the rates, it contracts with this one for all weights."""
     return min(_numbers(value, lam, key, torch.amin))
 
 
-def spoken(value: float | str, lam: Any, key: str) -> str:
-    """The rates in words."""
+def rate_text(value: float | str, lam: Any, key: str) -> str:
+    """Return the range of the rates, for messages."""
     low = smallest(value, lam, key)
     high = max(_numbers(value, lam, key, torch.amax))
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _numbers(value: float | str, lam: Any, key: str, of: Callable[[Tensor], Tensor]) -> list[float]:
-    """One number of each of the rates' tensors."""
+    """Return ``of`` each of the rates' tensors, as numbers."""
     leaves = optree.tree_leaves(named_rate(value, lam, key))
     return [of(r.detach()).item() if isinstance(r, Tensor) else float(r) for r in leaves]
 
 
 def _fits(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a shape broadcasts to another."""
+    """Whether a shape broadcasts to another one."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

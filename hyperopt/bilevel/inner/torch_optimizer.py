@@ -1,7 +1,8 @@
 """Training by any optimizer of ``torch.optim``; Adam by default.
 
-Weight decay that an optimizer adds to the gradient is a penalty ``weight_decay |w|^2 / 2`` of the loss that is trained, and of
-the one that is differentiated. One that shrinks the weights beside an adaptive step is the gradient of no loss, and is refused.
+Weight decay that an optimizer adds to the gradient is a penalty ``weight_decay |w|^2 / 2``, both in the loss that is trained
+and in the loss that is differentiated. Decoupled weight decay, which shrinks the weights outside an adaptive step, is not the
+gradient of any loss, so it is refused.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_flag, check_kind, check_number
 
-DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is no part of the gradient
+DECOUPLED = ("AdamW", "Adafactor", "Muon")  # their weight decay is not part of the gradient
 
 
 def decay_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], loss: str, zero: Callable[[str], str]) -> float:
-    """The weight decay of a parameter group that is a part of the gradient: a penalty ``weight_decay |w|^2 / 2`` of the loss.
+    """Return the weight decay that a parameter group adds to the gradient, as a penalty ``weight_decay |w|^2 / 2``.
 
     Args:
-        optimizer: whose group it is.
-        group: its settings.
-        loss: what the loss that is trained is called in messages.
-        zero: what to write so that a setting is 0.
+        optimizer: the optimizer.
+        group: the settings of one of its parameter groups.
+        loss: name of the trained loss, for messages.
+        zero: returns the text that sets a setting to 0, for messages.
 
     Raises:
-        ValueError: the optimizer moves the weights in a way that is the gradient of no loss, or that is not known.
+        ValueError: the optimizer changes the weights in a way that is not the gradient of a loss, or that is not known.
     """
     decay = float(group.get("weight_decay") or 0.0)
     family = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
@@ -39,20 +40,20 @@ def decay_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], loss: s
     penalty = f"give {zero('weight_decay')} and put a penalty into {loss}"
     for refused, what, remedy in (
         (group.get("maximize"), f"maximize=True climbs {loss}", "minimise the negative loss"),
-        (group.get("lambd"), f"lambd={group.get('lambd')} shrinks the weights beside its step", f"give {zero('lambd')}"),
+        (group.get("lambd"), f"lambd={group.get('lambd')} shrinks the weights outside its step", f"give {zero('lambd')}"),
         (
             beside and decay,
-            f"weight_decay={decay:g} shrinks the weights beside an adaptive step",
-            f"{penalty}, or use Adam, whose decay is a part of the gradient",
+            f"weight_decay={decay:g} shrinks the weights outside an adaptive step",
+            f"{penalty}, or use Adam, whose decay is part of the gradient",
         ),
         (
             decay and family == ["Optimizer"],
-            f"weight_decay={decay:g}, which may be added to the gradient or shrink the weights beside it",
+            f"weight_decay={decay:g}, which may be added to the gradient or shrink the weights outside it",
             penalty,
         ),
     ):
         if refused:
-            raise ValueError(f"{type(optimizer).__name__} with {what}, which the derivative does not know; {remedy}")
+            raise ValueError(f"{type(optimizer).__name__} with {what}, which the hypergradient cannot include; {remedy}")
     return decay
 
 
@@ -61,10 +62,10 @@ class TorchOptimizer(InnerSolver):
     """An optimizer of PyTorch.
 
     Args:
-        optimizer: its name in ``torch.optim`` (``Adam``, ``AdamW``, ``RMSprop``, ``SGD``, ...).
+        optimizer: name in ``torch.optim`` (``Adam``, ``RMSprop``, ``SGD``, ...).
         lr: learning rate, above 0.
-        options: its further arguments by name.
-        keep: whether its moments live on from one outer step to the next.
+        options: other arguments of the optimizer, by name.
+        keep: whether its moments continue from one outer step to the next.
     """
 
     optimizer: str = "Adam"
@@ -81,16 +82,16 @@ class TorchOptimizer(InnerSolver):
         check_flag(self, "keep")
 
     def objective(self, problem: BilevelProblem) -> BilevelProblem:
-        """The problem with the optimizer's weight decay as a penalty of the inner loss.
+        """Return the problem with the optimizer's weight decay as a penalty of the inner loss.
 
         Raises:
-            ValueError: the optimizer moves the weights in a way that is the gradient of no loss.
+            ValueError: the optimizer changes the weights in a way that is not the gradient of a loss.
         """
         return problem.decayed(self._decay) if self._decay else problem
 
     @cached_property
     def _decay(self) -> float:
-        """The weight decay that is a part of the gradient; what is the gradient of no loss is refused."""
+        """The weight decay that is part of the gradient; see ``decay_of``."""
         made = self._make([torch.zeros(1, 1)], self.options)
         try:
             return decay_of(made, made.param_groups[0], "the inner loss", "options={{'{}': 0}}".format)
@@ -98,10 +99,10 @@ class TorchOptimizer(InnerSolver):
             raise ValueError(f"TorchOptimizer: {error}") from None
 
     def begin(self, w: Sequence[Tensor], lam: Any, memory: dict[str, Any]) -> torch.optim.Optimizer:
-        """Build it, with the moments of the outer step before; its weight decay is in the loss (``objective``).
+        """Build the optimizer with the moments of the last outer step; its weight decay is in the loss (``objective``).
 
         Raises:
-            ValueError: ``torch.optim`` has no such optimizer, or it does not take such options.
+            ValueError: ``torch.optim`` has no such optimizer, or the optimizer does not take these options.
         """
         without = {"weight_decay": 0.0} if self.options.get("weight_decay") else {}
         optimizer = self._make(list(w), {**self.options, **without})
@@ -121,7 +122,7 @@ class TorchOptimizer(InnerSolver):
             raise ValueError(f"TorchOptimizer: {self.optimizer} refuses {self.options}: {error}; change options") from error
 
     def update(self, w: Sequence[Tensor], grads: Sequence[Tensor], lam: Any, work: torch.optim.Optimizer) -> None:
-        """One step."""
+        """Make one step."""
         for x, g in zip(w, grads, strict=True):
             x.grad = g
         work.step()
@@ -132,5 +133,5 @@ class TorchOptimizer(InnerSolver):
             memory["moments"] = work.state_dict()["state"]
 
     def remedy(self, lam: Any) -> str:
-        """Name the learning rate."""
+        """Return the advice to lower the learning rate."""
         return f"lower lr={self.lr:g} of TorchOptimizer ({self.optimizer})"
