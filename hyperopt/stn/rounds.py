@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,9 +56,9 @@ class SelfTuningSettings:
         check_flag(self, "direct_grad")
 
 
-@dataclass
+@dataclass(repr=False)
 class Round:
-    """What one round did.
+    """What one round did; it prints as one line, like the record of a ``hyperopt.Tuner``.
 
     Attributes:
         warming: whether it was part of the warm-up, without an update of the hyperparameters.
@@ -65,12 +66,40 @@ class Round:
         valid_loss: its last validation loss, perturbed, before an update, if there was one.
         metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away; ``stn/scale/<name>``, ``stn/entropy``,
             ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
+        step: how many rounds were made, with this one.
+        gradients: what it cost, in gradient evaluations.
     """
 
     warming: bool
     train_loss: float
     valid_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    gradients: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The validation loss, as a ``Tuner``'s record calls it."""
+        return self.valid_loss
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """The hyperparameters after the round, in their own units, as ``hyper/<name>``."""
+        return {name: value for name, value in self.metrics.items() if re.fullmatch("hyper/[^/]+", name)}
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers, by the names of TensorBoard."""
+        more = {"stn/warming": float(self.warming), "cost/gradients": float(self.gradients)}
+        return {"outer/loss": self.loss, **self.metrics, **more}
+
+    def __repr__(self) -> str:
+        """One line."""
+        values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
+        warming = " (warm-up: the hyperparameters did not move)" if self.warming else ""
+        return (
+            f"step {self.step}: val_loss={self.valid_loss:.6g}, train_loss={self.train_loss:.6g}, {values}, {self.gradients} "
+            f"gradient evaluations{warming}"
+        )
 
 
 class Past(NamedTuple):
