@@ -30,6 +30,8 @@ class SelfTuningSettings:
         min_scale: smallest scale.
         max_scale: largest scale.
         direct_grad: whether the validation loss sees the hyperparameters themselves, and not only the weights that respond.
+        check_every: rounds from one check of the response to the next, which changes nothing of the training; 0: no checks.
+        check_steps: steps of each of the three trainings of a check; see ``hyperopt.stn.response_check``.
     """
 
     mode: str = "centred"
@@ -41,6 +43,8 @@ class SelfTuningSettings:
     min_scale: float = 1e-2
     max_scale: float = 3.0
     direct_grad: bool = False
+    check_every: int = 100
+    check_steps: int = 5
 
     def __post_init__(self) -> None:
         """Check the choices and ranges."""
@@ -54,6 +58,8 @@ class SelfTuningSettings:
         check_number(self, "max_scale", 0.0, open_low=True)
         check_below(self, "min_scale", "max_scale")
         check_flag(self, "direct_grad")
+        check_count(self, "check_every", 0)
+        check_count(self, "check_steps")
 
 
 @dataclass(repr=False)
@@ -65,7 +71,7 @@ class Round:
         train_loss: mean of its training losses, perturbed, each before its update.
         valid_loss: its last validation loss, perturbed, before an update, if there was one.
         metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away; ``stn/scale/<name>``, ``stn/entropy``,
-            ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
+            ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``, and, where it was checked, ``stn/response_error``.
         step: how many rounds were made, with this one.
         gradients: what it cost, in gradient evaluations.
     """
@@ -95,10 +101,12 @@ class Round:
     def __repr__(self) -> str:
         """One line."""
         values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
+        error = self.metrics.get("stn/response_error")
+        checked = "" if error is None else f"a response that is off by {error:.2g}, "
         warming = " (warm-up: the hyperparameters did not move)" if self.warming else ""
         return (
-            f"step {self.step}: val_loss={self.valid_loss:.6g}, train_loss={self.train_loss:.6g}, {values}, {self.gradients} "
-            f"gradient evaluations{warming}"
+            f"step {self.step}: val_loss={self.valid_loss:.6g}, train_loss={self.train_loss:.6g}, {values}, {checked}"
+            f"{self.gradients} gradient evaluations{warming}"
         )
 
 

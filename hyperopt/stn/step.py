@@ -14,6 +14,7 @@ arXiv 2010.13514, algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.own_batches import check_counts, taken
+from hyperopt.core.policy import note_once
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.refusals import refuse_same_data
+from hyperopt.stn.response_check import ResponseCheck, advice, check_response
 from hyperopt.stn.rounds import Past, Round
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.updates import Guard as Guard
@@ -157,10 +160,12 @@ class SelfTuning(Updates):
             own = optimizer or self.optimizers["values"]
             valid_losses = [self.hyper_step(batch, own, guard) for batch in valid]
         self.lent = []
+        checked = check_response(self, list(self.recent), self.settings.check_steps) if self.recent else None
+        self.recent.clear()
         for name, schedule in self._schedules.items():
             if name != "values" or optimizer is None:
                 schedule.after_step()
-        return self._record(warming, before, train_losses, valid_losses)
+        return self._record(warming, before, train_losses, valid_losses, checked)
 
     def schedule(self) -> TunedSchedule:
         """Return the hyperparameters of every update of the weights so far."""
@@ -205,7 +210,14 @@ class SelfTuning(Updates):
         for mine in self._batches:
             mine.load_state_dict(state.get(mine.name))
 
-    def _record(self, warming: bool, before: Tensor, train_losses: list[Tensor], valid_losses: list[Tensor]) -> Round:
+    def _record(
+        self,
+        warming: bool,
+        before: Tensor,
+        train_losses: list[Tensor],
+        valid_losses: list[Tensor],
+        checked: ResponseCheck | None,
+    ) -> Round:
         """Read all numbers of a round in one transfer, check them, and add the round to the history."""
         space, count = self.space, len(self.space.names)
         parts = [before, space.u.detach(), space.s.detach(), space.sigma.detach()]
@@ -229,4 +241,22 @@ class SelfTuning(Updates):
         gradients = len(train) * (1 + self.delta)
         if not warming:
             gradients += len(valid) * (1 + (self.settings.update == "sequential"))
+        if checked is not None:
+            gradients += checked.gradients
+            metrics["stn/response_error"] = checked.error
+            self._advise(checked, u, sigma)
         return Round(warming, train_loss, valid_loss, metrics, len(self.history), gradients)
+
+    def _advise(self, checked: ResponseCheck, u: list[float], sigma: list[float]) -> None:
+        """Say once a run which rate to change if the response is bad."""
+        every, past = self.settings.check_every, self.history
+        moved = max(abs(a - b) / scale for a, b, scale in zip(u, past[-every].u, sigma, strict=True))
+        now, then = (math.fsum(each.train_loss for each in part) for part in (past[-every:], past[-2 * every : -every]))
+        learning = now / then if len(past) >= 2 * every and then > 0 else 1.0
+
+        def rate(name: str) -> float:
+            groups = self.optimizers.get(name, self.optimizers["weights"]).param_groups
+            return next((group["lr"] for group in groups if group.get("name") == name), groups[0]["lr"])
+
+        if (text := advice(checked, self.watch.response(checked.error), moved, learning, rate)) is not None:
+            note_once(f"{text} (said once a run)", "response")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, outer
 from hyperopt.bilevel.own_batches import OwnBatches
 from hyperopt.core import distributed
+from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.rounds import Past, SelfTuningSettings
@@ -62,7 +64,7 @@ class Updates:
         made["scales"] = outer(scales, 0.003), {"scales": [self.space.s]}
         made["values"] = outer(values, 0.003), self.groups()
         self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
-        self._clip = {name: each.clip_norm for name, (each, _) in made.items()}
+        self._limits = {name: each.clip_norm for name, (each, _) in made.items()}
         self._schedules = {name: Schedule(made[name][0].scheduler, each) for name, each in self.optimizers.items()}
         for name, each in self.optimizers.items():
             _check_optimizer(name, each, self._schedules[name])
@@ -70,6 +72,7 @@ class Updates:
         self.watch = Watch(settings)
         self.updates = 0
         self.history: list[Past] = []
+        self.recent: deque[Any] = deque(maxlen=settings.check_steps)  # training batches for ``check_response``
         self.lent: list[Tensor] = []  # losses of ``loss`` since the last round
         self._batches = OwnBatches("train"), OwnBatches("val")
 
@@ -92,22 +95,35 @@ class Updates:
         with torch.no_grad():
             draw = self.space.draw(rows, self.generator)
             centre = self.space.draw(rows, perturb=False)
-        loss, _ = self._training(batch, draw)
+        loss, _ = self.training(batch, draw)
         if not torch.is_grad_enabled():
             return loss
         self.updates += 1
+        self.keep(batch)
         self.lent.append(loss.detach())
         if not self.delta:
             return loss
         response = [parameter for parameter in self._response if parameter.requires_grad]
         slopes = torch.autograd.grad(loss, response, materialize_grads=True)
-        at_centre, _ = self._training(batch, centre)
+        at_centre, _ = self.training(batch, centre)
         moved = sum(((p - p.detach()) * slope).sum() for p, slope in zip(response, slopes, strict=True))
         return at_centre + moved + (loss - at_centre).detach()
+
+    @property
+    def checks(self) -> bool:
+        """Whether the response is checked at the end of this round."""
+        every = self.settings.check_every
+        return every > 0 and (len(self.history) + 1) % every == 0
+
+    def keep(self, batch: Any) -> None:
+        """Keep a training batch if the response is checked at the end of this round."""
+        if self.checks:
+            self.recent.append(batch)
 
     def weight_step(self, batch: Any) -> Tensor:
         """Update the weights and their response on one batch; return the loss before the update, without its graph."""
         rows = self.rows(batch)
+        self.keep(batch)
         self.model.train()
         response = self.optimizers.get("response", self.optimizers["weights"])
         if self.delta:
@@ -152,7 +168,7 @@ class Updates:
         optimizer.step(closure)
         if settings.update == "sequential":
             (space.s.grad,) = gradients(space.s)
-        self._clipped("scales", [space.s])
+        self.clip("scales", [space.s])
         self.optimizers["scales"].step()
         space.clamp_scales_(settings.min_scale, settings.max_scale)
         return found[0]
@@ -161,7 +177,7 @@ class Updates:
         self, optimizers: Mapping[str, torch.optim.Optimizer], parameters: Sequence[Tensor], batch: Any, draw: Draw
     ) -> Tensor:
         """Take one gradient of the training loss in ``parameters``, and one step of each optimizer."""
-        loss, draw = self._training(batch, draw)
+        loss, draw = self.training(batch, draw)
         for each in optimizers.values():
             each.zero_grad()  # an optimizer may have more parameters than those updated here
         trained = [parameter for parameter in parameters if parameter.requires_grad]  # frozen ones get no gradient
@@ -170,13 +186,16 @@ class Updates:
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         for name, each in optimizers.items():
-            self._clipped(name, [p for group in each.param_groups for p in group["params"]])
+            self.clip(name, [p for group in each.param_groups for p in group["params"]])
         for each in {id(each): each for each in optimizers.values()}.values():
             each.step()
         return loss.detach()
 
-    def _training(self, batch: Any, draw: Draw) -> tuple[Tensor, Draw]:
-        """Return the training loss at a draw, a mean over the ranks, and this rank's part of the draw."""
+    def training(self, batch: Any, draw: Draw, replay: Replay | None = None) -> tuple[Tensor, Draw]:
+        """Return the training loss at a draw, a mean over the ranks, and this rank's part of the draw.
+
+        With ``replay``, the loss is evaluated by it.
+        """
         seen: set[str] | None = set() if self.updates == 0 else None
         draw = draw if seen is None else draw.watched(seen)
         mine = distributed.share_of(draw.rows)
@@ -184,7 +203,8 @@ class Updates:
 
         def mean() -> Tensor:
             with self.model.at(draw):
-                return self.train_loss(self.model, batch, draw)
+                given = self.model, batch, draw
+                return self.train_loss(*given) if replay is None else replay(self.train_loss, *given)
 
         loss = distributed.mean_over_ranks(mean, rows=draw.rows)
         if seen is not None:
@@ -216,9 +236,9 @@ class Updates:
         draw = self.space.draw(self.rows(batch), self.generator)
         return self._validation(batch, lambda: draw)[0]
 
-    def _clipped(self, name: str, parameters: Sequence[Tensor]) -> None:
+    def clip(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
-        if (limit := self._clip.get(name)) is not None:
+        if (limit := self._limits.get(name)) is not None:
             torch.nn.utils.clip_grad_norm_(list(parameters), limit)
 
     def _check_used(self, seen: set[str]) -> None:
