@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hyperopt.core.checks import check_below, check_choice, check_count, check_flag, check_number
+from hyperopt.core.checks import check_below, check_choice, check_count, check_flag, check_number, check_optional_count
 
 MODES = ("classic", "centred", "delta", "delta_linear")
 UPDATES = ("joint", "sequential")
@@ -30,6 +30,10 @@ class SelfTuningSettings:
         min_scale: smallest scale.
         max_scale: largest scale.
         direct_grad: whether the validation loss sees the hyperparameters themselves, and not only the weights that respond.
+        measured: whether the optimizer of the hyperparameters gets gradients in measured scales, see ``hyperopt.stn.rates``
+            (None: where it is the default one).
+        rounds: length of the run, in which the default rates of weights, response and hyperparameters fall to 0 by a cosine
+            (None: they are constant).
         check_every: rounds from one check of the response to the next, which changes nothing of the training; 0: no checks.
         check_steps: steps of each of the three trainings of a check; see ``hyperopt.stn.response_check``.
     """
@@ -43,6 +47,8 @@ class SelfTuningSettings:
     min_scale: float = 1e-2
     max_scale: float = 3.0
     direct_grad: bool = False
+    measured: bool | None = None
+    rounds: int | None = None
     check_every: int = 100
     check_steps: int = 5
 
@@ -58,6 +64,9 @@ class SelfTuningSettings:
         check_number(self, "max_scale", 0.0, open_low=True)
         check_below(self, "min_scale", "max_scale")
         check_flag(self, "direct_grad")
+        if self.measured is not None:
+            check_flag(self, "measured")
+        check_optional_count(self, "rounds")
         check_count(self, "check_every", 0)
         check_count(self, "check_steps")
 

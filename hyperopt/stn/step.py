@@ -43,8 +43,8 @@ class SelfTuning(Updates):
         train_loss: see ``TrainLoss``.
         valid_loss: see ``ValidLoss``.
         settings: mode and numbers (None: the defaults).
-        weights: optimizer of the weights, and of the response unless that has its own (None: Adam, 0.01).
-        values: optimizer of the hyperparameters (None: Adam, 0.003); ``round`` may get another one.
+        weights: optimizer of the weights, and of the response unless that has its own (None: see ``hyperopt.stn.rates``).
+        values: optimizer of the hyperparameters (None: see ``hyperopt.stn.rates``); ``round`` may get another one.
         scales: optimizer of the scales (None: Adam, 0.003).
         response: optimizer of the response parameters (None: that of the weights).
         seed: seed of the perturbations. It must differ from the seed of the data, or rows and perturbations are dependent.
@@ -182,6 +182,7 @@ class SelfTuning(Updates):
             "updates": self.updates,
             "history": [list(past) for past in self.history],
             "lent": list(self.lent),
+            "measured": self.measured.state_dict(),
             **{mine.name: mine.state_dict() for mine in self._batches},
         }
 
@@ -193,7 +194,9 @@ class SelfTuning(Updates):
         """
         own = self.model.state_dict()
         entries = ("model", "optimizers", "schedules", "generator", "watch", "updates", "history")
-        check_entries(state, entries, "SelfTuning", optional=("lent", "train", "val"))  # older states do not have these
+        check_entries(
+            state, entries, "SelfTuning", optional=("lent", "measured", "train", "val")
+        )  # older states do not have these
         check_entries(state["model"], own, "SelfTuning's model")
         check_tensors(state["model"], own, "SelfTuning's model")
         for name in ("optimizers", "schedules"):
@@ -207,6 +210,8 @@ class SelfTuning(Updates):
         self.updates = state["updates"]
         self.history = [Past(*row) for row in state["history"]]
         self.lent = list(state.get("lent", ()))
+        if "measured" in state:
+            self.measured.load_state_dict(state["measured"])
         for mine in self._batches:
             mine.load_state_dict(state.get(mine.name))
 

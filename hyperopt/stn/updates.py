@@ -16,6 +16,7 @@ from hyperopt.core import distributed
 from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, check_network, leading
+from hyperopt.stn.rates import MeasuredGradient, default_optimizer
 from hyperopt.stn.rounds import Past, SelfTuningSettings
 from hyperopt.stn.warnings import Watch
 
@@ -55,20 +56,26 @@ class Updates:
         model.linear = settings.mode == "delta_linear"
         self._base, self._response = model.base_parameters(), model.response_parameters()
         made: dict[str, tuple[OuterOptimizer, dict[str, list[Any]]]] = {}
+
+        def add(name: str, given: OuterOptimizer | Make | None, groups: dict[str, list[Any]]) -> None:
+            made[name] = default_optimizer(name, settings.rounds) if given is None else outer(given, 0.0), groups
+
         groups: dict[str, list[Any]] = {"weights": self._base}
         if response is None:
             groups["response"] = self._response
         else:
-            made["response"] = outer(response, 0.01), {"response": self._response}
-        made["weights"] = outer(weights, 0.01), groups
-        made["scales"] = outer(scales, 0.003), {"scales": [self.space.s]}
-        made["values"] = outer(values, 0.003), self.groups()
+            add("response", response, {"response": self._response})
+        add("weights", weights, groups)
+        add("scales", scales, {"scales": [self.space.s]})
+        add("values", values, self.groups())
         self.optimizers = {name: each.build(groups) for name, (each, groups) in made.items()}
         self._limits = {name: each.clip_norm for name, (each, _) in made.items()}
         self._schedules = {name: Schedule(made[name][0].scheduler, each) for name, each in self.optimizers.items()}
         for name, each in self.optimizers.items():
             _check_optimizer(name, each, self._schedules[name])
         self.generator = torch.Generator(self.space.u.device).manual_seed(seed)
+        self.own_values = values is None
+        self.measured = MeasuredGradient(self.space.u)
         self.watch = Watch(settings)
         self.updates = 0
         self.history: list[Past] = []
@@ -145,6 +152,8 @@ class Updates:
         space, settings = self.space, self.settings
         self.model.eval()
         eps = space.noise(self.rows(batch), self.generator)
+        own = self.own_values and optimizer is self.optimizers["values"]
+        measured = own if settings.measured is None else settings.measured
         found: list[Tensor] = []
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
@@ -155,14 +164,15 @@ class Updates:
                 return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
         def closure() -> Any:
-            if settings.update == "joint":
-                space.u.grad, slope = gradients(space.u, space.s)
-                if len(found) == 1:
-                    space.s.grad = slope
-            else:
-                (space.u.grad,) = gradients(space.u)
+            space.u.grad, slope = gradients(space.u, space.s)
+            if len(found) == 1:
+                space.s.grad = slope
             if guard is not None:
                 guard({"values": [space.u.grad]})
+            if measured:
+                sigma = space.sigma.detach()
+                of_loss = slope / space.s.detach().sigmoid() + settings.entropy / sigma  # sigma = softplus(s)
+                space.u.grad = self.measured(space.u.grad, of_loss, sigma)
             return found[-1]
 
         optimizer.step(closure)
