@@ -1,7 +1,8 @@
-"""What is refused before a self-tuning network trains."""
+"""What is refused before a self-tuning network trains, beside the layers that ``convert`` refuses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,11 @@ import optree
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler
+
+from hyperopt.stn.declare import Tuned
+
+FAR = 4
+"""In scales: a normal number is farther away once in 16,000 draws."""
 
 
 def refuse_same_data(train: Any, val: Any) -> None:
@@ -33,6 +39,28 @@ def refuse_same_data(train: Any, val: Any) -> None:
         f"train and val {shared}: on the rows that it is trained on, the validation loss would turn every regulariser off; give "
         "val rows of its own"
     )
+
+
+def refuse_leaving(name: str, each: Tuned, u: Tensor, sigma: Tensor) -> None:
+    """Refuse a perturbation whose values, four scales from the start, are no longer inside of the hyperparameter's space.
+
+    Args:
+        name: what messages call the hyperparameter.
+        each: the hyperparameter.
+        u: its initial variable in R. shape: ()
+        sigma: its initial scale. shape: ()
+
+    Raises:
+        ValueError: names the hyperparameter, its scale and the bound.
+    """
+    for side in (-1, 1):
+        value, end = (float(each.space.value(m)) for m in (u + side * FAR * sigma, u + side * math.inf))
+        if value == end or not math.isfinite(value):
+            way = "above" if side > 0 else "below"
+            raise ValueError(
+                f"{name}: with scale={float(sigma):g} the perturbation leaves the space: {FAR} scales {way} {each.init:g} is "
+                f"{value:g} in {u.dtype}, where the space ends; lower scale"
+            )
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:

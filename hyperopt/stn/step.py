@@ -90,7 +90,8 @@ class SelfTuning(Updates):
 
         Raises:
             TuningError: a loss, a hyperparameter or a scale is not finite.
-            ValueError: the first training loss has not read a hyperparameter.
+            ValueError: the first training loss has not read a hyperparameter, or the validation loss does not depend on the
+                weights.
         """
         settings = self.settings
         steps = min(settings.train_steps, self._left) if self._left > 0 else settings.train_steps

@@ -158,6 +158,11 @@ class Updates:
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
             loss, draw = self._validation(batch, lambda: space.at(eps))
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the validation loss does not depend on weights that respond, so no hyperparameter would move: let "
+                    "valid_loss call the model that it is given, with gradients"
+                )
             found.append(loss.detach())
             loss = loss - settings.entropy * Draw.entropy_of(space.sigma)
             with self.model.at(draw):

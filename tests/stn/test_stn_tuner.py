@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset, SubsetRandomSamp
 
 import hyperopt
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.stn import STN, Bounded, Draw, HyperSpace, Positive, Round, SelfTuning, SelfTuningSettings, convert
+from hyperopt.stn import STN, Bounded, Discrete, Draw, HyperSpace, Positive, Round, SelfTuning, SelfTuningSettings, convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 
@@ -271,3 +271,80 @@ def test_a_validation_set_with_rows_of_the_training_set_is_refused(train: Any, v
 )
 def test_sets_that_share_no_row_are_taken(train: Any, val: Any) -> None:
     assert made().step(train, val).step == 1
+
+
+@pytest.mark.parametrize("source", [Minibatches(TRAIN, 8), Minibatches(TRAIN)])
+def test_sources_of_the_same_rows_are_refused(source: Minibatches) -> None:
+    for other in (source, Minibatches(TRAIN, 4)):
+        with pytest.raises(
+            ValueError, match=r"train and val (are the same object|have equal values).*; give val rows of its own"
+        ):
+            made().step(source, other)
+    assert made().step(source, Minibatches(VAL, 4)).step == 1
+
+
+@pytest.mark.parametrize(
+    ("each", "dtype", "what"),
+    [
+        (
+            Bounded(0.5, 0.0, 1.0, scale=8.0),
+            torch.float32,
+            r"with scale=8 .* 4 scales above 0.5 is 1 in torch.float32.*; lower scale",
+        ),
+        (Bounded(0.5, 0.0, 1.0, scale=20.0), DOUBLE, r"with scale=20 .* above 0.5 is 1 in torch.float64"),
+        (Bounded(9.0, 0.01, 10.0, scale=12.0), DOUBLE, r"4 scales (above|below) 9 is (10|0.01) in"),
+        (Positive(1e-3, scale=30.0), torch.float32, r"4 scales below 0.001 is 0 in torch.float32"),
+        (Positive(1e3, scale=200.0), DOUBLE, r"4 scales (above|below) 1000 is"),
+        (Discrete(1, 0, 2, scale=25.0), DOUBLE, r"4 scales above 1 is 3 in torch.float64"),
+    ],
+)
+def test_a_perturbation_that_leaves_the_space_is_refused(each: Any, dtype: torch.dtype, what: str) -> None:
+    with pytest.raises(ValueError, match=f"space.rate: .*{what}"):
+        HyperSpace({"rate": each}, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "each", [Bounded(0.5, scale=3.0), Positive(1e-5, scale=3.0), Discrete(1, 0, 9, scale=2.0), Positive(5.0, map="softplus")]
+)
+def test_a_wide_perturbation_that_stays_inside_is_taken(each: Any) -> None:
+    assert HyperSpace({"rate": each}, dtype=torch.float32).names == ("rate",)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_validation_loss_without_the_network_is_refused(mode: str) -> None:
+    tuner = made(mode)
+    weights = nn.Linear(3, 1, dtype=DOUBLE)
+
+    def detached(model: STN, batch: Any, draw: Draw | None) -> Tensor:
+        with torch.no_grad():
+            return model(batch[0]).mean()
+
+    before = tuner.space.u.detach().clone()
+    for loss in (detached, lambda model, batch, draw: weights(batch[0]).mean().detach()):
+        tuner.valid_loss = loss
+        with pytest.raises(ValueError, match="the validation loss does not depend on weights that respond"):
+            tuner.step(TRAIN, VAL)
+    assert torch.equal(tuner.space.u, before)
+
+
+def test_a_hyperparameter_that_the_loss_of_ones_own_loop_does_not_read_is_refused() -> None:
+    tuner = made()
+    tuner.train_loss = lambda model, batch, draw: (model(batch[0], draw) * draw.h["noise"][:, None]).mean()
+    with pytest.raises(ValueError, match=r"never reads decay: use draw.h\['decay'\]"):
+        tuner.loss(TRAIN)
+    with pytest.raises(ValueError, match="never reads decay"):
+        tuner.step(TRAIN, VAL)
+
+
+def test_a_layer_that_cannot_respond_is_refused_by_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.table
+
+    space = HyperSpace({"decay": Positive(0.01)})
+    with pytest.raises(ValueError, match=r"'1'.*Own.*skip"):
+        convert(nn.Sequential(nn.Linear(3, 3), Own()), space)
