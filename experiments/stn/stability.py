@@ -17,21 +17,21 @@ import torch
 from stacked import CLOSE, Plan, study
 from tables import save, write_table
 
-SEEDS = list(range(1000, 1020))
+SEEDS = list(range(2000, 2020))
 STARTS = (0.5, 2.0, 5.0, 9.0)
 FILE = "results_stability.json"
 LENGTH: dict[str, Any] = {"rounds": 500, "stop": False, "dtype": "float32"}
-MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, values_lr=0.4, **LENGTH)
+MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, response_lr=0.02, values_lr=0.4, **LENGTH)
 SCHEDULED = Plan(**LENGTH)
 
 
 def varied(plan: Plan) -> dict[str, Plan]:
     """The plan with each of its rates halved and doubled; what is not named stays."""
-    found = {"as it is": plan}
+    found, response = {"as it is": plan}, plan.response_lr or plan.lr
     for factor, word in ((2.0, "doubled"), (0.5, "halved")):
         found[f"hyperparameters {word}"] = replace(plan, values_lr=factor * plan.values_lr)
-        found[f"weights {word}"] = replace(plan, lr=factor * plan.lr, response_lr=plan.lr)
-        found[f"response {word}"] = replace(plan, response_lr=factor * plan.lr)
+        found[f"weights {word}"] = replace(plan, lr=factor * plan.lr, response_lr=response)
+        found[f"response {word}"] = replace(plan, response_lr=factor * response)
     return found
 
 

@@ -3,8 +3,9 @@ r"""Rates that need no tuning: every step is measured in what the training itsel
 .. math:: \Delta p = -\eta_t \, s \, \frac{g}{\sqrt{\max(v, g^2) + c^2}}, \qquad \eta_t = \tfrac12 \eta \, (1 + \cos(\pi t / T))
 
 with the gradient g and the running mean v of its square. For the hyperparameters s is the scale sigma of their perturbation, c
-the running mean of the slope ``dL_valid / d sigma``, and eta 0.4; for the weights and the response s = 1, c = 0 and eta 0.01,
-which is Adam. T is the length of the run in rounds; without it the rates do not fall.
+the running mean of the slope ``dL_valid / d sigma``, and eta 0.4. For the weights s = 1, for the response s = 1 / sigma, since it
+moves the weights of a row by sigma times itself; both have c = 0 and eta 0.01, and are Adam. T is the length of the run in
+rounds; without it the rates do not fall.
 
 The slope measures the curvature: ``dL/d sigma = sigma L''`` for a normal perturbation (Stein's identity). So where L bends over
 the width of the perturbation, the step is the Newton step ``-eta g / |L''|``. Where it is straight, the step is eta sigma at
@@ -21,20 +22,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from hyperopt.bilevel.outer import OuterOptimizer
 
 BETA = 0.999
 """Of the running means, as for the second moments of Adam."""
-ETA = {"weights": 0.01, "response": 0.01, "scales": 0.003, "values": 0.4}
+ETA = {"weights": 0.01, "scales": 0.003, "values": 0.4}
 
 
-def default_optimizer(name: str, rounds: int | None) -> OuterOptimizer:
-    """Return the optimizer of one group for a run of so many rounds (None: not known, and the rate is constant)."""
+def default_optimizer(name: str, rounds: int | None, sigma: Tensor) -> OuterOptimizer:
+    """Return the optimizer of the weights with their response, of the scales, or of the hyperparameters.
+
+    Args:
+        name: ``weights``, ``scales`` or ``values``.
+        rounds: the length of the run (None: not known, and the rate is constant).
+        sigma: the initial scales, whose geometric mean counts for the response. shape: (H,)
+    """
+
+    def make(groups: list[dict[str, Any]]) -> Optimizer:
+        kind: type[Any] = SGD if name == "values" else Adam
+        mean = float(sigma.log().mean().exp())
+        return kind([{**group, "lr": ETA[name] / (mean if group["name"] == "response" else 1.0)} for group in groups])
+
     falling = None if rounds is None or name == "scales" else partial(CosineAnnealingLR, T_max=rounds)
-    return OuterOptimizer(partial(SGD if name == "values" else Adam, lr=ETA[name]), falling)
+    return OuterOptimizer(make, falling)
 
 
 class MeasuredGradient:

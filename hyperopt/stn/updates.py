@@ -58,7 +58,8 @@ class Updates:
         made: dict[str, tuple[OuterOptimizer, dict[str, list[Any]]]] = {}
 
         def add(name: str, given: OuterOptimizer | Make | None, groups: dict[str, list[Any]]) -> None:
-            made[name] = default_optimizer(name, settings.rounds) if given is None else outer(given, 0.0), groups
+            kind = default_optimizer(name, settings.rounds, self.space.sigma.detach()) if given is None else outer(given, 0.0)
+            made[name] = kind, groups
 
         groups: dict[str, list[Any]] = {"weights": self._base}
         if response is None:

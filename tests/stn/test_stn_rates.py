@@ -139,6 +139,15 @@ def test_the_default_resumes_bit_for_bit(update: str, rounds: int | None) -> Non
     )
 
 
+def test_the_response_has_the_rate_of_the_weights_over_the_scale() -> None:
+    tuning = made()
+    scale = math.sqrt(0.6 * 0.5)  # the geometric mean
+    rates = {group["name"]: group["lr"] for group in tuning.optimizers["weights"].param_groups}
+    assert rates == pytest.approx({"weights": ETA["weights"], "response": ETA["weights"] / scale}, rel=1e-9)
+    tuning.step(TRAIN, VAL)
+    assert {group["name"]: group["lr"] for group in made(rounds=2).optimizers["weights"].param_groups} == pytest.approx(rates)
+
+
 def test_the_rates_fall_to_zero_over_a_run_of_known_length() -> None:
     tuning = made(rounds=6)
     rates = []

@@ -104,8 +104,15 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("task", ["ridge", "quadratic"])
 def test_a_run_that_goes_on_is_one_never_stopped(tmp_path: Path, task: str) -> None:
-    lengths = ["optimizer.scheduler.T_max=9", "stn.weights.scheduler.T_max=9", "stn.check_every=3"]
-    quadratic = ["experiment=stn_quadratic", "stn.warmup=3", "stn.train_steps=2", "trainer.checkpoint_every=2", *lengths]
+    lengths = ["optimizer.scheduler.T_max=9", "stn.weights.scheduler.T_max=9", "stn.response.scheduler.T_max=9"]
+    quadratic = [
+        "experiment=stn_quadratic",
+        "stn.warmup=3",
+        "stn.train_steps=2",
+        "stn.check_every=3",
+        "trainer.checkpoint_every=2",
+        *lengths,
+    ]
     base = EVERYTHING if task == "ridge" else [*quadratic, "stn.update=sequential", "stn.valid_steps=2"]
     run(composed(*base, "trainer.max_steps=9"), tmp_path / "whole")
     run(composed(*base, "trainer.max_steps=4"), tmp_path / "parts")
