@@ -1,16 +1,17 @@
 r"""How well the response predicts the weights: ``stn/response_error``, by a few steps of real training that are taken back.
 
-From the present weights w and hyperparameters u, and for a move d of one scale up or down in each of them, three times the same
+From the present weights w and hyperparameters u, and for a move d of one scale up or down in each of them, four times the same
 steps of the weights' optimizer are made on the same batches, without perturbations:
 
-    w at u  ->  w + x          w at u + d  ->  w + y          w + R d at u + d  ->  w + R d + z
+    w at u + d  ->  w + y                 w + R d at u + d  ->  w + R d + z
+    w at u - d  ->  w + y'                w - R d at u - d  ->  w - R d + z'
 
-To first order ``y - x = K J d`` and ``y - z = K R d`` with the true response ``J = dw*/du`` and the learned one R, where K is the
-part of the way to the minimum that the steps go. So the error is that of R, in the directions that training moves most:
+To second order ``y - y' = 2 K J d`` and ``z - z' = 2 K (J - R) d`` with the true response ``J = dw*/du`` and the learned R, where
+K is the part of the way to the minimum that the steps go. So the error is that of R, in the directions that training moves most:
 
-    stn/response_error = |z - x| / |y - x| = |K (J - R) d| / |K J d|
+    stn/response_error = |z - z'| / |y - y'| = |K (J - R) d| / |K J d|
 
-It is 0 for the true response, 1 for none at all, and 2 for the opposite one. It costs three gradients for each step.
+It is 0 for the true response, 1 for none at all, and 2 for the opposite one. It costs four gradients for each step.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
     Args:
         tuning: the training.
         batches: training batches, used in turn.
-        steps: of each of the three trainings.
+        steps: of each of the four trainings.
 
     Returns:
         None if the optimizer of the weights has not made a step yet, or if the loss cannot be evaluated twice alike.
@@ -99,7 +100,7 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
 
     found = []
     try:
-        for at, response_at in ((u, u), (u + move, u), (u + move, u + move)):
+        for at, response_at in ((u + move, u), (u - move, u), (u + move, u + move), (u - move, u - move)):
             with _kept(tuning):
                 found.append(trained(at, response_at))
     except ImpureMapError as error:
@@ -108,12 +109,11 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
     finally:
         for replay in reversed(replays):
             replay.contents.rewind()
-    x, y, z = found
-    size = float((y - x).norm())
+    y, z = found[0] - found[1], found[2] - found[3]
+    size = float(y.norm())
     if not size > 0:
         return None
-    error = float((z - x).norm()) / size
-    return ResponseCheck(error, float((y - z) @ (y - x)) / size**2, 3 * steps)
+    return ResponseCheck(float(z.norm()) / size, float((y - z) @ y) / size**2, len(found) * steps)
 
 
 @contextlib.contextmanager

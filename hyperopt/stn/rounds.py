@@ -35,7 +35,7 @@ class SelfTuningSettings:
         rounds: length of the run, in which the default rates of weights, response and hyperparameters fall to 0 by a cosine
             (None: they are constant).
         check_every: rounds from one check of the response to the next, which changes nothing of the training; 0: no checks.
-        check_steps: steps of each of the three trainings of a check; see ``hyperopt.stn.response_check``.
+        check_steps: steps of each of the four trainings of a check; see ``hyperopt.stn.response_check``.
     """
 
     mode: str = "centred"
