@@ -1,6 +1,6 @@
 """Does it hold? Twenty seeds of ``experiment=stn_quadratic`` from four ranges, with each rate halved and doubled.
 
-    python experiments/stn/stability.py [--only NAME ...] [--scheduled]
+    python experiments/stn/stability.py [--only NAME ...] [--scheduled] [--seeds N]
 
 A run holds if the largest error on [-2, 2] is below 0.05 in every round of the last tenth. No setting was chosen on these seeds.
 All networks of a row are trained together, see ``stacked.py``. ``--scheduled`` measures the same for the tuned schedule.
@@ -21,7 +21,7 @@ SEEDS = list(range(2000, 2020))
 STARTS = (0.5, 2.0, 5.0, 9.0)
 FILE = "results_stability.json"
 LENGTH: dict[str, Any] = {"rounds": 500, "stop": False, "dtype": "float32"}
-MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, response_lr=0.02, values_lr=0.4, **LENGTH)
+MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, response_lr=0.02, values_lr=0.8, **LENGTH)
 SCHEDULED = Plan(**LENGTH)
 
 
@@ -57,20 +57,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=None, help="rows to measure")
     parser.add_argument("--scheduled", action="store_true", help="the rows of the tuned schedule too")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first N seeds only")
     args = parser.parse_args()
+    seeds = SEEDS[: args.seeds]
     torch.set_num_threads(1)
     names = args.only or [name for name in PLANS if args.scheduled or not name.startswith("tuned schedule")]
     for name in names:
         started = time.process_time()
-        seeds, starts = SEEDS * len(STARTS), [start for start in STARTS for _ in SEEDS]
-        found = study(seeds, PLANS[name], starts=starts)
+        found = study(seeds * len(STARTS), PLANS[name], starts=[start for start in STARTS for _ in seeds])
         row: dict[str, Any] = {"plan": asdict(PLANS[name]), "seconds": time.process_time() - started, "starts": {}}
         for k, start in enumerate(STARTS):
-            part = slice(k * len(SEEDS), (k + 1) * len(SEEDS))
+            part = slice(k * len(seeds), (k + 1) * len(seeds))
             errors, ranges = found.last_tenth[part], found.range[part]
             row["starts"][f"{start:g}"] = {
                 "hold": sum(error < CLOSE for error in errors),
-                "of": len(SEEDS),
+                "of": len(seeds),
                 "worst": max(errors),
                 "range": [min(ranges), max(ranges)],
                 "errors": errors,

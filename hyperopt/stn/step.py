@@ -36,7 +36,7 @@ from hyperopt.stn.updates import ValidLoss as ValidLoss
 
 
 class SelfTuning(Updates):
-    """Training of a self-tuning network.
+    """Training of a self-tuning network, by the interface of ``hyperopt.Tuner``: ``loss``, ``step``, ``state_dict``.
 
     Args:
         model: the network, from ``convert``.
