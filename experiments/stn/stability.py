@@ -21,21 +21,22 @@ SEEDS = list(range(2000, 2020))
 STARTS = (0.5, 2.0, 5.0, 9.0)
 FILE = "results_stability.json"
 LENGTH: dict[str, Any] = {"rounds": 500, "stop": False, "dtype": "float32"}
-MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, response_lr=0.02, values_lr=0.8, **LENGTH)
+MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, lr=0.01, response_lr=0.02, values_lr=0.4, **LENGTH)
 SCHEDULED = Plan(**LENGTH)
 
 
 def varied(plan: Plan) -> dict[str, Plan]:
     """The plan with each of its rates halved and doubled; what is not named stays."""
     found, response = {"as it is": plan}, plan.response_lr or plan.lr
-    for factor, word in ((2.0, "doubled"), (0.5, "halved")):
+    for factor, word in ((0.5, "halved"), (2.0, "doubled")):
         found[f"hyperparameters {word}"] = replace(plan, values_lr=factor * plan.values_lr)
         found[f"weights {word}"] = replace(plan, lr=factor * plan.lr, response_lr=response)
         found[f"response {word}"] = replace(plan, response_lr=factor * response)
     return found
 
 
-PLANS = varied(MEASURED) | {f"tuned schedule, {name}": plan for name, plan in varied(SCHEDULED).items()}
+FOURFOLD = {"hyperparameters fourfold": replace(MEASURED, values_lr=4 * MEASURED.values_lr)}
+PLANS = varied(MEASURED) | FOURFOLD | {f"tuned schedule, {name}": plan for name, plan in varied(SCHEDULED).items()}
 
 
 def table(results: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@ r"""Rates that need no tuning: every step is measured in what the training itsel
 .. math:: \Delta p = -\eta_t \, s \, \frac{g}{\sqrt{\max(v, g^2) + c^2}}, \qquad \eta_t = \tfrac12 \eta \, (1 + \cos(\pi t / T))
 
 with the gradient g and the running mean v of its square. For the hyperparameters s is the scale sigma of their perturbation, c
-the running mean of the slope ``dL_valid / d sigma``, and eta 0.8. For the weights s = 1, for the response s = 1 / sigma, since it
+the running mean of the slope ``dL_valid / d sigma``, and eta 0.4. For the weights s = 1, for the response s = 1 / sigma, since it
 moves the weights of a row by sigma times itself; both have c = 0 and eta 0.01, and are Adam. T is the length of the run in
 rounds; without it the rates do not fall.
 
@@ -29,7 +29,7 @@ from hyperopt.bilevel.outer import OuterOptimizer
 
 BETA = 0.999
 """Of the running means, as for the second moments of Adam."""
-ETA = {"weights": 0.01, "scales": 0.003, "values": 0.8}
+ETA = {"weights": 0.01, "scales": 0.003, "values": 0.4}
 
 
 def default_optimizer(name: str, rounds: int | None, sigma: Tensor) -> OuterOptimizer:
