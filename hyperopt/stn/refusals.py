@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optree
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler
 
-from hyperopt.stn.declare import Tuned
+if TYPE_CHECKING:
+    from hyperopt.stn.space import HyperSpace
 
 FAR = 4
 """In scales: a normal number is farther away once in 16,000 draws."""
@@ -41,26 +42,21 @@ def refuse_same_data(train: Any, val: Any) -> None:
     )
 
 
-def refuse_leaving(name: str, each: Tuned, u: Tensor, sigma: Tensor) -> None:
-    """Refuse a perturbation whose values, four scales from the start, are no longer inside of the hyperparameter's space.
-
-    Args:
-        name: what messages call the hyperparameter.
-        each: the hyperparameter.
-        u: its initial variable in R. shape: ()
-        sigma: its initial scale. shape: ()
+def refuse_leaving(space: HyperSpace) -> None:
+    """Refuse a perturbation whose values, four scales from where it is, are no longer inside of a hyperparameter's space.
 
     Raises:
         ValueError: names the hyperparameter, its scale and the bound.
     """
-    for side in (-1, 1):
-        value, end = (float(each.space.value(m)) for m in (u + side * FAR * sigma, u + side * math.inf))
-        if value == end or not math.isfinite(value):
-            way = "above" if side > 0 else "below"
-            raise ValueError(
-                f"{name}: with scale={float(sigma):g} the perturbation leaves the space: {FAR} scales {way} {each.init:g} is "
-                f"{value:g} in {u.dtype}, where the space ends; lower scale"
-            )
+    for (name, each), u, sigma in zip(space.declared.items(), space.u.detach(), space.sigma.detach(), strict=True):
+        for side in (-1, 1):
+            value, end = (float(each.space.value(m)) for m in (u + side * FAR * sigma, u + side * math.inf))
+            if value == end or not math.isfinite(value):
+                way = "above" if side > 0 else "below"
+                raise ValueError(
+                    f"the perturbation of {name} with scale={float(sigma):g} leaves the space: {FAR} scales {way} "
+                    f"{float(each.space.value(u)):g} is {value:g} in {u.dtype}, where the space ends; lower scale"
+                )
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from hyperopt.spaces import space as spaces
 from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
-from hyperopt.stn.refusals import refuse_leaving
 
 CATEGORICAL = (
     "a choice between things without an order has no direction in which a response could be learned; tune numbers, and try the "
@@ -38,8 +37,8 @@ class HyperSpace(nn.Module):
         s: scales in R, ``sigma = softplus(s)``. shape: (H,)
 
     Raises:
-        ValueError: there are no hyperparameters, two have the same name, one is something else, an initial value is outside
-            of its space, or the perturbation leaves it.
+        ValueError: there are no hyperparameters, two have the same name, one is something else, or an initial value is outside
+            of its space.
 
     Example:
         >>> from hyperopt.stn import Bounded, HyperSpace, Positive
@@ -73,8 +72,6 @@ class HyperSpace(nn.Module):
         raw = [each.raw(dtype, device, f"{key}.{name}") for name, each in pairs]
         self.u = nn.Parameter(torch.stack(raw))
         self.s = nn.Parameter(unsoftplus([each.scale for _, each in pairs]).to(device, dtype))
-        for (name, each), at, sigma in zip(pairs, self.u.detach(), self.sigma.detach(), strict=True):
-            refuse_leaving(f"{key}.{name}", each, at, sigma)
         shared = torch.tensor([each.per == "batch" for _, each in pairs], device=device)
         self.register_buffer("shared", shared, persistent=False)
         self._any_shared = bool(shared.any())

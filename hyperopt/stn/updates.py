@@ -17,6 +17,7 @@ from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.rates import MeasuredGradient, default_optimizer
+from hyperopt.stn.refusals import refuse_leaving
 from hyperopt.stn.rounds import Past, SelfTuningSettings
 from hyperopt.stn.warnings import Watch
 
@@ -49,6 +50,7 @@ class Updates:
         """Build the optimizers."""
         check_network(model, "SelfTuning")
         self.model, self.space = model, model.space
+        refuse_leaving(self.space)
         self.train_loss, self.valid_loss = train_loss, valid_loss
         self.settings = settings = settings or SelfTuningSettings()
         self.rows = rows

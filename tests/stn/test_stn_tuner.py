@@ -283,31 +283,36 @@ def test_sources_of_the_same_rows_are_refused(source: Minibatches) -> None:
     assert made().step(source, Minibatches(VAL, 4)).step == 1
 
 
+def tuned(each: Any, dtype: torch.dtype) -> SelfTuning:
+    stn = convert(nn.Linear(3, 1, dtype=dtype), HyperSpace({"rate": each}, dtype=dtype))
+    return SelfTuning(stn, train_loss, val_loss)
+
+
 @pytest.mark.parametrize(
     ("each", "dtype", "what"),
     [
         (
             Bounded(0.5, 0.0, 1.0, scale=8.0),
             torch.float32,
-            r"with scale=8 .* 4 scales above 0.5 is 1 in torch.float32.*; lower scale",
+            "scale=8 leaves the space: .* above 0.5 is 1 in torch.float32.*lower scale",
         ),
-        (Bounded(0.5, 0.0, 1.0, scale=20.0), DOUBLE, r"with scale=20 .* above 0.5 is 1 in torch.float64"),
-        (Bounded(9.0, 0.01, 10.0, scale=12.0), DOUBLE, r"4 scales (above|below) 9 is (10|0.01) in"),
-        (Positive(1e-3, scale=30.0), torch.float32, r"4 scales below 0.001 is 0 in torch.float32"),
-        (Positive(1e3, scale=200.0), DOUBLE, r"4 scales (above|below) 1000 is"),
-        (Discrete(1, 0, 2, scale=25.0), DOUBLE, r"4 scales above 1 is 3 in torch.float64"),
+        (Bounded(0.5, 0.0, 1.0, scale=20.0), DOUBLE, "above 0.5 is 1 in torch.float64"),
+        (Bounded(9.0, 0.01, 10.0, scale=12.0), DOUBLE, "4 scales (above|below) 9 is (10|0.01) in"),
+        (Positive(1e-3, scale=30.0), torch.float32, "4 scales below 0.001 is 0 in torch.float32"),
+        (Positive(1e3, scale=200.0), DOUBLE, "4 scales (above|below) 1000 is"),
+        (Discrete(1, 0, 2, scale=25.0), DOUBLE, "4 scales above 1.5 is 3 in torch.float64"),
     ],
 )
 def test_a_perturbation_that_leaves_the_space_is_refused(each: Any, dtype: torch.dtype, what: str) -> None:
-    with pytest.raises(ValueError, match=f"space.rate: .*{what}"):
-        HyperSpace({"rate": each}, dtype=dtype)
+    with pytest.raises(ValueError, match=f"the perturbation of rate with .*{what}"):
+        tuned(each, dtype)
 
 
 @pytest.mark.parametrize(
     "each", [Bounded(0.5, scale=3.0), Positive(1e-5, scale=3.0), Discrete(1, 0, 9, scale=2.0), Positive(5.0, map="softplus")]
 )
 def test_a_wide_perturbation_that_stays_inside_is_taken(each: Any) -> None:
-    assert HyperSpace({"rate": each}, dtype=torch.float32).names == ("rate",)
+    assert tuned(each, torch.float32).steps == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
