@@ -29,7 +29,7 @@ ROWS = ["dataset.train=80", "dataset.val=40", "dataset.test=30"]
 EXACT = ["solver.rtol=1e-14", "solver.max_steps=400", "adjoint=gmres", "adjoint.linear_solver.rtol=1e-14"]
 TRAINED = ["task=weight_decay", "task.hidden=[6]", "task.batch_size=30", "task.val_batch_size=25", "inner.max_steps=8", *ROWS]
 TUNED = ["experiment=stn_mnist_mlp", "dataset=digits", "task.classifier.dense=[8]", "~task.tuned.dropout1", "stn.warmup=4"]
-TUNED += ["task.batch_size=20", "task.val_batch_size=15", *ROWS]
+TUNED += ["task.batch_size=20", "task.val_batch_size=15", "stn.check_every=2", *ROWS]
 CASES = {
     "equilibrium": ["task.state_size=10", *ROWS, *EXACT],
     "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
@@ -39,8 +39,14 @@ CASES = {
     "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
     "tuned, images": [*TUNED, "stn.mode=centred"],
     "tuned, images, linear": [*TUNED, "stn.mode=delta_linear", "stn.update=sequential"],
-    "tuned, quadratic": ["experiment=stn_quadratic", "task.batch_size=25", "stn.mode=classic", "stn.warmup=4"],
-    "tuned, ridge": ["experiment=stn_ridge", "task.rows=7", "stn.mode=delta", "stn.warmup=4"],
+    "tuned, quadratic": [
+        "experiment=stn_quadratic",
+        "task.batch_size=25",
+        "stn.mode=classic",
+        "stn.warmup=4",
+        "stn.check_every=2",
+    ],
+    "tuned, ridge": ["experiment=stn_ridge", "task.rows=7", "stn.mode=delta", "stn.warmup=4", "stn.check_every=2"],
 }
 
 

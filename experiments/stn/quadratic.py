@@ -1,4 +1,4 @@
-"""Twenty seeds of ``experiment=stn_quadratic`` for every way to run it: results_quadratic.json, tables and figures of README.md.
+"""Twenty seeds of ``experiment=stn_quadratic_scheduled`` for every way to run it: results_quadratic.json, the tables and figures.
 
     python experiments/stn/quadratic.py [--only NAME ...] [--cli] [--figures]
 
@@ -103,7 +103,7 @@ def by_command_line(start: float, rounds: int, seeds: int, runs: Path) -> dict[s
         out = runs / f"quadratic-{start:g}-{seed}"
         if not (out / "summary.json").exists():
             overrides = [
-                "experiment=stn_quadratic",
+                "experiment=stn_quadratic_scheduled",
                 f"task.x_range.init={start}",
                 f"seed={seed}",
                 f"trainer.max_steps={rounds}",

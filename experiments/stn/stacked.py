@@ -1,4 +1,4 @@
-"""Many seeds of ``experiment=stn_quadratic`` at once: stacked networks, each with a range of its own, under one ``SelfTuning``.
+"""Many seeds of the study of the quadratic at once: stacked networks, each with a range of its own, under one ``SelfTuning``.
 
 The losses are sums over the networks and Adam works entry by entry, so that every network is trained as if it were alone: same
 space, same draws, same step, same modes. What takes 20 runs takes about three times as long as one.
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.optim import Adam
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 from hyperopt import stn
 from hyperopt.bilevel.outer import OuterOptimizer
@@ -22,7 +22,6 @@ from hyperopt.stn.kinds import KINDS
 from hyperopt.stn.response import Response
 from hyperopt.tasks.stn_quadratic import ACTIVATION
 
-DOUBLE = torch.float64
 REACH, BATCH, CLOSE = 2.0, 100, 0.05
 BATCHES = 10**9
 
@@ -90,7 +89,7 @@ KINDS[Stack] = HyperStack
 
 @dataclass
 class Plan:
-    """One way to run the study; the defaults are those of ``experiment=stn_quadratic``."""
+    """One way to run the study; the defaults are those of ``experiment=stn_quadratic_scheduled``."""
 
     mode: str = "centred"
     activation: str = "silu"
@@ -115,6 +114,10 @@ class Plan:
     high: float = 10.0
     frozen: bool = False  # the control: the range never moves
     stop: bool = True  # once every network has been close
+    measured: bool = False  # gradients of the ranges in measured scales, and SGD; see hyperopt.stn.rates
+    cosine: bool = False  # the rates of weights, response and ranges fall to 0 over all rounds
+    response_lr: float | None = None  # of the response, if it has a rate of its own
+    dtype: str = "float64"  # of everything
 
 
 @dataclass
@@ -128,6 +131,7 @@ class Found:
         last: the largest error at the last round done.
         range: the range then.
         scale: the scale then.
+        last_tenth: the largest error in the last tenth of the rounds.
     """
 
     hit: list[int | None] = field(default_factory=list)
@@ -136,6 +140,7 @@ class Found:
     last: list[float] = field(default_factory=list)
     range: list[float] = field(default_factory=list)
     scale: list[float] = field(default_factory=list)
+    last_tenth: list[float] = field(default_factory=list)
 
 
 def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: list[float] | None = None) -> Found:
@@ -147,25 +152,25 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         trace: gets ``(ranges, scales, training losses, validation losses, distances)`` of every round, all at the range itself.
         starts: where the range of each network starts (None: all as the plan says).
     """
-    networks = []
+    networks, dtype = [], getattr(torch, plan.dtype)
     for seed in seeds:
         torch.manual_seed(seed)
         sizes = [(1, plan.width), *[(plan.width, plan.width)] * 3, (plan.width, 1)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             networks.append([nn.Linear(*size, dtype=torch.float32) for size in sizes])
-    stacks = [Stack(list(layers)) for layers in zip(*networks, strict=True)]
+    stacks = [Stack(list(layers)).to(dtype) for layers in zip(*networks, strict=True)]
     layers: list[nn.Module] = [stacks[0]]
     for stack in stacks[1:4]:
         layers += [stack, ACTIVATION[plan.activation]()]
     torch.manual_seed(seeds[0])
     ranges = [stn.Bounded(start, plan.low, plan.high, scale=plan.scale) for start in starts or [plan.start] * len(seeds)]
-    space = stn.HyperSpace({f"range{i}": each for i, each in enumerate(ranges)}, dtype=DOUBLE)
-    model = stn.convert(nn.Sequential(*layers, stacks[4]), space, gate=plan.gate, std=plan.std)
+    space = stn.HyperSpace({f"range{i}": each for i, each in enumerate(ranges)}, dtype=dtype)
+    model = stn.convert(nn.Sequential(*layers, stacks[4]), space, gate=plan.gate, std=plan.std).to(dtype)
     generator = torch.Generator().manual_seed(BATCHES + seeds[0])  # not that of the perturbations: they would go hand in hand
 
     def uniform() -> Tensor:
-        return 2 * torch.rand(BATCH, len(seeds), generator=generator, dtype=DOUBLE) - 1
+        return 2 * torch.rand(BATCH, len(seeds), generator=generator, dtype=dtype) - 1
 
     def squares(x: Tensor, y: Tensor) -> Tensor:
         return (y[..., 0] - x.mT.square()).square().mean(1).sum()
@@ -185,35 +190,42 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         for gradient in gradients["values"] if plan.clip is not None else ():
             gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
 
-    falling = None if plan.values_gamma is None else partial(ExponentialLR, gamma=plan.values_gamma)
     warm_rounds = -(-plan.warmup // plan.train_steps)
+    cosine = partial(CosineAnnealingLR, T_max=plan.rounds) if plan.cosine else None
+    falling: Any = cosine if plan.values_gamma is None else partial(ExponentialLR, gamma=plan.values_gamma)
+    values_lr = 1e-30 if plan.frozen else plan.values_lr
+    moving = partial(SGD, lr=values_lr) if plan.measured else partial(Adam, lr=values_lr, betas=plan.betas)
+    settings = (plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update)
     tuning = stn.SelfTuning(
         model,
         train_loss,
         valid_loss,
-        stn.SelfTuningSettings(plan.mode, plan.warmup, plan.train_steps, plan.valid_steps, plan.entropy, plan.update),
-        weights=partial(Adam, lr=plan.lr),
-        values=OuterOptimizer(partial(Adam, lr=1e-300 if plan.frozen else plan.values_lr, betas=plan.betas), falling),
-        scales=partial(Adam, lr=1e-300 if plan.frozen else plan.scales_lr),
+        stn.SelfTuningSettings(*settings, measured=plan.measured, check_every=0),  # a check is of all networks together
+        weights=OuterOptimizer(partial(Adam, lr=plan.lr), cosine),
+        response=None if plan.response_lr is None else OuterOptimizer(partial(Adam, lr=plan.response_lr), cosine),
+        values=OuterOptimizer(moving, falling),
+        scales=partial(Adam, lr=1e-30 if plan.frozen else plan.scales_lr),
         seed=seeds[0],
     )
 
     def at_lam(x: Tensor) -> Tensor:
         return model(x.mT[..., None], space.draw(1, perturb=False))[..., 0] - x.mT.square()
 
-    grid = torch.linspace(-REACH, REACH, 100, dtype=DOUBLE)[:, None].expand(-1, len(seeds))
-    found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds))
-    for k in range(warm_rounds + plan.rounds):
+    grid = torch.linspace(-REACH, REACH, 100, dtype=dtype)[:, None].expand(-1, len(seeds))
+    found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds), last_tenth=[0.0] * len(seeds))
+    for k in range(plan.rounds if plan.cosine else warm_rounds + plan.rounds):
         tuning.round(uniform, uniform, guard=guard)
         with torch.no_grad():
             errors = at_lam(grid)
             distance = errors.abs().amax(1).tolist()
             values = list(space.values().values())
             if trace is not None:
-                train = at_lam(grid * torch.tensor(values, dtype=DOUBLE) / REACH).square().mean(1).tolist()
+                train = at_lam(grid * torch.tensor(values, dtype=dtype) / REACH).square().mean(1).tolist()
                 trace.append((values, list(space.scales().values()), train, errors.square().mean(1).tolist(), distance))
         for i, each in enumerate(distance):
             found.best[i] = min(found.best[i], each)
+            if k >= plan.rounds - plan.rounds // 10:
+                found.last_tenth[i] = max(found.last_tenth[i], each)
             if each < CLOSE and found.hit[i] is None and k >= warm_rounds:
                 found.hit[i], found.at_hit[i] = k + 1 - warm_rounds, values[i]
         found.last, found.range, found.scale = distance, values, list(space.scales().values())

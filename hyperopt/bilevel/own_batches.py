@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hyperopt.bilevel.batches import BatchSource, source_of
+from hyperopt.core.checks import plain
 from hyperopt.data.sparse import SparseRows
 
 BATCH_TYPES = (Tensor, np.ndarray, SparseRows)
@@ -39,22 +40,24 @@ class OwnBatches:
         self.source: BatchSource | None = None
         self.kept: dict[str, Any] | None = None
 
-    def take(self, given: Any, count: int | None) -> list[Any]:
+    def take(self, given: Any, count: int | None, drawn: int = 1) -> list[Any]:
         """Return the batches of a step.
 
         Args:
             given: the data; see the docstring of the module.
-            count: number of batches, at least 1 (None: all of a list; one from anything that batches are drawn from).
+            count: number of batches, at least 1 (None: all of a list; ``drawn`` from anything that batches are drawn from; a
+                single batch ``drawn`` times).
+            drawn: see ``count``.
 
         Raises:
             TypeError: the data have the wrong type, or could be one batch or several.
             ValueError: the data are empty, or there are not ``count`` batches.
         """
         if isinstance(given, Iterator):
-            return self._next(given, count or 1)
+            return self._next(given, count or drawn)
         if isinstance(given, DataLoader | Dataset) or (isinstance(given, BatchSource) and not isinstance(given, type)):
             source = self._source(given)
-            return [source.draw() for _ in range(count or 1)]
+            return [source.draw() for _ in range(count or drawn)]
         found = self._listed(given)
         if count is not None and count != len(found):
             what = "one batch" if len(found) == 1 else f"a list of {len(found)} batches"
@@ -62,7 +65,7 @@ class OwnBatches:
                 f"{self.name} is {what}, but batches={count}; give that many, or batches=(number for train, number for val), "
                 "or leave batches out: then a step takes all of a list, and one batch of a DataLoader"
             )
-        return found
+        return found * drawn if count is None and len(found) == 1 else found
 
     def _next(self, given: Iterator[Any], count: int) -> list[Any]:
         found = [batch for _, batch in zip(range(count), given, strict=False)]
@@ -130,6 +133,42 @@ class OwnBatches:
         """Keep a position for the next source."""
         self.given = self.source = None
         self.kept = state
+
+
+@contextlib.contextmanager
+def taken(
+    places: Sequence[OwnBatches], data: Sequence[Any], counts: Sequence[int | None], drawn: Sequence[int] = (1, 1)
+) -> Iterator[list[list[Any]]]:
+    """The batches of each loss for a step, which is the block; if the step fails, all sources stand where they stood.
+
+    Args:
+        places: one for each loss.
+        data: what the user gives for each.
+        counts: see ``OwnBatches.take``.
+        drawn: see ``OwnBatches.take``.
+
+    Raises:
+        TypeError, ValueError: as ``OwnBatches.take``.
+    """
+    before = [mine.place() for mine in places]
+    try:
+        yield [mine.take(given, count, n) for mine, given, count, n in zip(places, data, counts, drawn, strict=True)]
+    except Exception:
+        for mine, place in zip(places, before, strict=True):
+            mine.back(place)
+        raise
+
+
+def check_counts(batches: Any) -> tuple[int | None, int | None]:
+    """Return the numbers of batches of ``train`` and ``val``.
+
+    Raises:
+        ValueError: ``batches`` is neither a whole number of at least 1 nor a pair of them.
+    """
+    pair = tuple(map(plain, batches)) if isinstance(batches, tuple | list) else (plain(batches), plain(batches))
+    if len(pair) != 2 or any(n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1) for n in pair):
+        raise ValueError(f"batches={batches!r} must be a whole number >= 1, or a pair of them for train and val; change batches")
+    return pair
 
 
 class Moved:

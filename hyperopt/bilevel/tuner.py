@@ -28,7 +28,7 @@ from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel, estimator_of
 from hyperopt.bilevel.implicit import ProductSettings
-from hyperopt.bilevel.own_batches import OwnBatches
+from hyperopt.bilevel.own_batches import OwnBatches, check_counts, taken
 from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, as_plain_modules, in_words_of_the_tuner, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
@@ -36,7 +36,6 @@ from hyperopt.bilevel.refusals import refuse_other_arguments
 from hyperopt.bilevel.trained_by import TrainedBy
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
-from hyperopt.core.checks import plain
 from hyperopt.core.state import check_entries
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
@@ -153,15 +152,8 @@ class Tuner:
         """
         if not any(parameter.requires_grad for parameter in self.hyper.parameters()):
             raise ValueError("no hyperparameter requires grad, so none would change; call hyper.requires_grad_()")
-        counts = check_counts(batches)
-        places = [mine.place() for mine in self._batches]
-        try:
-            drawn = [mine.take(data, n) for mine, data, n in zip(self._batches, (train, val), counts, strict=True)]
+        with taken(self._batches, (train, val), check_counts(batches)) as drawn:
             return self._step(drawn)
-        except Exception:
-            for mine, place in zip(self._batches, places, strict=True):
-                mine.back(place)
-            raise
 
     def _step(self, drawn: list[list[Any]]) -> Record:
         """Make a step on these batches of ``train`` and of ``val``."""
@@ -275,15 +267,3 @@ def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, opti
             'such as "auto" or hyperopt.Implicit(hyperopt.CG())'
         )
     estimator_of(adjoint, None, ProductSettings())
-
-
-def check_counts(batches: Any) -> tuple[int | None, int | None]:
-    """Return the numbers of batches of ``train`` and ``val``.
-
-    Raises:
-        ValueError: ``batches`` is neither a whole number of at least 1 nor a pair of them.
-    """
-    pair = tuple(map(plain, batches)) if isinstance(batches, tuple | list) else (plain(batches), plain(batches))
-    if len(pair) != 2 or any(n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1) for n in pair):
-        raise ValueError(f"batches={batches!r} must be a whole number >= 1, or a pair of them for train and val; change batches")
-    return pair

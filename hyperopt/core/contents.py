@@ -302,6 +302,12 @@ class Contents:
             if entry.record is None and not isinstance(entry.content, Generator):
                 entry.content.put(entry.left)
 
+    def rewind(self) -> None:
+        """Put the generators back that the first evaluation has advanced."""
+        for entry in self.changed:
+            if isinstance(entry.content, Generator):
+                entry.content.put(entry.before)
+
     def _end(self, entry: Kept, first: bool, originals: Mapping[int, Any]) -> None:
         content, left = entry.content, entry.content.take()
         if isinstance(content, Generator):  # it advances once, at the first evaluation

@@ -20,9 +20,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
 
 from hyperopt.bilevel.batches import source_of
-from hyperopt.bilevel.own_batches import Moved
+from hyperopt.bilevel.own_batches import Moved, check_counts
 from hyperopt.bilevel.record import Record
-from hyperopt.bilevel.tuner import Tuner, check_counts
+from hyperopt.bilevel.tuner import Tuner
 from hyperopt.core.checks import check_count
 
 

@@ -23,9 +23,9 @@ from transformers import Trainer, TrainerCallback  # pyright: ignore[reportMissi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # pyright: ignore[reportMissingImports]
 
 from hyperopt.bilevel.batches import BatchSource, source_of
-from hyperopt.bilevel.own_batches import Moved
+from hyperopt.bilevel.own_batches import Moved, check_counts
 from hyperopt.bilevel.record import Record
-from hyperopt.bilevel.tuner import Tuner, check_counts
+from hyperopt.bilevel.tuner import Tuner
 from hyperopt.core import distributed
 from hyperopt.core.checks import check_count
 

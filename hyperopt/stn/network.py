@@ -174,19 +174,23 @@ class STN(nn.Module):
         """
         draw = draw or self.space.draw(1, perturb=False)
         plain = copy.deepcopy(self)
-        moved = [
-            (layer, name, layer.base(name) + response.change(draw.delta[0])) for layer, name, response in plain.weights().values()
-        ]
+        plain.respond_(draw.delta[0])
         for module in list(plain.module.modules()):
             if isinstance(module, InContext):
                 module.collapse_(draw)
-        for layer, name, weight in moved:
+        return plain.module
+
+    @torch.no_grad()
+    def respond_(self, delta: Tensor) -> None:
+        """Replace the weights by those that respond to ``delta``. shape: (K,)."""
+        for layer, name, response in self.weights().values():
+            weight = layer.base(name) + response.change(delta)
             parameter = layer._parameters.get(name)
             if parameter is not None:
                 parameter.copy_(weight)  # in place, since other layers may share it
             else:
-                setattr(layer, name, weight)  # a parametrization accepts this
-        return plain.module
+                parametrizations: Any = layer.parametrizations
+                parametrizations[name].right_inverse(weight)
 
 
 def convert(

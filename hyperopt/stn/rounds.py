@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hyperopt.core.checks import check_below, check_choice, check_count, check_flag, check_number
+from hyperopt.core.checks import check_below, check_choice, check_count, check_flag, check_number, check_optional_count
 
 MODES = ("classic", "centred", "delta", "delta_linear")
 UPDATES = ("joint", "sequential")
@@ -29,6 +30,12 @@ class SelfTuningSettings:
         min_scale: smallest scale.
         max_scale: largest scale.
         direct_grad: whether the validation loss sees the hyperparameters themselves, and not only the weights that respond.
+        measured: whether the optimizer of the hyperparameters gets gradients in measured scales, see ``hyperopt.stn.rates``
+            (None: where it is the default one).
+        rounds: length of the run, in which the default rates of weights, response and hyperparameters fall to 0 by a cosine
+            (None: they are constant).
+        check_every: rounds from one check of the response to the next, which changes nothing of the training; 0: no checks.
+        check_steps: steps of each of the four trainings of a check; see ``hyperopt.stn.response_check``.
     """
 
     mode: str = "centred"
@@ -40,6 +47,10 @@ class SelfTuningSettings:
     min_scale: float = 1e-2
     max_scale: float = 3.0
     direct_grad: bool = False
+    measured: bool | None = None
+    rounds: int | None = None
+    check_every: int = 100
+    check_steps: int = 5
 
     def __post_init__(self) -> None:
         """Check the choices and ranges."""
@@ -53,24 +64,59 @@ class SelfTuningSettings:
         check_number(self, "max_scale", 0.0, open_low=True)
         check_below(self, "min_scale", "max_scale")
         check_flag(self, "direct_grad")
+        if self.measured is not None:
+            check_flag(self, "measured")
+        check_optional_count(self, "rounds")
+        check_count(self, "check_every", 0)
+        check_count(self, "check_steps")
 
 
-@dataclass
+@dataclass(repr=False)
 class Round:
-    """What one round did.
+    """What one round did; it prints as one line, like the record of a ``hyperopt.Tuner``.
 
     Attributes:
         warming: whether it was part of the warm-up, without an update of the hyperparameters.
         train_loss: mean of its training losses, perturbed, each before its update.
         valid_loss: its last validation loss, perturbed, before an update, if there was one.
         metrics: ``hyper/<name>`` with ``/low`` and ``/high`` one scale away; ``stn/scale/<name>``, ``stn/entropy``,
-            ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``.
+            ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``, and, where it was checked, ``stn/response_error``.
+        step: how many rounds were made, with this one.
+        gradients: what it cost, in gradient evaluations.
     """
 
     warming: bool
     train_loss: float
     valid_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    gradients: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The validation loss, as a ``Tuner``'s record calls it."""
+        return self.valid_loss
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """The hyperparameters after the round, in their own units, as ``hyper/<name>``."""
+        return {name: value for name, value in self.metrics.items() if re.fullmatch("hyper/[^/]+", name)}
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers, by the names of TensorBoard."""
+        more = {"stn/warming": float(self.warming), "cost/gradients": float(self.gradients)}
+        return {"outer/loss": self.loss, **self.metrics, **more}
+
+    def __repr__(self) -> str:
+        """One line."""
+        values = ", ".join(f"{name.removeprefix('hyper/')}={value:.4g}" for name, value in self.hyper.items())
+        error = self.metrics.get("stn/response_error")
+        checked = "" if error is None else f"a response that is off by {error:.2g}, "
+        warming = " (warm-up: the hyperparameters did not move)" if self.warming else ""
+        return (
+            f"step {self.step}: val_loss={self.valid_loss:.6g}, train_loss={self.train_loss:.6g}, {values}, {checked}"
+            f"{self.gradients} gradient evaluations{warming}"
+        )
 
 
 class Past(NamedTuple):

@@ -29,7 +29,7 @@ class Watch:
     def __init__(self, settings: SelfTuningSettings) -> None:
         """Start before the first round."""
         self._settings = settings
-        self._state: dict[str, Any] = {"train": None, "valid": None, "before": None, "rounds": 0}
+        self._state: dict[str, Any] = {"train": None, "valid": None, "before": None, "rounds": 0, "response": None}
 
     def finite(self, updates: int, u: Mapping[str, float], s: Mapping[str, float], losses: Mapping[str, Sequence[float]]) -> None:
         """Refuse numbers that are not finite.
@@ -92,10 +92,15 @@ class Watch:
                 "collapse",
             )
 
+    def response(self, error: float) -> float | None:
+        """Note the error of a check of the response, and return that of the check before."""
+        before, self._state["response"] = self._state.get("response"), error
+        return before
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the running means."""
+        """Return the running means and the last error of the response."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned."""
-        self._state = dict(state)
+        self._state |= state

@@ -228,7 +228,8 @@ def test_a_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
         return 1e-6 * train_loss(model, batch, draw)
 
     reset_warnings()
-    tuning = made(train=trivial, weights=sgd(lr=1e-9), values=sgd(lr=1e-9), scales=sgd(lr=1e-9), train_steps=1)
+    slow = {name: sgd(lr=1e-9) for name in ("weights", "values", "scales")}
+    tuning = made(train=trivial, train_steps=1, check_every=0, **slow)
     with caplog.at_level(logging.WARNING):
         rounds(tuning, 199)
         assert caplog.messages == []

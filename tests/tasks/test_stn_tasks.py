@@ -104,7 +104,15 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("task", ["ridge", "quadratic"])
 def test_a_run_that_goes_on_is_one_never_stopped(tmp_path: Path, task: str) -> None:
-    quadratic = ["experiment=stn_quadratic", "stn.warmup=3", "stn.train_steps=2", "trainer.checkpoint_every=2"]
+    lengths = ["optimizer.scheduler.T_max=9", "stn.weights.scheduler.T_max=9", "stn.response.scheduler.T_max=9"]
+    quadratic = [
+        "experiment=stn_quadratic",
+        "stn.warmup=3",
+        "stn.train_steps=2",
+        "stn.check_every=3",
+        "trainer.checkpoint_every=2",
+        *lengths,
+    ]
     base = EVERYTHING if task == "ridge" else [*quadratic, "stn.update=sequential", "stn.valid_steps=2"]
     run(composed(*base, "trainer.max_steps=9"), tmp_path / "whole")
     run(composed(*base, "trainer.max_steps=4"), tmp_path / "parts")
@@ -195,9 +203,27 @@ def test_a_run_leaves_its_trajectory(tmp_path: Path) -> None:
 )
 def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, start: float, rounds: int) -> None:
     length = [f"trainer.max_steps={rounds}", "task.frame_every=500"]
-    run(composed("experiment=stn_quadratic", "seed=100", f"task.x_range.init={start}", *length), tmp_path)
+    run(composed("experiment=stn_quadratic_scheduled", "seed=100", f"task.x_range.init={start}", *length), tmp_path)
     close = [row for row in rows(tmp_path) if row["stn/warming"] == 0 and row["val/distance"] < 0.05]
     assert close and 1.7 < close[0]["hyper/x_range"] < 3.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "rates"),
+    [
+        (9.0, []),
+        pytest.param(0.5, ["optimizer.lr=0.2"], marks=pytest.mark.manual),
+        pytest.param(5.0, ["optimizer.lr=0.8"], marks=pytest.mark.manual),
+        pytest.param(2.0, ["stn.weights.lr=0.02"], marks=pytest.mark.manual),
+        pytest.param(9.0, ["stn.weights.lr=0.005"], marks=pytest.mark.manual),
+    ],
+)
+def test_the_quadratic_stays_learned_by_measured_rates(tmp_path: Path, start: float, rates: list[str]) -> None:
+    run(composed("experiment=stn_quadratic", "seed=101", f"task.x_range.init={start}", "task.frame_every=500", *rates), tmp_path)
+    found = rows(tmp_path)
+    assert len(found) == 500 and max(row["val/distance"] for row in found[450:]) < 0.05
+    assert [row["step"] for row in found if "stn/response_error" in row] == [99, 199, 299, 399, 499]
 
 
 @pytest.mark.slow
