@@ -42,7 +42,7 @@ FURTHER = [("ours", "differences"), ("betty", "differences"), ("ours", "auto")]
 WAYS = [(name, "neumann") for name in LIBRARIES] + FURTHER
 ERRORS = [(name, method) for method in ("neumann", "cg") for name in LIBRARIES] + FURTHER
 PRODUCTS = 10
-RIDGE = 1e-3
+RIDGE = 2e-2
 
 
 def lines(function: Any) -> int:
@@ -198,6 +198,7 @@ def errors(small: Small, ways: list[tuple[str, str]], products: list[int]) -> di
                 row[str(count)] = f"{type(error).__name__}: {error}"[:200]
                 continue
             row[str(count)] = float((gradient - small.exact).norm() / small.exact.norm())
+            row[f"cosine of {count}"] = float(torch.cosine_similarity(gradient, small.exact, dim=0))
             if said is not None:
                 row[f"products of {count}"] = said.products
     return found
@@ -220,12 +221,18 @@ def tabulate(results: shared.Row, page: Path) -> None:
     counts = results["products"]
     shown = [f"| library, adjoint | {' | '.join(f'{n} products' for n in counts)} |", "|---" * (1 + len(counts)) + "|"]
     for way, row in results["errors"].items():
-        cells = [f"{value:.1e}" if isinstance(value := row[str(n)], float) else value.partition(":")[0] for n in counts]
+        cells = [cell(row, n) for n in counts]
         if way.endswith(("auto", "differences")):  # which take as many products as they choose
             spent = row.get(f"products of {counts[0]}")
             cells = [cells[0] + (f" ({spent} products)" if spent is not None else ""), *[""] * (len(counts) - 1)]
         shown.append(f"| {way} | {' | '.join(cells)} |")
     shared.write_table(page, "errors", shown)
+
+
+def cell(row: shared.Row, count: int) -> str:
+    """An error and a cosine, or the name of what was raised."""
+    value = row[str(count)]
+    return f"{value:.1e}, {row[f'cosine of {count}']:.3f}" if isinstance(value, float) else value.partition(":")[0]
 
 
 def installed(hypertorch: Path | None) -> list[str]:

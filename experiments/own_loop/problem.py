@@ -39,6 +39,7 @@ class Sizes:
         hidden: of the third layer.
         batch: images of a step.
         lr: of SGD with momentum 0.9.
+        first: steps of training before the first step of a tuner.
     """
 
     train: int = 1000
@@ -48,6 +49,7 @@ class Sizes:
     hidden: int = 64
     batch: int = 100
     lr: float = 0.02
+    first: int = 300
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ def hyperparameters() -> hyperopt.Hyperparameters:
 
 
 def moved(x: Tensor, shift: Tensor) -> Tensor:
-    """Each image moved right and down by two normal numbers of deviation ``shift`` pixels, interpolated linearly."""
+    """Each image moved up and left by two normal numbers of deviation ``shift`` pixels, interpolated linearly."""
     places = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
     by = shift * torch.randn(2, len(x), 1, 1, dtype=x.dtype, device=x.device)
-    down, right = (1 - (places[:, None] + by - places).abs()).clamp(min=0)  # shape of each: (n, 28, 28)
-    return (down @ x[:, 0] @ right.mT)[:, None]
+    rows, columns = (1 - (places[:, None] + by - places).abs()).clamp(min=0)  # shape of each: (n, 28, 28)
+    return (rows @ x[:, 0] @ columns.mT)[:, None]
 
 
 def train_loss(model: nn.Module, batch: Batch, lam: Values) -> Tensor:
