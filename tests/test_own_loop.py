@@ -164,7 +164,7 @@ def test_the_libraries_that_are_there_agree(study: dict[str, ModuleType]) -> Non
     """With as many products conjugate gradients reach the exact hypergradient, and the Neumann series are one another's."""
     compare = study["compare"]
     small = compare.Small(study["problem"].Sizes(12, 12, 2, 1, 2, 12))
-    assert small.slope < 1e-8 and float(small.curvatures[0]) >= 0.99 * compare.RIDGE
+    assert small.slope < 1e-7 and float(small.curvatures[0]) > 1e-3  # a strict minimum
     with compare.quiet():
         there = compare.installed(None)
         found = compare.errors(small, [(name, method) for name in there for method in ("neumann", "cg")], [30])
