@@ -94,7 +94,7 @@ def test_batches_say_how_many_updates_there_are() -> None:
     assert tuner.step([TRAIN] * 5, [VAL]).gradients == 5 + 1
     assert tuner.step(train, val).gradients == 2 + 1
     assert tuner.updates == 14
-    with pytest.raises(ValueError, match="batches=0 must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="batches=0 must be a whole number >= 1"):
         tuner.step(train, val, batches=0)
     assert made("delta", update="sequential").step(train, val).gradients == 2 * 2 + 2
 
@@ -206,7 +206,7 @@ def test_a_step_that_fails_puts_the_places_back() -> None:
     tuner, (train, val) = made(), loaders()
     tuner.step(train, val)
     before = copy.deepcopy(tuner.state_dict())
-    with pytest.raises(ValueError, match="val is an iterator that had 0 more batches"):
+    with pytest.raises(ValueError, match="val is an iterator with 0 batches left"):
         tuner.step(train, iter([]))
     assert repr(tuner.state_dict()["train"]) == repr(before["train"])
 
