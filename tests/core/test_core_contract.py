@@ -276,9 +276,9 @@ PARTS: list[tuple[Any, str]] = [
     (lambda: Implicit(Neumann), "is not a LinearSolver"),  # pyright: ignore[reportArgumentType]
     (lambda: Implicit(policy="fallback", fallback=Neumann()), r"Implicit: fallback=Neumann\(.*\) is not a list of LinearSolver"),  # type: ignore
     (
-        lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]),
+        lambda: Implicit(policy="fallback", fallback=[Neumann(), Picard()]),  # type: ignore
         r"fallback=\[.*Picard.*\] is not a list of LinearSolver",
-    ),  # type: ignore
+    ),
     (lambda: Implicit(policy="fallback", fallback="Neumann"), "fallback='Neumann' is not a list of LinearSolver"),  # type: ignore
     (lambda: Shine(linear_solver=Anderson()), r"Shine: linear_solver=Anderson\(.*\) is not a LinearSolver"),  # type: ignore
     (lambda: NewtonKrylov(linear_solver=None), "NewtonKrylov: linear_solver=None is not a LinearSolver"),  # type: ignore
