@@ -23,10 +23,13 @@ from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.options import choices
 from hyperopt.app.run_directory import RunDirectory
+from hyperopt.app.search.search import Search
+from hyperopt.app.search.space import given
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
 
-GRID = "hydra_plugins.hyperopt_sweeper.GridSweeper"
+GRID, SEARCH = (f"hydra_plugins.hyperopt_sweeper.{name}" for name in ("GridSweeper", "OptunaSweeper"))
+SUBDIR = "${hydra.job.num}"
 
 
 class Refusal(SystemExit):
@@ -66,7 +69,7 @@ class Preflight(Callback):
         if job_return.status != JobStatus.FAILED:
             return
         error = job_return._return_value  # the public property would print and raise, which Hydra does after the sweep
-        number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
+        number, overrides = sweep.job_number(config.hydra), " ".join(config.hydra.overrides.task)
         message = explain(error, choices())
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
         print(f"hyperopt: see {config.hydra.runtime.output_dir}/{RunDirectory.failed}", file=sys.stderr)
@@ -84,13 +87,22 @@ class Preflight(Callback):
             where, known = Path(OmegaConf.select(config, key)), key == "hydra.run.dir" or _listed(config)
             if key == "hydra.sweep.dir":
                 _check_sweep(where, known)
-            jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
+                _check_grid(config.hydra.sweeper)
+            searched = key == "hydra.sweep.dir" and config.hydra.sweeper._target_ == SEARCH
+            search = _search(config) if searched else None
+            if search is not None:
+                jobs = ((each, where) for each in map(_Composer(config).compose, search.samples()))
+            else:
+                jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
+            each, count = config, 0
             for each, out in jobs:
                 _check_launch(config, each)
                 _check_places(each, key, str(each.hydra.sweep.subdir) if out != where else None)
                 _check_values(each)
                 _check_directory(each, where, out, key)
                 count += 1
+            if search is not None:
+                search.refuse(each, where, _measures(each))
             RunDirectory(where).acquire(key)
             _check_directory(each, where, out, key)  # again, since another launch may have used it in the meantime
             if key == "hydra.sweep.dir":
@@ -110,20 +122,29 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     if not _listed(config):
         yield config, where
         return
-    swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}
-    overrides = OverridesParser.create().parse_overrides([*swept.values(), *config.hydra.overrides.task])
-    twice = [each.input_line for each in overrides[len(swept) :] if each.key_or_group in swept]
-    if twice:  # Hydra would run the same job once for each value of the file
-        key = str(twice[0]).partition("=")[0]
-        raise ConfigError(
-            f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
-        )
     composer = _Composer(config)
-    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
+    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(given(config), None))):
         each = composer.compose(list(job_overrides))
         with open_dict(each):
             each.hydra.job.num = each.hydra.job.id = number
         yield each, where / str(each.hydra.sweep.subdir)
+
+
+def _search(config: DictConfig) -> Search:
+    """Return the search that a sweep describes, or refuse it."""
+    where: Any = OmegaConf.to_container(config.hydra.sweep)
+    if (subdir := where["subdir"]) != SUBDIR:
+        raise ConfigError(f"hydra.sweep.subdir={subdir}: the jobs of a search lie in the directories of their numbers; drop it")
+    return Search.of(config)
+
+
+def _measures(config: DictConfig) -> tuple[str, ...]:
+    """Return what an evaluation of a job measures; empty if this is not known."""
+    if config.mode == "check":
+        return ("hypergrad/error",)
+    from hyperopt.app.building import build
+
+    return tuple(build(config).task.MEASURES)
 
 
 class _Composer:
@@ -143,7 +164,7 @@ class _Composer:
         self.config, self.parser = config, OverridesParser.create()
         self.made: dict[tuple[str, ...], DictConfig] = {}
         where: Any = OmegaConf.to_container(config.hydra.sweep)
-        self.reuses = where["subdir"] == "${hydra.job.num}"  # another subdir may depend on how the job was composed
+        self.reuses = where["subdir"] == SUBDIR  # another subdir may depend on how the job was composed
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """Return the config of the job with these overrides."""
@@ -203,6 +224,16 @@ def _check_sweep(where: Path, known: bool) -> None:
     for found, folders, _ in os.walk(where) if not known else ():
         folders[:] = [each for each in folders if each not in (*RunDirectory.FOLDERS, ".submitit")]
         RunDirectory(Path(found)).check_own()
+
+
+def _check_grid(sweeper: DictConfig) -> None:
+    """Refuse keys that the grid does not have, which are those of another sweeper."""
+    other = [str(key) for key in sweeper if sweeper._target_ == GRID and key not in ("_target_", "max_batch_size", "params")]
+    if other:
+        raise ConfigError(
+            f"hydra.sweeper.{other[0]} belongs to hydra/sweeper=optuna, but the sweeper is a grid; add hydra/sweeper=optuna to "
+            f"the command line, or drop hydra.sweeper.{other[0]}"
+        )
 
 
 def _check_launch(config: DictConfig, job: DictConfig) -> None:

@@ -60,11 +60,14 @@ class RunDirectory(LockedDirectory):
     report = _Name("report")
     index = _Name("sweep.json")  # the jobs of a sweep
     index_lock = _Name(".sweep.lock")
+    journal = _Name("search.journal")  # Optuna's study of a search, and its lock
+    journal_lock = _Name("search.journal.lock")
 
     RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run, present or past
     FOUND_BY = (summary, job, metrics)  # a report takes a directory with one of these for a run
     LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
-    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
+    LOCKS = (LOCK, str(index_lock.path), str(journal_lock.path))
+    IN_PLACE = (*LOCKS, str(metrics.path), str(journal.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
     FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index)))
     FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
 

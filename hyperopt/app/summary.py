@@ -80,7 +80,7 @@ def summarize(run: RunDirectory, status: str, state: LoopState, reason: str | No
 
     Args:
         run: the run.
-        status: ``running``, ``completed``, ``interrupted``, ``failed`` or ``evaluated``.
+        status: ``running``, ``completed``, ``pruned``, ``interrupted``, ``failed`` or ``evaluated``.
         state: gives the steps, the seconds, and the metrics of the last and of the best step.
         reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
     """
