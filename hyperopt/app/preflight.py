@@ -22,11 +22,14 @@ from hyperopt.app import sweep
 from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.options import choices
-from hyperopt.app.run_directory import RunDirectory
+from hyperopt.app.results import Goal, show_job
+from hyperopt.app.run_directory import RunDirectory, or_empty
 from hyperopt.app.search.search import Search
+from hyperopt.app.search.settings import Settings
 from hyperopt.app.search.space import given
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
+from hyperopt.data.reading import read_json
 
 GRID, SEARCH = (f"hydra_plugins.hyperopt_sweeper.{name}" for name in ("GridSweeper", "OptunaSweeper"))
 SUBDIR = "${hydra.job.num}"
@@ -46,9 +49,11 @@ class Preflight(Callback):
 
     Attributes:
         launched: directory of the sweep that this process has launched, and the number of its jobs, if it is known.
+        goal: what the jobs of that sweep are compared by.
     """
 
     launched: tuple[Path, int | None] | None = None  # on the class, since Hydra builds the object
+    goal: Goal | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a single run."""
@@ -67,6 +72,9 @@ class Preflight(Callback):
             return
         job_return.cfg = job_return.hydra_cfg = None
         if job_return.status != JobStatus.FAILED:
+            index = or_empty(read_json, RunDirectory(Path(config.hydra.sweep.dir)).index)
+            if index:
+                show_job(index, sweep.job_number(config.hydra), Preflight.goal or _goal(config, None))
             return
         error = job_return._return_value  # the public property would print and raise, which Hydra does after the sweep
         number, overrides = sweep.job_number(config.hydra), " ".join(config.hydra.overrides.task)
@@ -108,6 +116,7 @@ class Preflight(Callback):
             if key == "hydra.sweep.dir":
                 prepare(config, count if known else sys.maxsize)
                 Preflight.launched = where, count if known else None
+                Preflight.goal = _goal(each, count if known else None if search is None else search.trials)
         except Exception as error:
             raise Refusal(error) from error
 
@@ -136,6 +145,19 @@ def _search(config: DictConfig) -> Search:
     if (subdir := where["subdir"]) != SUBDIR:
         raise ConfigError(f"hydra.sweep.subdir={subdir}: the jobs of a search lie in the directories of their numbers; drop it")
     return Search.of(config)
+
+
+def _goal(config: DictConfig, jobs: int | None) -> Goal:
+    """Return what the jobs of a sweep are compared by.
+
+    Args:
+        config: the config of one of them.
+        jobs: their number, if it is known.
+    """
+    sweeper = config.hydra.sweeper
+    settings = Settings.of(sweeper) if sweeper._target_ == SEARCH else Settings()
+    options = [each for each in config.hydra.overrides.hydra if str(each).lstrip("+").startswith("hydra.searchpath=")]
+    return Goal(*settings.objectives(config), jobs, options)
 
 
 def _measures(config: DictConfig) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ def train(
         contextlib.closing(tracker),
         rescued(directory, tracker, state, save),
         stop_signals() as signals,
-        progress(trainer, state) as bar,
+        progress(trainer, state, hidden=directory.job.exists()) as bar,
     ):
         summarize(directory, "running", state)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
@@ -262,8 +262,9 @@ def train(
         raise SystemExit(128 + stopped[0])
     state.seconds = time.perf_counter() - started
     summarize(directory, "completed" if reason != PRUNED else "pruned", state, reason=reason)
-    print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
-    print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
+    if not directory.job.exists():  # a job of a sweep is one line of its table
+        print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
+        print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
     return math.nan if state.best is None else state.best
 
 
@@ -282,7 +283,8 @@ def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Fou
     value = monitored(metrics, built.trainer)
     write_facts(directory, env, built.task.describe(), None)
     summarize(directory, "evaluated", state, reason=str(path))
-    print(table(metrics, state.step - 1, {}, None, state.seconds))
+    if not directory.job.exists():
+        print(table(metrics, state.step - 1, {}, None, state.seconds))
     return value
 
 

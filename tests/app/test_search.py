@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -121,6 +126,12 @@ def test_every_choice_and_both_ends_are_checked_once() -> None:
         ["s=z", "n=7", "r=1.0", "t=u"],
     ]
     assert points(space("n=interval(0, 1)")[0]) == [["n=0.0"], ["n=1.0"]]
+
+
+def test_the_option_has_the_keys_of_its_class_and_their_defaults() -> None:
+    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "hydra" / "sweeper" / "optuna.yaml"))
+    assert values.pop("_target_") == "hydra_plugins.hyperopt_sweeper.OptunaSweeper"
+    assert values == asdict(Settings()) and [*values] == [*asdict(Settings())]
 
 
 # ---- samplers
@@ -444,3 +455,81 @@ def test_a_missing_package_is_named(package: str, argv: list[str], launch: Launc
     refused = launch(*SEARCH, "seed=1,2", *argv)
     assert refused.status == 1 and not Path("mine").exists()
     assert f"needs the package {package}, which is not installed; pip install 'hyperopt-bilevel[optuna]'" in refused.err
+
+
+# ---- for real
+
+
+def test_two_hundred_trials_by_two_processes(tmp_path: Path) -> None:
+    shared = {"storage": str(tmp_path / "queue"), "n_trials": 200, "n_jobs": 10, "sampler": "random"}
+    both = [trials(tmp_path / name, "a=interval(0, 1)", **shared) for name in ("one", "two")]
+    for each in both:
+        RunDirectory(each.sweep).acquire()
+    numbers: list[int] = []
+    while taken := [(each, number) for each in both for number in each.take()]:
+        for each, number in taken:
+            end(each.sweep, number, val_loss=1.0)
+            assert each.tell(number)
+        numbers += [number for _, number in taken]
+    assert sorted(numbers) == list(range(200)) and len({trial.params["a"] for trial in both[0].study.trials}) == 200
+    for each in both:
+        RunDirectory(each.sweep).release()
+
+
+@pytest.mark.slow
+def test_the_trial_of_a_killed_worker_is_taken_up(tmp_path: Path) -> None:
+    small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]
+    shared = ["hydra/sweeper=optuna", "hydra.sweeper.storage=queue", "hydra.sweeper.n_trials=4", "trainer.progress=false"]
+    argv = ["-m", *shared, *small, "optimizer.lr=tag(log, interval(1e-3, 1))", "trainer.max_steps=150"]
+
+    def start(name: str) -> subprocess.Popen[str]:
+        run = [sys.executable, "-m", "hyperopt.app.cli", *argv, f"hydra.sweep.dir={name}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with open(tmp_path / f"{name}.err", "w") as err:
+            return subprocess.Popen(run, env=environment, cwd=tmp_path, stderr=err, stdout=subprocess.DEVNULL, text=True)
+
+    def claimed() -> bool:
+        return any(path.read_text().count("\n") > 5 for path in (tmp_path / "one").glob("*/metrics.jsonl"))
+
+    one, two = start("one"), start("two")
+    deadline = time.monotonic() + 300
+    while not claimed():
+        assert time.monotonic() < deadline and one.poll() is None
+        time.sleep(0.02)
+    one.send_signal(signal.SIGKILL)
+    one.wait(timeout=60)
+    two.wait(timeout=400)
+    err = (tmp_path / "two.err").read_text()
+    assert two.returncode == 0, err
+    found = study(str(tmp_path / "queue")).trials
+    given_up = [trial for trial in found if trial.user_attrs.get("given_up")]
+    done = [trial for trial in found if trial.state == TrialState.COMPLETE]
+    assert len(done) == 4 and len(given_up) == 1 and given_up[0].user_attrs["directory"] == str(tmp_path / "one")
+    assert given_up[0].params in [trial.params for trial in done if trial.user_attrs["directory"] == str(tmp_path / "two")]
+    assert "was killed" in err
+    for trial in done:
+        run = Path(trial.user_attrs["directory"]) / str(trial.number)
+        assert summary(run)["status"] == "completed" and trial.value == summary(run)["best"]["metrics"]["val/loss"]
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]
+    argv = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "trainer.progress=false", "trainer.checkpoint_every=5"]
+    argv += [*small, "optimizer.lr=tag(log, interval(1e-3, 1))", "trainer.max_steps=150", "hydra.sweep.dir=mine"]
+    run = [sys.executable, "-m", "hyperopt.app.cli", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(run, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lines = tmp_path / "mine" / "1" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (lines.exists() and lines.read_text().count("\n") > 10):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait(timeout=60)
+    done = subprocess.run([*run, "resume=auto"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = study(str(tmp_path / "mine" / "search.journal")).trials
+    assert [(trial.number, trial.state.name) for trial in found] == [(0, "COMPLETE"), (1, "COMPLETE"), (2, "COMPLETE")]
+    facts = json.loads((tmp_path / "mine" / "1" / "run.json").read_text())
+    assert len(facts["resumed"]) == 1 and len(lines.read_text().splitlines()) == 150

@@ -48,6 +48,7 @@ class Search:
             ConfigError: it cannot work.
         """
         settings = Settings.of(config.hydra.sweeper)
+        settings.check_packages()
         space, fixed = split(given(config))
         settings.check_space(space)
         return cls(settings, space, fixed)

@@ -103,7 +103,7 @@ class Settings:
         """Return the settings in ``hydra.sweeper``.
 
         Raises:
-            ConfigError: a value cannot work, or a package is not installed.
+            ConfigError: a value cannot work.
         """
         values: dict[Any, Any] = OmegaConf.to_container(sweeper, resolve=True)  # pyright: ignore[reportAssignmentType]
         values.pop("_target_")
@@ -113,8 +113,15 @@ class Settings:
             for name in names:
                 if name not in known:
                     raise ConfigError(f"{where}.{name}: {where} has no key {name!r}; {near(str(name), known)}")
-        found = cls(**values, halving=Halving(**halving))
-        for package in ("optuna", *(["cmaes"] if found.sampler == "cma_es" else [])):
+        return cls(**values, halving=Halving(**halving))
+
+    def check_packages(self) -> None:
+        """Refuse a search whose packages are not installed.
+
+        Raises:
+            ConfigError: see above.
+        """
+        for package in ("optuna", *(["cmaes"] if self.sampler == "cma_es" else [])):
             try:
                 importlib.import_module(package)
             except ImportError as error:
@@ -122,7 +129,6 @@ class Settings:
                     f"hydra/sweeper=optuna needs the package {package}, which is not installed; "
                     f"pip install 'hyperopt-bilevel[optuna]'"
                 ) from error
-        return found
 
     def check_space(self, space: Space) -> None:
         """Refuse a search space that the sampler cannot take.

@@ -12,7 +12,6 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hyperopt.app.run_directory import RunDirectory, or_empty
+from hyperopt.app.run_directory import RunDirectory, measured, or_empty
 from hyperopt.app.search import storage
 from hyperopt.app.search.search import FACTS, Search, distribution
 
@@ -105,7 +104,7 @@ class Trials:
         self._note(trial.number, REASON, reason)
         self._note(trial.number, GIVEN_UP, True)
         if self._end(trial.number, TrialState.FAIL) and again:
-            log.info("trial %s is run again, since %s", trial.number, reason)
+            log.warning("trial %s is run again, since %s", trial.number, reason)
             self.study.enqueue_trial(trial.params)
 
     def tell(self, number: int, error: str | None = None) -> bool:
@@ -150,10 +149,3 @@ class Trials:
         study = self.storage.get_study_id_from_name(self.study.study_name)
         with contextlib.suppress(UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(self.storage.get_trial_id_from_study_id_trial_number(study, number), name, value)
-
-
-def measured(summary: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, float | None]:
-    """Return the metrics at the best evaluation of a run, or at its only one; None for one that it does not have."""
-    best = summary.get("best") or {}
-    found = {**(summary.get("metrics") or {}), **(best.get("metrics") or {})}
-    return {name: found.get(name, summary.get(name) if name in ("seconds", "steps") else None) for name in metrics}
