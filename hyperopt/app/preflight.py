@@ -9,16 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hyperopt.app import sweep
+from hyperopt.app.composing import SUBDIR, Composer
 from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.options import choices
@@ -32,7 +30,6 @@ from hyperopt.core.text import why_no_component
 from hyperopt.data.reading import read_json
 
 GRID, SEARCH = (f"hydra_plugins.hyperopt_sweeper.{name}" for name in ("GridSweeper", "OptunaSweeper"))
-SUBDIR = "${hydra.job.num}"
 
 
 class Refusal(SystemExit):
@@ -99,7 +96,7 @@ class Preflight(Callback):
             searched = key == "hydra.sweep.dir" and config.hydra.sweeper._target_ == SEARCH
             search = _search(config) if searched else None
             if search is not None:
-                jobs = ((each, where) for each in map(_Composer(config).compose, search.samples()))
+                jobs = ((each, where) for each in map(Composer(config).compose, search.samples()))
             else:
                 jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
             each, count = config, 0
@@ -131,7 +128,7 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     if not _listed(config):
         yield config, where
         return
-    composer = _Composer(config)
+    composer = Composer(config)
     for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(given(config), None))):
         each = composer.compose(list(job_overrides))
         with open_dict(each):
@@ -167,52 +164,6 @@ def _measures(config: DictConfig) -> tuple[str, ...]:
     from hyperopt.app.building import build
 
     return tuple(build(config).task.MEASURES)
-
-
-class _Composer:
-    """Composes the jobs of a sweep one after another.
-
-    Jobs that differ only in values share one config, whose values are set in turn. A config is valid until the next job is
-    composed.
-
-    Args:
-        config: config of the sweep.
-    """
-
-    KEPT = 32  # number of configs that are kept, a third of a megabyte each
-
-    def __init__(self, config: DictConfig) -> None:
-        """Start with nothing composed."""
-        self.config, self.parser = config, OverridesParser.create()
-        self.made: dict[tuple[str, ...], DictConfig] = {}
-        where: Any = OmegaConf.to_container(config.hydra.sweep)
-        self.reuses = where["subdir"] == SUBDIR  # another subdir may depend on how the job was composed
-
-    def compose(self, overrides: list[str]) -> DictConfig:
-        """Return the config of the job with these overrides."""
-        parsed = self.parser.parse_overrides(overrides)
-        values = {each.key_or_group: each for each in parsed if self._is_value(each)}
-        kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
-        if self.reuses and kind in self.made:
-            found = self.made[kind]
-            for key, each in values.items():
-                OmegaConf.update(found, key, each.value())
-            found.hydra.overrides.task = overrides
-            return found
-        if len(self.made) == self.KEPT:
-            self.made.clear()
-        given = list(self.config.hydra.overrides.hydra)
-        found = hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
-        self.made[kind] = found
-        return found
-
-    def _is_value(self, override: Override) -> bool:
-        """Whether the override sets one value of a config, and does not choose a config."""
-        key = override.key_or_group
-        if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
-            return False
-        here = OmegaConf.select(self.config, key, default=OmegaConf)  # OmegaConf stands for a missing key
-        return here is not OmegaConf and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
 
 
 def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:

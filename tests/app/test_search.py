@@ -17,6 +17,7 @@ from unittest import mock
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.sweeper import Sweeper
 from launcher import Launcher, snapshot
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -134,6 +135,12 @@ def test_the_option_has_the_keys_of_its_class_and_their_defaults() -> None:
     assert values == asdict(Settings()) and [*values] == [*asdict(Settings())]
 
 
+def test_a_step_leaves_no_rounding_in_a_value() -> None:
+    found = Numbers("a", 0.0, 0.9, 0.1)
+    assert [found.text(0.1 * k) for k in range(10)] == ["0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]
+    assert Numbers("a", 0.0, 1.0).text(1e-7 / 3) == repr(1e-7 / 3) and Numbers("a", 1, 9, 2).text(3.0) == "3"
+
+
 # ---- samplers
 
 
@@ -233,6 +240,22 @@ def test_a_resumed_search_continues_what_was_running(tmp_path: Path) -> None:
     taken = again.take()
     assert list(taken) == [2, 3, 4] and taken[2] == first[2]
     assert [each.value for each in again.study.trials[:2]] == [1.0, 2.0]
+
+
+def test_a_search_is_continued_where_it_was_moved(tmp_path: Path) -> None:
+    first = trials(tmp_path / "here", "a=interval(0, 1)", n_trials=2).take()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert trials(tmp_path / "there", "a=interval(0, 1)", n_trials=2).take() == first
+
+
+def test_half_a_line_of_a_journal_is_removed(tmp_path: Path) -> None:
+    made = trials(tmp_path, "a=interval(0, 1)", n_trials=3)
+    solve(made, lambda values: 1.0)
+    with open(tmp_path / "search.journal", "a") as file:
+        file.write('{"op_code": 5, "tri')  # the machine stopped here
+    made = trials(tmp_path, "a=interval(0, 1)", n_trials=5)
+    assert len(solve(made, lambda values: 2.0)) == 2
+    assert [trial.value for trial in trials(tmp_path, "a=interval(0, 1)").study.trials] == [1.0, 1.0, 1.0, 2.0, 2.0]
 
 
 def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
@@ -335,16 +358,17 @@ def test_without_a_pruner_nothing_is_asked(tmp_path: Path) -> None:
 SEARCH = ["-m", "hydra/sweeper=optuna", "hydra.sweep.dir=mine"]
 
 
-def objective(monkeypatch: pytest.MonkeyPatch, loss: Callable[[DictConfig], float]) -> list[DictConfig]:
-    """Let each job of ``launch`` leave ``loss(cfg)`` as its metric; return the list of the configs that ran."""
+def objective(monkeypatch: pytest.MonkeyPatch, loss: Callable[[DictConfig], Any]) -> list[DictConfig]:
+    """Let each job of ``launch`` leave ``loss(cfg)`` as its metric or metrics; return the list of the configs that ran."""
     runs: list[DictConfig] = []
 
     def run(cfg: DictConfig, out: Path) -> float:
         runs.append(cfg)
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         value = loss(cfg)
-        write_json(out / "summary.json", {"status": "completed", "best": {"metrics": {"val/loss": value}}})
-        return value
+        metrics = value if isinstance(value, dict) else {"val/loss": value}
+        write_json(out / "summary.json", {"status": "completed", "best": {"metrics": metrics}})
+        return metrics["val/loss"]
 
     monkeypatch.setattr(sys.modules["hyperopt.app.run"], "run", run)
     return runs
@@ -389,10 +413,58 @@ def test_a_failed_job_is_told_and_the_others_go_on(launch: Launcher) -> None:
     assert study().best_params == {"seed": "1"}
 
 
-def test_values_that_do_not_go_together_are_a_failed_trial(launch: Launcher) -> None:
+def test_values_of_which_none_go_together_are_refused(launch: Launcher) -> None:
     argv = ["optimizer=choice(sgd,adam)", "optimizer.betas=choice([0.5,0.6])", "+optimizer.momentum=0.5"]
     refused = launch(*SEARCH, "hydra.sweeper.sampler=grid", *argv)
     assert refused.status == 1 and not Path("mine").exists()
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = objective(monkeypatch, lambda cfg: float(cfg.seed))
+
+    def legal(self: Any, batch: Any) -> None:
+        if "seed=2" in batch[0]:
+            raise ConfigError("these do not go together")
+
+    monkeypatch.setattr(Sweeper, "validate_batch_is_legal", legal)
+    done = launch(*SEARCH, "seed=range(1,4)", "hydra.sweeper.sampler=grid", "hydra.sweeper.n_jobs=3")
+    assert done.status == 1 and sorted(cfg.seed for cfg in runs) == [1, 3]
+    assert "(seed=2) cannot be composed: these do not go together" in done.err
+    (failed,) = (trial for trial in study().trials if trial.state == TrialState.FAIL)
+    assert failed.params == {"seed": 2} and failed.user_attrs["reason"] == "these do not go together"
+
+
+def test_an_interrupted_search_goes_on(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = objective(monkeypatch, lambda cfg: float(cfg.seed))
+    run = sys.modules["hyperopt.app.run"].run
+
+    def interrupted(cfg: DictConfig, out: Path) -> float:
+        if len(runs) == 1:
+            write_json(out / "summary.json", {"status": "interrupted", "reason": "SIGTERM"})
+            raise SystemExit(143)
+        return run(cfg, out)
+
+    monkeypatch.setattr(sys.modules["hyperopt.app.run"], "run", interrupted)
+    argv = [*SEARCH, "seed=range(1,9)", "hydra.sweeper.n_trials=3"]
+    assert launch(*argv).status == 143
+    before = study().trials
+    assert [trial.state.name for trial in before] == ["COMPLETE", "RUNNING"]
+    monkeypatch.setattr(sys.modules["hyperopt.app.run"], "run", run)
+    done = launch(*argv, "resume=auto")
+    assert done.status == 0, done.err
+    found = study().trials
+    assert [trial.state.name for trial in found] == ["COMPLETE"] * 3 and found[1].params == before[1].params
+    assert [cfg.seed for cfg in runs] == [trial.params["seed"] for trial in found]
+
+
+def test_two_objectives_from_the_command_line(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective(monkeypatch, lambda cfg: {"val/loss": abs(cfg.seed - 3), "cost/vjps": float(cfg.seed)})
+    two = ["hydra.sweeper.sampler=nsga_ii", "hydra.sweeper.metric=[val/loss,cost/vjps]", "hydra.sweeper.n_trials=8"]
+    done = launch(*SEARCH, "seed=range(1,9)", *two, "hydra.sweeper.direction=[minimize,minimize]")
+    assert done.status == 0 and "* no other job is better in all of val/loss, cost/vjps" in done.out, done.err
+    best = json.loads(Path("mine/best.json").read_text())
+    front = {trial.number for trial in study().best_trials}
+    assert {run["number"] for run in best["runs"]} == front and all(trial.params["seed"] <= 3 for trial in study().best_trials)
 
 
 def test_the_space_in_a_file(launch: Launcher, tmp_path: Path) -> None:

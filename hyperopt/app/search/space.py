@@ -72,7 +72,12 @@ class Numbers:
 
     def text(self, value: Any) -> str:
         """Return a value as text for the command line."""
-        return str(int(value)) if self.whole else repr(float(value))
+        if self.whole:
+            return str(int(value))
+        if self.step is None:
+            return repr(float(value))
+        low, step = Decimal(str(self.low)), Decimal(str(self.step))
+        return repr(float(low + step * round((Decimal(value) - low) / step)))  # 0.3, and not 0.1 + 0.1 + 0.1
 
     def listed(self) -> tuple[float, ...] | None:
         """Return all values, at most ``MOST + 1``; None if they cannot be listed."""

@@ -59,7 +59,7 @@ class Trials:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number in self.tried or len(taken) == most:
                 continue
-            if trial.user_attrs.get(OWNER) != self.here:
+            if not self._is_mine(trial.user_attrs.get(OWNER)):
                 self._give_up_if_dead(trial)
             elif {each.key for each in self.search.space} != {*trial.params}:
                 self._give_up(trial, "its process was killed before it began", again=False)
@@ -69,6 +69,11 @@ class Trials:
             taken[trial.number] = self.search.overrides(trial.params)
         self.tried.update(taken)
         return dict(sorted(taken.items()))
+
+    def _is_mine(self, owner: str | None) -> bool:
+        """Whether a trial was taken in this sweep's directory, which may have been moved together with its journal."""
+        moved = self.search.settings.storage is None and owner is not None and not Path(owner).is_dir()
+        return owner == self.here or moved
 
     def _ask(self) -> optuna.Trial | None:
         """Return a new trial, or one whose values another process has left; None if there are trials enough."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
 
 
 class GridSweeper(BasicSweeper):
@@ -65,6 +68,7 @@ class OptunaSweeper(Sweeper):
                     self.validate_batch_is_legal([job])
                     batch[number] = job
                 except Exception as error:  # values that do not go together, such as a choice and a key of another choice
+                    log.warning("trial %s (%s) cannot be composed: %s", number, " ".join(overrides), error)
                     trials.tell(number, str(error))
                     failure = failure or error
             if not batch:
