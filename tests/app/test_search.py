@@ -19,6 +19,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.sweeper import Sweeper
 from launcher import Launcher, snapshot
+from marks import slow_but
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
@@ -393,6 +394,13 @@ def test_a_search_from_the_command_line(launch: Launcher, monkeypatch: pytest.Mo
         assert cfg.optimizer.lr == trial.params["optimizer.lr"] and cfg.trainer.max_steps == 3
         assert trial.params["solver"] == cfg.solver._target_.rpartition(".")[2].lower() and job["directory"] == str(trial.number)
         assert job["overrides"] == [f"optimizer.lr={cfg.optimizer.lr}", f"solver={trial.params['solver']}", "trainer.max_steps=3"]
+
+
+@pytest.mark.slow
+def test_a_search_is_continued_and_not_changed(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = objective(monkeypatch, lambda cfg: cfg.optimizer.lr)
+    argv = [*SEARCH, "optimizer.lr=tag(log, interval(1e-3, 1))", "solver=choice(picard, anderson)", "trainer.max_steps=3"]
+    assert launch(*argv, "hydra.sweeper.n_trials=4").status == 0
     runs.clear()
     assert launch(*argv, "hydra.sweeper.n_trials=4", "resume=auto").status == 0 and not runs
     assert launch(*argv, "hydra.sweeper.n_trials=5", "resume=auto").status == 0 and len(runs) == 1
@@ -457,6 +465,7 @@ def test_an_interrupted_search_goes_on(launch: Launcher, monkeypatch: pytest.Mon
     assert [cfg.seed for cfg in runs] == [trial.params["seed"] for trial in found]
 
 
+@pytest.mark.slow
 def test_two_objectives_from_the_command_line(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     objective(monkeypatch, lambda cfg: {"val/loss": abs(cfg.seed - 3), "cost/vjps": float(cfg.seed)})
     two = ["hydra.sweeper.sampler=nsga_ii", "hydra.sweeper.metric=[val/loss,cost/vjps]", "hydra.sweeper.n_trials=8"]
@@ -512,7 +521,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(argv) for argv, _ in REFUSED])
+QUICK = [each for each in REFUSED if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1]]
+"""Those that take one way through the checks each: of the jobs, of the storage, of the metrics."""
+
+
+@pytest.mark.parametrize(("argv", "message"), slow_but(QUICK, REFUSED), ids=[" ".join(argv) for argv, _ in REFUSED])
 def test_a_search_that_cannot_work_is_refused_in_one_line(argv: list[str], message: str, launch: Launcher) -> None:
     Path("notes").write_text("not a journal\n")
     refused = launch(*SEARCH, *argv)
@@ -532,6 +545,7 @@ def test_a_missing_package_is_named(package: str, argv: list[str], launch: Launc
 # ---- for real
 
 
+@pytest.mark.slow
 def test_two_hundred_trials_by_two_processes(tmp_path: Path) -> None:
     shared = {"storage": str(tmp_path / "queue"), "n_trials": 200, "n_jobs": 10, "sampler": "random"}
     both = [trials(tmp_path / name, "a=interval(0, 1)", **shared) for name in ("one", "two")]
