@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -619,3 +620,24 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert [(trial.number, trial.state.name) for trial in found] == [(0, "COMPLETE"), (1, "COMPLETE"), (2, "COMPLETE")]
     facts = json.loads((tmp_path / "mine" / "1" / "run.json").read_text())
     assert len(facts["resumed"]) == 1 and len(lines.read_text().splitlines()) == 150
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("joblib"), reason="pip install 'hyperopt-bilevel[joblib]'")
+def test_a_pruned_search_by_two_workers_at_a_time(command: Launcher) -> None:
+    small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]
+    halving = ["hydra.sweeper.pruner=successive_halving", "hydra.sweeper.halving={min_resource: 1, reduction_factor: 2}"]
+    both = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6"]
+    longer = ["trainer.max_steps=8", "trainer.eval_every=1", "optimizer.lr=tag(log, interval(1e-4, 1))"]
+    done = command(*SEARCH, *small, *halving, *both, *longer)
+    assert done.status == 0, done.err
+    found = study().trials
+    names = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "pruned"}
+    assert [names[trial.state] for trial in found] == [job["status"] for job in index()["jobs"]]
+    pruned = [trial for trial in found if trial.state == TrialState.PRUNED]
+    assert pruned and f"pruned: {', '.join(str(trial.number) for trial in pruned)}" in done.out
+    for trial, job in zip(found, index()["jobs"], strict=True):
+        assert (
+            list(trial.intermediate_values) == list(range(1, job["steps"] + (trial in pruned))) and trial.number == job["number"]
+        )
+    assert command("report", "mine").status == 0 and "pruned" in Path("mine/report/index.html").read_text()
