@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from composing import composed
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hyperopt.app.building import validate
 from hyperopt.app.repro import preserved_global_state
+from hyperopt.app.search.space import points, split
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [Path("README.md"), *(Path(name, "README.md") for name in ("hyperopt", "configs", "experiments", "tests"))]
@@ -44,12 +46,10 @@ def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_the_commands_compose(argv: list[str]) -> None:
-    overrides = [
-        re.sub(r"=range\(.*\)$", "=0", word.split(",")[0])
-        for word in argv
-        if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))
-    ]
-    validate(composed(*overrides))
+    words = [word for word in argv if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))]
+    parsed = OverridesParser.create().parse_overrides(words)
+    first = [points(split([each])[0])[0][0] if each.is_sweep_override() else str(each.input_line) for each in parsed]
+    validate(composed(*first))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from hyperopt.app import sweep
+from hyperopt.app import results, sweep
 from hyperopt.app.errors import explain, keys_in
 from hyperopt.app.experiment import counts
 from hyperopt.app.launch import lead
@@ -74,6 +74,18 @@ def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
     return [*kept, *overrides]
 
 
+def conclude() -> None:
+    """Print what came out of the sweep that this process has launched, if it has launched one and a job has ended."""
+    if Preflight.launched is None or Preflight.goal is None:
+        return
+    where, _ = Preflight.launched
+    index = sweep.index(where)
+    if index["jobs"]:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after the line that was written again and again
+        print(results.conclude(where, index, Preflight.goal))
+
+
 def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     """Run what the command line asks for; exit with status 1 after a refused launch or a failed job.
 
@@ -82,11 +94,12 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
     """
     before = {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", THREADS, LAUNCHER)}
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them in its own way
-    Preflight.launched = None
+    Preflight.launched = Preflight.goal = None
     kept: Path | None = None
     try:
         sys.argv[1:] = [*with_those_of_the_run(overrides), *flags]
         job()
+        conclude()
         return
     except Refusal as refusal:
         error: BaseException = refusal.error
@@ -105,6 +118,7 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
         what = f"{type(error).__name__}: {one_line(error)}" if message is None else message
         message = f"{what}\nhyperopt: the traceback is in {printable(str(kept))}"
     failed = Preflight.failures()
+    conclude()
     if before["HYDRA_FULL_ERROR"] == "1" or (message is None and not failed):
         traceback.print_exception(error)
         if message is None and (told := keys_in(str(error), choices())):

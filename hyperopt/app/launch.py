@@ -15,8 +15,12 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from hyperopt.app.search.pruning import Prune
 
 _connection = contextlib.ExitStack()
 
@@ -31,10 +35,10 @@ def follows() -> bool:
     return ranks() > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
-def lead(cfg: DictConfig, out: Path) -> float:
+def lead(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
     """Call ``hyperopt.app.run.run(cfg, out)`` on all ranks.
 
-    An error on this rank ends the program, including the other ranks.
+    An error on this rank ends the program, including the other ranks. Only this rank is given ``prune``, and tells the others.
     """
     from hyperopt.app.run import run
 
@@ -43,7 +47,7 @@ def lead(cfg: DictConfig, out: Path) -> float:
 
         _connection.enter_context(distributed.connected())
         distributed.from_first(OmegaConf.to_container(cfg, resolve=True))
-    return run(cfg, out)
+    return run(cfg, out) if prune is None else run(cfg, out, prune)
 
 
 def dismiss() -> None:

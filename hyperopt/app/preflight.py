@@ -9,24 +9,27 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hyperopt.app import sweep
+from hyperopt.app.composing import SUBDIR, Composer
 from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.options import choices
-from hyperopt.app.run_directory import RunDirectory
+from hyperopt.app.results import Goal, show_job
+from hyperopt.app.run_directory import RunDirectory, or_empty
+from hyperopt.app.search.search import Search
+from hyperopt.app.search.settings import Settings
+from hyperopt.app.search.space import given
 from hyperopt.app.workers import prepare
 from hyperopt.core.text import why_no_component
+from hyperopt.data.reading import read_json
 
-GRID = "hydra_plugins.hyperopt_sweeper.GridSweeper"
+GRID, SEARCH = (f"hydra_plugins.hyperopt_sweeper.{name}" for name in ("GridSweeper", "OptunaSweeper"))
 
 
 class Refusal(SystemExit):
@@ -43,9 +46,11 @@ class Preflight(Callback):
 
     Attributes:
         launched: directory of the sweep that this process has launched, and the number of its jobs, if it is known.
+        goal: what the jobs of that sweep are compared by.
     """
 
     launched: tuple[Path, int | None] | None = None  # on the class, since Hydra builds the object
+    goal: Goal | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check a single run."""
@@ -64,9 +69,12 @@ class Preflight(Callback):
             return
         job_return.cfg = job_return.hydra_cfg = None
         if job_return.status != JobStatus.FAILED:
+            index = or_empty(read_json, RunDirectory(Path(config.hydra.sweep.dir)).index)
+            if index:
+                show_job(index, sweep.job_number(config.hydra), Preflight.goal or _goal(config, None))
             return
         error = job_return._return_value  # the public property would print and raise, which Hydra does after the sweep
-        number, overrides = config.hydra.job.num, " ".join(config.hydra.overrides.task)
+        number, overrides = sweep.job_number(config.hydra), " ".join(config.hydra.overrides.task)
         message = explain(error, choices())
         print(f"hyperopt: job {number} ({overrides}) failed: {message or repr(error)}", file=sys.stderr)
         print(f"hyperopt: see {config.hydra.runtime.output_dir}/{RunDirectory.failed}", file=sys.stderr)
@@ -84,18 +92,28 @@ class Preflight(Callback):
             where, known = Path(OmegaConf.select(config, key)), key == "hydra.run.dir" or _listed(config)
             if key == "hydra.sweep.dir":
                 _check_sweep(where, known)
-            jobs, count = ([(config, where)] if key == "hydra.run.dir" else _jobs(config, where)), 0
+                _check_grid(config.hydra.sweeper)
+            searched = key == "hydra.sweep.dir" and config.hydra.sweeper._target_ == SEARCH
+            search = _search(config) if searched else None
+            if search is not None:
+                jobs = ((each, where) for each in map(Composer(config).compose, search.samples()))
+            else:
+                jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
+            each, count = config, 0
             for each, out in jobs:
                 _check_launch(config, each)
                 _check_places(each, key, str(each.hydra.sweep.subdir) if out != where else None)
                 _check_values(each)
                 _check_directory(each, where, out, key)
                 count += 1
+            if search is not None:
+                search.refuse(each, where, _measures(each))
             RunDirectory(where).acquire(key)
             _check_directory(each, where, out, key)  # again, since another launch may have used it in the meantime
             if key == "hydra.sweep.dir":
                 prepare(config, count if known else sys.maxsize)
                 Preflight.launched = where, count if known else None
+                Preflight.goal = _goal(each, count if known else None if search is None else search.trials)
         except Exception as error:
             raise Refusal(error) from error
 
@@ -110,66 +128,42 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     if not _listed(config):
         yield config, where
         return
-    swept = {str(key): f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()}
-    overrides = OverridesParser.create().parse_overrides([*swept.values(), *config.hydra.overrides.task])
-    twice = [each.input_line for each in overrides[len(swept) :] if each.key_or_group in swept]
-    if twice:  # Hydra would run the same job once for each value of the file
-        key = str(twice[0]).partition("=")[0]
-        raise ConfigError(
-            f"{twice[0]} and hydra.sweeper.params.{key}={config.hydra.sweeper.params[key]} are both given; drop one"
-        )
-    composer = _Composer(config)
-    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(overrides, None))):
+    composer = Composer(config)
+    for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(given(config), None))):
         each = composer.compose(list(job_overrides))
         with open_dict(each):
             each.hydra.job.num = each.hydra.job.id = number
         yield each, where / str(each.hydra.sweep.subdir)
 
 
-class _Composer:
-    """Composes the jobs of a sweep one after another.
+def _search(config: DictConfig) -> Search:
+    """Return the search that a sweep describes, or refuse it."""
+    where: Any = OmegaConf.to_container(config.hydra.sweep)
+    if (subdir := where["subdir"]) != SUBDIR:
+        raise ConfigError(f"hydra.sweep.subdir={subdir}: the jobs of a search lie in the directories of their numbers; drop it")
+    return Search.of(config)
 
-    Jobs that differ only in values share one config, whose values are set in turn. A config is valid until the next job is
-    composed.
+
+def _goal(config: DictConfig, jobs: int | None) -> Goal:
+    """Return what the jobs of a sweep are compared by.
 
     Args:
-        config: config of the sweep.
+        config: the config of one of them.
+        jobs: their number, if it is known.
     """
+    sweeper = config.hydra.sweeper
+    settings = Settings.of(sweeper) if sweeper._target_ == SEARCH else Settings()
+    options = [each for each in config.hydra.overrides.hydra if str(each).lstrip("+").startswith("hydra.searchpath=")]
+    return Goal(*settings.objectives(config), jobs, options)
 
-    KEPT = 32  # number of configs that are kept, a third of a megabyte each
 
-    def __init__(self, config: DictConfig) -> None:
-        """Start with nothing composed."""
-        self.config, self.parser = config, OverridesParser.create()
-        self.made: dict[tuple[str, ...], DictConfig] = {}
-        where: Any = OmegaConf.to_container(config.hydra.sweep)
-        self.reuses = where["subdir"] == "${hydra.job.num}"  # another subdir may depend on how the job was composed
+def _measures(config: DictConfig) -> tuple[str, ...]:
+    """Return what an evaluation of a job measures; empty if this is not known."""
+    if config.mode == "check":
+        return ("hypergrad/error",)
+    from hyperopt.app.building import build
 
-    def compose(self, overrides: list[str]) -> DictConfig:
-        """Return the config of the job with these overrides."""
-        parsed = self.parser.parse_overrides(overrides)
-        values = {each.key_or_group: each for each in parsed if self._is_value(each)}
-        kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
-        if self.reuses and kind in self.made:
-            found = self.made[kind]
-            for key, each in values.items():
-                OmegaConf.update(found, key, each.value())
-            found.hydra.overrides.task = overrides
-            return found
-        if len(self.made) == self.KEPT:
-            self.made.clear()
-        given = list(self.config.hydra.overrides.hydra)
-        found = hydra.compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
-        self.made[kind] = found
-        return found
-
-    def _is_value(self, override: Override) -> bool:
-        """Whether the override sets one value of a config, and does not choose a config."""
-        key = override.key_or_group
-        if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
-            return False
-        here = OmegaConf.select(self.config, key, default=OmegaConf)  # OmegaConf stands for a missing key
-        return here is not OmegaConf and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)
+    return tuple(build(config).task.MEASURES)
 
 
 def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> None:
@@ -203,6 +197,16 @@ def _check_sweep(where: Path, known: bool) -> None:
     for found, folders, _ in os.walk(where) if not known else ():
         folders[:] = [each for each in folders if each not in (*RunDirectory.FOLDERS, ".submitit")]
         RunDirectory(Path(found)).check_own()
+
+
+def _check_grid(sweeper: DictConfig) -> None:
+    """Refuse keys that the grid does not have, which are those of another sweeper."""
+    other = [str(key) for key in sweeper if sweeper._target_ == GRID and key not in ("_target_", "max_batch_size", "params")]
+    if other:
+        raise ConfigError(
+            f"hydra.sweeper.{other[0]} belongs to hydra/sweeper=optuna, but the sweeper is a grid; add hydra/sweeper=optuna to "
+            f"the command line, or drop hydra.sweeper.{other[0]}"
+        )
 
 
 def _check_launch(config: DictConfig, job: DictConfig) -> None:

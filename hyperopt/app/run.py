@@ -42,6 +42,7 @@ from hyperopt.app.repro import (
     set_rng_state,
 )
 from hyperopt.app.run_directory import RunDirectory
+from hyperopt.app.search.pruning import PRUNED, Prune
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker, hparams, swept
 from hyperopt.app.workers import queue_signal
@@ -56,12 +57,13 @@ from hyperopt.tasks.trainer import TrainerSettings
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, out: Path) -> float:
+def run(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
     """Train or evaluate as ``cfg`` says, in the run directory ``out``, and restore the state of the process.
 
     Args:
         cfg: the composed config of ``configs/train.yaml``.
         out: the run directory: one without a run's files, or the one that is resumed.
+        prune: a function that ends the run early, with the status ``pruned``; see ``hyperopt.app.search.pruning``.
 
     Returns:
         The best value of ``trainer.monitor``, for sweepers; under ``mode=evaluate`` its present value, and under
@@ -100,7 +102,7 @@ def run(cfg: DictConfig, out: Path) -> float:
                 return evaluate(built, directory, env, found, begin)
             if cfg.mode == "check":
                 return check_task(built, directory, env, found, begin)
-            return train(built, cfg, directory, env, state, found, overrides, begin)
+            return train(built, cfg, directory, env, state, found, overrides, begin, prune)
         except Exception as error:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a failure to write here must not hide the error itself
@@ -118,6 +120,7 @@ def train(
     resumed: Found | None,
     overrides: Iterable[str],
     begin: Callable[[], None],
+    prune: Prune | None = None,
 ) -> float:
     """Run the outer loop; see ``run``. ``state`` is changed in place, so that a failed run can be summarized.
 
@@ -130,6 +133,7 @@ def train(
         resumed: the checkpoint to continue from.
         overrides: keys that the command line has set, which TensorBoard shows first.
         begin: a function that is called before the first change to the directory.
+        prune: see ``run``.
     """
     task, trainer = built.task, built.trainer
     config = flatten(cfg)
@@ -179,7 +183,7 @@ def train(
         contextlib.closing(tracker),
         rescued(directory, tracker, state, save),
         stop_signals() as signals,
-        progress(trainer, state) as bar,
+        progress(trainer, state, hidden=directory.job.exists()) as bar,
     ):
         summarize(directory, "running", state)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
@@ -226,7 +230,10 @@ def train(
 
             # 3. Stop? If so, and at regular intervals, write a checkpoint.
             k = state.step - 1
-            told = distributed.from_all((list(signals), state.stop_reason(trainer)))  # a signal may have reached one rank only
+            ending = state.stop_reason(trainer)
+            if ending is None and prune is not None and state.evaluated and prune(state.step, state.row):
+                ending = PRUNED
+            told = distributed.from_all((list(signals), ending))  # a signal may have reached one rank only
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
@@ -254,9 +261,10 @@ def train(
         log.warning("interrupted after %d steps; continue with resume=auto %s", state.step, again)
         raise SystemExit(128 + stopped[0])
     state.seconds = time.perf_counter() - started
-    summarize(directory, "completed", state, reason=reason)
-    print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
-    print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
+    summarize(directory, "completed" if reason != PRUNED else "pruned", state, reason=reason)
+    if not directory.job.exists():  # a job of a sweep is one line of its table
+        print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
+        print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
     return math.nan if state.best is None else state.best
 
 
@@ -275,7 +283,8 @@ def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Fou
     value = monitored(metrics, built.trainer)
     write_facts(directory, env, built.task.describe(), None)
     summarize(directory, "evaluated", state, reason=str(path))
-    print(table(metrics, state.step - 1, {}, None, state.seconds))
+    if not directory.job.exists():
+        print(table(metrics, state.step - 1, {}, None, state.seconds))
     return value
 
 

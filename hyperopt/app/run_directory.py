@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,17 @@ class RunDirectory(LockedDirectory):
     export = _Name("export")
     report = _Name("report")
     index = _Name("sweep.json")  # the jobs of a sweep
+    winners = _Name("best.json")  # the best jobs of a sweep
     index_lock = _Name(".sweep.lock")
+    journal = _Name("search.journal")  # Optuna's study of a search, and its lock
+    journal_lock = _Name("search.journal.lock")
 
     RUN = (metrics, summary, checkpoints)  # a directory with one of these holds a run, present or past
     FOUND_BY = (summary, job, metrics)  # a report takes a directory with one of these for a run
     LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
-    IN_PLACE = (LOCK, str(index_lock.path), str(metrics.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
-    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index)))
+    LOCKS = (LOCK, str(index_lock.path), str(journal_lock.path))
+    IN_PLACE = (*LOCKS, str(metrics.path), str(journal.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
+    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index, winners)))
     FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
 
     @classmethod
@@ -264,6 +268,13 @@ def number(value: Any) -> float:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.nan
+
+
+def measured(summary: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, float | None]:
+    """Return the metrics at the best evaluation of a run, or at its only one; None for one that it does not have."""
+    best = summary.get("best") or {}
+    found = {**(summary.get("metrics") or {}), **(best.get("metrics") or {})}
+    return {name: found.get(name, summary.get(name) if name in ("seconds", "steps") else None) for name in metrics}
 
 
 def or_empty(read: Callable[..., dict[str, Any]], *paths: Path) -> dict[str, Any]:

@@ -22,10 +22,17 @@ TABLE = ("accuracy", "loss")
 SPLITS = ("test", "val", "outer")
 
 
-def progress(trainer: TrainerSettings, state: LoopState) -> tqdm:
-    """Return the progress line on stderr; without a terminal it is updated every ten seconds."""
+def progress(trainer: TrainerSettings, state: LoopState, hidden: bool = False) -> tqdm:
+    """Return the progress line on stderr; without a terminal it is updated every ten seconds.
+
+    Args:
+        trainer: gives the number of steps, and whether the line is wanted.
+        state: gives the number of steps done.
+        hidden: whether it is not shown in any case: a sweep has one line for all jobs.
+    """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=trainer.max_steps, initial=state.step, disable=not trainer.progress, file=sys.stderr, mininterval=interval)
+    off = hidden or not trainer.progress
+    return tqdm(total=trainer.max_steps, initial=state.step, disable=off, file=sys.stderr, mininterval=interval)
 
 
 def show(bar: tqdm, state: LoopState) -> None:
@@ -80,7 +87,7 @@ def summarize(run: RunDirectory, status: str, state: LoopState, reason: str | No
 
     Args:
         run: the run.
-        status: ``running``, ``completed``, ``interrupted``, ``failed`` or ``evaluated``.
+        status: ``running``, ``completed``, ``pruned``, ``interrupted``, ``failed`` or ``evaluated``.
         state: gives the steps, the seconds, and the metrics of the last and of the best step.
         reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
     """

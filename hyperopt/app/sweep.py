@@ -21,6 +21,7 @@ from hyperopt.app.files import write_json, write_text
 from hyperopt.app.launch import lead
 from hyperopt.app.lock import RunDirectoryError, take
 from hyperopt.app.run_directory import RunDirectory, or_empty, overrides_in
+from hyperopt.app.search.pruning import of_job
 from hyperopt.app.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 from hyperopt.data.reading import read_json
 
@@ -40,18 +41,18 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
     """
     overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
     run = RunDirectory(out)
-    number, queue, alone = int(hydra.job.num), queue_id(hydra), in_process(hydra.launcher)
+    number, queue, alone = job_number(hydra), queue_id(hydra), in_process(hydra.launcher)
     if queue is not None and or_empty(read_json, run.job).get("queue") == queue:
         cfg.resume = "auto"  # submitit or Slurm has started the job again
     metric = finished(cfg, run) if cfg.resume == "auto" else None
     if metric is not None:
         log.info("job %s (%s) was done before: skipped", number, " ".join(overrides))
     if not alone and metric is None:
-        cfg.device = device_of(cfg.device, number, gpus(cfg.device))
+        cfg.device = device_of(cfg.device, int(hydra.job.num), gpus(cfg.device))
     with contextlib.nullcontext() if alone else tied_to_parent():
         try:
             write_json(run.job, {"number": number, "overrides": overrides, "queue": queue})
-            return lead(cfg, out) if metric is None else metric
+            return metric if metric is not None else lead(cfg, out, *filter(None, [of_job(cfg, hydra)]))
         except SystemExit as end:
             put_back(end.code)
             raise
@@ -67,6 +68,12 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
                 write_index(Path(hydra.sweep.dir))
             except OSError as error:
                 log.warning("the sweep's index is not up to date: %s", error)
+
+
+def job_number(hydra: Any) -> int:
+    """Return the number of a job, which is that of its trial if the sweep searches."""
+    trial = hydra.sweeper.get("trial") if "sweeper" in hydra else None
+    return int(hydra.job.num if trial is None else trial)
 
 
 def gpus(device: str) -> int:

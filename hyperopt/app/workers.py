@@ -44,7 +44,7 @@ def at_a_time(hydra: DictConfig, jobs: int, cores: int) -> int:
     kind = launcher._target_.rpartition(".")[2]
     if kind not in (JOBLIB, LOCAL):
         return 1
-    count = min(jobs, hydra.sweeper.get("max_batch_size") or jobs)
+    count = min(jobs, hydra.sweeper.get("max_batch_size") or hydra.sweeper.get("n_jobs") or jobs)
     if kind == JOBLIB:
         count = min(count, launcher.n_jobs if launcher.n_jobs > 0 else max(cores + 1 + launcher.n_jobs, 1))
     return count

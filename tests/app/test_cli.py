@@ -197,7 +197,7 @@ def test_help_lists_groups_examples_and_where_results_go(launch: Launcher) -> No
     assert done.status == 0
     for words in ("newton_krylov, picard", "equilibrium_mnist", "hyperopt -m ", "Results:", "tensorboard --logdir", "lbfgs"):
         assert words in done.out
-    assert sum(line.startswith("  hyperopt") for line in done.out.splitlines()) == 6
+    assert sum(line.startswith("  hyperopt") for line in done.out.splitlines()) == 7
     assert "schema" not in done.out and "${" not in done.out
 
 

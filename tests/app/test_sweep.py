@@ -19,9 +19,10 @@ from toy_task import rows
 
 from hyperopt.app import sweep
 from hyperopt.app.building import validate
+from hyperopt.app.composing import Composer
 from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
-from hyperopt.app.preflight import Preflight, _Composer
+from hyperopt.app.preflight import Preflight
 from hyperopt.app.resolvers import config_path, register
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +173,7 @@ MIXED = [
 def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
     register()
     with initialize_config_dir(config_path(), version_base="1.3"):
-        composer = _Composer(compose("train", return_hydra_config=True))
+        composer = Composer(compose("train", return_hydra_config=True))
         for overrides in MIXED:
             found, whole = composer.compose(overrides), compose("train", overrides, return_hydra_config=True)
             for config in (found, whole):
