@@ -72,7 +72,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.sampler not in SAMPLERS:
-            raise ConfigError(f"{KEY}.sampler={short(self.sampler)} is no sampler; {near(str(self.sampler), SAMPLERS)}")
+            raise ConfigError(f"{KEY}.sampler={short(self.sampler)} is not a sampler; {near(str(self.sampler), SAMPLERS)}")
         _check_count(f"{KEY}.n_trials", self.n_trials, 1)
         _check_count(f"{KEY}.n_jobs", self.n_jobs, 1)
         if self.seed is not None:
@@ -82,7 +82,7 @@ class Settings:
         for name in ("storage", "study_name"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value.strip()) and not (name == "storage" and value is None):
-                raise ConfigError(f"{KEY}.{name}={short(value)} is no name; change {KEY}.{name}")
+                raise ConfigError(f"{KEY}.{name}={short(value)} is not a name; change {KEY}.{name}")
         metrics = _several(self.metric)
         if not all(isinstance(each, str) and each for each in metrics) or (self.metric is not None and not metrics):
             raise ConfigError(f"{KEY}.metric={short(self.metric)} names no metric, such as val/loss; change {KEY}.metric")
@@ -195,7 +195,7 @@ class Settings:
         for name in _several(self.metric) or self.objectives(cfg)[0]:
             known = {*measures, *STEPS, *WHOLE}
             if measures and name not in known and not name.startswith(OF_STEPS):
-                raise ConfigError(f"{KEY}.metric={name!r} is nothing that the task logs; {near(name, known)}")
+                raise ConfigError(f"{KEY}.metric={name!r} is not a metric that the task logs; {near(name, known)}")
             if self.pruner is not None and name in WHOLE:
                 raise ConfigError(f"{KEY}.pruner={self.pruner} needs a metric of each evaluation, and {name} is none; change one")
         self.objectives(cfg)

@@ -56,7 +56,7 @@ def existing(settings: Settings, sweep: Path) -> BaseStorage | None:
             found = _tables(str(settings.storage))
         elif found := _file(path := _journal(settings, sweep), sweep):
             if not all(isinstance(each.get("op_code"), int) for each in read_json_lines(path)):
-                raise ValueError("a line is no event")
+                raise ValueError("a line is not an event")
     except ConfigError:
         raise
     except Exception as error:
@@ -95,7 +95,7 @@ def _file(path: Path, sweep: Path) -> bool:
     """Return whether the journal exists; refuse one that can neither be written to nor created."""
     if path.exists():
         if not path.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         if not os.access(path, os.R_OK | os.W_OK):
             raise OSError("it may not be read and written")
         return True
@@ -136,6 +136,6 @@ def _unreachable(settings: Settings, sweep: Path, error: Exception) -> ConfigErr
         except Exception:
             name = str(settings.storage).partition("://")[0] + "://..."
     reason = getattr(error, "orig", None) or error
-    if isinstance(error, ValueError | KeyError):  # a line that is no event of a journal
-        reason = "it is no journal of Optuna"
+    if isinstance(error, ValueError | KeyError):  # a line that is not an event of a journal
+        reason = "it is not a journal of Optuna"
     return ConfigError(f"{KEY}.storage={name} cannot be reached: {one_line(reason, 200)}; change {KEY}.storage")
