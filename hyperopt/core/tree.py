@@ -95,7 +95,7 @@ class Layout:
                     f"make w0 and phi(w0) the same shape"
                 )
             if not (leaf.is_floating_point() or leaf.is_complex()):
-                raise TypeError(f"the map returned {leaf.dtype} for leaf {i} of the state; a state must be floating point")
+                raise TypeError(f"the map returned {leaf.dtype} for leaf {i} of the state; a state must be floating-point")
             if leaf.dtype != self.dtypes[i] and not torch.is_autocast_enabled(leaf.device.type):
                 raise TypeError(
                     f"the map changed the dtype of leaf {i} of the state: got {leaf.dtype}, w0 has {self.dtypes[i]}; make w0 and "
@@ -150,7 +150,7 @@ def layout_of(w0: Any, rows: str = "auto", scales: Any = None) -> Layout:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"leaf {i} of w0 is a {type(leaf).__name__}; every leaf must be a tensor")
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise TypeError(f"leaf {i} of w0 has dtype {leaf.dtype}; a state must be floating point: use w0.float()")
+            raise TypeError(f"leaf {i} of w0 has dtype {leaf.dtype}; a state must be floating-point: use w0.float()")
         if leaf.device != leaves[0].device:
             raise ValueError(f"w0 mixes devices {leaves[0].device} and {leaf.device}; move all leaves to one device")
     shapes = tuple(leaf.shape for leaf in leaves)
