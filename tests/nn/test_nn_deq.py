@@ -289,7 +289,7 @@ def test_bad_arguments_are_refused_at_once(arguments, error, message):
 def test_bad_inputs_are_refused():
     with pytest.raises(TypeError, match="x is a dict, which does not tell the shape of a state; set initial"):
         tiny()({"a": images()})
-    with pytest.raises(TypeError, match="must be floating point"):
+    with pytest.raises(TypeError, match="must be floating-point"):
         tiny()(torch.zeros(3, 2, 3, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="changed the shape"):
         tiny()(images(), z0=torch.zeros(1, 2, 3, 3))
