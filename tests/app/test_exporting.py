@@ -85,7 +85,9 @@ def test_a_layer_of_several_states(runs: Any) -> None:
     assert x.shape[0] == y.shape[0] == 3 and y.dim() == 3
 
 
-@pytest.mark.parametrize(("name", "outputs"), [("stn_quadratic", "x_range"), ("stn_ridge", "decay")])
+@pytest.mark.parametrize(
+    ("name", "outputs"), [("stn_quadratic", "x_range"), pytest.param("stn_ridge", "decay", marks=pytest.mark.slow)]
+)
 def test_a_self_tuned_network_is_plain(name: str, outputs: str, runs: Any) -> None:
     folder = runs(f"experiment={name}")
     found = load_exported(export(folder)[0])

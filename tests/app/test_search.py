@@ -443,6 +443,7 @@ def test_values_that_do_not_go_together_are_a_failed_trial(launch: Launcher, mon
     assert failed.params == {"seed": 2} and failed.user_attrs["reason"] == "these do not go together"
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = objective(monkeypatch, lambda cfg: float(cfg.seed))
     run = sys.modules["hyperopt.app.run"].run
@@ -477,6 +478,7 @@ def test_two_objectives_from_the_command_line(launch: Launcher, monkeypatch: pyt
     assert {run["number"] for run in best["runs"]} == front and all(trial.params["seed"] <= 3 for trial in study().best_trials)
 
 
+@pytest.mark.slow
 def test_the_space_in_a_file(launch: Launcher, tmp_path: Path) -> None:
     (tmp_path / "conf" / "sweep").mkdir(parents=True)
     (tmp_path / "conf" / "sweep" / "own.yaml").write_text(

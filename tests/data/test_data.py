@@ -230,6 +230,7 @@ def test_digits_whose_file_is_elsewhere_come_by_scikit_learns_loader(monkeypatch
         assert one.dtype == two.dtype and one.shape == two.shape and bool((one == two).all())
 
 
+@pytest.mark.slow
 def test_digits_do_not_import_scikit_learn() -> None:
     code = "import sys; from hyperopt.data.digits import bundled; bundled(); assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

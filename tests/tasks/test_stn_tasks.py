@@ -56,6 +56,7 @@ def test_ridge_response_and_hypergradient_are_those_of_the_closed_form(mode: str
     assert found["ridge/hypergradient_ratio"] == pytest.approx(1.0, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_ridge_classic_does_not_find_the_response_in_the_same_time() -> None:
     assert ridge("classic", 0.05, 600)["ridge/jacobian_error"] > 0.2
 
@@ -102,7 +103,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
-@pytest.mark.parametrize("task", ["ridge", "quadratic"])
+@pytest.mark.parametrize("task", slow_but(["ridge"], ["ridge", "quadratic"]))
 def test_a_run_that_goes_on_is_one_never_stopped(tmp_path: Path, task: str) -> None:
     lengths = ["optimizer.scheduler.T_max=9", "stn.weights.scheduler.T_max=9", "stn.response.scheduler.T_max=9"]
     quadratic = [
