@@ -37,7 +37,8 @@ def compare(expected: list[dict[str, float]], found: list[dict[str, float]], tol
         assert set(one) == set(other)
         for name, value in one.items():
             if not name.startswith(ONE_RANK):
-                assert other[name] == pytest.approx(value, rel=tolerance, abs=1e-14), (one["step"], name)
+                rounding = 1e-9 if name == "stn/response_error" else tolerance  # a quotient of small differences
+                assert other[name] == pytest.approx(value, rel=rounding, abs=1e-14), (one["step"], name)
 
 
 @pytest.fixture(scope="module")
