@@ -35,7 +35,7 @@ def test_three_levels_have_the_gradient_of_finite_differences(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["three_levels.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_an_architecture_mixture_lowers_its_validation_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = executed("architecture_mixture.py", tmp_path, monkeypatch)
     for losses, mixtures in found["found"].values():

@@ -247,9 +247,8 @@ def test_ray(command: Launcher) -> None:
 
 
 @needs("joblib")
-@pytest.mark.parametrize(
-    "whom", [pytest.param("all", marks=pytest.mark.slow), pytest.param("the launcher", marks=pytest.mark.manual)]
-)
+@pytest.mark.manual
+@pytest.mark.parametrize("whom", ["all", "the launcher"])
 def test_a_parallel_sweep_that_is_killed_goes_on(whom: str, command: Launcher) -> None:
     long = [*SMALL, "trainer.max_steps=300", "trainer.checkpoint_every=7", "threads=1"]
     arguments = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=mine", *long, "seed=0,1,2,3"]

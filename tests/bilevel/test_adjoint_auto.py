@@ -119,8 +119,9 @@ def test_from_any_weights_the_hypergradient_is_a_number(name, steps):
         assert estimate.metrics()["adjoint/choice"] in (0.0, 1.0, 2.0, 3.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["convolutional", "dropout"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("convolutional", marks=pytest.mark.slow), pytest.param("dropout", marks=pytest.mark.manual)]
+)
 def test_it_agrees_with_a_long_training_in_sign_and_roughly_in_size(name):
     """Along the gradient itself, and for the decay, against a central difference of 1500 steps, of networks that are smooth."""
     problem, model, lam = classes(name)
