@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt.app.files import write_json
-from hyperopt.app.run_directory import RunDirectory, measured, number
+from hyperopt.app.run_directory import ENDED, RunDirectory, measured, number
 from hyperopt.core.text import aligned, printable
 
-ENDED = ("completed", "evaluated", "checked")
 LINES = 20  # largest number of lines of the table
 SHOWN = 60  # characters of an override in it
 
@@ -37,7 +36,7 @@ class Goal:
 
     def values(self, job: Mapping[str, Any]) -> list[float]:
         """Return the metrics of a job so that less is better; infinite for one that it does not have."""
-        found = measured(job, self.metrics).values() if job["status"] in ENDED else [None] * len(self.metrics)
+        found = measured(job, self.metrics).values() if job["status"] in ENDED.values() else [None] * len(self.metrics)
         signs = (1 if each == "minimize" else -1 for each in self.directions)
         known = (number(value) for value in found)
         return [math.inf if math.isnan(value) else sign * value for sign, value in zip(signs, known, strict=True)]
@@ -113,7 +112,7 @@ def conclude(sweep: Path, index: Mapping[str, Any], goal: Goal) -> str:
     lines = [aligned([list(map(printable, each)) for each in (head, *rows)])]
     if not fits:
         lines.append(f"and {len(jobs) - len(rows)} more, in {RunDirectory(sweep).index}")
-    for status in sorted({job["status"] for job in jobs} - {*ENDED}):
+    for status in sorted({job["status"] for job in jobs} - {*ENDED.values()}):
         numbers = sorted(job["number"] for job in jobs if job["status"] == status and job["number"] is not None)
         more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
         lines.append(f"{status}: {', '.join(map(str, numbers[:10]))}{more}")

@@ -23,6 +23,9 @@ from hyperopt.app.files import foreign, make_directory, remove_leftovers, why_fo
 from hyperopt.app.lock import LOCK, LockedDirectory, RunDirectoryError
 from hyperopt.data.reading import UnreadableError, parse_yaml, read_json, read_json_lines, read_text, read_yaml
 
+ENDED = {"train": "completed", "evaluate": "evaluated", "check": "checked"}
+"""The status of a run that has ended well, by its mode."""
+
 
 class _Name:
     """A name in a run directory: the full path as an attribute of an instance, the relative path for the class."""

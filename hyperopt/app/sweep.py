@@ -20,7 +20,7 @@ from hyperopt.app.experiment import differences, flatten
 from hyperopt.app.files import write_json, write_text
 from hyperopt.app.launch import lead
 from hyperopt.app.lock import RunDirectoryError, take
-from hyperopt.app.run_directory import RunDirectory, or_empty, overrides_in
+from hyperopt.app.run_directory import ENDED, RunDirectory, or_empty, overrides_in
 from hyperopt.app.search.pruning import of_job
 from hyperopt.app.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 from hyperopt.data.reading import read_json
@@ -97,7 +97,7 @@ def finished(cfg: DictConfig, run: RunDirectory) -> float | None:
     A job whose length or monitor has changed since (``trainer.*``) is not done: it continues from its last checkpoint.
     """
     summary = or_empty(run.read_summary)
-    if summary.get("status") != {"train": "completed", "evaluate": "evaluated", "check": "checked"}[cfg.mode]:
+    if summary.get("status") != ENDED[cfg.mode]:
         return None
     config = flatten(cfg)
     try:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hyperopt.app.run_directory import RunDirectory, measured, or_empty
+from hyperopt.app.run_directory import ENDED, RunDirectory, measured, or_empty
 from hyperopt.app.search import storage
 from hyperopt.app.search.search import FACTS, Search, distribution
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 OWNER, HOST, GIVEN_UP, REASON = "directory", "host", "given_up", "reason"
 """Names of attributes of a trial."""
-ENDED = ("completed", "evaluated", "checked")
 PATIENCE = 60.0
 """Seconds after which a trial without an owner is given up: its process was killed between two lines of ``_ask``."""
 
@@ -129,9 +128,9 @@ class Trials:
         missing = [name for name, value in values.items() if value is None or not math.isfinite(value)]
         if status == "pruned":
             self._end(number, TrialState.PRUNED)
-        elif status in ENDED and not missing:
+        elif status in ENDED.values() and not missing:
             self._end(number, TrialState.COMPLETE, [float(value) for value in values.values() if value is not None])
-        elif status == "failed" or status in ENDED:
+        elif status == "failed" or status in ENDED.values():
             reason = error or summary.get("reason") if status == "failed" else f"{', '.join(missing)} is not a finite number"
             self._note(number, REASON, str(reason))
             self._end(number, TrialState.FAIL)
