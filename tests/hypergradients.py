@@ -148,7 +148,7 @@ def tuned(task: SelfTuningTask, updates: int = 30) -> list[Slope]:
     """
     tuning = task.tuning
     for _ in range(updates):
-        tuning.weight_step(task.parts.train.draw())
+        tuning.weight_step(task.built.train.draw())
     centre = task.model.space.u.detach().clone()
 
     def held(space: HyperSpace, eps: Tensor) -> Draw:
@@ -162,7 +162,7 @@ def tuned(task: SelfTuningTask, updates: int = 30) -> list[Slope]:
             yield
 
     probe = Probe(task.groups(), around=around)
-    tuning.hyper_step(task.parts.valid.draw(), probe)
+    tuning.hyper_step(task.built.valid.draw(), probe)
     return probe.found
 
 

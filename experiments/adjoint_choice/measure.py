@@ -187,7 +187,7 @@ def minibatches(label: str, size: int) -> dict[str, Any]:
     lam = {key: value.detach() for key, value in task.hyper.values().items()}
     want = task.curvature @ (lam["lam"].double() - task.best)
     adjoint, products = CANDIDATES[label]
-    bilevel = hyperopt.Bilevel(task.parts.problem, task.parts.w, inner=task._inner, adjoint=adjoint, products=products)
+    bilevel = hyperopt.Bilevel(task.built.problem, task.built.w, inner=task._inner, adjoint=adjoint, products=products)
     estimates = [bilevel.step(lam) for _ in range(40)]
     grads = torch.stack([estimate.grad["lam"].double() for estimate in estimates])
     refused = int((~grads.isfinite().all(1)).sum())

@@ -46,7 +46,7 @@ class Ridge:
 
     def error(self, adjoint: Adjoint, w: Tensor | None = None, **more: Any) -> tuple[float, hyperopt.Estimate]:
         """Relative error of an estimate, taken at ``w`` (None: the solution)."""
-        found = hyperopt.hypergradient(self.task.parts.problem, self.w if w is None else w, self.lam, adjoint=adjoint, **more)
+        found = hyperopt.hypergradient(self.task.built.problem, self.w if w is None else w, self.lam, adjoint=adjoint, **more)
         return float((found.grad["l2"] - self.exact).norm() / self.exact.norm()), found
 
 

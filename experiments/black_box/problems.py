@@ -147,7 +147,7 @@ def reference(task: BilevelTask, problem: Problem, lam: Tensor) -> Row:
     before = get(task)
     put(task, lam)
     state = State(copy.deepcopy(task.bilevel.w))
-    InnerLBFGS(rtol=problem.rtol, max_steps=problem.reference).solve(task.parts.problem, task.hyper.read(), state)
+    InnerLBFGS(rtol=problem.rtol, max_steps=problem.reference).solve(task.built.problem, task.hyper.read(), state)
     found = task.measure(state.w)
     put(task, before)
     shown = ("val/loss", "test/loss", "val/accuracy", "test/accuracy", "clean/f1")

@@ -99,11 +99,11 @@ def search(cell: Row, problem: Problem, ask: Callable[[], torch.Tensor], tell: C
         lam = ask() if trials else get(task)
         asking += time.process_time() - paused
         put(task, lam)
-        spent = task.inner.solve(task.parts.problem, task.hyper.read(), task.bilevel.state).evaluations
+        spent = task.inner.solve(task.built.problem, task.hyper.read(), task.bilevel.state).evaluations
         if not curve.spend(spent + 1):
             break
         with torch.no_grad():
-            loss = float(task.parts.problem.outer(task.bilevel.w, task.hyper.read(), task.parts.problem.outer_batches.draw()))
+            loss = float(task.built.problem.outer(task.bilevel.w, task.hyper.read(), task.built.problem.outer_batches.draw()))
         trials, last = trials + 1, curve.cost
         best = min(best, (loss, lam), key=lambda pair: pair[0])
         paused = time.process_time()

@@ -45,7 +45,7 @@ def plain_step(study: Study) -> tuple[Callable[[], None], list[Any]]:
     """One update of the plain network, and what holds memory."""
     task = study.task
     space = HyperSpace(task.tuned)
-    model = convert(task.parts.module, space, respond=False)
+    model = convert(task.built.module, space, respond=False)
     optimizer = task.options.weights.build({"weights": model.base_parameters()})
 
     def step() -> None:

@@ -77,7 +77,7 @@ class Study:
         task, found = self.task, {"best": {}, "curve": []}
         problem = ImageProblem(task.splits, task.tuned, task.classifier.dropouts, task.batch_size, task.val_batch_size, self.seed)
         space = HyperSpace(task.tuned)
-        model = convert(task.parts.module, space, respond=False)
+        model = convert(task.built.module, space, respond=False)
         optimizer = task.options.weights.build({"weights": model.base_parameters()})
         started = time.process_time()
         for k in range(updates):

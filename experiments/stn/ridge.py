@@ -35,7 +35,7 @@ def measure(mode: str, scale: float, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     task.setup(Environment(torch.device("cpu"), torch.float64, seed, False, generator))
     for _ in range(UPDATES):
-        task.tuning.round(task.parts.train.draw, task.parts.valid.draw)
+        task.tuning.round(task.built.train.draw, task.built.valid.draw)
     return {name[6:]: value for name, value in task.evaluate().items() if name.startswith("ridge/")}
 
 

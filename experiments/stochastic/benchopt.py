@@ -95,7 +95,7 @@ def overrides(problem: str, method: str, seed: int, data: Path) -> tuple[str, ..
 
 def value(task: BilevelTask) -> float:
     """``h(lam)``: in closed form, or of the model trained on all rows to a tight tolerance."""
-    if task.parts.whole is not None:
+    if task.built.whole is not None:
         object.__setattr__(task, "inner", InnerLBFGS(rtol=1e-9, max_steps=300))
     return task.evaluate()["outer/loss"]
 
@@ -106,7 +106,7 @@ def measured(problem: str, method: str, seed: int, data: Path) -> Row:
     task, optimizer = made.task, made.optimizer.build(made.task.groups())
     assert isinstance(task, BilevelTask)
     schedule = Schedule(made.optimizer.scheduler, optimizer)
-    sizes = [len(source.tensors[1]) for source in (task.parts.problem.inner_batches, task.parts.problem.outer_batches)]
+    sizes = [len(source.tensors[1]) for source in (task.built.problem.inner_batches, task.built.problem.outer_batches)]
     batches = [min(size, given or size) for size, given in zip(sizes, (task.batch_size, task.val_batch_size), strict=True)]
     inner, spent, rows, steps, stopped = task.inner, 0.0, 0.0, 0, ""
     looks = [0.0, *np.geomspace(SECONDS[problem] / 200, SECONDS[problem], LOOKS)]

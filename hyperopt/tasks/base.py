@@ -19,7 +19,7 @@ from hyperopt.data.digits import Digits
 from hyperopt.data.own import Own, as_dataset
 from hyperopt.data.reading import DataError
 from hyperopt.data.splits import Splits
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.trainer import TrainerSettings
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Task(ABC):
             f"task={self.name} does not implement objective(solver, adjoint), so mode=check cannot check it"
         )
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return what ``hyperopt export`` keeps: the model that an evaluation at the present state measures.
 
         Raises:

@@ -49,14 +49,14 @@ from hyperopt.tasks.base import (
     check_dataset,
     load_splits,
 )
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.scores import scores
 
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Parts:
+class BilevelSetup:
     """What a subclass builds.
 
     Attributes:
@@ -90,7 +90,7 @@ class BilevelTask(FixedSettings, Task):
         spaces: names of the settings that are spaces; they are the hyperparameters.
         hyper: the hyperparameters, after ``setup``.
         bilevel: the problem with its present state, after ``setup``.
-        parts: what the subclass has built, after ``setup``.
+        built: what the subclass has built, after ``setup``.
         splits: the dataset, after ``setup``.
     """
 
@@ -106,7 +106,7 @@ class BilevelTask(FixedSettings, Task):
 
     hyper: Hyperparameters = field(init=False, repr=False)
     bilevel: Bilevel = field(init=False, repr=False)
-    parts: Parts = field(init=False, repr=False)
+    built: BilevelSetup = field(init=False, repr=False)
     splits: Splits = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class BilevelTask(FixedSettings, Task):
         check_dataset(self)
 
     @abstractmethod
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Return the losses, the model and the rows, from ``self.splits``."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class BilevelTask(FixedSettings, Task):
         self.load(env)
         built = self.build(env)
         whole = None if built.whole is None else over_ranks(built.whole)
-        self.parts = parts = replace(built, problem=over_ranks(built.problem), whole=whole)
+        self.built = built = replace(built, problem=over_ranks(built.problem), whole=whole)
         self.hyper = self.hyperparameters(env)
         # An estimator trains the weights itself and takes no inner solver; evaluations still train by one.
         adjoint, products = self.adjoint, self.products
@@ -140,7 +140,7 @@ class BilevelTask(FixedSettings, Task):
             products = None  # only implicit adjoints have them
         elif isinstance(adjoint, FiniteDifference):
             products = replace(products, curvature="hessian")
-        self.bilevel = Bilevel(parts.problem, parts.w, inner=inner, adjoint=adjoint, products=products)
+        self.bilevel = Bilevel(built.problem, built.w, inner=inner, adjoint=adjoint, products=products)
         self._w0 = None if self.warm_start else optree.tree_map(torch.clone, self.bilevel.w)
         self._steps = 0  # number of outer steps so far
 
@@ -152,7 +152,7 @@ class BilevelTask(FixedSettings, Task):
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the initial hyperparameters; called after ``build``."""
         spaces = {name: getattr(self, name) for name in self.spaces}
-        return Hyperparameters(spaces, self.parts.shapes, dtype=env.dtype, device=env.device, key="task")
+        return Hyperparameters(spaces, self.built.shapes, dtype=env.dtype, device=env.device, key="task")
 
     @property
     def _inner(self) -> InnerSolver:
@@ -194,10 +194,10 @@ class BilevelTask(FixedSettings, Task):
         """Train at the present hyperparameters, measure on all rows, and restore the state."""
         return self._at_trained(self.measure)
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the hyperparameters, and the model as an evaluation trains it."""
         weights = self._at_trained(lambda w: optree.tree_map(torch.clone, w))
-        return Learned.on(self.splits, self.state_of(weights), self.hyper.read())
+        return LearnedModel.on(self.splits, self.state_of(weights), self.hyper.read())
 
     def state_of(self, w: Any) -> Mapping[str, Tensor]:
         """Return the weights as the state of ``predictor`` (default: unchanged)."""
@@ -207,14 +207,14 @@ class BilevelTask(FixedSettings, Task):
         """Train at the present hyperparameters, return ``measure(w)``, and restore the state."""
         start = self._state()
         self._cold()
-        self._inner.solve(self.parts.whole or self.parts.problem, self.hyper.read(), self.bilevel.state)
+        self._inner.solve(self.built.whole or self.built.problem, self.hyper.read(), self.bilevel.state)
         found = measure(self.bilevel.w)
         self._return_to(start)
         return found
 
     def measure(self, w: Any) -> dict[str, float]:
         """Return ``<name>/loss``, and ``<name>/accuracy`` if there are classes, of a model on each set of rows."""
-        return scores(self.parts.rows, lambda x: self.predict(w, x))
+        return scores(self.built.rows, lambda x: self.predict(w, x))
 
     def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
         """Return the outer loss at the fixed point of the gradient step, whatever ``inner`` is; see ``Task.objective``."""
@@ -245,12 +245,12 @@ class BilevelTask(FixedSettings, Task):
             "dataset": self.splits.name,
             "checksums": self.splits.checksums,
             "classes": self.splits.num_classes,
-            "rows": {name: len(rows) for name, rows in self.parts.rows.items()},
+            "rows": {name: len(rows) for name, rows in self.built.rows.items()},
         }
 
     def _live(self) -> dict[str, Any]:
         """Return everything that training and hypergradients change, without copying it."""
-        module = self.parts.module
+        module = self.built.module
         return {"bilevel": self.bilevel.state_dict(), "buffers": {} if module is None else dict(module.named_buffers())}
 
     def _state(self) -> dict[str, Any]:
@@ -259,8 +259,8 @@ class BilevelTask(FixedSettings, Task):
     @torch.no_grad()
     def _return_to(self, state: Mapping[str, Any]) -> None:
         self.bilevel.load_state_dict(state["bilevel"])
-        if self.parts.module is not None:
-            for name, buffer in self.parts.module.named_buffers():
+        if self.built.module is not None:
+            for name, buffer in self.built.module.named_buffers():
                 buffer.copy_(state["buffers"][name])
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.core.checks import check_number
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import Parts
+from hyperopt.tasks.bilevel import BilevelSetup
 from hyperopt.tasks.network import NetworkTask
 
 CLEAN = 0.5  # images with a larger weight count as clean
@@ -104,7 +104,7 @@ class CleaningTask(CorruptedTask):
 
     weights: Space | None = None
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Replace labels and build the network; see ``training_batches``."""
         batches = self.training_batches(env)
         self.network(env)
@@ -114,7 +114,7 @@ class CleaningTask(CorruptedTask):
             inner_batches=batches,
             outer_batches=self.validation_batches(env),
         )
-        return Parts(problem, self.model.w, {"weights": (len(self.corrupt),)}, self.rows())
+        return BilevelSetup(problem, self.model.w, {"weights": (len(self.corrupt),)}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted loss plus the penalty."""

@@ -27,7 +27,7 @@ from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
 from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
 from hyperopt.tasks.solve_figures import residual_figure
 
@@ -113,9 +113,9 @@ class CoupledTask(FixedSettings, SolvingTask):
         cell = CoupledCell(features, self.x_size, self.y_shape, matrix, generator=generator)
         return DEQ(cell, self.solver, self.adjoint, policy=self.policy, fallback=self.fallback)
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the layer, which maps inputs to both states."""
-        return Learned(self.model.state_dict(), {}, (self.features,), 0, scaled_by())
+        return LearnedModel(self.model.state_dict(), {}, (self.features,), 0, scaled_by())
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> DEQ:
         """Build the layer."""

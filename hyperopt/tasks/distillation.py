@@ -23,7 +23,7 @@ from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask
 from hyperopt.tasks.network import classifier
 from hyperopt.tasks.scores import loss_of
 
@@ -65,7 +65,7 @@ class DataDistillationTask(BilevelTask):
         check_counts(self, "hidden")
         check_optional_count(self, "batch_size")
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build the model."""
         splits = self.splits
         features = splits.train.x.shape[1]
@@ -83,7 +83,7 @@ class DataDistillationTask(BilevelTask):
             outer_batches=Minibatches((splits.train.x, splits.train.y), self.batch_size, env.seed, key="task.batch_size"),
         )
         rows = {"outer": splits.train, "val": splits.val, "test": splits.test}
-        return Parts(problem, self.model.w, {"images": (len(labels), features)}, rows)
+        return BilevelSetup(problem, self.model.w, {"images": (len(labels), features)}, rows)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """Return the model's logits."""

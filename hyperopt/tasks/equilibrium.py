@@ -32,7 +32,7 @@ from hyperopt.nn.cells import CellFactory, OwnCell, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.solve_figures import residual_figure, spectrum_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.tolerance import GradientTolerance
@@ -137,9 +137,9 @@ class EquilibriumTask(SupervisedTask):
         classifier = linear_classifier(cell.state_size, classes, self.classifier_scale, generator)
         return EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the model, whose parameters are the hyperparameters."""
-        return Learned.on(self.splits, self.model.state_dict())
+        return LearnedModel.on(self.splits, self.model.state_dict())
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> EquilibriumModel:
         """Build the model."""

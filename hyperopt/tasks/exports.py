@@ -1,4 +1,4 @@
-"""``Learned``: the result of a run in the form in which ``hyperopt.app.export`` writes it."""
+"""``LearnedModel``: the result of a run in the form in which ``hyperopt.app.export`` writes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperopt.data.splits import Splits
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedModel:
     """A model and its hyperparameters.
 
     Attributes:
@@ -31,7 +31,7 @@ class Learned:
     scaling: dict[str, list[float]] | None
 
     @classmethod
-    def on(cls, splits: Splits, weights: Mapping[str, Tensor], hyperparameters: Any = None) -> Learned:
+    def on(cls, splits: Splits, weights: Mapping[str, Tensor], hyperparameters: Any = None) -> LearnedModel:
         """Return what was learned on a dataset; ``hyperparameters`` may be any tree."""
         return cls(weights, named(hyperparameters or {}), splits.shape, splits.num_classes, splits.scaling)
 

@@ -36,7 +36,7 @@ from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.misclassified import misclassified_figure
 from hyperopt.tasks.running import Running
 from hyperopt.tasks.solve_figures import residual_figure
@@ -137,9 +137,9 @@ class ImplicitTask(SupervisedTask):
         methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
         return (self.network or TanhMLP()).build(shape, classes, methods)
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the network, whose parameters are the hyperparameters."""
-        return Learned.on(self.splits, {f"network.{name}": value for name, value in self.model.state_dict().items()})
+        return LearnedModel.on(self.splits, {f"network.{name}": value for name, value in self.model.state_dict().items()})
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
         """Build the network, after a layer that reshapes rows to images."""

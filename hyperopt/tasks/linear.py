@@ -29,7 +29,7 @@ from hyperopt.data.sparse import SparseRows
 from hyperopt.data.splits import Rows
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import Parts, TunedTask
+from hyperopt.tasks.bilevel import BilevelSetup, TunedTask
 from hyperopt.tasks.scores import loss_of
 
 Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
@@ -94,7 +94,7 @@ class LinearTask(TunedTask):
     def _constants(self, gram: Tensor, outer: float, w: Tensor, lam: dict[str, Tensor]) -> InnerConstants:
         """Return the constants of a quadratic inner problem in closed form, from the results of ``_spectra``."""
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build the problem, with zero initial weights."""
         splits = self.splits
         outputs = outputs_of(splits.num_classes)
@@ -120,7 +120,7 @@ class LinearTask(TunedTask):
             inner_batches=Minibatches(train, self.batch_size, env.seed, key="task.batch_size"),
             outer_batches=Minibatches(val, self.val_batch_size, env.seed + 1, key="task.val_batch_size"),
         )
-        return Parts(problem, w, shapes, self.rows(), whole=whole)
+        return BilevelSetup(problem, w, shapes, self.rows(), whole=whole)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """Return ``x w``."""
@@ -150,7 +150,7 @@ class LinearTask(TunedTask):
         """
         whole = joined(self.splits.train, self.splits.val)
         start, (x, y) = self._state(), pairs(whole)
-        both = BilevelProblem(lambda w, lam, batch: loss_of(x @ w, y) + self.penalty(w, lam), self.parts.problem.outer_loss)
+        both = BilevelProblem(lambda w, lam, batch: loss_of(x @ w, y) + self.penalty(w, lam), self.built.problem.outer_loss)
         self._inner.solve(both, self.hyper.read(), self.bilevel.state)
         found = self.measure(self.bilevel.w)
         self._return_to(start)

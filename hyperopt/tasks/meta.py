@@ -39,7 +39,7 @@ from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.bilevel import BilevelTask, Parts, starting_at
+from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask, starting_at
 
 SPLITS = ("outer", "val", "test")  # the tasks of each are drawn independently of the others
 AT_A_TIME = 100  # number of tasks that an evaluation trains at a time, which bounds its memory
@@ -154,12 +154,12 @@ class MetaTask(BilevelTask):
     def load(self, env: Environment) -> None:
         """Load nothing; a subclass may have a dataset."""
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build the network, with a row of weights for each task."""
         self.env = env
         self.model = Functional(self.network(env).to(env.device, env.dtype))
         self.episodes = self.drawn("outer", 0, self.tasks)
-        return Parts(self.problem(lambda: self.episodes), self.rows_of(self.model.w, self.tasks), {}, {})
+        return BilevelSetup(self.problem(lambda: self.episodes), self.rows_of(self.model.w, self.tasks), {}, {})
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the network's initial weights and, with ``meta_sgd``, the inner solver's own rate for each weight."""

@@ -31,7 +31,7 @@ from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import Parts, TunedTask, starting_at
+from hyperopt.tasks.bilevel import BilevelSetup, TunedTask, starting_at
 from hyperopt.tasks.scores import loss_of
 
 
@@ -125,7 +125,7 @@ class WeightDecayTask(NetworkTask):
 
     decay: Space | None = None
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build the network."""
         self.network(env)
         problem = BilevelProblem(
@@ -134,7 +134,7 @@ class WeightDecayTask(NetworkTask):
             inner_batches=self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"),
             outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
         )
-        return Parts(problem, self.model.w, {"decay": self.model.w}, self.rows())
+        return BilevelSetup(problem, self.model.w, {"decay": self.model.w}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean loss plus the weight decay."""
@@ -204,7 +204,7 @@ class AugmentationTask(NetworkTask):
         check_count(self, "width")
         check_number(self, "scale", 0.0, open_low=True)
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build both networks.
 
         Raises:
@@ -224,7 +224,7 @@ class AugmentationTask(NetworkTask):
             inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"), env.seed + 2),
             outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
         )
-        return Parts(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
+        return BilevelSetup(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the initial weights of the augmentation network."""

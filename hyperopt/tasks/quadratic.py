@@ -25,7 +25,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_count, check_number, check_optional_count
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask
 
 DRAWS = 20  # number of attempts to draw a value function with a minimum
 DOUBLE = torch.float64
@@ -119,7 +119,7 @@ class QuadraticTask(BilevelTask):
                 f"task=quadratic: the value function had no minimum in {DRAWS} draws of cross={self.cross:g}; lower task.cross"
             )
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Build the problem, with zero initial variables."""
 
         def loss(w: Tensor, lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
@@ -132,7 +132,7 @@ class QuadraticTask(BilevelTask):
         inner = Minibatches(data[0], self.batch_size, env.seed, key="task.batch_size")
         outer = Minibatches(data[1], self.val_batch_size, env.seed + 1, key="task.val_batch_size")
         w = torch.zeros(self.dim, dtype=env.dtype, device=env.device)
-        return Parts(BilevelProblem(loss, loss, inner, outer), w, {"lam": (self.hyper_dim,)}, {})
+        return BilevelSetup(BilevelProblem(loss, loss, inner, outer), w, {"lam": (self.hyper_dim,)}, {})
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """Refuse: there is no model."""

@@ -35,7 +35,7 @@ from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
 from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord, Task
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.stn_figures import trajectory_figure
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StnParts:
+class SelfTuningSetup:
     """What a subclass builds.
 
     Attributes:
@@ -92,19 +92,19 @@ class SelfTuningTask(FixedSettings, Task):
 
     Attributes:
         stn: the settings of self-tuning (None: the defaults).
-        parts: what the subclass has built, after ``setup``.
+        built: what the subclass has built, after ``setup``.
         model: the self-tuning network, after ``setup``.
         tuning: the object that makes its rounds, after ``setup``.
     """
 
     stn: SelfTuningOptions | None = None
 
-    parts: StnParts = field(init=False, repr=False)
+    built: SelfTuningSetup = field(init=False, repr=False)
     model: STN = field(init=False, repr=False)
     tuning: SelfTuning = field(init=False, repr=False)
 
     @abstractmethod
-    def build(self, env: Environment) -> StnParts:
+    def build(self, env: Environment) -> SelfTuningSetup:
         """Return network, hyperparameters and batches; PyTorch's generator is seeded for the network's initial values."""
 
     @abstractmethod
@@ -133,10 +133,10 @@ class SelfTuningTask(FixedSettings, Task):
         """
         options = self.options
         with drawing(env.generator):
-            self.parts = parts = self.build(env)
-            space = HyperSpace(parts.declared, dtype=env.dtype, device=env.device, key="task")
-            module = parts.module.to(env.device, env.dtype)
-            self.model = convert(module, space, gate=options.gate, std=options.gate_std, skip=parts.skip)
+            self.built = built = self.build(env)
+            space = HyperSpace(built.declared, dtype=env.dtype, device=env.device, key="task")
+            module = built.module.to(env.device, env.dtype)
+            self.model = convert(module, space, gate=options.gate, std=options.gate_std, skip=built.skip)
         check_layers(self.model.module)
         self.tuning = SelfTuning(
             self.model,
@@ -155,10 +155,10 @@ class SelfTuningTask(FixedSettings, Task):
             f"task={self.name} does not implement plain(), so it cannot be exported; see SelfTuningTask.plain"
         )
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the plain network at the present hyperparameters, and these."""
         values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
-        return Learned(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
+        return LearnedModel(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,7 +182,7 @@ class SelfTuningTask(FixedSettings, Task):
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one round; see ``Task.step``."""
-        found = self.tuning.round(self.parts.train.draw, self.parts.valid.draw, optimizer, guard)
+        found = self.tuning.round(self.built.train.draw, self.built.valid.draw, optimizer, guard)
         return StepRecord(found.valid_loss, {**found.metrics, "stn/warming": float(found.warming)})
 
     @torch.no_grad()
@@ -202,14 +202,14 @@ class SelfTuningTask(FixedSettings, Task):
 
     def state_dict(self) -> dict[str, Any]:
         """Return network, hyperparameters, optimizers, noise, history and the positions in the data."""
-        sources = {"train": self.parts.train.state_dict(), "valid": self.parts.valid.state_dict()}
+        sources = {"train": self.built.train.state_dict(), "valid": self.built.valid.state_dict()}
         return {"tuning": self.tuning.state_dict(), **sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, in place."""
         self.tuning.load_state_dict(state["tuning"])
-        self.parts.train.load_state_dict(state["train"])
-        self.parts.valid.load_state_dict(state["valid"])
+        self.built.train.load_state_dict(state["train"])
+        self.built.valid.load_state_dict(state["valid"])
 
     def describe(self) -> dict[str, Any]:
         """Return names and sizes."""

@@ -23,9 +23,9 @@ from hyperopt.stn.declare import Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, check_dataset, load_splits
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.scores import scores
-from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn import SelfTuningSetup, SelfTuningTask
 from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise
 
 
@@ -69,7 +69,7 @@ class StnImagesTask(SelfTuningTask):
         check_count(self, "eval_batch_size")
         check_dataset(self)
 
-    def build(self, env: Environment) -> StnParts:
+    def build(self, env: Environment) -> SelfTuningSetup:
         """Load the rows and build the network.
 
         Raises:
@@ -80,7 +80,7 @@ class StnImagesTask(SelfTuningTask):
         sizes = (self.batch_size, self.val_batch_size)
         self.problem = ImageProblem(self.splits, self.tuned, self._classifier.dropouts, *sizes, seed=env.seed)
         module, declared = self.plain(self.splits.shape, self.splits.num_classes)
-        return StnParts(module, declared, self.problem.train, self.problem.valid)
+        return SelfTuningSetup(module, declared, self.problem.train, self.problem.valid)
 
     @property
     def _classifier(self) -> Classifier:
@@ -90,12 +90,12 @@ class StnImagesTask(SelfTuningTask):
         """Return the classifier of standardised images, and the hyperparameters."""
         return self._classifier.build(shape, classes, self.tuned), self.tuned
 
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedModel:
         """Return the plain network at the present hyperparameters, and these."""
         found, pipeline = super().learned(), self.problem.pipeline
         weights = {f"network.{name}": value for name, value in found.weights.items()}
         standard = {"standardise.mean": pipeline.mean, "standardise.std": pipeline.std}
-        return Learned.on(self.splits, {**standard, **weights}, found.hyperparameters)
+        return LearnedModel.on(self.splits, {**standard, **weights}, found.hyperparameters)
 
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
         """Build the plain network, after layers that reshape rows to images and standardise them."""

@@ -20,7 +20,7 @@ from hyperopt.stn.declare import Bounded, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment, Guard, StepRecord
-from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn import SelfTuningSetup, SelfTuningTask
 from hyperopt.tasks.stn_figures import fit_animation
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class StnQuadraticTask(SelfTuningTask):
         check_count(self, "frame_every")
         check_number(self, "reach", 0.0, open_low=True)
 
-    def build(self, env: Environment) -> StnParts:
+    def build(self, env: Environment) -> SelfTuningSetup:
         """Build the network, and batches with generators of their own."""
         like = torch.zeros((), dtype=env.dtype, device=env.device)
         network, declared = self.plain(self.shape, 0)
@@ -111,7 +111,7 @@ class StnQuadraticTask(SelfTuningTask):
             seed = int(torch.randint(2**31, (), generator=env.generator))
             return Uniform(self.batch_size, torch.Generator().manual_seed(seed), like)
 
-        return StnParts(network, declared, batches(), batches())
+        return SelfTuningSetup(network, declared, batches(), batches())
 
     def plain(self, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Mapping[str, Tuned]]:
         """Return the network, with hidden layers of ``width`` units, and the range."""

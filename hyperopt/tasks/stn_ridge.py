@@ -22,7 +22,7 @@ from hyperopt.stn.declare import Positive, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.stn import SelfTuningTask, StnParts
+from hyperopt.tasks.stn import SelfTuningSetup, SelfTuningTask
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class StnRidgeTask(SelfTuningTask):
         check_count(self, "draws")
         check_number(self, "noise", 0.0)
 
-    def build(self, env: Environment) -> StnParts:
+    def build(self, env: Environment) -> SelfTuningSetup:
         """Draw the rows of a linear model from ``env.generator``."""
         like = {"dtype": env.dtype, "device": env.device}
 
@@ -127,7 +127,7 @@ class StnRidgeTask(SelfTuningTask):
         # Each row of a batch is the whole training set, for one draw.
         train = self.ridge.x.expand(self.draws, -1, -1)
         valid = self.ridge.x_val.expand(self.draws, -1, -1)
-        return StnParts(*self.plain(self.shape, 0), SameBatch(train), SameBatch(valid))
+        return SelfTuningSetup(*self.plain(self.shape, 0), SameBatch(train), SameBatch(valid))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from hyperopt.core.checks import check_count, check_number
 from hyperopt.data.splits import Rows
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import Parts, starting_at
+from hyperopt.tasks.bilevel import BilevelSetup, starting_at
 from hyperopt.tasks.cleaning import CorruptedTask
 from hyperopt.tasks.network import initialise
 from hyperopt.tasks.scores import ROWS
@@ -92,7 +92,7 @@ class WeightNetTask(CorruptedTask):
         check_count(self, "width")
         check_number(self, "imbalance", 1.0)
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         """Drop rows, replace labels, and build both networks."""
         self.splits = replace(self.splits, train=long_tailed(self.splits.train, self.splits.num_classes, self.imbalance))
         batches = self.training_batches(env)
@@ -110,7 +110,7 @@ class WeightNetTask(CorruptedTask):
             return (losses * (weights @ shares)).mean() + self.penalty(w)
 
         problem = BilevelProblem(inner, self.outer, inner_batches=batches, outer_batches=self.validation_batches(env))
-        return Parts(problem, self.model.w, {}, self.rows())
+        return BilevelSetup(problem, self.model.w, {}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the initial weights of the weight network."""

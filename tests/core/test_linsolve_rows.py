@@ -158,8 +158,8 @@ def test_independent_rows_of_any_sizes_are_solved_together(name, dtype):
     close((found.value / sizes).double(), torch.linalg.solve(torch.eye(DIM) - W.double(), b.double()), rtol=1e-2, atol=1e-2)
 
 
-class Parts(LinearOperator):
-    """An operator that says that its rows can be taken apart, though they cannot."""
+class CoupledRows(LinearOperator):
+    """An operator that says that its rows can be solved apart; whether they can depends on the matrix."""
 
     def __init__(self, matrix: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         self.matrix, self.rows = matrix, rows
@@ -173,7 +173,7 @@ class Parts(LinearOperator):
         return True
 
     def select(self, index: torch.Tensor) -> LinearOperator:
-        found = Parts(self.matrix, index if self.rows is None else self.rows[index])
+        found = CoupledRows(self.matrix, index if self.rows is None else self.rows[index])
         found.whole = self
         return found
 
@@ -182,9 +182,9 @@ class Parts(LinearOperator):
 def test_rows_that_were_dropped_are_measured_once_at_the_end(name):
     b = torch.zeros(ROWS, 1)
     b[-2:] = 1.0
-    found = METHODS[name](rtol=1e-8, max_steps=300).solve(Parts(PATH), b)
+    found = METHODS[name](rtol=1e-8, max_steps=300).solve(CoupledRows(PATH), b)
     assert found.stats.status.failed and Status.coupled_rows in found.stats.row_status.tolist()
-    apart = Parts(torch.diag(torch.linspace(0.0, 0.9, ROWS)))
+    apart = CoupledRows(torch.diag(torch.linspace(0.0, 0.9, ROWS)))
     found = METHODS[name](rtol=1e-8, max_steps=300).solve(apart, torch.ones(ROWS, 1))
     assert found.stats.row_status.tolist() == [Status.converged] * ROWS and found.stats.vjps == apart.matvecs
     close(found.value, 1 / (1 - torch.linspace(0.0, 0.9, ROWS))[:, None], rtol=1e-6)

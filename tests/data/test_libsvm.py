@@ -89,8 +89,8 @@ def task_of(*overrides: str) -> L2Task:
 @pytest.mark.parametrize("adjoint", ["saba_ijcnn1", "stocbio_ijcnn1", "soba_ijcnn1", "f2sa", "v_pbgd", "cg"])
 def test_the_problem_of_the_suite_takes_batches_and_is_measured_on_all_rows(root: Path, adjoint: str) -> None:
     task = task_of(f"paths.data={root}", f"adjoint={adjoint}", "task.batch_size=30", "task.val_batch_size=20")
-    batch = task.parts.problem.inner_batches.draw()
-    assert batch[0].shape == (30, FEATURES) and task.parts.problem.outer_batches.draw()[1].shape == (20,)
+    batch = task.built.problem.inner_batches.draw()
+    assert batch[0].shape == (30, FEATURES) and task.built.problem.outer_batches.draw()[1].shape == (20,)
     optimizer = torch.optim.SGD([leaf for group in task.groups().values() for leaf in group], lr=0.1)
     task.step(optimizer, lambda gradients: None)
     found = task.evaluate()

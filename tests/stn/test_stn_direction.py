@@ -41,7 +41,7 @@ def test_on_ridge(mode: str) -> None:
     task = StnRidgeTask(stn=options, decay=Positive(0.3, scale=0.05), features=8, rows=40, noise=2.0)
     task.setup(Environment(torch.device("cpu"), DOUBLE, 0, False, torch.Generator().manual_seed(0)))
     values = torch.optim.SGD([task.model.space.u], 0.02)
-    train, valid = task.parts.train.draw, task.parts.valid.draw
+    train, valid = task.built.train.draw, task.built.valid.draw
     for _ in range(500):
         task.tuning.weight_step(train())
     for _ in range(5):

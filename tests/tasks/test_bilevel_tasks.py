@@ -28,7 +28,7 @@ from hyperopt.data.splits import Rows, Splits
 from hyperopt.data.synthetic import Synthetic
 from hyperopt.spaces.space import Positive
 from hyperopt.tasks.base import Environment
-from hyperopt.tasks.bilevel import BilevelTask, Parts
+from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask
 from hyperopt.tasks.linear import L2Task
 from hyperopt.tasks.network import WeightDecayTask
 from hyperopt.tasks.scores import loss_of
@@ -190,7 +190,7 @@ def test_every_digit_has_its_learned_image_in_the_figure() -> None:
 class Normalised(WeightDecayTask):
     """A network with batch normalisation."""
 
-    def build(self, env: Environment) -> Parts:
+    def build(self, env: Environment) -> BilevelSetup:
         parts = super().build(env)
         self.norm = torch.nn.BatchNorm1d(6)
         module = torch.nn.Sequential(torch.nn.Linear(64, 6), self.norm, torch.nn.Linear(6, 10)).to(env.dtype)
@@ -211,13 +211,13 @@ def test_a_check_is_about_the_gradient_step_whatever_trains_the_model(inner: str
 
 def test_rows_to_select_on_are_kept_from_the_hyperparameters() -> None:
     whole, part = made(*L2), made(*L2, "task.selection_rows=20")
-    assert {name: len(rows) for name, rows in part.parts.rows.items()} == {"train": 60, "outer": 40, "val": 20, "test": 60}
-    assert torch.equal(torch.cat([part.parts.rows[name].x for name in ("outer", "val")]), whole.parts.rows["outer"].x)
-    assert whole.parts.rows["outer"] is whole.parts.rows["val"] is whole.splits.val
+    assert {name: len(rows) for name, rows in part.built.rows.items()} == {"train": 60, "outer": 40, "val": 20, "test": 60}
+    assert torch.equal(torch.cat([part.built.rows[name].x for name in ("outer", "val")]), whole.built.rows["outer"].x)
+    assert whole.built.rows["outer"] is whole.built.rows["val"] is whole.splits.val
     grads = []
     for task in (part, made(*L2, "task.selection_rows=20")):
         if grads:
-            task.parts.rows["val"].y[:] = 1 - task.parts.rows["val"].y
+            task.built.rows["val"].y[:] = 1 - task.built.rows["val"].y
         else:
             changed = part.evaluate()["val/loss"]
         grads.append(task.bilevel.step(task.hyper.values()).grad["l2"])

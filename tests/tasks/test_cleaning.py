@@ -62,14 +62,14 @@ def test_the_weights_of_wrong_labels_fall():
 
 def test_the_inner_loss_weighs_each_row_of_its_batch():
     task = made(batch_size=50, decay=0.3)
-    batch = task.parts.problem.inner_batches.draw()
+    batch = task.built.problem.inner_batches.draw()
     lam = {"weights": torch.rand(200, dtype=DOUBLE)}
     w = {name: torch.randn_like(leaf) for name, leaf in task.model.w.items()}
     z = batch[0] @ w["0.weight"].T + w["0.bias"]
     each = z.logsumexp(1) - z.gather(1, batch[1][:, None])[:, 0]
     decay = 0.15 * sum(float(x.square().sum()) for x in w.values())
     expected = (lam["weights"][batch[2]] * each).sum() / 50 + decay
-    torch.testing.assert_close(task.parts.problem.inner(w, lam, batch), expected)
+    torch.testing.assert_close(task.built.problem.inner(w, lam, batch), expected)
 
 
 @dataclass(frozen=True)

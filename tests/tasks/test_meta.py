@@ -148,7 +148,7 @@ def test_one_step_is_first_order_maml() -> None:
     task = made(proximal=0.5, adjoint=OneStep())
     found = gradients(task)["initial"]
     w = {name: leaf.clone().requires_grad_() for name, leaf in task.bilevel.w.items()}
-    loss = task.parts.problem.outer_loss(w, task.hyper.read(), None)
+    loss = task.built.problem.outer_loss(w, task.hyper.read(), None)
     wanted = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
     assert_close(found, sorted(w), {name: 0.5 * 0.02 * g.sum(0) for name, g in wanted.items()})
 

@@ -28,7 +28,7 @@ def exact(task: QuadraticTask, lam: torch.Tensor) -> torch.Tensor:
     (inner, outer), (hessian, _, cross, linear, _) = task.sums, task.sums[0].mean()
     w = -torch.linalg.solve(hessian, cross.T @ lam + linear)
     assert len(inner.x) == task.rows
-    return task.parts.problem.outer_loss(w, {"lam": lam}, outer.flat())
+    return task.built.problem.outer_loss(w, {"lam": lam}, outer.flat())
 
 
 def test_the_value_function_is_that_of_the_losses() -> None:

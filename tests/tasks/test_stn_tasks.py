@@ -42,7 +42,7 @@ def ridge(mode: str, scale: float, updates: int, seed: int = 0) -> dict[str, flo
     try:
         task.setup(Environment(torch.device("cpu"), DOUBLE, seed, False, generator))
         for _ in range(updates):
-            task.tuning.round(task.parts.train.draw, task.parts.valid.draw, torch.optim.SGD([task.model.space.u], 1.0))
+            task.tuning.round(task.built.train.draw, task.built.valid.draw, torch.optim.SGD([task.model.space.u], 1.0))
         return task.evaluate()
     finally:
         torch.set_default_dtype(torch.float32)

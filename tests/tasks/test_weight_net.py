@@ -65,8 +65,8 @@ def test_its_gradient_weighs_each_row_by_its_loss(decay: float) -> None:
     task = made(decay=decay)
     spread(task)
     w = {name: leaf.clone().requires_grad_() for name, leaf in task.model.w.items()}
-    batch = task.parts.problem.inner_batches.draw()
-    found = torch.autograd.grad(task.parts.problem.inner_loss(w, task.hyper.read(), batch), list(w.values()))
+    batch = task.built.problem.inner_batches.draw()
+    found = torch.autograd.grad(task.built.problem.inner_loss(w, task.hyper.read(), batch), list(w.values()))
     losses = losses_of(task, w)
     weights = task.weights(losses)
     assert float(weights.max() - weights.min()) > 0.1

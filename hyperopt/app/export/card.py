@@ -14,7 +14,7 @@ from hyperopt import __version__
 from hyperopt.app.export.file import LONGEST
 from hyperopt.core.text import one_line
 from hyperopt.tasks.base import Task
-from hyperopt.tasks.exports import Learned
+from hyperopt.tasks.exports import LearnedModel
 
 CERTIFICATE = ("hypergrad/error_estimate", "hypergrad/is_bound", "hypergrad/norm")
 PAGE = """# {name}
@@ -60,7 +60,7 @@ Measured at the export: `outer/*` on the fitted rows, `val/*` on those selected 
 
 def card_of(
     task: Task,
-    learned: Learned,
+    learned: LearnedModel,
     text: str,
     cfg: DictConfig,
     facts: Mapping[str, Any],
