@@ -61,4 +61,4 @@ def test_the_pictures_and_links_are_there(page: Path) -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1300
-    assert README.splitlines().index("```python") < 65
+    assert README.splitlines().index("```python") < 45
