@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import options_table
 import pytest
 from composing import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -62,3 +63,10 @@ def test_the_pictures_and_links_are_there(page: Path) -> None:
 def test_the_readme_is_one_page() -> None:
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1300
     assert README.splitlines().index("```python") < 45
+
+
+def test_the_manual_of_the_command_line_lists_every_option() -> None:
+    page = TEXTS[Path("configs/README.md")]
+    assert options_table.written(page) == page, "run python tests/options_table.py"
+    rows = [row.split("|") for row in options_table.table().splitlines()[2:]]
+    assert [row[1] for row in rows if not row[2].strip()] == []
