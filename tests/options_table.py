@@ -1,4 +1,4 @@
-"""The list of options in ``configs/README.md``, made from the comments of the files; ``python tests/options_table.py`` writes it."""
+"""The list of options in ``configs/README.md``, from the files' own comments; ``python tests/options_table.py`` writes it."""
 
 from __future__ import annotations
 
