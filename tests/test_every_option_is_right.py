@@ -181,11 +181,12 @@ CHECKS: dict[Callable[[str], None], tuple[str, ...]] = {
 PAIRS = [(check, option) for check in CHECKS for option in CHECKS[check]]
 IDS = [f"{check.__name__[6:]}-{option}" for check, option in PAIRS]
 # A linear solver is right for an equilibrium already, and these take the longest: in the quick run they are left out.
-QUICK = ("adjoint=cg", "adjoint=auto", "adjoint=unrolled", "adjoint=nystrom", "adjoint=soba", "adjoint=saba", "adjoint=f2sa")
+QUICK = ("adjoint=cg", "adjoint=auto", "adjoint=unrolled", "adjoint=nystrom", "adjoint=soba", "adjoint=saba")
+LONG = ("task/network=deq_resnet", "task.proximal=5", "inner=heavy_ball", "inner=adam")  # others of their kind are quick
 
 
 def marks(check: Callable[[str], None], option: str) -> tuple[pytest.MarkDecorator, ...]:
-    quick = check is check_an_option or not option.startswith("adjoint") or option in QUICK
+    quick = (check is check_an_option or not option.startswith("adjoint") or option in QUICK) and option not in LONG
     return () if quick else (pytest.mark.slow,)
 
 

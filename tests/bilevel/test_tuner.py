@@ -508,9 +508,9 @@ def test_several_batches_are_one_mean() -> None:
         (list(TRAIN), None),
         (TensorDataset(*TRAIN), None),
     ]
+    expected = reference(model, tuner_of(model))
     for given, count in cases:
         tuner = tuner_of(model)
-        expected = reference(model, tuner)
         assert_close(tuner.step(given, VAL, batches=None if count is None else (count, 1)).grad, expected)
 
 
@@ -694,7 +694,11 @@ def test_a_step_costs_at_most_two_gradients_a_product_and_four_more(
     assert calls.count("loss") <= bound, (calls, record)
 
 
-@pytest.mark.parametrize("adjoint", ["auto", EXACT, hyperopt.FiniteDifference()], ids=["auto", "gmres", "finite differences"])
+@pytest.mark.parametrize(
+    "adjoint",
+    ["auto", pytest.param(EXACT, marks=pytest.mark.slow), hyperopt.FiniteDifference()],
+    ids=["auto", "gmres", "finite differences"],
+)
 def test_a_state_continues_to_the_bit(adjoint: Any) -> None:
     import io
 

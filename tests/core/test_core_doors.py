@@ -303,7 +303,9 @@ def test_a_hidden_tensor_given_to_a_transform_is_refused_where_it_would_be_lost(
             PARAMETER_DOORS[door](f)
 
 
-@pytest.mark.parametrize("door", ["backward", "create_graph", "dual", "jacrev", "jacfwd", "func.hessian"])
+@pytest.mark.parametrize(
+    "door", ["backward", *slow_but(("dual", "jacrev"), ["create_graph", "dual", "jacrev", "jacfwd", "func.hessian"])]
+)
 def test_a_solve_inside_the_map(door):
     def f(run):
         def phi(w, a):

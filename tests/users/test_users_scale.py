@@ -105,7 +105,7 @@ INNER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", slow_but(("gradient descent", "heavy ball to a tolerance", "torch adam"), INNER))
 def test_pretrained_start(name, dtype):
     """Trained weights are accepted, also in a second outer step after the hyperparameters have moved."""
     ridge = Ridge()
