@@ -52,6 +52,7 @@ _PUBLIC = {
     "Unrolled": "hyperopt.core.adjoints.unrolled",
     "OneStep": "hyperopt.core.adjoints.onestep",
     "Phantom": "hyperopt.core.adjoints.phantom",
+    "Damped": "hyperopt.core.adjoints.damped",
     "Checkpointed": "hyperopt.core.adjoints.checkpointed",
     "BilevelProblem": "hyperopt.bilevel.problem",
     "Tuner": "hyperopt.bilevel.tuner",
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
     from hyperopt.bilevel.tuner import Tuner as Tuner
     from hyperopt.bilevel.v_pbgd import VPBGD as VPBGD
     from hyperopt.core.adjoints.checkpointed import Checkpointed as Checkpointed
+    from hyperopt.core.adjoints.damped import Damped as Damped
     from hyperopt.core.adjoints.implicit import Implicit as Implicit
     from hyperopt.core.adjoints.onestep import OneStep as OneStep
     from hyperopt.core.adjoints.phantom import Phantom as Phantom

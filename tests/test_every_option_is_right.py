@@ -44,6 +44,7 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "adjoint=unrolled": (EQUILIBRIUM, EXACT),
     "adjoint=checkpointed": (EQUILIBRIUM, EXACT),
     "adjoint=one_step": (EQUILIBRIUM, 0.1),  # off by the size of the Jacobian
+    "adjoint=damped": ((*EQUILIBRIUM, *ADJOINT, "adjoint.damping=1e-3"), 0.01),  # off by about the damping
     "adjoint=phantom": (EQUILIBRIUM, 0.1),  # what five damped steps leave, 0.5^5
     "adjoint=shine": ((*EQUILIBRIUM, "solver=broyden"), 0.1),  # as good as the inverse estimate of the last iterations
     "task/cell=projected": ((*EQUILIBRIUM, *ADJOINT), EXACT),
@@ -112,6 +113,7 @@ ADJOINTS: dict[str, tuple[tuple[str, ...], float]] = {  # through training
     "adjoint=checkpointed": (("inner.max_steps=20",), EXACT),
     "adjoint=nystrom": (CONVERGED, 0.05),  # off by rho, a hundredth of the least curvature
     "adjoint=one_step": (CONVERGED, 0.35),  # v = g, where the step is 1 / L and the curvature between L / 2 and L
+    "adjoint=damped": ((*CONVERGED, *ADJOINT, "adjoint.damping=1e-3"), 0.01),  # off by the damping over the curvature
     "adjoint=phantom": (CONVERGED, 0.35),
     "adjoint=t1t2": ((*CONVERGED, "task.least=0.9", "task.rows=500"), 0.2),  # a Hessian near the identity, which it takes it for
     "adjoint=finite_difference": ((*CONVERGED, "task.least=0.9", "task.rows=500"), 0.2),  # likewise
