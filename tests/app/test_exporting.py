@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
+from marks import slow_but
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
@@ -61,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but([name for name in CASES if name not in ("householder", "implicit")], CASES))
 def test_what_is_read_back_has_the_metrics_of_the_run(name: str, runs: Any) -> None:
     folder = runs(*CASES[name])
     file, card = export(folder, checkpoint="last")
@@ -151,6 +152,7 @@ def test_safetensors(runs: Any, tmp_path: Path) -> None:
     assert torch.equal(held["hyperparameters.decay.0.weight"], one.hyperparameters["decay.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_program_runs_on_its_own(runs: Any, tmp_path: Path) -> None:
     folder = runs(*CASES["equilibrium"])
     with pytest.raises(ExportError, match=r"stops where the numbers say so, and a graph cannot; set --steps T"):

@@ -89,7 +89,7 @@ def test_every_inner_solver_from_a_cold_start(inner):
 
 
 @pytest.mark.parametrize("inner", slow_but(["heavy_ball"], ["gradient_descent", "heavy_ball"]))
-@pytest.mark.parametrize("name", THROUGH)
+@pytest.mark.parametrize("name", slow_but(["unrolled", "checkpointed", "truncated"], THROUGH))
 def test_every_estimator_through_training(name, inner):
     ridge = Ridge()
     solver = TRAINED[inner]

@@ -99,7 +99,7 @@ def test_a_neumann_series_of_few_terms_is_its_formula():
     torch.testing.assert_close(found.grad, -ridge.mixed(w, ridge.lam).T @ u)
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", slow_but(["v_pbgd"], FIRST_ORDER))
 def test_the_bias_of_a_penalty_falls_as_one_over_it(name):
     ridge, errors = Ridge(), []
     exact = ridge.hypergradient(ridge.lam)

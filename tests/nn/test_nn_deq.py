@@ -118,6 +118,7 @@ def test_the_solution_has_statistics_and_no_graph_and_stays_out_of_copies():
     torch.testing.assert_close(fresh(x), value)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_without_a_backward():
     deq, x = DEQ(TinyCell(), Picard(1e-2)), images()
 

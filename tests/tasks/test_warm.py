@@ -243,6 +243,7 @@ def job(out: Path, *overrides: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     shown = ["trainer.monitor=outer/loss", "trainer.eval_every=3"]
     whole = job(tmp_path / "whole", *shown, "trainer.max_steps=7")

@@ -218,6 +218,7 @@ def check_all(seeds: range) -> None:
     assert len(refused) <= len(outcomes) / 10, refused
 
 
+@pytest.mark.slow
 def test_20_drawn_problems():
     check_all(range(20))
 
