@@ -75,10 +75,10 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "task=weight_decay": (NETWORK, EXACT),
     "task=weight_net": (NETWORK, EXACT),
     "task=augmentation": ((*NETWORK, "task.width=2"), EXACT),
-    "task/space@task.l2=bounded": (("task=l2", *ROWS, *CONVERGED), EXACT),
-    "task/space@task.l2=positive": (("task=l2", *ROWS, *CONVERGED, "task.l2.map=softplus"), EXACT),
+    "task/space@task.l2=bounded": (("task=l2", *ROWS, *CONVERGED, "adjoint.rtol=1e-11"), EXACT),
+    "task/space@task.l2=positive": (("task=l2", *ROWS, *CONVERGED, "adjoint.rtol=1e-11", "task.l2.map=softplus"), EXACT),
     "task/space@task.centre=real": (("task=bias_regularization", "dataset=diabetes", *CONVERGED), EXACT),
-    "task.l2.by=projection": (("task=l2", *ROWS, *CONVERGED), EXACT),
+    "task.l2.by=projection": (("task=l2", *ROWS, *CONVERGED, "adjoint.rtol=1e-11"), EXACT),
     "task=few_shot": (
         (
             *("dataset.train=200", "dataset.val=150", "dataset.test=150", "task.channels=[3,4]", "task.tasks=2"),

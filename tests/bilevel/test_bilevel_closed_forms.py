@@ -226,3 +226,20 @@ def test_a_loss_of_any_scale_gives_the_same(name):
     scaled = hyperopt.BilevelProblem(lambda *a: 1e-9 * ridge.inner(*a), lambda *a: 1e9 * ridge.outer(*a))
     found = hyperopt.hypergradient(scaled, ridge.solution(ridge.lam), ridge.lam, adjoint=EXACT[name])
     close(found.grad / 1e9, ridge.hypergradient(ridge.lam))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lbfgs_goes_on_to_rounding_where_its_line_search_ends(seed):
+    """The line search compares losses, which tells nothing below a gradient of about the root of eps."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(12, 16, generator=draw, dtype=DOUBLE), torch.randint(0, 5, (12,), generator=draw)
+    problem = hyperopt.BilevelProblem(
+        inner_loss=lambda w, lam, batch: torch.nn.functional.cross_entropy(x @ w, y) + lam * w.square().sum() / 2,
+        outer_loss=lambda w, lam, batch: w.sum(),
+    )
+    for l2 in (0.5, 0.1, 0.02):
+        lam = torch.tensor(l2, dtype=DOUBLE, requires_grad=True)
+        inner = InnerLBFGS(rtol=1e-11, max_steps=500)
+        found = hyperopt.hypergradient(problem, torch.zeros(16, 5, dtype=DOUBLE), lam, inner=inner)
+        assert found.inner is not None and found.inner.status == Status.converged
+        assert found.inner.iterations.item() < 60

@@ -22,6 +22,7 @@ from hyperopt.core.checks import check_count
 from hyperopt.core.status import SolveStats
 from hyperopt.core.tree import total_norm, tree_norm
 
+HALVINGS = 3  # of a full step that does not lower the gradient
 SCALE = 1e12  # norm to which the first gradient is scaled, if the range of the dtype allows
 
 
@@ -57,8 +58,8 @@ class InnerLBFGS(InnerSolver):
 class _LBFGSTraining(Training):
     """A training by L-BFGS, on one batch.
 
-    If the line search makes no more progress, and a full step without it does not lower the gradient either, the gradient is at
-    its rounding floor: the step is undone, and no other is made.
+    If the line search makes no more progress, and a full step without it does not lower the gradient either, nor one of its
+    halves, the gradient is at its rounding floor: the step is undone, and no other is made.
     """
 
     attentive = True  # a step costs several evaluations, much more than a check
@@ -78,7 +79,14 @@ class _LBFGSTraining(Training):
     def take(self) -> list[Tensor]:
         """Return the gradient after the last step or, if that step is undone, before it."""
         grads = self.work.gradient()
-        if self.work.searched_out and not bool(total_norm(grads) < self.norm):
+        if not self.work.searched_out:
+            return grads
+        for _ in range(HALVINGS):
+            if bool(total_norm(grads) < self.norm):
+                return grads
+            self.work.halve()
+            grads = self.work.gradient()
+        if not bool(total_norm(grads) < self.norm):
             self.stuck = True
             self.work.restore()
             grads = self.work.gradient()
@@ -140,6 +148,13 @@ class _Steps:
             self.searched_out = True
             self._optimizer.param_groups[0]["line_search_fn"] = None
             self._optimizer.step(self._closure)
+
+    def halve(self) -> None:
+        """Go back half of the last step."""
+        with torch.no_grad():
+            for x, old in zip(self.w.flat, self._before, strict=True):
+                x.lerp_(old, 0.5)
+        self._optimizer.state[self.w.flat[0]]["t"] *= 0.5  # the length from which torch computes the next pair of differences
 
     def restore(self) -> None:
         """Undo the last step."""
