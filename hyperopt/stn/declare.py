@@ -28,6 +28,17 @@ class Tuned(ABC):
         init: initial value, inside the space and not on a bound.
         scale: initial standard deviation of its perturbation in R, above 0.
         per: ``example``: every row of a batch has its own perturbation; ``batch``: all rows share one.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 3.3.
+
+    Example:
+        >>> from hyperopt import stn
+        >>> rate = stn.Bounded(0.25, 0.0, 0.9)
+        >>> isinstance(rate, stn.Tuned), rate.saturated(0.0) is None  # 0 in R is the middle of the interval
+        (True, True)
     """
 
     init: float
@@ -71,8 +82,21 @@ class Bounded(Tuned):
     """A number between ``low`` and ``high``, by a scaled sigmoid.
 
     Attributes:
+        init: initial value, inside the space and not on a bound.
+        scale: initial standard deviation of its perturbation in R, above 0.
+        per: ``"example"``: every row of a batch has its own perturbation; ``"batch"``: all rows share one.
         low: the lower bound, finite.
         high: the upper bound, finite and above ``low``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> dropout = stn.Bounded(0.25, low=0.0, high=0.9)
+        >>> float(dropout.value(torch.tensor(0.0)))  # 0 in R is the middle of the interval
+        0.44999998807907104
     """
 
     init: float = 0.5
@@ -103,7 +127,20 @@ class Positive(Tuned):
     """A number above 0.
 
     Attributes:
+        init: initial value, inside the space and not on a bound.
+        scale: initial standard deviation of its perturbation in R, above 0.
+        per: ``"example"``: every row of a batch has its own perturbation; ``"batch"``: all rows share one.
         map: ``exp``, whose steps are relative, or ``softplus``, whose steps are absolute for large values.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> decay = stn.Positive(1e-3)
+        >>> float(decay.value(torch.tensor(0.0)))  # exp(0)
+        1.0
     """
 
     init: float = 1.0
@@ -134,8 +171,21 @@ class Discrete(Tuned):
     the weights' response to m moves it.
 
     Attributes:
+        init: initial value, inside the space and not on a bound.
+        scale: initial standard deviation of its perturbation in R, above 0.
+        per: ``"example"``: every row of a batch has its own perturbation; ``"batch"``: all rows share one.
         low: the least value.
         high: the largest value, above ``low``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> holes = stn.Discrete(1, low=0, high=4)
+        >>> [float(holes.value(torch.tensor(m))) for m in (-10.0, 0.0, 10.0)]
+        [0.0, 2.0, 4.0]
     """
 
     init: int = 1

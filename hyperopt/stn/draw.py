@@ -62,6 +62,13 @@ class Draw:
         responds: False if ``delta`` is 0 and has no derivative, so that layers need no response.
         hidden: whether reading ``h`` is refused, since a validation loss must see only the weights.
         seen: a set to which the names that are read from ``h`` are added, or None.
+
+    Example:
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"dropout": stn.Bounded(0.25, 0.0, 0.9)})
+        >>> draw = space.draw(rows=5)
+        >>> draw.h["dropout"].shape, bool((draw.h["dropout"] < 0.9).all())
+        (torch.Size([5]), True)
     """
 
     space: HyperSpace

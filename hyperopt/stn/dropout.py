@@ -15,6 +15,20 @@ class Dropout(InContext, nn.Dropout):
     Args:
         name: name of the hyperparameter.
         inplace: as in ``torch.nn.Dropout``, for the plain network that ``collapse`` returns.
+
+    Raises:
+        KeyError: the draw has no hyperparameter of this name.
+
+    Reference: Srivastava et al., JMLR 15, 2014; MacKay et al., ICLR 2019, arXiv 1903.03088.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"rate": stn.Bounded(0.5, 0.0, 0.9)})
+        >>> net = stn.convert(torch.nn.Sequential(torch.nn.Linear(2, 100), stn.Dropout("rate")), space)
+        >>> dropped = net(torch.ones(1, 2), space.draw(rows=1)) == 0
+        >>> 0 < int(dropped.sum()) < 100
+        True
     """
 
     plain = nn.Dropout

@@ -112,6 +112,15 @@ class HyperLayer(InContext):
         silent: weights that never respond.
         responses: the response of each responding weight, by its name in the layer.
         examples: the dimension of its inputs that has the examples.
+
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> net = stn.convert(torch.nn.Linear(3, 1), stn.HyperSpace({"decay": stn.Positive(0.1)}))
+        >>> isinstance(net.module, stn.HyperLayer), isinstance(net.module, torch.nn.Linear), sorted(net.module.responses)
+        (True, True, ['bias', 'weight'])
     """
 
     axis: ClassVar[int] = 0

@@ -36,6 +36,18 @@ class STN(nn.Module):
     Attributes:
         module: the converted network.
         space: its hyperparameters.
+        context: what its layers share during a call; ``convert`` makes it.
+
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> plain = torch.nn.Linear(3, 1)
+        >>> net = stn.convert(plain, stn.HyperSpace({"decay": stn.Positive(0.1)}))
+        >>> x = torch.ones(2, 3)
+        >>> torch.allclose(net(x), plain(x)), type(net.collapse()).__name__  # a new network does not respond yet
+        (True, 'Linear')
     """
 
     def __init__(self, module: nn.Module, space: HyperSpace, context: Context) -> None:
@@ -209,10 +221,15 @@ def convert(
         skip: names of modules whose weights do not respond, nor do those of the modules inside them.
         respond: False: no weights respond, as for a plain network that reads the same draws; see ``hyperopt.stn.replay``.
 
+    Returns:
+        ``STN``: the network, a copy of ``module`` whose weights respond.
+
     Raises:
         ValueError: a layer has parameters but no hyper-layer, or a parametrization that cannot be set to a given weight; the
             network is compiled or wrapped; a name in ``skip`` does not exist; a dropout has no hyperparameter; or nothing can
             respond. The message names it and says what to do.
+
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
 r"""Rates that need no tuning: every step is measured in what the training itself shows of its scales.
 
-.. math:: \Delta p = -\eta_t \, s \, \frac{g}{\sqrt{\max(v, g^2) + c^2}}, \qquad \eta_t = \tfrac12 \eta \, (1 + \cos(\pi t / T))
+$$\Delta p = -\eta_t \, s \, \frac{g}{\sqrt{\max(v, g^2) + c^2}}, \qquad \eta_t = \tfrac12 \eta \, (1 + \cos(\pi t / T))$$
 
 with the gradient g and the running mean v of its square. For the hyperparameters s is the scale sigma of their perturbation, c
 the running mean of the slope ``dL_valid / d sigma``, and eta 0.4. For the weights s = 1, for the response s = 1 / sigma, since it

@@ -36,6 +36,17 @@ class SelfTuningSettings:
             (None: they are constant).
         check_every: rounds from one check of the response to the next, which changes nothing of the training; 0: no checks.
         check_steps: steps of each of the four trainings of a check; see ``hyperopt.stn.response_check``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514.
+
+    Example:
+        >>> import hyperopt
+        >>> settings = hyperopt.SelfTuningSettings(warmup=10, train_steps=5)
+        >>> settings.train_steps, settings.valid_steps
+        (5, 1)
     """
 
     mode: str = "centred"
@@ -83,6 +94,12 @@ class Round:
             ``stn/train_loss``, ``stn/valid_loss``, ``stn/updates``, and, where it was checked, ``stn/response_error``.
         step: how many rounds were made, with this one.
         gradients: what it cost, in gradient evaluations.
+
+    Example:
+        >>> from hyperopt import stn
+        >>> record = stn.Round(warming=False, train_loss=0.5, valid_loss=0.7, metrics={"hyper/decay": 0.01}, step=3, gradients=4)
+        >>> record
+        step 3: val_loss=0.7, train_loss=0.5, decay=0.01, 4 gradient evaluations
     """
 
     warming: bool

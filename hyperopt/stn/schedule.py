@@ -28,6 +28,13 @@ class TunedSchedule:
         steps: number of updates of the weights in each round.
         raw: the hyperparameters of each round, in R.
         values: their values, for readers of the file.
+
+    Example:
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"decay": stn.Positive(1.0)})
+        >>> schedule = stn.TunedSchedule.of(space, [(2, [0.0]), (1, [1.0])])  # updates of the weights, variables in R
+        >>> schedule.updates, schedule.each()
+        (3, [(0.0,), (0.0,), (1.0,)])
     """
 
     names: tuple[str, ...]
@@ -111,6 +118,19 @@ def replay(
 
     Raises:
         ValueError: the space has other names than the schedule.
+
+    Reference: Bae & Grosse, NeurIPS 2020, arXiv 2010.13514.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"decay": stn.Positive(1.0)})
+        >>> schedule = stn.TunedSchedule.of(space, [(20, [0.0]), (20, [1.0])])
+        >>> def train_loss(net, batch, draw):
+        ...     return (net(batch, draw) - 1).square().mean() + (draw.h["decay"] * net.squared_norm(draw)).mean()
+        >>> trained = stn.replay(schedule, torch.nn.Linear(2, 1), space, train_loss, lambda: torch.ones(4, 2))
+        >>> round(trained.space.values()["decay"], 2)  # the last of the schedule, e
+        2.72
     """
     if space.names != schedule.names:
         raise ValueError(

@@ -40,6 +40,8 @@ class HyperSpace(nn.Module):
         ValueError: there are no hyperparameters, two have the same name, one is something else, or an initial value is outside
             of its space.
 
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088.
+
     Example:
         >>> from hyperopt.stn import Bounded, HyperSpace, Positive
         >>> space = HyperSpace({"dropout": Bounded(0.25, 0.0, 0.9), "decay": Positive(1e-3, per="batch")})

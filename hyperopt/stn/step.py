@@ -57,6 +57,8 @@ class SelfTuning(Updates):
     Raises:
         ValueError: an optimizer or a schedule cannot work here.
 
+    Reference: MacKay et al., ICLR 2019, arXiv 1903.03088; Bae & Grosse, NeurIPS 2020, arXiv 2010.13514.
+
     Example:
         >>> import torch
         >>> from hyperopt.stn import HyperSpace, Positive, SelfTuning, convert

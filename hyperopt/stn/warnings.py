@@ -16,7 +16,21 @@ TRIVIAL = 0.01  # a training loss below this fraction of the validation loss is 
 
 
 class TuningError(ArithmeticError):
-    """A loss, a hyperparameter or a scale is not finite; the message names it and what to change."""
+    """A loss, a hyperparameter or a scale is not finite; the message names it and what to change.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> net = stn.convert(torch.nn.Linear(1, 1), stn.HyperSpace({"decay": stn.Positive(0.1)}))
+        >>> def train_loss(net, x, draw):
+        ...     return net(x, draw).sum() / (0 * draw.h["decay"].sum())
+        >>> tuning = stn.SelfTuning(net, train_loss, lambda net, x, draw: net(x).sum())
+        >>> try:
+        ...     record = tuning.round(lambda: torch.ones(2, 1), lambda: torch.ones(2, 1))
+        ... except stn.TuningError:
+        ...     print("a loss is not finite")
+        a loss is not finite
+    """
 
 
 class Watch:
