@@ -45,7 +45,7 @@ ENTRIES = ("hyper", "optimizer", "memory", "weights", "decays", "train", "val", 
 class Tuner:
     r"""Move hyperparameters by hypergradients, beside the user's own training loop.
 
-    .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
+    $$dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.$$
 
     Args:
         model: the module that is trained, as the loop uses it; it may be compiled or wrapped in ``DistributedDataParallel``.
@@ -64,6 +64,8 @@ class Tuner:
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and what to give instead.
+
+    Reference: Lorraine et al., AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
 
     The weights are the parameters that require grad at the time of a step and, once an optimizer has stepped, that it holds. In
     ``torch.distributed`` each rank gives its own batches, and the losses are means over the rows of all ranks.

@@ -77,12 +77,19 @@ def load_exported(path: str | Path, *, allow_targets: Sequence[str] = ()) -> Exp
         path: ``model.pt`` or ``model.safetensors``.
         allow_targets: packages of yours that hold the task, the cell or the network.
 
+    Returns:
+        ``Exported``: ``module`` from rows to outputs, ``hyperparameters`` by name, and the ``card``.
+
     Raises:
         ExportError: there is no such file, it is not an export, or this version cannot build its config.
 
     Example:
-        model = hyperopt.load_exported("outputs/mine/export/model.pt")
-        print(model.predict(model.prepare(images)), model.card["metrics"])
+        >>> import hyperopt
+        >>> try:
+        ...     model = hyperopt.load_exported("no/such/model.pt")
+        ... except Exception as error:  # with a file, model.predict(model.prepare(images)) are its outputs
+        ...     print(type(error).__name__)
+        ExportError
     """
     path = Path(path)
     tensors, card = read(path)
