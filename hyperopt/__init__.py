@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hyperopt.core.lazy import lazily
 
 __version__ = "0.1.0"
+__docformat__ = "google"  # for pdoc
 
 _PUBLIC = {
     "fixed_point": "hyperopt.core.fixed_point",

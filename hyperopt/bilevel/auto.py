@@ -31,8 +31,6 @@ with one batch for all products it is 63 % off.
 
 After CG was not used, it is tried again 1, 2, 4, ..., 32 outer steps later. ``state.memory["auto"]`` keeps what must be
 remembered.
-
-References: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
 from __future__ import annotations
@@ -80,6 +78,22 @@ class Auto(ImplicitAdjoint):
         rtol: relative tolerance of CG and MINRES, above 0.
         max_steps: largest number of products in one attempt by CG or MINRES, at least 1.
         terms: largest number of terms of the Neumann series, at least 1 (None: the steps of ``inner``, clipped to 20 to 100).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Lorraine, Vicol & Duvenaud, AISTATS 2020, arXiv 1911.02590; Grazzi et al., ICML 2020, arXiv 2006.16218.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> adjoint = hyperopt.Auto(rtol=1e-6)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.tensor([0.5]), torch.ones(()), adjoint=adjoint)
+        >>> round(float(estimate.grad), 3)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        -0.25
     """
 
     rtol: float = 1e-6

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hyperopt.bilevel.loaders import LoaderBatches
 from hyperopt.core.state import check_entries
+from hyperopt.core.text import described
 from hyperopt.data.batches import Batches
 from hyperopt.data.sparse import SparseRows
 
@@ -35,6 +36,10 @@ class BatchSource(Protocol):
 
 class NoBatches:
     """The source for losses that bring their own data: the batch is None."""
+
+    def __repr__(self) -> str:
+        """Return the name of the class."""
+        return described(self)
 
     def draw(self) -> Any:
         """Return None."""
@@ -74,6 +79,13 @@ class Minibatches:
 
     Raises:
         ValueError: the tensors have no rows or different numbers of rows, or there are fewer rows than ``size``.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> batches = hyperopt.Minibatches((torch.eye(5), torch.arange(5)), size=2)
+        >>> x, y = batches.draw()
+        >>> x.shape, torch.equal(x.argmax(1), y), batches
+        (torch.Size([2, 5]), True, Minibatches(tensors=(float32[5, 5], int64[5]), size=2))
     """
 
     def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep", key: str = "size") -> None:
@@ -92,6 +104,10 @@ class Minibatches:
             )
         self.tensors = tensors
         self.order = Batches(rows, size, seed, last)
+
+    def __repr__(self) -> str:
+        """Return the shapes of the tensors and the size of a batch."""
+        return described(self, tensors=self.tensors, size=self.order.size)
 
     def draw(self) -> Any:
         """Return the next batch, in the structure of ``tensors``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.text import described
 from hyperopt.core.tree import tree_norm
 
 
@@ -77,13 +78,23 @@ class Choice:
         step: step of the gradient-step map (None: the method does not depend on it).
         curvature: the matrix of the system, see ``ProductSettings``.
         resample: whether each product used a draw of its own.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> choice = hyperopt.hypergradient(problem, torch.tensor([0.5]), torch.ones(()), adjoint="auto").choice
+        >>> print(choice)
+        CG: it met its tolerance and no negative curvature
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ("CG", "MINRES", "Neumann", "Neumann, Gauss-Newton")
 
     name: str
     why: str
-    adjoint: Any
+    adjoint: Any = field(repr=False)
     step: float | None = None
     curvature: str = "hessian"
     resample: bool = False
@@ -93,7 +104,7 @@ class Choice:
         return f"{self.name}: {self.why}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Estimate:
     """One hypergradient.
 
@@ -110,6 +121,16 @@ class Estimate:
             hypergradient is exactly zero.
         note: what to change, if the adjoint solve diverged.
         choice: which adjoint ``adjoint="auto"`` chose and why (None: an adjoint was given).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.tensor([0.5]), torch.ones(()))
+        >>> round(float(estimate.grad), 3), estimate.status.name, estimate.cost.hessian_products > 0
+        (-0.25, 'converged', True)
     """
 
     grad: Any
@@ -122,6 +143,11 @@ class Estimate:
     unused: tuple[str, ...] = ()
     note: str = ""
     choice: Choice | None = None
+
+    def __repr__(self) -> str:
+        """Return the shape of the hypergradient, its norm, and how it was found."""
+        found = {"grad": self.grad, "norm": self.norm, "loss": self.loss, "status": self.status.name}
+        return described(self, **found, certificate=self.certificate, choice=self.choice and self.choice.name)
 
     def statuses(self) -> dict[str, Status]:
         """Return how the solves ended, by the names ``inner`` and ``adjoint``."""

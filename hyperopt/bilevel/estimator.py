@@ -17,7 +17,25 @@ from hyperopt.bilevel.problem import BilevelProblem
 
 
 class Estimator(ABC):
-    """A method that computes a hypergradient."""
+    """A method that computes a hypergradient.
+
+    Attributes:
+        estimate: the one method that a subclass defines; see below.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> class ZeroAdjoint(hyperopt.Estimator):
+        ...     def estimate(self, problem, lam, state):
+        ...         found = hyperopt.hypergradient(problem, state.w, lam, adjoint=hyperopt.T1T2())
+        ...         found.grad = torch.zeros_like(lam)
+        ...         return found
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> hyperopt.Bilevel(problem, torch.tensor([0.5]), adjoint=ZeroAdjoint()).step(torch.ones(())).grad
+        tensor(0.)
+    """
 
     @abstractmethod
     def estimate(self, problem: BilevelProblem, lam: Any, state: State) -> Estimate:

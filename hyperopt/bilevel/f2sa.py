@@ -10,8 +10,6 @@ The bias is ``O(1 / lambda)``. Three details differ from the paper. Its step for
 the size of the step for ``z``; here both steps are equal in that sense. It draws independent batches for ``y`` and ``z``; here
 both copies see the same batches, whose noise cancels in the difference that ``lambda`` multiplies. Its outer step falls as
 ``1 / lambda``; here that is left to the outer optimizer.
-
-Reference: Kwon, Kwon, Wright & Nowak, ICML 2023, arXiv 2301.10945, algorithm 1.
 """
 
 from __future__ import annotations
@@ -35,9 +33,27 @@ class F2SA(Stochastic):
     """F2SA: two copies of the weights, and a penalty that grows by the same amount in every outer step.
 
     Args:
+        step_size: step size of the gradient steps in ``w``, above 0.
         steps: gradient steps of each copy per outer step (T), at least 1.
         multiplier: the first penalty, ``lambda_0``, above 0; the bias of the hypergradient is ``O(1 / lambda)``.
         growth: increase of the penalty in every outer step, ``delta``, above 0.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Kwon, Kwon, Wright & Nowak, ICML 2023, arXiv 2301.10945, algorithm 1.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> method = hyperopt.F2SA(step_size=0.4, multiplier=1000.0)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: (w - lam).square().sum(),
+        ...     outer_loss=lambda w, lam, batch: (w - 3).square().sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.zeros(1), adjoint=method)
+        >>> estimate = bilevel.step(torch.zeros(1))
+        >>> round(float(estimate.grad), 1)  # w = lam, so the exact hypergradient at lam = 0 is 2 (0 - 3)
+        -6.0
     """
 
     steps: int = 10

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hyperopt.core.purity import lazy_names
+from hyperopt.core.text import described
 
 
 class Functional:
@@ -33,10 +34,11 @@ class Functional:
 
     Example:
         >>> import torch, hyperopt
-        >>> model = hyperopt.Functional(torch.nn.Linear(2, 1))
-        >>> def inner_loss(w, lam, batch):
-        ...     x, y = batch
-        ...     return ((model(w, x) - y) ** 2).mean() + lam * sum((p**2).sum() for p in w.values())
+        >>> module = torch.nn.Linear(2, 1)
+        >>> model = hyperopt.Functional(module)
+        >>> zeros = {name: torch.zeros_like(p) for name, p in model.w.items()}
+        >>> model(zeros, torch.ones(1, 2)), torch.equal(model(model.w, torch.ones(1, 2)), module(torch.ones(1, 2)))
+        (tensor([[0.]]), True)
     """
 
     def __init__(self, module: nn.Module, without: Iterable[Tensor] = ()) -> None:
@@ -56,6 +58,10 @@ class Functional:
         self.w: dict[str, Tensor] = {name: p.detach() for name, p in weights.items()}
         if not self.w:
             raise ValueError(f"no parameter of {type(module).__name__} requires grad: there is nothing to train")
+
+    def __repr__(self) -> str:
+        """Return the module's class and the shapes of the weights."""
+        return described(self, module=type(self.module), w=self.w)
 
     def __call__(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Return ``module(*args, **kwargs)`` at the parameters ``w``."""

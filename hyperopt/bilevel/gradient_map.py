@@ -22,6 +22,7 @@ from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.inner.base import DifferentiableSolver
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.captured import functorch_level
+from hyperopt.core.text import described
 
 
 class GradientMap:
@@ -32,6 +33,9 @@ class GradientMap:
         inner: the inner solver whose step the map takes.
         batches: the batch of each step in turn; the state then includes the number of the step (None: the problem's next
             batch, drawn once, serves every step).
+
+    Raises:
+        ValueError: a rate of the inner solver is out of its range.
 
     Example:
         >>> import torch, hyperopt
@@ -47,6 +51,10 @@ class GradientMap:
         """Keep the arguments."""
         self.problem, self.inner, self.batches = problem, inner, batches
         self._evaluations: dict[int, Evaluation] = {}
+
+    def __repr__(self) -> str:
+        """Return the inner solver and the problem."""
+        return described(self, inner=self.inner, problem=self.problem)
 
     def start(self, w: Any) -> Any:
         """Return the initial state: ``w`` itself if the solver keeps nothing else."""

@@ -37,6 +37,7 @@ from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.core.status import Solution
+from hyperopt.core.text import described
 
 
 def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver | None, products: ProductSettings) -> Estimator:
@@ -124,7 +125,7 @@ def hypergradient(
 ) -> Estimate:
     r"""Return the hypergradient of a trained inner problem.
 
-    .. math:: dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.
+    $$dE/d\lambda = d_\lambda E - (d_\lambda \nabla_w L)^T u, \qquad H u = d_w E.$$
 
     Args:
         problem: the two losses.
@@ -183,6 +184,24 @@ class Bilevel:
 
     Attributes:
         state: the weights and what the method remembers.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the method would ignore it; the message names it.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218; Lorraine et al., AISTATS 2020, arXiv 1911.02590.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.zeros(1), inner=hyperopt.InnerLBFGS())
+        >>> lam = torch.ones((), requires_grad=True)
+        >>> estimate = bilevel.step(lam)  # trains w to 1 / (1 + lam)
+        >>> estimate.backward(lam)
+        >>> round(float(bilevel.w), 3), round(float(lam.grad), 3)
+        (0.5, -0.25)
     """
 
     def __init__(
@@ -200,6 +219,10 @@ class Bilevel:
         self.problem, w = self._tied.apart(problem, w)
         self.estimator = estimator_of(adjoint, inner, products or ProductSettings())
         self.state = State(optree.tree_map(lambda x: x.detach(), w))
+
+    def __repr__(self) -> str:
+        """Return the shapes of the weights, the method and the losses."""
+        return described(self, w=self.w, estimator=type(self.estimator), problem=self.problem)
 
     @property
     def w(self) -> Any:

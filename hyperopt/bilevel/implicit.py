@@ -5,9 +5,6 @@
 This is the adjoint of the gradient-step map, with ``v = u / step``, and it does not depend on the solver that found ``w``. The
 system is solved by the same linear solvers as every other adjoint system of this package. A learning rate or momentum of the
 inner solver has a hypergradient of exactly zero here, because a minimum does not depend on the way to it.
-
-References: Bengio, Neural Computation 12, 2000; Pedregosa, ICML 2016, arXiv 1602.02355; Lorraine et al., AISTATS 2020,
-arXiv 1911.02590, algorithm 2; Grazzi et al., ICML 2020, arXiv 2006.16218, algorithm 2.
 """
 
 from __future__ import annotations
@@ -60,6 +57,23 @@ class ProductSettings:
         keep: whether the graph of the gradient is kept from one Hessian product to the next. If not, each product builds it
             again, which takes less memory and more time.
         power: settings of the power iteration.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Bengio, Neural Computation 12, 2000; Pedregosa, ICML 2016, arXiv 1602.02355; Lorraine et al., AISTATS 2020, arXiv
+    1911.02590, algorithm 2; Grazzi et al., ICML 2020, arXiv 2006.16218, algorithm 2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> products = hyperopt.ProductSettings(curvature="finite_differences")
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.tensor([0.5]), products=products)
+        >>> round(float(bilevel.step(torch.ones(())).grad), 2)
+        -0.25
     """
 
     step: float | None = None

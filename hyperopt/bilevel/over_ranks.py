@@ -21,6 +21,16 @@ def over_ranks(problem: BilevelProblem) -> BilevelProblem:
     their first dimension. ``w`` and ``lam`` must be the same on all ranks and reach the loss through its arguments. A loss
     whose batch is None is computed in full on every rank. With one rank the result is the problem itself.
 
+    Args:
+        problem: the problem of this rank: its losses are means over the rows of a batch, and its sources of batches give all
+            rows.
+
+    Returns:
+        ``BilevelProblem``: the problem on the rows of all ranks; with one rank, ``problem`` itself.
+
+    Raises:
+        TypeError, ValueError: a source of batches cannot be shared out.
+
     Example:
         >>> import torch, hyperopt
         >>> data = torch.randn(100, 3), torch.randn(100)
@@ -30,7 +40,8 @@ def over_ranks(problem: BilevelProblem) -> BilevelProblem:
         ...     inner_batches=hyperopt.Minibatches(data, size=20),
         ...     outer_batches=hyperopt.Minibatches(data),
         ... )
-        >>> problem = hyperopt.over_ranks(problem)  # under torchrun, after init_process_group
+        >>> hyperopt.over_ranks(problem) is problem  # one rank; under torchrun call it after init_process_group
+        True
     """
     if distributed.ranks() == 1:
         return problem

@@ -8,9 +8,6 @@ a random batch ``k`` of ``m``, with a fraction ``q_k`` of the rows, and a term `
 The direction is unbiased and its variance vanishes as the method converges. So constant steps suffice, and convergence is
 linear if the outer objective satisfies a Polyak-Lojasiewicz inequality. The tables hold, for each inner batch, three numbers a
 weight or hyperparameter. The first step fills them, which costs a pass over all rows.
-
-Reference: Dagreou, Ablin, Vaiter & Moreau, NeurIPS 2022, arXiv 2201.13409, section 2 (SABA); SAGA: Defazio, Bach &
-Lacoste-Julien, NIPS 2014, arXiv 1407.0202.
 """
 
 from __future__ import annotations
@@ -96,7 +93,31 @@ class SABA(SingleLoop):
     """The single-loop method with tables of the last terms of every batch.
 
     Args:
+        step_size: step size of the gradient steps in ``w``, above 0.
+        adjoint_step: step size in ``u``, above 0 (None: ``step_size``).
+        decay: both step sizes are multiplied by ``(1 + t / horizon)^-decay`` in outer step ``t``; in [0, 1], 0 for constant
+            steps.
+        horizon: see ``decay``; in outer steps, above 0.
         seed: seed of the order in which batches are visited, at least 0.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Dagreou, Ablin, Vaiter & Moreau, NeurIPS 2022, arXiv 2201.13409, section 2 (SABA); SAGA: Defazio, Bach &
+    Lacoste-Julien, NIPS 2014, arXiv 1407.0202.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> method = hyperopt.SABA(step_size=0.4)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: (w - lam).square().sum(),
+        ...     outer_loss=lambda w, lam, batch: (w - 3).square().sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.zeros(1), adjoint=method)
+        >>> for _ in range(15):
+        ...     estimate = bilevel.step(torch.zeros(1))
+        >>> round(float(estimate.grad), 1)  # w = lam, so the exact hypergradient at lam = 0 is 2 (0 - 3)
+        -6.0
     """
 
     seed: int = 0

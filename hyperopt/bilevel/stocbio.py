@@ -4,8 +4,6 @@
 
 Training continues from the present weights, and the series starts at zero. A hypergradient takes D batches for training, one of
 the outer loss, Q for the series and one for the mixed product. Its error is ``(1 - eta mu)^Q`` plus noise.
-
-Reference: Ji, Yang & Liang, ICML 2021, arXiv 2010.07962, algorithms 1 and 2.
 """
 
 from __future__ import annotations
@@ -34,9 +32,27 @@ class StocBiO(Stochastic):
     """stocBiO: some steps of training, then a Neumann series with a batch for each of its terms.
 
     Args:
+        step_size: step size of the gradient steps in ``w``, above 0.
         steps: training steps per outer step (D), at least 1.
         terms: number of Hessian products (Q), at least 1.
         adjoint_step: step size of the series, ``eta``, above 0 (None: ``step_size``).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Ji, Yang & Liang, ICML 2021, arXiv 2010.07962, algorithms 1 and 2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> method = hyperopt.StocBiO(step_size=0.4)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: (w - lam).square().sum(),
+        ...     outer_loss=lambda w, lam, batch: (w - 3).square().sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.zeros(1), adjoint=method)
+        >>> estimate = bilevel.step(torch.zeros(1))
+        >>> round(float(estimate.grad), 1)  # w = lam, so the exact hypergradient at lam = 0 is 2 (0 - 3)
+        -6.0
     """
 
     steps: int = 10

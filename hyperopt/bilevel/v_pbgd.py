@@ -16,8 +16,6 @@ The paper uses all rows for every gradient. With minibatches, ``y`` moves on the
 difference that ``gamma`` multiplies is taken on that batch before either moves, so that noise in both copies cancels. With a
 batch of its own, ``y`` would drift away from ``w``, permanently if the batches go through the rows in epochs, because one copy
 then sees rows that the other has not seen. More than one step (T > 1) would have the same effect, so it is refused there.
-
-Reference: Shen & Chen, ICML 2023, arXiv 2302.05185, algorithm 1 (V-PBGD).
 """
 
 from __future__ import annotations
@@ -41,11 +39,30 @@ class VPBGD(Stochastic):
     """V-PBGD: two copies of the weights, and a penalty that grows linearly from ``start`` to ``end`` and then stays.
 
     Args:
+        step_size: step size of ``y``, the second copy of the weights, above 0.
         steps: gradient steps of ``w`` per outer step (T), at least 1; more than 1 is allowed only without minibatches.
         inner_step: step size of ``w``, above 0 (None: ``step_size``, the step size of ``y``).
         start: the first penalty ``gamma``, at least 0.
         end: the last penalty, above ``start``; the bias of the hypergradient is ``O(1 / end)``.
         ramp: number of outer steps from ``start`` to ``end``, at least 1.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Shen & Chen, ICML 2023, arXiv 2302.05185, algorithm 1 (V-PBGD).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> method = hyperopt.VPBGD(step_size=0.4, start=1000.0, end=1001.0)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: (w - lam).square().sum(),
+        ...     outer_loss=lambda w, lam, batch: (w - 3).square().sum(),
+        ... )
+        >>> bilevel = hyperopt.Bilevel(problem, torch.zeros(1), adjoint=method)
+        >>> for _ in range(15):
+        ...     estimate = bilevel.step(torch.zeros(1))
+        >>> round(float(estimate.grad), 1)  # w = lam, so the exact hypergradient at lam = 0 is 2 (0 - 3)
+        -6.0
     """
 
     steps: int = 1

@@ -78,7 +78,22 @@ SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # pyright: ignore[reportAttrib
 
 
 class ClosureError(RuntimeError):
-    """The map depends on a tensor in a way that would lose its derivative."""
+    """The map depends on a tensor in a way that would lose its derivative.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> class Times(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, w, b):
+        ...         return w * b
+        >>> b = 0.5 * torch.ones((), requires_grad=True)  # computed outside of the map
+        >>> holder = [b]
+        >>> try:
+        ...     hyperopt.fixed_point(lambda w: Times.apply(w, holder[0]), torch.ones(1, 1))
+        ... except hyperopt.ClosureError as error:
+        ...     print("args=" in str(error))
+        True
+    """
 
 
 class Swap(TorchFunctionMode):

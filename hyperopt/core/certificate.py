@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
+from hyperopt.core.text import described
 
 # For these methods the residual is valid even after a fixed number of steps: it was measured at the value or one step before.
 MEASURED = ("Picard", "Neumann", "GMRES", "BiCGStab", "CG", "NormalCG", "Dense", "Nystrom")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Constants:
     """Constants that a cell and an outer loss declare: numbers, or one number for each row, shape (rows,).
 
@@ -37,6 +38,13 @@ class Constants:
         input_lipschitz: Lipschitz constant of ``w -> d_lam phi``.
         outer_lipschitz: Lipschitz constant of ``w -> d_w E``, the part of one row.
         direct_lipschitz: Lipschitz constant of ``w -> d_lam E``, the part of one row.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218, theorem 2.2.
+
+    Example:
+        >>> import hyperopt
+        >>> hyperopt.Constants(contraction=0.5, jacobian_lipschitz=0.0, input_norm=1.0, input_lipschitz=0.0)
+        Constants(contraction=0.5, jacobian_lipschitz=0, input_norm=1, input_lipschitz=0, outer_lipschitz=0, direct_lipschitz=0)
     """
 
     contraction: float
@@ -45,6 +53,10 @@ class Constants:
     input_lipschitz: Tensor | float
     outer_lipschitz: Tensor | float = 0.0
     direct_lipschitz: Tensor | float = 0.0
+
+    def __repr__(self) -> str:
+        """Return the numbers, and the shapes of those that are given for each row."""
+        return described(self, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,14 @@ class Certificate:
         error: bound or estimate of ``||hypergradient - exact||_2``; NaN if it cannot be estimated.
         is_bound: whether ``error`` is a bound.
         contraction: the contraction factor that was used, declared or else estimated.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218, theorem 2.2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> certificate = hyperopt.Certificate(error=1e-3, is_bound=False, contraction=0.9)
+        >>> certificate.is_bound  # an estimate, so the exact error may be larger
+        False
     """
 
     error: float
@@ -80,6 +100,18 @@ def certify(solution: Solution, hypergradient_norm: float, constants: Constants 
 
     Raises:
         ValueError: no implicit backward has been made through ``solution``.
+
+    Reference: Grazzi et al., ICML 2020, arXiv 2006.16218, theorem 2.2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> b = torch.ones(1, 1, requires_grad=True)
+        >>> solution = hyperopt.fixed_point(lambda w: 0.5 * w + b, torch.zeros(1, 1), solver=hyperopt.Picard(rtol=1e-2))
+        >>> solution.value.square().sum().backward()  # dE/db = 8 b
+        >>> known = hyperopt.Constants(0.5, jacobian_lipschitz=0.0, input_norm=1.0, input_lipschitz=0.0, outer_lipschitz=2.0)
+        >>> certificate = hyperopt.certify(solution, float(b.grad.norm()), known)
+        >>> certificate.is_bound, abs(float(b.grad) - 8) <= certificate.error
+        (True, True)
     """
     forward, box = solution.forward, solution.box
     if box.stats is None or box.v is None:

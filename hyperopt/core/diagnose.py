@@ -7,9 +7,6 @@
 For a rotation by 90 degrees scaled by 0.9, the radius is 0.9 while a Rayleigh quotient gives 0. If ``steps`` is at least the
 number of unknowns of a row, all three are exact up to rounding. Otherwise the norm is estimated from below, and so is the
 radius unless J is strongly non-normal, and the smallest singular value of ``I - J`` comes from inverse iteration with GMRES.
-
-References: Arnoldi, Quart. Appl. Math. 9, 1951; Golub & Kahan, SIAM J. Numer. Anal. 2, 1965; Trefethen & Embree, Spectra and
-Pseudospectra, Princeton 2005, for how radius and norm differ.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.status import Solution, Status
+from hyperopt.core.text import described
 from hyperopt.core.tree import layout_of
 
 Product = Callable[[Tensor], Tensor]
@@ -34,7 +32,7 @@ COLLAPSED = 64.0  # times eps: a vector this short after orthogonalization is ro
 INVERSE_STEPS = 4  # inverse iterations; each reduces the error by the squared ratio of the two smallest singular values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """Properties of a map's Jacobian at a point; the tensors have one entry for each row, shape (rows,).
 
@@ -44,6 +42,11 @@ class Diagnosis:
         row_condition: condition number of ``I - J``; infinity if it is singular or nearly so.
         exact: whether the Krylov spaces were complete, so that the numbers are exact up to rounding.
         vjps, jvps: number of products.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> hyperopt.diagnose(lambda w: 2 * w, torch.ones(1, 3))
+        Diagnosis(radius=2, norm=2, condition=1, exact=True, rows=1)
     """
 
     row_radius: Tensor
@@ -67,6 +70,11 @@ class Diagnosis:
     def condition(self) -> float:
         """The largest condition number over the rows (0 without rows)."""
         return _largest(self.row_condition)
+
+    def __repr__(self) -> str:
+        """Return the largest numbers over the rows; ``str`` says what they mean."""
+        largest = {"radius": self.radius, "norm": self.norm, "condition": self.condition}
+        return described(self, **largest, exact=self.exact, rows=self.row_radius.numel())
 
     def __str__(self) -> str:
         """Return the three numbers and what they mean for the choice of methods."""
@@ -96,12 +104,20 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
         steps: dimension of each Krylov space, at least 1. Memory is ``2 * steps`` states; the cost is about ``3 * steps`` vjps
             and ``2 * steps`` jvps, plus the inverse iteration if ``steps`` is below the number of unknowns of a row.
 
+    Returns:
+        ``Diagnosis``: radius, norm and condition number, and, when printed, what they mean for the choice of methods.
+
     Raises:
         ValueError: ``steps`` is not a whole number of at least 1.
 
+    Reference: Arnoldi, Quart. Appl. Math. 9, 1951; Golub & Kahan, SIAM J. Numer. Anal. 2, 1965; Trefethen & Embree, Spectra and
+    Pseudospectra, Princeton 2005, for how radius and norm differ.
+
     Example:
         >>> import torch, hyperopt
-        >>> print(hyperopt.diagnose(lambda w: 0.5 * w, torch.zeros(3)))  # doctest: +SKIP
+        >>> diagnosis = hyperopt.diagnose(lambda w: 0.5 * w, torch.zeros(1, 3))
+        >>> print(str(diagnosis).partition(": ")[2])
+        the map contracts; Picard and Neumann are right
     """
     steps = plain(steps)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

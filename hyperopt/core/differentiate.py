@@ -33,7 +33,18 @@ SolveLinear = Callable[[LinearOperator, Tensor, Tensor | None, str], Tensor]
 
 
 class InexactError(RuntimeError):
-    """A second derivative was asked for through an adjoint that is not exact."""
+    """A second derivative was asked for through an adjoint that is not exact.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a = torch.tensor(0.5, requires_grad=True)
+        >>> w = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), adjoint=hyperopt.OneStep()).value
+        >>> try:
+        ...     torch.autograd.grad(torch.autograd.grad(w.sum(), a, create_graph=True)[0], a)
+        ... except hyperopt.InexactError as error:
+        ...     print("OneStep" in str(error))
+        True
+    """
 
 
 class System(ABC):

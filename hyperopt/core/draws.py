@@ -49,7 +49,16 @@ _local = threading.local()
 
 
 class ImpureMapError(RuntimeError):
-    """The map is random or changes state of its own; the message names the module if it can be seen."""
+    """The map is random or changes state of its own; the message names the module if it can be seen.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> try:
+        ...     hyperopt.fixed_point(lambda w: 0.5 * w + torch.rand_like(w), torch.zeros(1, 2))
+        ... except hyperopt.ImpureMapError as error:
+        ...     print("random" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def fixed_point(
 
     The value is differentiable in the tensors of ``args`` and in all that ``phi`` captures. With the implicit adjoint,
 
-    .. math:: dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.
+    $$dE/d\lambda = (d_\lambda \phi)^T v, \qquad (I - d_w \phi)^T v = d_w E.$$
 
     Args:
         phi: the map. It takes the state in the structure of ``w0`` and returns the same structure, shapes and dtypes. It must
@@ -89,8 +89,10 @@ def fixed_point(
     Example:
         >>> import torch, hyperopt
         >>> a = torch.tensor(0.5, requires_grad=True)
-        >>> sol = hyperopt.fixed_point(lambda w: torch.cos(a * w), torch.zeros(()))
-        >>> sol.value.backward()
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1))
+        >>> solution.value.sum().backward()  # w = 1 / (1 - a), whose derivative is 1 / (1 - a)^2
+        >>> round(solution.value.item(), 2), round(a.grad.item(), 2)
+        (2.0, 4.0)
     """
     require_choice("fixed_point: ", "policy", policy, POLICIES)
     if not isinstance(args, tuple):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.core.text import described
+
 
 class LinearOperator(ABC):
     """A linear map of (rows, dim) matrices that acts on each row separately.
@@ -30,6 +32,16 @@ class LinearOperator(ABC):
         symmetric: whether ``M`` is known to be symmetric.
         whole: the operator on all rows if this one has only some of them; it counts the products of this one too.
         rounding: the eps of the numbers that the products are made of, if that may be larger than the eps of the matrices.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> class Scale(hyperopt.LinearOperator):
+        ...     symmetric = True
+        ...     def _matvec(self, v):
+        ...         return 0.5 * v
+        >>> operator = Scale()
+        >>> operator.rmatvec(torch.ones(1, 2)), operator
+        (tensor([[0.5000, 0.5000]]), Scale(transposable=True, symmetric=True, matvecs=0, rmatvecs=1))
     """
 
     matvecs = 0
@@ -38,6 +50,11 @@ class LinearOperator(ABC):
     transposable = True
     symmetric = False
     whole: LinearOperator | None = None
+
+    def __repr__(self) -> str:
+        """Return what the operator can do and how many products it has made."""
+        can = {"transposable": self.transposable, "symmetric": self.symmetric}
+        return described(self, **can, matvecs=self.matvecs, rmatvecs=self.rmatvecs)
 
     @property
     def rounding(self) -> float:
@@ -171,6 +188,13 @@ class FunctionOperator(LinearOperator):
         matvec: ``v -> M v``.
         rmatvec: ``v -> M^T v`` (None: products with the transpose are not available).
         symmetric: whether ``M`` is symmetric, so that ``matvec`` serves as ``rmatvec`` too.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> M = torch.tensor([[0.5, 0.2], [0.0, 0.1]])
+        >>> operator = hyperopt.FunctionOperator(lambda v: v @ M.T, lambda v: v @ M)
+        >>> torch.equal(operator.rmatvec(torch.ones(1, 2)), torch.ones(1, 2) @ M), operator.rmatvecs
+        (True, 1)
     """
 
     def __init__(
@@ -285,6 +309,25 @@ class ClosedForm(Linearization):
     Attributes:
         differentiable: whether its products are torch operations on ``w``, ``phi(w)`` and the arguments, none of them in
             place, so that unrolled Newton steps can be differentiated through them.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> class Scaled(hyperopt.ClosedForm):
+        ...     def __init__(self, w, a):
+        ...         self.w, self.a = w, a
+        ...     def _rmatvec(self, v):
+        ...         return self.a * v
+        ...     def arguments(self, v, needs):
+        ...         return [(v * self.w).sum()]
+        >>> class Map:
+        ...     def __call__(self, w, a):
+        ...         return a * w + 1
+        ...     def pullback(self, w, value, a):
+        ...         return Scaled(w, a)
+        >>> a = torch.tensor(0.5, requires_grad=True)
+        >>> hyperopt.fixed_point(Map(), torch.zeros(1, 1), (a,)).value.sum().backward()
+        >>> round(float(a.grad), 3)  # 1 / (1 - a)^2
+        4.0
     """
 
     differentiable = False
@@ -301,6 +344,15 @@ class MatrixOperator(LinearOperator):
     Args:
         matrix: an object for which ``matrix @ X`` is the product with the columns of ``X``, shape (dim, columns).
         symmetric: whether the matrix is known to be symmetric, so that ``matrix.adjoint()`` is not needed.
+
+    Raises:
+        TypeError: the object has no ``@``.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> operator = hyperopt.MatrixOperator(torch.tensor([[0.5, 0.2], [0.2, 0.1]]), symmetric=True)
+        >>> [round(float(x), 2) for x in operator.matvec(torch.ones(1, 2))[0]]
+        [0.7, 0.3]
     """
 
     def __init__(self, matrix: Any, *, symmetric: bool = False) -> None:

@@ -19,11 +19,29 @@ _counts: Counter[tuple[str, ...]] = Counter()
 
 
 class SolveError(RuntimeError):
-    """A solve failed under ``policy="raise"``; the message names the status, the residual and what to change."""
+    """A solve failed under ``policy="raise"``; the message names the status, the residual and what to change.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> try:
+        ...     hyperopt.fixed_point(lambda w: 2 * w + 1, torch.zeros(1, 1), policy="raise")
+        ... except hyperopt.SolveError as error:
+        ...     print("diverged" in str(error) or "residual grew" in str(error))
+        True
+    """
 
 
 class SolveWarning(UserWarning):
-    """A solve failed under ``policy="warn"``, or all of its fallbacks failed."""
+    """A solve failed under ``policy="warn"``, or all of its fallbacks failed.
+
+    Example:
+        >>> import torch, hyperopt, warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     solution = hyperopt.fixed_point(lambda w: 3 * w + 1, torch.zeros(1, 1), policy="warn")
+        >>> issubclass(hyperopt.SolveWarning, UserWarning), solution.status.name
+        (True, 'diverged')
+    """
 
 
 def reset_warnings() -> None:

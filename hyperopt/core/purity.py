@@ -87,6 +87,15 @@ def check_map(phi: Callable[..., Any], w0: Any, args: tuple[Any, ...] = ()) -> N
 
     Raises:
         ImpureMapError: the map is random or stateful, or changes its input in place.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> hyperopt.check_map(lambda w: 0.5 * w, torch.zeros(1, 2))
+        >>> try:
+        ...     hyperopt.check_map(torch.nn.Dropout(), torch.ones(1, 50))
+        ... except hyperopt.ImpureMapError:
+        ...     print("dropout is random")
+        dropout is random
     """
     refuse_changing_modules(phi, args)
     leaves = [leaf for leaf in optree.tree_leaves(w0) if isinstance(leaf, Tensor)]

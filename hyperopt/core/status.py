@@ -9,11 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.core.text import described
 from hyperopt.core.tree import Layout
 
 
 class Status(enum.IntEnum):
-    """How a row, or a whole solve, ended. The members are ordered: a solve has the largest status of its rows."""
+    """How a row, or a whole solve, ended. The members are ordered: a solve has the largest status of its rows.
+
+    Attributes:
+        converged: the residual met its tolerance.
+        fixed_steps: exactly as many steps were taken as were asked for.
+        max_steps: the tolerance was not met within ``max_steps``.
+        stagnated: the residual stopped falling above its tolerance.
+        coupled_rows: rows that were treated as independent depend on each other.
+        breakdown: the method broke down, such as at a singular system.
+        negative_curvature: conjugate gradients met a direction of negative curvature.
+        diverged: the residual grew.
+        nonfinite: a NaN or an infinity was met.
+
+    Example:
+        >>> import hyperopt
+        >>> hyperopt.Status.max_steps.failed, hyperopt.Status.fixed_steps.failed
+        (True, False)
+        >>> hyperopt.Status.max_steps.message
+        'the tolerance was not met within max_steps; raise max_steps, loosen rtol or choose another method'
+    """
 
     converged = 0
     fixed_steps = 1
@@ -80,6 +100,12 @@ class SolveStats:
         trace: largest relative residual over the rows after each evaluation, shape (steps,); empty if it was not measured.
         method: name of the method that gave the result.
         fallbacks: names of the methods that were tried before it and failed.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> stats = hyperopt.fixed_point(torch.cos, torch.ones(2, 1), solver=hyperopt.Picard(rtol=1e-3)).forward
+        >>> stats.status.name, stats.evaluations, stats.worst_residual() < 1e-3
+        ('converged', 18, True)
     """
 
     row_status: Tensor
@@ -136,7 +162,7 @@ class AdjointBox:
     v: Tensor | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Solution:
     """A solved fixed point.
 
@@ -146,13 +172,23 @@ class Solution:
         layout: how the state lies in a matrix.
         box: holder of the latest backward solve; read ``adjoint`` and ``v`` instead.
         aux: under ``has_aux=True``, the second value that the map returned when it last evaluated all rows, detached.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solution = hyperopt.fixed_point(lambda w: {"x": 0.5 * w["x"] + 1}, {"x": torch.zeros(4, 2)})
+        >>> solution.value["x"].shape, solution.status.name, solution.rows
+        (torch.Size([4, 2]), 'converged', 4)
     """
 
     value: Any
     forward: SolveStats
     layout: Layout
-    box: AdjointBox = field(default_factory=AdjointBox, repr=False)
+    box: AdjointBox = field(default_factory=AdjointBox)
     aux: Any = None
+
+    def __repr__(self) -> str:
+        """Return the shape of the value and the statistics of both solves."""
+        return described(self, value=self.value, forward=self.forward, adjoint=self.adjoint)
 
     @property
     def rows(self) -> int:

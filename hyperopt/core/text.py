@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,3 +51,27 @@ def called(value: Any) -> str:
     named = made if hasattr(made, "__qualname__") else type(made)
     module = getattr(named, "__module__", None)
     return named.__qualname__ if module in (None, "builtins", "__main__") else f"{module}.{named.__qualname__}"
+
+
+def brief(value: Any) -> str:
+    """Return an object for a ``repr``: a tensor as dtype and shape, a function as its name, a tree as its first entries."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}".removeprefix("torch.") + f"{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{_first(f'{key!r}: {brief(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"({_first(brief(each) for each in value)})"
+    if hasattr(value, "__qualname__"):
+        return value.__qualname__.rpartition(".")[2]
+    return f"{value:.6g}" if isinstance(value, float) else one_line(repr(value), 110)
+
+
+def _first(entries: Iterable[str], count: int = 3) -> str:
+    """Return the first entries in one line, and how many there are in all if there are more."""
+    found = list(entries)
+    return ", ".join(found if len(found) <= count else [*found[:count], f"... ({len(found)} entries)"])
+
+
+def described(of: object, **parts: Any) -> str:
+    """Return a short ``repr`` that names some parts of an object, without the numbers in its tensors."""
+    return f"{type(of).__name__}({', '.join(f'{name}={brief(each)}' for name, each in parts.items())})"

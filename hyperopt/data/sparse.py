@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt.core.text import described
+
 
 @contextlib.contextmanager
 def compressed_rows() -> Iterator[None]:
@@ -38,6 +40,9 @@ class SparseRows:
         x: the matrix in compressed rows.
         transposed: its transpose in compressed rows.
 
+    Raises:
+        TypeError: ``matrix`` is neither sparse matrix nor sparse tensor.
+
     Example:
         >>> import torch, hyperopt
         >>> x = hyperopt.SparseRows(torch.eye(3).to_sparse())
@@ -51,6 +56,10 @@ class SparseRows:
         coo = coo.to(device=device or coo.device, dtype=dtype or coo.dtype).coalesce()
         with compressed_rows():
             self.x, self.transposed = coo.to_sparse_csr(), coo.t().coalesce().to_sparse_csr()
+
+    def __repr__(self) -> str:
+        """Return dtype, shape and the number of entries that are stored."""
+        return described(self, x=self.x, entries=self.x.values().numel())
 
     @property
     def shape(self) -> torch.Size:

@@ -218,6 +218,15 @@ def normalise(module: nn.Module, norm: str | None) -> None:
 
     Raises:
         ValueError: the norm is unknown, or there is nothing to normalise.
+
+    Reference: Salimans & Kingma, NIPS 2016, arXiv 1602.07868; Miyato et al., ICLR 2018, arXiv 1802.05957.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> cell = torch.nn.Linear(4, 4)
+        >>> hyperopt.nn.normalise(cell, "weight")
+        >>> sorted(name for name, _ in cell.named_parameters())
+        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
     require_choice("", "norm", norm, NORMS)
     if norm is None:

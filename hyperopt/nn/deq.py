@@ -5,8 +5,6 @@
 The cell is any module ``f(z, x)``, and z is any tree of tensors. Dropout masks and batch statistics are constant during a
 solve and in every replay of it (``hyperopt.core.replay``), and are updated once for each forward. Lazy modules in the cell get
 their sizes from the first input and initial state.
-
-Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
 """
 
 from __future__ import annotations
@@ -74,6 +72,17 @@ class DEQ(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is of another kind.
+
+    Reference: Bai, Kolter & Koltun, NeurIPS 2019, arXiv 1909.01377.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> class Cell(torch.nn.Module):
+        ...     def forward(self, z, x):
+        ...         return 0.5 * z + x
+        >>> layer = hyperopt.nn.DEQ(Cell())
+        >>> layer(torch.ones(1, 2)), layer.solution.status.name  # z = 0.5 z + x, so z = 2 x
+        (tensor([[2.0000, 2.0000]]), 'converged')
     """
 
     _coupled: bool | None = None  # whether the cell's rows depend on each other; None: not tested yet

@@ -1,10 +1,8 @@
 """The cell of the multiscale deep equilibrium model: images at several sizes that find their equilibrium together.
 
-    y_i = norm3(relu(z_i + norm2(x_i + dropout(conv2(norm1(relu(conv1(z_i))))))))        on each scale, x_0 = x, other x_i = 0
-    f_i = norm(conv(relu(sum_j resize_ij(y_j))))                                         j -> i: strided convolutions down, a
-                                                                                         1 x 1 convolution and repetition up
-
-Reference: Bai, Koltun & Kolter, NeurIPS 2020, arXiv 2006.08656, section 3.2 and figure 2.
+y_i = norm3(relu(z_i + norm2(x_i + dropout(conv2(norm1(relu(conv1(z_i))))))))        on each scale, x_0 = x, other x_i = 0
+f_i = norm(conv(relu(sum_j resize_ij(y_j))))                                         j -> i: strided convolutions down, a
+                                                                                     1 x 1 convolution and repetition up
 """
 
 from __future__ import annotations
@@ -34,6 +32,14 @@ class MDEQCell(nn.Module):
 
     Raises:
         ValueError: a number is out of range.
+
+    Reference: Bai, Koltun & Kolter, NeurIPS 2020, arXiv 2006.08656, section 3.2 and figure 2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> cell, x = hyperopt.nn.MDEQCell(channels=(8, 8), groups=4), torch.ones(1, 8, 4, 4)
+        >>> [tuple(z.shape) for z in cell.initial(x)]
+        [(1, 8, 4, 4), (1, 8, 2, 2)]
     """
 
     def __init__(

@@ -65,6 +65,20 @@ def tanh_network(width: int = 100, image: Sequence[int] = (1, 28, 28), classes: 
         image: channels, height and width of the images.
         classes: number of classes.
         layer: keywords of ``TanhFixedPoint``: solver, adjoint, policy, ...
+
+    Returns:
+        ``torch.nn.Sequential``: from images, shape (rows, channels, height, width), to logits, shape (rows, classes).
+
+    Raises:
+        TypeError, ValueError: a keyword of the layer is of another kind.
+
+    Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 1.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> network = hyperopt.nn.tanh_network(width=10, image=(1, 8, 8))
+        >>> network(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
     pixels = image[0] * image[1] * image[2]
     layers = {
@@ -88,8 +102,20 @@ def resnet_network(
         pool: side, in pixels, of the squares that are averaged; divides height and width.
         layer: keywords of ``DEQ``: solver, adjoint, policy, ...
 
+    Returns:
+        ``torch.nn.Sequential``: from images, shape (rows, channels, height, width), to logits, shape (rows, classes).
+
     Raises:
         ValueError: ``pool`` does not divide height and width.
+
+    Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 4.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> cell = hyperopt.nn.ResNetCell(channels=8, inner=8, groups=4)
+        >>> network = hyperopt.nn.resnet_network(cell, image=(3, 8, 8), solver=hyperopt.Anderson(rtol=1e-2))
+        >>> network(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
     cell = ResNetCell() if cell is None else cell
     channels, height, width = image
@@ -124,6 +150,21 @@ def mdeq_network(
         head: channels inside the head's block of each scale.
         final: number of features of the last linear layer.
         layer: keywords of ``DEQ``: solver, adjoint, policy, ...
+
+    Returns:
+        ``torch.nn.Sequential``: from images, shape (rows, channels, height, width), to logits, shape (rows, classes).
+
+    Raises:
+        ValueError: a number does not fit the cell or the image.
+
+    Reference: Bai, Koltun & Kolter, NeurIPS 2020, arXiv 2006.08656.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> cell = hyperopt.nn.MDEQCell(channels=(8, 8), groups=4, dropout=0.0)
+        >>> network = hyperopt.nn.mdeq_network(cell, image=(3, 8, 8), solver=hyperopt.Picard(rtol=0, max_steps=2))
+        >>> network(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
     cell = MDEQCell() if cell is None else cell
     first = cell.channels[0]

@@ -1,8 +1,6 @@
 """The residual cell of the implicit-layers tutorial, for images.
 
-    f(z, x) = norm3(relu(z + norm2(x + conv2(norm1(relu(conv1(z)))))))
-
-Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 4.
+f(z, x) = norm3(relu(z + norm2(x + conv2(norm1(relu(conv1(z)))))))
 """
 
 from __future__ import annotations
@@ -28,6 +26,14 @@ class ResNetCell(nn.Module):
 
     Raises:
         ValueError: a number is out of range, or ``groups`` does not divide both numbers of channels.
+
+    Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 4.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> cell = hyperopt.nn.ResNetCell(channels=8, inner=8, groups=4)
+        >>> cell(torch.zeros(2, 8, 6, 6), torch.ones(2, 8, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
     """
 
     def __init__(

@@ -1,14 +1,11 @@
 """Losses that keep a DEQ trainable: a penalty on its Jacobian, and a loss on intermediate states of the solve.
 
-    with Stabilise(network, jacobian=1, states=2) as extra:
-        logits = network(images)
-    loss = task_loss(logits) + 0.5 * extra.jacobian + 0.1 * sum(task_loss(head(z)) for z in extra.states)
+with Stabilise(network, jacobian=1, states=2) as extra:
+    logits = network(images)
+loss = task_loss(logits) + 0.5 * extra.jacobian + 0.1 * sum(task_loss(head(z)) for z in extra.states)
 
-    jacobian   |J|_F^2 / (rows dim) by Hutchinson's estimate |J^T e|^2 / (rows dim), E e e^T = I, at the (detached) solution
-    states     phi(z_k) at iterates z_k of the solve, differentiable through this one evaluation (fixed-point correction)
-
-References: Bai, Koltun & Kolter, ICML 2021, arXiv 2106.14342, section 4 (Jacobian regularisation); Bai, Geng, Savani & Kolter,
-CVPR 2022, arXiv 2204.08442, section 3.3 (sparse fixed-point correction).
+jacobian   |J|_F^2 / (rows dim) by Hutchinson's estimate |J^T e|^2 / (rows dim), E e e^T = I, at the (detached) solution
+states     phi(z_k) at iterates z_k of the solve, differentiable through this one evaluation (fixed-point correction)
 """
 
 from __future__ import annotations
@@ -43,6 +40,17 @@ class Stabilise:
 
     Raises:
         ValueError: the network has no ``DEQ``, or a number is out of range.
+
+    Reference: Bai, Koltun & Kolter, ICML 2021, arXiv 2106.14342, section 4 (Jacobian regularisation); Bai, Geng, Savani &
+    Kolter, CVPR 2022, arXiv 2204.08442, section 3.3 (sparse fixed-point correction).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> layer = hyperopt.nn.TanhFixedPoint(3, init_scale=0.1)
+        >>> with hyperopt.nn.Stabilise(layer, jacobian=1) as extra:
+        ...     z = layer(torch.ones(2, 3))
+        >>> extra.jacobian.shape, bool(extra.jacobian > 0)
+        (torch.Size([]), True)
     """
 
     def __init__(self, network: nn.Module, *, jacobian: int = 0, states: int = 0, steps: Sequence[int] = ()) -> None:

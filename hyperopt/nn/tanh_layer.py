@@ -1,7 +1,4 @@
-"""The tanh fixed-point layer ``z = tanh(W z + x)`` of the implicit-layers tutorial, with its Jacobian in closed form.
-
-Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 1.
-"""
+"""The tanh fixed-point layer ``z = tanh(W z + x)`` of the implicit-layers tutorial, with its Jacobian in closed form."""
 
 from __future__ import annotations
 
@@ -68,6 +65,18 @@ class TanhFixedPoint(DEQ):
 
     Attributes:
         weight: the weight W of ``cell``. shape: (width, width)
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind, or a number is out of range.
+
+    Reference: Kolter, Duvenaud & Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 1.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> layer, x = hyperopt.nn.TanhFixedPoint(3, init_scale=0.1), torch.ones(1, 3)
+        >>> z = layer(x)
+        >>> torch.allclose(z, torch.tanh(z @ layer.weight.T + x), atol=1e-4)
+        True
     """
 
     def __init__(

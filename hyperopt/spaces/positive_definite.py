@@ -20,7 +20,20 @@ class PositiveDefinite(Space):
     its diagonal. The projection is the nearest such matrix in the Frobenius norm (Higham 1988, theorem 2.1).
 
     Attributes:
-        init: as for every space; None is the identity.
+        init: initial value, nested lists, or None for the identity.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Higham, Linear Algebra and its Applications 103, 1988, theorem 2.1 (the projection).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.PositiveDefinite([[2.0, 1.0], [1.0, 2.0]])
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": (2, 2)}, dtype=torch.float64)
+        >>> [round(float(x), 6) for x in torch.linalg.eigvalsh(hyper.read()["x"])]
+        [1.0, 3.0]
     """
 
     init: Any = None

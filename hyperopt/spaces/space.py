@@ -31,6 +31,16 @@ class Space(ABC):
         by: how the value stays in the space. ``reparametrisation``: the optimizer moves an unbounded variable, which is mapped
             into the interior of the space. ``projection``: it moves the value itself, which is projected back after every
             step.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.Positive(0.1, by="projection")
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": ()}, dtype=torch.float64)
+        >>> isinstance(space, hyperopt.Space), hyper.raw["x"].item()  # the optimizer moves the value itself
+        (True, 0.1)
     """
 
     init: Any = 0.0
@@ -120,7 +130,23 @@ class Number(Space):
 
 @dataclass(frozen=True)
 class Real(Number):
-    """Any real number; projection and reparametrisation are the same."""
+    """Any real number; projection and reparametrisation are the same.
+
+    Attributes:
+        init: initial value: a number for all entries, or nested lists with one for each entry.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
+        per: ``"tensor"``: one number for a whole tensor; ``"element"``: one for each of its entries.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.Real(-2.0)
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": ()}, dtype=torch.float64)
+        >>> float(hyper.read()["x"])
+        -2.0
+    """
 
     def transform(self) -> Transform:
         """Return the identity."""
@@ -140,7 +166,20 @@ class Positive(Number):
     """A number above 0 (by projection: at least 0).
 
     Attributes:
+        init: initial value: a number for all entries, or nested lists with one for each entry.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
+        per: ``"tensor"``: one number for a whole tensor; ``"element"``: one for each of its entries.
         map: ``exp``, whose steps are relative, or ``softplus``, whose steps are absolute for large values.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.Positive(0.1)
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": ()}, dtype=torch.float64)
+        >>> round(float(hyper.read()["x"]), 6), round(hyper.raw["x"].item(), 4)  # the optimizer moves log(0.1)
+        (0.1, -2.3026)
     """
 
     init: Any = 1.0
@@ -174,9 +213,21 @@ class Bounded(Number):
     """A number between ``low`` and ``high``, by a scaled sigmoid.
 
     Attributes:
-        init: as for every space; None is the middle of the interval.
+        init: initial value, or None for the middle of the interval.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
+        per: ``"tensor"``: one number for a whole tensor; ``"element"``: one for each of its entries.
         low: the lower bound, finite.
         high: the upper bound, finite and above ``low``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.Bounded(low=0.0, high=0.8)
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": ()}, dtype=torch.float64)
+        >>> float(hyper.read()["x"])  # the middle
+        0.4
     """
 
     init: Any = None
@@ -218,10 +269,21 @@ class Bounded(Number):
 class Simplex(Space):
     """Probability vectors: along the last dimension, positive entries that sum to 1.
 
-    The projection is that of Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1.
-
     Attributes:
-        init: as for every space; None gives equal entries.
+        init: initial value, nested lists of probabilities, or None for equal entries.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Duchi, Shalev-Shwartz, Singer & Chandra, ICML 2008, figure 1 (the projection).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.Simplex()
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": (4,)}, dtype=torch.float64)
+        >>> [round(float(p), 2) for p in hyper.read()["x"]]
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     init: Any = None
@@ -287,7 +349,19 @@ class SpectralBall(Space):
     """Matrices of a spectral norm below ``radius`` (by projection: at most ``radius``).
 
     Attributes:
+        init: initial value: a number for all entries, or nested lists with one for each entry.
+        by: how the value stays in the space, ``"reparametrisation"`` or ``"projection"``, see ``Space``.
         radius: radius of the ball, above 0.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> space = hyperopt.SpectralBall([[0.3, 0.0], [0.4, 0.0]], radius=1.0)
+        >>> hyper = hyperopt.Hyperparameters({"x": space}, shapes={"x": (2, 2)}, dtype=torch.float64)
+        >>> round(float(torch.linalg.matrix_norm(hyper.read()["x"], 2)), 6)
+        0.5
     """
 
     radius: float = 1.0

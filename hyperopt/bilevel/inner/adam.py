@@ -5,8 +5,6 @@
 Every training starts at ``m = v = 0``; with ``inner=torch_optimizer`` the moments continue from one training to the next, but
 it cannot be differentiated. The numbers are those of ``torch.optim.Adam``: nothing is added under the square root to make it
 smooth, and its derivative is taken as 0 where ``v`` is exactly 0.
-
-Reference: Kingma & Ba, ICLR 2015, arXiv 1412.6980, algorithm 1.
 """
 
 from __future__ import annotations
@@ -28,9 +26,28 @@ class InnerAdam(DifferentiableSolver):
     """Adam as a differentiable inner solver.
 
     Args:
+        rtol, atol: training stops at ``|grad L| <= atol + rtol * scale``, see ``hyperopt.bilevel.inner.base.InnerSolver``; both
+            at least 0, and both 0 for exactly ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
         lr: learning rate, a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
         betas: decay rates of the averages of the gradient and of its square, both in [0, 1).
         eps: added to the square root of the second average, at least 0.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Kingma & Ba, ICLR 2015, arXiv 1412.6980, algorithm 1.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> inner = hyperopt.InnerAdam(lr=0.1, max_steps=100)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.zeros(1), torch.ones(()), inner=inner)
+        >>> round(float(estimate.w), 2), round(float(estimate.grad), 2)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        (0.5, -0.25)
     """
 
     lr: Any = 0.001

@@ -17,8 +17,27 @@ class GradientDescent(DifferentiableSolver):
     """Gradient descent.
 
     Args:
+        rtol, atol: training stops at ``|grad L| <= atol + rtol * scale``, see ``hyperopt.bilevel.inner.base.InnerSolver``; both
+            at least 0, and both 0 for exactly ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
         step_size: a number above 0, or the name of a hyperparameter (an entry of a mapping ``lam``) that holds one number, or a
             tree like ``w`` of numbers or of tensors that broadcast to the weights.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Cauchy, Comptes Rendus 25, 1847.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> inner = hyperopt.GradientDescent(step_size=0.2)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.zeros(1), torch.ones(()), inner=inner)
+        >>> round(float(estimate.w), 3), round(float(estimate.grad), 3)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        (0.5, -0.25)
     """
 
     step_size: Any = 0.1

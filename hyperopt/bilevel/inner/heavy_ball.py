@@ -2,8 +2,6 @@
 
 On a quadratic with condition number kappa the error falls by the factor ``1 - 2 / sqrt(kappa)`` a step at the best rates, that
 of gradient descent by ``1 - 2 / kappa``.
-
-Reference: Polyak, USSR Comput. Math. Math. Phys. 4, 1964.
 """
 
 from __future__ import annotations
@@ -24,8 +22,27 @@ class HeavyBall(DifferentiableSolver):
     """Gradient descent with momentum.
 
     Args:
+        rtol, atol: training stops at ``|grad L| <= atol + rtol * scale``, see ``hyperopt.bilevel.inner.base.InnerSolver``; both
+            at least 0, and both 0 for exactly ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
         step_size: a number above 0, or the name of the hyperparameter that holds it; see ``GradientDescent``.
         momentum: a number in [0, 1), or the name of the hyperparameter that holds it, likewise.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Polyak, USSR Comput. Math. Math. Phys. 4, 1964.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> inner = hyperopt.HeavyBall(step_size=0.1, momentum=0.5)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.zeros(1), torch.ones(()), inner=inner)
+        >>> round(float(estimate.w), 3), round(float(estimate.grad), 3)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        (0.5, -0.25)
     """
 
     step_size: Any = 0.1

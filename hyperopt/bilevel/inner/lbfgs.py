@@ -1,7 +1,4 @@
-"""L-BFGS to a tolerance on the gradient, for smooth problems on all their data; it takes tens of gradients at any scale.
-
-Reference: Liu & Nocedal, Math. Programming 45, 1989; the line search is that of ``torch.optim.LBFGS`` (strong Wolfe).
-"""
+"""L-BFGS to a tolerance on the gradient, for smooth problems on all their data; it takes tens of gradients at any scale."""
 
 from __future__ import annotations
 
@@ -31,7 +28,26 @@ class InnerLBFGS(InnerSolver):
     """L-BFGS with a strong Wolfe line search. Its statistics count every gradient, including those of the line search.
 
     Args:
+        rtol, atol: training stops at ``|grad L| <= atol + rtol * scale``, see ``hyperopt.bilevel.inner.base.InnerSolver``; both
+            at least 0, and both 0 for exactly ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1; each takes one or a few gradients.
         history: number of pairs of differences that are kept, at least 1.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Liu & Nocedal, Math. Programming 45, 1989; the line search is that of ``torch.optim.LBFGS`` (strong Wolfe).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> inner = hyperopt.InnerLBFGS(rtol=1e-6)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.zeros(1), torch.ones(()), inner=inner)
+        >>> round(float(estimate.w), 3), round(float(estimate.grad), 3)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        (0.5, -0.25)
     """
 
     rtol: float = 1e-6

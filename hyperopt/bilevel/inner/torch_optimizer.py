@@ -62,10 +62,28 @@ class TorchOptimizer(InnerSolver):
     """An optimizer of PyTorch.
 
     Args:
+        rtol, atol: training stops at ``|grad L| <= atol + rtol * scale``, see ``hyperopt.bilevel.inner.base.InnerSolver``; both
+            at least 0, and both 0 for exactly ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
         optimizer: name in ``torch.optim`` (``Adam``, ``RMSprop``, ``SGD``, ...).
         lr: learning rate, above 0.
         options: other arguments of the optimizer, by name.
         keep: whether its moments continue from one outer step to the next.
+
+    Raises:
+        TypeError, ValueError: there is no such optimizer, it does not take an option, or it decays weights beside an adaptive
+            step.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> inner = hyperopt.TorchOptimizer(optimizer="SGD", lr=0.1)
+        >>> problem = hyperopt.BilevelProblem(
+        ...     inner_loss=lambda w, lam, batch: ((w - 1) ** 2 + lam * w**2).sum(),
+        ...     outer_loss=lambda w, lam, batch: (w**2).sum(),
+        ... )
+        >>> estimate = hyperopt.hypergradient(problem, torch.zeros(1), torch.ones(()), inner=inner)
+        >>> round(float(estimate.w), 3), round(float(estimate.grad), 3)  # w = 1 / (1 + lam) = 0.5, dE/dlam = -0.25
+        (0.5, -0.25)
     """
 
     optimizer: str = "Adam"

@@ -5,7 +5,6 @@
 The last evaluation of the forward solve builds the graph of ``phi`` at the solution. A first-order backward is K vjps on this
 graph. It calls ``phi`` again only to drop rows that are solved (``hyperopt.core.adjoints.base.graph_part``). Memory does not
 grow with the number of iterations, forward or backward.
-References: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
 """
 
 from __future__ import annotations
@@ -112,6 +111,19 @@ class Implicit(ImplicitAdjoint):
             then NormalCG).
         allow_inexact: whether an adjoint with a fixed number of steps may be differentiated again, although its second
             derivative is not exact.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Bai et al., NeurIPS 2019, arXiv 1909.01377, theorem 1; Grazzi et al., ICML 2020, arXiv 2006.16218.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a, adjoint = torch.tensor(0.5, requires_grad=True), hyperopt.Implicit(hyperopt.GMRES(rtol=1e-6))
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), adjoint=adjoint)
+        >>> solution.value.sum().backward()  # the exact derivative of w = 1 / (1 - a) is 1 / (1 - a)^2 = 4
+        >>> round(float(a.grad), 3)
+        4.0
     """
 
     linear_solver: LinearSolver = field(default_factory=Neumann)

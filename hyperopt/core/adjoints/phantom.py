@@ -5,8 +5,6 @@
 This is the Neumann form, whose memory does not grow with ``steps``; at a fixed point it equals unrolling as many damped steps
 of the map. With damping the series converges for some maps for which the plain one does not (a real spectrum below -1). It
 costs ``steps`` vjps, including the one with the inputs.
-
-Reference: Geng et al., NeurIPS 2021, arXiv 2111.05177, section 3 (unrolling-based and Neumann-series-based phantom gradients).
 """
 
 from __future__ import annotations
@@ -28,6 +26,20 @@ class Phantom(ImplicitAdjoint):
     Args:
         steps: number of damped steps from ``v = 0``, at least 1.
         damping: in (0, 1].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Geng et al., NeurIPS 2021, arXiv 2111.05177, section 3 (unrolling-based and Neumann-series-based phantom
+    gradients).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a, adjoint = torch.tensor(0.5, requires_grad=True), hyperopt.Phantom(steps=50, damping=0.5)
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), adjoint=adjoint)
+        >>> solution.value.sum().backward()  # many steps give the exact 4
+        >>> round(float(a.grad), 3)
+        4.0
     """
 
     steps: int = 5

@@ -7,9 +7,6 @@
 It costs one vjp to measure the residual, those of the refinement, and the one with the inputs. It is not exact: the accuracy
 of H in the direction of g is unknown, so check the residual; a second derivative is refused. Without a refinement the error
 need not go to 0 with the forward tolerance, since a quasi-Newton method need not learn the whole inverse.
-
-Reference: Ramzi, Mannel, Bai, Starck, Ciuciu & Moreau, ICLR 2022, arXiv 2106.00553, algorithm 1 and section 2.3. The paper
-falls back at a ratio of 1.3, which suits small Jacobians; for a contraction of .9 the exact |v| may be 10 |g|.
 """
 
 from __future__ import annotations
@@ -40,6 +37,20 @@ class Shine(ImplicitAdjoint):
         linear_solver: refines the result (None: no refinement).
         ratio: a row whose ``|v|`` is more than this many times ``|g|`` takes ``v = g`` instead; above 0.
         policy: what to do if the refinement fails: ``raise``, ``warn`` (the 1st, 10th, 100th, ... time) or ``ignore``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Ramzi, Mannel, Bai, Starck, Ciuciu & Moreau, ICLR 2022, arXiv 2106.00553, algorithm 1 and section 2.3. The paper
+    falls back at a ratio of 1.3, which suits small Jacobians; for a contraction of .9 the exact |v| may be 10 |g|.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a, adjoint = torch.tensor(0.5, requires_grad=True), hyperopt.Shine()
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), solver=hyperopt.Broyden(), adjoint=adjoint)
+        >>> solution.value.sum().backward()  # the exact derivative of w = 1 / (1 - a) is 1 / (1 - a)^2 = 4
+        >>> round(float(a.grad), 3)
+        4.0
     """
 
     linear_solver: LinearSolver | None = None

@@ -35,6 +35,20 @@ class Unrolled(Adjoint):
 
     Args:
         last: how many of the last steps are differentiated, at least 1 (None: all).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Franceschi et al., ICML 2017, arXiv 1703.01785; Shaban et al., AISTATS 2019, arXiv 1810.10667 (truncated).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a, adjoint = torch.tensor(0.5, requires_grad=True), hyperopt.Unrolled()
+        >>> solver = hyperopt.Picard(rtol=0, max_steps=2)
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), solver=solver, adjoint=adjoint)
+        >>> solution.value.sum().backward()  # w = 1 + a after two steps from 0, whose derivative is 1
+        >>> round(float(a.grad), 3)
+        1.0
     """
 
     last: int | None = None

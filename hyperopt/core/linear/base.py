@@ -15,13 +15,14 @@ from hyperopt.core.operator import LinearOperator, as_operator
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.iterate import iterate
 from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.text import described
 
 Products = LinearOperator | Callable[[Tensor], Tensor]
 """``M`` of a system: an operator, or a function ``v -> M v``."""
 RELATIVE_TO = ("row", "batch")
 
 
-@dataclass
+@dataclass(repr=False)
 class LinearSolution:
     """The value, shape (rows, dim), and the statistics of a linear solve.
 
@@ -30,6 +31,10 @@ class LinearSolution:
 
     value: Tensor
     stats: SolveStats
+
+    def __repr__(self) -> str:
+        """Return the shape of the value, and the statistics."""
+        return described(self, value=self.value, stats=self.stats)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@
 It is for systems where GMRES would need more vectors than fit into memory. The residual is erratic, so the best value of a
 cycle is kept. A row in which a denominator vanishes diverges or becomes NaN. It starts again from the best value, and its
 status is ``breakdown`` only if the cycle gained nothing.
-
-Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
 """
 
 from __future__ import annotations
@@ -31,7 +29,27 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class BiCGStab(KrylovSolver):
-    """Stabilized biconjugate gradients, two vjps a step; its arguments are those of ``LinearSolver``."""
+    """Stabilized biconjugate gradients, two vjps a step.
+
+    Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992, section 3.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.BiCGStab(rtol=1e-5)
+        >>> M, b = torch.tensor([[0.5, 0.4], [0.0, 0.3]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(lambda v: v @ M.T, b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
+    """
 
     def init(self, run: Recurrence) -> State:
         """Take the residual as the first direction."""

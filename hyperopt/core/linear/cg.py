@@ -11,8 +11,6 @@ It is for ``A = I - M`` with a symmetric ``M`` whose eigenvalues are below 1, as
 iterate: at a direction of negative curvature (status ``negative_curvature``), and if ``A`` is not symmetric (``breakdown``),
 which is tested at steps 4, 16, 64, ... by ``<r', r> = 0`` for the residuals ``r`` and ``r'`` before and after. A
 preconditioner of the weights (``w - P grad``) makes ``M`` asymmetric.
-
-Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
 """
 
 from __future__ import annotations
@@ -33,7 +31,27 @@ State = tuple[Tensor, Tensor, Tensor]  # p, 1 / <r, r>, and the least curvature 
 
 @dataclass(frozen=True)
 class CG(KrylovSolver):
-    """Conjugate gradients, one vjp a step; its arguments are those of ``LinearSolver``."""
+    """Conjugate gradients, one vjp a step, for symmetric ``M`` with eigenvalues below 1.
+
+    Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
+        max_steps: largest number of products with ``M``, at least 1.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Hestenes & Stiefel, J. Res. Nat. Bur. Stand. 49, 1952, section 3.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.CG(rtol=1e-6)
+        >>> M, b = torch.tensor([[0.5, 0.1], [0.1, 0.3]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(lambda v: v @ M.T, b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
+    """
 
     def init(self, run: Recurrence) -> State:
         """Take the residual, divided by its square, as the first direction."""

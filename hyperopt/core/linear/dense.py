@@ -2,8 +2,6 @@
 
 It is for small states, and the reference for all other methods. One or two refinements with the measured residual recover what
 the factorisation lost. It costs ``dim`` vjps once, ``rows * dim^2`` numbers of memory and ``rows * dim^3 * 2/3`` operations.
-
-Reference: Higham, Accuracy and Stability of Numerical Algorithms, SIAM 2002, chapters 9 and 12.
 """
 
 from __future__ import annotations
@@ -47,8 +45,24 @@ class Dense(Refinement):
     """LU of the dense ``I - M`` of each row, made by ``dim`` vjps.
 
     Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
         max_steps: number of solves with the factors: one, and refinements if ``rtol`` asks for more accuracy.
         max_entries: largest number of entries (rows x dim x dim) of the matrices, at least 1; larger systems are refused.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Higham, Accuracy and Stability of Numerical Algorithms, SIAM 2002, chapters 9 and 12.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Dense()
+        >>> M, b = torch.tensor([[2.0, 1.0], [0.0, -3.0]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(lambda v: v @ M.T, b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
     """
 
     rtol: float = 1e-10

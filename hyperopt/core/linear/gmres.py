@@ -8,9 +8,6 @@
 
 The residual is the part of ``|r| e_1`` along the left null vector ``u`` of ``H``, which gives its norm. A row whose space is
 exhausted continues with zero vectors.
-
-Reference: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986; Giraud, Langou, Rozloznik & van den Eshof, Numer. Math. 101, 2005
-(two passes of Gram-Schmidt are enough).
 """
 
 from __future__ import annotations
@@ -56,7 +53,25 @@ class GMRES(KrylovSolver):
     """Restarted GMRES, one vjp a step.
 
     Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
+        max_steps: largest number of products with ``M``, at least 1.
         window: number of vectors that are kept before a restart, at least 1.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7, 1986; Giraud, Langou, Rozloznik & van den Eshof, Numer. Math. 101,
+    2005 (two passes of Gram-Schmidt are enough).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.GMRES(rtol=1e-6)
+        >>> M, b = torch.tensor([[2.0, 1.0], [0.0, -3.0]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(lambda v: v @ M.T, b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
     """
 
     window: int = 20

@@ -10,8 +10,6 @@ starts at ``A r`` instead of ``r``, so that the images ``s`` of the directions `
 available without rotations. If the space of a row is exhausted above its limit, ``A`` is singular (``breakdown``). The
 measured residual shows if ``A`` is not symmetric. Rounding in ``p`` grows as fast as the residual falls, so a row whose
 residual has fallen to rounding waits for the next cycle.
-
-Reference: Paige & Saunders, SIAM J. Numer. Anal. 12, 1975, section 6; Chandra, Yale report 129, 1978 (this form).
 """
 
 from __future__ import annotations
@@ -36,7 +34,27 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MINRES(KrylovSolver):
-    """Minimal residuals of a symmetric map, one vjp a step; its arguments are those of ``LinearSolver``."""
+    """Minimal residuals of a symmetric ``M``, one vjp a step.
+
+    Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
+        max_steps: largest number of products with ``M``, at least 1.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Paige & Saunders, SIAM J. Numer. Anal. 12, 1975, section 6; Chandra, Yale report 129, 1978 (this form).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.MINRES(rtol=1e-5)
+        >>> M, b = torch.tensor([[2.0, 0.1], [0.1, 0.3]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(lambda v: v @ M.T, b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
+    """
 
     def init(self, run: Recurrence) -> State:
         """Take the direction of the residual as the first vector, without predecessors."""

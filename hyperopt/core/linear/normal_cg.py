@@ -7,8 +7,6 @@
 It converges for any regular ``A``, however its spectrum lies, and its residual never rises, but the condition number is
 squared. ``A p`` is a vjp. ``A^T r`` is a jvp, computed as the vjp of the vjp on the graph at the solution, so the map is not
 called.
-
-Reference: Bjorck, Numerical Methods for Least Squares Problems, SIAM 1996, algorithm 7.4.1; Paige & Saunders, ACM TOMS 8, 1982.
 """
 
 from __future__ import annotations
@@ -29,7 +27,25 @@ State = tuple[Tensor, Tensor]  # the direction p, and <s, s> of the previous ste
 class NormalCG(KrylovSolver):
     """Conjugate gradients on the normal equations, one vjp and one jvp a step.
 
-    Its arguments are those of ``LinearSolver``.
+    Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
+        max_steps: largest number of steps, at least 1.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Bjorck, Numerical Methods for Least Squares Problems, SIAM 1996, algorithm 7.4.1; Paige & Saunders, ACM TOMS 8,
+    1982.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.NormalCG(rtol=1e-5)
+        >>> M, b = torch.tensor([[2.0, 1.0], [0.0, -3.0]]), torch.tensor([[1.0, 2.0]])
+        >>> found = solver.solve(hyperopt.FunctionOperator(lambda v: v @ M.T, lambda v: v @ M), b)
+        >>> torch.allclose(found.value, torch.linalg.solve(torch.eye(2) - M, b[0]), rtol=1e-4), found.stats.status.name
+        (True, 'converged')
     """
 
     max_steps: int = 200

@@ -8,8 +8,6 @@ It costs ``rank`` independent products once, and one product a step, which measu
 One step from 0 is the method as published. More steps refine its answer if they converge, which they do if the part of ``A``
 that the sketch leaves out is below ``2 rho``. If that part is larger, the answer is too large by the ratio: raise ``rho`` or
 ``rank``.
-
-Reference: Hataya & Yamada, AISTATS 2023, arXiv 2302.09726, equations 5 and 6.
 """
 
 from __future__ import annotations
@@ -30,10 +28,26 @@ class Nystrom(Refinement):
     """The Nystrom approximation, which takes ``rank`` vjps and one a step.
 
     Args:
+        rtol, atol: a row stops at ``||v - M v - b|| <= atol + rtol ||b||``; both at least 0, and both 0 for exactly
+            ``max_steps`` steps.
         max_steps: applications of the sketch's inverse; 1 with ``rtol=0, atol=0`` is the method as published.
         rank: number of columns of ``I - M`` in the sketch, at least 1; at most the number of unknowns is used.
         rho: number above 0 that is added to the diagonal, in the units of ``I - M`` (for a trained problem, of the Hessian).
         seed: seed of the choice of columns, at least 0.
+        relative_to: what ``rtol`` is relative to, ``"row"`` or ``"batch"``, see ``LinearSolver``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Hataya & Yamada, AISTATS 2023, arXiv 2302.09726, equations 5 and 6.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Nystrom(rank=2, rho=1e-3)
+        >>> M = torch.diag(torch.tensor([-9.0, 0.9]))  # A = I - M has the eigenvalues 10 and 0.1
+        >>> found = solver.solve(lambda v: v @ M, torch.ones(1, 2))
+        >>> [round(float(x), 2) for x in found.value[0]]
+        [0.1, 9.9]
     """
 
     rtol: float = 0.0

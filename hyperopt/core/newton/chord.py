@@ -5,8 +5,6 @@
 It converges linearly, and the faster, the nearer ``w_old`` is. A step costs one evaluation and ``2 dim^2`` operations a row. A
 row whose residual does not fall fast enough gets new factors, at one more evaluation and ``dim`` vjps of the batch. The method
 is also called simplified or modified Newton.
-
-Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, section 5.4.1.
 """
 
 from __future__ import annotations
@@ -41,7 +39,23 @@ class Chord(DenseSolver):
     """Newton's method with the factors of an old Jacobian.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
+        max_gib: largest memory of the Jacobians of all rows, in GiB, above 0; larger ones are refused.
         refresh: a row gets new factors when its residual has not fallen below this fraction of the last one; in (0, 1].
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, section 5.4.1.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Chord(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(torch.cos, torch.ones(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.7391, 'converged')
     """
 
     refresh: float = 0.5

@@ -5,8 +5,6 @@
 It converges quadratically near a solution at which ``I - J`` is regular, whether or not the map contracts there. A step costs
 one evaluation, ``dim`` vjps for the Jacobians of all rows (none if the map has them in closed form, as ``TanhAffine`` has) and
 ``2/3 dim^3`` operations a row. Rows in which ``I - J`` is singular end as ``breakdown``.
-
-Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 5.
 """
 
 from __future__ import annotations
@@ -29,7 +27,23 @@ class Newton(DenseSolver):
     """Newton's method with dense Jacobians.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
+        max_gib: largest memory of the Jacobians of all rows, in GiB, above 0; larger ones are refused.
         line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 5.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Newton(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(torch.cos, torch.ones(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.7391, 'converged')
     """
 
     max_steps: int = 50

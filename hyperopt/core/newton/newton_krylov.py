@@ -6,9 +6,6 @@
 
 Each row has its own ``eta``: its system is scaled by ``1 / (eta ||r||)``, so that one absolute tolerance of 1 serves all rows.
 A step costs one evaluation, one vjp to prepare, and a jvp for each product.
-
-References: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 6; Eisenstat & Walker, SIAM J. Sci.
-Comput. 17, 1996, choice 2.
 """
 
 from __future__ import annotations
@@ -48,9 +45,25 @@ class NewtonKrylov(FixedPointSolver):
     """Newton's method without a matrix.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
         linear_solver: solves ``(I - J) d = r``; its ``max_steps`` limits the products of a step, its tolerances are replaced.
         forcing: the largest relative residual of that solve, in (0, 1].
         line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapter 6; Eisenstat & Walker, SIAM J.
+    Sci. Comput. 17, 1996, choice 2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.NewtonKrylov(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(torch.cos, torch.ones(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.7391, 'converged')
     """
 
     max_steps: int = 50

@@ -66,7 +66,29 @@ class AndersonMixing(IterativeMethod):
 
 @dataclass(frozen=True)
 class Anderson(AndersonMixing, FixedPointSolver):
-    """Anderson acceleration of ``w <- phi(w)``; its arguments are those of ``AndersonMixing``."""
+    """Anderson acceleration of ``w <- phi(w)``.
+
+    Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
+        window: number of steps that are mixed, at least 1; it may exceed ``max_steps``.
+        damping: how much of a residual is added to its iterate, in (0, 1].
+        ridge: relative ridge, at least 0: ``ridge * trace(G) / window`` is added to the Gram matrix ``G`` of the residuals.
+        restart: whether a full window is emptied, instead of losing its oldest step.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Anderson, J. ACM 12, 1965; Walker & Ni, SIAM J. Numer. Anal. 49, 2011, algorithm AA.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Anderson(rtol=1e-5, window=3)
+        >>> solution = hyperopt.fixed_point(lambda w: 2 - 3 * w, torch.zeros(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.5, 'converged')
+    """
 
     def init(self, w: Tensor) -> History:
         """Return an empty history."""

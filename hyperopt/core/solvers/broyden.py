@@ -14,9 +14,6 @@ A step costs one evaluation and three products with H, of ``4 memory dim`` opera
 superlinearly, even if the map does not contract; with enough memory it solves a linear map of n variables within 2n steps. It
 is invariant under scaling of the state. The SHINE adjoint reuses H. All terms are kept while gradients are recorded
 (unrolling), since autograd keeps them anyway.
-
-References: Broyden, Math. Comp. 19, 1965; Gay, SIAM J. Numer. Anal. 16, 1979 (2n steps); van de Rotten & Verduyn Lunel, EQUADIFF
-2003 (reduction of the rank); Bai et al., NeurIPS 2019, arXiv 1909.01377 (with limited memory).
 """
 
 from __future__ import annotations
@@ -61,8 +58,24 @@ class Broyden(FixedPointSolver):
     """Limited-memory good Broyden, with an inverse estimate for each row.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
         memory: largest number of rank-one terms of the estimate, at least 1; a full estimate is reduced to half of them.
         line_search: whether to shorten a step until the residual falls; each trial is one evaluation.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Broyden, Math. Comp. 19, 1965; Gay, SIAM J. Numer. Anal. 16, 1979 (2n steps); van de Rotten & Verduyn Lunel,
+    EQUADIFF 2003 (reduction of the rank); Bai et al., NeurIPS 2019, arXiv 1909.01377 (with limited memory).
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Broyden(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(torch.cos, torch.ones(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.7391, 'converged')
     """
 
     memory: int = 20

@@ -25,7 +25,22 @@ class Picard(FixedPointSolver):
     """Damped Picard iteration.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
         damping: in (0, 1]; 1 is the plain iteration ``w <- phi(w)``.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Banach, Fundamenta Mathematicae 3, 1922.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.Picard(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(torch.cos, torch.ones(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.7391, 'converged')
     """
 
     damping: float = 1.0

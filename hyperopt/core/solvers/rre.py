@@ -8,9 +8,6 @@ k = 1 the method is Steffensen's. Unlike Anderson's method, which mixes at every
 ``u_i = r_{i+1} - r_i`` the constraint on gamma is eliminated:
 
     theta = argmin || r_k - sum_{i<k} theta_i u_i ||,        sum_i gamma_i w_i = w_k - sum_{i<k} theta_i r_i
-
-References: Mesina, Comput. Methods Appl. Mech. Eng. 10, 1977; Eddy, in Information Linkage between Applied Mathematics and
-Industry, 1979; Smith, Ford & Sidi, SIAM Review 29, 1987 (cycles); Sidi, Vector Extrapolation Methods, SIAM 2017.
 """
 
 from __future__ import annotations
@@ -34,7 +31,23 @@ class RRE(FixedPointSolver):
     """Cyclic reduced rank extrapolation.
 
     Args:
+        rtol, atol: a row stops at ``residual <= atol + rtol * scale``; both at least 0, and both 0 for exactly ``max_steps``
+            steps.
+        max_steps: largest number of evaluations of the map, at least 1.
         window: number of plain steps of a cycle, at least 1; at most the number of entries of the state is used.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Reference: Mesina, Comput. Methods Appl. Mech. Eng. 10, 1977; Eddy, in Information Linkage between Applied Mathematics and
+    Industry, 1979; Smith, Ford & Sidi, SIAM Review 29, 1987 (cycles); Sidi, Vector Extrapolation Methods, SIAM 2017.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> solver = hyperopt.RRE(rtol=1e-5)
+        >>> solution = hyperopt.fixed_point(lambda w: 2 - 3 * w, torch.zeros(1, 1), solver=solver)
+        >>> round(float(solution.value), 4), solution.status.name
+        (0.5, 'converged')
     """
 
     window: int = 5
