@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 from hyperopt.app.repro import preserved_global_state
 
@@ -22,6 +23,27 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *argv: st
     monkeypatch.setattr(sys, "argv", [name, *argv])
     with preserved_global_state():
         return runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
+CLAIMED = (  # what each of these tutorials asserts itself holds, at closed forms or finite differences where there are some
+    "first_hypergradient",
+    "your_own_loop",
+    "deq_layer",
+    "lasso",
+    "wrong_labels",
+    "self_tuning_network",
+    "certificates",
+    "sweep_and_report",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMED)
+def test_what_a_tutorial_claims_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "assert " in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    executed(f"{name}.py", tmp_path, monkeypatch)
+    pyplot.close("all")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
 
 
 @pytest.mark.slow
@@ -46,6 +68,10 @@ def test_an_architecture_mixture_lowers_its_validation_loss(tmp_path: Path, monk
     cosines = {name: torch.cosine_similarity(each.flatten(), exact.flatten(), dim=0) for name, each in gradients}
     assert cosines["FiniteDifference"] > cosines["T1T2"] and cosines["FiniteDifference"] > 0.9
     assert list(tmp_path.iterdir()) == []  # a picture is drawn only when it is asked for
+
+
+def test_every_tutorial_is_executed() -> None:
+    assert {*(f"{name}.py" for name in CLAIMED), "architecture_mixture.py", "three_levels.py"} == set(TUTORIALS)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)

@@ -59,7 +59,7 @@ class Constants:
         return described(self, **vars(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """The error of one hypergradient.
 
@@ -80,6 +80,10 @@ class Certificate:
     error: float
     is_bound: bool
     contraction: float
+
+    def __repr__(self) -> str:
+        """Return the three, numbers with six digits."""
+        return described(self, **vars(self))
 
 
 def state_error(stats: SolveStats, contraction: float) -> Tensor:
