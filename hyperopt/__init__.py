@@ -97,7 +97,7 @@ _PUBLIC = {
     "SelfTuningSettings": "hyperopt.stn.rounds",
     "load_exported": "hyperopt.app.export.load",
 }
-__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_PUBLIC, "nn", "stn"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hyperopt import app as app

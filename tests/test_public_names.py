@@ -10,6 +10,7 @@ import rlcompleter
 import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.policy import reset_warnings
 from hyperopt.core.solvers.base import FixedPointSolver
 
+NO_OBJECTS = ("__version__", "nn", "stn", "KINDS")
 PACKAGES = (hyperopt, hyperopt.nn, hyperopt.stn)
-NAMES = [f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__ if name not in ("__version__", "KINDS")]
+NAMES = [f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__ if name not in NO_OBJECTS]
 
 
 def public(name: str) -> Any:
@@ -172,3 +174,17 @@ def test_names_complete() -> None:
     assert [match.rstrip("(") for match in matches if match] == ["hyperopt.Bilevel", "hyperopt.BilevelProblem"]
     for package in PACKAGES:
         assert set(package.__all__) <= set(dir(package))
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_api_reference_have_every_name(tmp_path: Path) -> None:
+    """As ``python -m pdoc --math hyperopt`` makes them; a warning is an error here."""
+    pdoc = pytest.importorskip("pdoc", reason="pdoc is in the extra docs")
+    pdoc.render.configure(math=True)
+    pdoc.pdoc("hyperopt", output_directory=tmp_path)
+    pages = {
+        name: (tmp_path / f"{name.replace('.', '/')}.html").read_text() for name in ("hyperopt", "hyperopt.nn", "hyperopt.stn")
+    }
+    missing = [name for name in NAMES if f'id="{name.rpartition(".")[2]}"' not in pages[name.rpartition(".")[0]]]
+    assert missing == []
+    assert "MathJax" in pages["hyperopt"]

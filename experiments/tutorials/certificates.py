@@ -39,9 +39,7 @@ target = torch.randn(1, DIM)
 # (ICML 2020, [arXiv 2006.16218](https://arxiv.org/abs/2006.16218)), applied to the residuals that were measured.
 
 # %%
-constants = hyperopt.Constants(
-    contraction=0.9, jacobian_lipschitz=0.0, input_norm=1.0, input_lipschitz=0.0, outer_lipschitz=1.0
-)
+constants = hyperopt.Constants(contraction=0.9, jacobian_lipschitz=0.0, input_norm=1.0, input_lipschitz=0.0, outer_lipschitz=1.0)
 
 
 def affine(w, lam):

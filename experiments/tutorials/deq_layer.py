@@ -112,9 +112,7 @@ figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
 evaluations = {}
 for solver in (hyperopt.Picard(rtol=1e-9, max_steps=200), hyperopt.Anderson(rtol=1e-9), hyperopt.Broyden(rtol=1e-9)):
     with torch.no_grad():
-        solution = hyperopt.fixed_point(
-            lambda z: layer.cell(z, inputs), torch.zeros_like(inputs), solver=solver, trace=True
-        )
+        solution = hyperopt.fixed_point(lambda z: layer.cell(z, inputs), torch.zeros_like(inputs), solver=solver, trace=True)
     evaluations[type(solver).__name__] = solution.forward.evaluations
     axes.semilogy(solution.forward.trace, label=type(solver).__name__)
 print("evaluations of the cell:", evaluations)

@@ -21,8 +21,7 @@ import hyperopt
 torch.set_default_dtype(torch.float64)
 
 x, y = (
-    torch.as_tensor(part)
-    for part in make_regression(n_samples=240, n_features=60, n_informative=8, noise=40.0, random_state=0)
+    torch.as_tensor(part) for part in make_regression(n_samples=240, n_features=60, n_informative=8, noise=40.0, random_state=0)
 )
 x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
 train_x, train_y, val_x, val_y = x[:120], y[:120], x[120:], y[120:]

@@ -69,9 +69,7 @@ for row in gradient.abs().argsort(descending=True)[:2].tolist():
     for change in (1e-3, -1e-3):
         changed = lam["weight"].clone()
         changed[row] += change
-        found = hyperopt.hypergradient(
-            problem, estimate.w.clone(), {"weight": changed}, inner=solver, adjoint=hyperopt.T1T2()
-        )
+        found = hyperopt.hypergradient(problem, estimate.w.clone(), {"weight": changed}, inner=solver, adjoint=hyperopt.T1T2())
         ends.append(found.loss)
     difference = (ends[0] - ends[1]) / 2e-3
     print(f"row {row}: hypergradient {gradient[row]:.3e}, finite difference {difference:.3e}")

@@ -25,9 +25,7 @@ torch.manual_seed(0)
 
 images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 images = (images / 16).float()
-train, val, test = (
-    TensorDataset(images[rows], labels[rows]) for rows in torch.randperm(len(images)).split([200, 600, 997])
-)
+train, val, test = (TensorDataset(images[rows], labels[rows]) for rows in torch.randperm(len(images)).split([200, 600, 997]))
 
 # %% [markdown]
 # ## The losses

@@ -51,7 +51,9 @@ def lazily(
         if name in packages:
             return importlib.import_module(f"{package}.{name}")
         if name not in public:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join([*names, *packages])}{also}")
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}; it has {', '.join(dict.fromkeys([*names, *packages]))}{also}"
+            )
         value = getattr(importlib.import_module(public[name]), name)
         unquote(value)
         setattr(sys.modules[package], name, value)
@@ -59,6 +61,6 @@ def lazily(
 
     def listed() -> list[str]:
         """Return the public names, for tab completion."""
-        return sorted([*names, *packages])
+        return sorted({*names, *packages})
 
     return load, listed
