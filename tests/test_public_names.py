@@ -177,6 +177,17 @@ def test_names_complete() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_the_callback_for_a_trainer_is_documented_in_full(library: str) -> None:
+    pytest.importorskip(library, reason="it is in the extra trainers")
+    name = f"hyperopt.integrations.{library}.TunerCallback"
+    assert {"Args", "Attributes", "Raises", "Reference", "Example"} <= set(sections(public(name)))
+    assert parameters(public(name)) - documented(sections(public(name))) == set()
+    (test,) = doctest.DocTestFinder(recurse=False).find(public(name), name, globs={})
+    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda text: None).failed == 0
+
+
+@pytest.mark.slow
 def test_the_pages_of_the_api_reference_have_every_name(tmp_path: Path) -> None:
     """As ``python -m pdoc --math hyperopt`` makes them; a warning is an error here."""
     pdoc = pytest.importorskip("pdoc", reason="pdoc is in the extra docs")

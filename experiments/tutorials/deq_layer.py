@@ -63,14 +63,16 @@ def network(width=40, **layer):
 
 # %%
 net = network(solver=hyperopt.Anderson(rtol=1e-4), adjoint=hyperopt.Implicit(hyperopt.GMRES(rtol=1e-4)))
-optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-for epoch in range(4):
+optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+for epoch in range(5):
     for rows in torch.randperm(1200).split(100):
         optimizer.zero_grad()
         loss = cross_entropy(net(train_x[rows]), train_y[rows])
         loss.backward()
         optimizer.step()
-    print(f"epoch {epoch}: loss {loss.item():.3f}; {net[1].solution.forward}; {net[1].solution.adjoint}")
+    print(f"epoch {epoch}: loss {loss.item():.3f}")
+print("forward: ", net[1].solution.forward.describe())
+print("backward:", net[1].solution.adjoint.describe())
 net.eval()
 with torch.no_grad():
     accuracy = float((net(test_x).argmax(1) == test_y).float().mean())

@@ -145,9 +145,11 @@ class Estimate:
     choice: Choice | None = None
 
     def __repr__(self) -> str:
-        """Return the shape of the hypergradient, its norm, and how it was found."""
-        found = {"grad": self.grad, "norm": self.norm, "loss": self.loss, "status": self.status.name}
-        return described(self, **found, certificate=self.certificate, choice=self.choice and self.choice.name)
+        """Return the shape of the hypergradient, its norm and estimated error, and how the solves ended."""
+        numbers = described(self, grad=self.grad, norm=self.norm, loss=self.loss, error=self.certificate.error)
+        solves = {name: stats for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)) if stats is not None}
+        ends = [f"{name}={stats.method}: {stats.status}" for name, stats in solves.items()]
+        return ", ".join([numbers[:-1], *ends, *([f"choice={self.choice}"] if self.choice else [])]) + ")"
 
     def statuses(self) -> dict[str, Status]:
         """Return how the solves ended, by the names ``inner`` and ``adjoint``."""

@@ -41,6 +41,23 @@ class TunerCallback(Callback):
 
     Attributes:
         record: the record of the latest step (None: there was none).
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range or of another kind.
+
+    Reference: see ``hyperopt.Tuner``, whose steps these are.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> from hyperopt.integrations.lightning import TunerCallback
+        >>> model, hyper = torch.nn.Linear(2, 1), hyperopt.Hyperparameters({"decay": hyperopt.Positive(0.1)})
+        >>> def loss(model, batch, lam):
+        ...     return model(batch).square().mean() + lam["decay"] * model.weight.square().sum()
+        >>> optimizer = torch.optim.Adam(hyper.parameters(), lr=0.1)
+        >>> tuner = hyperopt.Tuner(model, hyper, train_loss=loss, val_loss=loss, optimizer=optimizer)
+        >>> callback = TunerCallback(tuner, every_n_steps=50)  # lightning.pytorch.Trainer(callbacks=[callback])
+        >>> callback.every_n_steps, callback.record
+        (50, None)
     """
 
     def __init__(

@@ -47,6 +47,21 @@ class TunerCallback(TrainerCallback):
 
     Attributes:
         record: the record of the latest step (None: there was none).
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range or of another kind.
+
+    Reference: see ``hyperopt.Tuner``, whose steps these are.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> from hyperopt.integrations.transformers import TunerCallback
+        >>> model, hyper = torch.nn.Linear(2, 1), hyperopt.Hyperparameters({"decay": hyperopt.Positive(0.1)})
+        >>> def loss(model, batch, lam):
+        ...     return model(batch).square().mean() + lam["decay"] * model.weight.square().sum()
+        >>> optimizer = torch.optim.Adam(hyper.parameters(), lr=0.1)
+        >>> tuner = hyperopt.Tuner(model, hyper, train_loss=loss, val_loss=loss, optimizer=optimizer)
+        >>> trainer.add_callback(TunerCallback(tuner, trainer, every_n_steps=50))  # doctest: +SKIP
     """
 
     def __init__(
