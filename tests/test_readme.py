@@ -20,6 +20,8 @@ PAGES = [Path("README.md"), *(Path(name, "README.md") for name in ("hyperopt", "
 EXAMPLES = [Path("experiments", name, "README.md") for name in ("bilevel", "stn")]
 TEXTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in (*PAGES, *EXAMPLES)}
 README = TEXTS[Path("README.md")]
+STUDY_HEADINGS = ["Question", "Command", "Results", "What was learned"]
+OTHER_FORM = {"maml", "own_loop", "stn", "tutorials", "weight_net"}  # pages that do not have these headings yet
 
 
 def blocks(language: str) -> list[str]:
@@ -63,6 +65,14 @@ def test_the_pictures_and_links_are_there(page: Path) -> None:
 def test_the_readme_is_one_page() -> None:
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1300
     assert README.splitlines().index("```python") < 45
+
+
+def test_every_study_has_one_form_and_is_in_the_table() -> None:
+    pages = {path.parent.name: path.read_text(encoding="utf-8") for path in (ROOT / "experiments").glob("*/README.md")}
+    assert OTHER_FORM <= set(pages)
+    headings = {name: re.findall(r"^## (.+)$", text, re.MULTILINE)[:4] for name, text in pages.items()}
+    assert {name: found for name, found in headings.items() if name not in OTHER_FORM and found != STUDY_HEADINGS} == {}
+    assert [name for name in pages if f"]({name}/README.md)" not in TEXTS[Path("experiments/README.md")]] == []
 
 
 def test_the_manual_of_the_command_line_lists_every_option() -> None:
