@@ -37,6 +37,19 @@ class Damped(ImplicitAdjoint):
             units of its Hessian or, if ``linear_solver`` iterates ``v <- M v + b`` (``Neumann``), of ``step`` times it.
         linear_solver: solves the damped system.
         policy: what to do if that fails: ``raise``, ``warn`` (the 1st, 10th, ... time) or ``ignore``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of its range; the message names it.
+
+    Reference: Martens, ICML 2010; Koh & Liang, ICML 2017, arXiv 1703.04730, section 4.2.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> a = torch.tensor(0.5, requires_grad=True)
+        >>> solution = hyperopt.fixed_point(lambda w: a * w + 1, torch.zeros(1, 1), adjoint=hyperopt.Damped(damping=0.5))
+        >>> solution.value.sum().backward()
+        >>> round(a.grad.item(), 4)  # 2 / (1 - 0.5 + 0.5); the exact one is 2 / (1 - 0.5)
+        2.0
     """
 
     damping: float = 0.01
