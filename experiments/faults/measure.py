@@ -51,7 +51,7 @@ CASES = {
         "optimizer.scheduler.factor=0.5",
         "optimizer.scheduler.patience=0",
     ],
-    "lbfgs, none": ["optimizer=lbfgs", "optimizer.lr=0.3"],
+    "lbfgs, none": ["optimizer=lbfgs", "optimizer.lr=0.3", "optimizer.max_iter=5"],
 }
 
 
@@ -85,10 +85,10 @@ def scalars(directory: Path) -> list[tuple[str, int, str]]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     found = []
-    for path in sorted((directory / "tb").iterdir()):
+    for path in sorted((directory / "tb").rglob("events.out.*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith(("time/", "config/", "_hparams_")):
+                if not value.tag.startswith(("time/", "config/", "_hparams_", "custom_scalars")):
                     content = value.tensor.float_val or value.tensor.tensor_content or value.tensor.string_val[-1:]
                     found.append((value.tag, event.step, repr(content)))
     return sorted(found)

@@ -135,7 +135,9 @@ def measured(problem: str, method: str, seed: int, data: Path) -> Row:
 
 def minimum(problem: str, seed: int, data: Path) -> float:
     """The least ``h`` of the logistic problem that implicit gradients and L-BFGS find, both to tight tolerances."""
-    made = shared.built(*overrides(problem, "implicit, CG, all rows", seed, data), "optimizer=lbfgs", "inner.rtol=1e-9")
+    made = shared.built(
+        *overrides(problem, "implicit, CG, all rows", seed, data), "optimizer=lbfgs", "optimizer.max_iter=5", "inner.rtol=1e-9"
+    )
     task, optimizer = made.task, made.optimizer.build(made.task.groups())
     assert isinstance(task, BilevelTask)
     best = value(task)

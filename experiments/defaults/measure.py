@@ -1,0 +1,128 @@
+"""Measure the accuracy of every solver, adjoint and optimizer with its defaults on the main job, and write the table.
+
+    python experiments/defaults/measure.py [--seeds 3] [--only optimizer=adam] [--runs DIR]
+
+Each run is ``hyperopt OPTION seed=SEED trainer.max_steps=60`` with one option exchanged and nothing else. It gives both columns,
+since an evaluation every 7 steps is one after 15 updates. A finished run under ``--runs`` is not run again. The results go to
+results.json beside this file, and the table of all of them to configs/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from hyperopt.app.building import validate
+from hyperopt.app.config import ConfigError
+from hyperopt.app.options import targets
+from hyperopt.app.resolvers import register
+from hyperopt.app.run import run
+from hyperopt.core.policy import SolveWarning
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import shared
+
+HERE = Path(__file__).resolve().parent
+GROUPS = ("solver", "adjoint", "optimizer")
+NEEDS = {"adjoint=shine": ("solver=broyden",)}  # an option that works beside another solver only
+STEPS, EARLY = 60, 14  # length of a run, and the row after 15 updates
+Row = dict[str, Any]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Return the config of a command line."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(shared.REPOSITORY / "configs"), version_base="1.3"):
+        return compose(
+            "train",
+            [
+                *overrides,
+                f"trainer.max_steps={STEPS}",
+                "trainer.eval_every=7",
+                "trainer.progress=false",
+                "device=cpu",
+                "threads=1",
+            ],
+        )
+
+
+def options() -> dict[str, tuple[str, ...]]:
+    """Return each option with its overrides, without those that the main job refuses, such as adjoints of trained problems."""
+    found = {}
+    for option in (f"{group}={name}" for group in GROUPS for name in targets(group)):
+        overrides = (option, *NEEDS.get(option, ()))
+        with contextlib.suppress(ConfigError):
+            validate(composed(*overrides))
+            found[option] = overrides
+    return found
+
+
+def measure(overrides: tuple[str, ...], seed: int, out: Path) -> Row:
+    """Run the main job with an option, unless it is done, and return its accuracies, solves that failed, and CPU seconds."""
+    kept = out / "measured.json"
+    if not kept.exists():
+        before, told = time.process_time(), io.StringIO()
+        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(told):
+            warnings.simplefilter("always")
+            run(composed(*overrides, f"seed={seed}", *(["resume=auto"] if out.exists() else [])), out)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        (early,) = [row["test/accuracy"] for row in rows if row["step"] == EARLY]
+        warned = any(isinstance(each.message, SolveWarning) for each in caught)
+        found = {"early": early, "last": rows[-1]["test/accuracy"], "warned": warned, "seconds": time.process_time() - before}
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
+
+
+def table(results: Row) -> list[str]:
+    """Return the table, the options of each group in the order of their accuracy."""
+    default = {"solver=picard", "adjoint=neumann", "optimizer=momentum"}
+    lines = [f"| option | after 15 steps | after {STEPS} steps | CPU seconds |", "|---|---|---|---|"]
+    for group in GROUPS:
+        of = {name: row for name, row in results.items() if name.startswith(f"{group}=")}
+        for name, row in sorted(of.items(), key=lambda each: -each[1]["last"]["mean"]):
+            told = " ".join([f"`{name}`", *(f"with `{each}`" for each in NEEDS.get(name, ()))])
+            told += ", the default" if name in default else ""
+            told += " *" if row["warned"] else ""
+            numbers = (f"{row[key]['mean']:.4f}".lstrip("0") for key in ("early", "last"))
+            lines.append(f"| {told} | {' | '.join(numbers)} | {row['seconds']['mean']:.0f} |")
+    return lines
+
+
+def main() -> None:
+    """Measure the options, one seed after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--only", nargs="*", help="options, such as optimizer=adam; default: all")
+    parser.add_argument("--runs", type=Path, help="directory of the runs; default: a temporary one")
+    args = parser.parse_args()
+    chosen = {name: each for name, each in options().items() if not args.only or name in args.only}
+    runs = args.runs or Path(tempfile.mkdtemp())
+    results = shared.load(HERE / "results.json")
+    for seeds in range(1, args.seeds + 1):
+        for name, overrides in chosen.items():
+            found = [measure(overrides, seed, runs / f"{name}-{seed}") for seed in range(seeds)]
+            print(name, f"seed {seeds - 1}:", found[-1], flush=True)
+            row = {key: shared.spread([each[key] for each in found]) for key in ("early", "last", "seconds")}
+            results = shared.save(HERE / "results.json", name, {**row, "warned": any(each["warned"] for each in found)})
+    shared.save(HERE / "results.json", "machine", {"torch": torch.__version__, "python": platform.python_version()})
+    shared.write_table(shared.REPOSITORY / "configs" / "README.md", "defaults", table(results))
+
+
+if __name__ == "__main__":
+    main()
