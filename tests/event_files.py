@@ -14,15 +14,22 @@ PluginData: Any = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAtt
 
 
 def events(directory: Path) -> EventAccumulator:
-    """Load all events of a run."""
-    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    """Load all events of a run from its ``tb/``, where they are in a folder with the run's name if it has overrides."""
+    directory = next((path.parent for path in directory.rglob("events.out.tfevents.*")), directory)
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0})
     accumulator.Reload()
     return accumulator
 
 
+def given(out: Path, *overrides: str) -> None:
+    """Leave what Hydra leaves in the directory of a run with these overrides."""
+    (out / ".hydra").mkdir(parents=True, exist_ok=True)
+    (out / ".hydra" / "overrides.yaml").write_text("".join(f"- {each}\n" for each in overrides))
+
+
 def raw(out: Path) -> list[Any]:
     """Return every event in the event files of a run in TensorBoard's order, as they lie there: nothing is purged."""
-    paths = sorted((out / "tb").glob("events.out.tfevents.*"))
+    paths = sorted((out / "tb").rglob("events.out.tfevents.*"))
     return [event for path in paths for event in EventFileLoader(str(path)).Load()]
 
 

@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
     jobs = [
         words[1:]
         for words in lines
-        if words[:1] == ["hyperopt"] and words[1:2] not in (["--cfg"], ["--help"], ["report"], ["export"])
+        if words[:1] == ["hyperopt"] and words[1:2] not in (["--cfg"], ["--help"], ["report"], ["export"], ["tensorboard"])
     ]
     return [words[1:] if words[:1] == ["check"] else words for words in jobs]
 

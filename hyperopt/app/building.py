@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from hyperopt.app.config import PARTS, TORCH, ConfigError, check_targets, plain_values, short
 from hyperopt.app.errors import near
 from hyperopt.app.options import element, hints, kinds, named, registered, targets
+from hyperopt.app.trackers import TensorBoard, TrackerSettings
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.outer import MakeScheduler, OuterOptimizer, with_values
@@ -46,6 +47,7 @@ GROUPS: dict[str, Any] = {
     "stn": SelfTuningOptions | None,
     "optimizer": OuterOptimizer,
     "trainer": TrainerSettings,
+    "tracker": TrackerSettings,
     "task": Task,
 }
 """The kind of each group's parts."""
@@ -60,6 +62,7 @@ class Built:
     task: Task
     optimizer: OuterOptimizer
     trainer: TrainerSettings
+    tracker: TrackerSettings = field(default_factory=TensorBoard)
 
 
 def validate(cfg: DictConfig) -> None:

@@ -1,18 +1,21 @@
 """The command line: ``hyperopt`` (or ``python -m hyperopt.app.cli``) composes a config, checks it and runs it.
 
 Nothing here imports torch before a job starts, nor Hydra before it is needed, so that help, ``--cfg job`` and tab completion
-are fast.
+are fast. PyTorch alone takes seconds, so a launch first says on stderr what it loads.
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 
 from hyperopt import __version__
 from hyperopt.app.launch import dismiss, follow, follows, leave
+from hyperopt.core.text import printable
 
+QUIET = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
+"""Flags with which Hydra prints something and stops, so that no job is loaded."""
+SHOWN = 100  # characters of a command line that are shown
 CHECK = """usage: hyperopt check [group=option ...] [key=value ...]
 
 Check the hypergradient of an experiment. It is compared with other adjoints and with finite differences in float64 (or in the
@@ -40,6 +43,8 @@ def command_line(argv: Sequence[str]) -> None:
     if name in SUBCOMMANDS:
         SUBCOMMANDS[name](argv[1:])
     elif name and name[0] not in "-+~" and "=" not in name:
+        import difflib
+
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(SUBCOMMANDS)
@@ -55,10 +60,15 @@ def command_line(argv: Sequence[str]) -> None:
 
 def launch(argv: Sequence[str]) -> None:
     """Run a job or a sweep; flags and overrides may come in any order, which Hydra's own parser does not accept."""
-    from hyperopt.app.command import launch as start
-
     overrides = [each for each in argv if each[:1] == "~" or (each[:1] != "-" and "=" in each)]
-    start(overrides, [each for each in argv if each not in overrides])
+    flags = [each for each in argv if each not in overrides]
+    if not QUIET & {each.partition("=")[0] for each in flags}:
+        what = " ".join(each for each in overrides if not each.startswith("hydra."))
+        shown = f"{what[:SHOWN]}..." if len(what) > SHOWN else what or "the main job"
+        print(f"hyperopt: loading PyTorch for {printable(shown)}", file=sys.stderr, flush=True)
+    from hyperopt.app.command import launch as start  # after the line, since it imports Hydra, and a job PyTorch
+
+    start(overrides, flags)
 
 
 def check(argv: Sequence[str]) -> None:
@@ -84,7 +94,14 @@ def export(argv: Sequence[str]) -> None:
     main(argv)
 
 
-SUBCOMMANDS = {"check": check, "report": report, "export": export}
+def tensorboard(argv: Sequence[str]) -> None:
+    """Start TensorBoard."""
+    from hyperopt.app.board import main
+
+    main(argv)
+
+
+SUBCOMMANDS = {"check": check, "report": report, "export": export, "tensorboard": tensorboard}
 
 
 def help_text() -> str:

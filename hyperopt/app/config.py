@@ -30,7 +30,7 @@ TORCH = re.compile(r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*")
 HYDRA = re.compile(r"_[a-z]+_")
 """Keys with a meaning for Hydra's ``instantiate``: ``_target_``, which is checked, and others, which no node needs."""
 VALUES = ("name", "seed", "device", "precision", "compile", "mode", "ckpt_path", "resume", "accept_lost_rows", "threads")
-PARTS = ("solver", "adjoint", "inner", "dataset", "stn", "optimizer", "trainer", "task")
+PARTS = ("solver", "adjoint", "inner", "dataset", "stn", "optimizer", "trainer", "tracker", "task")
 """The groups that are parts. ``task`` is last: it holds others by interpolation, and messages name the keys of those first."""
 KEYS = (*VALUES, *PARTS, "allow_targets", "paths")
 MOVED = {
@@ -129,7 +129,7 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
             )
         except MissingMandatoryValue as error:
             raise ConfigError(f"no value for {error.full_key}; set {error.full_key}") from error
-    for name in ("task", "optimizer", "trainer"):
+    for name in ("task", "optimizer", "trainer", "tracker"):
         if values[name] is None:
             raise ConfigError(f"{name}=None: a run has one; choose an option of the group {name}")
     return values

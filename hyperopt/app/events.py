@@ -23,6 +23,24 @@ from hyperopt.app.files import AppendFile, make_directory, open_own, writing
 PREFIX = "events.out.tfevents."
 
 
+def folder(directory: Path, name: str, keep: Mapping[str, int]) -> Path:
+    """Return the folder of a run's events in ``tb/``, and remove events that no checkpoint knows from the others.
+
+    Args:
+        directory: ``tb/`` of the run.
+        name: name of a new folder, which TensorBoard shows as that of the run; empty: ``tb/`` itself.
+        keep: the files that are kept. A run that is resumed with other overrides stays where they are.
+    """
+    found = [directory, *(each for each in sorted(directory.glob("*")) if each.is_dir())]
+    kept = [each for each in found if any((each / file).exists() for file in keep)]
+    chosen = kept[0] if kept else directory / name
+    for other in found:
+        if other != chosen:
+            for path in other.glob(f"{PREFIX}*"):
+                path.unlink()
+    return chosen
+
+
 class EventFiles:
     """The event files under ``directory``; this session writes the last of them.
 
@@ -31,7 +49,7 @@ class EventFiles:
     the previous event.
 
     Args:
-        directory: ``tb/`` of the run.
+        directory: see ``folder``.
         keep: number of bytes to keep of each file; the rest is cut off, and other event files are removed.
         wall: wall time of the last event that is kept.
         purge_step: a running TensorBoard is told to forget what it has read from this step on (None: nothing).

@@ -31,6 +31,7 @@ DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
     "compile": ("resume", "repeat"),
     "name": ("resume", "repeat", "group"),
     "seed": ("group",),
+    "tracker": ("resume", "repeat", "overrides", "hparams", "group"),
     "trainer": ("resume",),  # how long a run takes, and what it shows
 }
 """The purposes for which a top-level key does not count, since it says where, how or how long a launch runs."""

@@ -3,23 +3,22 @@
     torchrun --nproc-per-node 2 -m hyperopt.app.cli experiment=equilibrium_mnist
 
 Rank 0 is the command line: it composes, refuses, chooses the run directory and writes to it. The others wait for its config
-and then run the same loop, which writes into a temporary directory. Nothing here imports torch before a job starts.
+and then run the same loop, which writes into a temporary directory. Nothing here imports torch before a job starts, nor
+anything else that delays the first line of a launch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-import tempfile
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
     from hyperopt.app.search.pruning import Prune
 
 _connection = contextlib.ExitStack()
@@ -43,6 +42,8 @@ def lead(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
     from hyperopt.app.run import run
 
     if ranks() > 1:
+        from omegaconf import OmegaConf
+
         from hyperopt.core import distributed
 
         _connection.enter_context(distributed.connected())
@@ -73,6 +74,13 @@ def leave() -> None:
 
 def follow() -> None:
     """Run the jobs of rank 0 together with it, without output."""
+    import logging
+    import tempfile
+    import warnings
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
     from hyperopt.app.run import run
     from hyperopt.core import distributed
 

@@ -228,9 +228,12 @@ def _check_values(config: DictConfig) -> None:
         packages = list(config.allow_targets)
         raise ConfigError(f"allow_targets={packages} counts on the command line only; take it out of the file and give it there")
     check_targets(plain_values(config), tuple(config.allow_targets))  # a first check, without importing torch
-    from hyperopt.app.building import validate
+    from hyperopt.app.building import build
 
-    validate(config)
+    try:
+        build(config).tracker.check()
+    except ModuleNotFoundError as error:
+        raise ConfigError(str(error)) from error
     if config.device.startswith("cuda"):
         from hyperopt.app.repro import resolve_device
 

@@ -113,6 +113,7 @@ def check_position(position: Any) -> None:
     if not isinstance(position, dict):
         raise ValueError(f"position is {position!r:.40}")
     events, wall, marks = position.get("events"), position.get("wall"), position.get("marks", [])
+    flat = position.get("flat") or {}  # an older version had no such curves
     if not count(position.get("rows")):
         raise ValueError(f"position.rows is {position.get('rows')!r:.40}")
     if not isinstance(events, dict) or not all(isinstance(name, str) and count(size) for name, size in events.items()):
@@ -123,6 +124,13 @@ def check_position(position: Any) -> None:
         isinstance(mark, list) and len(mark) == 3 and all(map(count, mark)) for mark in marks
     ):
         raise ValueError(f"position.marks is {marks!r:.40}")
+    if not isinstance(flat, dict) or not all(
+        isinstance(name, str)
+        and (each is None or (isinstance(each, list) and len(each) == 3 and count(each[0]) and count(each[2])))
+        and (each is None or isinstance(each[1], int | float))
+        for name, each in flat.items()
+    ):
+        raise ValueError(f"position.flat is {flat!r:.40}")
     sizes, steps = [mark[0] for mark in marks], [mark[2] for mark in marks]
     if marks and (sizes[0] != 0 or sizes[-1] != position["rows"] or sizes != sorted(set(sizes)) or steps != sorted(steps)):
         raise ValueError("position.marks are out of order")

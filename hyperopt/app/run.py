@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hyperopt.app import checkpoint
 from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
 from hyperopt.app.checkpoint import Found
+from hyperopt.app.dashboard import cost_figure, hparams, label, swept
 from hyperopt.app.errors import with_keys
 from hyperopt.app.experiment import flatten
 from hyperopt.app.files import WriteError, write_text
@@ -44,7 +45,8 @@ from hyperopt.app.repro import (
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.search.pruning import PRUNED, Prune
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
-from hyperopt.app.track import START, Tracker, hparams, swept
+from hyperopt.app.track import START, Tracker
+from hyperopt.app.trackers import Sent, TrackedRun, TrackerSettings
 from hyperopt.app.workers import queue_signal
 from hyperopt.bilevel.outer import Schedule
 from hyperopt.core import distributed
@@ -89,7 +91,7 @@ def run(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
         begin = functools.partial(directory.begin, cfg) if held else lambda: None
         try:
             found = distributed.from_first(checkpoint.find(cfg, directory) if distributed.rank() == 0 else None)
-            overrides = [each.lstrip("+").partition("=")[0] for each in directory.read_overrides()]
+            overrides = swept(directory)
             if not held:
                 directory.begin(cfg)
             reset_warnings()  # jobs of a sweep share a process, and each starts its own count of warnings
@@ -118,7 +120,7 @@ def train(
     env: Environment,
     state: LoopState,
     resumed: Found | None,
-    overrides: Iterable[str],
+    overrides: Sequence[str],
     begin: Callable[[], None],
     prune: Prune | None = None,
 ) -> float:
@@ -131,7 +133,7 @@ def train(
         env: the environment for the task's setup.
         state: a new state.
         resumed: the checkpoint to continue from.
-        overrides: keys that the command line has set, which TensorBoard shows first.
+        overrides: what tells the run from others, see ``hyperopt.app.dashboard.swept``.
         begin: a function that is called before the first change to the directory.
         prune: see ``run``.
     """
@@ -177,7 +179,9 @@ def train(
 
     write_facts(directory, env, task.describe(), None if resumed is None else state.step)
     started = time.perf_counter() - state.seconds
-    tracker = Tracker(directory) if resumed is None else Tracker(directory, position, state.step - 1)
+    written = last_step(directory) if built.tracker.package else -1  # before rows after the checkpoint are cut off
+    step = None if resumed is None else state.step - 1
+    tracker = Tracker(directory, position if step is not None else None, step, label(overrides))
     state.lost_rows += tracker.lost
     with (
         contextlib.closing(tracker),
@@ -186,6 +190,7 @@ def train(
         progress(trainer, state, hidden=directory.job.exists()) as bar,
     ):
         summarize(directory, "running", state)
+        tracker.sent = send(built.tracker, directory, cfg, overrides, config, written)
         if resumed is None or not position["events"] or resumed[1]["config"] != config:
             tracker.config(directory.config.read_text(), max(state.step - 1, 0))
         again = resumed is not None  # the row of the checkpoint is written once more, since the files were cut before it
@@ -237,7 +242,7 @@ def train(
             stopped = [number for numbers, _ in told for number in numbers]
             reason = "signal" if stopped else told[0][1]
             if not position["rows"]:  # the first row in this directory
-                tracker.hparams_start(hparams(cfg), {**state.best_metrics, **state.row}, swept(overrides))
+                tracker.start(hparams(cfg, overrides), {**state.best_metrics, **state.row})
             if not again and (reason is not None or k == 0 or state.step % trainer.checkpoint_every == 0):
                 save(directory.last)
 
@@ -248,12 +253,16 @@ def train(
 
             # 5. Track.
             tracker.log(k, state.row)
+            if state.evaluated:
+                tracker.histograms(k, task.hyperparameter_values())
             if ended or (trainer.figures_every is not None and state.step % trainer.figures_every == 0):
-                tracker.figures(k, task.figures())
+                cost = cost_figure(directory.read_rows())
+                tracker.figures(k, {**task.figures(), **({} if cost is None else {"error_against_cost": cost})})
             show(bar, state)
             again = False
-        if reason != "signal":
+        if reason != "signal" and overrides:
             tracker.hparams_end()
+        tracker.status = "interrupted" if reason == "signal" else "pruned" if reason == PRUNED else "completed"
 
     if reason == "signal":
         summarize(directory, "interrupted", state, reason=signal.Signals(stopped[0]).name)
@@ -264,8 +273,42 @@ def train(
     summarize(directory, "completed" if reason != PRUNED else "pruned", state, reason=reason)
     if not directory.job.exists():  # a job of a sweep is one line of its table
         print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
-        print(f"ended by {reason}; to look at it: tensorboard --logdir {directory.path}")
+        print(f"ended by {reason}; to look at it: hyperopt tensorboard {directory.path}")
     return math.nan if state.best is None else state.best
+
+
+def last_step(directory: RunDirectory) -> int:
+    """Return the latest step in ``metrics.jsonl``; -1 without a row, or if the file is damaged."""
+    try:
+        return int(max((row["step"] for row in directory.read_rows()), default=-1))
+    except UnreadableError:
+        return -1
+
+
+def send(
+    tracker: TrackerSettings,
+    directory: RunDirectory,
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    config: Mapping[str, Any],
+    written: int,
+) -> Sent:
+    """Start or continue the run in the tracker that the config chooses, on the first rank.
+
+    Args:
+        tracker: the tracker.
+        directory: directory of the run, with the rows that stay.
+        cfg: the config.
+        overrides: what tells the run from others.
+        config: the flat config.
+        written: the latest step in ``metrics.jsonl`` before this session.
+    """
+    if distributed.rank() > 0:
+        return Sent()
+    sweep = directory.path.parent.name if directory.job.exists() else None
+    name = label(overrides) or directory.path.name
+    there = tracker.open(TrackedRun(directory, name, str(cfg.name), config, sweep, written))
+    return Sent(there, directory.read_rows() if there is not None else ())
 
 
 def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:

@@ -56,7 +56,8 @@ class RunDirectory(LockedDirectory):
     previous = _Name("checkpoints/last.prev.pt")  # the one before, in case the disk damages the last
     best = _Name("checkpoints/best.pt")
     figures = _Name("figures")
-    tb = _Name("tb")  # TensorBoard's events
+    tb = _Name("tb")  # TensorBoard's events, in a folder with the name that it shows
+    tracked = _Name("tracker.json")  # the run of MLflow or Weights & Biases
     hydra = _Name(".hydra")
     overrides = _Name(".hydra/overrides.yaml")
     export = _Name("export")
@@ -72,7 +73,7 @@ class RunDirectory(LockedDirectory):
     LEFT = (*RUN, config, hydra, index, _Name("multirun.yaml"))  # what a run or a sweep leaves
     LOCKS = (LOCK, str(index_lock.path), str(journal_lock.path))
     IN_PLACE = (*LOCKS, str(metrics.path), str(journal.path), "*.log")  # changed in place, as all in tb/ and .hydra/ are
-    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, index, winners)))
+    FILES = (*IN_PLACE, *(str(each.path) for each in (config, facts, summary, job, failed, verified, tracked, index, winners)))
     FOLDERS = tuple(str(each.path) for each in (checkpoints, figures, tb, hydra))
 
     @classmethod
@@ -117,7 +118,8 @@ class RunDirectory(LockedDirectory):
         Raises:
             RunDirectoryError: the message names what was found; nothing was changed.
         """
-        for folder in ("", *folders):
+        nested = [f"{self.tb.name}/{each.name}" for each in sorted(self.tb.glob("*")) if each.is_dir() and not each.is_symlink()]
+        for folder in ("", *folders, *(nested if self.tb.name in folders and not self.tb.is_symlink() else ())):
             where = self.path / folder
             if not where.is_dir():
                 continue

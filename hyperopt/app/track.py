@@ -1,31 +1,31 @@
 """The files that a run writes as it goes: ``metrics.jsonl``, TensorBoard's ``tb/`` and ``figures/``.
 
-A quantity has the same name in all of them. A number that is not finite is ``null`` in JSON, which has no NaN.
+A quantity has the same name in all of them. A number that is not finite is ``null`` in JSON, which has no NaN. TensorBoard leaves
+out diagnostics that have not changed yet; see ``hyperopt.app.dashboard``.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import logging
-import math
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+from torch.utils.tensorboard.summary import histogram as histogram_summary
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
-from hyperopt.app.events import EventFiles
-from hyperopt.app.experiment import counts, flatten
+from hyperopt.app.dashboard import OF_INTEREST, FlatCurves, layout
+from hyperopt.app.events import EventFiles, folder
 from hyperopt.app.files import AppendFile, plain, write_bytes
-from hyperopt.app.options import leaves, options
 from hyperopt.app.rows import Mark, add_mark, check_rows
 from hyperopt.app.run_directory import RunDirectory
+from hyperopt.app.trackers import Sent
 from hyperopt.core.text import printable
 
 if TYPE_CHECKING:
@@ -33,63 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0}
+START: dict[str, Any] = {"rows": 0, "events": {}, "wall": 0.0, "flat": {}}
 """The position of a run that has written nothing yet."""
-
-
-def hparams(cfg: DictConfig) -> dict[str, float | str]:
-    """Return the row of TensorBoard's HParams tab: the whole config, with the same keys and types in every run of a sweep.
-
-    Keys that only other options of a group have (``solver.window`` under ``solver=picard``) exist too, as NaN for a number and
-    as ``-`` otherwise: TensorBoard takes the columns from the first run that it reads, and NaN passes its number filters.
-    ``solver._target_`` becomes ``solver: Picard``.
-    """
-    row: dict[str, float | str] = {}
-    for option in options():
-        group = option.rpartition("/")[0].replace("/", ".")  # task/cell/projected describes task.cell
-        if group and OmegaConf.select(cfg, group) is not None:
-            for key, _, number in _of_option(option):
-                if not OmegaConf.is_dict(OmegaConf.select(cfg, key)):
-                    row.setdefault(key, math.nan if number else "-")
-    numbers = {key: number for key, _, number in leaves(_plain(cfg), known={"threads": int | None})}
-    for key, value in flatten(cfg).items():
-        if value is None:
-            row[key] = math.nan if numbers[key] else "-"
-        else:
-            row[key] = value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-    named: dict[str, float | str] = {}
-    for key, value in row.items():
-        if not counts(key, "hparams"):
-            continue
-        choice = key.endswith("._target_")
-        named[key.removesuffix("._target_")] = str(value).rpartition(".")[2] if choice else value
-    return dict(sorted(named.items()))
-
-
-def swept(overridden: Iterable[str]) -> set[str]:
-    """Return the columns of the HParams tab that show what was ``overridden``: the keys, and the options inside a group.
-
-    By default the tab shows only its first five columns: those marked as different, then the others by name.
-    """
-    keys = {each.replace("/", ".") for each in overridden}
-    found = set(keys)
-    for option in options():
-        if option.rpartition("/")[0].replace("/", ".") in keys:
-            found |= {key.removesuffix("._target_") for key, *_ in _of_option(option) if key.endswith("._target_")}
-    return found
-
-
-@functools.cache
-def _of_option(option: str) -> tuple[tuple[str, Any, bool], ...]:
-    """Return the leaves of an option's own file, under the keys of its group; see ``hyperopt.app.options.leaves``."""
-    values: Any = OmegaConf.to_container(OmegaConf.create(options()[option]))
-    own = {name: value for name, value in values.items() if name != "defaults"}
-    return tuple(leaves(own, f"{option.rpartition('/')[0].replace('/', '.')}."))
-
-
-def _plain(cfg: DictConfig) -> Any:
-    """Return the resolved values of a config, without Hydra's part."""
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
+BINS = 30  # of a histogram
 
 
 class Tracker:
@@ -100,14 +46,19 @@ class Tracker:
         position: where the files ended before the row of a checkpoint's step (``Tracker.position``); they are cut there. None:
             a new run, for which any files of an attempt without a checkpoint are removed.
         step: that step (None: a new run).
+        name: the name that TensorBoard shows, see ``hyperopt.app.dashboard.label``.
 
     Attributes:
         lost: ``[first, last]`` steps of earlier rows that are missing or changed; other rows are kept.
+        sent: another place that the run is logged to; none at first.
+        status: the status of the run for that place, when the files are closed.
     """
 
-    def __init__(self, run: RunDirectory, position: Mapping[str, Any] | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, position: Mapping[str, Any] | None = None, step: int | None = None, name: str = ""
+    ) -> None:
         """Open the files."""
-        self.run = run
+        self.run, self.sent, self.status = run, Sent(), "failed"
         found = START if position is None else position
         path, self._next = run.metrics, step or 0
         rows = check_rows(path, found, self._next)
@@ -117,7 +68,9 @@ class Tracker:
             write_bytes(path, rows.content(path))
         size, checksum, _ = self._marks[-1]
         self._metrics = AppendFile(path, size, checksum)
-        self._events = EventFiles(run.tb, found["events"], found["wall"], purge_step=step)
+        self._flat = FlatCurves(found.get("flat"))
+        where = folder(run.tb, name, found["events"])
+        self._events = EventFiles(where, found["events"], found["wall"], purge_step=step)
         if short := sorted(name for name, kept in found["events"].items() if self._events.sizes.get(name, 0) < kept):
             log.warning("%s: events are lost, which TensorBoard will not show: %s", run.tb, printable(", ".join(short)))
 
@@ -126,19 +79,30 @@ class Tracker:
         """Where the files end now, as plain values for a checkpoint."""
         end: Mark = [self._metrics.size, self._metrics.checksum, self._next]
         marks = [*(mark for mark in self._marks if mark[0] < end[0]), end]
-        return {"rows": end[0], "events": self._events.sizes, "wall": self._events.wall, "marks": marks}
+        return {"rows": end[0], "events": self._events.sizes, "wall": self._events.wall, "marks": marks, "flat": self._flat.state}
 
     def sync(self) -> None:
         """Flush all files to the disk, so that the next checkpoint never refers to rows that a power cut has removed."""
         self._metrics.sync()
         self._events.sync()
+        self.sent.flush()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Write the numbers of outer step ``step``: one line, and one event with all scalars."""
+        """Write the numbers of outer step ``step``: one line, and one event with all scalars that TensorBoard shows."""
         self._metrics.write(json.dumps({"step": step, **plain(row)}).encode() + b"\n")
         self._next = step + 1
         add_mark(self._marks, self._metrics.size, self._metrics.checksum, self._next)
-        self._events.add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in row.items()]), step)
+        for at, shown in self._flat.shown(step, row):
+            self._events.add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]), at)
+        self.sent.log(step, row)
+
+    def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Show how the entries of each hyperparameter are distributed; one of a single number is a curve already."""
+        for name, tensor in values.items():
+            flat = tensor.detach().flatten().double()
+            flat = flat[flat.isfinite()].cpu().numpy()
+            if flat.size > 1:
+                self._events.add(histogram_summary(f"hyper/{name}", flat, bins=BINS), step)
 
     def config(self, text: str, step: int) -> None:
         """Show the resolved config as text."""
@@ -159,29 +123,35 @@ class Tracker:
                 image, kind = buffer.getvalue(), "png"
                 width, height = struct.unpack(">II", image[16:24])  # the header of every PNG file
             self.run.write_figure(f"{name}.{kind}", image)
+            self.sent.figure(step, name, self.run.figures / f"{name}.{kind}")
             shown = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=image)
             self._events.add(Summary(value=[Summary.Value(tag=f"figures/{name}", image=shown)]), step)
 
-    def hparams_start(self, row: Mapping[str, float | str], metrics: Iterable[str], differ: Collection[str] = ()) -> None:
-        """Start this run's row of the HParams tab, in the run's own event file (``add_hparams`` would start a sub-run).
+    def start(self, row: Mapping[str, float | str], metrics: Iterable[str]) -> None:
+        """Show the charts that come first, and start this run's row of the HParams tab.
+
+        The row is in the run's own event file, since ``add_hparams`` would start a sub-run.
 
         Args:
-            row: the settings, see ``hparams``.
-            metrics: names logged so far; those of evaluations become columns, which show the latest value of the scalar.
-            differ: settings that are shown first, see ``swept``.
+            row: the settings, see ``hyperopt.app.dashboard.hparams``; without any there is no row.
+            metrics: names logged so far. Losses and accuracies become columns, which show the latest value of the scalar.
         """
-        columns = sorted(name for name in metrics if name.startswith(("outer/", "val/", "test/")) and name != "outer/step_loss")
+        names = sorted(metrics)
+        self._events.add(layout(names))
+        if not row:
+            return
+        columns = [name for name in names if OF_INTEREST.fullmatch(name)]
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
         for value in experiment.value:
             content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
             for info in content.experiment.hparam_infos:
-                info.differs = info.name in differ
+                info.differs = True  # shows the column
             value.metadata.plugin_data.content = content.SerializeToString()
         for summary in (experiment, start):
             self._events.add(summary)
 
     def hparams_end(self) -> None:
-        """Mark the row as finished."""
+        """Mark the row as finished, if there is one."""
         self._events.add(hparams_summaries({}, {})[2])
 
     @property
@@ -195,6 +165,7 @@ class Tracker:
         self._events.rescue()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and end the session in another place."""
+        self.sent.close(self.status)
         self._metrics.close()
         self._events.close()

@@ -222,6 +222,11 @@ class Task(ABC):
         """
         raise NotImplementedError(f"task={self.name} has no predictor(); see Task.predictor")
 
+    def hyperparameter_values(self) -> Mapping[str, Tensor]:
+        """Return the entries of each hyperparameter in its own units, of which a run shows histograms (default: the groups)."""
+        groups = self.groups().items()
+        return {name: torch.cat([each.detach().flatten() for each in group]) for name, group in groups if group}
+
     def figures(self) -> Mapping[str, Figure | bytes]:
         """Return matplotlib figures of the present state by name; an animation is the bytes of a GIF."""
         return {}

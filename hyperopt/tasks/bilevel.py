@@ -199,6 +199,11 @@ class BilevelTask(FixedSettings, Task):
         weights = self._at_trained(lambda w: optree.tree_map(torch.clone, w))
         return LearnedModel.on(self.splits, self.state_of(weights), self.hyper.read())
 
+    def hyperparameter_values(self) -> dict[str, Tensor]:
+        """Return the values in their spaces; see ``Task.hyperparameter_values``."""
+        leaves = {name: optree.tree_leaves(tree) for name, tree in self.hyper.read().items()}
+        return {name: torch.cat([leaf.flatten() for leaf in each]) for name, each in leaves.items() if each}
+
     def state_of(self, w: Any) -> Mapping[str, Tensor]:
         """Return the weights as the state of ``predictor`` (default: unchanged)."""
         return w

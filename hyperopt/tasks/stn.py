@@ -196,6 +196,10 @@ class SelfTuningTask(FixedSettings, Task):
             for module, mode in modes:
                 module.training = mode
 
+    def hyperparameter_values(self) -> dict[str, Tensor]:
+        """Return nothing: each hyperparameter is a single number, and its curve ``hyper/<name>`` is in its own units."""
+        return {}
+
     def figures(self) -> dict[str, Figure | bytes]:
         """Return ``trajectory``: each hyperparameter with its band and scale, and both losses, over the rounds."""
         return {"trajectory": trajectory_figure(self.tuning)}

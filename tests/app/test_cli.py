@@ -30,7 +30,7 @@ MISTAKES = [
     ("+foo=1", ["foo: there is no such group or key", "choices: accept_lost_rows, adjoint"]),
     ("paths.dta=x", ["did you mean data?"]),
     ("hydra.rn.dir=x", ["hydra has no key 'rn'", "did you mean run?"]),
-    ("solver", ["'solver' is not a subcommand", "check, report, export; values are key=value"]),
+    ("solver", ["'solver' is not a subcommand", "check, report, export, tensorboard; values are key=value"]),
     ("optimizer.lr=fast", ["optimizer.lr='fast' is not a float or int; change optimizer.lr"]),
     ("adjoint=soba", ["adjoint=soba is not an Adjoint", "choices: anderson, ", "change adjoint"]),
     ("adjoint=t1t2", ["adjoint=T1T2 is for trained inner problems", "change adjoint"]),
@@ -231,6 +231,32 @@ def test_torch_is_not_imported_before_a_job_starts(argv: str, tmp_path: Path) ->
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *argv.split()], cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_line_says_what_is_loaded_before_hydra_and_torch_are_imported(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "class Told:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('hydra', 'torch'): print('importing', name, file=sys.stderr, flush=True)\n"
+        "        if name == 'torch': os._exit(0)\n"
+        "sys.meta_path.insert(0, Told())\n"
+        "from hyperopt.app.cli import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = ["optimizer=adam", "hydra.run.dir=mine", "seed=1"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    loading = "hyperopt: loading PyTorch for optimizer=adam seed=1"
+    assert done.stderr.splitlines() == [loading, "importing hydra", "importing torch"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"), [((), "the main job"), (("seed=1\x1b[2J",), "seed=1\\x1b[2J"), (("--cfg", "job"), None)]
+)
+def test_the_first_line_is_printable_and_only_for_a_launch(launch: Launcher, argv: tuple[str, ...], told: str | None) -> None:
+    done = launch(*argv)
+    assert done.err.splitlines()[:1] == ([] if told is None else [f"hyperopt: loading PyTorch for {told}"])
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

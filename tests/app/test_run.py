@@ -260,7 +260,7 @@ def test_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = ("last (step 11)", "best (step", "test/loss", "outer/loss", "inner/iterations", "worst residual", "1.0e-07")
     for word in words:
         assert word in printed
-    assert f"tensorboard --logdir {tmp_path}" in printed
+    assert f"hyperopt tensorboard {tmp_path}" in printed
 
 
 def test_run_facts(tmp_path: Path) -> None:

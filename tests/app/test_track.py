@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from composing import composed
-from event_files import PluginData, events, session_starts
+from event_files import events, given, session_starts
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
-from toy_task import Killed, config, go, raise_at, rows, signal_at
+from toy_task import Killed, Toy, config, go, raise_at, rows, signal_at
 
 from hyperopt.app.experiment import flatten
 from hyperopt.app.files import write_json
-from hyperopt.app.options import options, own
 from hyperopt.app.run_directory import RunDirectory
-from hyperopt.app.track import START, Tracker, hparams, swept
+from hyperopt.app.track import START, Tracker
+from hyperopt.core.status import Status
 
 
 def strict(text: str) -> Any:
@@ -37,33 +35,53 @@ def strict(text: str) -> Any:
 
 
 def test_event_file_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    given(tmp_path, "optimizer.lr=0.05")
     go(config(trainer={"figures_every": 5}), tmp_path)
     found = events(tmp_path / "tb")
-    for tag in ("hypergrad/norm", "hypergrad/norm/a", "cost/evaluations", "inner/iterations", "outer/step_loss"):
+    for tag in ("hypergrad/norm", "hypergrad/norm/a", "cost/evaluations", "outer/step_loss"):
         assert [event.step for event in found.Scalars(tag)] == list(range(12))
+    flat = {"inner/iterations", "inner/residual", "inner/contraction", "inner/status", "optimizer/lr", "cost/jvps"}
+    assert not flat & set(found.Tags()["scalars"]) and all(name in row for row in rows(tmp_path) for name in flat)
     for row in rows(tmp_path):
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and name not in flat:
                 (event,) = [event for event in found.Scalars(name) if event.step == row["step"]]
                 assert math.isnan(event.value) if value is None else event.value == pytest.approx(value, rel=1e-6)
     assert len(found.Scalars("time/step_seconds")) == 12
-    assert [image.step for image in found.Images("figures/residual")] == [4, 9, 11]
+    for name in ("residual", "error_against_cost"):
+        assert [image.step for image in found.Images(f"figures/{name}")] == [4, 9, 11]
+    for name in ("a", "b"):
+        assert [each.step for each in found.Histograms(f"hyper/{name}")] == [0, 2, 4, 6, 8, 10, 11]
     assert (tmp_path / "figures" / "residual.png").read_bytes().startswith(b"\x89PNG")
     assert b"max_steps: 12" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert "max_steps: 12" in (tmp_path / "config.yaml").read_text()
     assert session_starts(tmp_path) == 1
 
 
-def test_resume_leaves_no_event_twice(tmp_path: Path) -> None:
-    go(config(), tmp_path / "whole")
+@pytest.mark.parametrize("changes_at", [None, 1, 6, 10])
+def test_resume_leaves_no_event_twice(tmp_path: Path, changes_at: int | None) -> None:
+    def changing(task: Toy) -> Toy:
+        """A status that is flat until it changes, in any of the sessions."""
+        task.statuses = {} if changes_at is None else {changes_at: Status.max_steps}
+        return task
+
     out = tmp_path / "run"
+    for where in (tmp_path / "whole", out):
+        given(where, "optimizer.lr=0.05")
+    go(config(), tmp_path / "whole", changing(Toy()))
     with pytest.raises(Killed):
-        go(config(), out, raise_at(7, Killed()))
+        go(config(), out, changing(raise_at(7, Killed())))
     with pytest.raises(SystemExit):
-        go(config(resume="auto"), out, signal_at(9, signal.SIGTERM))
-    go(config(resume="auto"), out)
+        go(config(resume="auto"), out, changing(signal_at(9, signal.SIGTERM)))
+    go(config(resume="auto"), out, changing(Toy()))
     whole, found = events(tmp_path / "whole" / "tb"), events(out / "tb")
-    assert found.Tags()["scalars"] == whole.Tags()["scalars"]
+    assert found.Tags() == whole.Tags() and ("inner/status" in found.Tags()["scalars"]) == (changes_at is not None)
+    if changes_at is not None:
+        steps = sorted({0, changes_at - 1, *range(changes_at, 12)})
+        assert [event.step for event in found.Scalars("inner/status")] == steps
+    for tag in found.Tags()["histograms"]:
+        pair = [[(event.step, event.histogram_value) for event in each.Histograms(tag)] for each in (found, whole)]
+        assert pair[0] == pair[1], tag
     for tag in found.Tags()["scalars"]:
         if not tag.startswith("time/"):
             pair = [[(event.step, repr(event.value)) for event in each.Scalars(tag)] for each in (found, whole)]
@@ -72,6 +90,7 @@ def test_resume_leaves_no_event_twice(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_events(tmp_path: Path) -> None:
+    given(tmp_path, "optimizer.lr=0.05")
     with pytest.raises(Killed):
         go(config(), tmp_path, raise_at(0, Killed()))
     go(config(resume="auto"), tmp_path)
@@ -80,6 +99,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_events(tmp_path: Pat
 
 
 def test_a_run_killed_in_its_first_checkpoint_leaves_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(tmp_path, "optimizer.lr=0.05")
     replace = os.replace
 
     def killed(source: Any, target: Any) -> None:
@@ -95,62 +115,10 @@ def test_a_run_killed_in_its_first_checkpoint_leaves_one_session(tmp_path: Path,
     assert session_starts(tmp_path) == 1
 
 
-def test_hparams_have_the_same_keys_in_every_run_of_a_sweep(tmp_path: Path) -> None:
-    from event_files import hparams_of
-
-    found = []
-    for number, optimizer in enumerate(("sgd", "adam", "lbfgs")):
-        go(config(optimizer, seed=number), tmp_path / str(number))
-        found.append(hparams_of(tmp_path / str(number)))
-    for keys, metrics, values in found:
-        assert keys == found[0][0] and set(values) == set(keys)
-        assert metrics == ["outer/loss", "test/loss", "val/loss"] == found[0][1]
-    assert [values["optimizer.kind"] for *_, values in found] == ["sgd", "adam", "lbfgs"]
-    assert [values["seed"] for *_, values in found] == [0.0, 1.0, 2.0]
-    assert "optimizer.history_size" in found[0][0] and math.isnan(found[0][2]["optimizer.history_size"])
-
-
-@pytest.mark.parametrize("group", ["solver", "adjoint", "optimizer"])
-def test_hparams_keys_do_not_depend_on_the_choice(group: str) -> None:
-    found = []
-    for option in own():
-        if option.startswith(f"{group}/") and option.count("/") == 1:
-            cfg = OmegaConf.create({"seed": 1, "trainer": {"mode": "min"}})
-            shown: Any = OmegaConf.create(options()[option])
-            cfg[group] = OmegaConf.masked_copy(shown, [str(key) for key in shown if key != "defaults"])
-            found.append(hparams(cfg))
-    assert len(found) > 1 and all(row.keys() == found[0].keys() for row in found)
-    texts = [{key for key, value in row.items() if isinstance(value, str)} for row in found]
-    assert all(each == texts[0] for each in texts)
-
-
-def test_what_was_overridden_comes_first(tmp_path: Path) -> None:
-    assert swept(["seed", "task/cell", "optimizer.lr"]) == {"seed", "task.cell", "optimizer.lr"}
-    assert swept(["adjoint"]) == {"adjoint", "adjoint.linear_solver"}
-    write_json(tmp_path / "job.json", {"number": 0, "overrides": ["seed=1", "optimizer.lr=0.5"]})
-    go(config("sgd", seed=1), tmp_path)
-    content = events(tmp_path / "tb").PluginTagToContent("hparams")[EXPERIMENT_TAG]
-    infos = PluginData.FromString(content).experiment.hparam_infos
-    assert {info.name for info in infos if info.differs} == {"seed", "optimizer.lr"} and len(infos) > 10
-
-
-def test_hparams_of_the_real_configs_have_the_same_keys_and_types() -> None:
-    changes = ["solver=anderson", "adjoint=anderson", "adjoint=unrolled", "optimizer=lbfgs", "optimizer=adam", "threads=2"]
-    changes += ["task/cell=householder", "dataset=mnist", "optimizer.clip_norm=1", "trainer.patience=3"]
-    plain, *others = [hparams(composed(each)) for each in ("seed=1", *changes)]
-    for change, row in zip(changes, others, strict=True):
-        assert row.keys() == plain.keys(), change
-        assert [key for key in row if isinstance(row[key], str) != isinstance(plain[key], str)] == [], change
-
-
 def test_flatten_keeps_values_once_and_drops_hydra() -> None:
     task = {"solver": "${solver}", "seed": "${seed}"}
     cfg = OmegaConf.create({"hydra": {"a": 1}, "solver": {"rtol": 1e-3, "steps": [1, 2]}, "task": task, "seed": 5})
     assert flatten(cfg) == {"solver.rtol": 1e-3, "solver.steps": [1, 2], "task.seed": 5, "seed": 5}
-    dataset = {"root": "${paths.data}", "train": 3}
-    row = hparams(OmegaConf.create({"paths": {"data": "x"}, "dataset": dataset, "compile": False, "none": None}))
-    assert "paths.data" not in row and "dataset.root" not in row
-    assert row["dataset.train"] == 3 and row["compile"] == "False" and row["none"] == "-"
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
@@ -198,12 +166,6 @@ def test_figures_are_closed(tmp_path: Path) -> None:
     tracker.figures(0, {"spectrum": figure})
     tracker.close()
     assert not pyplot.get_fignums() and (tmp_path / "figures" / "spectrum.png").stat().st_size > 100
-
-
-def test_hparams_name_the_choices() -> None:
-    row = hparams(composed("solver=anderson"))
-    assert row["solver"] == "Anderson" and row["adjoint.linear_solver"] == "Neumann" and row["adjoint"] == "Implicit"
-    assert not [key for key in row if "_target_" in key]
 
 
 def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
