@@ -1,14 +1,17 @@
 """``hyperopt tensorboard DIR``: TensorBoard on a folder of runs, opened on their losses and accuracies.
 
 TensorBoard's Time Series tab sorts its sections by name, so that diagnostics of the adjoint come first. The address that is
-printed pins the losses and accuracies above them, without smoothing. Everything else is plain TensorBoard: ``tensorboard --logdir
-DIR`` shows the same runs by the same names.
+printed pins the losses and accuracies above them, without smoothing. TensorBoard names a run by its path below the folder that
+it is given, and its list of runs has room for twenty characters. It is therefore given a temporary folder of links whose names
+are the overrides alone. ``tensorboard --logdir DIR`` shows the same runs, with their directories before the overrides.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -27,19 +30,41 @@ examples:
 """
 MOST = 10  # cards that TensorBoard's address may pin
 LOOKED_AT = 100  # runs whose metrics are read
+EVERY = 5.0  # seconds from one look for new runs to the next
+
+
+def named(directory: Path) -> dict[str, Path]:
+    """Return the folders with events in and below a directory, by the names to show: the sweep below it, and the overrides."""
+    from hyperopt.app.dashboard import label, swept
+
+    found: dict[str, Path] = {}
+    for events in sorted({path.parent for path in directory.rglob("tb/**/events.out.tfevents.*")}):
+        place = next(each for each in (events, *events.parents) if each.name == RunDirectory.tb.name).parent
+        own = place.relative_to(directory)
+        name = label(swept(RunDirectory(place))) or own.name or directory.resolve().name
+        shown = str(own.parent / name)
+        found[shown if shown not in found else f"{shown} ({own.name or events.name})"] = events
+    return found
+
+
+def link(directory: Path, links: Path) -> None:
+    """Make a link for each folder of events that has none yet."""
+    for name, events in named(directory).items():
+        place = links / name
+        if not place.is_symlink():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(events.resolve())
 
 
 def pinned(directory: Path) -> list[str]:
     """Return the losses and accuracies that the runs in a directory have, those of validation first."""
-    from hyperopt.app.dashboard import OF_INTEREST
+    from hyperopt.app.dashboard import of_interest
 
     names: set[str] = set()
     for run in RunDirectory.below(directory, RunDirectory.summary)[:LOOKED_AT]:
         summary = or_empty(run.read_summary)
         names |= {*(summary.get("metrics") or {}), *((summary.get("best") or {}).get("metrics") or {})}
-    order = ("val", "test", "outer")
-    found = [name for name in names if OF_INTEREST.fullmatch(name)]
-    return sorted(found, key=lambda name: (name.partition("/")[2], order.index(name.partition("/")[0])))[:MOST]
+    return of_interest(names)[:MOST]
 
 
 def address(url: str, tags: Sequence[str]) -> str:
@@ -62,22 +87,19 @@ def main(argv: Sequence[str]) -> None:
     print(f"hyperopt: loading TensorBoard for {printable(str(directory))}", file=sys.stderr, flush=True)
     from tensorboard import default, program
 
-    board = program.TensorBoard(default.get_plugins())
-    try:
-        board.configure(argv=["tensorboard", "--logdir", str(directory), *options])
-        url = board.launch()
-    except program.TensorBoardServerException as error:
-        print(f"hyperopt: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    print(f"TensorBoard is at {address(url, pinned(directory))} (press CTRL+C to quit)", flush=True)
-    wait()
-
-
-def wait() -> None:
-    """Wait until the process is interrupted."""
-    import threading
-
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        sys.exit(0)
+    with tempfile.TemporaryDirectory() as links:
+        link(directory, Path(links))
+        board = program.TensorBoard(default.get_plugins())
+        try:
+            board.configure(argv=["tensorboard", "--logdir", links, *options])
+            url = board.launch()
+        except program.TensorBoardServerException as error:
+            print(f"hyperopt: {printable(str(error))}", file=sys.stderr)
+            sys.exit(1)
+        print(f"TensorBoard is at {address(url, pinned(directory))} (press CTRL+C to quit)", flush=True)
+        try:
+            while True:
+                time.sleep(EVERY)
+                link(directory, Path(links))
+        except KeyboardInterrupt:
+            pass

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 ALWAYS = ("outer/", "val/", "test/", "hyper/", "time/")
 """Beginnings of the names that are shown even while they are flat."""
-OF_INTEREST = re.compile(r"(outer|val|test)/(loss|accuracy|error)")
-"""The metrics that are columns of the HParams tab, and that ``hyperopt tensorboard`` pins."""
+SPLITS = ("val", "test", "outer")  # in the order in which their losses and accuracies are shown
 LONGEST = 100  # bytes of a run's name
 LAYOUT: dict[str, dict[str, str]] = {
     "Losses and accuracies": {
@@ -124,6 +123,12 @@ def layout(names: Collection[str]) -> Summary:
     tensor = TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=TensorShapeProto())
     plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
     return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=plugin)])
+
+
+def of_interest(names: Iterable[str]) -> list[str]:
+    """Return the losses, errors and accuracies among metrics, which HParams has as columns and ``hyperopt tensorboard`` pins."""
+    order = [f"{split}/{kind}" for kind in ("accuracy", "error", "loss") for split in SPLITS]
+    return sorted({*names} & {*order}, key=order.index)
 
 
 class FlatCurves:

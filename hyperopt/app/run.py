@@ -26,6 +26,7 @@ from hyperopt.app import checkpoint
 from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
 from hyperopt.app.checkpoint import Found
+from hyperopt.app.config import ConfigError
 from hyperopt.app.dashboard import cost_figure, hparams, label, swept
 from hyperopt.app.errors import with_keys
 from hyperopt.app.experiment import flatten
@@ -52,6 +53,7 @@ from hyperopt.bilevel.outer import Schedule
 from hyperopt.core import distributed
 from hyperopt.core.policy import repeated, reset_warnings
 from hyperopt.core.status import Status
+from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.tasks.trainer import TrainerSettings
@@ -307,7 +309,11 @@ def send(
         return Sent()
     sweep = directory.path.parent.name if directory.job.exists() else None
     name = label(overrides) or directory.path.name
-    there = tracker.open(TrackedRun(directory, name, str(cfg.name), config, sweep, written))
+    try:
+        there = tracker.open(TrackedRun(directory, name, str(cfg.name), config, sweep, written))
+    except Exception as error:
+        what = f"tracker={tracker.package} cannot be opened ({type(error).__name__}: {one_line(error)})"
+        raise ConfigError(f"{what}; change the keys of tracker, or drop tracker={tracker.package}") from error
     return Sent(there, directory.read_rows() if there is not None else ())
 
 

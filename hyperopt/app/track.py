@@ -20,7 +20,7 @@ from torch.utils.tensorboard.summary import histogram as histogram_summary
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
-from hyperopt.app.dashboard import OF_INTEREST, FlatCurves, layout
+from hyperopt.app.dashboard import FlatCurves, layout, of_interest
 from hyperopt.app.events import EventFiles, folder
 from hyperopt.app.files import AppendFile, plain, write_bytes
 from hyperopt.app.rows import Mark, add_mark, check_rows
@@ -136,12 +136,11 @@ class Tracker:
             row: the settings, see ``hyperopt.app.dashboard.hparams``; without any there is no row.
             metrics: names logged so far. Losses and accuracies become columns, which show the latest value of the scalar.
         """
-        names = sorted(metrics)
+        names = [*metrics]
         self._events.add(layout(names))
         if not row:
             return
-        columns = [name for name in names if OF_INTEREST.fullmatch(name)]
-        experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(columns, 0.0))
+        experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(of_interest(names), 0.0))
         for value in experiment.value:
             content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
             for info in content.experiment.hparam_infos:

@@ -280,7 +280,7 @@ class _InWandB(Elsewhere):
 
     def close(self, status: str) -> None:
         """End the run; a run that did not end well has the exit code 1 there."""
-        self.made.finish(exit_code=int(status not in ("completed", "pruned")), quiet=True)
+        self.made.finish(exit_code=int(status not in ("completed", "pruned")))
 
 
 class Sent:

@@ -129,7 +129,7 @@ def test_hparams_hold_what_is_swept_and_the_metrics_of_interest(tmp_path: Path) 
         go(config(kind, seed=number), tmp_path / str(number))
         assert hparams_of(tmp_path / str(number)) == (
             ["optimizer.kind", "seed"],
-            ["outer/loss", "test/loss", "val/loss"],
+            ["val/loss", "test/loss", "outer/loss"],
             {"optimizer.kind": kind, "seed": float(number)},
         )
         content = events(tmp_path / str(number) / "tb").PluginTagToContent("hparams")[EXPERIMENT_TAG]

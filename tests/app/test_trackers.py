@@ -17,6 +17,7 @@ from event_files import given
 from launcher import Launcher
 from toy_task import Killed, Toy, built, config, raise_at, rows, signal_at, summary
 
+from hyperopt.app.config import ConfigError
 from hyperopt.app.run import run
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.trackers import Elsewhere, MLflow, TrackedRun, TrackerSettings, WandB
@@ -100,6 +101,17 @@ def test_an_error_there_is_a_warning_and_changes_no_number(tmp_path: Path, caplo
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole") and summary(tmp_path / "broken")["status"] == "completed"
     said = [each.message for each in caplog.records if "tracker" in each.message]
     assert len(said) == 2 and "(ConnectionError: no network)" in said[0] and "the 10th time" in said[1]
+
+
+def test_a_tracker_that_cannot_be_opened_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Shelf, run: TrackedRun) -> Elsewhere:
+        raise ConnectionError("no answer\nfrom there")
+
+    monkeypatch.setattr(Shelf, "open", refuse)
+    told = r"tracker=shelf cannot be opened \(ConnectionError: no answer.*\); change the keys of tracker, or drop tracker=shelf"
+    with pytest.raises(ConfigError, match=told):
+        go(Shelf({}), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").read_text() and summary(tmp_path)["status"] == "failed"
 
 
 def test_ids_from_a_strange_file_are_not_used(tmp_path: Path) -> None:
