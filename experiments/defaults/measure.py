@@ -2,9 +2,8 @@
 
     python experiments/defaults/measure.py [--seeds 3] [--only optimizer=adam] [--runs DIR]
 
-Each run is ``hyperopt OPTION seed=SEED trainer.max_steps=60`` with one option exchanged and nothing else. It gives both columns,
-since an evaluation every 7 steps is one after 15 updates. A finished run under ``--runs`` is not run again. The results go to
-results.json beside this file, and the table of all of them to configs/README.md.
+Each run is ``hyperopt OPTION seed=SEED trainer.max_steps=15`` with one option exchanged and nothing else. A finished run under
+``--runs`` is not run again. The results go to results.json beside this file, and the table of all of them to configs/README.md.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ import shared
 HERE = Path(__file__).resolve().parent
 GROUPS = ("solver", "adjoint", "optimizer")
 NEEDS = {"adjoint=shine": ("solver=broyden",)}  # an option that works beside another solver only
-STEPS, EARLY = 60, 14  # length of a run, and the row after 15 updates
+STEPS = 15  # length of a run
+SAME = (f"trainer.max_steps={STEPS}", "trainer.progress=false", "device=cpu", "threads=1")
 Row = dict[str, Any]
 
 
@@ -49,17 +49,7 @@ def composed(*overrides: str) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(shared.REPOSITORY / "configs"), version_base="1.3"):
-        return compose(
-            "train",
-            [
-                *overrides,
-                f"trainer.max_steps={STEPS}",
-                "trainer.eval_every=7",
-                "trainer.progress=false",
-                "device=cpu",
-                "threads=1",
-            ],
-        )
+        return compose("train", [*overrides, *SAME])
 
 
 def options() -> dict[str, tuple[str, ...]]:
@@ -82,9 +72,8 @@ def measure(overrides: tuple[str, ...], seed: int, out: Path) -> Row:
             warnings.simplefilter("always")
             run(composed(*overrides, f"seed={seed}", *(["resume=auto"] if out.exists() else [])), out)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        (early,) = [row["test/accuracy"] for row in rows if row["step"] == EARLY]
         warned = any(isinstance(each.message, SolveWarning) for each in caught)
-        found = {"early": early, "last": rows[-1]["test/accuracy"], "warned": warned, "seconds": time.process_time() - before}
+        found = {"accuracy": rows[-1]["test/accuracy"], "warned": warned, "seconds": time.process_time() - before}
         kept.write_text(json.dumps(found))
     return json.loads(kept.read_text())
 
@@ -92,15 +81,14 @@ def measure(overrides: tuple[str, ...], seed: int, out: Path) -> Row:
 def table(results: Row) -> list[str]:
     """Return the table, the options of each group in the order of their accuracy."""
     default = {"solver=picard", "adjoint=neumann", "optimizer=momentum"}
-    lines = [f"| option | after 15 steps | after {STEPS} steps | CPU seconds |", "|---|---|---|---|"]
+    lines = [f"| option | test accuracy after {STEPS} steps | seeds | CPU seconds |", "|---|---|---|---|"]
     for group in GROUPS:
         of = {name: row for name, row in results.items() if name.startswith(f"{group}=")}
-        for name, row in sorted(of.items(), key=lambda each: -each[1]["last"]["mean"]):
+        for name, row in sorted(of.items(), key=lambda each: -each[1]["accuracy"]["mean"]):
             told = " ".join([f"`{name}`", *(f"with `{each}`" for each in NEEDS.get(name, ()))])
-            told += ", the default" if name in default else ""
-            told += " *" if row["warned"] else ""
-            numbers = (f"{row[key]['mean']:.4f}".lstrip("0") for key in ("early", "last"))
-            lines.append(f"| {told} | {' | '.join(numbers)} | {row['seconds']['mean']:.0f} |")
+            told += (", the default" if name in default else "") + (" *" if row["warned"] else "")
+            accuracy = f"{row['accuracy']['mean']:.4f}".lstrip("0")
+            lines.append(f"| {told} | {accuracy} | {len(row['accuracy']['values'])} | {row['seconds']['mean']:.0f} |")
     return lines
 
 
@@ -118,7 +106,7 @@ def main() -> None:
         for name, overrides in chosen.items():
             found = [measure(overrides, seed, runs / f"{name}-{seed}") for seed in range(seeds)]
             print(name, f"seed {seeds - 1}:", found[-1], flush=True)
-            row = {key: shared.spread([each[key] for each in found]) for key in ("early", "last", "seconds")}
+            row = {key: shared.spread([each[key] for each in found]) for key in ("accuracy", "seconds")}
             results = shared.save(HERE / "results.json", name, {**row, "warned": any(each["warned"] for each in found)})
     shared.save(HERE / "results.json", "machine", {"torch": torch.__version__, "python": platform.python_version()})
     shared.write_table(shared.REPOSITORY / "configs" / "README.md", "defaults", table(results))

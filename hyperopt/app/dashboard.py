@@ -187,8 +187,8 @@ def cost_figure(rows: Sequence[Mapping[str, float]]) -> Figure | None:
     drawn = [kind for kind, names in kinds.items() if names]
     if not drawn:
         return None
-    figure = Figure(figsize=(5 * len(drawn), 3.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    figure = Figure(figsize=(6, 3.2 * len(drawn)), layout="constrained")
+    for axes, kind in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
         for name in kinds[kind]:
             axes.plot(*zip(*points[name], strict=True), marker=".", label=name)
         positive = all(value > 0 for name in kinds[kind] for _, value in points[name])

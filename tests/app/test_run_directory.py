@@ -255,6 +255,7 @@ TABLE = {
     "compile": {"resume", "repeat"},
     "trainer.max_steps": {"resume"},
     "trainer.monitor": {"resume"},
+    "tracker.mode": EVERYWHERE,
     "seed": {"group"},
     "dataset.root": {"resume", "repeat", "hparams"},
     "dataset.download": {"resume", "repeat", "hparams"},
