@@ -237,6 +237,7 @@ class AutoEstimator(ImplicitEstimator):
             ended = f"CG ended as {stats.status.name} at {left}"
             why = f"the weights are trained, and {ended}" if used else f"{ended}, so the Hessian is nearly singular"
         if used and other is not None and size > 0:
+            at.curvature.release()
             second = self._curvature(at.problem, at.w, at.lam, other, self.curvature)
             missed = float(torch.linalg.vector_norm(second.matvec(u) - at.b)) / size
             add_cost(second, at.curvature)
@@ -261,12 +262,18 @@ class AutoEstimator(ImplicitEstimator):
 
         def sum_series(curvature: Curvature, kind: str, state: State) -> tuple[StepMap, Tensor, SolveStats, bool]:
             step = self.step or min(self._stable_step(curvature, state), longest / most)
+            one = curvature
             if drawn:
-                one, curvature = curvature, self._curvature(at.problem, at.w, at.lam, None, kind)
+                one.release()
+                curvature = self._curvature(at.problem, at.w, at.lam, None, kind)
                 if one is not at.curvature:
                     add_cost(one, curvature)
             operator = StepMap(curvature, step)
-            return operator, *series(operator, at.b, most, self.auto.rtol)
+            found = series(operator, at.b, most, self.auto.rtol)
+            if self.step is None and step * float(operator.largest) > 2:
+                operator = StepMap(curvature, min(self._shorter(operator, state), longest / most))
+                found = series(operator, at.b, most, self.auto.rtol)
+            return operator, *found
 
         name, kind, why = "Neumann", self.curvature, memory["why"]
         operator, u, stats, rose = sum_series(at.curvature, kind, at.state)

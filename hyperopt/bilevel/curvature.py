@@ -3,7 +3,7 @@
     matvec(v) = (d_w grad_w L) v         a product with the Hessian, or with a positive semidefinite matrix instead
     mixed(v) = (d_lam grad_w L)^T v      the mixed product; a hypergradient takes one
 
-Each product is one backward pass through a graph of the gradient, which is built once and kept.
+Each product is one backward pass through a graph of the gradient, which is built once and kept if its memory allows it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
+from hyperopt.core import distributed
 from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
+from hyperopt.core.memory import saved_memory
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -54,6 +56,13 @@ class Curvature(LinearOperator):
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """Return ``(d_lam grad_w L)^T v`` for each hyperparameter, ``v`` of shape (1, dim); None if L does not depend on it."""
 
+    def rough(self, v: Tensor) -> Tensor:
+        """Return ``H v`` to two digits, which a step size needs, in a cheaper way than ``matvec`` if there is one."""
+        return self.matvec(v)
+
+    def release(self) -> None:
+        """Free what products keep if it can be made again; the next product makes it."""
+
     def parts(self, v: Tensor) -> list[Tensor]:
         """Return a (1, dim) matrix as one tensor for each leaf of ``w``."""
         return leaves_of(self.layout.tree(v))
@@ -61,6 +70,11 @@ class Curvature(LinearOperator):
     def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
         """Return one tensor for each leaf of ``w`` (None: zeros) as a matrix of shape (1, dim)."""
         return self.layout.matrix(self.w.like(values))
+
+
+SMALL_GRAPH = 64 * 2**20  # bytes; such a graph is kept whatever its share of the memory is
+STEPS_OF_TRAINING = 3  # so much memory of a training step may the products take, if the graph is larger
+VECTORS = 6  # of the size of the weights are alive during a product
 
 
 class Hessian(Curvature):
@@ -71,29 +85,48 @@ class Hessian(Curvature):
         w: the weights.
         lam: the hyperparameters.
         keep: whether all products share one graph of the gradient. If not, each product frees the graph and the next one builds
-            it again, which costs one more gradient a product and saves a sixth to a quarter of the peak memory.
+            it again, which costs one more gradient a product and saves a sixth to a quarter of the peak memory. None: it is kept
+            if it takes at most 64 MiB, or if a product stays within the memory of three training steps, by the tensors that the
+            graph has saved; of several ranks, if this holds on all of them.
 
     Raises:
         ValueError: the inner loss does not depend on ``w``.
     """
 
-    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, *, keep: bool = True) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, *, keep: bool | None = True) -> None:
         """Compute the gradient with its graph."""
         super().__init__(w, lam)
-        self._inner, self._keep = inner, keep
-        grads = self._differentiate()
+        self._inner, self._keep, self._releases = inner, bool(keep), keep is not True
+        loss, grads = self._differentiate()
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
         self.missing = [i for i, g in enumerate(grads) if g is None]
+        if keep is None:
+            self._keep = all(distributed.from_all(self._affordable(loss)))
 
-    def _differentiate(self) -> Sequence[Tensor | None]:
-        """Return the gradient of the inner loss, and keep its graph."""
+    def _affordable(self, loss: Tensor) -> bool:
+        """Whether the graph may be kept; see the class."""
+        whole = saved_memory(self._grads, self.w.flat)
+        if whole <= SMALL_GRAPH:
+            return True
+        # A product also makes a cotangent of each activation; a step of training saves the activations and makes a gradient.
+        activations, weights = saved_memory([loss], self.w.flat), sum(leaf.nbytes for leaf in self.w.flat)
+        return whole + activations + VECTORS * weights <= STEPS_OF_TRAINING * (activations + weights)
+
+    def _differentiate(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the inner loss and its gradient, and keep the graph."""
         with torch.enable_grad():
-            grads = differentiate(self._inner(self.w.tree, self.lam.tree), self.w.flat)
+            loss = self._inner(self.w.tree, self.lam.tree)
+            grads = differentiate(loss, self.w.flat)
         self.gradients += 1
         # Entries of the gradient that are constant have no graph and contribute nothing to a product.
         kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._at, self._grads = [i for i, _ in kept], [g for _, g in kept]
-        return grads
+        return loss, grads
+
+    def release(self) -> None:
+        """Free the graph, unless it was asked for."""
+        if self._releases:
+            self._grads = []
 
     def _matvec(self, v: Tensor) -> Tensor:
         """``H v``."""

@@ -23,7 +23,17 @@ from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
+from hyperopt.bilevel.stochastic import (
+    NONE,
+    Growth,
+    Stochastic,
+    commit,
+    first_order,
+    later_norm,
+    moved,
+    penalised_gradient,
+    second_copy,
+)
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 
@@ -107,10 +117,10 @@ class F2SA(Stochastic):
         _, direct = first_order(problem.outer_on(validation), y, hyper)
         inner = Evaluation(problem, batch)
         (_, above), (_, below) = (first_order(inner, w, hyper) for w in (y, z))
-        grad = [e + penalty * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
+        grad, unused = penalised_gradient(hyper, direct, above, below, penalty)
         with torch.no_grad():
             loss = float(problem.outer(z.tree, hyper.tree, validation))
         commit(problem, state, z, lam, batch)
         memory.update(penalised=[leaf.detach() for leaf in y.flat], steps=memory["steps"] + 1)
         cost = Cost(2 * self.steps + 2, self.steps + 1)
-        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, cost)
+        return Estimate(grad, NONE, loss, state.w, trained, solved, cost, unused)

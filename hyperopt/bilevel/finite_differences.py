@@ -42,6 +42,15 @@ class FiniteDifferences(Curvature):
         """Return ``H v``."""
         return self.matrix(self._difference(v, w=True))
 
+    def rough(self, v: Tensor) -> Tensor:
+        """Return ``(grad_w L(w + h v) - grad_w L(w)) / h``, with one gradient, since that at ``w`` is known."""
+        size = float(torch.linalg.vector_norm(v))
+        if not size > 0:
+            return torch.full_like(v, size)
+        self._count(matvecs=1)
+        h = self._length / size
+        return (self.matrix(self._gradients(v, h, w=True)) - self.gradient) / h
+
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """Return ``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
         self.mixed_products += 1

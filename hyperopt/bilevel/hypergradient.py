@@ -64,7 +64,7 @@ def estimator_of(adjoint: Adjoint | Estimator | str | None, inner: InnerSolver |
     if isinstance(adjoint, ImplicitAdjoint) and not isinstance(adjoint, Shine):
         if not adjoint.iterates:  # the solution of the adjoint system does not depend on a step
             method = adjoint.linear_solver if isinstance(adjoint, Implicit) else adjoint
-            refuse_ignored(method, None, products, ("step", "power"))
+            refuse_ignored(method, None, products, ("step",) if isinstance(adjoint, Auto) else ("step", "power"))
         given = {field.name: getattr(products, field.name) for field in fields(ProductSettings)}
         if isinstance(adjoint, Auto):
             return AutoEstimator(**given, inner=inner, auto=adjoint)

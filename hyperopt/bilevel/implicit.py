@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
@@ -30,12 +30,12 @@ from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
-from hyperopt.bilevel.step_map import PowerSettings, StepMap, largest_curvature
+from hyperopt.bilevel.step_map import Known, PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.checks import check_choice, check_flag, check_kind, check_optional
 from hyperopt.core.linear.cg import CG
-from hyperopt.core.policy import note_once
+from hyperopt.core.policy import note_once, report
 from hyperopt.core.status import AdjointBox, SolveStats, Status
 from hyperopt.core.tree import tree_norm
 
@@ -55,7 +55,7 @@ class ProductSettings:
         curvature: ``hessian``, ``gauss_newton`` (which needs an inner loss that is a ``Composite``) or ``finite_differences``.
         resample: whether each product uses a batch of its own.
         keep: whether the graph of the gradient is kept from one Hessian product to the next. If not, each product builds it
-            again, which takes less memory and more time.
+            again, which takes less memory and more time. None: it is kept if its memory is small, see ``curvature.Hessian``.
         power: settings of the power iteration.
 
     Raises:
@@ -80,7 +80,7 @@ class ProductSettings:
     warm: bool = True
     curvature: str = "hessian"
     resample: bool = False
-    keep: bool = True
+    keep: bool | None = True
     power: PowerSettings = field(default_factory=PowerSettings)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,8 @@ class ProductSettings:
         check_flag(self, "warm")
         check_choice(self, "curvature", CURVATURES)
         check_flag(self, "resample")
-        check_flag(self, "keep")
+        if self.keep is not None:
+            check_flag(self, "keep")
         check_kind(self, "power", PowerSettings)
 
 
@@ -194,7 +195,15 @@ class ImplicitEstimator(ProductSettings, Estimator):
     def solve(self, at: Point) -> Solved:
         """Solve the adjoint system. A failed solve returns NaN, so that no wrong hypergradient is made from it."""
         operator = StepMap(at.curvature, self._step(at, self.adjoint.iterates))
-        u, stats = self._solve(self.adjoint, operator, at)
+        trial = self.adjoint
+        if isinstance(trial, Implicit) and trial.iterates and trial.policy in ("raise", "warn"):
+            trial = replace(trial, policy="ignore")  # a failure is reported below, once the step is known to be stable
+        u, stats = self._solve(trial, operator, at)
+        if trial.iterates and self._too_long(operator, at):
+            operator = StepMap(at.curvature, self._shorter(operator, at.state))
+            u, stats = self._solve(trial, operator, at)
+        if isinstance(self.adjoint, Implicit) and trial is not self.adjoint:
+            report(stats, self.adjoint.policy, "adjoint")
         note = self._note(stats.status, operator)
         if stats.status >= Status.breakdown and not self._accepts(stats.status):
             u = torch.full_like(u, math.nan)
@@ -213,15 +222,15 @@ class ImplicitEstimator(ProductSettings, Estimator):
     def _curvature(self, problem: BilevelProblem, w: Leaves, lam: Leaves, inner: Evaluation | None, kind: str) -> Curvature:
         """Return products of one kind: with one evaluation of the inner loss or, for None, each on a batch of its own."""
 
-        def make(inner: Evaluation) -> Curvature:
+        def make(inner: Evaluation, keep: bool | None) -> Curvature:
             if kind == "finite_differences":
                 length = self.adjoint.length if isinstance(self.adjoint, FiniteDifference) else None
                 return FiniteDifferences(inner, w, lam, length)
-            return GaussNewton(inner, w, lam) if kind == "gauss_newton" else Hessian(inner, w, lam, keep=self.keep)
+            return GaussNewton(inner, w, lam) if kind == "gauss_newton" else Hessian(inner, w, lam, keep=keep)
 
         if inner is not None:
-            return make(inner)
-        return Resampled(lambda: make(Evaluation(problem, problem.inner_batches.draw())))
+            return make(inner, self.keep)
+        return Resampled(lambda: make(Evaluation(problem, problem.inner_batches.draw()), False))  # one product each
 
     def _accepts(self, status: Status) -> bool:
         """Whether a diverged solve is used anyway: one with a fixed number of steps under ``policy="ignore"``."""
@@ -262,12 +271,31 @@ class ImplicitEstimator(ProductSettings, Estimator):
             return 2 / (at.constants.strong_convexity + at.constants.smoothness)
         return self._stable_step(at.curvature, at.state)
 
+    def _estimates_step(self, at: Point) -> bool:
+        """Whether the step is ``1 / L`` by power iteration."""
+        given = self.step is not None or (self.inner is not None and self.inner.map_step(at.lam.tree) is not None)
+        return not given and at.constants is None
+
     def _stable_step(self, curvature: Curvature, state: State) -> float:
         """Return ``1 / L`` by power iteration."""
-        largest, direction = largest_curvature(curvature, self.power, state.memory.get("largest"))
+        kept = state.memory.get("power") if self.warm else None
+        largest, direction = largest_curvature(curvature, self.power, None if kept is None else Known(**kept))
+        if not (math.isfinite(largest) and largest > 0):
+            return 1.0
         if self.warm:
-            state.memory["largest"] = direction
-        return 1 / largest if math.isfinite(largest) and largest > 0 else 1.0
+            count = 1 if kept is None else kept["count"] + 1
+            state.memory["power"] = {"size": largest, "direction": direction, "count": count}
+        return 1 / largest
+
+    def _too_long(self, operator: StepMap, at: Point) -> bool:
+        """Whether the products of a solve have shown a curvature for which the step that was estimated is not stable."""
+        return self._estimates_step(at) and operator.step * float(operator.largest) > 2
+
+    def _shorter(self, operator: StepMap, state: State) -> float:
+        """Return ``1 / L`` by a new power iteration; the last one has stopped at another eigenvalue."""
+        state.memory.pop("power", None)
+        found = self._stable_step(operator.curvature, state)
+        return min(found, 1 / float(operator.largest))
 
 
 def refuse_untrained(w: Leaves, curvature: Curvature, outer: list[Any]) -> None:

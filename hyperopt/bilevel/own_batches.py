@@ -159,7 +159,7 @@ def taken(
         raise
 
 
-def check_counts(batches: Any) -> tuple[int | None, int | None]:
+def numbers_of_batches(batches: Any) -> tuple[int | None, int | None]:
     """Return the numbers of batches of ``train`` and ``val``.
 
     Raises:

@@ -30,15 +30,18 @@ def refuse_other_arguments(loss: Any, name: str, arguments: str = "w, lam, batch
 
 
 def refuse_shared(w: Any, lam: Any) -> None:
-    """Refuse weights that share memory with a hyperparameter, which training would overwrite.
+    """Refuse weights that share an entry in memory with a hyperparameter, which training would overwrite.
 
     Raises:
         ValueError: the message names the hyperparameter.
     """
-    weights = [at for at in map(memory_of, optree.tree_leaves(w)) if at is not None]
+    weights = [(part, at) for part in optree.tree_leaves(w) if (at := memory_of(part)) is not None]
     for name, leaf in named(lam, "lam"):
         at = memory_of(leaf)
-        if at is not None and any(at[0] == where and at[1] < end and begin < at[2] for where, begin, end in weights):
+        if at is not None and any(
+            at[0] == where and at[1] < end and begin < at[2] and share_entries(leaf, part)
+            for part, (where, begin, end) in weights
+        ):
             raise ValueError(f"{name} shares memory with w, which training changes in place; give a clone of it")
 
 

@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.curvature import unused_of
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.leaves import Leaves
@@ -115,8 +116,10 @@ def later_norm(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
     return lambda: tree_norm(gradient(*at))
 
 
-def first_order(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the partial gradients of a loss in ``w`` and in ``lam``; zeros for leaves on which it does not depend.
+def first_order(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the partial gradients of a loss in ``w`` and in ``lam``.
+
+    Where the loss does not depend on a leaf, the entry is zeros for one of ``w`` and None for one of ``lam``.
 
     Raises:
         ValueError: the loss depends neither on ``w`` nor on ``lam``.
@@ -126,8 +129,21 @@ def first_order(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves) -> t
         if not value.requires_grad:
             raise ValueError("a loss depends neither on w nor on lam; is it computed from them, without detach or .item()?")
         found = torch.autograd.grad(value, [*w.flat, *lam.flat], allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip([*w.flat, *lam.flat], found, strict=True)]
-    return filled[: len(w.flat)], filled[len(w.flat) :]
+    slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=False)]
+    return slopes, list(found[len(w.flat) :])
+
+
+def penalised_gradient(
+    lam: Leaves, direct: Sequence[Tensor | None], above: Sequence[Tensor | None], below: Sequence[Tensor | None], penalty: float
+) -> tuple[Any, tuple[str, ...]]:
+    """Return ``direct + penalty (above - below)``, a tree like ``lam``, and the names of hyperparameters without any part.
+
+    Raises:
+        ValueError: no loss depends on any hyperparameter.
+    """
+    unused = unused_of(lam.names, direct, above, below)
+    parts = (optree.tree_leaves(lam.like(part)) for part in (direct, above, below))
+    return lam.like([e + penalty * (a - b) for e, a, b in zip(*parts, strict=True)]), unused
 
 
 def moved(w: Leaves, slopes: Sequence[Tensor], step: float) -> Leaves:

@@ -23,19 +23,22 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hyperopt.bilevel.auto import Auto
 from hyperopt.bilevel.batches import SameBatch
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.finite_difference import FiniteDifference
 from hyperopt.bilevel.hypergradient import Bilevel, estimator_of
 from hyperopt.bilevel.implicit import ProductSettings
-from hyperopt.bilevel.own_batches import OwnBatches, check_counts, taken
+from hyperopt.bilevel.own_batches import OwnBatches, numbers_of_batches, taken
 from hyperopt.bilevel.own_losses import ModuleLosses, OwnLoss, as_plain_modules, in_words_of_the_tuner, without_trace
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.refusals import refuse_other_arguments
+from hyperopt.bilevel.step_map import PowerSettings
 from hyperopt.bilevel.trained_by import TrainedBy
 from hyperopt.core import distributed
 from hyperopt.core.adjoints.base import Adjoint
+from hyperopt.core.adjoints.implicit import ImplicitAdjoint
 from hyperopt.core.state import check_entries
 from hyperopt.spaces.hyperparameters import Hyperparameters
 
@@ -154,7 +157,7 @@ class Tuner:
         """
         if not any(parameter.requires_grad for parameter in self.hyper.parameters()):
             raise ValueError("no hyperparameter requires grad, so none would change; call hyper.requires_grad_()")
-        with taken(self._batches, (train, val), check_counts(batches)) as drawn:
+        with taken(self._batches, (train, val), numbers_of_batches(batches)) as drawn:
             return self._step(drawn)
 
     def _step(self, drawn: list[list[Any]]) -> Record:
@@ -170,9 +173,10 @@ class Tuner:
             problem = BilevelProblem(inner, without_trace(outer, device), SameBatch(drawn[0]), SameBatch(drawn[1]))
             decays = {name: self._trained.decays.get(name, 0.0) for name in losses.w}
             problem = problem.decayed(decays) if any(decays.values()) else problem
-            bilevel = Bilevel(problem, losses.w, adjoint=self.adjoint, products=ProductSettings(keep=False))
+            bilevel = Bilevel(problem, losses.w, adjoint=self.adjoint, products=products_of(self.adjoint))
             weights = {name: list(leaf.shape) for name, leaf in losses.w.items()}
-            bilevel.state.memory = copy.deepcopy(self._memory) if weights == self._weights else {}
+            # A copy of the containers: their tensors are replaced and never changed.
+            bilevel.state.memory = optree.tree_map(lambda x: x, self._memory) if weights == self._weights else {}
             lam = hyper.values()
             estimate = bilevel.step(lam)
             optimizer.zero_grad()
@@ -224,6 +228,16 @@ class Tuner:
         self._trained.decays = state["decays"]
         for mine, kept in zip(self._batches, (state["train"], state["val"]), strict=True):
             mine.load_state_dict(kept)
+
+
+def products_of(adjoint: Any) -> ProductSettings:
+    """Return how a step computes its products: the graph is kept if that takes little memory, and a step size is a rough one.
+
+    Each batch has another largest curvature, so that the digits of one say nothing about the next.
+    """
+    products = ProductSettings(keep=None)
+    sized = adjoint is None or isinstance(adjoint, str | Auto) or (isinstance(adjoint, ImplicitAdjoint) and adjoint.iterates)
+    return replace(products, power=PowerSettings(rtol=0.25)) if sized else products
 
 
 def check_arguments(model: Any, hyper: Any, train_loss: Any, val_loss: Any, optimizer: Any, adjoint: Any) -> None:

@@ -29,7 +29,17 @@ from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, first_order, later_norm, moved, second_copy
+from hyperopt.bilevel.stochastic import (
+    NONE,
+    Growth,
+    Stochastic,
+    commit,
+    first_order,
+    later_norm,
+    moved,
+    penalised_gradient,
+    second_copy,
+)
 from hyperopt.core.checks import check_count, check_number, check_optional
 from hyperopt.core.tree import tree_norm
 
@@ -113,7 +123,7 @@ class VPBGD(Stochastic):
         def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:
             return first_order(inner, w, hyper)[0]
 
-        def penalised(y: Leaves) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        def penalised(y: Leaves) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor | None]]:
             outer, direct = first_order(problem.outer_on(validation), y, hyper)
             pulled, above = first_order(inner, y, hyper)
             return [scale * (e + gamma * g) for e, g in zip(outer, pulled, strict=True)], direct, above
@@ -129,7 +139,7 @@ class VPBGD(Stochastic):
 
         validation = problem.outer_batches.draw()
         both, direct, above = penalised(y)
-        grad = [e + gamma * (a - b) for e, a, b in zip(direct, above, below, strict=True)]
+        grad, unused = penalised_gradient(hyper, direct, above, below, gamma)
         pulled_down = moved(y, both, self.step_size)
         solved = growth.check(
             "penalised", tree_norm(both), f"step_size={self.step_size:g}", later_norm(lambda: penalised(pulled_down)[0])
@@ -138,4 +148,4 @@ class VPBGD(Stochastic):
             loss = float(problem.outer(w.tree, hyper.tree, validation))
         commit(problem, state, w, lam, batch)
         memory.update(penalised=[leaf.detach() for leaf in pulled_down.flat], steps=memory["steps"] + 1)
-        return Estimate(hyper.like(grad), NONE, loss, state.w, trained, solved, Cost(self.steps + 1, 1))
+        return Estimate(grad, NONE, loss, state.w, trained, solved, Cost(self.steps + 1, 1), unused)

@@ -1,10 +1,11 @@
-"""The peak memory that tensors take in a block, on the CPU as on a GPU."""
+"""The memory that tensors take, on the CPU as on a GPU: at its peak in a block, and in a graph."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -60,6 +61,52 @@ def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
             yield from (part.untyped_storage() for part in (leaf.crow_indices(), leaf.col_indices(), leaf.values()))
         else:
             yield leaf.untyped_storage()
+
+
+def saved_memory(outputs: Iterable[Tensor | None], leaves: Sequence[Tensor]) -> int:
+    """Return how many bytes the graph of ``outputs`` has saved for derivatives in ``leaves``, each storage once.
+
+    The storages of the leaves themselves are not counted.
+
+    Args:
+        outputs: tensors with a graph.
+        leaves: leaves of the graph.
+    """
+    stack: list[Any] = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
+    children: dict[Any, list[Any]] = {node: [] for node in stack}
+    while stack:
+        node = stack.pop()
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                if parent not in children:
+                    children[parent] = []
+                    stack.append(parent)
+                children[parent].append(node)
+    wanted = set(map(id, leaves))
+    stack = [node for node in children if id(getattr(node, "variable", None)) in wanted]
+    leading = set(stack)  # the nodes from which a leaf is reached
+    while stack:
+        for node in children[stack.pop()]:
+            if node not in leading:
+                leading.add(node)
+                stack.append(node)
+    own = {storage._cdata for storage in storages(list(leaves))}
+    sizes = {storage._cdata: storage.nbytes() for node in leading for storage in storages(_saved(node))}
+    return sum(size for key, size in sizes.items() if key not in own)
+
+
+def _saved(node: Any) -> list[Any]:
+    """What a node of a graph has saved: tensors, or what a hook of ``saved_tensors_hooks`` has made of them."""
+    found = []
+    for name in _saved_names(type(node)):
+        raw = getattr(node, name)
+        found += [part.data for part in (raw if isinstance(raw, tuple) else (raw,)) if part is not None]
+    return found
+
+
+@functools.cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 @contextlib.contextmanager

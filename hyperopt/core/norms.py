@@ -1,4 +1,4 @@
-"""Batch normalisation whose second derivatives take little memory: ``lean(torch.nn.functional.batch_norm)``.
+"""Functions whose second derivatives take little memory: ``lean(torch.nn.functional.batch_norm)``, and likewise SiLU and Mish.
 
     z = w y + b,        y = (x - mean) r,       r = (var + eps)^(-1/2)
     dx = w r q(g),      dw = sum g y,           db = sum g,         q(g) = g - m(g) - y m(g y)
@@ -8,6 +8,11 @@ derivative holds ten tensors of the size of ``x`` at once. Here, for cotangents 
 
     of g:  w r q(c) + cw y + cb         of w:  r sum c q(g)
     of x:  r q(e) - w r^2 y m(c q(g)),          e = cw g - w r (m(g y) c + m(c y) g)
+
+PyTorch computes the derivative of SiLU and Mish by elementary operators if it is to be differentiated again, and these save four
+tensors of the size of ``x`` or more. Here ``dx = g f'(x)`` is PyTorch's kernel, and for a cotangent ``c`` of dx:
+
+    of g:  c f'(x)                      of x:  c g f''(x)
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from hyperopt.core.captured import transformed
 
 def lean(func: Callable[..., Any]) -> Callable[..., Any]:
     """The form of a function of PyTorch that is made here, else itself; transforms and compilers get PyTorch's."""
-    return _batch_norm if func is F.batch_norm and not transformed() and not torch.compiler.is_compiling() else func
+    made = LEAN.get(func)
+    return func if made is None or transformed() or torch.compiler.is_compiling() else made
 
 
 def _batch_norm(
@@ -102,3 +108,64 @@ class _Pulled(torch.autograd.Function):
         to_x = torch.addcmul(r * (e - m(e)), y, r * ey + scale * r * cq, value=-1)
         to_w = None if weight is None else (r * cq).flatten() * (x.numel() // x.shape[1])
         return to_g, to_x, to_w, None, None, None
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.silu(input, inplace) if inplace else _Smooth.apply(input, "silu")  # pyright: ignore[reportReturnType]
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.mish(input, inplace) if inplace else _Smooth.apply(input, "mish")  # pyright: ignore[reportReturnType]
+
+
+class _Smooth(torch.autograd.Function):
+    """``f(x)`` of one of ``CURVES``."""
+
+    @staticmethod
+    def forward(x: Tensor, name: str) -> Tensor:
+        return getattr(torch.ops.aten, name)(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, ctx.name = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Slope.apply(g, *ctx.saved_tensors, ctx.name), None
+
+
+class _Slope(torch.autograd.Function):
+    """``g f'(x)``, as a function of ``g`` and ``x``."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, name: str) -> Tensor:
+        return getattr(torch.ops.aten, f"{name}_backward")(g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        g, x, ctx.name = inputs
+        ctx.save_for_backward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Any:
+        g, x = ctx.saved_tensors
+        to_g = _Slope.apply(c, x, ctx.name) if ctx.needs_input_grad[0] else None
+        to_x = CURVES[ctx.name](x) * c * g if ctx.needs_input_grad[1] else None
+        return to_g, to_x, None
+
+
+def _silu_curve(x: Tensor) -> Tensor:
+    """``f'' = s (1 - s) (2 + x (1 - 2 s))`` with the sigmoid ``s``."""
+    s = torch.sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _mish_curve(x: Tensor) -> Tensor:
+    """``f'' = (1 - t^2) s (2 + x (1 - s - 2 s t))`` with the sigmoid ``s`` and ``t = tanh(softplus(x))``."""
+    s, t = torch.sigmoid(x), torch.tanh(F.softplus(x))
+    return (1 - t * t) * s * (2 + x * (1 - s - 2 * s * t))
+
+
+CURVES: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu_curve, "mish": _mish_curve}
+LEAN: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, F.silu: _silu, F.mish: _mish}

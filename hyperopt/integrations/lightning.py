@@ -20,7 +20,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
 
 from hyperopt.bilevel.batches import source_of
-from hyperopt.bilevel.own_batches import Moved, check_counts
+from hyperopt.bilevel.own_batches import Moved, numbers_of_batches
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.tuner import Tuner
 from hyperopt.core.checks import check_count
@@ -72,7 +72,7 @@ class TunerCallback(Callback):
         """Check the arguments."""
         self.tuner, self.every_n_steps, self.batches, self.given = tuner, every_n_steps, batches, (train, val)
         check_count(self, "every_n_steps")
-        check_counts(batches)
+        numbers_of_batches(batches)
         self.record: Record | None = None
         self._last = 0
         self._from: list[Any] = [None, None]  # the data behind ``_sources``

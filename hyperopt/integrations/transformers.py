@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback  # pyright: ignore[reportMissi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # pyright: ignore[reportMissingImports]
 
 from hyperopt.bilevel.batches import BatchSource, source_of
-from hyperopt.bilevel.own_batches import Moved, check_counts
+from hyperopt.bilevel.own_batches import Moved, numbers_of_batches
 from hyperopt.bilevel.record import Record
 from hyperopt.bilevel.tuner import Tuner
 from hyperopt.core import distributed
@@ -70,7 +70,7 @@ class TunerCallback(TrainerCallback):
         """Check the arguments, and make loaders of the datasets."""
         self.tuner, self.trainer, self.every_n_steps, self.batches = tuner, trainer, every_n_steps, batches
         check_count(self, "every_n_steps")
-        check_counts(batches)
+        numbers_of_batches(batches)
         self.record: Record | None = None
         args = trainer.args
         self.data = (

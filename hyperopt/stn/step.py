@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.own_batches import check_counts, taken
+from hyperopt.bilevel.own_batches import numbers_of_batches, taken
 from hyperopt.core.policy import note_once
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
@@ -120,7 +120,7 @@ class SelfTuning(Updates):
         if not self.history:
             refuse_same_data(train, val)
         steps = min(settings.train_steps, self._left) if self._left > 0 else settings.train_steps
-        counts, drawn = check_counts(batches)[used], (steps, settings.valid_steps)[used]
+        counts, drawn = numbers_of_batches(batches)[used], (steps, settings.valid_steps)[used]
         modes = [(module, module.training) for module in self.model.modules()]
         with taken(self._batches[used], (train, val)[used], counts, drawn) as found:
             try:

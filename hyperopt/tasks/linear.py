@@ -36,6 +36,8 @@ Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
 
 DENSE_FEATURES = 1000  # largest number of features for which the constants of the certificate are computed
 
+RETRAINED = ("retrained/loss", "retrained/accuracy")
+
 
 def outputs_of(classes: int) -> int:
     """Return the number of outputs: one for each class, but one for two classes and for numbers."""
@@ -81,6 +83,8 @@ class LinearTask(TunedTask):
         check_flag(self, "retrain")
         check_optional_count(self, "batch_size")
         check_optional_count(self, "val_batch_size")
+        if self.retrain:
+            self.MEASURES = (*self.MEASURES, *RETRAINED)  # pyright: ignore[reportAttributeAccessIssue]  # of the object
 
     @abstractmethod
     def penalty(self, w: Tensor, lam: dict[str, Tensor]) -> Tensor:

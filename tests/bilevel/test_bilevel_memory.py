@@ -80,3 +80,20 @@ def test_views_without_a_common_entry_are_trained_as_their_clones(kind: str) -> 
 def test_a_tensor_whose_entries_share_memory_is_refused(leaf: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"w\['a'\] is an expanded or unfolded tensor.*give a clone"):
         hyperopt.Bilevel(hyperopt.BilevelProblem(squares, squares), {"a": leaf})
+
+
+@pytest.mark.parametrize(("start", "refused"), [(0, True), (1, False)], ids=["the same entries", "those between"])
+def test_hyperparameters_may_lie_between_the_weights(start: int, refused: bool) -> None:
+    """Every second entry of one buffer; only a common entry is overwritten by training."""
+    buffer = torch.arange(1.0, 9.0, dtype=DOUBLE) / 10
+    problem = hyperopt.BilevelProblem(
+        lambda w, lam, batch: (w - lam).square().sum() + w.square().sum(), lambda w, lam, batch: w.square().sum()
+    )
+    w, lam = buffer[::2], buffer[start::2]
+    if refused:
+        with pytest.raises(ValueError, match=r"lam shares memory with w"):
+            hyperopt.hypergradient(problem, w, lam)
+        return
+    torch.testing.assert_close(hyperopt.hypergradient(problem, lam / 2, lam).grad, lam / 2, rtol=1e-10, atol=0)
+    found = hyperopt.hypergradient(problem, w, lam).grad
+    torch.testing.assert_close(found, hyperopt.hypergradient(problem, w.clone(), lam.clone()).grad, rtol=1e-12, atol=0)

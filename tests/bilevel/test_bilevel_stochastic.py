@@ -269,3 +269,22 @@ def test_one_call_leaves_the_weights_of_the_caller_alone():
     ridge, w = Ridge(), torch.zeros(8, dtype=DOUBLE)
     hyperopt.hypergradient(ridge.problem, w, ridge.lam, adjoint=SOBA())
     assert not w.any()
+
+
+@pytest.mark.parametrize("name", ["f2sa", "vpbgd"])
+def test_hyperparameters_that_no_loss_uses_are_refused_or_named(name):
+    method = hyperopt.F2SA(step_size=0.1) if name == "f2sa" else hyperopt.VPBGD(step_size=0.1)
+    w, one = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+
+    def problem(inner, outer):
+        return hyperopt.BilevelProblem(
+            lambda w, lam, batch: (w - inner(lam)).square().sum(), lambda w, lam, batch: (w * outer(lam)).square().sum()
+        )
+
+    nothing = problem(lambda lam: 1.0, lambda lam: 1.0)
+    with pytest.raises(ValueError, match=r"the outer loss does not depend on lam\['a'\], lam\['b'\]"):
+        hyperopt.hypergradient(nothing, w, {"a": one, "b": one}, adjoint=method)
+    for some in (problem(lambda lam: lam["a"], lambda lam: 1.0), problem(lambda lam: 1.0, lambda lam: lam["a"])):
+        found = hyperopt.hypergradient(some, w, {"a": one, "b": one}, adjoint=method)
+        assert found.unused == ("lam['b']",)
+        assert float(found.grad["a"].abs()) > 0 and float(found.grad["b"]) == 0

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hyperopt
-from hyperopt.core.memory import peak_memory
+from hyperopt.core.memory import Peak, peak_memory, saved_memory
 
 
 def block(of: int, to: int, norm: Any, pool: bool, drop: float) -> list[nn.Module]:
@@ -18,10 +18,11 @@ def block(of: int, to: int, norm: Any, pool: bool, drop: float) -> list[nn.Modul
     return [conv, norm(to), nn.ReLU(), *[nn.Dropout2d(drop)] * bool(drop), *[nn.MaxPool2d(2)] * pool]
 
 
-def network(norm: Any, drop: float) -> nn.Sequential:
+def network(norm: Any, drop: float, curve: Any = nn.ReLU) -> nn.Sequential:
     torch.manual_seed(0)
     widths = ((3, 8, False), (8, 8, True), (8, 16, False), (16, 16, True), (16, 32, False), (32, 32, True))
     blocks = [part for of, to, pool in widths for part in block(of, to, norm, pool, drop)]
+    blocks = [curve() if isinstance(part, nn.ReLU) else part for part in blocks]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
@@ -58,6 +59,39 @@ def ratio(model: nn.Module, adjoint: Any) -> float:
 def test_the_peak_is_at_most_three_training_steps(norm: Any, drop: float) -> None:
     found = ratio(network(norm, drop), "auto")
     assert 1 < found <= 3, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("curve", [nn.SiLU, nn.Mish, nn.GELU])
+def test_smooth_activations_take_no_more(curve: Any) -> None:
+    found = ratio(network(lambda width: nn.GroupNorm(4, width), 0.0, curve), "auto")
+    assert 1 < found <= 3, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda width: nn.Identity()], ids=["batch norm", "no norm"])
+def test_a_graph_that_is_not_small_is_kept_within_three_training_steps(norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperopt.bilevel import curvature
+
+    monkeypatch.setattr(curvature, "SMALL_GRAPH", 0)
+    assert 1 < ratio(network(norm, 0.2), "auto") <= 3
+
+
+def test_saved_memory_is_what_a_graph_holds() -> None:
+    model = network(nn.BatchNorm2d, 0.2)
+    weights, batch = list(model.parameters()), (torch.randn(8, 3, 16, 16), torch.randint(10, (8,)))
+    with Peak() as memory:
+        loss = cross_entropy(model(batch[0]), batch[1])
+        given = batch[0].nbytes  # which the first convolution saves
+        assert saved_memory([loss], weights) == pytest.approx(memory.alive + given, rel=0.02)
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        whole = saved_memory(slopes, weights)
+        assert whole == pytest.approx(memory.alive + given - sum(leaf.nbytes for leaf in weights), rel=0.05)
+    assert whole > 1.3 * saved_memory([loss], weights)
+    x, lam = torch.randn(50), torch.ones(50, requires_grad=True)
+    w = torch.ones(50, requires_grad=True)
+    product = (lam * lam).sin() * x + w.exp()  # of these, exp alone saves a tensor for w
+    assert saved_memory([product], [w]) == 50 * 4 and saved_memory([product], [w, lam]) == 3 * 50 * 4
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Batch normalisation with lean second derivatives: PyTorch's numbers, and the right derivatives of every order."""
+"""Batch normalisation, SiLU and Mish with lean second derivatives: PyTorch's numbers, the right derivatives of every order."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "batch, no statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
     "batch, no bias": (lambda: without_bias(nn.BatchNorm2d(3)), (4, 3, 2, 2)),
     "batch 3d": (lambda: nn.BatchNorm3d(2), (3, 2, 2, 2, 2)),
+    "silu": (nn.SiLU, (7, 2)),
+    "mish": (nn.Mish, (7, 2)),
 }
 
 
@@ -78,7 +80,7 @@ def test_first_and_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(form, inputs)
 
 
-@pytest.mark.parametrize("name", ["batch 1d", "batch 2d"])
+@pytest.mark.parametrize("name", ["batch 1d", "batch 2d", "silu", "mish"])
 def test_third_derivatives(name: str) -> None:
     _, form, inputs = made(name)
 
