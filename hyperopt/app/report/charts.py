@@ -1,97 +1,196 @@
-"""The figures of a report. This module imports no torch, and matplotlib only for the first figure."""
+"""The figures of a report: what each draws; ``drawing`` makes images of them. This module imports no torch."""
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hyperopt.app.report.drawing import SPAN, Draw, Drawing, drop_overlapping, mark, round_numbers
 from hyperopt.app.report.groups import Group, shown
+from hyperopt.app.report.read import Run
+from hyperopt.core.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 NAMED = 12
-"""Largest number of groups in a legend; with more, only the table tells them apart."""
-SPAN = 30.0
-"""A positive setting whose values differ by more than this factor has a logarithmic axis."""
+"""Largest number of groups with a line of their own in a legend; others are drawn in grey."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#3aa5dc", "#5b4a9c", "#444444")  # after Okabe and Ito
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+GREY = "#9aa3b0"
+SPLITS = ("outer", "val", "test")
 
 
-def png(draw: Callable[[Figure], None], width: float = 8.0, height: float = 4.5) -> bytes:
-    """Return a figure, ``width`` by ``height`` inches, as PNG. A ``$`` in its texts does not start a formula."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"text.parse_math": False, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=130)
-    return file.getvalue()
+def style(k: int) -> dict[str, Any]:
+    """Return colour, dashes and marker of the ``k``-th named group; any two of ``NAMED`` differ in at least two of them."""
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "linestyle": DASHES[k % len(DASHES)] if k < len(COLOURS) else DASHES[(k + 1) % len(DASHES)],
+        "marker": MARKERS[k % len(MARKERS)],
+    }
 
 
-def colour(k: int, count: int) -> Any:
-    """Return the colour of group ``k`` of ``count``."""
-    from matplotlib import colormaps
+@dataclass(frozen=True)
+class Band:
+    """The curve of a group.
 
-    return colormaps["tab10"](k) if count <= 10 else colormaps["turbo"](0.05 + 0.9 * k / (count - 1))
+    Attributes:
+        steps: outer steps at which every run has a finite value.
+        means: means over the runs.
+        widths: sample standard deviations, 0 for one run.
+    """
+
+    steps: Sequence[int]
+    means: Sequence[float]
+    widths: Sequence[float]
 
 
-def legend(figure: Figure, axes: Axes, groups: Sequence[Group]) -> None:
-    """Name the drawn groups below the axes, unless there are too many."""
-    handles, labels = axes.get_legend_handles_labels()
-    if 1 < len(groups) <= NAMED and handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) < 50 else 1, fontsize=8, frameon=False
-        )
-
-
-def band(group: Group, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Return steps, means, and mean -/+ one sample standard deviation, at the steps where every run has a finite ``metric``."""
-    columns = [
-        {int(row["step"]): row[metric] for row in run.rows if math.isfinite(row.get(metric, math.nan))} for run in group.runs
-    ]
-    columns = [column for column in columns if column]  # leave out runs that failed before their first evaluation
+def band(runs: Sequence[Run], metric: str) -> Band:
+    """Return the curve of ``metric`` for some runs; those that measured nothing are left out."""
+    columns = [{int(row["step"]): row[metric] for row in run.rows if math.isfinite(row.get(metric, math.nan))} for run in runs]
+    columns = [column for column in columns if column]
     steps = sorted(set.intersection(*(set(column) for column in columns))) if columns else []
     values = [[column[step] for column in columns] for step in steps]
-    means = [statistics.fmean(each) for each in values]
     widths = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-    return (
-        steps,
-        means,
-        [mean - width for mean, width in zip(means, widths, strict=True)],
-        [mean + width for mean, width in zip(means, widths, strict=True)],
-    )
+    return Band(steps, [statistics.fmean(each) for each in values], widths)
 
 
-def curves(groups: Sequence[Group], metric: str) -> bytes | None:
-    """Draw ``metric`` over the outer steps, a line and a band for each group; None if no run measured it."""
-    bands = [band(each, metric) for each in groups]
-    if not any(steps for steps, *_ in bands):
+def band_of(group: Group, metric: str) -> Band:
+    """Return the curve of a group: of its runs that ended well or, if there are none, of all."""
+    return band([run for run in group.runs if run.ended] or group.runs, metric)
+
+
+def label(group: Group) -> str:
+    """Return the name of a group in a legend, which says so if none of its runs ended well."""
+    stopped = "" if any(run.ended for run in group.runs) else f" ({', '.join(sorted({run.status for run in group.runs}))})"
+    return f"{group.label}{printable(stopped)}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve with its name.
+
+    Attributes:
+        label: its name.
+        band: the curve.
+        stopped: the curves of runs that did not end well.
+    """
+
+    label: str
+    band: Band
+    stopped: Sequence[Band] = ()
+
+
+def series_of(groups: Sequence[Group], metric: str) -> list[Series]:
+    """Return a curve for each group that measured ``metric``; for a single group one for each split, such as ``test/loss``."""
+    if len(groups) == 1:
+        kind = metric.rpartition("/")[2]
+        names = dict.fromkeys([metric, *(f"{split}/{kind}" for split in SPLITS)])
+        found = [Series(name, band_of(groups[0], name), ends(groups[0], name)) for name in names]
+    else:
+        found = [Series(label(each), band_of(each, metric), ends(each, metric)) for each in groups]
+    return [each for each in found if each.band.steps]
+
+
+def ends(group: Group, metric: str) -> list[Band]:
+    """Return the curves of the runs of a group that stopped before their end."""
+    found = [band([run], metric) for run in group.runs if not run.ended and run.status != "running"]
+    return [each for each in found if each.steps]
+
+
+def coinciding(series: Sequence[Series]) -> list[tuple[list[str], float]]:
+    """Return the names of curves that cannot be told apart by eye, with the largest difference between those of each set."""
+    values = [mean for each in series for mean in each.band.means]
+    eye = 2e-3 * (max(values) - min(values)) if values else 0.0
+    sets: list[tuple[list[str], Band, float]] = []
+    for each in series:
+        for k, (members, other, most) in enumerate(sets):
+            if each.band.steps == other.steps:
+                apart = max(abs(a - b) for a, b in zip(each.band.means, other.means, strict=True))
+                if apart <= eye:
+                    sets[k] = ([*members, each.label], other, max(most, apart))
+                    break
+        else:
+            sets.append(([each.label], each.band, 0.0))
+    return [(members, most) for members, _, most in sets if len(members) > 1]
+
+
+def legend(drawing: Drawing, axes: Axes) -> None:
+    """Name what is drawn: beside the axes on a wide screen, otherwise below them."""
+    handles, labels = axes.get_legend_handles_labels()
+    layout = drawing.layout
+    if not handles:
+        return
+    labels = [textwrap.fill(each, layout.characters, break_on_hyphens=False, max_lines=4, placeholder=" …") for each in labels]
+    where = "outside right upper" if layout.wide else "outside lower left"
+    lines = sum(each.count("\n") + 1 for each in labels)
+    height = layout.font * 1.45 * (lines + 1)
+    drawing.grow(max(0.0, height - layout.height) if layout.wide else height)
+    drawing.figure.legend(handles, labels, loc=where, fontsize=layout.font, frameon=False, handlelength=3.2, labelspacing=0.4)
+
+
+def curves(series: Sequence[Series], metric: str) -> Draw | None:
+    """Draw curves over the outer steps, each with its band; None if there are none.
+
+    Args:
+        series: the curves, the best first.
+        metric: what they show.
+    """
+    if not series:
         return None
+    named = series if len(series) <= NAMED else series[: NAMED - 1]
+    others = series[len(named) :]
+    values = [mean for each in series for mean in each.band.means]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for k, (each, (steps, means, low, high)) in enumerate(zip(groups, bands, strict=True)):
-            if not steps:
-                continue
-            style: dict[str, Any] = {"color": colour(k, len(groups)), "marker": "o" if len(steps) < 3 else None}
-            axes.plot(steps, means, linewidth=1.6, label=each.label.lstrip("_"), **style)
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        axes.set(xlabel="outer step", ylabel=metric)
+    def draw(drawing: Drawing) -> None:
+        axes = drawing.figure.add_subplot()
+        for k, each in enumerate(named):
+            steps, means, widths = each.band.steps, each.band.means, each.band.widths
+            form, every = style(k), max(1, math.ceil(len(steps) / (6 if drawing.layout.narrow else 12)))
+            at = list(range(k % every, len(steps), every))  # not the same steps for all, so that markers are seen
+            width = 2.8 if k == 0 else 1.8
+            [line] = axes.plot(steps, means, linewidth=width, markersize=6, markevery=at, zorder=3, label=each.label, **form)
+            drawing.name(line, said(each, metric))
+            low = [mean - width for mean, width in zip(means, widths, strict=True)]
+            high = [mean + width for mean, width in zip(means, widths, strict=True)]
+            axes.fill_between(steps, low, high, color=form["color"], alpha=0.14, linewidth=0)
+            for end in each.stopped:
+                axes.plot(end.steps, end.means, color=form["color"], linewidth=0.8, zorder=2)
+                axes.plot(end.steps[-1:], end.means[-1:], "x", color=form["color"], markersize=10, markeredgewidth=2, zorder=4)
+        for k, each in enumerate(others):
+            rest = f"the other {len(others)}" if k == 0 else None
+            [line] = axes.plot(each.band.steps, each.band.means, color=GREY, linewidth=1, alpha=0.5, zorder=1, label=rest)
+            drawing.name(line, said(each, metric))
+        logarithmic = min(values) > 0 and max(values) / min(values) > SPAN
+        axes.set(xlabel="outer step", ylabel=metric, yscale="log" if logarithmic else "linear")
+        mark(axes.yaxis, logarithmic, 9)
+        mark(axes.xaxis, False, 6 if drawing.layout.narrow else 12, whole=True)
         axes.grid(alpha=0.25)
-        legend(figure, axes, groups)
+        if any(each.stopped for each in named):
+            axes.plot([], [], "x", color="black", markersize=9, markeredgewidth=2, label="stopped before its end")
+        legend(drawing, axes)
 
-    return png(draw)
+    return draw
 
 
-def heights(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+def said(series: Series, metric: str) -> str:
+    """Return what is shown under the pointer."""
+    return f"{series.label}: {metric} {series.band.means[-1]:.5g} at step {series.band.steps[-1]}"
+
+
+def heights(values: Sequence[Any], own: int = 8) -> tuple[list[float], list[tuple[float, str]]]:
     """Place the values of one setting on an axis from 0 to 1.
 
     Numbers are placed to scale, which is logarithmic if they are positive and far apart; other values at equal distances.
+
+    Args:
+        values: the values.
+        own: the ticks are at the values themselves, unless there are more numbers than this; then they are at round ones.
 
     Returns:
         The height of each value, and the ticks ``(height, text)``.
@@ -99,89 +198,178 @@ def heights(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in distinct):
         low, high = min(distinct), max(distinct)
-        scale = math.log if low > 0 and high / low > SPAN else float
+        logarithmic = low > 0 and high / low > SPAN
+        scale = math.log if logarithmic else float
         width = scale(high) - scale(low)
-        place = {value: (scale(value) - scale(low)) / width if width else 0.5 for value in distinct}
-    else:
-        place = {value: k / (len(distinct) - 1) if len(distinct) > 1 else 0.5 for k, value in enumerate(distinct)}
-    marked = distinct if len(distinct) <= 8 else sorted(distinct, key=place.__getitem__)[:: math.ceil(len(distinct) / 8)]
-    return [place[value] for value in values], [(place[value], shown(value)) for value in marked]
+
+        def place(value: Any) -> float:
+            return (scale(value) - scale(low)) / width if width else 0.5
+
+        marked = distinct if len(distinct) <= own or not width else round_numbers(low, high, logarithmic)
+        return [place(value) for value in values], [(place(value), shown(value)) for value in sorted(marked)]
+    order = {value: k / (len(distinct) - 1) if len(distinct) > 1 else 0.5 for k, value in enumerate(distinct)}
+    return [order[value] for value in values], [(order[value], shown(value)) for value in distinct]
 
 
-def parallel(groups: Sequence[Group], metric: str, best: Callable[[Sequence[float]], float]) -> bytes | None:
-    """Draw the settings and the mean of ``metric`` as parallel coordinates; None for fewer than two groups with a mean."""
-    rows = [(each.settings, statistics.fmean(values)) for each in groups if (values := each.values(metric))]
-    if len(rows) < 2:
+def fanned(places: Sequence[float], results: Sequence[float]) -> list[float]:
+    """Return places on one axis, where those of equal values lie side by side, in the order of their results."""
+    distinct = sorted(set(places))
+    gaps = [b - a for a, b in zip(distinct, distinct[1:], strict=False)]
+    spread = min(0.16, 0.4 * min(gaps, default=0.4))
+    found = list(places)
+    for value in distinct:
+        members = sorted((k for k, place in enumerate(places) if place == value), key=lambda k: results[k])
+        for position, k in enumerate(members):
+            found[k] += spread * (position / (len(members) - 1) - 0.5) if len(members) > 1 else 0.0
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the parallel coordinates.
+
+    Attributes:
+        settings: where it passes.
+        result: where it ends.
+        ended: whether it is the mean of runs that ended well.
+        label: its name.
+    """
+
+    settings: Mapping[str, Any]
+    result: float
+    ended: bool
+    label: str
+
+
+def lines_of(groups: Sequence[Group], metric: str) -> list[Line]:
+    """Return a line for each group with a result: the mean of ``metric``, or else what its stopped runs had reached."""
+    found = []
+    for each in groups:
+        mean = each.mean(metric)
+        result = each.reached(metric) if math.isnan(mean) else mean
+        if not math.isnan(result):
+            found.append(Line(each.settings, result, not math.isnan(mean), f"{label(each)}: {metric} {result:.5g}"))
+    return found
+
+
+def parallel(groups: Sequence[Group], metric: str, mode: str) -> Draw | None:
+    """Draw the settings and the mean of ``metric`` as parallel coordinates; None for fewer than two groups with a result.
+
+    Lines with the same value are drawn side by side. On a narrow screen the axes lie below each other.
+
+    Args:
+        groups: the groups, the best first.
+        metric: the metric.
+        mode: whether its ``min`` or its ``max`` is best.
+    """
+    lines = lines_of(groups, metric)
+    if len(lines) < 2 or not lines[0].settings:
         return None
-    keys = list(rows[0][0])
-    results = [result for _, result in rows]
-    columns = [heights([settings[key] for settings, _ in rows]) for key in keys]
-    low, high = min(results), max(results)
-    last = [(result - low) / (high - low) if high > low else 0.5 for result in results]
-    digits = 3 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))) if high > low else 4  # neighbours differ
-    ticks = [(k / 4, f"{low + k / 4 * (high - low):.{digits}g}") for k in range(5)] if high > low else [(0.5, f"{low:.4g}")]
-    columns.append((last, ticks))
+    keys = list(lines[0].settings)
+    results = [line.result for line in lines]
+    columns = [heights([line.settings[key] for line in lines]) for key in keys]
+    columns = [(fanned(places, results), ticks) for places, ticks in columns]
+    scaled, ticks = heights(results, own=0)
+    columns.append((scaled, ticks))
+    names = [*keys, f"{metric} (mean)"]
+    good = 1.0 if mode == "max" else 0.0
+    many = len(lines) > 40
 
-    def draw(figure: Figure) -> None:
+    def draw(drawing: Drawing) -> None:
         from matplotlib import colormaps
 
-        axes = figure.add_subplot()
-        good = best([0.0, 1.0])  # the height of the best result
-        order = sorted(range(len(rows)), key=lambda k: -abs(last[k] - good))  # the best on top
-        for k in order:
-            shade = colormaps["viridis"](0.9 * abs(last[k] - good))
-            axes.plot(range(len(columns)), [places[k] for places, _ in columns], color=shade, linewidth=2.2, alpha=0.85)
-        for x, (_, marks) in enumerate(columns):
-            axes.axvline(x, color="0.35", linewidth=1, zorder=0)
-            for y, label in marks:
-                label = label if len(label) <= 24 else f"{label[:23]}…"
-                axes.annotate(
-                    label,
-                    (x, y),
-                    xytext=(4, 2),
-                    textcoords="offset points",
-                    fontsize=8,
-                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6},
-                )
-        names = [key if len(key) <= 28 else f"…{key[-27:]}" for key in [*keys, f"{metric} (mean)"]]
-        axes.set_xticks(range(len(columns)), names, rotation=0 if len(columns) <= 5 else 25)
-        axes.set(xlim=(-0.15, len(columns) - 0.6), ylim=(-0.06, 1.08), yticks=[])
+        layout, flat = drawing.layout, drawing.layout.narrow
+        if flat:
+            drawing.grow(max(0.0, 74 * len(columns) - layout.height))
+        axes = drawing.figure.add_subplot()
+        across = [-k if flat else k for k in range(len(columns))]
+        best = next((k for k, line in enumerate(lines) if line.ended), None)
+        for k in sorted(range(len(lines)), key=lambda k: (lines[k].ended, k == best, -abs(scaled[k] - good))):
+            along = [places[k] for places, _ in columns]
+            form: dict[str, Any] = {"color": GREY, "linestyle": (0, (3, 2)), "linewidth": 1.0, "alpha": 0.8}
+            if k == best:
+                form = {"color": "#c1121f", "linewidth": 3.2}
+            elif lines[k].ended:
+                shade = colormaps["viridis"](0.92 * abs(scaled[k] - good))
+                form = {"color": shade, "linewidth": 1.0 if many else 1.8, "alpha": 0.55 if many else 0.9}
+            [line] = axes.plot(*((along, across) if flat else (across, along)), **form)
+            drawing.name(line, printable(lines[k].label))
+        texts = []
+        box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.8}
+        for x, (_, marks) in zip(across, columns, strict=True):
+            (axes.axhline if flat else axes.axvline)(x, color="0.35", linewidth=1, zorder=0.5)
+            for place, text in sorted(marks, key=lambda each: (each[0] not in (0.0, 1.0), each[0])):  # the ends first
+                short = text if len(text) <= 20 else f"{text[:19]}…"
+                at, offset = ((place, x), (0, -4)) if flat else ((x, place), (5, 0))
+                aligned = {"ha": "center", "va": "top"} if flat else {"va": "center"}
+                axes.plot(*at, "_" if not flat else "|", color="0.35", markersize=7, zorder=4)
+                made = axes.annotate(short, at, xytext=offset, textcoords="offset points", bbox=box, zorder=5, **aligned)
+                texts.append(made)
+        if flat:
+            for x, name in zip(across, names, strict=True):
+                name = name if len(name) <= 44 else f"…{name[-43:]}"
+                texts.append(axes.annotate(name, (-0.08, x), xytext=(0, 6), textcoords="offset points", weight="bold", bbox=box, zorder=5))
+            axes.set(ylim=(across[-1] - 0.45, 0.5), xlim=(-0.1, 1.12), xticks=[], yticks=[])
+        else:
+            room = max(8, int(layout.width / len(columns) / (0.62 * layout.font)))
+            axes.set_xticks(across, [textwrap.fill(name.replace(".", ". ").replace("/", "/ "), room, max_lines=3, placeholder="…").replace(". ", ".").replace("/ ", "/") for name in names])
+            axes.set(xlim=(-0.05 * len(columns), len(columns) - 1 + 0.07 * len(columns)), ylim=(-0.1, 1.1), yticks=[])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(axis="x", length=0)
+        drop_overlapping(drawing, texts)
 
-    return png(draw, max(7.0, 2.0 * len(columns)))
+    return draw
 
 
-def error_and_cost(groups: Sequence[Group]) -> bytes | None:
+def error_and_cost(groups: Sequence[Group]) -> Draw | None:
     """Draw each run's hypergradient error against the cost of a step; None if no run has an estimate above 0.
 
     The x axis is vjps and evaluations, averaged over the steps; the y axis is the median of ``hypergrad/error_estimate``. A
     marker is filled if the error is a bound.
+
+    Args:
+        groups: the groups, the best first.
     """
-    points = [(k, point) for k, each in enumerate(groups) for run in each.runs if (point := error_point(run.rows)) is not None]
+    points = [(k, point, run) for k, each in enumerate(groups) for run in each.runs if (point := error_point(run.rows))]
     if not points:
         return None
+    drawn = list(dict.fromkeys(k for k, *_ in points))
+    named = {k: place for place, k in enumerate(drawn if len(drawn) <= NAMED else drawn[: NAMED - 1])}
 
-    def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        axes = figure.add_subplot()
-        named = set()
-        for k, (cost, error, bound) in points:
-            tone = colour(k, len(groups))
-            label = None if k in named else groups[k].label.lstrip("_")
-            named.add(k)
-            axes.plot([cost], [error], "o", color=tone, markerfacecolor=tone if bound else "none", label=label)
+    def draw(drawing: Drawing) -> None:
+        axes = drawing.figure.add_subplot()
+        labelled: set[Any] = set()
+        for k, (cost, error, bound), run in points:
+            form = style(named[k]) if k in named else {"color": GREY, "marker": ".", "linestyle": "none"}
+            text = label(groups[k]) if k in named else f"the other {len(drawn) - len(named)}"
+            [line] = axes.plot(
+                [cost],
+                [error],
+                **{**form, "linestyle": "none"},
+                markersize=8,
+                markerfacecolor=form["color"] if bound else "none",
+                label=None if text in labelled else text,
+            )
+            labelled.add(text)
+            kind = "a bound" if bound else "an estimate"
+            drawing.name(line, f"run {run.name}, {label(groups[k])}: {error:.3g} ({kind}) at {cost:.3g} a step")
         axes.set(xscale="log", yscale="log", xlabel="vjps + evaluations, a step", ylabel="hypergrad/error_estimate (median)")
-        for axis in (axes.xaxis, axes.yaxis):  # the default labels of a logarithmic axis are formulas, which are off here
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if axis is axes.xaxis else (1.0,)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.margins(0.1)
+        axes.margins(0.15)
+        widen(axes)
+        mark(axes.xaxis, True, 6 if drawing.layout.narrow else 12)
+        mark(axes.yaxis, True, 9)
         axes.grid(alpha=0.25)
-        legend(figure, axes, groups)
+        legend(drawing, axes)
 
-    return png(draw)
+    return draw
+
+
+def widen(axes: Axes) -> None:
+    """Let both logarithmic axes span a factor of at least 10, so that each has several ticks."""
+    for axis, limits in ((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim)):
+        low, high = axis.get_view_interval()
+        factor = math.sqrt(max(1.0, 10 / (high / low)))
+        limits(low / factor, high * factor)
 
 
 def error_point(rows: Sequence[Any]) -> tuple[float, float, bool] | None:
@@ -189,7 +377,7 @@ def error_point(rows: Sequence[Any]) -> tuple[float, float, bool] | None:
     estimates = [row["hypergrad/error_estimate"] for row in rows if row.get("hypergrad/error_estimate", math.nan) > 0]
     estimates = [value for value in estimates if math.isfinite(value)]
     cost = rows[-1].get("cost/vjps", math.nan) + rows[-1].get("cost/evaluations", math.nan) if rows else math.nan
-    if not estimates or not cost > 0:
+    if not estimates or not cost > 0 or not math.isfinite(cost):
         return None
     bound = all(row.get("hypergrad/is_bound", 0.0) == 1.0 for row in rows if "hypergrad/error_estimate" in row)
     return cost / (rows[-1]["step"] + 1), statistics.median(estimates), bound

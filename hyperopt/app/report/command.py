@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import math
+import datetime
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hyperopt.app.files import WriteError, write_bytes, write_text
-from hyperopt.app.report import charts
-from hyperopt.app.report.groups import Group, group, shown, spread
-from hyperopt.app.report.page import figure, listing, page, section, table
-from hyperopt.app.report.read import ReportError, Run, find
-from hyperopt.app.run_directory import RunDirectory, number
-from hyperopt.core.text import aligned, printable
+from hyperopt.app.report import charts, page, tables
+from hyperopt.app.report.advice import Step, command_of, conclusion, next_steps, warning
+from hyperopt.app.report.drawing import png, svgs
+from hyperopt.app.report.groups import Group, group, ranked
+from hyperopt.app.report.read import ReportError, Run, find, winners
+from hyperopt.app.report.trust import Finding, findings
+from hyperopt.app.run_directory import RunDirectory
+from hyperopt.core.text import aligned, one_line, printable
 
-ALSO = ("val/accuracy", "test/loss", "test/accuracy")
-"""Metrics that are shown beside the compared one, if they were measured."""
+LINES = 20
+"""Largest number of lines of the table on the terminal."""
+NAMED = 12
+"""Largest number of runs that a sentence names."""
+LEVELS = {"good": "Good", "note": "Note", "bad": "Problem"}
 CAPTION = (
-    "Runs that differ only in their seed are one group. Each run that ended counts with its best evaluation by trainer.monitor; "
-    "all columns but best are means over seeds, sd the sample standard deviation, and the {mode} of {metric} is best."
+    "Runs that differ only in their seed are one line. Each run that ended counts with its best evaluation by trainer.monitor; the "
+    "columns are means over seeds, sd is the sample standard deviation, best is the {mode} over the seeds. A number in brackets is what "
+    "runs had reached that were stopped: they are not ranked."
 )
+TEXTS = {
+    "curves": "Each line is a mean over the seeds, with one standard deviation to either side. The pointer shows names and last values.",
+    "single": "What the run measured at its evaluations: val/* is what it is chosen by, test/* is held out.",
+    "parallel": "One line for each line of the table of results, through its settings to {metric}. Red is the best, dark is good, "
+    "and dashed lines are runs that were stopped. Lines with the same value lie side by side.",
+    "error_cost": "One point a run: the median of its error estimates against what a step cost. Filled: a bound; open: an estimate. "
+    "Left and low is better.",
+}
+TITLES = {"curves": "Curves", "parallel": "What was swept", "error_cost": "Hypergradient error against cost"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run, of a sweep, or of several")
     parser.add_argument("--out", type=Path, help="directory to write to (default: report/ in DIR; here, where several are given)")
-    parser.add_argument("--metric", help="what to compare by (default: trainer.monitor of the runs)")
+    parser.add_argument("--metric", help="what to compare by (default: what the sweep was compared by, or trainer.monitor)")
     given = parser.parse_intermixed_args(argv)
     out = given.out or RunDirectory(given.directories[0] if len(given.directories) == 1 else Path()).report
     try:
@@ -50,105 +67,202 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     Args:
         directories: directories of runs or sweeps, or directories that contain such.
         out: the output directory, which is created if it is missing.
-        metric: the metric to compare by (None: ``trainer.monitor``).
+        metric: the metric to compare by (None: that of ``best.json``, or ``trainer.monitor``).
 
     Returns:
-        The table and the path of the page, as text.
+        The table, the best command line, what to know about the numbers, and the path of the page, as text.
 
     Raises:
         ReportError: there is nothing to report on.
         WriteError: a file could not be written.
     """
     runs, left_out = find(directories)
-    left_out = [printable(each) for each in left_out]
-    groups = group(runs)
-    metric, mode = what_to_compare(runs, metric)
-    head, rows, best = statistics_of(groups, metric, mode)
-    better = min if mode == "min" else max
-    figures = {
-        "curves": ("Curves", f"{metric} at every evaluation: mean over the seeds, and one standard deviation to either side."),
-        "parallel": ("What was swept", f"One line a group, through its settings to the mean of {metric}; dark is good."),
-        "error_cost": (
-            "Hypergradient error against cost",
-            "One point a run: the median error estimate against what a step cost. Filled: a bound; open: an estimate.",
-        ),
-    }
-    images = {
-        "curves": charts.curves(groups, metric),
-        "parallel": charts.parallel(groups, metric, better),
+    left_out = [one_line(each) for each in left_out]
+    chosen = winners(runs)
+    metric, mode = what_to_compare(runs, metric, chosen)
+    groups = ranked(group(runs), metric, mode)
+    found = findings(runs)
+    winner = groups[0].winner(metric, mode)
+    best = "" if winner is None else command_of(winner, chosen)
+    said = conclusion(groups, metric, mode)
+
+    series = charts.series_of(groups, metric)
+    draws = {
+        "curves": charts.curves(series, metric if len(groups) > 1 else metric.rpartition("/")[2]),
+        "parallel": charts.parallel(groups, metric, mode),
         "error_cost": charts.error_and_cost(groups),
     }
-    sections = [
-        section("Results", CAPTION.format(metric=metric, mode=mode), table(head, rows, len(groups[0].settings) or 1, best))
-    ]
-    sections += [figure(*figures[name], image) for name, image in images.items() if image is not None]
-    absent = [title for name, (title, _) in figures.items() if images[name] is None]
-    if absent:
-        sections.append(listing("Not drawn", "The runs hold no numbers for these, or too few.", absent))
+    figures = {
+        name: page.section(name, TITLES[name], page.figure(svgs(draw, name, TITLES[name])), note(name, groups, metric, series))
+        for name, draw in draws.items()
+        if draw is not None
+    }
+    sections = {
+        "best": page.section("best", "Best", best_of(said, best, winner, found, out)),
+        "next": page.section("next", "What to run next", steps_of(next_steps(runs, groups, metric, mode))),
+        **results(groups, metric, mode),
+        **{name: figures[name] for name in ("curves", "parallel") if name in figures},
+        "trust": page.section("trust", "Can the numbers be trusted?", trusted(found, runs, out)),
+        **{name: figures[name] for name in ("error_cost",) if name in figures},
+        "runs": page.section("runs", "Runs", listed(runs, metric, out), "The names lead to the directories of the runs."),
+    }
     if left_out:
-        sections.append(listing("Left out", "These could not be read.", left_out))
-    sections.append(listing("Runs", "How each ended.", [ended(run) for run in runs]))
-    statuses = ", ".join(f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in runs).items()))
-    facts = {"directories": ", ".join(map(str, directories)), "runs": f"{len(runs)} in {len(groups)} groups ({statuses})"}
-    title = "Report: " + (", ".join(dict.fromkeys(printable(str(run.config.get("name", run.path.name))) for run in runs)))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot make {out}: {error.strerror}; change --out") from error
-    for name, image in images.items():
-        (out / f"{name}.png").unlink(missing_ok=True)  # a file of an earlier report
-        if image is not None:
-            write_bytes(out / f"{name}.png", image)
-    write_text(out / "index.html", page(title, facts, sections))
-    said = [aligned([head, *rows]), *(f"left out: {each}" for each in left_out), f"report: {out / 'index.html'}"]
-    return "\n".join(said)
+        sections["left-out"] = page.section("left-out", "Left out", page.listing(left_out), "These could not be read.")
+    studies = list(dict.fromkeys(run.study for run in runs))
+    title = "; ".join(studies[:3]) + (f"; and {len(studies) - 3} more" if len(studies) > 3 else "")
+    write(out, draws)
+    write_text(out / "index.html", page.page(title, facts(directories, runs, groups, metric, mode), contents(sections), [*sections.values()]))
+    return "\n".join([*terminal(groups, metric, mode, said, best, found), *(f"left out: {each}" for each in left_out), f"report: {out / 'index.html'}"])
 
 
-def what_to_compare(runs: Sequence[Run], metric: str | None) -> tuple[str, str]:
-    """Return the metric, by default the one that most runs monitor, and whether its ``min`` or its ``max`` is best.
+def what_to_compare(runs: Sequence[Run], metric: str | None, chosen: Sequence[Mapping[str, Any]] = ()) -> tuple[str, str]:
+    """Return the metric, and whether its ``min`` or its ``max`` is best.
+
+    By default it is the one that the sweep was compared by, or else the one that most runs monitor.
 
     Raises:
         ReportError: no run measured it.
     """
-    monitored = Counter((str(run.config.get("trainer.monitor")), str(run.config.get("trainer.mode"))) for run in runs)
+    monitored = Counter(run.monitor for run in runs)
     modes = {name: mode for (name, mode), _ in reversed(monitored.most_common())}
+    measured = {name for run in runs for row in run.rows for name in row}
+    measured |= {name for run in runs for name in run.summary.get("metrics") or {}}
+    goals = {(str(each["metric"][0]), str(each["direction"][0])) for each in chosen}
+    if metric is None and len(goals) == 1:
+        [(name, direction)] = goals
+        if name in measured and direction in ("minimize", "maximize"):
+            return name, direction[:3]
     metric = metric or monitored.most_common(1)[0][0][0]
-    measured = {name for run in runs for row in run.rows for name in row} | {
-        name for run in runs for name in run.summary.get("metrics") or {}
-    }
     if metric not in measured:
         there = ", ".join(sorted(name for name in measured if name.endswith(("loss", "accuracy")))) or "nothing"
         raise ReportError(f"no run measured {metric!r:.100}; they have {there:.500}; set --metric to one of them")
     return metric, modes.get(metric) or ("max" if "accuracy" in metric else "min")
 
 
-def statistics_of(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str], list[list[str]], int | None]:
-    """Return the table as text: its head, a row for each group, and the index of the best mean (None: there is none)."""
-    also = [name for name in ALSO if name != metric and any(each.values(name) for each in groups)]
-    keys = list(groups[0].settings)
-    head = [*([printable(key) for key in keys] or ["group"]), "runs", f"{printable(metric)} mean", "sd", "best", *also, "seconds"]
-    means, rows = [], []
-    for each in groups:
-        found = spread(each.values(metric), min if mode == "min" else max)
-        means.append(found.mean)
-        others = [spread(each.values(name), max).mean for name in also]
-        seconds = spread([number(run.summary.get("seconds")) for run in each.runs], max).mean
-        numbers = [found.mean, found.deviation, found.best, *others]
-        settings = [shown(each.settings[key]) for key in keys] or [each.label]
-        rows.append([*settings, each.statuses, *(cell(value, ".5g") for value in numbers), cell(seconds, ".1f")])
-    known = [k for k, mean in enumerate(means) if not math.isnan(mean)]
-    ordered = sorted(known, key=lambda k: means[k], reverse=mode == "max")
-    best = ordered[0] if len(known) > 1 else None
-    return head, rows, best
+def note(name: str, groups: Sequence[Group], metric: str, series: Sequence[charts.Series]) -> str:
+    """Return the text above a figure; that of the curves says which of them coincide."""
+    if name != "curves":
+        return TEXTS[name].format(metric=metric)
+    said = [TEXTS["single" if len(groups) == 1 else "curves"]]
+    sets = charts.coinciding(series)
+    for members, apart in sets[:6]:
+        names = "; ".join(members[:6]) + (f"; and {len(members) - 6} more" if len(members) > 6 else "")
+        how = "are equal to the last digit" if apart == 0 else f"differ by at most {apart:.1e}"
+        said.append(f"These curves coincide ({how}): {names}.")
+    if len(sets) > 6:
+        said.append(f"{len(sets) - 6} more sets of curves coincide.")
+    return " ".join(said)
 
 
-def cell(value: float, form: str) -> str:
-    """Return a number as text, empty for NaN."""
-    return "" if math.isnan(value) else format(value, form)
+def results(groups: Sequence[Group], metric: str, mode: str) -> dict[str, str]:
+    """Return the section with the numbers: a line for each group, or for a single run a line for each metric."""
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        head, rows = tables.of_metrics(groups[0].runs[0])
+        text = "The best step is the best evaluation by trainer.monitor. outer/* are the fitted rows, val/* those selected on, test/* those held out."
+        return {"results": page.section("results", "Results", page.table("metrics", head, rows, 1, None), text)} if rows else {}
+    head, rows, best = tables.of_groups(groups, metric, mode)
+    content = page.table("groups", head, rows, len(groups[0].settings) or 1, best)
+    return {"results": page.section("results", "Results", content, CAPTION.format(mode=mode))}
 
 
-def ended(run: Run) -> str:
-    """Return how a run ended, in one line."""
-    overrides = " ".join(f"{key}={value}" for key, value in run.overrides.items())
-    reason = f" by {run.summary['reason']}" if run.summary.get("reason") else ""
-    return printable(f"{run.path}: {run.status}{reason}" + (f" ({overrides})" if overrides else ""))
+def best_of(said: str, command: str, winner: Run | None, found: Sequence[Finding], out: Path) -> str:
+    """Return the content of the first section: what is best, its command line, and whether it can be trusted."""
+    first, _, rest = said.partition(": ") if winner is not None else ("", "", said)
+    parts = [f"<p><strong>{page.escape(first)}</strong> {page.escape(rest)}</p>"]
+    if command:
+        parts.append(page.command(command))
+    if command and (text := warning(command)):
+        parts.append(page.paragraph(text, "mark"))
+    if winner is not None:
+        parts.append(f"<p>Its directory: {page.link(one_line(str(winner.path), 300), page.address(winner.path, out))}</p>")
+    parts.append(f"<p>{page.escape(verdict(found))} {page.link('What the runs recorded about this', '#trust')}</p>")
+    return f'<div class="card">{"".join(parts)}</div>'
+
+
+def verdict(found: Sequence[Finding]) -> str:
+    """Return in a sentence whether something is wrong with the runs."""
+    bad = [each for each in found if each.level == "bad"]
+    notes = [each for each in found if each.level == "note"]
+    if not bad:
+        more = f", with {len(notes)} note{'s' if len(notes) > 1 else ''} on them." if notes else "."
+        return f"No problem was found with these numbers{more}"
+    subjects = ", ".join(dict.fromkeys(each.subject.lower() for each in bad))
+    return f"{len(bad)} problem{'s' if len(bad) > 1 else ''} with these numbers: {subjects}."
+
+
+def steps_of(steps: Sequence[Step]) -> str:
+    """Return the content of the section on what to run next."""
+    items = [f"<li>{page.escape(each.why)}{page.command(each.command) if each.command else ''}</li>" for each in steps]
+    return f'<ol class="next">{"".join(items)}</ol>' if items else page.paragraph("Nothing: no run has ended yet.")
+
+
+def trusted(found: Sequence[Finding], runs: Sequence[Run], out: Path) -> str:
+    """Return the content of the section on trust, the problems first."""
+    items = []
+    for each in sorted(found, key=lambda each: list(LEVELS).index(each.level), reverse=True):
+        names = [page.link(run.name, page.address(run.path, out)) for run in each.runs[:NAMED]]
+        more = f" and {len(each.runs) - NAMED} more" if len(each.runs) > NAMED else ""
+        where = f" Run{'s' if len(each.runs) > 1 else ''} {', '.join(names)}{more}." if names and len(runs) > 1 else ""
+        advice = f" <em>What to change: {page.escape(each.advice)}.</em>" if each.advice else ""
+        items.append(
+            f'<li class="{each.level}"><span class="mark">{LEVELS[each.level]}.</span> <strong>{page.escape(each.subject)}:</strong> '
+            f"{page.escape(each.text)}{where}{advice}</li>"
+        )
+    return f'<ul class="trust">{"".join(items)}</ul>'
+
+
+def listed(runs: Sequence[Run], metric: str, out: Path) -> str:
+    """Return the table of runs; their names are the paths below the directory that holds them all."""
+    common = os.path.commonpath([run.path.resolve() for run in runs])
+    names = [os.path.relpath(run.path.resolve(), common) if len(runs) > 1 else run.path.name for run in runs]
+    head, rows = tables.of_runs(runs, [one_line(name, 80) for name in names], metric, out)
+    return page.table("all-runs", head, rows, head.index("status") + 1, None)
+
+
+def facts(directories: Sequence[Path], runs: Sequence[Run], groups: Sequence[Group], metric: str, mode: str) -> str:
+    """Return the line below the title."""
+    statuses = ", ".join(f"{count} {printable(status)}" for status, count in sorted(Counter(run.status for run in runs).items()))
+    better = "higher" if mode == "max" else "lower"
+    many = f"{len(runs)} runs in {len(groups)} groups" if len(runs) > 1 else "one run"
+    places = one_line(", ".join(map(str, directories)), 200)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{many} ({statuses}), compared by {printable(metric)} ({better} is better). From {places}, on {now}."
+
+
+def contents(sections: Mapping[str, str]) -> dict[str, str]:
+    """Return the titles of the sections by their names."""
+    titles = {"best": "Best", "next": "What to run next", "results": "Results", "trust": "Trust", "runs": "Runs", "left-out": "Left out"}
+    return {name: {**titles, **TITLES}[name] for name in sections}
+
+
+def terminal(groups: Sequence[Group], metric: str, mode: str, said: str, best: str, found: Sequence[Finding]) -> list[str]:
+    """Return the lines for a terminal: the best groups, the command line, and what to know about the numbers."""
+    head, rows, _ = tables.of_groups(groups, metric, mode)
+    shown = rows if len(rows) < LINES else rows[: LINES - 2]
+    lines = [aligned([head, *([cell.text for cell in row] for row in shown)])]
+    if len(rows) > len(shown):
+        lines.append(f"and {len(rows) - len(shown)} more lines, in the page")
+    lines += [said, verdict(found)]
+    for each in found:
+        if each.level != "good":
+            names = f" (run{'s' if len(each.runs) > 1 else ''} {', '.join(run.name for run in each.runs[:NAMED])}{', ...' if len(each.runs) > NAMED else ''})"
+            advice = f" What to change: {each.advice}." if each.advice else ""
+            lines.append(f"{LEVELS[each.level].lower()}: {each.subject}: {each.text}{names if each.runs else ''}{advice}")
+    return [*map(printable_lines, lines), *([f"best: {best}"] if best else [])]
+
+
+def printable_lines(text: str) -> str:
+    """Return text with its line breaks, but without other characters that control a terminal."""
+    return printable(text, keep="\n")
+
+
+def write(out: Path, draws: Mapping[str, charts.Draw | None]) -> None:
+    """Write the figures as PNGs, and remove those of an earlier report."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot make {out}: {error.strerror}; change --out") from error
+    for name, draw in draws.items():
+        (out / f"{name}.png").unlink(missing_ok=True)
+        if draw is not None:
+            write_bytes(out / f"{name}.png", png(draw))

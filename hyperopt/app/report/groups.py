@@ -14,8 +14,6 @@ from hyperopt.app.experiment import counts
 from hyperopt.app.report.read import Run
 from hyperopt.core.text import printable
 
-ENDED = ("completed", "evaluated")
-"""Statuses of runs that count in a mean; other runs are only counted."""
 UNSET = "-"
 
 
@@ -45,8 +43,22 @@ class Group:
 
     def values(self, metric: str) -> list[float]:
         """Return ``metric`` at the best evaluation of each run that ended well with a finite value."""
-        found = [run.best(metric) for run in self.runs if run.status in ENDED]
+        found = [run.best(metric) for run in self.runs if run.ended]
         return [value for value in found if math.isfinite(value)]
+
+    def mean(self, metric: str) -> float:
+        """Return the mean of ``values``, NaN if there are none."""
+        return statistics.fmean(values) if (values := self.values(metric)) else math.nan
+
+    def reached(self, metric: str) -> float:
+        """Return the mean of ``metric`` over all runs, those that were stopped included, NaN if none has it."""
+        found = [value for run in self.runs if math.isfinite(value := run.best(metric))]
+        return statistics.fmean(found) if found else math.nan
+
+    def winner(self, metric: str, mode: str) -> Run | None:
+        """Return the run with the best value of those that ended well."""
+        known = [run for run in self.runs if run.ended and math.isfinite(run.best(metric))]
+        return (min if mode == "min" else max)(known, key=lambda run: run.best(metric), default=None)
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,18 @@ def spread(values: Sequence[float], better: Callable[[Sequence[float]], float]) 
 def shown(value: Any) -> str:
     """Return a setting as text."""
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def ranked(groups: Sequence[Group], metric: str, mode: str) -> list[Group]:
+    """Return the groups, the best mean first; then those in which no run ended well, by what they had reached."""
+    sign = -1.0 if mode == "max" else 1.0
+
+    def key(each: Group) -> tuple[bool, bool, float]:
+        mean = each.mean(metric)
+        value = each.reached(metric) if math.isnan(mean) else mean
+        return math.isnan(mean), math.isnan(value), 0.0 if math.isnan(value) else sign * value
+
+    return sorted(groups, key=key)
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyperopt.app.run_directory import RunDirectory, number, overrides_in
+from hyperopt.app.run_directory import ENDED, RunDirectory, number, or_empty, overrides_in
+from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError, read_json
 
 
@@ -23,21 +24,64 @@ class Run:
     Attributes:
         path: its directory.
         config: the flat config, ``{dotted key: value}``, without the copies in the resolved file under ``task``.
-        overrides: ``{key: value}`` of the command line that started it, as text.
+        given: the overrides of the command line that started it, as text.
         rows: the rows of ``metrics.jsonl`` in order, with NaN for numbers that were not finite.
         summary: the content of ``summary.json``.
+        status: ``completed``, ``failed``, ``interrupted``, ...; before its end ``running`` or, without a process, ``killed``.
+        facts: the content of ``run.json``, empty if it cannot be read.
+        verified: the content of ``check.json``, empty if there is none.
+        job: its number in a sweep.
     """
 
     path: Path
     config: Mapping[str, Any]
-    overrides: Mapping[str, str]
+    given: Sequence[str]
     rows: Sequence[Mapping[str, float]]
     summary: Mapping[str, Any]
+    status: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    verified: Mapping[str, Any] = field(default_factory=dict)
+    job: int | None = None
 
     @property
-    def status(self) -> str:
-        """``completed``, ``failed``, ``interrupted``, ...; before its end ``running`` or, without a process, ``killed``."""
-        return RunDirectory(self.path).status(self.summary)
+    def overrides(self) -> dict[str, str]:
+        """``given`` as ``{key: value}``."""
+        parts = [each.lstrip("+").partition("=") for each in self.given]
+        return {key: value for key, _, value in parts}
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ran to its end, so that it counts in a mean."""
+        return self.status in ENDED.values()
+
+    @property
+    def name(self) -> str:
+        """A short name for sentences: its number in the sweep, or the name of its directory."""
+        return str(self.job) if self.job is not None and self.path.name == str(self.job) else one_line(self.path.name, 60)
+
+    @property
+    def study(self) -> str:
+        """Name of the experiment, task and dataset."""
+        described = self.facts.get("task")
+        if isinstance(described, dict) and described.get("name"):
+            task, dataset = described["name"], described.get("dataset")
+        else:
+            task, dataset = (str(self.config.get(f"{key}._target_", "")).rpartition(".")[2] for key in ("task", "dataset"))
+        name = one_line(self.config.get("name") or self.path.name, 80)
+        said = " on ".join(one_line(each, 60) for each in (task, dataset) if each)
+        return f"{name}: {said}" if said else name
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: a key, a signal or an error; empty if this is not known."""
+        return str(self.summary.get("reason") or "")
+
+    @property
+    def monitor(self) -> tuple[str, str]:
+        """The metric that it is compared by, and whether its ``min`` or its ``max`` is best."""
+        if self.config.get("mode") == "check":
+            return "hypergrad/error", "min"
+        return str(self.config.get("trainer.monitor")), str(self.config.get("trainer.mode"))
 
     def best(self, metric: str) -> float:
         """Return ``metric`` at the best evaluation of the run, or at its only one; NaN if it was not measured."""
@@ -110,6 +154,26 @@ def read(directory: RunDirectory) -> Run:
         FileNotFoundError: a file that every run has is missing.
         UnreadableError: a file is not what it should be.
     """
-    parts = [each.lstrip("+").partition("=") for each in directory.read_overrides()]
-    overrides = {key: value for key, _, value in parts}
-    return Run(directory.path, directory.read_config(), overrides, directory.read_rows(), directory.read_summary())
+    summary, job = directory.read_summary(), or_empty(read_json, directory.job).get("number")
+    return Run(
+        path=directory.path,
+        config=directory.read_config(),
+        given=directory.read_overrides(),
+        rows=directory.read_rows(),
+        summary=summary,
+        status=directory.status(summary),
+        facts=or_empty(read_json, directory.facts),
+        verified=or_empty(read_json, directory.verified),
+        job=job if isinstance(job, int) and not isinstance(job, bool) else None,
+    )
+
+
+def winners(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the content of ``best.json`` of each sweep that ``runs`` lie in, with ``sweep``, its directory."""
+    found = []
+    for sweep in dict.fromkeys(run.path.parent for run in runs):
+        content = or_empty(read_json, RunDirectory(sweep).winners)
+        lists = [content.get(key) for key in ("metric", "direction", "runs")]
+        if all(isinstance(each, list) and each for each in lists):
+            found.append({**content, "sweep": sweep})
+    return found
