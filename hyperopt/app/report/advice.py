@@ -80,7 +80,9 @@ def conclusion(groups: Sequence[Group], metric: str, mode: str) -> str:
     held_out = {name: winner.best(name) for name in ("test/accuracy", "test/loss")} if winner is not None else {}
     shown = [f"{name} {value:.4g}" for name, value in held_out.items() if name != metric and math.isfinite(value)]
     if shown:
-        said += f"; on rows held out from the choice, {' and '.join(shown)}" + (f" in run {winner.name}" if winner and len(best.runs) > 1 else "")
+        said += f"; on rows held out from the choice, {' and '.join(shown)}" + (
+            f" in run {winner.name}" if winner and len(best.runs) > 1 else ""
+        )
     said += "."
     if len(known) > 1:
         second = known[1].values(metric)
@@ -118,13 +120,20 @@ def next_steps(runs: Sequence[Run], groups: Sequence[Group], metric: str, mode: 
     length = run.config.get("trainer.max_steps")
     if (run.summary.get("best") or {}).get("step") == last and run.reason == "trainer.max_steps" and isinstance(length, int):
         longer = [*(each for each in own if not each.startswith("trainer.max_steps=")), f"trainer.max_steps={2 * length}"]
-        steps.append(Step("The best run was still improving when trainer.max_steps ended it. Run it longer:", _command(options + longer)))
-    if len(best.values(metric)) < SEEDS:
-        why = f"The best settings have {len(best.values(metric))} seed{'s'[: len(best.values(metric)) != 1]}. See how far seeds scatter:"
+        steps.append(
+            Step("The best run was still improving when trainer.max_steps ended it. Run it longer:", _command(options + longer))
+        )
+    seeds = len(best.values(metric))
+    if seeds < SEEDS:
+        why = f"The best settings have {seeds} seed{'' if seeds == 1 else 's'}. See how far seeds scatter:"
         steps.append(Step(why, f"{_command(options + own)} -m seed=0,1,2,3,4"))
     steps += [Step(each) for each in edges(known)]
-    steps.append(Step("Is its hypergradient right? Compare it with references:", f"hyperopt check {_command(options + own)[9:]}".rstrip()))
-    steps.append(Step("Take what the best run has learned with you:", shlex.join(["hyperopt", "export", printable(str(run.path))])))
+    steps.append(
+        Step("Is its hypergradient right? Compare it with references:", f"hyperopt check {_command(options + own)[9:]}".rstrip())
+    )
+    steps.append(
+        Step("Take what the best run has learned with you:", shlex.join(["hyperopt", "export", printable(str(run.path))]))
+    )
     return steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import textwrap
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from hyperopt.app.report.drawing import SPAN, Draw, Drawing, drop_overlapping, mark, round_numbers
 from hyperopt.app.report.groups import Group, shown
-from hyperopt.app.report.read import Run
 from hyperopt.core.text import printable
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#3aa5dc", "#5
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 GREY = "#9aa3b0"
-SPLITS = ("outer", "val", "test")
 
 
 def style(k: int) -> dict[str, Any]:
@@ -35,89 +34,10 @@ def style(k: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Band:
-    """The curve of a group.
-
-    Attributes:
-        steps: outer steps at which every run has a finite value.
-        means: means over the runs.
-        widths: sample standard deviations, 0 for one run.
-    """
-
-    steps: Sequence[int]
-    means: Sequence[float]
-    widths: Sequence[float]
-
-
-def band(runs: Sequence[Run], metric: str) -> Band:
-    """Return the curve of ``metric`` for some runs; those that measured nothing are left out."""
-    columns = [{int(row["step"]): row[metric] for row in run.rows if math.isfinite(row.get(metric, math.nan))} for run in runs]
-    columns = [column for column in columns if column]
-    steps = sorted(set.intersection(*(set(column) for column in columns))) if columns else []
-    values = [[column[step] for column in columns] for step in steps]
-    widths = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-    return Band(steps, [statistics.fmean(each) for each in values], widths)
-
-
-def band_of(group: Group, metric: str) -> Band:
-    """Return the curve of a group: of its runs that ended well or, if there are none, of all."""
-    return band([run for run in group.runs if run.ended] or group.runs, metric)
-
-
 def label(group: Group) -> str:
     """Return the name of a group in a legend, which says so if none of its runs ended well."""
     stopped = "" if any(run.ended for run in group.runs) else f" ({', '.join(sorted({run.status for run in group.runs}))})"
     return f"{group.label}{printable(stopped)}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """A curve with its name.
-
-    Attributes:
-        label: its name.
-        band: the curve.
-        stopped: the curves of runs that did not end well.
-    """
-
-    label: str
-    band: Band
-    stopped: Sequence[Band] = ()
-
-
-def series_of(groups: Sequence[Group], metric: str) -> list[Series]:
-    """Return a curve for each group that measured ``metric``; for a single group one for each split, such as ``test/loss``."""
-    if len(groups) == 1:
-        kind = metric.rpartition("/")[2]
-        names = dict.fromkeys([metric, *(f"{split}/{kind}" for split in SPLITS)])
-        found = [Series(name, band_of(groups[0], name), ends(groups[0], name)) for name in names]
-    else:
-        found = [Series(label(each), band_of(each, metric), ends(each, metric)) for each in groups]
-    return [each for each in found if each.band.steps]
-
-
-def ends(group: Group, metric: str) -> list[Band]:
-    """Return the curves of the runs of a group that stopped before their end."""
-    found = [band([run], metric) for run in group.runs if not run.ended and run.status != "running"]
-    return [each for each in found if each.steps]
-
-
-def coinciding(series: Sequence[Series]) -> list[tuple[list[str], float]]:
-    """Return the names of curves that cannot be told apart by eye, with the largest difference between those of each set."""
-    values = [mean for each in series for mean in each.band.means]
-    eye = 2e-3 * (max(values) - min(values)) if values else 0.0
-    sets: list[tuple[list[str], Band, float]] = []
-    for each in series:
-        for k, (members, other, most) in enumerate(sets):
-            if each.band.steps == other.steps:
-                apart = max(abs(a - b) for a, b in zip(each.band.means, other.means, strict=True))
-                if apart <= eye:
-                    sets[k] = ([*members, each.label], other, max(most, apart))
-                    break
-        else:
-            sets.append(([each.label], each.band, 0.0))
-    return [(members, most) for members, _, most in sets if len(members) > 1]
 
 
 def legend(drawing: Drawing, axes: Axes) -> None:
@@ -132,55 +52,6 @@ def legend(drawing: Drawing, axes: Axes) -> None:
     height = layout.font * 1.45 * (lines + 1)
     drawing.grow(max(0.0, height - layout.height) if layout.wide else height)
     drawing.figure.legend(handles, labels, loc=where, fontsize=layout.font, frameon=False, handlelength=3.2, labelspacing=0.4)
-
-
-def curves(series: Sequence[Series], metric: str) -> Draw | None:
-    """Draw curves over the outer steps, each with its band; None if there are none.
-
-    Args:
-        series: the curves, the best first.
-        metric: what they show.
-    """
-    if not series:
-        return None
-    named = series if len(series) <= NAMED else series[: NAMED - 1]
-    others = series[len(named) :]
-    values = [mean for each in series for mean in each.band.means]
-
-    def draw(drawing: Drawing) -> None:
-        axes = drawing.figure.add_subplot()
-        for k, each in enumerate(named):
-            steps, means, widths = each.band.steps, each.band.means, each.band.widths
-            form, every = style(k), max(1, math.ceil(len(steps) / (6 if drawing.layout.narrow else 12)))
-            at = list(range(k % every, len(steps), every))  # not the same steps for all, so that markers are seen
-            width = 2.8 if k == 0 else 1.8
-            [line] = axes.plot(steps, means, linewidth=width, markersize=6, markevery=at, zorder=3, label=each.label, **form)
-            drawing.name(line, said(each, metric))
-            low = [mean - width for mean, width in zip(means, widths, strict=True)]
-            high = [mean + width for mean, width in zip(means, widths, strict=True)]
-            axes.fill_between(steps, low, high, color=form["color"], alpha=0.14, linewidth=0)
-            for end in each.stopped:
-                axes.plot(end.steps, end.means, color=form["color"], linewidth=0.8, zorder=2)
-                axes.plot(end.steps[-1:], end.means[-1:], "x", color=form["color"], markersize=10, markeredgewidth=2, zorder=4)
-        for k, each in enumerate(others):
-            rest = f"the other {len(others)}" if k == 0 else None
-            [line] = axes.plot(each.band.steps, each.band.means, color=GREY, linewidth=1, alpha=0.5, zorder=1, label=rest)
-            drawing.name(line, said(each, metric))
-        logarithmic = min(values) > 0 and max(values) / min(values) > SPAN
-        axes.set(xlabel="outer step", ylabel=metric, yscale="log" if logarithmic else "linear")
-        mark(axes.yaxis, logarithmic, 9)
-        mark(axes.xaxis, False, 6 if drawing.layout.narrow else 12, whole=True)
-        axes.grid(alpha=0.25)
-        if any(each.stopped for each in named):
-            axes.plot([], [], "x", color="black", markersize=9, markeredgewidth=2, label="stopped before its end")
-        legend(drawing, axes)
-
-    return draw
-
-
-def said(series: Series, metric: str) -> str:
-    """Return what is shown under the pointer."""
-    return f"{series.label}: {metric} {series.band.means[-1]:.5g} at step {series.band.steps[-1]}"
 
 
 def heights(values: Sequence[Any], own: int = 8) -> tuple[list[float], list[tuple[float, str]]]:
@@ -214,7 +85,7 @@ def heights(values: Sequence[Any], own: int = 8) -> tuple[list[float], list[tupl
 def fanned(places: Sequence[float], results: Sequence[float]) -> list[float]:
     """Return places on one axis, where those of equal values lie side by side, in the order of their results."""
     distinct = sorted(set(places))
-    gaps = [b - a for a, b in zip(distinct, distinct[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(distinct)]
     spread = min(0.16, 0.4 * min(gaps, default=0.4))
     found = list(places)
     for value in distinct:
@@ -308,11 +179,21 @@ def parallel(groups: Sequence[Group], metric: str, mode: str) -> Draw | None:
         if flat:
             for x, name in zip(across, names, strict=True):
                 name = name if len(name) <= 44 else f"…{name[-43:]}"
-                texts.append(axes.annotate(name, (-0.08, x), xytext=(0, 6), textcoords="offset points", weight="bold", bbox=box, zorder=5))
+                texts.append(
+                    axes.annotate(name, (-0.08, x), xytext=(0, 6), textcoords="offset points", weight="bold", bbox=box, zorder=5)
+                )
             axes.set(ylim=(across[-1] - 0.45, 0.5), xlim=(-0.1, 1.12), xticks=[], yticks=[])
         else:
             room = max(8, int(layout.width / len(columns) / (0.62 * layout.font)))
-            axes.set_xticks(across, [textwrap.fill(name.replace(".", ". ").replace("/", "/ "), room, max_lines=3, placeholder="…").replace(". ", ".").replace("/ ", "/") for name in names])
+            axes.set_xticks(
+                across,
+                [
+                    textwrap.fill(name.replace(".", ". ").replace("/", "/ "), room, max_lines=3, placeholder="…")
+                    .replace(". ", ".")
+                    .replace("/ ", "/")
+                    for name in names
+                ],
+            )
             axes.set(xlim=(-0.05 * len(columns), len(columns) - 1 + 0.07 * len(columns)), ylim=(-0.1, 1.1), yticks=[])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(axis="x", length=0)
@@ -346,7 +227,7 @@ def error_and_cost(groups: Sequence[Group]) -> Draw | None:
                 [cost],
                 [error],
                 **{**form, "linestyle": "none"},
-                markersize=8,
+                markersize=13 - 0.6 * named.get(k, NAMED),  # smaller ones lie on larger ones, so that equal points are seen
                 markerfacecolor=form["color"] if bound else "none",
                 label=None if text in labelled else text,
             )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt.app.files import WriteError, write_bytes, write_text
-from hyperopt.app.report import charts, page, tables
+from hyperopt.app.report import charts, curves, page, tables
 from hyperopt.app.report.advice import Step, command_of, conclusion, next_steps, warning
-from hyperopt.app.report.drawing import png, svgs
+from hyperopt.app.report.drawing import Draw, png, svgs
 from hyperopt.app.report.groups import Group, group, ranked
 from hyperopt.app.report.read import ReportError, Run, find, winners
 from hyperopt.app.report.trust import Finding, findings
@@ -27,17 +27,21 @@ NAMED = 12
 """Largest number of runs that a sentence names."""
 LEVELS = {"good": "Good", "note": "Note", "bad": "Problem"}
 CAPTION = (
-    "Runs that differ only in their seed are one line. Each run that ended counts with its best evaluation by trainer.monitor; the "
-    "columns are means over seeds, sd is the sample standard deviation, best is the {mode} over the seeds. A number in brackets is what "
-    "runs had reached that were stopped: they are not ranked."
+    "Runs that differ only in their seed are one line. Each run that ended counts with its best evaluation by trainer.monitor; "
+    "the columns are means over seeds, sd is the sample standard deviation, best is the {mode} over the seeds. A number in "
+    "brackets is what runs had reached that were stopped: they are not ranked."
+)
+SINGLE = (
+    "The best step is the best evaluation by trainer.monitor. outer/* are the fitted rows, val/* those selected on, test/* those "
+    "held out."
 )
 TEXTS = {
-    "curves": "Each line is a mean over the seeds, with one standard deviation to either side. The pointer shows names and last values.",
+    "curves": "Each line is a mean over seeds, with one standard deviation to either side. The pointer shows names and values.",
     "single": "What the run measured at its evaluations: val/* is what it is chosen by, test/* is held out.",
-    "parallel": "One line for each line of the table of results, through its settings to {metric}. Red is the best, dark is good, "
-    "and dashed lines are runs that were stopped. Lines with the same value lie side by side.",
-    "error_cost": "One point a run: the median of its error estimates against what a step cost. Filled: a bound; open: an estimate. "
-    "Left and low is better.",
+    "parallel": "One line for each line of the table of results, through its settings to {metric}. Red is the best, dark is "
+    "good, and dashed lines are runs that were stopped. Lines with the same value lie side by side.",
+    "error_cost": "One point a run: the median of its error estimates against what a step cost. Filled: a bound; open: an "
+    "estimate. Left and low is better.",
 }
 TITLES = {"curves": "Curves", "parallel": "What was swept", "error_cost": "Hypergradient error against cost"}
 
@@ -86,17 +90,19 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     best = "" if winner is None else command_of(winner, chosen)
     said = conclusion(groups, metric, mode)
 
-    series = charts.series_of(groups, metric)
+    series = curves.series_of(groups, metric)
     draws = {
-        "curves": charts.curves(series, metric if len(groups) > 1 else metric.rpartition("/")[2]),
+        "curves": curves.curves(series, metric if len(groups) > 1 else metric.rpartition("/")[2]),
         "parallel": charts.parallel(groups, metric, mode),
         "error_cost": charts.error_and_cost(groups),
     }
     figures = {
-        name: page.section(name, TITLES[name], page.figure(svgs(draw, name, TITLES[name])), note(name, groups, metric, series))
+        name: page.section(name, TITLES[name], page.figure(svgs(draw, name, TITLES[name])), text_of(name, groups, metric))
         for name, draw in draws.items()
         if draw is not None
     }
+    if "curves" in figures and (same := coincidences(series)):
+        figures["curves"] += page.listing(same)
     sections = {
         "best": page.section("best", "Best", best_of(said, best, winner, found, out)),
         "next": page.section("next", "What to run next", steps_of(next_steps(runs, groups, metric, mode))),
@@ -111,8 +117,17 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
     studies = list(dict.fromkeys(run.study for run in runs))
     title = "; ".join(studies[:3]) + (f"; and {len(studies) - 3} more" if len(studies) > 3 else "")
     write(out, draws)
-    write_text(out / "index.html", page.page(title, facts(directories, runs, groups, metric, mode), contents(sections), [*sections.values()]))
-    return "\n".join([*terminal(groups, metric, mode, said, best, found), *(f"left out: {each}" for each in left_out), f"report: {out / 'index.html'}"])
+    write_text(
+        out / "index.html",
+        page.page(title, facts(directories, runs, groups, metric, mode), contents(sections), [*sections.values()]),
+    )
+    return "\n".join(
+        [
+            *terminal(groups, metric, mode, said, best, found),
+            *(f"left out: {each}" for each in left_out),
+            f"report: {out / 'index.html'}",
+        ]
+    )
 
 
 def what_to_compare(runs: Sequence[Run], metric: str | None, chosen: Sequence[Mapping[str, Any]] = ()) -> tuple[str, str]:
@@ -139,27 +154,29 @@ def what_to_compare(runs: Sequence[Run], metric: str | None, chosen: Sequence[Ma
     return metric, modes.get(metric) or ("max" if "accuracy" in metric else "min")
 
 
-def note(name: str, groups: Sequence[Group], metric: str, series: Sequence[charts.Series]) -> str:
-    """Return the text above a figure; that of the curves says which of them coincide."""
-    if name != "curves":
-        return TEXTS[name].format(metric=metric)
-    said = [TEXTS["single" if len(groups) == 1 else "curves"]]
-    sets = charts.coinciding(series)
+def text_of(name: str, groups: Sequence[Group], metric: str) -> str:
+    """Return the text above a figure."""
+    return TEXTS["single" if name == "curves" and len(groups) == 1 else name].format(metric=metric)
+
+
+def coincidences(series: Sequence[curves.Series]) -> list[str]:
+    """Say which curves cannot be told apart by eye."""
+    said = []
+    sets = curves.coinciding(series)
     for members, apart in sets[:6]:
         names = "; ".join(members[:6]) + (f"; and {len(members) - 6} more" if len(members) > 6 else "")
-        how = "are equal to the last digit" if apart == 0 else f"differ by at most {apart:.1e}"
+        how = "are equal to the last digit" if apart == 0 else f"differ by at most {apart:.1g}"
         said.append(f"These curves coincide ({how}): {names}.")
     if len(sets) > 6:
-        said.append(f"{len(sets) - 6} more sets of curves coincide.")
-    return " ".join(said)
+        said.append(f"So do those of {len(sets) - 6} more sets.")
+    return said
 
 
 def results(groups: Sequence[Group], metric: str, mode: str) -> dict[str, str]:
     """Return the section with the numbers: a line for each group, or for a single run a line for each metric."""
     if len(groups) == 1 and len(groups[0].runs) == 1:
         head, rows = tables.of_metrics(groups[0].runs[0])
-        text = "The best step is the best evaluation by trainer.monitor. outer/* are the fitted rows, val/* those selected on, test/* those held out."
-        return {"results": page.section("results", "Results", page.table("metrics", head, rows, 1, None), text)} if rows else {}
+        return {"results": page.section("results", "Results", page.table("metrics", head, rows, 1, None), SINGLE)} if rows else {}
     head, rows, best = tables.of_groups(groups, metric, mode)
     content = page.table("groups", head, rows, len(groups[0].settings) or 1, best)
     return {"results": page.section("results", "Results", content, CAPTION.format(mode=mode))}
@@ -205,8 +222,8 @@ def trusted(found: Sequence[Finding], runs: Sequence[Run], out: Path) -> str:
         where = f" Run{'s' if len(each.runs) > 1 else ''} {', '.join(names)}{more}." if names and len(runs) > 1 else ""
         advice = f" <em>What to change: {page.escape(each.advice)}.</em>" if each.advice else ""
         items.append(
-            f'<li class="{each.level}"><span class="mark">{LEVELS[each.level]}.</span> <strong>{page.escape(each.subject)}:</strong> '
-            f"{page.escape(each.text)}{where}{advice}</li>"
+            f'<li class="{each.level}"><span class="mark">{LEVELS[each.level]}.</span> '
+            f"<strong>{page.escape(each.subject)}:</strong> {page.escape(each.text)}{where}{advice}</li>"
         )
     return f'<ul class="trust">{"".join(items)}</ul>'
 
@@ -231,7 +248,14 @@ def facts(directories: Sequence[Path], runs: Sequence[Run], groups: Sequence[Gro
 
 def contents(sections: Mapping[str, str]) -> dict[str, str]:
     """Return the titles of the sections by their names."""
-    titles = {"best": "Best", "next": "What to run next", "results": "Results", "trust": "Trust", "runs": "Runs", "left-out": "Left out"}
+    titles = {
+        "best": "Best",
+        "next": "What to run next",
+        "results": "Results",
+        "trust": "Trust",
+        "runs": "Runs",
+        "left-out": "Left out",
+    }
     return {name: {**titles, **TITLES}[name] for name in sections}
 
 
@@ -243,11 +267,13 @@ def terminal(groups: Sequence[Group], metric: str, mode: str, said: str, best: s
     if len(rows) > len(shown):
         lines.append(f"and {len(rows) - len(shown)} more lines, in the page")
     lines += [said, verdict(found)]
+    several = sum(len(each.runs) for each in groups) > 1
     for each in found:
         if each.level != "good":
-            names = f" (run{'s' if len(each.runs) > 1 else ''} {', '.join(run.name for run in each.runs[:NAMED])}{', ...' if len(each.runs) > NAMED else ''})"
+            names = ", ".join([*(run.name for run in each.runs[:NAMED]), *(["..."] if len(each.runs) > NAMED else [])])
+            where = f" Run{'s' if len(each.runs) > 1 else ''} {names}." if names and several else ""
             advice = f" What to change: {each.advice}." if each.advice else ""
-            lines.append(f"{LEVELS[each.level].lower()}: {each.subject}: {each.text}{names if each.runs else ''}{advice}")
+            lines.append(f"{LEVELS[each.level].lower()}: {each.subject}: {each.text}{where}{advice}")
     return [*map(printable_lines, lines), *([f"best: {best}"] if best else [])]
 
 
@@ -256,7 +282,7 @@ def printable_lines(text: str) -> str:
     return printable(text, keep="\n")
 
 
-def write(out: Path, draws: Mapping[str, charts.Draw | None]) -> None:
+def write(out: Path, draws: Mapping[str, Draw | None]) -> None:
     """Write the figures as PNGs, and remove those of an earlier report."""
     try:
         out.mkdir(parents=True, exist_ok=True)

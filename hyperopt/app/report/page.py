@@ -16,8 +16,8 @@ from urllib.parse import quote
 # is the one whose checksum is named here.
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{checksum}'; \
-base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'sha256-{checksum}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
@@ -85,7 +85,8 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], texts:
 
     tones = ["long" if any(row[k].tone == "long" for row in rows) else "" for k in range(len(head))]
     top = "".join(
-        f'<th scope="col"{kind(k, tone)}><span>{escape(each)}</span></th>' for k, (each, tone) in enumerate(zip(head, tones, strict=True))
+        f'<th scope="col"{kind(k, tone)}><span>{escape(each)}</span></th>'
+        for k, (each, tone) in enumerate(zip(head, tones, strict=True))
     )
     body = "\n".join(line(k, row) for k, row in enumerate(rows))
     sorts = len(rows) > 1
@@ -141,7 +142,8 @@ def page(title: str, facts: str, contents: Mapping[str, str], sections: Sequence
     places = "".join(f"<li>{link(text, f'#{name}')}</li>" for name, text in contents.items())
     return (
         HEAD.format(title=escape(title), css=_file("page.css"), checksum=checksum)
-        + f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(facts)}</p>\n<nav aria-label="sections"><ul>{places}</ul></nav>\n<main>\n'
+        + f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(facts)}</p>\n'
+        + f'<nav aria-label="sections"><ul>{places}</ul></nav>\n<main>\n'
         + "\n".join(sections)
         + f"\n</main>\n<script>{script}</script>\n</body></html>\n"
     )

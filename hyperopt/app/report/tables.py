@@ -31,8 +31,8 @@ def of_groups(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str
     also = [name for name in ALSO if name != metric and any(each.values(name) for each in groups)]
     keys = list(groups[0].settings)
     seeds = any(len(each.runs) > 1 for each in groups)
-    head = [*([printable(key) for key in keys] or ["group"]), "runs", f"{printable(metric)}{' mean' if seeds else ''}"]
-    head += [*(["sd", "best"] if seeds else []), *also, "seconds"]
+    head = [*([printable(key) for key in keys] or ["group"]), f"{printable(metric)}{' mean' if seeds else ''}"]
+    head += [*(["sd", "best"] if seeds else []), "runs", *also, "seconds"]
     rows = []
     for each in groups:
         found = spread(each.values(metric), min if mode == "min" else max)
@@ -42,7 +42,8 @@ def of_groups(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str
         settings = [setting(each.settings[key]) for key in keys] or [Cell(each.label)]
         spreads = [numeric(found.deviation, ".2g"), numeric(found.best, ".5g")] if seeds else []
         tone = "bad" if any(run.status in ENDS for run in each.runs) else "" if any(run.ended for run in each.runs) else "note"
-        rows.append([*settings, Cell(each.statuses, len(each.runs), tone=tone), mean, *spreads, *others, numeric(seconds, ".1f")])
+        runs = Cell(each.statuses, len(each.runs), tone=tone)
+        rows.append([*settings, mean, *spreads, runs, *others, numeric(seconds, ".1f")])
     known = sum(bool(each.values(metric)) for each in groups)
     return head, rows, 0 if known > 1 else None
 
@@ -75,7 +76,17 @@ def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -
     """
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     varying = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
-    head = ["run", *map(printable, varying), "status", printable(metric), "best step", "steps", "seconds", "solves", "largest residual"]
+    head = [
+        "run",
+        *map(printable, varying),
+        "status",
+        printable(metric),
+        "best step",
+        "steps",
+        "seconds",
+        "solves",
+        "largest residual",
+    ]
     head += ["hypergradient error", "ended by"]
     rows = []
     for run, name in zip(runs, names, strict=True):
@@ -94,7 +105,9 @@ def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -
                 numeric(number(run.summary.get("seconds")), ".1f"),
                 _solves(run),
                 numeric(_largest(run), ".1e"),
-                Cell(f"{100 * worst:.2g} %", worst, tone="" if worst <= GOOD else "note" if worst <= BAD else "bad") if errors else UNKNOWN,
+                Cell(f"{100 * worst:.2g} %", worst, tone="" if worst <= GOOD else "note" if worst <= BAD else "bad")
+                if errors
+                else UNKNOWN,
                 Cell(one_line(run.reason, 300), tone="long"),
             ]
         )
@@ -115,7 +128,9 @@ def _solves(run: Run) -> Cell:
     failed = sum(code > 1 for code in codes)
     if not codes:
         return UNKNOWN
-    return Cell(f"{failed} of {len(codes)} failed" if failed else f"{len(codes)} good", failed / len(codes), tone="bad" if failed else "")
+    return Cell(
+        f"{failed} of {len(codes)} failed" if failed else f"{len(codes)} good", failed / len(codes), tone="bad" if failed else ""
+    )
 
 
 def _largest(run: Run) -> float:
@@ -126,7 +141,12 @@ def _largest(run: Run) -> float:
 def of_metrics(run: Run) -> tuple[list[str], list[list[Cell]]]:
     """Return the header and the rows of the table of a single run: what it measured at its last and at its best step."""
     last, best = run.summary.get("metrics") or {}, (run.summary.get("best") or {}).get("metrics") or {}
-    names = [name for name in dict.fromkeys([*last, *best]) if name.startswith(("outer/", "val/", "test/", "hyper/", "hypergrad/err"))]
+    names = [
+        name for name in dict.fromkeys([*last, *best]) if name.startswith(("outer/", "val/", "test/", "hyper/", "hypergrad/err"))
+    ]
     names = names or list(last)
-    rows = [[Cell(printable(name)), *(numeric(number(found.get(name)), ".6g") for found in ([last, best] if best else [last]))] for name in names]
+    rows = [
+        [Cell(printable(name)), *(numeric(number(found.get(name)), ".6g") for found in ([last, best] if best else [last]))]
+        for name in names
+    ]
     return ["metric", "last step", *(["best step"] if best else [])], rows

@@ -33,7 +33,7 @@ STATUSES = {
     ),
     "diverged": (
         "diverged: the map does not contract there",
-        "set solver=anderson and adjoint=gmres, lower optimizer.lr, or bound the norm of the map's Jacobian (task/cell=projected)",
+        "set solver=anderson and adjoint=gmres, lower optimizer.lr, or bound the map's Jacobian (task/cell=projected)",
     ),
     "nonfinite": ("met a NaN or an infinity", "lower optimizer.lr, or check the data"),
 }
@@ -84,7 +84,9 @@ def endings(runs: Sequence[Run]) -> Iterable[Finding]:
         yield Finding("good", "Statuses", f"{'The run' if well == 1 else f'All {well} runs'} ran to the end.")
         return
     level = "good" if all(run.ended or run.status == "pruned" for run in runs) else "note"
-    yield Finding(level, "Statuses", f"{well} of {count(len(runs), 'run')} ran to the end. Only these count in means and as best.")
+    yield Finding(
+        level, "Statuses", f"{well} of {count(len(runs), 'run')} ran to the end. Only these count in means and as best."
+    )
     told = {
         "pruned": ("note", "stopped early by the search, because others were better at the same step; this is no error", ""),
         "running": ("note", "still running", "make the report again when they have ended"),
@@ -115,7 +117,11 @@ def _only_of(some: Sequence[Run], runs: Sequence[Run]) -> str:
     """Return an override that all of ``some`` have, and no other run; empty if there is none."""
     others = [run for run in runs if all(run is not each for each in some)]
     for key, value in some[0].overrides.items():
-        if others and all(run.overrides.get(key) == value for run in some) and all(run.overrides.get(key) != value for run in others):
+        if (
+            others
+            and all(run.overrides.get(key) == value for run in some)
+            and all(run.overrides.get(key) != value for run in others)
+        ):
             return one_line(f"{key}={value}", 120)
     return ""
 
@@ -163,8 +169,8 @@ def solves(runs: Sequence[Run]) -> Iterable[Finding]:
         yield Finding(
             "note",
             "Solves",
-            "These runs recorded no fixed point and no adjoint system, as self-tuning networks and single-loop methods do not solve "
-            "them, so nothing below says how exact their hypergradients are.",
+            "These runs recorded no fixed point and no adjoint system, as self-tuning networks and single-loop methods do not "
+            "solve them, so nothing below says how exact their hypergradients are.",
             "compare several seeds, and val/* with test/*",
         )
 
@@ -217,7 +223,10 @@ def certificates(runs: Sequence[Run]) -> Iterable[Finding]:
         )
     if not known and not lost and not any(run.verified for run in runs):
         yield Finding(
-            "note", "Certificates", "No hypergradient of these runs has a certificate.", "hyperopt check compares one with references"
+            "note",
+            "Certificates",
+            "No hypergradient of these runs has a certificate.",
+            "hyperopt check compares one with references",
         )
 
 
@@ -244,22 +253,36 @@ def replays(runs: Sequence[Run]) -> Iterable[Finding]:
     """Say which runs were continued or have lost rows, and whether equal configs gave equal numbers."""
     again = [run for run in runs if isinstance(run.facts.get("resumed"), list) and run.facts["resumed"]]
     if again:
-        text = f"{count(len(again), 'run')} was stopped and continued." if len(again) == 1 else f"{len(again)} runs were stopped and continued."
+        text = (
+            f"{count(len(again), 'run')} was stopped and continued."
+            if len(again) == 1
+            else f"{len(again)} runs were stopped and continued."
+        )
         yield Finding("note", "Replays", f"{text} A continued run repeats the numbers of one that was never stopped.", "", again)
     for run in runs:
         lost = run.summary.get("lost_rows")
         if isinstance(lost, list) and lost:
             pairs = [each for each in lost if isinstance(each, list) and len(each) == 2]
-            yield Finding("bad", "Replays", f"The rows of {one_line(spans(pairs), 200)} are lost.", "run it again for a whole curve", [run])
+            yield Finding(
+                "bad", "Replays", f"The rows of {one_line(spans(pairs), 200)} are lost.", "run it again for a whole curve", [run]
+            )
     twins: dict[str, list[Run]] = {}
     for run in runs:
         if run.ended and run.rows:
-            twins.setdefault(repr(sorted((key, repr(value)) for key, value in run.config.items() if not key.startswith("paths."))), []).append(run)
+            twins.setdefault(
+                repr(sorted((key, repr(value)) for key, value in run.config.items() if not key.startswith("paths."))), []
+            ).append(run)
     pairs = [found for found in twins.values() if len(found) > 1]
     equal = [found for found in pairs if all(_numbers(run) == _numbers(found[0]) for run in found)]
     if equal:
         several = [run for found in equal for run in found]
-        yield Finding("good", "Replays", f"{len(several)} runs repeat the config and seed of another, and its numbers to the last bit.", "", several)
+        yield Finding(
+            "good",
+            "Replays",
+            f"{len(several)} runs repeat the config and seed of another, and its numbers to the last bit.",
+            "",
+            several,
+        )
     for found in pairs:
         if all(found is not each for each in equal):
             advice = "compare run.json of the two: versions, device, threads"
@@ -279,7 +302,9 @@ def checks(runs: Sequence[Run]) -> Iterable[Finding]:
             error = number((run.summary.get("metrics") or {}).get(ERROR))
             text = f"The hypergradient {'agrees' if passed else 'does not agree'} with its references"
             text += "." if math.isnan(error) else f"; the largest relative error is {error:.2g}."
-            yield Finding("good" if passed else "bad", "Check", text, "" if passed else "see check.json, solver and adjoint", [run])
+            yield Finding(
+                "good" if passed else "bad", "Check", text, "" if passed else "see check.json, solver and adjoint", [run]
+            )
 
 
 def sources(runs: Sequence[Run]) -> Iterable[Finding]:
@@ -298,8 +323,14 @@ def sources(runs: Sequence[Run]) -> Iterable[Finding]:
         "devices": of(lambda run: part(run, "device", "model")),
         "precisions": of(lambda run: run.facts.get("precision")),
     }
-    told = [f"{len(found)} {kind} ({', '.join(found[:4])}{', …' if len(found) > 4 else ''})" for kind, found in kinds.items() if len(found) > 1]
+    told = [
+        f"{len(found)} {kind} ({', '.join(found[:4])}{', …' if len(found) > 4 else ''})"
+        for kind, found in kinds.items()
+        if len(found) > 1
+    ]
     if told:
-        yield Finding("note", "Sources", f"The runs come from {'; '.join(told)}.", "repeat those to be compared under the same conditions")
+        yield Finding(
+            "note", "Sources", f"The runs come from {'; '.join(told)}.", "repeat those to be compared under the same conditions"
+        )
     if changed := [run for run in runs if part(run, "git", "dirty") is True]:
         yield Finding("note", "Sources", "The code had changes that were not committed when some runs started.", "", changed)
