@@ -89,16 +89,16 @@ def conclusion(groups: Sequence[Group], metric: str, mode: str) -> str:
         gap = abs(statistics.fmean(found) - statistics.fmean(second))
         said += f" The next best, {known[1].label}, has {_number(second)}."
         if min(len(found), len(second)) < 2:
-            said += " One seed does not say how far the seeds scatter."
+            said += " One run does not say how far the seeds scatter."
         elif gap <= math.hypot(statistics.stdev(found), statistics.stdev(second)):
-            said += " The two differ by less than their seeds scatter: this is not decided."
+            said += " The two differ by less than their runs scatter: this is not decided."
     return said
 
 
 def _number(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4g}"
-    return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g} over {len(values)} seeds"
+    return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g} over {len(values)} runs"
 
 
 def next_steps(runs: Sequence[Run], groups: Sequence[Group], metric: str, mode: str) -> list[Step]:

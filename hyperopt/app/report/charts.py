@@ -172,7 +172,7 @@ def parallel(groups: Sequence[Group], metric: str, mode: str) -> Draw | None:
             for place, text in sorted(marks, key=lambda each: (each[0] not in (0.0, 1.0), each[0])):  # the ends first
                 short = text if len(text) <= 20 else f"{text[:19]}…"
                 at, offset = ((place, x), (0, -4)) if flat else ((x, place), (5, 0))
-                aligned = {"ha": "center", "va": "top"} if flat else {"va": "center"}
+                aligned: dict[str, Any] = {"ha": "center", "va": "top"} if flat else {"va": "center"}
                 axes.plot(*at, "_" if not flat else "|", color="0.35", markersize=7, zorder=4)
                 made = axes.annotate(short, at, xytext=offset, textcoords="offset points", bbox=box, zorder=5, **aligned)
                 texts.append(made)
@@ -221,12 +221,14 @@ def error_and_cost(groups: Sequence[Group]) -> Draw | None:
         axes = drawing.figure.add_subplot()
         labelled: set[Any] = set()
         for k, (cost, error, bound), run in points:
-            form = style(named[k]) if k in named else {"color": GREY, "marker": ".", "linestyle": "none"}
+            form = style(named[k]) if k in named else {"color": GREY, "marker": "."}
             text = label(groups[k]) if k in named else f"the other {len(drawn) - len(named)}"
             [line] = axes.plot(
                 [cost],
                 [error],
-                **{**form, "linestyle": "none"},
+                color=form["color"],
+                marker=form["marker"],
+                linestyle="none",
                 markersize=13 - 0.6 * named.get(k, NAMED),  # smaller ones lie on larger ones, so that equal points are seen
                 markerfacecolor=form["color"] if bound else "none",
                 label=None if text in labelled else text,

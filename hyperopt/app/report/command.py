@@ -39,7 +39,8 @@ TEXTS = {
     "curves": "Each line is a mean over seeds, with one standard deviation to either side. The pointer shows names and values.",
     "single": "What the run measured at its evaluations: val/* is what it is chosen by, test/* is held out.",
     "parallel": "One line for each line of the table of results, through its settings to {metric}. Red is the best, dark is "
-    "good, and dashed lines are runs that were stopped. Lines with the same value lie side by side.",
+    "good, and dashed lines are runs that were stopped. Lines with the same value lie side by side; runs without a number have "
+    "no line.",
     "error_cost": "One point a run: the median of its error estimates against what a step cost. Filled: a bound; open: an "
     "estimate. Left and low is better.",
 }
@@ -192,19 +193,23 @@ def best_of(said: str, command: str, winner: Run | None, found: Sequence[Finding
         parts.append(page.paragraph(text, "mark"))
     if winner is not None:
         parts.append(f"<p>Its directory: {page.link(one_line(str(winner.path), 300), page.address(winner.path, out))}</p>")
-    parts.append(f"<p>{page.escape(verdict(found))} {page.link('What the runs recorded about this', '#trust')}</p>")
+    parts.append(f"<p>{page.escape(verdict(found, winner))} {page.link('What the runs recorded about this', '#trust')}</p>")
     return f'<div class="card">{"".join(parts)}</div>'
 
 
-def verdict(found: Sequence[Finding]) -> str:
-    """Return in a sentence whether something is wrong with the runs."""
+def verdict(found: Sequence[Finding], winner: Run | None) -> str:
+    """Return in a sentence whether something is wrong with the runs, and with the best one."""
     bad = [each for each in found if each.level == "bad"]
     notes = [each for each in found if each.level == "note"]
     if not bad:
         more = f", with {len(notes)} note{'s' if len(notes) > 1 else ''} on them." if notes else "."
         return f"No problem was found with these numbers{more}"
     subjects = ", ".join(dict.fromkeys(each.subject.lower() for each in bad))
-    return f"{len(bad)} problem{'s' if len(bad) > 1 else ''} with these numbers: {subjects}."
+    said = f"{len(bad)} problem{'s' if len(bad) > 1 else ''} with these numbers: {subjects}"
+    if winner is None:
+        return f"{said}."
+    own = [each for each in bad if not each.runs or any(run is winner for run in each.runs)]
+    return f"{said}. {'The best run is concerned too' if own else 'The best run is not concerned'}."
 
 
 def steps_of(steps: Sequence[Step]) -> str:
@@ -266,7 +271,7 @@ def terminal(groups: Sequence[Group], metric: str, mode: str, said: str, best: s
     lines = [aligned([head, *([cell.text for cell in row] for row in shown)])]
     if len(rows) > len(shown):
         lines.append(f"and {len(rows) - len(shown)} more lines, in the page")
-    lines += [said, verdict(found)]
+    lines += [said, verdict(found, groups[0].winner(metric, mode))]
     several = sum(len(each.runs) for each in groups) > 1
     for each in found:
         if each.level != "good":

@@ -124,7 +124,15 @@ def curves(series: Sequence[Series], metric: str) -> Draw | None:
                 axes.plot(end.steps[-1:], end.means[-1:], "x", color=form["color"], markersize=10, markeredgewidth=2, zorder=4)
         for k, each in enumerate(others):
             rest = f"the other {len(others)}" if k == 0 else None
-            [line] = axes.plot(each.band.steps, each.band.means, color=GREY, linewidth=1, alpha=0.5, zorder=1, label=rest)
+            [line] = axes.plot(
+                each.band.steps,
+                each.band.means,
+                color=GREY,
+                linewidth=1,
+                alpha=0.5 if len(others) < 40 else 0.25,
+                zorder=1,
+                label=rest,
+            )
             drawing.name(line, said(each, metric))
         logarithmic = min(values) > 0 and max(values) / min(values) > SPAN
         axes.set(xlabel="outer step", ylabel=metric, yscale="log" if logarithmic else "linear")

@@ -95,7 +95,7 @@ def _drawn(draw: Draw, layout: Layout) -> Drawing:
 def _style(layout: Layout, salt: str) -> Any:
     import matplotlib as mpl
 
-    given: dict[str, Any] = {
+    given: Any = {
         "text.parse_math": False,  # a $ in a name starts no formula
         "font.size": layout.font,
         "axes.spines.top": False,
@@ -144,7 +144,7 @@ def _inline(image: bytes, kind: str, label: str, titles: Mapping[str, str]) -> s
     used = {*re.findall(r"url\(#([\w-]+)\)", text), *re.findall(r'xlink:href="#([\w-]+)"', text)}
     for part in root.iter():
         name = part.get("id")
-        if name in titles:
+        if name is not None and name in titles:
             title = ElementTree.Element(f"{{{SVG}}}title")
             title.text = titles[name]
             part.insert(0, title)
@@ -173,7 +173,7 @@ def mark(axis: Axis, logarithmic: bool, count: int, whole: bool = False) -> None
         low, high = axis.get_view_interval()
         many = high / low < 1e3
         axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if many else (1.0,), numticks=count))
-        axis.set_minor_formatter(ticker.NullFormatter())
+        axis.set_minor_locator(ticker.NullLocator())
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axis.set_major_locator(ticker.MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1 if whole else 3))

@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+FILTERED = 8
+"""Smallest number of rows of a table with a filter."""
 # With this policy, even a text that was not escaped by mistake could neither run code nor connect to the network: the only script
 # is the one whose checksum is named here.
 HEAD = """<!doctype html>
@@ -96,7 +98,7 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[Cell]], texts:
         f'placeholder="words that a row must have"></label><output role="status"></output></div>\n'
     )
     return (
-        (bar if sorts else "")
+        (bar if len(rows) >= FILTERED else "")
         + f'<div class="wide-table" role="region" aria-label="{name}" tabindex="0"><table id="{name}"{classes}>'
         + f"<thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )

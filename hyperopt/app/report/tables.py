@@ -55,9 +55,12 @@ def setting(value: object) -> Cell:
 
 
 def reached(group: Group, metric: str) -> Cell:
-    """Return, in brackets, the mean of what the runs of a group had reached of which none ended well."""
+    """Return, in brackets, the mean of what the runs of a group had reached of which none ended well, or how they ended."""
     value = group.reached(metric)
-    return UNKNOWN if math.isnan(value) else Cell(f"({value:.5g})", value, tone="soft")
+    if math.isnan(value):
+        ends = sorted({run.status for run in group.runs if not run.ended})
+        return Cell(printable(", ".join(ends)), tone="bad" if set(ends) & set(ENDS) else "soft")
+    return Cell(f"({value:.5g})", value, tone="soft")
 
 
 def numeric(value: float, form: str, tone: str = "") -> Cell:
@@ -105,7 +108,11 @@ def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -
                 numeric(number(run.summary.get("seconds")), ".1f"),
                 _solves(run),
                 numeric(_largest(run), ".1e"),
-                Cell(f"{100 * worst:.2g} %", worst, tone="" if worst <= GOOD else "note" if worst <= BAD else "bad")
+                Cell(
+                    f"{100 * worst:.2g} %" if worst < 1 else f"{worst:.2g} times",
+                    worst,
+                    tone="" if worst <= GOOD else "note" if worst <= BAD else "bad",
+                )
                 if errors
                 else UNKNOWN,
                 Cell(one_line(run.reason, 300), tone="long"),

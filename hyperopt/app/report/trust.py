@@ -16,15 +16,15 @@ from hyperopt.core.text import one_line
 
 ERROR, ESTIMATE, BOUND, NORM = "hypergrad/error", "hypergrad/error_estimate", "hypergrad/is_bound", "hypergrad/norm"
 GOOD, BAD = 0.01, 0.1
-"""Errors of a hypergradient, relative to its norm: good below the first, bad above the second."""
+"""Relative residuals, and errors of a hypergradient relative to its norm: good up to the first, bad above the second."""
 SOLVES = {"inner": "solver", "adjoint": "adjoint"}
 """What is solved, and the group of keys that says how. A trained inner problem has ``inner`` in place of ``solver``."""
 KEYS = {"inner": ("solver.* (inner.* where weights are trained)", "solver"), "adjoint": ("adjoint.linear_solver.*", "adjoint")}
 STATUSES = {
-    "converged": ("met its tolerance", ""),
-    "fixed_steps": ("took a fixed number of steps, as asked for; its residual was not compared with a tolerance", ""),
-    "max_steps": ("did not meet its tolerance", "raise max_steps or loosen rtol of {keys}, or choose another {group}"),
-    "stagnated": ("stopped improving above its tolerance", "set precision=float64, or loosen rtol of {keys}"),
+    "converged": ("met their tolerance", ""),
+    "fixed_steps": ("took a fixed number of steps, as asked for; their residuals were not compared with a tolerance", ""),
+    "max_steps": ("did not meet their tolerance", "raise max_steps or loosen rtol of {keys}, or choose another {group}"),
+    "stagnated": ("stopped improving above their tolerance", "set precision=float64, or loosen rtol of {keys}"),
     "coupled_rows": ("had rows that depend on each other", "solve them together: rows=joint, or drop_rows=false"),
     "breakdown": ("broke down (a division by zero or a singular system)", "choose another {group}"),
     "negative_curvature": (
@@ -106,7 +106,7 @@ def failures(runs: Sequence[Run]) -> Iterable[Finding]:
     failed = [run for run in runs if run.status == "failed"]
     for reason in dict.fromkeys(run.reason for run in failed):
         same = [run for run in failed if run.reason == reason]
-        text = f"{count(len(same), 'run')} failed: {one_line(reason or 'the reason was not recorded', 400)}"
+        text = f"{count(len(same), 'run')} failed: {one_line(reason or 'the reason was not recorded', 400)}."
         advice = "see FAILED in the run's directory for the whole error; resume=auto runs only these again once it is mended"
         if swept := _only_of(same, runs):
             advice = f"all failed runs have {swept}, and no other run has: change that; {advice}"
@@ -177,16 +177,18 @@ def solves(runs: Sequence[Run]) -> Iterable[Finding]:
 
 def residuals(runs: Sequence[Run]) -> Iterable[Finding]:
     """Say how large the residuals were."""
-    told = []
+    told, largest = [], 0.0
     for part in SOLVES:
         worst = [(max(found), run) for run in runs if (found := [r for r in values(run, f"{part}/residual") if math.isfinite(r)])]
         if worst:
             most, run = max(worst, key=lambda each: each[0])
+            largest = max(largest, most)
             told.append(f"{part} {most:.1e}" + (f" in run {run.name}" if len(runs) > 1 else ""))
         if bad := [run for run in runs if any(math.isnan(r) for r in values(run, f"{part}/residual"))]:
             yield Finding("bad", "Residuals", f"The {part} residual was not finite at some steps.", STATUSES["nonfinite"][1], bad)
     if told:
-        yield Finding("good", "Residuals", f"The largest true relative residuals of all steps: {', '.join(told)}.")
+        level: Level = "good" if largest <= GOOD else "note" if largest <= BAD else "bad"
+        yield Finding(level, "Residuals", f"The largest true relative residuals of all steps: {', '.join(told)}.")
 
 
 def relative_errors(run: Run) -> list[float]:
@@ -208,7 +210,7 @@ def certificates(runs: Sequence[Run]) -> Iterable[Finding]:
         yield Finding(
             level,
             "Certificates",
-            f"The error of the hypergradient is {_percent(middle)} of its norm in the median and at most {_percent(worst)}, "
+            f"The error of the hypergradient is {_share(middle)} in the median and at most {_share(worst)}, "
             f"from {count(len(known), 'certificate')} ({kind}).",
             "" if level == "good" else "lower rtol or raise max_steps of solver and adjoint, and run hyperopt check",
             [] if level == "good" else [run for run in runs if any(value > GOOD for value in errors[id(run)])],
@@ -230,8 +232,8 @@ def certificates(runs: Sequence[Run]) -> Iterable[Finding]:
         )
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2g} %"
+def _share(value: float) -> str:
+    return f"{100 * value:.2g} % of its norm" if value < 1 else f"{value:.2g} times its norm"
 
 
 def fallbacks(runs: Sequence[Run]) -> Iterable[Finding]:
