@@ -28,7 +28,7 @@ from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
-from hyperopt.core.text import aligned
+from hyperopt.core.text import aligned, described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ class Comparison:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HypergradientCheck:
     """The result of ``check_hypergradient``; ``print`` it for the table.
 
@@ -77,6 +77,10 @@ class HypergradientCheck:
     rows: tuple[Comparison, ...]
     tolerance: float
     norm: float
+
+    def __repr__(self) -> str:
+        """Return the result and the references; ``str`` is the table."""
+        return described(self, passed=self.passed, tolerance=self.tolerance, rows=[row.name for row in self.rows])
 
     @property
     def passed(self) -> bool:
@@ -92,11 +96,15 @@ class HypergradientCheck:
         return f"{aligned(lines)}\n{verdict}: tolerance {self.tolerance:.1e}, norm of the hypergradient {self.norm:.6g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdjointComparison:
     """The result of ``compare_adjoints``; ``print`` it for the table, ``figure()`` draws error against time."""
 
     rows: tuple[Comparison, ...]
+
+    def __repr__(self) -> str:
+        """Return the names of the adjoints; ``str`` is the table."""
+        return described(self, rows=[row.name for row in self.rows])
 
     def __str__(self) -> str:
         """Return the table."""
