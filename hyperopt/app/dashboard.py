@@ -39,7 +39,7 @@ LAYOUT: dict[str, dict[str, str]] = {
         "accuracy": r"(outer|val|test)/(step_)?accuracy$",
         "error": r"(outer|val|test)/error$",
     },
-    "Hyperparameters, in their own units": {"single numbers": r"hyper/[^/]+$", "mean, least and largest": r"hyper/.+/"},
+    "Hyperparameters, in their own units": {"single numbers": r"hyper/[^/]+$", "their spread": r"hyper/.+/"},
     "Hypergradient": {"norm": r"hypergrad/norm", "error estimate": r"hypergrad/error"},
     "Inner problem and adjoint": {
         "residual": r"(inner|adjoint)/residual",
