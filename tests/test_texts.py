@@ -17,7 +17,7 @@ LATER = {
 }
 PAGES = [
     path.relative_to(ROOT)
-    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("experiments/*/*.md")])
+    for path in sorted([*ROOT.glob("[a-z]*/README.md"), *ROOT.glob("experiments/*/*.md"), ROOT / "README.md"])
     if str(path.relative_to(ROOT)) not in LATER
 ]
 PRIVATE = r"\b(guards?|mesh|verdict|doors?|house in order|and was not\.|is any:|would is)"
@@ -37,7 +37,8 @@ def prose(path: Path) -> str:
 
 def sentences(text: str) -> list[str]:
     """Split at full stops, and where a paragraph or an entry of a list ends."""
-    blocks = re.split(r"\n\s*\n(?:\s*(?:[-*]|\d+\.) )?|\n\s*(?:[-*]|\d+\.) ", text)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text)
+    blocks = [re.sub(r"^\s*(?:[-*]|\d+\.) ", "", block) for block in blocks]
     return [" ".join(each.split()) for block in blocks for each in re.split(r"(?<=[.!?])[\")*]*\s+", block) if each.strip()]
 
 

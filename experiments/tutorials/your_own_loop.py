@@ -6,7 +6,8 @@
 # change with your hyperparameters (a *hypergradient*), and moves the hyperparameters by one step of an optimizer.
 #
 # Here the data are scikit-learn's handwritten digits, with only 200 images to train on. Two kinds of hyperparameters
-# are tuned: one weight decay for each layer, and the label smoothing of the loss.
+# are tuned: one weight decay for each layer, and the label smoothing of the loss. All of them start too large, as if we
+# had guessed badly.
 
 # %%
 """A tutorial: weight decays and label smoothing are tuned while an ordinary loop trains a network."""
@@ -53,21 +54,21 @@ def val_loss(model, batch, lam):
 # ## The loop
 #
 # Without the three lines that mention the tuner this is the loop that you know. `tuner.loss(batch)` is `train_loss`
-# with the present hyperparameters. `tuner.step` takes one hypergradient and changes nothing else: weights, gradients,
-# running statistics and the place in your data loader stay as they were.
+# with the present hyperparameters. `tuner.step`, here after every second epoch, takes one hypergradient and changes nothing
+# else: weights, gradients, running statistics and the place in your data loader stay as they were.
 
 
 # %%
-def run(tuned, epochs=40):
+def run(tuned, epochs=30):
     """Train with or without tuning; return the validation losses, the decays and the model."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     hyper = hyperopt.Hyperparameters(
-        {"decay": hyperopt.Positive(1e-4, per="element"), "smoothing": hyperopt.Bounded(0.02, low=0.0, high=0.5)},
+        {"decay": hyperopt.Positive(1e-2, per="element"), "smoothing": hyperopt.Bounded(0.2, low=0.0, high=0.5)},
         shapes={"decay": (2,)},
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    outer = torch.optim.Adam(hyper.parameters(), lr=0.15)
+    outer = torch.optim.Adam(hyper.parameters(), lr=0.3)
     tuner = hyperopt.Tuner(model, hyper, train_loss=train_loss, val_loss=val_loss, optimizer=outer)
     loader = DataLoader(train, batch_size=50, shuffle=True)
     losses, decays, record = [], [], None
@@ -76,7 +77,7 @@ def run(tuned, epochs=40):
             optimizer.zero_grad()
             tuner.loss(batch).backward()
             optimizer.step()
-        if tuned and epoch >= 5:
+        if tuned and epoch >= 2 and epoch % 2 == 0:
             record = tuner.step(train.tensors, val.tensors)
         with torch.no_grad():
             losses.append(float(val_loss(model, val.tensors, None)))
@@ -88,7 +89,9 @@ plain, tuned = run(tuned=False), run(tuned=True)
 
 # %% [markdown]
 # A record of a step prints as one line: the validation loss before the step, the hyperparameters after it, which
-# method solved the linear system of the hypergradient and why, an estimate of the error, and the cost.
+# method solved the linear system of the hypergradient and why, an estimate of the error, and the cost. The weights are
+# still being trained, so a truncated Neumann series is used, which follows the last hundred steps of training. For such
+# a series there is no estimate of the error.
 
 # %%
 print(tuned["record"])
@@ -106,7 +109,7 @@ def test_scores(model):
 for name, found in (("without tuning", plain), ("with a tuner", tuned)):
     loss, accuracy = test_scores(found["model"])
     print(f"{name}: validation loss {found['losses'][-1]:.4f}, test loss {loss:.4f}, test accuracy {accuracy:.3f}")
-assert tuned["losses"][-1] < plain["losses"][-1]
+assert tuned["losses"][-1] < 0.8 * plain["losses"][-1]
 assert test_scores(tuned["model"])[0] < test_scores(plain["model"])[0]
 
 # %% [markdown]
