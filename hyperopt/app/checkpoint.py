@@ -69,32 +69,53 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; change ckpt_path, or set resume=never to start anew")
-    try:
-        with open(path, "rb") as file:
-            content = _read(path, file)
-    except CheckpointError:
-        raise
-    except Exception as error:  # zipfile and torch raise many kinds of errors for damaged files
-        raise DamagedError(f"the checkpoint {path} is truncated or damaged; set ckpt_path to another one") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f"the checkpoint {path} has format {found!r:.40}, but this version reads {FORMAT}; change ckpt_path"
-        )
+    content = content_of(path)
+    check_format(path, content)
     return content
 
 
-def _read(path: Path, file: IO[bytes]) -> Any:
+def content_of(path: Path, key: str = "ckpt_path") -> Any:
+    """Read one file by ``torch.save`` onto the CPU, of whatever content.
+
+    Args:
+        path: the file.
+        key: what messages call it.
+
+    Raises:
+        DamagedError: the file is truncated or has a flipped bit.
+        CheckpointError: it holds more than plain data.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read(path, file, key)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and torch raise many kinds of errors for damaged files
+        raise DamagedError(f"the checkpoint {path} is truncated or damaged; set {key} to another one") from error
+
+
+def check_format(path: Path, content: Any, key: str = "ckpt_path") -> None:
+    """Refuse the content of a file that is not a checkpoint of this format.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"the checkpoint {path} has format {found!r:.40}, but this version reads {FORMAT}; change {key}")
+
+
+def _read(path: Path, file: IO[bytes], key: str) -> Any:
     """Return the content of a file after its checksums were verified; it gets no more memory than it has bytes."""
     head = file.read(2)
     if head[:1] == b"\x80":  # a bare pickle, which this program never writes; it is not read
-        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set ckpt_path to one written by this program")
+        raise CheckpointError(f"{path} is not a checkpoint, and was not loaded; set {key} to one written by this program")
     if head not in (b"", b"P", b"PK"):
-        raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set ckpt_path to another one")
+        raise DamagedError(f"{path} is not a checkpoint, or its first bytes are damaged; set {key} to another one")
     try:
         return tensor_files.read(file)
     except tensor_files.UnsafeError as error:
-        raise CheckpointError(f"the checkpoint {path}: {error}; set ckpt_path to one written by this program") from error
+        raise CheckpointError(f"the checkpoint {path}: {error}; set {key} to one written by this program") from error
 
 
 def load_last(directory: Path, quiet: bool = False) -> Found | None:
@@ -136,7 +157,7 @@ def load_last(directory: Path, quiet: bool = False) -> Found | None:
 
 
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
+def fitting(path: Path, key: str = "ckpt_path") -> Iterator[None]:
     """Turn any error of the block, which uses the content of the checkpoint at ``path``, into a ``CheckpointError``."""
     try:
         yield
@@ -145,7 +166,7 @@ def fitting(path: Path) -> Iterator[None]:
     except Exception as error:
         why = printable(f"{type(error).__name__}: {error}")[:300]
         raise CheckpointError(
-            f"the checkpoint {path} holds what does not fit this run ({why}); set ckpt_path to another one"
+            f"the checkpoint {path} holds what does not fit this run ({why}); set {key} to another one"
         ) from error
 
 

@@ -30,9 +30,11 @@ TORCH = re.compile(r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*")
 HYDRA = re.compile(r"_[a-z]+_")
 """Keys with a meaning for Hydra's ``instantiate``: ``_target_``, which is checked, and others, which no node needs."""
 VALUES = ("name", "seed", "device", "precision", "compile", "mode", "ckpt_path", "resume", "accept_lost_rows", "threads")
+LATER = ("init_from", "init_partial")
+"""Values that the configs of older runs do not have."""
 PARTS = ("solver", "adjoint", "inner", "dataset", "stn", "optimizer", "trainer", "tracker", "task")
 """The groups that are parts. ``task`` is last: it holds others by interpolation, and messages name the keys of those first."""
-KEYS = (*VALUES, *PARTS, "allow_targets", "paths")
+KEYS = (*VALUES, *LATER, *PARTS, "allow_targets", "paths")
 MOVED = {
     "hyperopt.solvers.newton": "hyperopt.core.newton.newton",
     "hyperopt.solvers.newton_krylov": "hyperopt.core.newton.newton_krylov",
@@ -116,13 +118,13 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
     unknown = [str(key) for key in cfg if key not in (*KEYS, "hydra")]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such group or key; {near(unknown[0], KEYS)}")
-    missing = [key for key in KEYS if key not in cfg or OmegaConf.is_missing(cfg, key)]
+    missing = [key for key in KEYS if (key not in cfg and key not in LATER) or OmegaConf.is_missing(cfg, key)]
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}; choose an option of the group or set the key")
     _check_top(cfg)
     values: dict[str, Any] = {}
     for key in KEYS:
-        value = cfg[key]
+        value = cfg.get(key)
         try:
             values[key] = (
                 OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
@@ -157,6 +159,13 @@ def _check_top(cfg: DictConfig) -> None:
         raise ConfigError(f"allow_targets={cfg.allow_targets!r} must list packages, as [mine]; change allow_targets")
     if cfg.ckpt_path is not None and not Path(str(cfg.ckpt_path)).is_file():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path!r} is not a file; change ckpt_path")
+    start, partial = cfg.get("init_from"), cfg.get("init_partial", False)
+    if start is not None and not (isinstance(start, str) and start.strip()):
+        raise ConfigError(f"init_from={start!r} is not the path of a run or of a file; change init_from")
+    if not isinstance(partial, bool):
+        raise ConfigError(f"init_partial={partial!r} must be true or false; change init_partial")
+    if start is not None and cfg.mode == "evaluate":
+        raise ConfigError(f"init_from={start}: mode=evaluate has the hyperparameters of ckpt_path; drop init_from")
     if cfg.mode == "evaluate" and cfg.ckpt_path is None:
         raise ConfigError("mode=evaluate needs a checkpoint, but ckpt_path=null; set ckpt_path")
 

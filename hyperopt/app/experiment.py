@@ -26,6 +26,8 @@ DO_NOT_COUNT: dict[str, tuple[Purpose, ...]] = {
     "paths": ("resume", "repeat", "overrides", "hparams", "group"),
     "resume": ("resume", "repeat", "overrides", "hparams", "group"),
     "ckpt_path": ("resume", "overrides", "hparams", "group"),  # it counts for "repeat": another start is another job
+    "init_from": ("overrides",),  # an evaluation has the hyperparameters of its checkpoint
+    "init_partial": ("resume", "repeat", "overrides", "hparams", "group"),
     "device": ("resume", "repeat", "overrides", "group"),
     "threads": ("resume", "repeat", "overrides", "group"),
     "compile": ("resume", "repeat"),

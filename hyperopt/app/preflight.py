@@ -273,6 +273,10 @@ def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> No
             f"{job}{out} holds another experiment, and nothing was done: {found}; make these equal, or set {key} to a new "
             f"directory"
         )
+    if config.init_from is not None and not (resuming and run.last.exists()):
+        from hyperopt.app import starting
+
+        starting.read(config, run)
     done = out != where and config.resume == "auto" and sweep.finished(config, run) is not None
     if resuming and not done and run.held:
         from hyperopt.app import checkpoint

@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hyperopt.app import checkpoint
+from hyperopt.app import checkpoint, starting
 from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
 from hyperopt.app.checkpoint import Found
@@ -45,6 +45,7 @@ from hyperopt.app.repro import (
 )
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.search.pruning import PRUNED, Prune
+from hyperopt.app.starting import Start
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker
 from hyperopt.app.trackers import Sent, TrackedRun, TrackerSettings
@@ -93,6 +94,8 @@ def run(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
         begin = functools.partial(directory.begin, cfg) if held else lambda: None
         try:
             found = distributed.from_first(checkpoint.find(cfg, directory) if distributed.rank() == 0 else None)
+            fresh = distributed.rank() == 0 and (found is None or not directory.owns(found[0]))
+            start = distributed.from_first(starting.read(cfg, directory) if fresh else None)
             overrides = swept(directory)
             if not held:
                 directory.begin(cfg)
@@ -105,8 +108,8 @@ def run(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
             if cfg.mode == "evaluate":
                 return evaluate(built, directory, env, found, begin)
             if cfg.mode == "check":
-                return check_task(built, directory, env, found, begin)
-            return train(built, cfg, directory, env, state, found, overrides, begin, prune)
+                return check_task(built, directory, env, found, begin, start)
+            return train(built, cfg, directory, env, state, found, overrides, begin, prune, start)
         except Exception as error:
             if not (held and isinstance(error, checkpoint.CheckpointError | UnreadableError)):
                 with contextlib.suppress(OSError):  # a failure to write here must not hide the error itself
@@ -125,6 +128,7 @@ def train(
     overrides: Sequence[str],
     begin: Callable[[], None],
     prune: Prune | None = None,
+    start: Start | None = None,
 ) -> float:
     """Run the outer loop; see ``run``. ``state`` is changed in place, so that a failed run can be summarized.
 
@@ -138,10 +142,12 @@ def train(
         overrides: what tells the run from others, see ``hyperopt.app.dashboard.swept``.
         begin: a function that is called before the first change to the directory.
         prune: see ``run``.
+        start: the hyperparameters to start from, if they are not those of the config.
     """
     task, trainer = built.task, built.trainer
     config = flatten(cfg)
     task.setup(env)
+    started_from = starting.begin(task, start, quiet=directory.job.exists())
     optimizer = built.optimizer.build(task.groups())
     schedule = Schedule(built.optimizer.scheduler, optimizer)
     guard = HypergradientGuard(built.optimizer.clip_norm)
@@ -170,6 +176,7 @@ def train(
         content = {
             "state": asdict(state),
             "task": task.state_dict(),
+            "hyperparameters": task.values(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "generator": env.generator.get_state(),
@@ -179,7 +186,7 @@ def train(
         }
         checkpoint.save(path, content, keep_previous=path == directory.last)
 
-    write_facts(directory, env, task.describe(), None if resumed is None else state.step)
+    write_facts(directory, env, task.describe(), None if resumed is None else state.step, started_from)
     started = time.perf_counter() - state.seconds
     written = last_step(directory) if built.tracker.package else -1  # before rows after the checkpoint are cut off
     step = None if resumed is None else state.step - 1
@@ -337,15 +344,18 @@ def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Fou
     return value
 
 
-def check_task(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:
+def check_task(
+    built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None], start: Start | None
+) -> float:
     """Check the task's hypergradient at the start or at the checkpoint ``found``, and write ``summary.json``; see ``train``."""
     started = time.perf_counter()
     built.task.setup(env)
     if found is not None:
         with checkpoint.fitting(found[0]):
             built.task.load_state_dict(found[1]["task"])
+    started_from = starting.begin(built.task, start)
     begin()
-    write_facts(directory, env, built.task.describe(), None)
+    write_facts(directory, env, built.task.describe(), None, started_from)
     value = check(built.task, directory)
     step = 0 if found is None else found[1]["state"]["step"]
     state = LoopState(step=step, row={"hypergrad/error": value}, seconds=time.perf_counter() - started)

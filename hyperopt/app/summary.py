@@ -72,9 +72,20 @@ def _worst_residual(row: Mapping[str, float]) -> str:
     return f"{max(found, key=lambda value: math.inf if math.isnan(value) else value):.1e}" if found else ""
 
 
-def write_facts(run: RunDirectory, env: Environment, task: dict[str, Any], resumed_from: int | None) -> None:
-    """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``."""
+def write_facts(
+    run: RunDirectory, env: Environment, task: dict[str, Any], resumed_from: int | None, start: dict[str, Any] | None = None
+) -> None:
+    """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``.
+
+    Args:
+        run: the run.
+        env: the environment of its task.
+        task: facts of the task.
+        resumed_from: number of steps done before this session (None: the run starts).
+        start: which hyperparameters it starts from, see ``starting.begin``.
+    """
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
+    facts |= {} if start is None else {"init_from": start}
     if resumed_from is not None and run.facts.is_file():
         first = or_empty(read_json, run.facts)  # a damaged file does not prevent the run from continuing
         before = first.get("resumed", [])

@@ -112,6 +112,30 @@ class Hyperparameters(nn.Module):
         """Return the values without a graph."""
         return {name: optree.tree_map(torch.Tensor.detach, tree) for name, tree in self.values().items()}
 
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Set hyperparameters to values in the user's units; those that are not named stay.
+
+        Args:
+            values: values by the names of ``named_parameters``, of the shapes that ``values()`` has.
+
+        Raises:
+            ValueError: there is no such hyperparameter, it has another shape, or the value is outside of its space; the message
+                names it, and nothing was changed.
+        """
+        raw: dict[str, Tensor] = {}
+        own = dict(self.named_parameters(remove_duplicate=False))
+        for name, value in values.items():
+            if name not in own:
+                raise ValueError(f"there is no hyperparameter {name!r} here; the hyperparameters are {', '.join(own)}")
+            space = self.spaces[next(key for key, paths in self._paths.items() if name in optree.tree_leaves(paths))]
+            shape = space.value(own[name]).shape
+            if value.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, but here it has {tuple(shape)}")
+            raw[name] = space.inverse(value.detach().double(), own[name].dtype, own[name].device, name)
+        for name, value in raw.items():
+            own[name].copy_(value)
+
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the raw tensors by name, as groups for an outer optimizer."""
         return {name: list(optree.tree_leaves(tree)) for name, tree in self.raw.items()}

@@ -88,19 +88,34 @@ class Space(ABC):
             exact = torch.as_tensor(given, dtype=torch.float64).expand(shape)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{key}.init={given!r} does not fit shape {tuple(shape)}; change {key}.init") from error
+        return self.inverse(exact, dtype, device, f"{key}.init")
+
+    def inverse(self, exact: Tensor, dtype: torch.dtype, device: torch.device | str, key: str) -> Tensor:
+        """Return the raw variable of a value, the inverse of ``value``.
+
+        Args:
+            exact: the value, in float64.
+            dtype: dtype of the raw variable.
+            device: device of the raw variable.
+            key: what messages call the value.
+
+        Raises:
+            ValueError: the value is outside of the space, or on the bound of an open one; the message names ``key``.
+        """
         value = exact.to(dtype=dtype, device=device).contiguous()
         open_ = self.by == "reparametrisation"
         good = self.inside(value, interior=open_)
         if not bool(good.all()):
             bad = exact[tuple((~good).nonzero()[0].tolist())].tolist()
             where = f"is not inside {self.bounds}" + (": by reparametrisation it cannot be a bound itself" if open_ else "")
-            raise ValueError(f"{key}.init={bad} {where}; change {key}.init")
+            raise ValueError(f"{key}={bad} {where}; change {key}")
         if not open_:
             return value.clone()
         raw = cast(Tensor, self.transform().inv(value))
-        again = self.value(raw)
-        if not bool(raw.isfinite().all()) or float((again - value).abs().max()) > 1e-3 * float(value.abs().max() + 1e-30):
-            raise ValueError(f"{key}.init={given!r} is too near to a bound of {self.bounds} for {dtype}; change {key}.init")
+        off = (self.value(raw) - value).abs()
+        if not bool(raw.isfinite().all()) or float(off.max()) > 1e-3 * float(value.abs().max() + 1e-30):
+            bad = exact.reshape(-1)[int(off.nan_to_num(float("inf")).argmax())].item()
+            raise ValueError(f"{key}={bad} is too near to a bound of {self.bounds} for {dtype}; change {key}")
         return raw.clone()
 
     def value(self, raw: Tensor) -> Tensor:

@@ -134,6 +134,33 @@ class Task(ABC):
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the hyperparameters as named groups of leaf tensors that require grad, each tensor in one group."""
 
+    def values(self) -> dict[str, Tensor]:
+        """Return the hyperparameters by name, in the user's units, without a graph.
+
+        Names and values are those of ``learned().hyperparameters``, or those of the model's parameters if the hyperparameters are
+        the model (default: the tensors of ``groups`` themselves, numbered in a group of several).
+        """
+        groups = self.groups()
+        return {
+            name if len(group) == 1 else f"{name}.{k}": tensor.detach()
+            for name, group in groups.items()
+            for k, tensor in enumerate(group)
+        }
+
+    @torch.no_grad()
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set hyperparameters to values like those of ``values``, in place; those that are not named stay.
+
+        Raises:
+            ValueError: a value is outside of the space of its hyperparameter; nothing was changed.
+        """
+        own = self.values()
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} has an entry that is not finite")
+        for name, value in values.items():
+            own[name].copy_(value)
+
     @abstractmethod
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step.

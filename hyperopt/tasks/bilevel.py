@@ -49,7 +49,7 @@ from hyperopt.tasks.base import (
     check_dataset,
     load_splits,
 )
-from hyperopt.tasks.exports import LearnedModel
+from hyperopt.tasks.exports import LearnedModel, named
 from hyperopt.tasks.scores import scores
 
 Found = TypeVar("Found")
@@ -161,6 +161,14 @@ class BilevelTask(FixedSettings, Task):
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the raw hyperparameters by name."""
         return self.hyper.groups()
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the hyperparameters by name, in the user's units."""
+        return named(self.hyper.read())
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set hyperparameters to values in the user's units; see ``Task.set_values``."""
+        self.hyper.write(values)
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one outer step; see ``Task.step``."""

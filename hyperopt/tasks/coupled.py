@@ -130,6 +130,15 @@ class CoupledTask(FixedSettings, SolvingTask):
         """Return the groups M and B."""
         return {name: list(group) for name, group in self._cell.groups().items()}
 
+    def values(self) -> dict[str, Tensor]:
+        """Return the layer's parameters by name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters, and project them as after a step; see ``Task.set_values``."""
+        super().set_values(values)
+        self._cell.recurrent.project_()
+
     def loss(self, split: str, model: DEQ | None = None, trace: bool = False) -> Tensor:
         """Return the mean over rows of half the squared distance from the targets."""
         return self._loss(self.inputs[split], self.targets[split], model or self.model, trace)

@@ -149,6 +149,15 @@ class EquilibriumTask(SupervisedTask):
         """Return the groups of the cell (A, B, c) and ``classifier``."""
         return {name: list(group) for name, group in self.model.groups().items()}
 
+    def values(self) -> dict[str, Tensor]:
+        """Return the model's parameters by name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters, and project them as after a step; see ``Task.set_values``."""
+        super().set_values(values)
+        self.model.cell.project_()
+
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits, from a solve that starts at zero."""
         return self.model(x)

@@ -152,6 +152,10 @@ class ImplicitTask(SupervisedTask):
             groups.setdefault(name.partition(".")[0], []).append(parameter)
         return groups
 
+    def values(self) -> dict[str, Tensor]:
+        """Return the network's parameters by name."""
+        return {f"network.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of flattened images."""
         return self.model(x.unflatten(1, self.splits.shape))

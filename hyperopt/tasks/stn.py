@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from hyperopt.core import distributed
 from hyperopt.core.checks import check_choice, check_number
 from hyperopt.core.random import drawing
 from hyperopt.data.splits import scaled_by
-from hyperopt.stn.declare import Tuned
+from hyperopt.stn.declare import Discrete, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.dropout import Dropout
 from hyperopt.stn.network import GATES, STN, convert
@@ -157,8 +157,7 @@ class SelfTuningTask(FixedSettings, Task):
 
     def learned(self) -> LearnedModel:
         """Return the plain network at the present hyperparameters, and these."""
-        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
-        return LearnedModel(self.model.collapse().state_dict(), values, self.shape, 0, scaled_by())
+        return LearnedModel(self.model.collapse().state_dict(), self.values(), self.shape, 0, scaled_by())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,6 +178,22 @@ class SelfTuningTask(FixedSettings, Task):
     def groups(self) -> dict[str, list[Tensor]]:
         """Return the hyperparameters in R as one vector."""
         return self.tuning.groups()
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the hyperparameters by name, in the user's units."""
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.model.space.values().items()}
+
+    @torch.no_grad()
+    def set_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set hyperparameters to values in the user's units; see ``Task.set_values``."""
+        space = self.model.space
+        raw = {}
+        for name, value in values.items():
+            each = space.declared[name]
+            init = int(value) if isinstance(each, Discrete) else float(value)
+            raw[name] = replace(each, init=init).raw(space.u.dtype, space.u.device, name)  # pyright: ignore[reportArgumentType]
+        for name, value in raw.items():
+            space.u[space.names.index(name)] = value
 
     def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
         """Do one round; see ``Task.step``."""

@@ -14,7 +14,7 @@ from hyperopt.app.config import ConfigError
 from hyperopt.app.experiment import counts
 from hyperopt.app.search import storage
 from hyperopt.app.search.settings import KEY, Settings
-from hyperopt.app.search.space import Choice, Space, given, points, split
+from hyperopt.app.search.space import Choice, Space, given, points, quoted, split
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -51,15 +51,17 @@ class Search:
         settings.check_packages()
         space, fixed = split(given(config))
         settings.check_space(space)
+        settings.check_start(space, fixed)
         return cls(settings, space, fixed)
 
     def samples(self) -> list[list[str]]:
         """Return the overrides of some jobs of the search, which are checked before the first; see ``space.points``."""
         return [[*point, *self.fixed] for point in points(self.space)]
 
-    def overrides(self, params: Mapping[str, Any]) -> list[str]:
-        """Return the overrides of the trial with these values."""
-        return [*(f"{each.key}={each.text(params[each.key])}" for each in self.space), *self.fixed]
+    def overrides(self, params: Mapping[str, Any], start: str | None = None) -> list[str]:
+        """Return the overrides of the trial with these values, whose hyperparameters start from those of the run ``start``."""
+        own = [f"{each.key}={each.text(params[each.key])}" for each in self.space]
+        return [*own, *self.fixed, *([] if start is None else [f"init_from={quoted(start)}", "init_partial=true"])]
 
     def facts(self, cfg: DictConfig) -> dict[str, Any]:
         """Return what must be equal for all processes that share a study, and for a search that is continued.
@@ -70,7 +72,8 @@ class Search:
         metrics, directions = self.settings.objectives(cfg)
         fixed = [each for each in self.fixed if counts(each.lstrip("+~").partition("=")[0], "resume")]
         space = {each.key: list(each.values) if isinstance(each, Choice) else repr(each) for each in self.space}
-        return {"metric": metrics, "direction": directions, "overrides": sorted(fixed), "space": space}
+        facts = {"metric": metrics, "direction": directions, "overrides": sorted(fixed), "space": space}
+        return {**facts, "warm_start": self.settings.warm_start}
 
     def refuse(self, cfg: DictConfig, sweep: Path, measures: Iterable[str]) -> None:
         """Refuse a storage that cannot be reached or holds another study, and metrics that a job does not have.

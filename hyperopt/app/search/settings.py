@@ -17,6 +17,7 @@ from hyperopt.app.search.space import MOST, Choice, Numbers, Space
 SAMPLERS = ("tpe", "random", "grid", "cma_es", "nsga_ii")
 DIRECTIONS = ("minimize", "maximize")
 HALVING = "successive_halving"
+BEST = "best"
 KEY = "hydra.sweeper"
 STEPS = ("outer/step_loss", "optimizer/lr", "cost/evaluations", "cost/vjps", "cost/jvps", "time/step_seconds")
 """Metrics that every run has beside those of its evaluations."""
@@ -66,6 +67,7 @@ class Settings:
     n_jobs: int = 1
     pruner: str | None = None
     halving: Halving = field(default_factory=Halving)
+    warm_start: str | None = None
     params: Mapping[str, Any] | None = None
     trial: int | None = None
 
@@ -79,6 +81,8 @@ class Settings:
             _check_count(f"{KEY}.seed", self.seed, 0, " or null")
         if self.pruner not in (None, HALVING):
             raise ConfigError(f"{KEY}.pruner={short(self.pruner)} is neither null nor {HALVING}; change {KEY}.pruner")
+        if self.warm_start not in (None, BEST):
+            raise ConfigError(f"{KEY}.warm_start={short(self.warm_start)} is neither null nor {BEST}; change {KEY}.warm_start")
         for name in ("storage", "study_name"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value.strip()) and not (name == "storage" and value is None):
@@ -95,6 +99,8 @@ class Settings:
                 raise ConfigError(f"{KEY}.direction={short(each)} is none of {', '.join(DIRECTIONS)}; change {KEY}.direction")
         if len(metrics) > 1 and self.pruner is not None:
             raise ConfigError(f"{KEY}.pruner={self.pruner} needs one metric, but {KEY}.metric names {len(metrics)}; drop one")
+        if len(metrics) > 1 and self.warm_start is not None:
+            raise ConfigError(f"{KEY}.warm_start=best needs one metric, but {KEY}.metric names {len(metrics)}; drop one")
         if len(metrics) > 1 and self.sampler == "cma_es":
             raise ConfigError(f"{KEY}.sampler=cma_es needs one metric, but {KEY}.metric names {len(metrics)}; try nsga_ii")
 
@@ -154,6 +160,24 @@ class Settings:
         for each in space:
             if isinstance(each, Choice) and len(each.values) > MOST:
                 raise ConfigError(f"{each.key} has more than {MOST} choices; take fewer values")
+
+    def check_start(self, space: Space, fixed: Sequence[str]) -> None:
+        """Refuse ``warm_start=best`` beside another word about where the hyperparameters of a run start.
+
+        Raises:
+            ConfigError: see above.
+        """
+        if self.warm_start is None:
+            return
+        fixed_keys = [each.lstrip("+~").partition("=")[0] for each in fixed]
+        for key in (*(each.key.lstrip("+") for each in space), *fixed_keys):
+            own = key.endswith(".init") and key not in fixed_keys
+            if own or key in ("init_from", "init_partial", "ckpt_path"):
+                what = "is in the search space" if own else "is given"
+                raise ConfigError(
+                    f"{key} {what}, but under {KEY}.warm_start=best a run starts from the hyperparameters of the best one; drop "
+                    f"one of them"
+                )
 
     def objectives(self, cfg: DictConfig) -> tuple[list[str], list[str]]:
         """Return the metrics and, for each, ``minimize`` or ``maximize``.

@@ -11,6 +11,7 @@ All other overrides are the same for all jobs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -185,6 +186,12 @@ def _range(value: RangeSweep, key: str, written: str, log: bool) -> Numbers:
     if log and not (kind is int and abs(step) == 1):
         raise ConfigError(f"{written}: tag(log, ...) has no steps; write tag(log, interval(...)) or drop the tag")
     return Numbers(key, kind(low), kind(high), kind(abs(step)), log)
+
+
+def quoted(text: str) -> str:
+    """Return a text as the value of an override."""
+    plain = "/" in text and re.fullmatch(r"[\w./-]+", text)  # without a slash it may be a number
+    return text if plain else "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
 def points(space: Space) -> list[list[str]]:

@@ -26,7 +26,7 @@ from hyperopt.app.search.search import FACTS, Search, distribution
 
 log = logging.getLogger(__name__)
 
-OWNER, HOST, GIVEN_UP, REASON = "directory", "host", "given_up", "reason"
+OWNER, HOST, START, GIVEN_UP, REASON = "directory", "host", "init_from", "given_up", "reason"
 """Names of attributes of a trial."""
 PATIENCE = 60.0
 """Seconds after which a trial without an owner is given up: its process was killed between two lines of ``_ask``."""
@@ -63,9 +63,9 @@ class Trials:
             elif {each.key for each in self.search.space} != {*trial.params}:
                 self._give_up(trial, "its process was killed before it began", again=False)
             elif not self.tell(trial.number):
-                taken[trial.number] = self.search.overrides(trial.params)
+                taken[trial.number] = self._overrides(trial)
         while len(taken) < most and (trial := self._ask()) is not None:
-            taken[trial.number] = self.search.overrides(trial.params)
+            taken[trial.number] = self._overrides(trial)
         self.tried.update(taken)
         return dict(sorted(taken.items()))
 
@@ -74,11 +74,33 @@ class Trials:
         moved = self.search.settings.storage is None and owner is not None and not Path(owner).is_dir()
         return owner == self.here or moved
 
+    def _overrides(self, trial: FrozenTrial | optuna.Trial) -> list[str]:
+        """Return the overrides of a trial. It starts from the run that was the best when the trial was taken, also if resumed."""
+        start: str | None = trial.user_attrs.get(START)
+        moved = self.sweep / Path(start or "").name
+        if start is not None and not Path(start).is_dir() and moved.is_dir() and not (self._run(trial) / RunDirectory.last).exists():
+            start = str(moved)
+        return self.search.overrides(trial.params, start)
+
+    def _run(self, trial: FrozenTrial | optuna.Trial) -> Path:
+        """Return the directory of a trial's run."""
+        owner = trial.user_attrs.get(OWNER)
+        return (self.sweep if owner is None or self._is_mine(owner) else Path(owner)) / str(trial.number)
+
+    def _best(self) -> str | None:
+        """Return the directory of the best run so far that has left a checkpoint here; None if there is none."""
+        sign = 1 if self.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        ended = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ranked = sorted(ended, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        return next((str(run) for run in map(self._run, ranked) if (run / RunDirectory.best).is_file()), None)
+
     def _ask(self) -> optuna.Trial | None:
         """Return a new trial, or one whose values another process has left; None if there are trials enough."""
         if self._count() >= self.search.trials:
             return None
         trial = self.study.ask({each.key: distribution(each) for each in self.search.space})
+        if self.search.settings.warm_start is not None:
+            trial.set_user_attr(START, self._best())
         trial.set_user_attr(OWNER, self.here)
         trial.set_user_attr(HOST, socket.gethostname())
         if self._count(trial.number) < self.search.trials:
