@@ -127,7 +127,7 @@ def _varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys of overrides that are not the same for all jobs."""
     values = [dict(each.partition("=")[::2] for each in job["overrides"]) for job in jobs]
     keys = dict.fromkeys(key for each in values for key in each)
-    return [key for key in keys if len({each.get(key) for each in values}) > 1]
+    return [key for key in keys if key != "init_partial" and len({each.get(key) for each in values}) > 1]
 
 
 def _row(job: Mapping[str, Any], goal: Goal, varying: Sequence[str], mark: str) -> list[str]:

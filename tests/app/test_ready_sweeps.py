@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from launcher import Launcher
 from marks import slow_but
+from omegaconf import OmegaConf
 
 SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweep"
-JOBS = {"five_seeds": 5, "solver_adjoint": 9, "adjoint_steps": 6}
+JOBS = {"five_seeds": 5, "solver_adjoint": 9, "adjoint_steps": 6, "hybrid": 20}
 OWN = "# @package _global_\nhydra:\n  launcher:\n    _target_: mine.Launcher\n"
 
 
@@ -26,6 +27,9 @@ def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     found = [cfg for cfg, _ in done.runs]
     if name == "five_seeds":
         assert [cfg.seed for cfg in found] == [0, 1, 2, 3, 4]
+    elif name == "hybrid":
+        assert {cfg.optimizer._target_ for cfg in found} == {"torch.optim.SGD", "torch.optim.Adam"}
+        assert all(0.003 <= cfg.optimizer.lr <= 0.3 for cfg in found) and len({cfg.optimizer.lr for cfg in found}) == 20
     elif name == "solver_adjoint":
         pairs = {(cfg.solver._target_, cfg.adjoint.linear_solver._target_) for cfg in found}
         assert len(pairs) == 9 and all(cfg.task.solver == cfg.solver for cfg in found)
@@ -65,6 +69,20 @@ def test_a_launcher_chosen_inside_what_is_swept_is_refused(argv: list[str], laun
     assert refused.status == 1 and not refused.runs and not Path("mine").exists()
     assert "experiment=own" in refused.err and "sets hydra.launcher (mine.Launcher)" in refused.err
     assert "hydra/launcher=" in refused.err
+
+
+@pytest.mark.parametrize("argv", [[], ["-m"], ["hydra/sweeper=optuna"]])
+def test_a_ready_sweep_chooses_its_sweeper(argv: list[str], launch: Launcher) -> None:
+    done = launch("sweep=hybrid", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=mine", *argv)
+    assert done.status == 0 and len(done.runs) == 1, done.err
+    saved = OmegaConf.load("mine/multirun.yaml").hydra.sweeper
+    assert saved._target_.endswith("OptunaSweeper") and saved.warm_start == "best"
+
+
+def test_a_grid_of_a_ready_search_is_refused(launch: Launcher) -> None:
+    refused = launch("sweep=hybrid", "hydra/sweeper=grid", "hydra.sweep.dir=mine")
+    assert refused.status == 1 and not refused.runs and not Path("mine").exists()
+    assert "hydra.sweeper.warm_start belongs to hydra/sweeper=optuna" in refused.err and refused.err.count("\n") == 1
 
 
 def test_two_ready_sweeps_in_one_are_refused(launch: Launcher) -> None:

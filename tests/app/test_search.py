@@ -33,7 +33,7 @@ from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.search.pruning import of_job
 from hyperopt.app.search.search import Search
 from hyperopt.app.search.settings import Settings
-from hyperopt.app.search.space import Choice, Numbers, points, split
+from hyperopt.app.search.space import Choice, Numbers, points, quoted, split
 from hyperopt.app.search.trials import Trials
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,6 +303,68 @@ def test_a_database_is_a_storage_too(tmp_path: Path) -> None:
     assert made.take() == {} and len(made.study.trials) == 4
 
 
+# ---- warm starts
+
+
+def test_the_next_trials_start_from_the_best_run_so_far(tmp_path: Path) -> None:
+    def left(number: int, loss: float, checkpoint: bool = True) -> None:
+        end(tmp_path, number, val_loss=loss)
+        (tmp_path / str(number) / "checkpoints").mkdir()
+        if checkpoint:
+            (tmp_path / str(number) / "checkpoints" / "best.pt").touch()
+
+    def started(job: list[str]) -> str | None:
+        return next((each.removeprefix("init_from=") for each in job if each.startswith("init_from=")), None)
+
+    made = trials(tmp_path, "a=interval(0, 1)", n_trials=8, n_jobs=2, warm_start="best")
+    losses, starts = {0: 0.5, 1: 0.3, 2: 0.1, 3: 0.4, 4: 0.3, 5: 0.9}, {}
+    for _ in range(3):
+        for number, job in made.take().items():
+            starts[number] = started(job)
+            assert ("init_partial=true" in job) == (starts[number] is not None)
+            left(number, losses[number], checkpoint=number != 2)
+            made.tell(number)
+    best = str(tmp_path / "1")  # 2 is better, but has left no checkpoint; 4 is equal, but came later
+    assert starts == {0: None, 1: None, 2: best, 3: best, 4: best, 5: best}
+    interrupted = made.take()
+    left(6, 0.0)
+    made.tell(6)  # whatever happens in the meantime, a trial that goes on keeps its start
+    again = trials(tmp_path, "a=interval(0, 1)", n_trials=8, n_jobs=2, warm_start="best").take()
+    assert again == {7: interrupted[7]} and started(again[7]) == best
+
+
+def test_the_best_run_is_the_one_with_the_largest_value_if_that_is_better(tmp_path: Path) -> None:
+    upwards = OmegaConf.merge(CFG, {"trainer": {"mode": "max"}})
+    made = trials(tmp_path, "a=interval(0, 1)", n_trials=3, n_jobs=2, warm_start="best", cfg=upwards)
+    for number in made.take():
+        end(tmp_path, number, val_loss=float(number))
+        (tmp_path / str(number) / "checkpoints").mkdir()
+        (tmp_path / str(number) / "checkpoints" / "best.pt").touch()
+        made.tell(number)
+    assert f"init_from={tmp_path}/1" in made.take()[2]
+
+
+def test_warm_starts_and_other_starts_do_not_mix(tmp_path: Path) -> None:
+    for space_of, fixed, message in [
+        ("task.l2.init=interval(1, 2)", [], "task.l2.init is in the search space, but under hydra.sweeper.warm_start=best"),
+        ("seed=1,2", ["ckpt_path=x"], "ckpt_path is given"),
+        ("seed=1,2", ["+init_from=x"], "init_from is given"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Settings(warm_start="best").check_start(space(space_of)[0], fixed)
+        Settings().check_start(space(space_of)[0], fixed)
+    with pytest.raises(ConfigError, match="warm_start=best needs one metric"):
+        Settings(warm_start="best", metric=["a", "b"])
+    trials(tmp_path, "a=interval(0, 1)")
+    with pytest.raises(ConfigError, match="of another search: warm_start is None there and 'best' here"):
+        trials(tmp_path, "a=interval(0, 1)", warm_start="best")
+
+
+@pytest.mark.parametrize("path", ["multirun/2026-11-30_18-00-00_ab/3", "it's here/3", r"a\'b/3", "x=y,z/3", "3", "1e3"])
+def test_a_path_is_the_same_on_the_command_line(path: str) -> None:
+    assert OverridesParser.create().parse_override(f"init_from={quoted(path)}").value() == path
+
+
 # ---- pruning
 
 
@@ -519,13 +581,17 @@ REFUSED = [
     (["seed=1,2", "hydra.sweeper.storage=no/such/place"], "cannot be reached: there is no directory no/such"),
     (["seed=1,2", "hydra.sweeper.storage=notes"], "storage=notes cannot be reached: it is not a journal of Optuna"),
     (["seed=1,2", "hydra.sweeper.storage=sqlite:///no/such.db"], "cannot be reached: there is no directory no"),
-    (["seed=1,2", "hydra.sweeper.storage='nonsense://me:secret@host/db'"], "storage=nonsense://me:***@host/db cannot be reached"),
+    (["seed=1,2", "hydra.sweeper.storage='nonsense://me:secret@host/db'"], "storage=nonsense://me:***@host/db: a password does not belong"),
+    (["seed=1,2", "hydra.sweeper.storage='nonsense://host/db?password=secret'"], "'hydra.sweeper.storage=${oc.env:NAME_OF_THE_VAR"),
+    (["seed=1,2", "hydra.sweeper.storage='nonsense://host/db'"], "storage=nonsense://host/db cannot be reached"),
+    (["seed=1,2", "hydra.sweeper.warm_start=bst"], "hydra.sweeper.warm_start='bst' is neither null nor best"),
+    (["seed=1,2", "hydra.sweeper.warm_start=best", "init_from=x"], "init_from is given, but under hydra.sweeper.warm_start=best"),
     (["seed=1,2", "hydra.sweep.subdir=a"], "hydra.sweep.subdir=a: the jobs of a search lie in"),
 ]
 
 
-QUICK = [each for each in REFUSED if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1]]
-"""Those that take one way through the checks each: of the jobs, of the storage, of the metrics."""
+QUICK = [each for each in REFUSED if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1] or "***" in each[1]]
+"""Those that take one way through the checks each: of the jobs, of the storage, of the metrics, of a password."""
 
 
 @pytest.mark.parametrize(("argv", "message"), slow_but(QUICK, REFUSED), ids=[" ".join(argv) for argv, _ in REFUSED])
@@ -543,6 +609,15 @@ def test_a_missing_package_is_named(package: str, argv: list[str], launch: Launc
     refused = launch(*SEARCH, "seed=1,2", *argv)
     assert refused.status == 1 and not Path("mine").exists()
     assert f"needs the package {package}, which is not installed; pip install 'hyperopt-bilevel[optuna]'" in refused.err
+
+
+def test_a_storage_from_the_environment_is_in_no_file(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE", f"sqlite:///{Path.cwd()}/secret.db")
+    done = launch(*SEARCH, "seed=1,2", "hydra.sweeper.n_trials=1", "hydra.sweeper.storage=${oc.env:STORE}")
+    assert done.status == 0 and Path("secret.db").is_file(), done.err
+    files = [path for path in Path("mine").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"secret" in path.read_bytes()]
+    assert "oc.env:STORE" in Path("mine/multirun.yaml").read_text()
 
 
 # ---- for real

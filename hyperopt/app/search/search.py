@@ -47,6 +47,7 @@ class Search:
         Raises:
             ConfigError: it cannot work.
         """
+        storage.refuse_password(config.hydra.sweeper)
         settings = Settings.of(config.hydra.sweeper)
         settings.check_packages()
         space, fixed = split(given(config))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.config import ConfigError
 from hyperopt.app.run_directory import RunDirectory
@@ -62,6 +65,28 @@ def existing(settings: Settings, sweep: Path) -> BaseStorage | None:
     except Exception as error:
         raise _unreachable(settings, sweep, error) from error
     return opened(settings, sweep) if found else None
+
+
+def refuse_password(sweeper: DictConfig) -> None:
+    """Refuse a storage whose password is written in the config, and would be in ``multirun.yaml`` and the files of each job.
+
+    Hydra writes an interpolation as it stands, so that a password from the environment is in no file.
+
+    Raises:
+        ConfigError: see above; the message does not show the password.
+    """
+    given: Any = OmegaConf.to_container(sweeper, resolve=False)
+    url = given.get("storage")
+    if not _is_url(url):
+        return
+    parts = urlsplit(url)
+    fields = parse_qs(parts.query)
+    if parts.password is not None or {"password", "passwd"} & {*fields}:
+        shown = f"{parts.scheme}://{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise ConfigError(
+            f"{KEY}.storage={shown}: a password does not belong in the config, which is written to files; set a variable of the "
+            f"environment to the whole URL, and '{KEY}.storage=${{oc.env:NAME_OF_THE_VARIABLE}}'"
+        )
 
 
 def _mend(path: str) -> None:
