@@ -3,8 +3,8 @@
     pip install -e ".[optuna]"
     python experiments/hybrid/measure.py [--seeds 0 1 2 3 4] [--problems strengths decays] [--budget 10]
 
-Every way has the same rows, starts at the same structure and hyperparameters, and is judged by the best validation loss that it has
-seen; the test loss is that of the same evaluation. Cells that are in results.json are not done again.
+Every way has the same rows, starts at the same structure and hyperparameters, and is judged by the best validation loss that it
+has seen; the test loss is that of the same evaluation. Cells that are in results.json are not done again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Curve:
         except SolveError:  # the training diverged at this structure
             return math.inf
         loss = found["val/loss"]
-        if loss < self.best and not self.over:
+        if loss < self.best and not (self.over and self.rows):
             self.best = loss
             self.rows.append({"cpu": self.seconds, **{k: found[k] for k in ("val/loss", "test/loss", "test/accuracy")}})
         return loss if math.isfinite(loss) else math.inf
@@ -105,7 +105,9 @@ def optuna_alone(problem: Problem, data: Loaded, seed: int, curve: Curve) -> sha
         values = task.values()
         asked = {name: trial.suggest_float(name, problem.low, problem.high, log=True) for name in _names(values)}
         numbers = iter(asked.values())
-        task.set_values({name: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape) for name, v in values.items()})
+        task.set_values(
+            {name: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape) for name, v in values.items()}
+        )
         loss = curve.see(task)
         study.tell(trial, loss if math.isfinite(loss) else 1e6)
         trials += 1
@@ -187,9 +189,12 @@ def tabulate(results: shared.Row, page: Path) -> None:
         lines.append("|---" * 8 + "|")
         for way in WAYS:
             if cells := cells_of(results, name, way):
-                last = {key: told([cell["curve"][-1][key] for cell in cells]) for key in ("val/loss", "test/loss", "test/accuracy")}
+                last = {
+                    key: told([cell["curve"][-1][key] for cell in cells]) for key in ("val/loss", "test/loss", "test/accuracy")
+                }
                 early = ", ".join(
-                    f"{statistics.fmean(at(cell, share * cell['budget'], 'val/loss') for cell in cells):.4f}" for share in (0.1, 0.3)
+                    f"{statistics.fmean(at(cell, share * cell['budget'], 'val/loss') for cell in cells):.4f}"
+                    for share in (0.1, 0.3)
                 )
                 counts = " | ".join(f"{statistics.fmean(cell[key] for cell in cells):.0f}" for key in ("trials", "outer"))
                 shown = f"{last['val/loss']} | {early} | {last['test/loss']} | {last['test/accuracy']}"
@@ -236,7 +241,9 @@ def main() -> None:
                 if key not in shared.load(path):
                     found = measured(name, way, seed, options.budget, sizes)
                     shared.save(path, key, found)
-                    print(key, found["trials"], found["outer"], {k: round(v, 4) for k, v in found["curve"][-1].items()}, flush=True)
+                    print(
+                        key, found["trials"], found["outer"], {k: round(v, 4) for k, v in found["curve"][-1].items()}, flush=True
+                    )
     results = shared.load(path)
     tabulate(results, options.out / "README.md")
     draw(results, options.out / "curves.png")

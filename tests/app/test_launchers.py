@@ -244,6 +244,12 @@ def test_ray(command: Launcher) -> None:
     assert done.returncode == 0 and index()["counts"] == {"completed": 3}, done.stderr
     done = subprocess.run([*run, "seed=0,1,2,3", "resume=auto"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and index()["counts"] == {"completed": 4}, done.stderr
+    search = ["sweep=hybrid", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2"]
+    run = [each.replace("=mine", "=search") for each in run]
+    done = subprocess.run([*run, *search], env=environment, capture_output=True, text=True, timeout=300)
+    jobs = index(Path("search"))["jobs"]
+    assert done.returncode == 0 and [job["status"] for job in jobs] == ["completed"] * 3, done.stderr
+    assert [any("init_from=search/" in each for each in job["overrides"]) for job in jobs] == [False, False, True]
 
 
 @needs("joblib")

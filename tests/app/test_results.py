@@ -60,6 +60,13 @@ def test_the_best_job_is_first_and_others_are_named(tmp_path: Path) -> None:
     assert found["runs"][0]["command"] == "hyperopt fixed=1 seed=2"
 
 
+def test_where_a_run_has_started_is_one_column(tmp_path: Path) -> None:
+    jobs = index(job(0, 0.5), job(1, 0.25, "completed", "init_from=mine/0", "init_partial=true"))
+    lines = conclude(tmp_path, jobs, ONE).splitlines()
+    assert lines[0].split() == ["job", "status", "val/loss", "seconds", "seed", "init_from"] and lines[1].split()[-1] == "mine/0"
+    assert lines[3] == "best (job 1): hyperopt fixed=1 seed=1 init_from=mine/0 init_partial=true"
+
+
 def test_larger_may_be_better(tmp_path: Path) -> None:
     goal = Goal(["val/accuracy"], ["maximize"])
     jobs = index(*(job(n, 0.0, "completed", val_accuracy=value) for n, value in enumerate([0.2, 0.9, 0.4])))

@@ -26,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 from toy_task import built, config, summary
 
+from hyperopt.app import checkpoint
 from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
 from hyperopt.app.run import run
@@ -356,7 +357,7 @@ def test_warm_starts_and_other_starts_do_not_mix(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="warm_start=best needs one metric"):
         Settings(warm_start="best", metric=["a", "b"])
     trials(tmp_path, "a=interval(0, 1)")
-    with pytest.raises(ConfigError, match="of another search: warm_start is None there and 'best' here"):
+    with pytest.raises(ConfigError, match="of another search: warm_start is None there and best here"):
         trials(tmp_path, "a=interval(0, 1)", warm_start="best")
 
 
@@ -581,8 +582,14 @@ REFUSED = [
     (["seed=1,2", "hydra.sweeper.storage=no/such/place"], "cannot be reached: there is no directory no/such"),
     (["seed=1,2", "hydra.sweeper.storage=notes"], "storage=notes cannot be reached: it is not a journal of Optuna"),
     (["seed=1,2", "hydra.sweeper.storage=sqlite:///no/such.db"], "cannot be reached: there is no directory no"),
-    (["seed=1,2", "hydra.sweeper.storage='nonsense://me:secret@host/db'"], "storage=nonsense://me:***@host/db: a password does not belong"),
-    (["seed=1,2", "hydra.sweeper.storage='nonsense://host/db?password=secret'"], "'hydra.sweeper.storage=${oc.env:NAME_OF_THE_VAR"),
+    (
+        ["seed=1,2", "hydra.sweeper.storage='nonsense://me:secret@host/db'"],
+        "storage=nonsense://me:***@host/db: a password does not belong",
+    ),
+    (
+        ["seed=1,2", "hydra.sweeper.storage='nonsense://host/db?password=secret'"],
+        "'hydra.sweeper.storage=${oc.env:NAME_OF_THE_VAR",
+    ),
     (["seed=1,2", "hydra.sweeper.storage='nonsense://host/db'"], "storage=nonsense://host/db cannot be reached"),
     (["seed=1,2", "hydra.sweeper.warm_start=bst"], "hydra.sweeper.warm_start='bst' is neither null nor best"),
     (["seed=1,2", "hydra.sweeper.warm_start=best", "init_from=x"], "init_from is given, but under hydra.sweeper.warm_start=best"),
@@ -590,7 +597,11 @@ REFUSED = [
 ]
 
 
-QUICK = [each for each in REFUSED if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1] or "***" in each[1]]
+QUICK = [
+    each
+    for each in REFUSED
+    if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1] or "***" in each[1]
+]
 """Those that take one way through the checks each: of the jobs, of the storage, of the metrics, of a password."""
 
 
@@ -621,6 +632,25 @@ def test_a_storage_from_the_environment_is_in_no_file(launch: Launcher, monkeypa
 
 
 # ---- for real
+
+
+@pytest.mark.slow
+def test_a_hybrid_search_starts_each_run_from_the_best_one(command: Launcher) -> None:
+    small = ["experiment=l2_logistic", "dataset.train=20", "dataset.val=20", "dataset.test=20", "dataset.features=3"]
+    argv = ["sweep=hybrid", *small, "inner=choice(lbfgs, gradient_descent)", "trainer.max_steps=3", "hydra.sweep.dir=mine"]
+    done = command("-m", *argv, "hydra.sweeper.n_trials=3")
+    assert done.status == 0, done.err
+    assert command("-m", *argv, "hydra.sweeper.n_trials=5", "resume=auto").status == 0
+    values = [trial.value or 0.0 for trial in study().trials]
+    assert "init_from" not in json.loads(Path("mine/0/run.json").read_text())
+    for k in range(1, 5):
+        best = min(range(k), key=values.__getitem__)
+        facts = json.loads((Path("mine") / str(k) / "run.json").read_text())["init_from"]
+        assert facts["path"] == f"mine/{best}" and facts["taken"] == ["l2"] and facts["left_out"] == {}
+    learned = checkpoint.load(Path("mine") / str(best) / "checkpoints" / "best.pt")["hyperparameters"]["l2"]
+    assert learned.shape == (3, 1) and not learned.allclose(learned[0])
+    best_line = next(line for line in done.out.splitlines() if line.startswith("best (job"))
+    assert "init_partial=true" in best_line or "(job 0)" in best_line
 
 
 @pytest.mark.slow

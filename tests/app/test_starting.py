@@ -152,7 +152,9 @@ def test_values_are_in_the_users_units() -> None:
 
 
 def test_a_network_of_another_width_keeps_the_decays_that_fit() -> None:
-    wide, narrow = (ready(WeightDecayTask(dataset=ROWS, hidden=(h,), decay=hyperopt.Positive(0.1, per="element"))) for h in (7, 5))
+    wide, narrow = (
+        ready(WeightDecayTask(dataset=ROWS, hidden=(h,), decay=hyperopt.Positive(0.1, per="element"))) for h in (7, 5)
+    )
     wide.set_values({name: torch.full_like(value, 0.7) for name, value in wide.values().items()})
     facts = begin(narrow, start(wide.values(), partial=True))
     assert facts is not None and facts["taken"] == ["decay.2.bias"] and len(facts["left_out"]) == 3

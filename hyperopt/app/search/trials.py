@@ -78,7 +78,12 @@ class Trials:
         """Return the overrides of a trial. It starts from the run that was the best when the trial was taken, also if resumed."""
         start: str | None = trial.user_attrs.get(START)
         moved = self.sweep / Path(start or "").name
-        if start is not None and not Path(start).is_dir() and moved.is_dir() and not (self._run(trial) / RunDirectory.last).exists():
+        if (
+            start is not None
+            and not Path(start).is_dir()
+            and moved.is_dir()
+            and not (self._run(trial) / RunDirectory.last).exists()
+        ):
             start = str(moved)
         return self.search.overrides(trial.params, start)
 
