@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import shared
 HERE = Path(__file__).resolve().parent
 GROUPS = ("solver", "adjoint", "optimizer")
 NEEDS = {"adjoint=shine": ("solver=broyden",)}  # an option that works beside another solver only
+DEFAULT = ("solver=picard", "adjoint=neumann", "optimizer=momentum")  # the main job as it is, which is run once
 STEPS = 15  # length of a run
 SAME = (f"trainer.max_steps={STEPS}", "trainer.progress=false", "device=cpu", "threads=1")
 Row = dict[str, Any]
@@ -52,11 +54,17 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", [*overrides, *SAME])
 
 
-def options() -> dict[str, tuple[str, ...]]:
-    """Return each option with its overrides, without those that the main job refuses, such as adjoints of trained problems."""
+def options(only: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return each option with its overrides, without those that the main job refuses, such as adjoints of trained problems.
+
+    Args:
+        only: the options that are wanted; empty: all.
+    """
     found = {}
     for option in (f"{group}={name}" for group in GROUPS for name in targets(group)):
-        overrides = (option, *NEEDS.get(option, ()))
+        if only and option not in only:
+            continue
+        overrides = () if option in DEFAULT else (option, *NEEDS.get(option, ()))
         with contextlib.suppress(ConfigError):
             validate(composed(*overrides))
             found[option] = overrides
@@ -80,13 +88,12 @@ def measure(overrides: tuple[str, ...], seed: int, out: Path) -> Row:
 
 def table(results: Row) -> list[str]:
     """Return the table, the options of each group in the order of their accuracy."""
-    default = {"solver=picard", "adjoint=neumann", "optimizer=momentum"}
     lines = [f"| option | test accuracy after {STEPS} steps | seeds | CPU seconds |", "|---|---|---|---|"]
     for group in GROUPS:
         of = {name: row for name, row in results.items() if name.startswith(f"{group}=")}
         for name, row in sorted(of.items(), key=lambda each: -each[1]["accuracy"]["mean"]):
             told = " ".join([f"`{name}`", *(f"with `{each}`" for each in NEEDS.get(name, ()))])
-            told += (", the default" if name in default else "") + (" *" if row["warned"] else "")
+            told += (", the default" if name in DEFAULT else "") + (" *" if row["warned"] else "")
             accuracy = f"{row['accuracy']['mean']:.4f}".lstrip("0")
             lines.append(f"| {told} | {accuracy} | {len(row['accuracy']['values'])} | {row['seconds']['mean']:.0f} |")
     return lines
@@ -99,12 +106,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="options, such as optimizer=adam; default: all")
     parser.add_argument("--runs", type=Path, help="directory of the runs; default: a temporary one")
     args = parser.parse_args()
-    chosen = {name: each for name, each in options().items() if not args.only or name in args.only}
+    chosen = options(args.only or ())
     runs = args.runs or Path(tempfile.mkdtemp())
     results = shared.load(HERE / "results.json")
     for seeds in range(1, args.seeds + 1):
         for name, overrides in chosen.items():
-            found = [measure(overrides, seed, runs / f"{name}-{seed}") for seed in range(seeds)]
+            found = [measure(overrides, seed, runs / f"{'default' if name in DEFAULT else name}-{seed}") for seed in range(seeds)]
             print(name, f"seed {seeds - 1}:", found[-1], flush=True)
             row = {key: shared.spread([each[key] for each in found]) for key in ("accuracy", "seconds")}
             results = shared.save(HERE / "results.json", name, {**row, "warned": any(each["warned"] for each in found)})
