@@ -148,22 +148,22 @@ class FlatCurves:
         return None if self._known is None else {name: flat and [*flat] for name, flat in self._known.items()}
 
     def shown(self, step: int, row: Mapping[str, float]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield ``(step, {name: value})`` of everything to be written now, steps of one name in order."""
+        """Yield ``(step, {name: value})`` of everything to be written now, in the order of the steps."""
         if self._known is None:
             yield step, dict(row)
             return
-        now: dict[str, float] = {}
+        found: dict[int, dict[str, float]] = {step: {}}
         for name, value in row.items():
             flat = None if name.startswith(ALWAYS) else self._known.setdefault(name, [step, value, step])
             if flat is not None and (value == flat[1] or (math.isnan(value) and math.isnan(flat[1]))):
                 flat[2] = step
                 continue
             if flat is not None:
-                for before in sorted({flat[0], flat[2]}):
-                    yield before, {name: flat[1]}
+                for before in (flat[0], flat[2]):
+                    found.setdefault(before, {})[name] = flat[1]
                 self._known[name] = None
-            now[name] = value
-        yield step, now
+            found[step][name] = value
+        yield from sorted(found.items())
 
 
 def cost_figure(rows: Sequence[Mapping[str, float]]) -> Figure | None:

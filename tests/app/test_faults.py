@@ -62,7 +62,7 @@ FULL = [
     (r"metrics\.jsonl", 0, 0),
     (r"metrics\.jsonl", 7, 7),
     (r"out\.tfevents", 2, 0),
-    (r"out\.tfevents", 9, 6),  # of a row, the line comes first
+    (r"out\.tfevents", 15, 6),  # of a row, the line comes first
     (r"\.best\.pt\.", 0, 0),
     (r"\.last\.pt\.", 0, 0),
     (r"\.last\.pt\.", 2, 7),
