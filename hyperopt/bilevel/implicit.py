@@ -172,6 +172,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
             refuse_untrained(w, first, g_w)
         g_w = [None if i in first.missing else g for i, g in enumerate(g_w)]  # training never moves these leaves
         b = first.matrix(g_w)
+        del g_w  # as large as the weights
         solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
         operator, stats, u = solved.operator, solved.stats, solved.u
         curvature = operator.curvature

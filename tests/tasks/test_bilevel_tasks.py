@@ -236,6 +236,8 @@ def test_a_model_is_retrained_on_the_selection_rows_too(sparse: bool) -> None:
         task = L2Task(l2=Positive(0.1), dataset=Given(splits), retrain=True, selection_rows=kept)
         task.setup(environment())
         found.append(task.evaluate())
+        assert set(found[-1]) <= set(task.MEASURES)
+    assert "retrained/loss" not in L2Task().MEASURES  # nothing is retrained there
     assert found[0]["retrained/loss"] == found[1]["retrained/loss"]
     assert found[0]["val/loss"] == found[0]["outer/loss"] != found[1]["val/loss"] != found[1]["outer/loss"]
 
