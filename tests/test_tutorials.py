@@ -27,13 +27,10 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *argv: st
 
 CLAIMED = (  # what each of these tutorials asserts itself holds, at closed forms or finite differences where there are some
     "first_hypergradient",
-    "your_own_loop",
     "deq_layer",
     "lasso",
     "wrong_labels",
-    "self_tuning_network",
     "certificates",
-    "sweep_and_report",
 )
 
 

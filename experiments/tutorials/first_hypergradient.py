@@ -143,4 +143,3 @@ figure.savefig("first_hypergradient.png", dpi=80)
 # - Replace the linear model by a small network. `hyperopt.Functional(module)` makes a function of weights from it.
 # - Use `adjoint=hyperopt.Implicit(hyperopt.Neumann(rtol=0, max_steps=5))`. How far off is the hypergradient now, and
 #   what does `estimate.certificate` say about it?
-# - Read on in [your_own_loop.py](your_own_loop.py), where the training loop is yours.
