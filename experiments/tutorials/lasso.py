@@ -128,7 +128,8 @@ figure.savefig("lasso.png", dpi=80)
 # %% [markdown]
 # The idea is that of Bertrand et al. (ICML 2020, [arXiv 2002.08943](https://arxiv.org/abs/2002.08943)): the derivative
 # needs only the weights that are not zero.
-#
+
+# %% [markdown]
 # ## What to try next
 #
 # - Give each feature a penalty of its own, `hyperopt.Positive(0.01, per="element")`. Which features lose their penalty?
