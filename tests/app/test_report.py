@@ -448,7 +448,8 @@ def rendered(page: Path, width: int, work: Path) -> dict[str, Any]:
         f'<!doctype html><meta charset="utf-8"><body><iframe style="{style}" srcdoc="{frame}"></iframe>'
         f'<script>document.querySelector("iframe").addEventListener("load", () => {{{MEASURE}}})</script>'
     )
-    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={work / 'profile'}"]
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={work / 'profile'}"]
     address = (work / "frame.html").as_uri()
     done = subprocess.run(
         [*command, "--virtual-time-budget=5000", "--dump-dom", address], capture_output=True, text=True, timeout=300
