@@ -34,6 +34,7 @@ from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 
 if TYPE_CHECKING:
+    from hyperopt.stn.network import STN
     from hyperopt.stn.updates import Updates
 
 BAD = 0.7
@@ -79,7 +80,6 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
     coin = torch.Generator().manual_seed(tuning.updates)
     signs = (2 * torch.randint(2, (len(space.names),), generator=coin) - 1).to(space.u)
     u, move = space.u.detach(), signs * space.sigma.detach()
-    replays = [Replay(Places.of(tuning.train_loss, (model,)), u.device.type) for _ in range(steps)]
 
     def trained(at: Tensor, response_at: Tensor) -> Tensor:
         """Return the change of the weights in the steps at ``at``, from the weights that respond to ``response_at``."""
@@ -99,16 +99,18 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
         return _flat(weights) - start
 
     found = []
-    try:
-        for at, response_at in ((u + move, u), (u - move, u), (u + move, u + move), (u - move, u - move)):
-            with _kept(tuning):
-                found.append(trained(at, response_at))
-    except ImpureMapError as error:
-        note_once(f"the response cannot be checked: {error}; set check_every=0 (said once a run)", "response check")
-        return None
-    finally:
-        for replay in reversed(replays):
-            replay.contents.rewind()
+    with in_training_mode(model):  # before the replays are made, which put the modes back as they are then
+        replays = [Replay(Places.of(tuning.train_loss, (model,)), u.device.type) for _ in range(steps)]
+        try:
+            for at, response_at in ((u + move, u), (u - move, u), (u + move, u + move), (u - move, u - move)):
+                with _kept(tuning):
+                    found.append(trained(at, response_at))
+        except ImpureMapError as error:
+            note_once(f"the response cannot be checked: {error}; set check_every=0 (said once a run)", "response check")
+            return None
+        finally:
+            for replay in reversed(replays):
+                replay.contents.rewind()
     y, z = found[0] - found[1], found[2] - found[3]
     size = float(y.norm())
     if not size > 0:
@@ -117,27 +119,42 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
 
 
 @contextlib.contextmanager
-def _kept(tuning: Updates) -> Iterator[None]:
-    """Put the parameters, their gradients, the modes and the generators of torch back at the end of a block."""
-    model = tuning.model
-    before = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
+def in_training_mode(model: STN) -> Iterator[None]:
+    """Put the modules into training mode for a block, and back at its end."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = [tuning.space.u.device] if tuning.space.u.is_cuda else []
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _kept(tuning: Updates) -> Iterator[None]:
+    """Put the parameters, their gradients and the generators of torch back at the end of a block."""
+    before = [(p, p.detach().clone(), p.grad) for p in tuning.model.parameters()]
+    try:
+        with same_numbers(tuning.space.u.device):
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, slope in before:
+                parameter.copy_(value)
+                parameter.grad = slope
+
+
+@contextlib.contextmanager
+def same_numbers(device: torch.device) -> Iterator[None]:
+    """Put the generators of torch back at the end of a block, those that its functions are handed too."""
     generators = _Generators()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            model.train()
             with generators:
                 yield
         finally:
             for generator, state in generators.before.values():
                 generator.set_state(state)
-            with torch.no_grad():
-                for parameter, value, slope in before:
-                    parameter.copy_(value)
-                    parameter.grad = slope
-            for module, mode in modes:
-                module.training = mode
 
 
 class _Generators(TorchFunctionMode):

@@ -270,3 +270,20 @@ def test_a_parametrized_weight_is_checked_and_put_back() -> None:
     before = copy.deepcopy(tuning.model.state_dict())
     assert error(tuning, (X, Y)).error > 0
     assert all(torch.equal(a, b) for a, b in zip(before.values(), tuning.model.state_dict().values(), strict=True))
+
+
+def test_a_check_drops_as_training_does_and_leaves_the_modes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 3, dtype=DOUBLE)
+    space = HyperSpace({"rate": Bounded(0.3, 0.0, 0.9, scale=0.2)}, dtype=DOUBLE)
+    stn = convert(nn.Sequential(Dropout("rate"), nn.Linear(3, 1)).double(), space)
+
+    def loss(model: STN, batch: Tensor, draw: Draw | None) -> Tensor:
+        out = model(batch, draw) if draw is not None else model(batch)
+        return (out - batch.sum(1, keepdim=True)).square().mean()
+
+    tuning = SelfTuning(stn, loss, loss, SelfTuningSettings(warmup=9, train_steps=1), weights=sgd(lr=0.1))
+    tuning.round(lambda: x, lambda: x)
+    assert not stn.training  # the validation loss has left it in evaluation mode
+    found = check_response(tuning, [x], 3)
+    assert found is not None and not stn.training  # without dropout the four trainings would be the same
