@@ -18,6 +18,9 @@ _PUBLIC = {
     "KINDS": "hyperopt.stn.kinds",
     "HyperLayer": "hyperopt.stn.layer",
     "Dropout": "hyperopt.stn.dropout",
+    "VariationalDropout": "hyperopt.stn.dropout",
+    "EmbeddingDropout": "hyperopt.stn.dropout",
+    "DropConnect": "hyperopt.stn.dropout",
     "SelfTuning": "hyperopt.stn.step",
     "Round": "hyperopt.stn.rounds",
     "SelfTuningSettings": "hyperopt.stn.rounds",
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from hyperopt.stn.declare import Positive as Positive
     from hyperopt.stn.declare import Tuned as Tuned
     from hyperopt.stn.draw import Draw as Draw
+    from hyperopt.stn.dropout import DropConnect as DropConnect
     from hyperopt.stn.dropout import Dropout as Dropout
+    from hyperopt.stn.dropout import EmbeddingDropout as EmbeddingDropout
+    from hyperopt.stn.dropout import VariationalDropout as VariationalDropout
     from hyperopt.stn.kinds import KINDS as KINDS
     from hyperopt.stn.layer import HyperLayer as HyperLayer
     from hyperopt.stn.network import STN as STN

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from hyperopt.nn.regularise import sequences
+from hyperopt.nn.regularise.sequences import kept
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.layer import InContext
 
 
-class Dropout(InContext, nn.Dropout):
+class TunedRate(InContext):
+    """A module that drops at the rate ``draw.h[name]``, without a gradient in the rate.
+
+    Attributes:
+        name: name of the hyperparameter.
+        shared: whether all rows must have the same rate, ``per="batch"``.
+        p: the rate, after ``collapse``.
+    """
+
+    name: str
+    shared: bool = False
+    p: float
+
+    def rate(self, input: Tensor) -> Tensor:
+        """Return the rate of each row. shape: (rows,), or (1,) for all rows."""
+        draw = self.draw
+        self.rows(len(input), draw)
+        return draw.h[self.name].detach()[: 1 if self.shared else None]
+
+    def collapse_(self, draw: Draw) -> None:
+        """Become the plain module at the rate of the first row of ``draw``."""
+        self.p = float(draw.h[self.name][0])
+        del self.name
+        super().collapse_(draw)
+
+    def extra_repr(self) -> str:
+        """Return the name of the rate."""
+        return repr(self.name) if "name" in vars(self) else super().extra_repr()
+
+
+class Dropout(TunedRate, nn.Dropout):
     """``y = x * mask / (1 - p)`` with ``p = draw.h[name]`` for each row, without a gradient in p; the identity in eval mode.
 
     Args:
@@ -42,20 +75,57 @@ class Dropout(InContext, nn.Dropout):
         """Drop entries."""
         if not self.training:
             return input
-        draw = self.draw
-        self.rows(input.shape[0], draw)
-        p = draw.h[self.name].detach().to(input.dtype).view(-1, *[1] * (input.dim() - 1))
-        keep = 1 - p
-        # The factor is clamped, since a rate of 1 keeps nothing and has no finite factor.
-        factor = keep.clamp(min=torch.finfo(input.dtype).tiny).reciprocal()
-        return input * torch.where(torch.rand_like(input) < keep, factor, torch.zeros_like(factor))
+        rate = self.rate(input).view(-1, *[1] * (input.dim() - 1))
+        return input * kept(rate, tuple(input.shape), input)
 
-    def collapse_(self, draw: Draw) -> None:
-        """Become torch's dropout at the rate of the first row of ``draw``."""
-        self.p = float(draw.h[self.name][0])
-        del self.name
-        super().collapse_(draw)
 
-    def extra_repr(self) -> str:
-        """Return the name of the rate."""
-        return repr(self.name) if "name" in vars(self) else super().extra_repr()
+class VariationalDropout(TunedRate, sequences.VariationalDropout):
+    """Dropout of features at the rate ``draw.h[name]`` of each row, with one mask for all times of an example.
+
+    Args:
+        name: name of the hyperparameter.
+    """
+
+    plain = sequences.VariationalDropout
+
+    def __init__(self, name: str) -> None:
+        """Keep the name."""
+        super().__init__()
+        self.name = name
+
+
+class EmbeddingDropout(TunedRate, sequences.EmbeddingDropout):
+    """An embedding that drops words at the rate ``draw.h[name]`` of each row, each word at all its places in the row.
+
+    Args:
+        name: name of the hyperparameter.
+        module: the embedding, which responds.
+    """
+
+    plain = sequences.EmbeddingDropout
+
+    def __init__(self, name: str, module: nn.Embedding) -> None:
+        """Keep the embedding and the name."""
+        super().__init__(module)
+        self.name = name
+
+
+class DropConnect(TunedRate, sequences.DropConnect):
+    """A layer that drops weights, and the same entries of their responses, at the rate ``draw.h[name]`` of the batch.
+
+    One mask serves all rows, since a mask for each would need a weight for each. So the rows must have one rate: declare it
+    with ``per="batch"``.
+
+    Args:
+        name: name of the hyperparameter.
+        module: the layer.
+        weights: names of the weights in it (none: the hidden-to-hidden matrices of a recurrent layer).
+    """
+
+    plain = sequences.DropConnect
+    shared = True
+
+    def __init__(self, name: str, module: nn.Module, weights: Sequence[str] = ()) -> None:
+        """Keep the layer, the names of its weights, and that of the rate."""
+        super().__init__(module, weights)
+        self.name = name

@@ -160,17 +160,26 @@ class STN(nn.Module):
         Each weight counts once, however many layers share it. Biases and the vectors of normalisations are left out, as usual.
         For a responding parametrized weight, the weight itself counts, and not its parameters.
         """
+        return torch.stack([*self.squared_norms(draw).values()]).sum(0)
+
+    def squared_norms(self, draw: Draw | None = None) -> dict[str, Tensor]:
+        """Return ``|w(lam')|^2`` of each row for each weight that ``squared_norm`` counts, for weight decay per layer.
+
+        The names are those of the plain network's parameters, ``"0.weight"``. shape of each: (rows,).
+        """
         draw = draw or self._context.draw or self.space.draw(1, perturb=False)
-        inside, found = {id(parameter) for parameter in self.response_parameters()}, []
-        for layer, name, response in self.weights().values():
+        inside, found = {id(parameter) for parameter in self.response_parameters()}, {}
+        for place, (layer, name, response) in self.weights().items():
             inside |= {id(parameter) for parameter in weights_of(layer)[name]}
             weight = layer.base(name)
             if weight.dim() > 1:
-                found.append(response.squares(weight, draw))
-        rest = [p.square().sum().expand(draw.rows) for p in self.module.parameters() if p.dim() > 1 and id(p) not in inside]
-        if not found + rest:
+                found[place] = response.squares(weight, draw)
+        for place, p in self.module.named_parameters():
+            if p.dim() > 1 and id(p) not in inside:
+                found[place] = p.square().sum().expand(draw.rows)
+        if not found:
             raise ValueError("the network has no weights that are matrices or filters: there is nothing to decay")
-        return torch.stack(found + rest).sum(0)
+        return found
 
     @torch.no_grad()
     def response_norm(self) -> float:
@@ -287,6 +296,11 @@ def _join(module: InContext, context: Context, name: str, space: HyperSpace) -> 
     read = getattr(module, "name", None)
     if read is not None and read not in space.names:
         raise ValueError(f"{type(module).__name__}({read!r}) at {name!r}: the space has {', '.join(space.names)}; declare {read}")
+    if read is not None and getattr(module, "shared", False) and (per := space.declared[read].per) != "batch":
+        raise ValueError(
+            f"{type(module).__name__}({read!r}) at {name!r} has one mask for all rows, and {read} has a value for each "
+            f"(per={per!r}); declare it with per='batch'"
+        )
     module.join(context, name)
 
 
