@@ -15,6 +15,7 @@ from hyperopt.bilevel.own_batches import OwnBatches
 from hyperopt.core import distributed
 from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.effects import refuse_without_effect
 from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.rates import MeasuredGradient, default_optimizer
 from hyperopt.stn.refusals import refuse_leaving
@@ -85,6 +86,7 @@ class Updates:
         self.measured = MeasuredGradient(self.space.u)
         self.watch = Watch(settings)
         self.updates = 0
+        self._checked = False  # whether every hyperparameter was found to have an effect
         self.history: list[Past] = []
         self.recent: deque[Any] = deque(maxlen=settings.check_steps)  # training batches for ``check_response``
         self.lent: list[Tensor] = []  # losses of ``loss`` since the last round
@@ -218,8 +220,16 @@ class Updates:
 
         With ``replay``, the loss is evaluated by it.
         """
-        seen: set[str] | None = set() if self.updates == 0 else None
-        draw = draw if seen is None else draw.watched(seen)
+        seen: set[str] | None = set() if self.updates == 0 and not self._checked else None
+        found = self.evaluated(batch, draw if seen is None else draw.watched(seen), replay)
+        if seen is not None:
+            self._check_used(seen)
+            refuse_without_effect(self, batch)
+            self._checked = True
+        return found
+
+    def evaluated(self, batch: Any, draw: Draw, replay: Replay | None = None) -> tuple[Tensor, Draw]:
+        """Return what ``training`` does, without its checks before the first update."""
         mine = distributed.share_of(draw.rows)
         batch, draw = own(batch, mine), draw.part(mine)
 
@@ -228,10 +238,7 @@ class Updates:
                 given = self.model, batch, draw
                 return self.train_loss(*given) if replay is None else replay(self.train_loss, *given)
 
-        loss = distributed.mean_over_ranks(mean, rows=draw.rows)
-        if seen is not None:
-            self._check_used(seen)
-        return loss, draw
+        return distributed.mean_over_ranks(mean, rows=draw.rows), draw
 
     def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> tuple[Tensor, Draw]:
         """Return the validation loss at a draw, and the draw, whose values the loss may see only with ``direct_grad``.

@@ -367,3 +367,50 @@ def test_perturbations_have_nothing_to_do_with_rows_of_a_usual_seed() -> None:
     for seed in range(10):
         rows = torch.randn(1000, 1, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
         assert torch.corrcoef(torch.cat([rows, eps], 1).T)[0, 1].abs() < 0.15
+
+
+def test_a_hyperparameter_that_is_read_without_effect_is_refused_before_any_update() -> None:
+    def without(model: STN, batch: Any, draw: Draw) -> Tensor:
+        noise, decay = draw.h["noise"].detach(), draw.h["decay"].detach()
+        return (model(batch[0] + noise[:, None], draw) - batch[1]).square().mean() + 0 * decay.mean()
+
+    tuning = made(train=without)
+    before = snapshot(tuning)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"reads decay without effect: .* with decay at .* and at .*, which are 4"):
+            rounds(tuning, 1)
+    assert moved(before, snapshot(tuning)) == set() and tuning.updates == 0
+
+
+def test_a_hyperparameter_that_has_an_effect_only_with_another_is_not_refused() -> None:
+    def product(model: STN, batch: Any, draw: Draw) -> Tensor:  # as a number of holes, which does nothing at length 0
+        noise, decay = draw.h["noise"].detach(), draw.h["decay"].detach()
+        active = (noise < 0.1).to(noise)  # below its start alone
+        return ((model(batch[0] + noise[:, None], draw) - batch[1]).square().mean(1) * (1 + active * decay)).mean()
+
+    rounds(made(train=product), 1)
+
+
+def test_looking_for_effects_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, Any]:
+        torch.manual_seed(0)
+        own = torch.Generator().manual_seed(4)
+        hyper = HyperSpace({"noise": Bounded(0.2, 0.0, 1.0), "rate": Bounded(0.2, 0.0, 0.9)}, dtype=DOUBLE)
+        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Dropout("rate"), nn.Linear(4, 1)).double()
+
+        def loss(model: STN, batch: Any, draw: Draw) -> Tensor:
+            noise = draw.h["noise"][:, None] * torch.randn(batch[0].shape, generator=own, dtype=DOUBLE)
+            return (model(batch[0] + noise, draw) - batch[1]).square().mean()
+
+        tuning = SelfTuning(convert(plain, hyper), loss, valid_loss_of_rows)
+        rounds(tuning, 2)
+        return {**snapshot(tuning), "generator": own.get_state(), "torch": torch.get_rng_state()}
+
+    looked = trained()
+    monkeypatch.setattr("hyperopt.stn.updates.refuse_without_effect", lambda *given: None)
+    for name, value in trained().items():
+        assert torch.equal(value, looked[name]), name
+
+
+def valid_loss_of_rows(model: STN, batch: Any, draw: Draw | None) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
