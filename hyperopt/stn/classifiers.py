@@ -56,6 +56,12 @@ class Classifier:
         """The names of the rates that it can have, in the order of its layers."""
         return tuple(f"dropout{k}" for k in range(len(self.channels) + len(self.dense)))
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of its layers with weights, in order."""
+        dense = range(len(self.channels), len(self.channels) + len(self.dense))
+        return (*(f"conv{k}" for k in range(len(self.channels))), *(f"dense{k}" for k in dense), "last")
+
     def build(self, shape: tuple[int, ...], classes: int, rates: Collection[str]) -> nn.Sequential:
         """Return the network from images to logits, with initial values from torch's global generator.
 

@@ -27,7 +27,7 @@ from hyperopt.core.random import drawing
 from hyperopt.data.splits import scaled_by
 from hyperopt.stn.declare import Discrete, Tuned
 from hyperopt.stn.draw import Draw
-from hyperopt.stn.dropout import Dropout
+from hyperopt.stn.dropout import Dropout, TunedRate
 from hyperopt.stn.network import GATES, STN, convert
 from hyperopt.stn.rounds import SelfTuningSettings
 from hyperopt.stn.row_dropout import RowDropout
@@ -249,7 +249,7 @@ def check_layers(module: nn.Module) -> None:
     for name, each in module.named_modules() if distributed.ranks() > 1 else ():
         if isinstance(each, _BatchNorm):
             what = "would use the statistics of its own rows; use GroupNorm or LayerNorm"
-        elif isinstance(each, _DropoutNd) and not isinstance(each, RowDropout):
+        elif isinstance(each, _DropoutNd | TunedRate) and not isinstance(each, RowDropout):
             what = "would drop by position in the batch, not by example; use hyperopt.stn.row_dropout.RowDropout"
         else:
             continue

@@ -36,7 +36,8 @@ class StnImagesTask(SelfTuningTask):
     Attributes:
         classifier: the network (None: two dense layers of 200 units).
         tuned: the hyperparameters by name: ``dropout0``, ``dropout1``, ... for the dropout layers of the network, the names of
-            ``hyperopt.nn.regularise.pipeline.RANGES``, which change the images, and ``weight_decay``.
+            ``hyperopt.nn.regularise.pipeline.RANGES``, which change the images, and ``weight_decay`` of all weights or
+            ``weight_decay_conv0``, ``weight_decay_dense1``, ..., ``weight_decay_last`` of a layer.
         batch_size: number of training rows for an update of the weights.
         val_batch_size: number of validation rows for an update of the hyperparameters.
         eval_rows: number of training rows, the first ones, on which ``outer/*`` is measured (None: all).
@@ -78,7 +79,8 @@ class StnImagesTask(SelfTuningTask):
         """
         self.splits = load_splits(self, env)
         sizes = (self.batch_size, self.val_batch_size)
-        self.problem = ImageProblem(self.splits, self.tuned, self._classifier.dropouts, *sizes, seed=env.seed)
+        classifier = self._classifier
+        self.problem = ImageProblem(self.splits, self.tuned, classifier.dropouts, *sizes, env.seed, classifier.layers)
         module, declared = self.plain(self.splits.shape, self.splits.num_classes)
         return SelfTuningSetup(module, declared, self.problem.train, self.problem.valid)
 

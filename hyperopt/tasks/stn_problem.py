@@ -1,6 +1,6 @@
 """The batches and losses of an image dataset on which a self-tuning network is trained and tuned.
 
-    train    mean cross_entropy(f(w(lam'), a(x, lam')), y) + mean decay' |w(lam')|^2 / 2
+    train    mean cross_entropy(f(w(lam'), a(x, lam')), y) + mean sum_layers decay_l' |w_l(lam')|^2 / 2
     valid    mean cross_entropy(f(w(lam'), x), y)
 
 ``a`` is the pipeline of ``hyperopt.nn.regularise`` and the dropout inside ``f``. Each example has its own hyperparameters.
@@ -90,6 +90,7 @@ class ImageProblem:
         batch_size: number of training rows for an update of the weights.
         val_batch_size: number of validation rows for an update of the hyperparameters.
         seed: seed of the order of rows and of the random changes of training images.
+        layers: names of the layers of the network that may have a weight decay of their own, ``weight_decay_<layer>``.
 
     Attributes:
         train: batches of the training rows.
@@ -109,14 +110,17 @@ class ImageProblem:
         batch_size: int,
         val_batch_size: int,
         seed: int,
+        layers: Sequence[str] = (),
     ) -> None:
         """Check the hyperparameters, and start at the first batches."""
         if len(splits.shape) != 3 or not splits.num_classes:
             raise ValueError(f"dataset={splits.name} has rows of shape {splits.shape}, not images of classes; change dataset")
         if not len(splits.val):
             raise ValueError("dataset.val=0: there are no validation rows to tune the hyperparameters on; raise dataset.val")
-        _check_declared(declared, dropouts, splits.shape[0])
+        own = {f"{DECAY}_{layer}": f"{layer}.weight" for layer in layers}
+        _check_declared(declared, dropouts, tuple(own), splits.shape[0])
         self.shape, self.decays = splits.shape, DECAY in declared
+        self.own_decays = {name: weight for name, weight in own.items() if name in declared}
         holes = declared.get("cut_holes")
         names = tuple(name for name in RANGES if name in declared)
         images = splits.train.x.unflatten(1, splits.shape)
@@ -136,6 +140,9 @@ class ImageProblem:
         loss = functional.cross_entropy(logits, labels)
         if self.decays:
             loss = loss + (draw.h[DECAY] * model.squared_norm(draw)).mean() / 2
+        norms = model.squared_norms(draw) if self.own_decays else {}
+        for name, weight in self.own_decays.items():
+            loss = loss + (draw.h[name] * norms[weight]).mean() / 2
         return loss
 
     def valid_loss(self, model: nn.Module, batch: Batch, draw: Draw | None = None) -> Tensor:
@@ -152,9 +159,9 @@ def _bounds(each: Tuned) -> tuple[float, float]:
     return (each.low, each.high) if isinstance(each, Bounded | Discrete) else (0.0, math.inf)
 
 
-def _check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], channels: int) -> None:
+def _check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], decays: Sequence[str], channels: int) -> None:
     """Refuse hyperparameters that are not used, and those that may leave their valid range."""
-    known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), DECAY: (0.0, math.inf)}
+    known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), **dict.fromkeys((DECAY, *decays), (0.0, math.inf))}
     for name, each in declared.items():
         if name not in known:
             raise ValueError(f"the hyperparameter {name!r} is not used; the names are {', '.join(known)}")

@@ -117,6 +117,23 @@ def test_the_training_loss_by_hand() -> None:
         )
 
 
+def test_each_layer_has_its_own_decay() -> None:
+    classifier = Classifier(channels=(4,), strides=(2,), dense=(8,))
+    assert classifier.layers == ("conv0", "dense1", "last")
+    tuned = {f"weight_decay_{layer}": Positive(value) for layer, value in (("conv0", 0.3), ("last", 0.7))}
+    problem = ImageProblem(SPLITS, tuned, classifier.dropouts, 10, 10, 0, classifier.layers)
+    torch.manual_seed(0)
+    plain = classifier.build(SPLITS.shape, 10, ()).double()
+    model = convert(plain, HyperSpace(tuned, dtype=torch.float64))
+    batch = problem.train.draw()
+    want = functional.cross_entropy(plain(problem.pipeline.plain(batch[0])), batch[1])
+    weights = dict(plain.named_parameters())
+    want = want + (0.3 * weights["conv0.weight"].square().sum() + 0.7 * weights["last.weight"].square().sum()) / 2
+    torch.testing.assert_close(problem.train_loss(model, batch, model.space.draw(10, perturb=False)), want)
+    with pytest.raises(ValueError, match=r"'weight_decay_conv1' is not used; the names are .*weight_decay_last"):
+        ImageProblem(SPLITS, {"weight_decay_conv1": Positive(0.1)}, classifier.dropouts, 10, 10, 0, classifier.layers)
+
+
 def test_a_batch_split_in_two_is_trained_on_the_same_images() -> None:
     made = task()
     images, _, keys = made.problem.train.draw()
