@@ -313,9 +313,8 @@ def test_the_case_of_tied_weights() -> None:
 
 
 def train_loss(model: stn.STN, batch: Any, draw: stn.Draw) -> Tensor:
-    for name in model.space.names:
-        draw.h[name]
-    return (model(batch[0], draw) - batch[1]).square().mean() + (draw.h["decay"] * model.squared_norm(draw)).mean()
+    error = (model(batch[0], draw) - batch[1]).square().flatten(1).mean(1)
+    return ((1 + draw.h["rate"]) * error).mean() + (draw.h["decay"] * model.squared_norm(draw)).mean()
 
 
 def valid_loss(model: stn.STN, batch: Any, draw: stn.Draw | None) -> Tensor:
