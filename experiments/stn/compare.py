@@ -238,7 +238,7 @@ def searched(
 def random_search(problem: Problem, curve: Curve, seed: int) -> Row:
     """Independent draws."""
     random = np.random.RandomState(seed)
-    return searched(problem, curve, lambda: random_values(problem.declared, random), lambda loss: None)
+    return searched(problem, curve, lambda: random_values(problem.declared, random, problem.positive), lambda loss: None)
 
 
 def tpe(problem: Problem, curve: Curve, seed: int) -> Row:
@@ -248,7 +248,7 @@ def tpe(problem: Problem, curve: Curve, seed: int) -> Row:
 
     def ask() -> dict[str, float]:
         asked.append(study.ask())
-        return suggested(problem.declared, asked[-1])
+        return suggested(problem.declared, asked[-1], problem.positive)
 
     return searched(problem, curve, ask, lambda loss: study.tell(asked[-1], loss) and None, first=False)
 

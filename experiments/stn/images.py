@@ -31,7 +31,10 @@ POSITIVE = (1e-6, 1e-2)  # where a positive hyperparameter is searched, log-unif
 METRICS = ("val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
 
-def random_values(declared: Mapping[str, Tuned], random: np.random.RandomState) -> dict[str, float]:
+Range = tuple[float, float]
+
+
+def random_values(declared: Mapping[str, Tuned], random: np.random.RandomState, positive: Range = POSITIVE) -> dict[str, float]:
     """Uniform in the space of each hyperparameter; of a positive one, its logarithm."""
     found: dict[str, float] = {}
     for name, each in declared.items():
@@ -40,18 +43,18 @@ def random_values(declared: Mapping[str, Tuned], random: np.random.RandomState) 
         elif isinstance(each, Bounded):
             found[name] = float(random.uniform(each.low, each.high))
         else:
-            found[name] = math.exp(random.uniform(*np.log(POSITIVE)))
+            found[name] = math.exp(random.uniform(*np.log(positive)))
     return found
 
 
-def suggested(declared: Mapping[str, Tuned], trial: Any) -> dict[str, float]:
+def suggested(declared: Mapping[str, Tuned], trial: Any, positive: Range = POSITIVE) -> dict[str, float]:
     """The same space, as TPE suggests from it."""
     found: dict[str, float] = {}
     for name, each in declared.items():
         if isinstance(each, Discrete):
             found[name] = trial.suggest_int(name, each.low, each.high)
         else:
-            low, high = (each.low, each.high) if isinstance(each, Bounded) else POSITIVE
+            low, high = (each.low, each.high) if isinstance(each, Bounded) else positive
             value = trial.suggest_float(name, low, high, log=not isinstance(each, Bounded))
             found[name] = min(max(value, low + 1e-6 * (high - low)), high - 1e-6 * (high - low))
     return found

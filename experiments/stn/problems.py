@@ -44,6 +44,7 @@ class Problem:
         smooth: the hyperparameters in which the training loss has a derivative.
         seconds: CPU seconds of every way.
         look: updates of the weights from one look at the validation rows to the next.
+        positive: where a positive hyperparameter is searched, log-uniformly.
         best: the least validation loss of all hyperparameters, where it is known.
     """
 
@@ -59,6 +60,7 @@ class Problem:
     smooth: tuple[str, ...]
     seconds: float
     look: int
+    positive: tuple[float, float] = (1e-6, 1e-2)
     best: float | None = None
 
 
@@ -92,6 +94,7 @@ def ridge(seed: int) -> Problem:
         smooth=("decay",),
         seconds=2.0,
         look=20,
+        positive=(1e-3, 1e2),
         best=float(exact.loss(exact.weights(exact.best()))),
     )
 
