@@ -27,6 +27,7 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *argv: st
 
 CLAIMED = (  # what each of these tutorials asserts itself holds, at closed forms or finite differences where there are some
     "first_hypergradient",
+    "your_own_loop",
     "deq_layer",
     "lasso",
     "wrong_labels",
