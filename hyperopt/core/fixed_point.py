@@ -137,11 +137,17 @@ def fixed_point(
     report_floor(solver, floor, start.dtype, policy, "inner")
     refuse_changing_modules(phi, args)
     solution = adjoint.run(problem)
+    solution.value = optree.tree_map(writable, solution.value)
     if has_aux:
         solution.aux = problem.aux[0]
     if problem.watched and problem.watched[0].written and not functorch_level():
         refuse_changing(phi, solution.value, args, problem.watched[0].written)
     return solution
+
+
+def writable(leaf: Tensor) -> Tensor:
+    """Return the tensor in memory of its own if it has a graph: PyTorch forbids to change a view that a Function has returned."""
+    return leaf.clone() if leaf.requires_grad and leaf._is_view() else leaf
 
 
 def refuse_untraceable() -> None:

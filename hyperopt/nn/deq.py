@@ -190,7 +190,8 @@ class DEQ(nn.Module):
         frozen.commit()
         if observer is not None:
             observer.after(frozen, terms, solution)
-        self.solution = dataclasses.replace(solution, value=_detached(solution.value))
+        # A copy, since a following nn.ReLU(inplace=True) changes what is returned.
+        self.solution = dataclasses.replace(solution, value=optree.tree_map(lambda x: x.detach().clone(), solution.value))
         return solution.value
 
     def start(self, x: Any) -> Any:

@@ -361,3 +361,37 @@ def test_an_empty_batch(cell: Cell) -> None:
     assert out.shape == (0, cell.w.out_features)
     out.sum().backward()
     assert cell.w.weight.grad is not None and not cell.w.weight.grad.any()
+
+
+@pytest.mark.parametrize("rows", ["auto", "joint"])
+def test_what_follows_may_change_the_output_in_place(rows: str) -> None:
+    x = drawn(4, 9, seed=2)
+
+    def gradient(inplace: bool) -> list[Tensor]:
+        layer = DEQ(Cell(9), TIGHT, EXACT, rows=rows)
+        net = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+        out = net(x)
+        assert layer.solution is not None and bool((layer.solution.value < 0).any())  # still the solution
+        out += x
+        return list(torch.autograd.grad(out.pow(3).sum(), list(net.parameters())))
+
+    for one, two in zip(gradient(True), gradient(False), strict=True):
+        assert torch.equal(one, two)
+    with torch.no_grad():
+        layer = DEQ(Cell(9), TIGHT)
+        layer(x).zero_()
+    assert layer.solution is not None and bool(layer.solution.value.any())
+
+
+@pytest.mark.parametrize("adjoint", [EXACT, ho.OneStep(), ho.Unrolled(), ho.Checkpointed()], ids=lambda a: type(a).__name__)
+def test_each_leaf_of_a_solution_may_be_changed_in_place(adjoint: Any) -> None:
+    def gradient(change: Callable[[Tensor], Tensor]) -> Tensor:
+        a = torch.tensor(0.3, **D, requires_grad=True)
+        start = {"u": torch.zeros(4, 3, **D), "v": torch.zeros(4, 2, **D)}
+        found = ho.fixed_point(
+            lambda w, a: {"u": torch.cos(a * w["u"] - 1), "v": a * w["v"].sin() - w["u"][:, :2]},
+            start, args=(a,), solver=TIGHT, adjoint=adjoint,
+        ).value  # fmt: skip
+        return torch.autograd.grad(change(found["v"]).sum() + found["u"].square().sum(), a)[0]
+
+    assert torch.equal(gradient(lambda v: v.sub_(0.1).mul_(2)), gradient(lambda v: v.sub(0.1).mul(2)))
