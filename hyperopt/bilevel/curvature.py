@@ -20,7 +20,7 @@ from torch import Tensor
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core import distributed
-from hyperopt.core.graph_modes import refuse_once, refuse_reentrant
+from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
 from hyperopt.core.memory import saved_memory
 from hyperopt.core.operator import LinearOperator
@@ -199,7 +199,7 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool 
     """
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
-        with second_derivatives():
+        with second_derivatives(), refuse_constant_gradients([loss] * create_graph, leaves):
             found = pull([loss], leaves, [torch.ones_like(loss)], keep=create_graph, create_graph=create_graph)
             if create_graph:
                 refuse_once(found, leaves)

@@ -25,7 +25,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from hyperopt.core import legacy
 from hyperopt.core.captured import functorch_level, transformed
-from hyperopt.core.graph_modes import refuse_once
+from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.operator import Linearization, LinearOperator, Reshaped
 
@@ -148,7 +148,8 @@ def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v
         out = fn(alias, *inputs)
         if not out.requires_grad:
             return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
+        with refuse_constant_gradients([out], [alias, *inputs]):
+            (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
         refuse_once([product], [alias, *inputs, v])
     return torch.zeros_like(v) if product is None else product
 
@@ -179,7 +180,8 @@ def pull_inputs(
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
         if not wanted or not out.requires_grad:
             return [None] * len(needs)
-        products = torch.autograd.grad(out, wanted, v, create_graph=True, allow_unused=True)
+        with refuse_constant_gradients([out], [z, *aliases]):
+            products = torch.autograd.grad(out, wanted, v, create_graph=True, allow_unused=True)
         refuse_once(products, [z, *aliases, v])
     found = iter(products)
     return [next(found) if need else None for need in needs]
@@ -195,7 +197,8 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
         out = fn(*aliases)
         v = torch.zeros_like(out).requires_grad_()
         if out.requires_grad:
-            pulled = torch.autograd.grad(out, aliases, v, create_graph=True, allow_unused=True)
+            with refuse_constant_gradients([out], aliases):
+                pulled = torch.autograd.grad(out, aliases, v, create_graph=True, allow_unused=True)
             refuse_once(pulled, [*aliases, v])
             moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
             if moving:

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportMissingImports]
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from hyperopt.core.captured import functorch_level
 
 
 class KeepsGraph(TorchFunctionMode):
@@ -122,14 +125,56 @@ def refuse_reentrant(out: Tensor) -> None:
 
 def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
     """Whether the graph has a node of that name."""
+    return any(node.name() == name for node in _nodes(outputs, until))
+
+
+def _nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> Iterator[Any]:
+    """Iterate over the nodes of the graph of ``outputs``, as far as the tensors of ``until``."""
     stack = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
     seen = {*stack, *(tensor.grad_fn for tensor in until)}
     while stack:
         node = stack.pop()
-        if node.name() == name:
-            return True
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return False
+
+
+@contextlib.contextmanager
+def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> Iterator[None]:
+    """Refuse an ``autograd.Function`` that in this block returns a gradient without a graph, as ``numpy`` and ``.data`` do.
+
+    A gradient is linear in what the Function's backward is given. If that has a graph, then so has the gradient, or it is zero.
+    Otherwise PyTorch would take it for a constant, and the second derivative would silently be wrong.
+
+    Args:
+        outputs: the tensors that are differentiated in the block, with ``create_graph=True``.
+        until: tensors at which the search of the graph stops.
+
+    Raises:
+        RuntimeError: the message names the Function.
+    """
+    constant: list[str] = []
+
+    def before(given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in given)
+
+    def after(node: Any, found: tuple[Tensor | None, ...]) -> None:
+        gradients = [g for g in found if g is not None]
+        if not any(g.requires_grad for g in gradients) and any(g.is_sparse or bool(g.any()) for g in gradients):
+            constant.append(type(node).__name__.removesuffix("Backward"))
+
+    nodes = [] if functorch_level() else [n for n in _nodes(outputs, until) if isinstance(n, BackwardCFunction)]
+    handles = [node.register_prehook(before) for node in nodes]
+    handles += [node.register_hook(lambda found, _, node=node: after(node, found)) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if constant:
+        raise RuntimeError(
+            f"{constant[0]} does not support double backward: its backward returns a gradient without a graph (numpy, .data, "
+            "detach or no_grad), so that a second derivative would silently be wrong; compute it with operators of PyTorch"
+        )

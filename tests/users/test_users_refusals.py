@@ -137,6 +137,77 @@ def test_an_operator_that_is_differentiable_once_is_not_taken_for_a_constant(adj
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-9)
 
 
+class Outside(torch.autograd.Function):
+    """``x ** 2``, whose backward computes outside of autograd and does not say so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, way: str) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.way = way
+        return x.detach() ** 2
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        if ctx.way == "numpy":
+            return torch.from_numpy(2 * x.detach().numpy() * g.detach().numpy()), None
+        if ctx.way == "data":
+            return 2 * x.data * g.data, None
+        with torch.set_grad_enabled(ctx.way == "operators"):
+            return 2 * x * g, None
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), OneStep(), Implicit(CG())], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("way", ["numpy", "data", "no_grad"])
+def test_a_backward_outside_of_autograd_is_not_taken_for_a_constant(way, adjoint):
+    lam = torch.ones(24, dtype=D)
+    for problem in (partly(lambda x: Outside.apply(x, way)), partly(lambda x: Outside.apply(x, way).sum() / 24 + 0 * x)):
+        with pytest.raises(RuntimeError, match=r"uses Outside, which has no second derivative in PyTorch.*FiniteDifference"):
+            hyperopt.hypergradient(problem, START, lam, inner=INNER, adjoint=adjoint)
+    one, two = (
+        hyperopt.hypergradient(partly(f), START, lam, inner=INNER, adjoint=adjoint).grad
+        for f in (lambda x: Outside.apply(x, "operators"), torch.square)
+    )
+    torch.testing.assert_close(one, two)
+
+
+def test_a_second_derivative_of_a_map_with_a_backward_outside_of_autograd():
+    def second(way: str) -> torch.Tensor:
+        a = torch.tensor(0.3, dtype=D, requires_grad=True)
+        value = hyperopt.fixed_point(
+            lambda w, a: a * Outside.apply(w, way) + 0.5 * a, torch.zeros(2, 1, dtype=D), args=(a,),  # pyright: ignore
+            solver=hyperopt.Newton(rtol=1e-13), adjoint=Implicit(hyperopt.GMRES(1e-12)),
+        ).value.sum()  # fmt: skip
+        return torch.autograd.grad(torch.autograd.grad(value, a, create_graph=True)[0], a)[0]
+
+    a = torch.tensor(0.3, dtype=D, requires_grad=True)  # w = a w^2 + a / 2, twice
+    (g,) = torch.autograd.grad((1 - (1 - 2 * a.square()).sqrt()) / a, a, create_graph=True)
+    torch.testing.assert_close(second("operators"), torch.autograd.grad(g, a)[0])
+    with pytest.raises(RuntimeError, match=r"Outside does not support double backward.*operators of PyTorch"):
+        second("numpy")
+
+
+class Constant(torch.autograd.Function):
+    """The sign, whose derivative is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.zeros_like(g)
+
+
+def test_a_function_of_derivative_zero_is_no_such_one():
+    lam = torch.ones(24, dtype=D)
+    one, two = (
+        hyperopt.hypergradient(partly(lambda x, f=f: x.square() + f(x)), START + 0.1, lam, adjoint=OneStep(), step=0.1).grad
+        for f in (Constant.apply, torch.sign)
+    )
+    torch.testing.assert_close(one, two)
+
+
 def test_a_map_that_is_differentiable_once_has_a_first_derivative_and_no_second():
     a = torch.tensor(0.3, dtype=D, requires_grad=True)
 
