@@ -1,7 +1,7 @@
 """Two problems: strengths of a linear model, and decays of a network, each with a structure that has no derivative.
 
-A way of searching gives a ``Task`` by ``task(structure)``, and moves hyperparameters by ``Task.values`` and ``Task.set_values``, which
-is what ``init_from`` of the command does.
+A way of searching gives a ``Task`` by ``task(structure)``, and moves hyperparameters by ``Task.values`` and ``Task.set_values``,
+which is what ``init_from`` of the command does.
 """
 
 from __future__ import annotations

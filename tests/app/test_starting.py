@@ -37,7 +37,12 @@ def start(values: dict[str, torch.Tensor], partial: bool = False, exact: bool = 
 
 def card(**more: Any) -> dict[str, Any]:
     whole = {"name": "n", "task": "l2", "checkpoint": "best", "precision": "float32", "config": "", "step": 4, "classes": 2}
-    return {**whole, "input": {"shape": [3], "scaling": None}, **dict.fromkeys(("dataset", "metrics", "certificate"), {}), **more}
+    return {
+        **whole,
+        "input": {"shape": [3], "scaling": None},
+        **{key: {} for key in ("dataset", "metrics", "certificate")},
+        **more,
+    }
 
 
 # ---- runs
