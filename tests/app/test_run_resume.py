@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_files import given as overridden
 from event_files import scalars, session_starts
 from toy_task import (
     SCHEDULERS,
@@ -179,6 +180,7 @@ def test_goes_back_to_an_own_earlier_checkpoint(tmp_path: Path, killed: int | No
 
 
 def test_a_run_begun_from_a_checkpoint_is_resumed_even_if_killed_at_once(tmp_path: Path) -> None:
+    overridden(tmp_path / "second", "optimizer.lr=0.05")  # so that it has a row of HParams
     want = uninterrupted(tmp_path / "whole", config())
     with pytest.raises(SystemExit):
         go(config(), tmp_path / "first", signal_at(5, signal.SIGTERM))
@@ -193,6 +195,8 @@ def test_a_run_begun_from_a_checkpoint_is_resumed_even_if_killed_at_once(tmp_pat
 
 
 def test_extending_a_finished_run_equals_a_longer_one(tmp_path: Path) -> None:
+    for name in ("whole", "run"):
+        overridden(tmp_path / name, "optimizer.lr=0.05")
     want = uninterrupted(tmp_path / "whole", config("adam", "plateau"))
     for steps in (3, 4, 9, 12):  # 3: its last step is evaluated anyway; 4: it gets an evaluation of its own
         go(config("adam", "plateau", trainer={"max_steps": steps}, resume="auto"), tmp_path / "run")
@@ -201,6 +205,8 @@ def test_extending_a_finished_run_equals_a_longer_one(tmp_path: Path) -> None:
 
 
 def test_stopped_over_and_over_the_event_files_hold_every_number_once(tmp_path: Path) -> None:
+    for name in ("whole", "run"):
+        overridden(tmp_path / name, "optimizer.lr=0.05")
     uninterrupted(tmp_path / "whole", config())
     out = tmp_path / "run"
     for step in (0, 0, 1, 1, 2, 4, 4, 7, 8, 11):
