@@ -18,7 +18,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # pyr
 from tensorboard.compat.proto.tensor_pb2 import TensorProto  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.types_pb2 import DT_STRING  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+from tensorboard.plugins.custom_scalar import metadata
+from tensorboard.plugins.custom_scalar.layout_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
+    Category,  # pyright: ignore[reportAttributeAccessIssue]
+    Chart,  # pyright: ignore[reportAttributeAccessIssue]
+    Layout,  # pyright: ignore[reportAttributeAccessIssue]
+    MultilineChartContent,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from hyperopt.app.experiment import counts
 from hyperopt.app.options import leaves
@@ -115,11 +121,9 @@ def layout(names: Collection[str]) -> Summary:
     for title, charts in LAYOUT.items():
         shown = {name: tag for name, tag in charts.items() if any(re.match(tag, each) for each in names)}
         if shown:
-            made = [
-                layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=[tag])) for name, tag in shown.items()
-            ]
-            categories.append(layout_pb2.Category(title=title, chart=made, closed=title not in list(LAYOUT)[:2]))
-    content = layout_pb2.Layout(category=categories).SerializeToString()
+            made = [Chart(title=name, multiline=MultilineChartContent(tag=[tag])) for name, tag in shown.items()]
+            categories.append(Category(title=title, chart=made, closed=title not in list(LAYOUT)[:2]))
+    content = Layout(category=categories).SerializeToString()
     tensor = TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=TensorShapeProto())
     plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
     return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=plugin)])

@@ -134,8 +134,8 @@ class MLflow(TrackerSettings):
 
     def open(self, run: TrackedRun) -> Elsewhere:
         """Start or continue the run."""
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
+        from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         for name in ("mlflow.store.db.utils", "alembic"):  # lines about each table of a new database
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -176,7 +176,7 @@ class _InMLflow(Elsewhere):
     ENDED: ClassVar[dict[str, str]] = {"completed": "FINISHED", "pruned": "FINISHED", "interrupted": "KILLED"}
 
     def __init__(self, client: Any, known: str, config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         self._client, self._id, self._waiting = client, known, []
         self.seen = max((each.step for each in client.get_metric_history(known, "outer/step_loss")), default=-1)
@@ -187,7 +187,7 @@ class _InMLflow(Elsewhere):
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Keep the numbers, and send them when there are enough."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         stamp = int(time.time() * 1000)
         self._waiting += [Metric(name, float(value), stamp, step) for name, value in row.items()]
@@ -202,7 +202,7 @@ class _InMLflow(Elsewhere):
 
     def figure(self, step: int, name: str, path: Path) -> None:
         """Send the file; an earlier one of this name stays as that of its own step."""
-        from mlflow.utils.file_utils import TempDir
+        from mlflow.utils.file_utils import TempDir  # pyright: ignore[reportMissingImports]
 
         with TempDir() as made:
             copy = Path(made.path()) / f"{step:08d}{path.suffix}"
@@ -238,7 +238,7 @@ class WandB(TrackerSettings):
 
     def open(self, run: TrackedRun) -> Elsewhere:
         """Start or continue the run."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         known = run.known("wandb")
@@ -274,7 +274,7 @@ class _InWandB(Elsewhere):
 
     def figure(self, step: int, name: str, path: Path) -> None:
         """Log the image."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self.made.log({f"figures/{name}": wandb.Image(str(path))}, step=step)
 

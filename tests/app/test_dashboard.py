@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from composing import composed
 from event_files import PluginData, events, given, hparams_of
-from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+from tensorboard.plugins.custom_scalar import metadata
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
 from toy_task import Killed, config, go, raise_at
 
@@ -154,7 +155,7 @@ def test_losses_come_first_in_the_charts(tmp_path: Path) -> None:
     go(config(), tmp_path)
     found = events(tmp_path / "tb")
     [event] = found.Tensors(metadata.CONFIG_SUMMARY_TAG)
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
     assert [(each.title, each.closed) for each in layout.category] == [
         ("Losses and accuracies", False),
         ("Hypergradient", True),

@@ -23,7 +23,7 @@ from hyperopt.tasks.linear import L2Task
 from hyperopt.tasks.network import WeightDecayTask
 from hyperopt.tasks.stn_quadratic import StnQuadraticTask
 
-ROWS = (torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2)
+ROWS: Any = (torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2)
 
 
 def ready(task: Any, seed: int = 0) -> Any:
@@ -65,7 +65,7 @@ def test_a_run_starts_from_the_best_step_of_another(tmp_path: Path) -> None:
 
 def test_a_resume_needs_the_same_start_and_does_not_read_it_again(tmp_path: Path) -> None:
     go(config(), tmp_path / "first")
-    cfg = {"init_from": str(tmp_path / "first")}
+    cfg: Any = {"init_from": str(tmp_path / "first")}
     go(config(**cfg, trainer={"max_steps": 20}), tmp_path / "whole")
     go(config(**cfg, trainer={"max_steps": 8}), tmp_path / "short")
     for other in (None, str(tmp_path / "whole")):

@@ -148,7 +148,7 @@ def test_a_bad_setting_is_refused(launch: Launcher) -> None:
 @pytest.mark.filterwarnings("ignore")  # of the package
 def test_mlflow(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
     out = tmp_path / "run"
     stopped_twice(MLflow(directory=str(tmp_path / "store")), out)

@@ -48,6 +48,7 @@ def test_the_closed_form(solver, damping):
     for x, y in zip(got, want, strict=True):
         close(x, y)
     left = g - v + (jacobian.mT @ v[:, :, None])[:, :, 0]
+    assert sol.adjoint is not None
     close(sol.adjoint.residual, left.norm(dim=1) / g.norm(dim=1), atol=1e-12)
     assert sol.adjoint.status == Status.converged
     exact = solved(Implicit(GMRES(1e-13)), m, b)[1]

@@ -88,7 +88,7 @@ def test_dropped_weights_are_those_of_a_plain_network(kind: Any) -> None:
     assert not torch.equal(layer(x)[0], found)  # the next call has another mask
     torch.testing.assert_close(layer.eval()(x)[0], plain(x)[0], rtol=1e-12, atol=1e-13)
     copy.deepcopy(layer)  # nothing of a call is kept
-    assert all(each.is_leaf for each in layer.module._flat_weights)
+    assert all(each.is_leaf for each in layer.module._flat_weights)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def test_penalties_of_activations_are_loops_over_times_and_exact_in_their_strength() -> None:
