@@ -24,7 +24,7 @@ _PUBLIC = {
     "check_hypergradient": "hyperopt.core.verify",
     "compare_adjoints": "hyperopt.core.verify",
     "ClosureError": "hyperopt.core.captured",
-    "ImpureMapError": "hyperopt.core.draws",
+    "ImpureMapError": "hyperopt.core.policy",
     "check_map": "hyperopt.core.purity",
     "over_ranks": "hyperopt.bilevel.over_ranks",
     "mean_over_ranks": "hyperopt.core.distributed",
@@ -89,7 +89,7 @@ _PUBLIC = {
     "Positive": "hyperopt.spaces.space",
     "Bounded": "hyperopt.spaces.space",
     "Simplex": "hyperopt.spaces.space",
-    "SpectralBall": "hyperopt.spaces.space",
+    "SpectralBall": "hyperopt.spaces.spectral_ball",
     "PositiveDefinite": "hyperopt.spaces.positive_definite",
     "HyperSpace": "hyperopt.stn.space",
     "convert": "hyperopt.stn.network",
@@ -152,7 +152,6 @@ if TYPE_CHECKING:
     from hyperopt.core.diagnose import diagnose as diagnose
     from hyperopt.core.differentiate import InexactError as InexactError
     from hyperopt.core.distributed import mean_over_ranks as mean_over_ranks
-    from hyperopt.core.draws import ImpureMapError as ImpureMapError
     from hyperopt.core.fixed_point import fixed_point as fixed_point
     from hyperopt.core.linear.anderson import LinearAnderson as LinearAnderson
     from hyperopt.core.linear.bicgstab import BiCGStab as BiCGStab
@@ -170,6 +169,7 @@ if TYPE_CHECKING:
     from hyperopt.core.operator import FunctionOperator as FunctionOperator
     from hyperopt.core.operator import LinearOperator as LinearOperator
     from hyperopt.core.operator import MatrixOperator as MatrixOperator
+    from hyperopt.core.policy import ImpureMapError as ImpureMapError
     from hyperopt.core.policy import SolveError as SolveError
     from hyperopt.core.policy import SolveWarning as SolveWarning
     from hyperopt.core.purity import check_map as check_map
@@ -190,7 +190,7 @@ if TYPE_CHECKING:
     from hyperopt.spaces.space import Real as Real
     from hyperopt.spaces.space import Simplex as Simplex
     from hyperopt.spaces.space import Space as Space
-    from hyperopt.spaces.space import SpectralBall as SpectralBall
+    from hyperopt.spaces.spectral_ball import SpectralBall as SpectralBall
     from hyperopt.stn.network import convert as convert
     from hyperopt.stn.rounds import SelfTuningSettings as SelfTuningSettings
     from hyperopt.stn.space import HyperSpace as HyperSpace

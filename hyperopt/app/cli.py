@@ -1,7 +1,7 @@
 """The command line: ``hyperopt`` (or ``python -m hyperopt.app.cli``) composes a config, checks it and runs it.
 
 Nothing here imports torch before a job starts, nor Hydra before it is needed, so that help, ``--cfg job`` and tab completion
-are fast. PyTorch alone takes seconds, so a launch first says on stderr what it loads.
+are fast. PyTorch alone takes seconds, so a launch first says what it loads.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def launch(argv: Sequence[str]) -> None:
     if not QUIET & {each.partition("=")[0] for each in flags}:
         what = " ".join(each for each in overrides if not each.startswith("hydra."))
         shown = f"{what[:SHOWN]}..." if len(what) > SHOWN else what or "the main job"
-        print(f"hyperopt: loading PyTorch for {printable(shown)}", file=sys.stderr, flush=True)
+        print(f"hyperopt: loading PyTorch for {printable(shown)}", flush=True)
     from hyperopt.app.command import launch as start  # after the line, since it imports Hydra, and a job PyTorch
 
     start(overrides, flags)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from hyperopt.app import checkpoint, starting
 from hyperopt.app.building import Built, build
 from hyperopt.app.checking import check
 from hyperopt.app.checkpoint import Found
-from hyperopt.app.config import ConfigError
 from hyperopt.app.dashboard import cost_figure, hparams, label, swept
 from hyperopt.app.errors import with_keys
 from hyperopt.app.experiment import flatten
@@ -48,13 +47,12 @@ from hyperopt.app.search.pruning import PRUNED, Prune
 from hyperopt.app.starting import Start
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker
-from hyperopt.app.trackers import Sent, TrackedRun, TrackerSettings
+from hyperopt.app.trackers import last_step, send
 from hyperopt.app.workers import queue_signal
 from hyperopt.bilevel.outer import Schedule
 from hyperopt.core import distributed
 from hyperopt.core.policy import repeated, reset_warnings
 from hyperopt.core.status import Status
-from hyperopt.core.text import one_line
 from hyperopt.data.reading import UnreadableError
 from hyperopt.tasks.base import Environment, HypergradientError, StepRecord
 from hyperopt.tasks.trainer import TrainerSettings
@@ -284,44 +282,6 @@ def train(
         print(table(state.row, state.step - 1, state.best_metrics, state.best_step, state.seconds))
         print(f"ended by {reason}; to look at it: hyperopt tensorboard {directory.path}")
     return math.nan if state.best is None else state.best
-
-
-def last_step(directory: RunDirectory) -> int:
-    """Return the latest step in ``metrics.jsonl``; -1 without a row, or if the file is damaged."""
-    try:
-        return int(max((row["step"] for row in directory.read_rows()), default=-1))
-    except UnreadableError:
-        return -1
-
-
-def send(
-    tracker: TrackerSettings,
-    directory: RunDirectory,
-    cfg: DictConfig,
-    overrides: Sequence[str],
-    config: Mapping[str, Any],
-    written: int,
-) -> Sent:
-    """Start or continue the run in the tracker that the config chooses, on the first rank.
-
-    Args:
-        tracker: the tracker.
-        directory: directory of the run, with the rows that stay.
-        cfg: the config.
-        overrides: what tells the run from others.
-        config: the flat config.
-        written: the latest step in ``metrics.jsonl`` before this session.
-    """
-    if distributed.rank() > 0:
-        return Sent()
-    sweep = directory.path.parent.name if directory.job.exists() else None
-    name = label(overrides) or directory.path.name
-    try:
-        there = tracker.open(TrackedRun(directory, name, str(cfg.name), config, sweep, written))
-    except Exception as error:
-        what = f"tracker={tracker.package} cannot be opened ({type(error).__name__}: {one_line(error)})"
-        raise ConfigError(f"{what}; change the keys of tracker, or drop tracker={tracker.package}") from error
-    return Sent(there, directory.read_rows() if there is not None else ())
 
 
 def evaluate(built: Built, directory: RunDirectory, env: Environment, found: Found | None, begin: Callable[[], None]) -> float:

@@ -19,11 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from omegaconf import DictConfig
+
+from hyperopt.app.config import ConfigError
+from hyperopt.app.dashboard import label
 from hyperopt.app.files import write_json
 from hyperopt.app.run_directory import RunDirectory, or_empty
+from hyperopt.core import distributed
 from hyperopt.core.checks import check_choice
 from hyperopt.core.policy import repeated
-from hyperopt.data.reading import read_json
+from hyperopt.core.text import one_line
+from hyperopt.data.reading import UnreadableError, read_json
 
 log = logging.getLogger(__name__)
 
@@ -325,3 +331,41 @@ class Sent:
         if self._there is not None:
             self._tried("close", status)
             self._there = None
+
+
+def last_step(directory: RunDirectory) -> int:
+    """Return the latest step in ``metrics.jsonl``; -1 without a row, or if the file is damaged."""
+    try:
+        return int(max((row["step"] for row in directory.read_rows()), default=-1))
+    except UnreadableError:
+        return -1
+
+
+def send(
+    tracker: TrackerSettings,
+    directory: RunDirectory,
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    config: Mapping[str, Any],
+    written: int,
+) -> Sent:
+    """Start or continue the run in the tracker that the config chooses, on the first rank.
+
+    Args:
+        tracker: the tracker.
+        directory: directory of the run, with the rows that stay.
+        cfg: the config.
+        overrides: what tells the run from others.
+        config: the flat config.
+        written: the latest step in ``metrics.jsonl`` before this session.
+    """
+    if distributed.rank() > 0:
+        return Sent()
+    sweep = directory.path.parent.name if directory.job.exists() else None
+    name = label(overrides) or directory.path.name
+    try:
+        there = tracker.open(TrackedRun(directory, name, str(cfg.name), config, sweep, written))
+    except Exception as error:
+        what = f"tracker={tracker.package} cannot be opened ({type(error).__name__}: {one_line(error)})"
+        raise ConfigError(f"{what}; change the keys of tracker, or drop tracker={tracker.package}") from error
+    return Sent(there, directory.read_rows() if there is not None else ())

@@ -25,11 +25,10 @@ from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
 from hyperopt.core.captured import Swap
-from hyperopt.core.draws import ImpureMapError
 from hyperopt.core.graph_modes import autocast_kinds, refuse_reentrant, without_autocast
 from hyperopt.core.norms import lean
 from hyperopt.core.places import Places
-from hyperopt.core.policy import SolveError
+from hyperopt.core.policy import ImpureMapError, SolveError
 from hyperopt.core.replay import Replay
 from hyperopt.spaces.hyperparameters import Hyperparameters
 

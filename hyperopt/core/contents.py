@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy
 
-from hyperopt.core.draws import ImpureMapError
+from hyperopt.core.policy import ImpureMapError
 
 LONGEST = 20_000  # a container or array with more entries than this is taken for data that does not change
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperopt.core.policy import ImpureMapError
 from hyperopt.core.precision import half_eps
 
 # Operators whose result is a sample and nothing else, by the names of their packets without a trailing underscore.
@@ -46,19 +47,6 @@ TRAINING = {"native_dropout": (2, "train"), "rrelu_with_noise": (4, "training")}
 STATISTICS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))
 
 _local = threading.local()
-
-
-class ImpureMapError(RuntimeError):
-    """The map is random or changes state of its own; the message names the module if it can be seen.
-
-    Example:
-        >>> import torch, hyperopt
-        >>> try:
-        ...     hyperopt.fixed_point(lambda w: 0.5 * w + torch.rand_like(w), torch.zeros(1, 2))
-        ... except hyperopt.ImpureMapError as error:
-        ...     print("random" in str(error))
-        True
-    """
 
 
 @dataclass(frozen=True)

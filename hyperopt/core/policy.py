@@ -1,4 +1,4 @@
-"""What happens when a solve fails: raise, warn, fall back, or nothing.
+"""What happens when a solve fails (raise, warn, fall back, or nothing), and the errors that a solve raises.
 
 A kind of failure that repeats is reported the 1st, 10th, 100th, ... time in a run.
 """
@@ -41,6 +41,19 @@ class SolveWarning(UserWarning):
         ...     solution = hyperopt.fixed_point(lambda w: 3 * w + 1, torch.zeros(1, 1), policy="warn")
         >>> issubclass(hyperopt.SolveWarning, UserWarning), solution.status.name
         (True, 'diverged')
+    """
+
+
+class ImpureMapError(RuntimeError):
+    """The map is random or changes state of its own; the message names the module if it can be seen.
+
+    Example:
+        >>> import torch, hyperopt
+        >>> try:
+        ...     hyperopt.fixed_point(lambda w: 0.5 * w + torch.rand_like(w), torch.zeros(1, 2))
+        ... except hyperopt.ImpureMapError as error:
+        ...     print("random" in str(error))
+        True
     """
 
 

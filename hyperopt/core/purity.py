@@ -19,8 +19,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from hyperopt.core.draws import ImpureMapError, Unreplayed
+from hyperopt.core.draws import Unreplayed
 from hyperopt.core.places import Places
+from hyperopt.core.policy import ImpureMapError
 
 
 def lazy_names(module: torch.nn.Module) -> list[str]:

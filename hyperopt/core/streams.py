@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hyperopt.core.draws import ImpureMapError
+from hyperopt.core.policy import ImpureMapError
 
 
 class Stream(Iterator[Any]):

@@ -12,7 +12,7 @@ _PUBLIC = {
     "Positive": "hyperopt.spaces.space",
     "Bounded": "hyperopt.spaces.space",
     "Simplex": "hyperopt.spaces.space",
-    "SpectralBall": "hyperopt.spaces.space",
+    "SpectralBall": "hyperopt.spaces.spectral_ball",
     "PositiveDefinite": "hyperopt.spaces.positive_definite",
     "Hyperparameters": "hyperopt.spaces.hyperparameters",
 }
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hyperopt.spaces.space import Real as Real
     from hyperopt.spaces.space import Simplex as Simplex
     from hyperopt.spaces.space import Space as Space
-    from hyperopt.spaces.space import SpectralBall as SpectralBall
+    from hyperopt.spaces.spectral_ball import SpectralBall as SpectralBall
 
 
 __getattr__, __dir__ = lazily(__name__, _PUBLIC, __all__, also=", and its modules")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hyperopt.core.draws import ImpureMapError
 from hyperopt.core.places import Places
+from hyperopt.core.policy import ImpureMapError
 from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.refusals import FAR

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hyperopt.core.draws import ImpureMapError
 from hyperopt.core.places import Places
-from hyperopt.core.policy import note_once
+from hyperopt.core.policy import ImpureMapError, note_once
 from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 

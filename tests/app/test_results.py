@@ -121,10 +121,10 @@ def test_one_line_for_the_sweep(terminal: bool, capsys: pytest.CaptureFixture[st
 def test_a_sweep_says_one_line_a_job_and_a_table(command: Launcher) -> None:
     small = ["debug=default", "device=cpu", "task.state_size=5", "threads=1"]
     done = command("-m", "hydra.sweep.dir=mine", "solver=picard,anderson", *small)
-    told = done.err.splitlines()[1:]  # after the line that says what is loaded
+    told = done.err.splitlines()
     assert done.status == 0 and len(told) == 2, done.err
     assert all(line.startswith(f"hyperopt: {k}/2 jobs: job {k - 1} completed") for k, line in enumerate(told, 1))
-    lines = done.out.splitlines()
+    lines = done.out.splitlines()[1:]  # after the line that says what is loaded
     assert len(lines) == 5 and lines[-1] == "next: hyperopt report mine" and lines[0].split()[-1] == "solver"
     again = command(*shlex.split(lines[-2].partition(": ")[2])[1:], "hydra.run.dir=alone")
     assert again.status == 0 and "ended by" in again.out
