@@ -354,7 +354,7 @@ def test_flags_and_overrides_come_in_any_order(launch: Launcher) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["chek"], "'chek' is not a subcommand; did you mean check? subcommands: check, report, export; values are key=value"),
+        (["chek"], "'chek' is not a subcommand; did you mean check? subcommands: check, report, export, tensorboard; values are key=value"),
         (["export", "nowhere"], "hyperopt export: nowhere holds no run: it has no config.yaml"),
         (["report", "nowhere"], "hyperopt report: there is no directory nowhere"),
     ],
