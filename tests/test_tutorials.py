@@ -32,6 +32,8 @@ CLAIMED = (  # what each of these tutorials asserts itself holds, at closed form
     "lasso",
     "wrong_labels",
     "certificates",
+    "self_tuning_network",
+    "sweep_and_report",
 )
 
 

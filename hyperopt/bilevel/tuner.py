@@ -176,8 +176,9 @@ class Tuner:
             bilevel = Bilevel(problem, losses.w, adjoint=self.adjoint, products=products_of(self.adjoint))
             weights = {name: list(leaf.shape) for name, leaf in losses.w.items()}
             # A copy of the containers: their tensors are replaced and never changed.
-            memory: Any = self._memory
-            bilevel.state.memory = optree.tree_map(lambda x: x, memory) if weights == self._weights else {}
+            memory: Any = self._memory if weights == self._weights else {}
+            kept: Any = optree.tree_map(lambda x: x, memory)
+            bilevel.state.memory = kept
             lam = hyper.values()
             estimate = bilevel.step(lam)
             optimizer.zero_grad()
