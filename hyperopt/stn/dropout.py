@@ -84,6 +84,17 @@ class VariationalDropout(TunedRate, sequences.VariationalDropout):
 
     Args:
         name: name of the hyperparameter.
+
+    Reference: Gal & Ghahramani, NeurIPS 2016, arXiv 1512.05287, section 4.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"hidden": stn.Bounded(0.3, 0.0, 0.9)})
+        >>> net = stn.convert(torch.nn.Sequential(stn.VariationalDropout("hidden"), torch.nn.Linear(4, 1)), space)
+        >>> out = net(torch.ones(8, 5, 4), space.draw(rows=8))  # 8 examples of 5 times
+        >>> out.shape
+        torch.Size([8, 5, 1])
     """
 
     plain = sequences.VariationalDropout
@@ -100,6 +111,16 @@ class EmbeddingDropout(TunedRate, sequences.EmbeddingDropout):
     Args:
         name: name of the hyperparameter.
         module: the embedding, which responds.
+
+    Reference: Gal & Ghahramani, NeurIPS 2016, arXiv 1512.05287, section 4.2.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"words": stn.Bounded(0.3, 0.0, 0.9)})
+        >>> net = stn.convert(torch.nn.Sequential(stn.EmbeddingDropout("words", torch.nn.Embedding(10, 4))), space)
+        >>> net(torch.zeros(8, 5, dtype=torch.long), space.draw(rows=8)).shape
+        torch.Size([8, 5, 4])
     """
 
     plain = sequences.EmbeddingDropout
@@ -120,6 +141,20 @@ class DropConnect(TunedRate, sequences.DropConnect):
         name: name of the hyperparameter.
         module: the layer.
         weights: names of the weights in it (none: the hidden-to-hidden matrices of a recurrent layer).
+
+    Raises:
+        ValueError: the layer has no such weight; the message names those it has.
+
+    Reference: Merity, Keskar & Socher, ICLR 2018, arXiv 1708.02182, section 3.
+
+    Example:
+        >>> import torch
+        >>> from hyperopt import stn
+        >>> space = stn.HyperSpace({"recurrent": stn.Bounded(0.3, 0.0, 0.9, per="batch")})
+        >>> net = stn.convert(torch.nn.Sequential(stn.DropConnect("recurrent", torch.nn.LSTM(3, 4, batch_first=True))), space)
+        >>> out, state = net(torch.ones(8, 5, 3), space.draw(rows=8))
+        >>> out.shape
+        torch.Size([8, 5, 4])
     """
 
     plain = sequences.DropConnect

@@ -23,7 +23,7 @@ class TuningError(ArithmeticError):
         >>> from hyperopt import stn
         >>> net = stn.convert(torch.nn.Linear(1, 1), stn.HyperSpace({"decay": stn.Positive(0.1)}))
         >>> def train_loss(net, x, draw):
-        ...     return net(x, draw).sum() / (0 * draw.h["decay"].sum())
+        ...     return net(x, draw).sum() + (-draw.h["decay"]).log().sum()
         >>> tuning = stn.SelfTuning(net, train_loss, lambda net, x, draw: net(x).sum())
         >>> try:
         ...     record = tuning.round(lambda: torch.ones(2, 1), lambda: torch.ones(2, 1))
