@@ -332,7 +332,8 @@ EVERY = [Picard(), Anderson(), Broyden(), RRE(), Newton(), Newton(line_search=Tr
 def test_where_there_is_no_fixed_point_nothing_is_called_solved(solver, part):
     """``w + 1 + part sin(w)`` grows without end; Newton and chord wander where the residual is least, which is ``max_steps``."""
     starts = torch.tensor([[0.0, 0.1], [1.0, 1.1], [-3.0, -2.9], [5.0, 5.1]])
-    for max_steps in (20, solver.max_steps, 300):
+    # With part = 0.9 Anderson wanders for up to 600 steps, depending on rounding, before it leaves.
+    for max_steps in (20, solver.max_steps, 300 if part < 0.9 else 1000):
         fewer = dataclasses.replace(solver, max_steps=max_steps)
         sol = fixed_point(lambda w: w + 1.0 + part * torch.sin(w), starts, rows="batch", solver=fewer, policy="ignore")
         assert bool((sol.forward.row_status > Status.fixed_steps).all()), sol.forward.row_status
