@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class SpectralBall(Space):
         0.5
     """
 
+    init: Any = 0.0
     radius: float = 1.0
 
     def __post_init__(self) -> None:
