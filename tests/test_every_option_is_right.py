@@ -247,7 +247,7 @@ def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [-1.0, 2.0], ids=["negated", "doubled"])
+@pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.manual)], ids=["negated", "doubled"])
 @pytest.mark.parametrize(("check", "option"), PAIRS, ids=IDS)
 def test_a_wrong_one_of_any_option_is_caught(
     check: Callable[[str], None], option: str, factor: float, monkeypatch: pytest.MonkeyPatch

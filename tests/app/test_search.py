@@ -706,7 +706,7 @@ def test_the_trial_of_a_killed_worker_is_taken_up(tmp_path: Path) -> None:
         assert summary(run)["status"] == "completed" and trial.value == summary(run)["best"]["metrics"]["val/loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]
     argv = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "trainer.progress=false", "trainer.checkpoint_every=5"]
