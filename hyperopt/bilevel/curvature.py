@@ -22,7 +22,7 @@ from hyperopt.bilevel.leaves import Leaves
 from hyperopt.core import distributed
 from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
-from hyperopt.core.memory import saved_memory
+from hyperopt.core.memory import saved_bytes
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
@@ -75,6 +75,7 @@ class Curvature(LinearOperator):
 SMALL_GRAPH = 64 * 2**20  # bytes; such a graph is kept whatever its share of the memory is
 STEPS_OF_TRAINING = 3  # so much memory of a training step may the products take, if the graph is larger
 VECTORS = 6  # of the size of the weights are alive during a product
+TEMPORARIES = 2  # of the size of the largest activation are made by the second derivative of one layer, and freed
 
 
 class Hessian(Curvature):
@@ -105,12 +106,13 @@ class Hessian(Curvature):
 
     def _affordable(self, loss: Tensor) -> bool:
         """Whether the graph may be kept; see the class."""
-        whole = saved_memory(self._grads, self.w.flat)
-        if whole <= SMALL_GRAPH:
+        saved = saved_bytes(self._grads, self.w.flat)
+        if sum(saved) <= SMALL_GRAPH:
             return True
         # A product also makes a cotangent of each activation; a step of training saves the activations and makes a gradient.
-        activations, weights = saved_memory([loss], self.w.flat), sum(leaf.nbytes for leaf in self.w.flat)
-        return whole + activations + VECTORS * weights <= STEPS_OF_TRAINING * (activations + weights)
+        activations, weights = sum(saved_bytes([loss], self.w.flat)), sum(leaf.nbytes for leaf in self.w.flat)
+        product = sum(saved) + activations + TEMPORARIES * max(saved, default=0) + VECTORS * weights
+        return product <= STEPS_OF_TRAINING * (activations + weights)
 
     def _differentiate(self) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Return the inner loss and its gradient, and keep the graph."""

@@ -28,7 +28,17 @@ from torch._C._autograd import _get_sequence_nr  # pyright: ignore[reportMissing
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+
+
+def node_name(node: Any) -> str:
+    """Return the name of a node of the graph, ``AddBackward0`` for example.
+
+    The node of an ``autograd.Function`` is the object that its author calls ``ctx``: what its ``forward`` keeps as ``ctx.name``
+    hides the method of that name.
+    """
+    return type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
 
 
 def functorch_level() -> int:
@@ -285,8 +295,8 @@ def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iter
             continue
         if node._sequence_nr() < start:
             raise ClosureError(
-                f"the map uses a tensor computed outside of it ({node.name()}) through a custom autograd.Function or a transform "
-                "of torch.func, where its derivative cannot be followed: pass it through args="
+                f"the map uses a tensor computed outside of it ({node_name(node)}) through a custom autograd.Function or a "
+                "transform of torch.func, where its derivative cannot be followed: pass it through args="
             )
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hyperopt.core.captured import functorch_level
+from hyperopt.core.captured import functorch_level, node_name
 
 
 class KeepsGraph(TorchFunctionMode):
@@ -125,7 +125,7 @@ def refuse_reentrant(out: Tensor) -> None:
 
 def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
     """Whether the graph has a node of that name."""
-    return any(node.name() == name for node in _nodes(outputs, until))
+    return any(node_name(node) == name for node in _nodes(outputs, until))
 
 
 def _nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> Iterator[Any]:

@@ -63,8 +63,8 @@ def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
             yield leaf.untyped_storage()
 
 
-def saved_memory(outputs: Iterable[Tensor | None], leaves: Sequence[Tensor]) -> int:
-    """Return how many bytes the graph of ``outputs`` has saved for derivatives in ``leaves``, each storage once.
+def saved_bytes(outputs: Iterable[Tensor | None], leaves: Sequence[Tensor]) -> list[int]:
+    """Return the bytes of each storage that the graph of ``outputs`` has saved for derivatives in ``leaves``.
 
     The storages of the leaves themselves are not counted.
 
@@ -92,7 +92,7 @@ def saved_memory(outputs: Iterable[Tensor | None], leaves: Sequence[Tensor]) -> 
                 stack.append(node)
     own = {storage._cdata for storage in storages(list(leaves))}
     sizes = {storage._cdata: storage.nbytes() for node in leading for storage in storages(_saved(node))}
-    return sum(size for key, size in sizes.items() if key not in own)
+    return [size for key, size in sizes.items() if key not in own]
 
 
 def _saved(node: Any) -> list[Any]:

@@ -348,3 +348,30 @@ def test_tracers_that_would_record_one_solve_are_refused():
     torch.testing.assert_close(
         torch.func.jvp(value, (LAM,), (LAM,))[1], LAM * torch.func.jacrev(value)(LAM), rtol=1e-4, atol=1e-6
     )
+
+
+class Named(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.name = "square"  # hides the method of that name of the graph's node
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(("function", "plain"), [(Named.apply, torch.square), (nn.functional.silu, silu)], ids=["own", "SiLU"])
+@pytest.mark.parametrize("adjoint", [OneStep(), Implicit(CG()), "auto"], ids=lambda a: type(a).__name__)
+def test_a_function_may_keep_a_name(function, plain, adjoint):
+    one, two = (
+        hyperopt.hypergradient(partly(f), START, torch.ones(24, dtype=D), inner=INNER, adjoint=adjoint).grad
+        for f in (lambda x: x * x + (1 + function(x).square()).sqrt(), lambda x: x * x + (1 + plain(x).square()).sqrt())
+    )
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    assert one.abs().max() > 1e-3
