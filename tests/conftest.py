@@ -17,7 +17,14 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from launcher import Launch, Launcher
+from marks import sort_cases
 from omegaconf import DictConfig, OmegaConf
+
+
+@pytest.hookimpl(tryfirst=True)  # before the expression of -m is read
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Choose which cases of a large test are quick."""
+    sort_cases(items)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ LINES = [
 ]
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("overrides", LINES, ids=" ".join)
 def test_a_config_is_the_one_that_hydra_composes(overrides: list[str]) -> None:
     found = composed(*overrides)

@@ -221,11 +221,13 @@ def test_no_option_is_left_out() -> None:
     assert {each for each in own() if each.startswith(groups)} - checked == set()
 
 
+@pytest.mark.cases(quick=20)
 @pytest.mark.parametrize(("check", "option"), [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS], ids=IDS)
 def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option: str) -> None:
     check(option)
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("option", [option for option in CASES if option.startswith("task=")])
 def test_an_evaluation_has_only_names_that_the_task_states(option: str) -> None:
     """Else ``trainer.monitor`` would refuse a name that there is."""
@@ -240,12 +242,14 @@ def assert_caught(check: Callable[[str], None], option: str, factor: float, patc
         check(option)
 
 
+@pytest.mark.cases(quick=2, slow=10)
 @pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.slow)], ids=["negated", "doubled"])
 @pytest.mark.parametrize("group", ONE_OF_EACH)
 def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_caught(*ONE_OF_EACH[group], factor, monkeypatch)
 
 
+@pytest.mark.cases(slow=30)
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.manual)], ids=["negated", "doubled"])
 @pytest.mark.parametrize(("check", "option"), PAIRS, ids=IDS)

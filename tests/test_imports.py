@@ -33,6 +33,7 @@ def test_the_core_needs_torch_optree_and_numpy_only() -> None:
     assert outside - set(sys.stdlib_module_names) - drawing == {"hyperopt", "torch", "optree", "numpy"}
 
 
+@pytest.mark.slow
 def test_no_package_imports_the_compiler_and_nor_does_a_refused_config() -> None:
     """It takes as long to import as the rest of torch."""
     code = (

@@ -27,6 +27,7 @@ def sweep(root: Path) -> None:
         go(config(trainer={"max_steps": 1}), out)
 
 
+@pytest.mark.slow
 def test_runs_have_the_names_of_their_overrides(tmp_path: Path) -> None:
     root = tmp_path / "multirun"
     sweep(root / "mine")

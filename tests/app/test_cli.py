@@ -49,6 +49,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.cases(quick=8, slow=10)
 @pytest.mark.parametrize(("argv", "expected"), MISTAKES, ids=[argv for argv, _ in MISTAKES])
 def test_a_mistake_is_told_in_a_few_lines_before_anything_happens(launch: Launcher, argv: str, expected: list[str]) -> None:
     Path("a_file").write_text("mine")
@@ -84,6 +85,7 @@ def test_a_run_gets_its_config_and_a_directory_of_its_own(launch: Launcher) -> N
     assert (out / "hyperopt.log").is_file()
 
 
+@pytest.mark.slow
 def test_launches_in_the_same_second_have_directories_of_their_own(launch: Launcher) -> None:
     outs = [launch().runs[0][1] for _ in range(3)]
     assert len(set(outs)) == 3 and all(out.is_dir() for out in outs)
@@ -103,6 +105,7 @@ def test_three_processes_at_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/train/*/done"))) == 3
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("mode", ["run", "sweep"])
 def test_a_used_directory_is_refused_untouched_and_resumed_on_request(launch: Launcher, mode: str) -> None:
     sweep = ["-m"] if mode == "sweep" else []
@@ -120,6 +123,7 @@ def test_a_used_directory_is_refused_untouched_and_resumed_on_request(launch: La
     assert resumed.status == 0 and len(resumed.runs) == (mode == "run")  # a job of a sweep that is done is not run again
 
 
+@pytest.mark.slow
 def test_an_empty_directory_and_a_checkpoint_are_welcome(launch: Launcher) -> None:
     Path("mine").mkdir()
     assert launch("hydra.run.dir=mine").status == 0
@@ -132,6 +136,7 @@ def test_an_empty_directory_and_a_checkpoint_are_welcome(launch: Launcher) -> No
     assert snapshot(Path("mine")) == before
 
 
+@pytest.mark.slow
 def test_another_experiment_is_refused_before_anything_is_written(launch: Launcher) -> None:
     assert launch("hydra.run.dir=mine", "solver=anderson", "adjoint=unrolled").status == 0
     before = snapshot(Path("mine"))
@@ -144,6 +149,7 @@ def test_another_experiment_is_refused_before_anything_is_written(launch: Launch
     assert launch("hydra.run.dir=mine", "resume=auto", "solver=anderson", "adjoint=unrolled", *moved).status == 0
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused_untouched(launch: Launcher) -> None:
     hold = "import sys, pathlib; from hyperopt.app.run_directory import RunDirectory as R; R(pathlib.Path('mine')).acquire()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -222,6 +228,7 @@ def test_tab_completion_offers_options_and_no_schema_nodes(launch: Launcher, mon
     assert launch("-sc", "query=bash").out.split() == [f"solver={name}" for name in solvers]
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("argv", ["--help", "--version", "--cfg job", "--cfg job adjoint=anderson", "sed=1", "seed=-1"])
 def test_torch_is_not_imported_before_a_job_starts(argv: str, tmp_path: Path) -> None:
     code = (

@@ -40,6 +40,7 @@ def test_a_checkout_reads_its_own_configs() -> None:
 
 
 # The quick run builds the options of the other groups in ``test_every_option_is_right.py``.
+@pytest.mark.cases(quick=4, slow=30)
 @pytest.mark.parametrize("option", slow_but([option for option in OPTIONS if option.startswith(("dataset", "stn"))], OPTIONS))
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
@@ -239,6 +240,7 @@ BAD = [
 ]
 
 
+@pytest.mark.cases(quick=16)
 @pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -246,6 +248,7 @@ def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], messa
     assert message in str(caught.value)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("task", ["equilibrium", "implicit", "data_distillation", "data_cleaning", "stn_images"])
 def test_numbers_to_predict_are_refused_where_a_task_classifies(task: str) -> None:
     """By the name that the command line gives the dataset, and with the choices that there are."""
@@ -343,6 +346,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("task", ["equilibrium", "implicit", "coupled"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:

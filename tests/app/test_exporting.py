@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.parametrize("name", slow_but([name for name in CASES if name not in ("householder", "implicit")], CASES))
 def test_what_is_read_back_has_the_metrics_of_the_run(name: str, runs: Any) -> None:
     folder = runs(*CASES[name])
@@ -169,6 +170,7 @@ def test_a_program_runs_on_its_own(runs: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.export.load(trained[2]).module()(x), load_exported(trained[0]).module(x))
 
 
+@pytest.mark.slow
 def test_what_is_no_graph_says_so(runs: Any) -> None:
     with pytest.raises(ExportError, match=r"network\.deq is an implicit layer"):
         export(runs(*CASES["implicit"]), program=True)

@@ -158,6 +158,7 @@ def named(row: str, folder: Path, place: Place) -> Config:
     return config
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("row", NAMED)
 def test_a_config_in_an_export(row: str, honest: dict[str, Path], place: Place) -> None:
     tensors, card, _ = content_of(honest["equilibrium"])
@@ -179,6 +180,7 @@ def exported(argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     return ""
 
 
+@pytest.mark.cases(quick=6)
 @pytest.mark.parametrize("row", NAMED)
 def test_a_config_of_a_run(
     row: str, honest: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -345,6 +347,7 @@ SIZES: dict[str, tuple[str, str, Any]] = {
 }
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("row", SIZES)
 def test_a_size_that_the_tensors_do_not_have(row: str, honest: dict[str, Path], place: Place) -> None:
     name, key, value = SIZES[row]
@@ -472,6 +475,7 @@ FILES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.cases(quick=5)
 @pytest.mark.parametrize("row", FILES)
 def test_a_file(row: str, honest: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     write, words = FILES[row]
@@ -534,6 +538,7 @@ def same(found: Any, expected: Any, *, exported: bool = True) -> bool:
     return cards[0] == cards[1] and all(torch.equal(states[0][name], states[1][name]) for name in {*states[0], *states[1]})
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize(("form", "flips"), [("pt", 300), ("safetensors", 100)])
 def test_a_flipped_bit_is_refused_or_changes_nothing(
     form: str, flips: int, honest: dict[str, Path], plain: Path, place: Place
@@ -631,6 +636,7 @@ OVERRIDES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("row", OVERRIDES)
 def test_an_override(row: str, command: Launcher, tmp_path: Path) -> None:
     place = Place(tmp_path)

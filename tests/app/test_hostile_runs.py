@@ -182,6 +182,7 @@ def launched(launch: Launcher, tmp_path: Path) -> Callable[..., str]:
     return act
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize(
     "name", [".lock", "metrics.jsonl", "hyperopt.log", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra", "tb"]
 )
@@ -190,6 +191,7 @@ def test_the_command_refuses_it_before_hydra_opens_anything(place: Place, launch
     assert_refused(place, lambda: launched(f"hydra.run.dir={place.work}", "resume=auto"), words=["a link"], seconds=30)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", ["0", ".sweep.lock", ".lock", "0/hyperopt.log", "0/job.json", "sweep.json", "multirun.yaml"])
 def test_a_sweep_that_leads_elsewhere(launched: Callable[..., str], tmp_path: Path, name: str) -> None:
     place = Place(tmp_path / "place")
@@ -233,6 +235,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("row", CONFIGS)
 @pytest.mark.parametrize("way", slow_but(["resume"], ["resume", "report"]))
 def test_a_hostile_config(place: Place, launched: Callable[..., str], row: str, way: str, monkeypatch: Any, capfd: Any) -> None:
@@ -303,6 +306,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("row", SHOWN)
 def test_a_report_shows_it_as_plain_text(place: Place, row: str, monkeypatch: Any, capfd: Any) -> None:
     SHOWN[row](place)
@@ -340,6 +344,7 @@ def test_a_report_leaves_it_out_in_a_line(place: Place, row: str, monkeypatch: A
     assert_refused(place, act, words=[words], seconds=30)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("text", ["[1", "[1]", '{"resumed": 5}', '{"resumed": {"a": 1}}'])
 def test_a_damaged_run_json_does_not_stop_a_resume(place: Place, text: str) -> None:
     (place.work / "run.json").write_text(text)
@@ -484,6 +489,7 @@ DAMAGED: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("row", DAMAGED)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(place: Place, row: str, caplog: pytest.LogCaptureFixture) -> None:
     DAMAGED[row](place.work / "checkpoints" / "last.pt")
@@ -569,6 +575,7 @@ LOST: dict[str, tuple[Callable[[Path], None], list[list[int]]]] = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("row", LOST)
 def test_lost_rows(place: Place, tmp_path: Path, row: str, caplog: pytest.LogCaptureFixture) -> None:
     whole = [*rows(place.work)[:9]]
@@ -627,6 +634,7 @@ PLACES: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.cases(quick=2, slow=7)
 @pytest.mark.parametrize("row", slow_but(list(PLACES)[::3], PLACES))
 def test_a_place_outside(tmp_path: Path, launched: Callable[..., str], row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv, words = PLACES[row]
@@ -644,6 +652,7 @@ HOLD = f"{NAMED} run.acquire(); print('held'); sys.stdout.flush(); sys.stdin.rea
 LOOK = f"{NAMED} print(run.running)"
 
 
+@pytest.mark.slow
 def test_a_report_tells_a_killed_run_from_a_living_one(place: Place, monkeypatch: Any, capfd: Any) -> None:
     change("summary.json", status="running")(place)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

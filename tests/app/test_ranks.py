@@ -71,6 +71,7 @@ def four(tmp_path_factory, names):
     return folder
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)
@@ -99,6 +100,7 @@ def test_four_ranks_agree(one, four, name):
     compare(rows(one / name), rows(four / "0" / name))
 
 
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
     checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"

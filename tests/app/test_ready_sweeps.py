@@ -61,6 +61,7 @@ def test_a_key_both_in_the_sweep_and_on_the_command_line_is_refused(launch: Laun
     assert "seed=7 and hydra.sweeper.params.seed=0,1,2,3,4 are both given; drop one" in refused.err
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("argv", [["experiment=own,l2_ridge"], ["experiment=l2_ridge,own", "seed=1,2"]])
 def test_a_launcher_chosen_inside_what_is_swept_is_refused(argv: list[str], launch: Launcher, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -71,6 +72,7 @@ def test_a_launcher_chosen_inside_what_is_swept_is_refused(argv: list[str], laun
     assert "hydra/launcher=" in refused.err
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("argv", [[], ["-m"], ["hydra/sweeper=optuna"]])
 def test_a_ready_sweep_chooses_its_sweeper(argv: list[str], launch: Launcher) -> None:
     done = launch("sweep=hybrid", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=mine", *argv)

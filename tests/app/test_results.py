@@ -118,6 +118,7 @@ def test_one_line_for_the_sweep(terminal: bool, capsys: pytest.CaptureFixture[st
     assert (err.count("\n"), err.count("\r")) == ((0, 2) if terminal else (2, 0))
 
 
+@pytest.mark.slow
 def test_a_sweep_says_one_line_a_job_and_a_table(command: Launcher) -> None:
     small = ["debug=default", "device=cpu", "task.state_size=5", "threads=1"]
     done = command("-m", "hydra.sweep.dir=mine", "solver=picard,anderson", *small)
@@ -133,6 +134,7 @@ def test_a_sweep_says_one_line_a_job_and_a_table(command: Launcher) -> None:
     assert best["values"]["val/loss"] == alone["best"]["metrics"]["val/loss"]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_ready_sweep_is_a_single_run(launch: Launcher) -> None:
     done = launch("sweep=five_seeds", "hydra.sweep.dir=mine")
     command = next(line for line in done.out.splitlines() if line.startswith("best")).partition(": ")[2]
@@ -140,6 +142,7 @@ def test_the_best_of_a_ready_sweep_is_a_single_run(launch: Launcher) -> None:
     assert again.status == 0 and [cfg.seed for cfg, _ in again.runs] == [0] and not Path("alone/sweep.json").exists()
 
 
+@pytest.mark.slow
 def test_the_failed_are_named_at_the_end(launch: Launcher) -> None:
     done = launch("-m", "hydra.sweep.dir=mine", "seed=1,13,2")
     assert done.status == 1 and "failed: 1" in done.out and "best (job 0): hyperopt seed=1" in done.out

@@ -111,6 +111,7 @@ def test_time_limit(tmp_path: Path) -> None:
     assert 1 < summary(tmp_path)["steps"] < 10**6
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("group", ["a", "b"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_hypergradient_not_finite(tmp_path: Path, group: str, value: float) -> None:
@@ -203,6 +204,7 @@ def test_lbfgs_logs_the_first_of_its_evaluations(tmp_path: Path) -> None:
         assert row["cost/vjps"] == total
 
 
+@pytest.mark.slow
 def test_used_directory_is_refused_untouched(tmp_path: Path) -> None:
     go(config(), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

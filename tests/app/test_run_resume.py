@@ -33,6 +33,7 @@ ONCE = set(zip([*SMALL, *SMALL], SCHEDULERS, strict=False))
 PAIRS = [(optimizer, scheduler) for optimizer in SMALL for scheduler in SCHEDULERS]
 
 
+@pytest.mark.cases(quick=2, slow=4)
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"), [pytest.param(*pair, marks=() if pair in ONCE else pytest.mark.slow) for pair in PAIRS]
 )
@@ -93,6 +94,7 @@ def stop_twice_at_the_end(out: Path) -> None:
 STOPS = (stop_by_length, stop_by_time, stop_by_failure, stop_by_sigint, stop_before_first_checkpoint, stop_twice_at_the_end)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("stop", STOPS)
 def test_resume_after_every_kind_of_stop(tmp_path: Path, stop: Callable[[Path], None]) -> None:
     want = uninterrupted(tmp_path / "whole", config())
@@ -103,6 +105,7 @@ def test_resume_after_every_kind_of_stop(tmp_path: Path, stop: Callable[[Path], 
     assert not (tmp_path / "stopped" / "FAILED").exists()
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("write", range(1, 8))
 def test_killed_while_a_checkpoint_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     want = uninterrupted(tmp_path / "whole", config())
@@ -162,6 +165,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tmp_path: Pa
     assert rows(out) == want
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("killed", [None, 3])
 def test_goes_back_to_an_own_earlier_checkpoint(tmp_path: Path, killed: int | None) -> None:
     want = uninterrupted(tmp_path / "whole", config())
@@ -217,6 +221,7 @@ def test_stopped_over_and_over_the_event_files_hold_every_number_once(tmp_path: 
     assert scalars(out) == scalars(tmp_path / "whole") and session_starts(out) == 1
 
 
+@pytest.mark.slow
 def test_lines_cut_off_by_hand_are_said_and_leave_whole_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     want = uninterrupted(tmp_path / "whole", config())
     out = tmp_path / "run"

@@ -475,6 +475,7 @@ def test_a_search_is_continued_and_not_changed(launch: Launcher, monkeypatch: py
     assert refused.status == 1 and "continue with resume=auto" in refused.err and len(runs) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_told_and_the_others_go_on(launch: Launcher) -> None:
     done = launch(*SEARCH, "seed=choice(1,13,2)", "hydra.sweeper.sampler=grid")
     assert done.status == 1 and index()["counts"] == {"completed": 2, "failed": 1}, done.err
@@ -491,6 +492,7 @@ def test_values_of_which_none_go_together_are_refused(launch: Launcher) -> None:
     assert refused.status == 1 and not Path("mine").exists()
 
 
+@pytest.mark.slow
 def test_values_that_do_not_go_together_are_a_failed_trial(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = objective(monkeypatch, lambda cfg: float(cfg.seed))
 
@@ -605,6 +607,7 @@ QUICK = [
 """Those that take one way through the checks each: of the jobs, of the storage, of the metrics, of a password."""
 
 
+@pytest.mark.cases(quick=2, slow=8)
 @pytest.mark.parametrize(("argv", "message"), slow_but(QUICK, REFUSED), ids=[" ".join(argv) for argv, _ in REFUSED])
 def test_a_search_that_cannot_work_is_refused_in_one_line(argv: list[str], message: str, launch: Launcher) -> None:
     Path("notes").write_text("not a journal\n")
@@ -622,6 +625,7 @@ def test_a_missing_package_is_named(package: str, argv: list[str], launch: Launc
     assert f"needs the package {package}, which is not installed; pip install 'hyperopt-bilevel[optuna]'" in refused.err
 
 
+@pytest.mark.slow
 def test_a_storage_from_the_environment_is_in_no_file(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE", f"sqlite:///{Path.cwd()}/secret.db")
     done = launch(*SEARCH, "seed=1,2", "hydra.sweeper.n_trials=1", "hydra.sweeper.storage=${oc.env:STORE}")

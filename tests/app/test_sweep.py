@@ -71,6 +71,7 @@ def test_a_longer_sweep_goes_on_with_every_job(launch: Launcher) -> None:
     assert len(launch(*SWEEP, "seed=1,2", "trainer.max_steps=20", "resume=auto").runs) == 2
 
 
+@pytest.mark.slow
 def test_jobs_whose_overrides_changed_are_refused_untouched(launch: Launcher) -> None:
     launch(*SWEEP, "seed=1,2")
     before = snapshot(Path("mine"))
@@ -106,6 +107,7 @@ for number in range(first + 20, first, -1):
 """
 
 
+@pytest.mark.slow
 def test_jobs_of_many_processes_in_any_order(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ends = [subprocess.Popen([sys.executable, "-c", END, str(tmp_path), str(100 * k)], env=env) for k in (2, 0, 1)]
@@ -125,6 +127,7 @@ def test_an_unreadable_summary_is_a_job_that_is_not_done(launch: Launcher) -> No
     assert [cfg.seed for cfg, _ in launch(*SWEEP, "seed=1,2", "resume=auto").runs] == [2]
 
 
+@pytest.mark.slow
 def test_no_job_changes_the_numbers_of_another_and_a_failure_hides_none(command: Launcher) -> None:
     before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     random = torch.get_rng_state()
@@ -172,6 +175,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
     register()
     with initialize_config_dir(config_path(), version_base="1.3"):

@@ -104,6 +104,7 @@ def test_the_defaults_tune_a_network(name, dtype):
     assert ends[True] < 0.85 * ends[False]
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("steps", [0, 50, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_from_any_weights_the_hypergradient_is_a_number(name, steps):

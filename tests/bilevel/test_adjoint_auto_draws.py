@@ -112,6 +112,7 @@ def regression(size, rows=240, dim=24, keep=1.0):
     return problem, w, lam, -w * torch.linalg.solve(hessian, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "keep", "name"),
     [
@@ -221,6 +222,7 @@ def test_what_the_second_draw_costs_is_counted():
         assert estimate.adjoint is not None and estimate.cost.hessian_products >= int(estimate.adjoint.iterations)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("size", [10, 30])
 def test_a_run_on_minibatches_that_is_taken_up_again_gives_the_same_numbers(size):
     def made():

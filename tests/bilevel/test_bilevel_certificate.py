@@ -57,6 +57,7 @@ ADJOINTS = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_the_bound_holds_and_is_no_empty_one(name):
     tightest = math.inf
@@ -95,6 +96,7 @@ def test_neumann_takes_its_step_from_declared_constants():
 EXACT = ("cg", "cg, tight", "gmres", "dense", "neumann")
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("make", [Ridge, Logistic])
 def test_the_estimate_is_within_a_factor_of_the_error(make):
     """Of exact estimators, from early stopping to convergence, errors from 1e-9 to 1e-1."""

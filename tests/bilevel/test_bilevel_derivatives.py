@@ -74,6 +74,7 @@ def at_limits():
     return found
 
 
+@pytest.mark.cases(quick=7)
 @pytest.mark.parametrize(("one", "two"), list(itertools.combinations(LIMITS, 2)))
 def test_every_pair_agrees_at_its_limits(one, two, at_limits):
     assert distance(at_limits[one], at_limits[two]) < LIMITS[one][2] + LIMITS[two][2]
@@ -157,6 +158,7 @@ def test_learning_rate_and_momentum_go_through_training_and_no_other_way(caplog)
     assert bool(implicit.grad["decay"].all())
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("batch", [None, 16])
 def test_the_learning_rate_of_adam_goes_through_training_and_no_other_way(batch):
     """Against central differences of trainings by ``torch.optim.Adam`` on the same batches."""
@@ -301,6 +303,7 @@ def test_products(curvature):
         )
 
 
+@pytest.mark.slow
 def test_a_batch_of_its_own_for_each_product():
     problem = Logistic(rows=300)
     w, lam = problem.minimum(problem.lam), problem.lam

@@ -93,6 +93,7 @@ class Run:
         return found
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", RUNS)
 def test_resume_bit_for_bit(name, tmp_path):
     straight = Run(name).steps(5)

@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[Any, int, float]] = {  # the method, outer steps at one
 FIRST_ORDER = ("f2sa", "v_pbgd")
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", slow_but(["saba", "f2sa"], METHODS))
 def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     ridge, (method, steps, tolerance) = Ridge(), METHODS[name]
@@ -35,6 +36,7 @@ def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     assert found.loss == pytest.approx(float(ridge.outer(bilevel.w, ridge.lam, None)), rel=1e-6)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", slow_but(("soba", "f2sa"), METHODS))
 def test_the_limit_agrees_with_finite_differences(name):
     """On logistic regression, whose Hessian moves with the weights, with an outer loss that depends on ``lam`` itself too."""
@@ -99,6 +101,7 @@ def test_a_neumann_series_of_few_terms_is_its_formula():
     torch.testing.assert_close(found.grad, -ridge.mixed(w, ridge.lam).T @ u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["v_pbgd"], FIRST_ORDER))
 def test_the_bias_of_a_penalty_falls_as_one_over_it(name):
     ridge, errors = Ridge(), []

@@ -31,6 +31,7 @@ def gradients(ridge, w, lam):
     return torch.autograd.grad(ridge.problem.inner(w, lam, None), w)[0]
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", slow_but(list(SOLVERS)[:2], SOLVERS))
 def test_a_fixed_number_of_steps_hardly_reads(name):
     kind, rates = SOLVERS[name]
@@ -69,6 +70,7 @@ def test_a_fixed_number_of_steps_is_that_many_updates_to_the_bit(name, steps):
     assert torch.equal(state.w, w)
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-9])
 @pytest.mark.parametrize("name", ["gradient descent", "heavy ball", "torch sgd"])
 def test_a_training_stops_near_the_first_step_that_meets_the_tolerance(name, rtol):

@@ -46,6 +46,7 @@ def same(loss, *given, backend="eager", fullgraph=True):
         close(got, want, rtol=RTOL)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize(  # every two values once
     ("backend", "rows", "damping"),
     [("eager", "batch", 1.0), ("eager", "joint", 0.7), ("aot_eager", "batch", 0.7), ("aot_eager", "joint", 1.0)],
@@ -64,12 +65,14 @@ def test_by_inductor():
     same(lambda u, a: square(fixed_point(tanh, torch.zeros_like(u), (u, a), **FIXED).value), *inputs(), backend="inductor")
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize(("trips", "terms"), [(1, 1), (1, 4), (7, 1)])
 def test_any_number_of_trips(trips, terms):
     methods: Any = {"solver": Picard(0.0, max_steps=trips), "adjoint": Implicit(Neumann(0.0, max_steps=terms))}
     same(lambda u, a: square(fixed_point(tanh, torch.zeros_like(u), (u, a), **methods).value), *inputs())
 
 
+@pytest.mark.slow
 def test_several_variables_and_arguments_that_are_no_tensors():
     def phi(s, u, a, scale, names):
         assert names == ("x", "y")
@@ -138,6 +141,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", slow_but(["a tolerance"], REFUSED))
 def test_what_is_no_graph_runs_beside_it_and_loses_no_gradient(what):
     def loss(u, a):

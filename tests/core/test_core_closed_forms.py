@@ -127,6 +127,7 @@ def thinned():
             yield pytest.param(problem, *case.values, marks=marks, id=f"{problem.__name__}-{case.id}")
 
 
+@pytest.mark.cases(quick=24, slow=100)
 @pytest.mark.parametrize(("problem", "solver", "adjoint", "rtol"), list(thinned()))
 def test_value_and_hypergradient(problem, solver, adjoint, rtol):
     phi, w0, params, rows = problem()
@@ -178,6 +179,7 @@ LINEAR_GRID = [
 ]
 
 
+@pytest.mark.cases(quick=12)
 @pytest.mark.parametrize(("name", "solver", "adjoint"), LINEAR_GRID)
 def test_linear_maps_of_known_spectrum(name, solver, adjoint):
     m = LINEAR[name]().requires_grad_()
@@ -200,6 +202,7 @@ def test_linear_maps_of_known_spectrum(name, solver, adjoint):
     close(grads[0], torch.outer(v, inverse @ b.detach()), rtol=1e-10, atol=1e-10 * scale * float(w.detach().norm()))
 
 
+@pytest.mark.cases(quick=13)
 @pytest.mark.parametrize(("solver", "adjoint", "rtol"), GRID)
 def test_ridge_regression_as_a_gradient_step(solver, adjoint, rtol):
     x, y = torch.randn(12, 3), torch.randn(12)
@@ -238,6 +241,7 @@ def test_mixed_dtypes_are_promoted_inside_and_restored(adjoint):
     close(got, torch.autograd.grad(want["y"].sum(), a)[0], rtol=1e-5)  # one leaf is float32
 
 
+@pytest.mark.cases(quick=34)
 @pytest.mark.parametrize("name", ADJOINTS)
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_no_rows(name, solver):

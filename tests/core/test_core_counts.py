@@ -72,6 +72,7 @@ def test_a_fixed_number_of_steps_reads_nothing_and_adds_one_kernel_to_the_algebr
     assert reads == 0 and kernels <= OWN + own + 1, names
 
 
+@pytest.mark.cases(quick=10)
 @pytest.mark.parametrize("kind", [Picard, Anderson, Broyden])
 @pytest.mark.parametrize("radius", [0.3, 0.7, 0.95])
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)

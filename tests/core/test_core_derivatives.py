@@ -94,6 +94,7 @@ def descent(w, m, b):
     return w - 0.5 * (w @ (torch.eye(2) + 0.2 * (m + m.t())) + 0.1 * w**3 - b)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", slow_but(("cg", "gmres"), LINEAR_SOLVERS))
 def test_every_derivative_with_every_linear_solver(name):
     adjoint = Implicit(LINEAR_SOLVERS[name], policy="raise")
@@ -167,6 +168,7 @@ def test_an_inexact_adjoint_refuses_every_second_derivative(name):
             second(m.detach())
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck_and_gradgradcheck(name):
     assert gradcheck(CASES[name], weights())
@@ -176,6 +178,7 @@ def test_gradcheck_and_gradgradcheck(name):
 NEWTONS = {"newton": Newton(1e-14), "chord": Chord(1e-14), "newton_krylov": NewtonKrylov(1e-14), "broyden": Broyden(1e-14)}
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", NEWTONS)
 def test_gradcheck_and_gradgradcheck_of_every_solver_with_an_implicit_adjoint(name):
     def value(m, b):
@@ -185,6 +188,7 @@ def test_gradcheck_and_gradgradcheck_of_every_solver_with_an_implicit_adjoint(na
     assert gradgradcheck(value, weights(2))
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize(
     "solver", [Newton(0, 0, 2), Newton(0, 0, 2, line_search=True), Chord(0, 0, 3), Broyden(0, 0, 4), RRE(0, 0, 8)]
 )
@@ -292,6 +296,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("closure", [False, True], ids=["args", "closure"])
 def test_transforms(name, closure):

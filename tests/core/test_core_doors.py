@@ -170,6 +170,7 @@ def thinned():
                 yield pytest.param(methods, name, door, marks=() if (i + 2 * j + k) % 5 == 0 else pytest.mark.slow)
 
 
+@pytest.mark.cases(quick=16, slow=100)
 @pytest.mark.parametrize(("methods", "name", "door"), list(thinned()))
 def test_every_door(methods, name, door):
     phi, reference = MAPS[name]
@@ -178,6 +179,7 @@ def test_every_door(methods, name, door):
         close(DOORS[door](way(phi, METHODS[methods], torch.zeros(3, 2))), want, rtol=RTOL, atol=1e-10)
 
 
+@pytest.mark.cases(quick=11)
 @pytest.mark.parametrize("door", [door for door in DOORS if "vmap" not in door])
 @pytest.mark.parametrize("methods", ["picard, neumann", "newton, gmres", "anderson, neumann"])
 def test_a_start_at_the_solution(methods, door):
@@ -185,6 +187,7 @@ def test_a_start_at_the_solution(methods, door):
     close(DOORS[door](by_args(phi, METHODS[methods], reference(M))), DOORS[door](reference), rtol=RTOL, atol=1e-10)
 
 
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.parametrize(
     ("methods", "way"),
     [
@@ -279,6 +282,7 @@ PARAMETER_DOORS = {
 }
 
 
+@pytest.mark.cases(quick=5, slow=45)
 @pytest.mark.parametrize("door", slow_but(list(PARAMETER_DOORS)[::2], PARAMETER_DOORS))
 @pytest.mark.parametrize("name", INSIDE)
 def test_derivatives_inside_the_map(name, door):
@@ -327,6 +331,7 @@ def test_a_solve_inside_the_map(door):
 # ---- complex states, aux, export, refusals
 
 
+@pytest.mark.slow
 def test_complex_states_are_pairs_of_real_ones():
     c, b = 0.2 * torch.complex(M, T), torch.complex(U, U.flip(0))
 

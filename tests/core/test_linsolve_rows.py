@@ -88,6 +88,7 @@ def right_or_told(found: Any, sizes: torch.Tensor, op: LinearOperator, b: torch.
         close(found.value, solution(op, b), rtol=1e4 * rtol, atol=1e3 * rtol * float(b.abs().max()))
 
 
+@pytest.mark.cases(quick=7, slow=78)
 @pytest.mark.parametrize(("rtol", "relative_to"), [(1e-3, "row"), (1e-8, "row"), (1e-8, "batch")])
 @pytest.mark.parametrize("kind", ["alike", "sizes", "zeros"])
 @pytest.mark.parametrize("strength", slow_but([0.3], [0.02, 0.3]))

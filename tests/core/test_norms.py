@@ -73,6 +73,7 @@ def test_values_and_running_statistics_are_those_of_pytorch(name: str) -> None:
     torch.testing.assert_close(form(*inputs), plain(inputs[0]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("name", CASES)
 def test_first_and_second_derivatives(name: str) -> None:
     _, form, inputs = made(name)

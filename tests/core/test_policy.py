@@ -47,6 +47,7 @@ def test_a_warning_points_at_the_callers_line():
     assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)]
 
 
+@pytest.mark.slow
 def test_a_failure_that_repeats_is_said_again():
     said = {}
     with warnings.catch_warnings(record=True) as caught:

@@ -188,6 +188,7 @@ def test_04_two_calls_before_one_backward_and_a_second_backward():
         torch.autograd.grad(one.sum(), m)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("adjoint", [EXACT, Implicit(NormalCG()), Implicit(Dense()), OneStep(), Phantom(), Unrolled()])
 @pytest.mark.parametrize("backward", slow_but([True], [False, True]))
 def test_04_nothing_outlives_the_solution(adjoint, backward):
@@ -247,6 +248,7 @@ ROW_ADJOINTS = {
 }
 
 
+@pytest.mark.cases(quick=12, slow=116)
 @pytest.mark.parametrize("bad", slow_but([math.inf], [math.nan, math.inf]))
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("adjoint", ROW_ADJOINTS.values(), ids=ROW_ADJOINTS)

@@ -170,6 +170,7 @@ def test_a_file_system_without_locks_is_said_before_the_download(tmp_path: Path,
 # --- processes that die --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_no_lock_and_its_half_files_are_removed(tmp_path: Path) -> None:
     first = start(tmp_path, seconds=600)
     wait_for(tmp_path / "started", first)
@@ -196,6 +197,7 @@ def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) 
     assert kept(tmp_path / "data" / "raw") == SIMPLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", slow_but(["between the two"], ["before the first", "between the two", "after the last"]))
 def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, moment: str) -> None:
     """Killed when the first file is half way to the disk, when it is there and the second is not, and when both are."""

@@ -367,6 +367,7 @@ def imported() -> None:
         importlib.import_module(name)
 
 
+@pytest.mark.cases(quick=10)
 @pytest.mark.parametrize("name", ROWS)
 def test_hostile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ROWS[name].make(place := Place(tmp_path / "place"), monkeypatch)

@@ -86,6 +86,7 @@ def task_of(*overrides: str) -> L2Task:
     return made.task
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("adjoint", ["saba_ijcnn1", "stocbio_ijcnn1", "soba_ijcnn1", "f2sa", "v_pbgd", "cg"])
 def test_the_problem_of_the_suite_takes_batches_and_is_measured_on_all_rows(root: Path, adjoint: str) -> None:
     task = task_of(f"paths.data={root}", f"adjoint={adjoint}", "task.batch_size=30", "task.val_batch_size=20")

@@ -75,6 +75,7 @@ def test_a_tiny_resnet_cell_under_every_solver(solver):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_first_and_second_derivatives_of_a_tiny_resnet_cell():
     x = torch.randn(1, 2, 3, 3, requires_grad=True)
     deq = DEQ(ResNetCell(2, 2, 1), Anderson(1e-12, max_steps=500), TIGHT, policy="raise")

@@ -80,6 +80,7 @@ def test_nothing_at_strength_0_and_a_number_is_a_strength_for_all(name: str) -> 
     assert torch.equal(regularise(x, torch.tensor(half, dtype=torch.float64), KEYS), regularise(x, half, KEYS))
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("name", EACH)
 def test_gradients_to_the_pixels_and_the_strength(name: str) -> None:
     regularise, high = EACH[name]

@@ -146,6 +146,7 @@ def test_a_batch_split_in_two_is_trained_on_the_same_images() -> None:
     assert torch.equal(torch.cat(halves), whole)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("mode", ["classic", "centred", "delta", "delta_linear"])
 def test_rounds_learn_and_resume_bit_for_bit(mode: str) -> None:
     made = task(mode=mode)

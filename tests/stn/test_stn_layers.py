@@ -155,6 +155,7 @@ def at_row(plain: nn.Module, stn: STN, delta: Tensor) -> nn.Module:
     return row
 
 
+@pytest.mark.cases(quick=13)
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("gate", ["unit", "scalar"])
 @pytest.mark.parametrize("name", KINDS)
@@ -207,6 +208,7 @@ def test_collapse_is_a_plain_network_with_the_weights_at_lam(name: str) -> None:
     torch.testing.assert_close(first(at_first(x))[2], first(stn(x, draw))[2], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.cases(quick=3, slow=10)
 @pytest.mark.parametrize("linear", slow_but([False], [False, True]))
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_every_kind_are_those_of_finite_differences(name: str, linear: bool) -> None:
@@ -227,6 +229,7 @@ def test_gradients_of_every_kind_are_those_of_finite_differences(name: str, line
     assert gradcheck(outputs, (draw.delta.detach().requires_grad_(), *inputs, *parameters.values()), fast_mode=True)
 
 
+@pytest.mark.cases(quick=14)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", KINDS)
 def test_linearised_each_kind_is_the_derivative_of_the_other(name: str, training: bool) -> None:
@@ -287,6 +290,7 @@ def test_the_linearised_network_is_the_derivative_of_the_other(training: bool) -
         assert any(not torch.equal(buffer, statistics[name]) for name, buffer in stn.named_buffers() if "running" in name)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("linear", [False, True])
 def test_gradients_of_weights_and_response(linear: bool) -> None:
     stn, x = network()

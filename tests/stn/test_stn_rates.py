@@ -68,6 +68,7 @@ def test_the_unit_of_the_validation_loss_does_not_matter(times: float) -> None:
     torch.testing.assert_close(one.space.u, other.space.u, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("start", [-30.0, -1.0, 0.5, 8.0])
 @pytest.mark.parametrize("curvature", [1e-4, 1.0, 1e5])
 def test_in_a_valley_the_steps_are_those_of_newton_where_it_bends_within_the_scale(start: float, curvature: float) -> None:

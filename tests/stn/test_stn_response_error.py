@@ -76,6 +76,7 @@ def test_the_true_response_has_no_error(mode: str) -> None:
     assert found.error < 1e-5 and found.share == pytest.approx(1.0, abs=1e-5) and found.gradients == 20
 
 
+@pytest.mark.cases(quick=6)
 @pytest.mark.parametrize("mode", ["classic", "centred", "delta"])
 @pytest.mark.parametrize("factor", [-1.0, 0.0, 0.5, 0.9, 1.3, 2.0])
 def test_a_multiple_of_the_true_response_has_its_own_error(factor: float, mode: str) -> None:
@@ -155,6 +156,7 @@ def noisy(every: int, mode: str = "centred", own: bool = False) -> SelfTuning:
     )
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("mode", slow_but(("delta_linear",), ["classic", "centred", "delta", "delta_linear"]))
 def test_nothing_of_the_training_changes_by_it(mode: str, own: bool) -> None:

@@ -163,6 +163,7 @@ def test_the_modes_of_the_network_stay() -> None:
     assert [each.training for each in tuner.model.modules()] == before and {*before} == {True, False}
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_continues_exactly_with_the_places_in_the_loaders(mode: str, own: bool) -> None:

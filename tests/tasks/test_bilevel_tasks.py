@@ -59,6 +59,7 @@ def environment(dtype: torch.dtype = torch.float64) -> Environment:
     return Environment(torch.device("cpu"), dtype, 0, False, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", slow_but(("l2", "weight_decay", "data_cleaning"), SMALL))
 def test_a_run_resumed_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     rows = {}
@@ -199,6 +200,7 @@ class Normalised(WeightDecayTask):
         return dataclasses.replace(parts, problem=problem, w=self.model.w, shapes={"decay": self.model.w}, module=module)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("inner", ["lbfgs", "adam", "torch_optimizer"])
 def test_a_check_is_about_the_gradient_step_whatever_trains_the_model(inner: str) -> None:
     task = made(*L2, f"inner={inner}", "task.l2.init=0.1")

@@ -109,6 +109,7 @@ def test_a_penalty_that_does_not_grow_is_refused_by_its_key(override, message):
         validate(cfg)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("adjoint", ["cg", "neumann_rough", "unrolled", "soba", "saba", "stocbio", "f2sa", "v_pbgd"])
 def test_the_experiment_takes_any_adjoint(adjoint):
     validate(composed("experiment=data_cleaning_mnist", f"adjoint={adjoint}"))
@@ -117,6 +118,7 @@ def test_the_experiment_takes_any_adjoint(adjoint):
 SHORT = {"stocbio": ["adjoint.steps=1", "adjoint.terms=1"], "f2sa": ["adjoint.steps=1"]}  # else the first step diverges already
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("adjoint", ["soba", "saba", "stocbio", "f2sa", "v_pbgd"])
 def test_a_run_in_which_a_method_diverges_keeps_its_last_good_checkpoint(adjoint, tmp_path):
     """The run says which step to lower and has failed; what it left is finite and from before."""

@@ -216,6 +216,7 @@ def test_steps_that_fell_back_are_counted() -> None:
     assert metrics["running/inner_failed"] == metrics["running/adjoint_failed"] == 0
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("stop", [2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("network", [TanhMLP(8), Two()], ids=["tanh", "two"])

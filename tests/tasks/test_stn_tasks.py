@@ -103,6 +103,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", slow_but(["ridge"], ["ridge", "quadratic"]))
 def test_a_run_that_goes_on_is_one_never_stopped(tmp_path: Path, task: str) -> None:
     lengths = ["optimizer.scheduler.T_max=9", "stn.weights.scheduler.T_max=9", "stn.response.scheduler.T_max=9"]
@@ -194,6 +195,7 @@ def test_a_run_leaves_its_trajectory(tmp_path: Path) -> None:
     assert {"stn/scale/x_range", "stn/entropy", "stn/train_loss", "stn/valid_loss", "stn/response_norm"} <= set(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "rounds"),
     [

@@ -205,6 +205,7 @@ def test_an_unrolled_adjoint_keeps_states_alone() -> None:
 # --- resume --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(quick=4)
 @pytest.mark.parametrize("warm_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("last_batch", ["keep", "drop"])
 @pytest.mark.parametrize("stop", [1, 3, 5])

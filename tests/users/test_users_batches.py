@@ -133,6 +133,7 @@ def equal(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(one, Tensor) else one == two
 
 
+@pytest.mark.cases(quick=3, slow=32)
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("before", slow_but([3], [0, 2, 3, 7]))
 def test_a_resumed_source_goes_on_with_the_same_batches(kind: str, before: int) -> None:
@@ -149,6 +150,7 @@ def test_a_resumed_source_goes_on_with_the_same_batches(kind: str, before: int) 
     assert equal(drawn(again, 9), rest)
 
 
+@pytest.mark.cases(quick=4)
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_look_at_the_next_batch_neither_loses_nor_repeats_one(kind: str) -> None:
     torch.manual_seed(1)

@@ -263,6 +263,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("kind", PASSING)
 @pytest.mark.parametrize("rows", ["joint", "auto"])
@@ -319,6 +320,7 @@ def test_vmap_over_gradients_of_solves() -> None:
     assert torch.allclose(torch.func.vmap(torch.func.grad(loss))(a), wanted, rtol=1e-9)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("inner", [ho.GradientDescent(step_size=0.2), ho.HeavyBall(step_size=0.2, momentum=0.3)])
 @pytest.mark.parametrize("adjoint", [EXACT, ho.Unrolled()], ids=["implicit", "unrolled"])
 def test_vmap_over_hypergradients_of_trained_problems(inner: Any, adjoint: Any) -> None:

@@ -194,6 +194,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.cases(quick=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_of_any_kind_is_replayed(kind):
     is_right(of(lambda: Own(kind)))

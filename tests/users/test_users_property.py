@@ -241,6 +241,7 @@ def test_the_check_finds_a_wrong_number(monkeypatch):
     assert problem.check().startswith("wrong")
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_state_moves_once_a_step_with_every_adjoint(layer):
     """Buffers after a hypergradient are those that a plain training leaves."""
@@ -291,6 +292,7 @@ def drawn_implicit(seed: int) -> tuple[float, float]:
     return float(at(lam).grad @ d), (at(lam + 1e-4 * d).loss - at(lam - 1e-4 * d).loss) / 2e-4
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("seed", range(8))
 def test_drawn_minima_by_implicit_adjoints(seed):
     got, want = drawn_implicit(seed)

@@ -196,6 +196,7 @@ LIKE_W = {
 }
 
 
+@pytest.mark.cases(quick=4, slow=30)
 @pytest.mark.parametrize("kind", slow_but(list(LIKE_W)[::2], LIKE_W))
 @pytest.mark.parametrize("adjoint", THROUGH, ids=repr)
 @pytest.mark.parametrize(

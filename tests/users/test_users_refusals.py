@@ -313,6 +313,7 @@ def test_a_layer_that_is_skipped_at_random_by_a_generator_of_python():
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize(
     ("optimizer", "lr", "options", "decay"),
     [

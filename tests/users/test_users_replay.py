@@ -44,6 +44,7 @@ def network(layer: str) -> tuple[nn.Module, hyperopt.BilevelProblem, hyperopt.Fu
     )
 
 
+@pytest.mark.cases(quick=4)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_products_by_finite_differences_are_those_by_autograd(layer):
     """Both see the numbers that the first evaluation draws."""
@@ -122,6 +123,7 @@ class Sampled:
         return self.factor() * (lam[:, None] * (torch.tanh(self.x @ w) - self.y).square()).mean()
 
 
+@pytest.mark.cases(quick=7)
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed(), Checkpointed(segment=3)], ids=str)
 @pytest.mark.parametrize(
     "kind", ["attribute in place", "attribute replaced", "number", "dict in place", "dict replaced", "list", "random"]

@@ -56,6 +56,7 @@ LONG = ("stocbio", "f2sa")  # they train ten times as long in each outer step
 AWAY = [(name, away) for name in SINGLE_LOOP for away in (0.0, 1e-15, 1e-12, 1e-6) if name not in LONG or away == 0]
 
 
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.parametrize(("name", "away"), slow_but([(name, 1e-15) for name in SINGLE_LOOP if name not in LONG], AWAY))
 def test_single_loop_from_trained_weights(name, away):
     lam = torch.tensor([0.1, 0.2], dtype=DOUBLE)
@@ -65,6 +66,7 @@ def test_single_loop_from_trained_weights(name, away):
     assert float((lam - 3).abs().max()) < 0.1
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("name", slow_but([name for name in SINGLE_LOOP if name not in LONG], SINGLE_LOOP))
 def test_single_loop_from_trained_weights_in_float32_and_at_zero(name):
     lam = torch.zeros(2)
@@ -104,6 +106,7 @@ INNER: dict[str, Any] = {
 }
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", slow_but(("gradient descent", "heavy ball to a tolerance", "torch adam"), INNER))
 def test_pretrained_start(name, dtype):

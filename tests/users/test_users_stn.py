@@ -230,6 +230,7 @@ class Decoder8(nn.Module):
         return self.o(x) + self.o(self.e(words)).mean(1, keepdim=True)
 
 
+@pytest.mark.cases(quick=3, slow=38)
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("training", slow_but([True], [True, False]))
 @pytest.mark.parametrize("name", NETWORKS)
@@ -354,6 +355,7 @@ def test_layers_frozen_under_way_stay(mode: str) -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.cases(quick=2, slow=8)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", slow_but([Tied, Sentences], [Tied, Functional, Sentences, Language]))
 def test_rounds_resume_bit_for_bit(make: Callable[[], nn.Module], mode: str) -> None:
@@ -424,6 +426,7 @@ def test_activations_that_are_computed_again() -> None:
         converted(Saving())(batch[0], model.space.draw(6)).sum().backward()
 
 
+@pytest.mark.cases(slow=4)
 @pytest.mark.parametrize("linear", slow_but([False], [False, True]))
 @pytest.mark.parametrize("make", slow_but([Tied], [Tied, Sentences, Functional]))
 def test_compiled_it_gives_the_same_numbers(make: Callable[[], nn.Module], linear: bool) -> None:

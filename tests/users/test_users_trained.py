@@ -59,6 +59,7 @@ def test_decay_of_sgd_is_a_penalty(options, curvature):
     torch.testing.assert_close(found.grad, -(2 * (X @ w - Y) * (X @ u) / 40).flatten(), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "extra"),
     [
@@ -98,6 +99,7 @@ def test_what_is_the_gradient_of_no_loss_is_refused_by_name(optimizer, options, 
     assert not w.any()
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize(
     ("optimizer", "options"), [("AdamW", {"weight_decay": 0}), ("ASGD", {"lambd": 0}), ("RAdam", {}), ("Rprop", {})]
 )
@@ -142,6 +144,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cases(quick=4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("alias", ["the same", "detached"])
 def test_one_tensor_at_two_places_is_one_variable(way, alias):
@@ -213,6 +216,7 @@ def test_parts_of_one_another_are_refused_and_parts_of_one_vector_are_welcome():
 METHODS = {"auto": "auto", "unrolled": Unrolled(), "checkpointed": Checkpointed(), "soba": hyperopt.SOBA(step_size=0.002)}
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_normalised_network_may_be_evaluated_after_training(method):
     torch.manual_seed(0)
