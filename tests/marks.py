@@ -46,7 +46,7 @@ def spread(cases: list[Any], count: int | None) -> list[Any]:
     left, seen, chosen = list(cases), set[Any](), list[Any]()
     if count is None or count >= len(cases):
         return left
-    pairs = {id(case): _pairs(case.callspec.indices) for case in left}
+    pairs = {id(case): _pairs(case.callspec.params) for case in left}
     while len(chosen) < count:
         best = max(left, key=lambda case: sum(weight for pair, weight in pairs[id(case)].items() if pair not in seen))
         chosen.append(best)
@@ -55,7 +55,7 @@ def spread(cases: list[Any], count: int | None) -> list[Any]:
     return chosen
 
 
-def _pairs(indices: dict[str, int]) -> dict[Any, int]:
-    """The values of a case, which weigh more, and their pairs."""
-    values = sorted(indices.items())
+def _pairs(params: dict[str, Any]) -> dict[Any, int]:
+    """The values of a case, which weigh more, and their pairs; the cases of a test share the objects that are their values."""
+    values = [(name, id(value)) for name, value in sorted(params.items())]
     return dict.fromkeys(itertools.combinations(values, 2), 1) | dict.fromkeys(values, 100)
