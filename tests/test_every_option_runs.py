@@ -105,7 +105,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=32)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 }
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=14)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
 @pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:

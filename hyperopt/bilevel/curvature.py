@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.own_functions import check_own_functions
 from hyperopt.core import distributed
 from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
@@ -89,15 +90,16 @@ class Hessian(Curvature):
             it again, which costs one more gradient a product and saves a sixth to a quarter of the peak memory. None: it is kept
             if it takes at most 64 MiB, or if a product stays within the memory of three training steps, by the tensors that the
             graph has saved; of several ranks, if this holds on all of them.
+        check: whether autograd Functions in the loss are checked; a step size needs no exact products.
 
     Raises:
         ValueError: the inner loss does not depend on ``w``.
     """
 
-    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, *, keep: bool | None = True) -> None:
+    def __init__(self, inner: Evaluation, w: Leaves, lam: Leaves, *, keep: bool | None = True, check: bool = True) -> None:
         """Compute the gradient with its graph."""
         super().__init__(w, lam)
-        self._inner, self._keep, self._releases = inner, bool(keep), keep is not True
+        self._inner, self._keep, self._releases, self._check = inner, bool(keep), keep is not True, check
         loss, grads = self._differentiate()
         self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
         self.missing = [i for i, g in enumerate(grads) if g is None]
@@ -116,9 +118,11 @@ class Hessian(Curvature):
 
     def _differentiate(self) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Return the inner loss and its gradient, and keep the graph."""
-        with torch.enable_grad():
-            loss = self._inner(self.w.tree, self.lam.tree)
-            grads = differentiate(loss, self.w.flat)
+
+        def inner(w: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor:
+            return self._inner(self.w.like(w), self.lam.like(lam))
+
+        loss, grads = differentiate(inner, self.w.flat, self.lam.flat, check=self._check)
         self.gradients += 1
         # Entries of the gradient that are constant have no graph and contribute nothing to a product.
         kept = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
@@ -193,23 +197,41 @@ def second_derivatives() -> Iterator[None]:
         ) from error
 
 
-def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = True) -> Sequence[Tensor | None]:
-    """Return the gradient of the inner loss, with its graph if asked for; None for leaves on which the loss does not depend.
+def differentiate(
+    function: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    leaves: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
+    *,
+    create_graph: bool = True,
+    check: bool = True,
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the inner loss and its gradient, None for leaves on which the loss does not depend.
+
+    Args:
+        function: the inner loss of the weights and of other tensors.
+        leaves: the weights.
+        others: the hyperparameters.
+        create_graph: whether the gradient has a graph.
+        check: whether autograd Functions on the way are checked if it has one.
 
     Raises:
         ValueError: the loss does not depend on any leaf.
     """
+    with torch.enable_grad():
+        loss = function(leaves, others)
     found: Sequence[Tensor | None] = [None]
     if loss.requires_grad:
-        with second_derivatives(), refuse_constant_gradients([loss] * create_graph, leaves):
+        with second_derivatives(), refuse_constant_gradients([loss] * create_graph, leaves) as nodes:
             found = pull([loss], leaves, [torch.ones_like(loss)], keep=create_graph, create_graph=create_graph)
             if create_graph:
                 refuse_once(found, leaves)
+        if nodes and check:
+            check_own_functions(nodes, function, leaves, others)
     if any(g is None for g in found):
         refuse_reentrant(loss)
     if all(g is None for g in found):
         unaffected()
-    return found
+    return loss, found
 
 
 def unaffected() -> NoReturn:

@@ -96,15 +96,16 @@ class GradientMap:
         self.inner.check_rates(weights, lam)
         leaves, spec = optree.tree_flatten(weights)
 
-        def loss(*at: Tensor) -> Tensor:
-            return evaluation(optree.tree_unflatten(spec, at), lam)
+        others, hyper = optree.tree_flatten(lam)
+
+        def loss(at: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+            return evaluation(optree.tree_unflatten(spec, list(at)), optree.tree_unflatten(hyper, list(others)))
 
         if functorch_level():  # inside a torch.func transform new leaves cannot be made
-            grads = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+            grads = torch.func.grad(loss)(leaves, others)
         else:
-            with torch.enable_grad():
-                at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
-                found = differentiate(loss(*at), at, create_graph=wanted)
+            at = [x if wanted and x.requires_grad else x.detach().requires_grad_() for x in leaves]
+            _, found = differentiate(loss, at, others, create_graph=wanted)
             grads = [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
         old: list[Tensor] = list(state["buffers"]) if self._state_is_dict else []
         moved, buffers = self.inner.advance(leaves, grads, old, lam)

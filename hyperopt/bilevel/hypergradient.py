@@ -245,7 +245,7 @@ class Bilevel:
         """
         problem, w = self.problem.at_next_batch(), self.state.w
         evaluation = Evaluation(problem, problem.inner_batches.draw())
-        largest, _ = largest_curvature(Hessian(evaluation, Leaves.of(w, "w"), Leaves.of(lam, "lam")))
+        largest, _ = largest_curvature(Hessian(evaluation, Leaves.of(w, "w"), Leaves.of(lam, "lam"), check=False))
         if not 0 < largest < math.inf:
             raise ValueError(
                 f"the largest curvature of the inner loss is {largest:g} at the present weights, so its gradient-step map has no "

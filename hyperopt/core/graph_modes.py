@@ -142,7 +142,7 @@ def _nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> Iterato
 
 
 @contextlib.contextmanager
-def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> Iterator[None]:
+def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> Iterator[list[Any]]:
     """Refuse an ``autograd.Function`` that in this block returns a gradient without a graph, as ``numpy`` and ``.data`` do.
 
     A gradient is linear in what the Function's backward is given. If that has a graph, then so has the gradient, or it is zero.
@@ -151,6 +151,9 @@ def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]
     Args:
         outputs: the tensors that are differentiated in the block, with ``create_graph=True``.
         until: tensors at which the search of the graph stops.
+
+    Yields:
+        The nodes of the graph that belong to an ``autograd.Function``.
 
     Raises:
         RuntimeError: the message names the Function.
@@ -169,7 +172,7 @@ def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]
     handles = [node.register_prehook(before) for node in nodes]
     handles += [node.register_hook(lambda found, _, node=node: after(node, found)) for node in nodes]
     try:
-        yield
+        yield nodes
     finally:
         for handle in handles:
             handle.remove()

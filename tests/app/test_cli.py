@@ -97,7 +97,7 @@ FAKE = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_three_processes_at_once(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = [subprocess.Popen([sys.executable, "-c", FAKE], cwd=tmp_path, env=env) for _ in range(3)]

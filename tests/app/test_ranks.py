@@ -139,6 +139,7 @@ def test_a_refused_launch_ends_all_ranks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.manual
 @pytest.mark.parametrize(
     "number",
     [

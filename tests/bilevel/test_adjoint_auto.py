@@ -79,6 +79,7 @@ def finite(estimate):
 # ---- networks by the defaults
 
 
+@pytest.mark.cases(slow=4)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(DOUBLE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", slow_but(["two layers"], NETWORKS))
 def test_the_defaults_tune_a_network(name, dtype):
@@ -120,6 +121,7 @@ def test_from_any_weights_the_hypergradient_is_a_number(name, steps):
         assert estimate.metrics()["adjoint/choice"] in (0.0, 1.0, 2.0, 3.0)
 
 
+@pytest.mark.manual
 @pytest.mark.parametrize(
     "name", [pytest.param("convolutional", marks=pytest.mark.slow), pytest.param("dropout", marks=pytest.mark.manual)]
 )

@@ -57,6 +57,7 @@ DRAWN = [(name, *kind) for kind in KINDS for name in NETWORKS]
 SLOW = [(name, 10, DOUBLE) for name in [*NETWORKS][::2]]
 
 
+@pytest.mark.cases(slow=1)
 @pytest.mark.parametrize(
     ("name", "size", "dtype"),
     [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else pytest.mark.manual) for case in DRAWN],
@@ -112,6 +113,7 @@ def regression(size, rows=240, dim=24, keep=1.0):
     return problem, w, lam, -w * torch.linalg.solve(hessian, b)
 
 
+@pytest.mark.cases(slow=1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "keep", "name"),

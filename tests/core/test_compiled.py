@@ -141,6 +141,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.cases(slow=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("what", slow_but(["a tolerance"], REFUSED))
 def test_what_is_no_graph_runs_beside_it_and_loses_no_gradient(what):

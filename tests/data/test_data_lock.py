@@ -102,7 +102,7 @@ def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Pat
     assert kept(tmp_path / "data" / "raw") == SIMPLE  # and no lock
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_of_five_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
     processes = [start(tmp_path, seconds=0.3) for _ in range(5)]
     assert [process.communicate()[0] for process in processes] == ["True\n"] * 5
@@ -136,7 +136,7 @@ def test_of_processes_that_load_a_dataset_at_once_one_downloads_it(
     assert kept(tmp_path / "root" / "MNIST" / "raw") == FILES
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_processes_that_all_fail_leave_no_file_behind(tmp_path: Path) -> None:
     processes = [start(tmp_path, outcome="fails") for _ in range(3)]
     for process in processes:

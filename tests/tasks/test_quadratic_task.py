@@ -64,7 +64,7 @@ METHODS = {
 }
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=3)
 @pytest.mark.parametrize("name", slow_but(["cg", "soba"], METHODS))
 def test_every_method_descends(name: str) -> None:
     deterministic = {"batch_size": None, "val_batch_size": None, "inner": GradientDescent(step_size=0.5, max_steps=30)}

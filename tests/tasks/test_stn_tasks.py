@@ -210,7 +210,7 @@ def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, s
     assert close and 1.7 < close[0]["hyper/x_range"] < 3.2
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.parametrize(
     ("start", "rates"),
     [

@@ -30,7 +30,7 @@ RISE = 1e3  # training diverges if the gradient exceeds this multiple of the sca
 
 def curvature_at(problem: BilevelProblem, w: Leaves, lam: Any, batch: Any) -> Callable[[], Hessian]:
     """Return a function that builds the Hessian of the inner loss at a point, by a new evaluation."""
-    return lambda: Hessian(Evaluation(problem, batch), w, Leaves.of(lam, "lam"))
+    return lambda: Hessian(Evaluation(problem, batch), w, Leaves.of(lam, "lam"), check=False)
 
 
 def steepness(make: Callable[[], Hessian]) -> float:
@@ -251,7 +251,5 @@ def gradient(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Any) -> tuple[T
     Raises:
         ValueError: the loss does not depend on ``w``.
     """
-    with torch.enable_grad():
-        value = loss(w.tree, lam)
-        found = differentiate(value, w.flat, create_graph=False)
+    value, found = differentiate(lambda leaves, _: loss(w.like(leaves), lam), w.flat, create_graph=False)
     return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=True)]
