@@ -39,6 +39,7 @@ def commands() -> list[list[str]]:
     return [words[1:] if words[:1] == ["check"] else words for words in jobs]
 
 
+@pytest.mark.cases(quick=7)
 @pytest.mark.parametrize("code", blocks("python"))
 def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process: that it all imports on its own is test_imports.py's, and importing torch takes longer than the code.
@@ -47,6 +48,7 @@ def test_the_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(code, "README", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.cases(quick=16)
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_the_commands_compose(argv: list[str]) -> None:
     words = [word for word in argv if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))]

@@ -35,6 +35,7 @@ def test_the_main_job_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_knows_the_metric_of_a_check_that_is_done(tmp_path: Path) -> None:
     worst = check(tmp_path)
     assert finished(composed(*SMALL, "device=cpu"), RunDirectory(tmp_path)) == worst

@@ -354,6 +354,7 @@ def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str
         validate(composed(f"task={task}", f"adjoint={name}"))
 
 
+@pytest.mark.cases(quick=6)
 @pytest.mark.parametrize(("overrides", "key", "kind", "choice"), KINDS, ids=lambda value: str(value)[:60])
 def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -80,6 +80,7 @@ def test_what_is_read_back_has_the_metrics_of_the_run(name: str, runs: Any) -> N
     assert f"# {found.card['name']}\n" in card.read_text() and not found.module.training
 
 
+@pytest.mark.slow
 def test_a_layer_of_several_states(runs: Any) -> None:
     folder = runs("task=coupled", "task.rows=7")
     found = load_exported(export(folder)[0])
@@ -103,6 +104,7 @@ def test_a_self_tuned_network_is_plain(name: str, outputs: str, runs: Any) -> No
         )
 
 
+@pytest.mark.slow
 def test_tuned_dropout_comes_along(runs: Any) -> None:
     found = load_exported(export(runs(*CASES["stn"]))[0])
     rates = {name: module.p for name, module in found.module.named_modules() if isinstance(module, torch.nn.Dropout)}

@@ -124,6 +124,7 @@ def test_a_directory_that_becomes_read_only(tmp_path: Path, monkeypatch: pytest.
     whole_again(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     want = uninterrupted(tmp_path / "whole", config())
     out = tmp_path / "run"
@@ -226,6 +227,7 @@ def old_format(last: Path) -> None:
     torch.save({"format": 1}, last)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("spoil", [hostile, foreign, old_format])
 def test_a_refused_checkpoint_leaves_the_run_as_it_was(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     go(config(), tmp_path)

@@ -510,6 +510,7 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or one != one)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("previous", [True, False])
 def test_three_hundred_flipped_bits(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, previous: bool) -> None:
     last = tmp_path / "last.pt"
@@ -685,6 +686,7 @@ def test_a_look_at_ones_own_run_leaves_its_lock(place: Place) -> None:
     assert directory.running is False
 
 
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("row", slow_but(["unsafe"], ["rows", "checkpoint", "unsafe", "content"]))
 def test_the_command_changes_nothing_where_it_refuses_to_go_on(command: Launcher, tmp_path: Path, row: str) -> None:
     place = Place(tmp_path / "place")

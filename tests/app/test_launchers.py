@@ -199,6 +199,7 @@ def without_time(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(path)]
 
 
+@pytest.mark.slow
 @needs("joblib")
 def test_joblib(command: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(workers.THREADS, raising=False)

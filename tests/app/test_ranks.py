@@ -71,7 +71,7 @@ def four(tmp_path_factory, names):
     return folder
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)

@@ -111,7 +111,7 @@ def test_time_limit(tmp_path: Path) -> None:
     assert 1 < summary(tmp_path)["steps"] < 10**6
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("group", ["a", "b"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_hypergradient_not_finite(tmp_path: Path, group: str, value: float) -> None:

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before_it(tmp_path: Pa
     assert rows(out) == want
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("killed", [None, 3])
 def test_goes_back_to_an_own_earlier_checkpoint(tmp_path: Path, killed: int | None) -> None:
     want = uninterrupted(tmp_path / "whole", config())
@@ -208,6 +208,7 @@ def test_extending_a_finished_run_equals_a_longer_one(tmp_path: Path) -> None:
     assert session_starts(tmp_path / "run") == 1
 
 
+@pytest.mark.slow
 def test_stopped_over_and_over_the_event_files_hold_every_number_once(tmp_path: Path) -> None:
     for name in ("whole", "run"):
         overridden(tmp_path / name, "optimizer.lr=0.05")

@@ -185,6 +185,7 @@ def test_a_grid_visits_each_point_once(tmp_path: Path) -> None:
     assert {each["a"] for each in seen} == {"0.0", "0.25", "0.5", "0.75"}
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cma_es", "nsga_ii", "grid"])
 def test_a_search_in_two_sessions_proposes_what_one_session_does(sampler: str, tmp_path: Path) -> None:
     where = BOWL if sampler != "grid" else BOWL[1:]

@@ -63,6 +63,7 @@ def test_a_run_starts_from_the_best_step_of_another(tmp_path: Path) -> None:
     assert f"init_from: {tmp_path}/first" in (tmp_path / "second" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_resume_needs_the_same_start_and_does_not_read_it_again(tmp_path: Path) -> None:
     go(config(), tmp_path / "first")
     cfg: Any = {"init_from": str(tmp_path / "first")}
@@ -77,6 +78,7 @@ def test_a_resume_needs_the_same_start_and_does_not_read_it_again(tmp_path: Path
     assert json.loads((tmp_path / "short" / "run.json").read_text())["init_from"]["step"] is not None
 
 
+@pytest.mark.slow
 def test_other_files_are_starts_too(tmp_path: Path) -> None:
     go(config(), tmp_path)
     cfg, here = config(), RunDirectory(tmp_path / "new")

@@ -128,7 +128,7 @@ def test_ids_from_a_strange_file_are_not_used(tmp_path: Path) -> None:
     assert tracked.known("mlflow") == "abc-1" and tracked.known("wandb") is None
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_missing_package_is_refused_before_the_run(launch: Launcher, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     find = importlib.util.find_spec

@@ -140,6 +140,7 @@ def test_the_mean_over_draws_is_near_the_exact_hypergradient(size, keep, name):
     assert float(each.median()) < (1e-5 if name == "CG" else 0.6)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("size", [12, 24, 60])
 def test_the_inverse_of_one_batch_would_be_far_off(size):
     """What this is for: the same systems by conjugate gradients, each on one batch."""

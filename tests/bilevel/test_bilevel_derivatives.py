@@ -347,6 +347,7 @@ def test_memory_and_time_of_a_product_do_not_depend_on_their_number():
     assert peaks[1] < 1.02 * peaks[0]
 
 
+@pytest.mark.slow
 def test_memory_of_recomputed_training_grows_like_the_root_of_the_steps():
     from hyperopt.core.memory import peak_memory
 

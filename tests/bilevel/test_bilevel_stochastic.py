@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Any, int, float]] = {  # the method, outer steps at one
 FIRST_ORDER = ("f2sa", "v_pbgd")
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("name", slow_but(["saba", "f2sa"], METHODS))
 def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     ridge, (method, steps, tolerance) = Ridge(), METHODS[name]

@@ -123,6 +123,7 @@ def test_a_given_optimizer_gets_the_gradients_as_they_are_unless_told() -> None:
     torch.testing.assert_close(before - off.space.u.detach(), ETA["values"] * steps["given"], rtol=1e-12, atol=0)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("rounds", [None, 8])
 @pytest.mark.parametrize("update", ["joint", "sequential"])
 def test_the_default_resumes_bit_for_bit(update: str, rounds: int | None) -> None:

@@ -223,6 +223,7 @@ def test_a_saturated_hyperparameter_is_said_once(caplog: pytest.LogCaptureFixtur
     assert [text for text in caplog.messages if "noise has come to its bound 1" in text] == caplog.messages
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
     def trivial(model: STN, batch: Any, draw: Draw) -> Tensor:
         return 1e-6 * train_loss(model, batch, draw)

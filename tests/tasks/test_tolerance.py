@@ -74,6 +74,7 @@ def gradients(of: EquilibriumTask, optimizer: torch.optim.Optimizer) -> tuple[li
     return found, of.step(optimizer, lambda groups: found.extend(g.clone() for each in groups.values() for g in each))
 
 
+@pytest.mark.slow
 def test_the_relative_error_stays_where_a_fixed_tolerance_lets_it_grow() -> None:
     fixed, same = relative_errors()
     driven, tolerances = relative_errors(tolerance="gradient")

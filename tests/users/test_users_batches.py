@@ -247,6 +247,7 @@ def test_training_on_a_loader_is_training_on_its_batches(adjoint: Any) -> None:
     assert torch.allclose(found.grad, torch.autograd.grad(loss, lam)[0], rtol=1e-10)
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("kind", ["shuffled", "dicts", "iterable"])
 def test_a_run_that_was_stopped_gives_the_same_numbers(kind: str) -> None:
     class Both(IterableDataset[Any]):

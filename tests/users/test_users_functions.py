@@ -59,6 +59,7 @@ def estimate(function: Any, adjoint: Any, dtype: torch.dtype, start: float = 0.0
     return hyperopt.hypergradient(problem, w, lam, inner=inner, adjoint=adjoint, **given).grad
 
 
+@pytest.mark.cases(quick=4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("adjoint", [Implicit(CG()), Unrolled(), "auto"], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("name", ["saved", "attribute"])
@@ -74,6 +75,7 @@ def test_a_tensor_kept_without_a_graph_is_found(name, adjoint, dtype):
     assert torch.equal(found, again)
 
 
+@pytest.mark.cases(quick=6)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("adjoint", [Implicit(CG()), Unrolled(), "auto", FiniteDifference()], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("name", ["output", "straight through"])

@@ -259,6 +259,7 @@ def test_another_thread_keeps_its_own_numbers_of_python():
     assert len(set(drawn)) == len(drawn) > 10
 
 
+@pytest.mark.cases(quick=2)
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("old", [False, True])

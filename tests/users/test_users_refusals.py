@@ -224,6 +224,7 @@ def test_a_map_that_is_differentiable_once_has_a_first_derivative_and_no_second(
         torch.autograd.grad(g, a)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_compiled_code_has_no_second_derivative():
     net = torch.compile(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double(), backend="aot_eager")

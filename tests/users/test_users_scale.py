@@ -125,6 +125,7 @@ def test_pretrained_start(name, dtype):
         assert float((found.grad - exact).norm() / exact.norm()) < tolerance
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", ["gradient descent", "heavy ball", "adam"])
 def test_pretrained_start_by_unrolling(name):
     ridge = Ridge()

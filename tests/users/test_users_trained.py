@@ -42,6 +42,7 @@ def run(
     )
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("curvature", slow_but(["hessian"], ["hessian", "finite_differences"]))
 @pytest.mark.parametrize(
     "options",
