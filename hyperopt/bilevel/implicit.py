@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
@@ -197,13 +197,13 @@ class ImplicitEstimator(ProductSettings, Estimator):
         """Solve the adjoint system. A failed solve returns NaN, so that no wrong hypergradient is made from it."""
         operator = StepMap(at.curvature, self._step(at, self.adjoint.iterates))
         trial = self.adjoint
-        if isinstance(trial, Implicit) and trial.iterates and trial.policy in ("raise", "warn"):
-            trial = replace(trial, policy="ignore")  # a failure is reported below, once the step is known to be stable
+        if trial.iterates and trial.policy in ("raise", "warn"):
+            trial = trial.ignoring()  # a failure is reported below, once the step is known to be stable
         u, stats = self._solve(trial, operator, at)
         if trial.iterates and self._too_long(operator, at):
             operator = StepMap(at.curvature, self._shorter(operator, at.state))
             u, stats = self._solve(trial, operator, at)
-        if isinstance(self.adjoint, Implicit) and trial is not self.adjoint:
+        if trial is not self.adjoint:
             report(stats, self.adjoint.policy, "adjoint")
         note = self._note(stats.status, operator)
         if stats.status >= Status.breakdown and not self._accepts(stats.status):

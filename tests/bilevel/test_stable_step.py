@@ -18,6 +18,7 @@ from hyperopt.bilevel.step_map import Known, PowerSettings, largest_curvature
 
 SIZE = 40
 NEUMANN = hyperopt.Implicit(hyperopt.Neumann(rtol=1e-10, max_steps=2000), policy="raise")
+DAMPED = hyperopt.Damped(damping=0.01, linear_solver=NEUMANN.linear_solver, policy="raise")
 FEW_TERMS = hyperopt.Implicit(hyperopt.Neumann(rtol=0.0, max_steps=12), policy="ignore")
 
 
@@ -34,7 +35,7 @@ def scales(first: float, second: float) -> Tensor:
     return scale
 
 
-@pytest.mark.parametrize("adjoint", [NEUMANN, FEW_TERMS], ids=["to a tolerance", "few terms"])
+@pytest.mark.parametrize("adjoint", [NEUMANN, DAMPED, FEW_TERMS], ids=["to a tolerance", "damped", "few terms"])
 def test_an_eigenvector_that_is_remembered_is_not_believed(adjoint: Any) -> None:
     """The second problem has the first one's direction as an eigenvector, with a sixth of the largest curvature."""
     lam, w = torch.tensor(1.0, dtype=DOUBLE), torch.zeros(SIZE, dtype=DOUBLE)
@@ -50,6 +51,8 @@ def test_an_eigenvector_that_is_remembered_is_not_believed(adjoint: Any) -> None
     assert bilevel.state.memory["power"]["size"] == pytest.approx(30, rel=0.02)
     if adjoint is NEUMANN:
         torch.testing.assert_close(found.grad, -(1 / now).sum(), rtol=1e-8, atol=0)
+    if adjoint is DAMPED:  # in the units of step times the Hessian, where the step is 1 / 30 to the two digits above
+        torch.testing.assert_close(found.grad, -(1 / (now + 0.3)).sum(), rtol=0.02, atol=0)
 
 
 def test_the_remembered_curvature_takes_one_product_where_it_holds() -> None:

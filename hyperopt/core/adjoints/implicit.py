@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,10 +69,12 @@ class ImplicitAdjoint(Adjoint):
         exact: whether it may be differentiated again.
         remedy: what to change if it may not, for messages.
         iterates: whether its value, or its convergence, depends on the scaling of the map; see ``LinearSolver.iterates``.
+        policy: what to do if its solve fails; ``ignore`` if there is none.
     """
 
     exact: bool
     iterates = True
+    policy: str = "ignore"
     remedy = "give its linear solver rtol > 0, or set allow_inexact=True"
 
     def run(self, problem: Problem) -> Solution:
@@ -98,6 +100,10 @@ class ImplicitAdjoint(Adjoint):
     def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
         """Return a start, given the solution ``near`` of a similar system, and the number of products with M it took."""
         return near, 0
+
+    def ignoring(self) -> ImplicitAdjoint:
+        """Return the same adjoint with ``policy="ignore"``; one with another policy is a dataclass that has this field."""
+        return self if self.policy == "ignore" else replace(self, policy="ignore")  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
