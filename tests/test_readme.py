@@ -21,7 +21,7 @@ EXAMPLES = [Path("experiments", name, "README.md") for name in ("bilevel", "stn"
 TEXTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in (*PAGES, *EXAMPLES)}
 README = TEXTS[Path("README.md")]
 STUDY_HEADINGS = ["Question", "Command", "Results", "What was learned"]
-OTHER_FORM = {"maml", "own_loop", "stn", "tutorials", "weight_net"}  # pages that do not have these headings yet
+OTHER_FORM = {"maml", "stn", "tutorials", "weight_net"}  # pages that do not have these headings yet
 
 
 def blocks(language: str) -> list[str]:
