@@ -92,29 +92,35 @@ def count(outcomes: list[dict[str, Any]]) -> str:
 
 
 def details(libraries: dict[str, Any]) -> str:
-    """Every failure, refusal and remark, in Markdown."""
+    """What was done and seen, a table for each library, in Markdown."""
     lines = []
     for name in (name for name in LIBRARIES if name in libraries):
         versions = ", ".join(f"{package} {version}" for package, version in libraries[name]["versions"].items())
-        lines.append(f"\n### {name} ({versions})\n")
+        lines += [
+            f"\n### {name} ({versions})\n",
+            "| trap | what was done, or why not; remarks | numbers | what the library reported |",
+        ]
+        lines.append("|---|---|---|---|")
         for outcome in libraries[name]["outcomes"]:
-            parts = [outcome["reason"] or outcome["did"]]
-            numbers = outcome["numbers"].items()
-            parts += [f"{key} {'not finite' if value is None else format(value, '.3g')}" for key, value in numbers]
-            parts += [f"said: {outcome['said']}"] if outcome["said"] else []
-            parts += [outcome["remark"]] if outcome["remark"] else []
-            text = "; ".join(parts).replace("|", "\\|").replace("<", "\\<")
-            lines.append(f"- **{outcome['trap']} {outcome['verdict']}**: {text}")
+            numbers = [f"{key} {'not finite' if x is None else format(x, '.3g')}" for key, x in outcome["numbers"].items()]
+            done = "; ".join(filter(None, (outcome["reason"] or outcome["did"], outcome["remark"])))
+            text = " | ".join(
+                each.replace("|", "\\|").replace("<", "\\<")
+                for each in (f"{outcome['trap']} {outcome['verdict']}", done, "; ".join(numbers), outcome["said"])
+            )
+            lines.append(f"| {text} |")
     return "\n".join(lines)
 
 
 def criteria() -> str:
     """What each trap asks, in Markdown."""
-    return "\n".join(
-        f"{trap.number}. **{trap.name}**: {trap.criterion} Measured: "
-        + "; ".join(f"{name} (at most {limit:g})" for name, limit in trap.limits.items())
-        for trap in TRAPS
-    )
+    lines = []
+    for trap in TRAPS:
+        limits = ", ".join(f"{limit:g} ({name})" for name, limit in trap.limits.items())
+        lines.append(
+            f"{trap.number}. **{trap.name}**: {trap.criterion} The limit{'s are' if len(trap.limits) > 1 else ' is'} {limits}."
+        )
+    return "\n".join(lines)
 
 
 def write(results: dict[str, Any]) -> None:

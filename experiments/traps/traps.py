@@ -34,23 +34,23 @@ TRAPS = [
     Trap(
         2,
         "failed backward solve",
-        "The forward solve is exact, the adjoint solve may take 3 steps on a map of radius 0.99: the gradient is within 1e-3, or "
-        "the library says that the solve failed.",
+        "The forward solve is exact, and the adjoint solve may take 3 steps on a map of radius 0.99. The gradient is within "
+        "1e-3, or the library says that the solve failed.",
         {"relative error of the gradient": 1e-3},
     ),
     Trap(
         3,
         "linear solvers",
-        "Every public linear solver gives 3 for 2x = 6, 4 for x/2 = 2, 2 for 3x/2 = 3, 0 for a right-hand side of 0, and a "
-        "system of three, each within 1e-6, or says that it failed.",
+        "Every public linear solver solves 2x = 6, x/2 = 2, 3x/2 = 3, an equation with a right-hand side of 0, and a system of "
+        "three equations. Each solution is within 1e-6, or the solver says that it failed.",
         {"largest error": 1e-6},
         firm=("largest error",),
     ),
     Trap(
         4,
         "several backwards",
-        "Two solves before one backward, and a second backward through one solve, give gradients within 1e-6 without a hang; "
-        "what a solve made is freed when its result is dropped, with no backward made.",
+        "Two solves before one backward, and a second backward through one solve, give gradients within 1e-6 without a hang. "
+        "When a result is dropped before any backward, everything that its solve made is freed.",
         {"relative error, two solves": 1e-6, "relative error, second backward": 1e-6, "evaluations still alive": 0},
         firm=(
             "relative error, two solves",
@@ -61,7 +61,7 @@ TRAPS = [
     Trap(
         5,
         "one bad row",
-        "One row of a batch of four has a NaN in its data: states and gradients of the others are within 1e-6.",
+        "One row of a batch of four has a NaN in its data. States and gradients of the other rows are within 1e-6.",
         {"relative error of the other states": 1e-6, "relative error of the other gradients": 1e-6},
         firm=(
             "relative error of the other states",
@@ -71,15 +71,15 @@ TRAPS = [
     Trap(
         6,
         "damped iteration",
-        "Damped by 0.01 at a tolerance of 1e-4, the state's true residual, absolute or relative, whichever is less, is at most "
-        "twice the tolerance.",
+        "The iteration is damped by 0.01 and stops at a tolerance of 1e-4. The state's true residual is at most twice the "
+        "tolerance; the smaller of the absolute and the relative residual counts.",
         {"true residual / tolerance": 2.0},
     ),
     Trap(
         7,
         "Anderson's scale",
-        "The same map at scales 1e-3, 1 and 1e3, tolerance scaled with it, takes as many evaluations, to a quarter; with "
-        "max_steps=2 the state is nearer to the fixed point than the start.",
+        "The same map is solved at scales 1e-3, 1 and 1e3, with the tolerance scaled too. The numbers of evaluations are the "
+        "same to a quarter. With max_steps=2 the state is nearer to the fixed point than the start.",
         {"most / least evaluations": 1.25, "distance after 2 steps / at the start": 0.999},
         firm=("most / least evaluations",),
     ),
@@ -93,35 +93,36 @@ TRAPS = [
     Trap(
         9,
         "whole-batch stopping",
-        "Eight rows, one at rate 0.99 and seven at 0.1: at most 1.5 times the row evaluations of the rows solved one by one.",
+        "A batch has one row at rate 0.99 and seven at 0.1. It takes at most 1.5 times the row evaluations of the rows solved "
+        "one by one.",
         {"row evaluations / one by one": 1.5},
         firm=("row evaluations / one by one",),
     ),
     Trap(
         10,
         "one-step gradients",
-        "With the library's default settings, state and gradient are those of the fixed point, to 1e-2.",
+        "With the library's default settings, state and gradient are those of the fixed point to 1e-2.",
         {"relative error of the state": 1e-2, "relative error of the gradient": 1e-2},
     ),
     Trap(
         11,
         "batch statistics",
-        "A map with a BatchNorm in training mode: one forward and backward updates the running statistics at most once, or the "
-        "map is refused.",
+        "The map has a BatchNorm in training mode. One forward and one backward update its running statistics at most once, or "
+        "the map is refused.",
         {"updates": 1},
     ),
     Trap(
         12,
         "maps that do not contract",
-        "3z + 1 by plain iteration: the residual of the state is at most 1e-3, or the library says that it is not; where the "
-        "library estimates the contraction, it gives 0.9 for a rotation scaled by 0.9, to 0.05.",
+        "Plain iteration runs on 3z + 1. The residual of the state is at most 1e-3, or the library says that it is larger. A "
+        "library that estimates the contraction gives 0.9, to 0.05, for a rotation scaled by 0.9.",
         {"relative residual": 1e-3, "error of the contraction estimate": 0.05},
         firm=("error of the contraction estimate",),
     ),
     Trap(
         13,
         "stale Jacobian",
-        "The library's fastest method (Newton, else quasi-Newton), stopped early at 1e-2: the gradient's relative error is at "
+        "The library's fastest method (Newton, else quasi-Newton) is stopped early at 1e-2. The gradient's relative error is at "
         "most 100 times that of the state.",
         {"error of the gradient / of the state": 100.0},
         firm=("error of the gradient / of the state",),
@@ -129,14 +130,15 @@ TRAPS = [
     Trap(
         14,
         "autocast",
-        "float32 parameters under bfloat16 autocast: the gradient is float32 and within 5e-2, or an error is raised.",
+        "The parameters are float32 and run under bfloat16 autocast. The gradient is float32 and within 5e-2, or an error is "
+        "raised.",
         {"relative error of the gradient": 5e-2, "bits lost by the gradient": 0},
     ),
     Trap(
         15,
         "odd shapes",
-        "Leaves of different leading dimensions, a dict, a 0-d state, a start that is not contiguous, a parameter that the map "
-        "does not use, an empty batch: value and gradient within 1e-6, or an error is raised; never silently wrong.",
+        "There are six cases: leaves of different leading dimensions, a dict, a 0-d state, a start that is not contiguous, a "
+        "parameter that the map does not use, and an empty batch. Value and gradient are within 1e-6, or an error is raised.",
         {"silently wrong, of 6": 0},
         firm=("silently wrong, of 6",),
     ),
