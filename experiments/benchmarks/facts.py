@@ -34,6 +34,7 @@ def facts() -> dict[str, Any]:
 def store(name: str, found: dict[str, Any], lines: Sequence[str]) -> None:
     """Keep a measurement, and print and write its table."""
     save(HERE / "results.json", name, found)
-    said = f"{found['date']}, torch {found['torch']}, {found['machine']}, one thread, load {found['load']} at the start."
+    machine = f"{found['machine']}, load {found['load']} at the start"
+    said = f"This was measured on {found['date']} with torch {found['torch']} on one thread ({machine})."
     print(*lines, sep="\n", flush=True)
     write_table(HERE / "README.md", name, [*lines, "", said])

@@ -229,7 +229,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         ratios = [row["estimate"] / row["error"] for row in known if not row["rough"]]
         good = sum(1 / FACTOR <= r <= FACTOR for r in ratios)
         ends = f"{min(ratios):.2g} | {max(ratios):.2g}" if ratios else "- | -"
-        lines.append(f"| {name} | {len(seen)} | {len(seen) - len(known)} | {len(rough)} | {good} of {len(ratios)} | {ends} |")
+        shown = name.replace("|", "\\|")  # a bar in a cell would end it
+        lines.append(f"| {shown} | {len(seen)} | {len(seen) - len(known)} | {len(rough)} | {good} of {len(ratios)} | {ends} |")
     return lines
 
 

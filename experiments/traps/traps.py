@@ -114,8 +114,8 @@ TRAPS = [
     Trap(
         12,
         "maps that do not contract",
-        "Plain iteration runs on 3z + 1. The residual of the state is at most 1e-3, or the library says that it is larger. A "
-        "library that estimates the contraction gives 0.9, to 0.05, for a rotation scaled by 0.9.",
+        "Plain iteration is applied to 3z + 1. The residual of the state is at most 1e-3, or the library says that it is larger. "
+        "A library that estimates the contraction gives 0.9, to 0.05, for a rotation scaled by 0.9.",
         {"relative residual": 1e-3, "error of the contraction estimate": 0.05},
         firm=("error of the contraction estimate",),
     ),

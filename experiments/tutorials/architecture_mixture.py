@@ -39,9 +39,9 @@ train, val, test = (
 # %% [markdown]
 # ## The network
 #
-# Three points, three edges: `a -> b`, `a -> c` and `b -> c`. Point `a` is a small convolution of the image, and point
-# `c` goes to a linear classifier. Each edge has five candidates. As in DARTS the convolutions have a ReLU before and
-# a batch normalisation after them, so that all candidates have outputs of a similar size.
+# There are three points and three edges: `a -> b`, `a -> c` and `b -> c`. Point `a` is a small convolution of the
+# image, and point `c` goes to a linear classifier. Each edge has five candidates. As in DARTS the convolutions have a
+# ReLU before and a batch normalisation after them, so that all candidates have outputs of a similar size.
 
 # %%
 WIDTH, EDGES = 8, ("a to b", "a to c", "b to c")

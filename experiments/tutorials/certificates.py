@@ -2,8 +2,8 @@
 # # Reading a certificate
 #
 # A hypergradient is computed from two approximate solutions: the inner problem is solved to some tolerance, and so is
-# the linear system of the backward pass (the *adjoint system*). How wrong is the result? A *certificate* answers from
-# the residuals, which were measured on the way. It costs nothing.
+# the linear system of the backward pass (the *adjoint system*). How wrong is the result? A *certificate* gives the
+# answer from the residuals, which were measured on the way. It costs nothing.
 #
 # This tutorial shows the two kinds of certificate, a bound and an estimate, holds both against the true error, and shows
 # what is said when something goes wrong.
@@ -35,7 +35,7 @@ target = torch.randn(1, DIM)
 # - the map brings points closer by the factor 0.9 (`contraction`),
 # - its Jacobian does not change with `w` (`jacobian_lipschitz=0`),
 # - its derivative in `lam` is the identity (`input_norm=1`) and does not change either (`input_lipschitz=0`),
-# - and the gradient of the outer loss in `w` changes as fast as `w` (`outer_lipschitz=1`).
+# - the gradient of the outer loss in `w` does not change faster than `w` (`outer_lipschitz=1`).
 #
 # With these constants the certificate is a bound: the true error cannot be larger. The theory is that of Grazzi et al.
 # (ICML 2020, [arXiv 2006.16218](https://arxiv.org/abs/2006.16218)), applied to the residuals that were measured.
@@ -164,4 +164,4 @@ assert error < 1e-7
 # - Solve only the backward pass to a tight tolerance. Which of the two residuals limits the error?
 # - Trained problems have certificates too: `estimate.certificate` of `hyperopt.hypergradient`.
 #   `BilevelProblem(constants=...)` makes it a bound.
-# - On the command line look at `hypergrad/error_estimate` and `hypergrad/is_bound` in TensorBoard.
+# - The same numbers of a run on the command line are `hypergrad/error_estimate` and `hypergrad/is_bound` in TensorBoard.

@@ -139,7 +139,7 @@ figure.savefig("first_hypergradient.png", dpi=80)
 # ## What to try next
 #
 # - Give each feature a penalty of its own: `hyperopt.Positive(0.02, per="element")` with `shapes={"penalty": (10,)}`,
-#   and `(lam["penalty"] * w**2).sum() / 2` in the loss. The number of hypergradient steps hardly changes.
+#   and `(lam["penalty"] * w**2).sum() / 2` in the loss. The number of hypergradient steps is almost the same.
 # - Replace the linear model by a small network. `hyperopt.Functional(module)` makes a function of weights from it.
 # - Use `adjoint=hyperopt.Implicit(hyperopt.Neumann(rtol=0, max_steps=5))`. How far off is the hypergradient now, and
 #   what does `estimate.certificate` say about it?

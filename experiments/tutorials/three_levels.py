@@ -223,7 +223,7 @@ if history[-1]["third"] >= history[0]["third"]:
 # %% [markdown]
 # ## What was learned
 #
-# The third level started from a bad guess: decays near `exp(-5)`, which is far too little, and held there. It first
+# The third level began with a bad guess: the decays are held near `exp(-5)`, which is far too little. It first
 # loosened the prior while it moved the centre up, and then held the decays at the new centre more firmly than before:
 # forty patients are too few to tell 27 decays apart. The error on the third set fell from 0.66 to 0.53. The 242
 # patients whom no level has seen agree: theirs fell from 0.76 to 0.55. Two numbers that are fitted to 100 patients
