@@ -64,6 +64,16 @@ def write_table(page: Path, name: str, lines: Sequence[str]) -> None:
         page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
 
 
+def plain_ticks(axis: Any, *which: str) -> None:
+    """Numbers such as 0.2, 0.5 and 1 on a logarithmic axis of a figure (``y``, or as named), in place of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for each in (getattr(axis, f"{name}axis") for name in which or ("y",)):
+        each.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        each.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        each.set_minor_formatter(NullFormatter())
+
+
 def tpe(seed: int, startup: int) -> Any:
     """A study of optuna's TPE, whose first ``startup`` draws are random.
 

@@ -253,14 +253,22 @@ def page(results: dict[str, Any]) -> None:
             cells = [number(row[key]) for key in ("bias", "error", "cosine")]
             lines.append(f"| {size} | {label} | " + " | ".join(cells) + f" | {row['products']:.0f} | {row['refused']} |")
     shared.write_table(HERE / "README.md", "minibatches", lines)
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axis, (name, found) in zip(figure.subplots(2, 3).flat, results["search"].items(), strict=False):
+    draw(results["search"], labels)
+
+
+def draw(searches: dict[str, Any], labels: list[str]) -> None:
+    """Write choice.png: the mean outer loss of every search against the outer step."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axis, (name, found) in zip(figure.subplots(2, 3).flat, searches.items(), strict=False):
         for label in labels:
             curves = torch.tensor([run["losses"] for run in found[label]])
             style = {"color": "black", "linewidth": 2.5} if label == "auto" else {"linewidth": 1.2}
-            axis.plot(curves.mean(0), label=label, linestyle=":" if label == "no search" else "-", **style)
+            if label == "no search":  # CG often moves nothing, and has the same curve
+                style = {"color": "0.6", "linewidth": 4, "zorder": 0}
+            axis.plot(curves.mean(0), label=label, **style)
         axis.set(title=name, xlabel="outer step", ylabel="outer loss", yscale="log")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=8)
+        shared.plain_ticks(axis)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(HERE / "choice.png", dpi=110)
 
 

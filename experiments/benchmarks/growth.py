@@ -72,10 +72,28 @@ def slope(sizes: list[float], values: list[float]) -> float:
     return sum((p - mean) * q for p, q in zip(a, b, strict=True)) / sum((p - mean) ** 2 for p in a)
 
 
-def main() -> None:
-    """Measure, print and store; axes that are not asked for stay as they were."""
+def points(name: str) -> list[float]:
+    """Where the sizes of an axis stand in the table and in the figure."""
+    return [1 / (1 - size) for size in AXES[name]] if name == "contraction" else AXES[name]
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Write growth.png."""
     from matplotlib.figure import Figure
 
+    labels = {"rows": "rows", "state": "size of the state", "steps": "steps, T = K", "contraction": "1 / (1 - contraction)"}
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    for (name, label), axes in zip(labels.items(), figure.subplots(2, 2).flat, strict=True):
+        axes.loglog(points(name), [row["seconds"] for row in found[name]], "o-", label="CPU seconds")
+        axes.loglog(points(name), [row["bytes"] / 1e9 for row in found[name]], "s--", label="peak memory, GB")
+        axes.set(xlabel=label, ylabel="seconds, GB")
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(HERE / "growth.png", dpi=110)
+
+
+def main() -> None:
+    """Measure, print and store; axes that are not asked for stay as they were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(AXES), choices=AXES)
     options = parser.parse_args()
@@ -83,17 +101,16 @@ def main() -> None:
     if missing := [name for name in AXES if name not in found and name not in options.only]:
         parser.error(f"--only leaves out {', '.join(missing)}, which results.json does not have yet")
     torch.set_num_threads(1)
-    figure = Figure(figsize=(11, 3), layout="constrained")
     lines = [
         "| against | from | to | time ~ size^ | upper half | memory ~ size^ | least and most MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (name, sizes), axes in zip(AXES.items(), figure.subplots(1, 4), strict=True):
+    for name, sizes in AXES.items():
         cast = float if name == "contraction" else int
         more = {"rtol": 1e-3, "rows": 500} if name == "contraction" else {}
         if name in options.only:
             found[name] = [{"size": size, **measure(**{name: cast(size)}, **more)} for size in sizes]  # pyright: ignore[reportArgumentType]
-        at = [1 / (1 - size) for size in sizes] if name == "contraction" else sizes
+        at = points(name)
         seconds, memory = ([row[key] for row in found[name]] for key in ("seconds", "bytes"))
         half = len(at) // 2
         exponents = [slope(at, seconds), slope(at[half:], seconds[half:]), slope(at, memory)]
@@ -101,11 +118,7 @@ def main() -> None:
         numbers = " | ".join(f"{each:.2f}" for each in exponents)
         lines.append(f"| {title} | {at[0]:g} | {at[-1]:g} | {numbers} | {min(memory) / 1e6:.1f}, {max(memory) / 1e6:.1f} |")
         print(lines[-1], flush=True)
-        axes.loglog(at, seconds, "o-", label="CPU seconds")
-        axes.loglog(at, [each / 1e9 for each in memory], "s--", label="peak GB")
-        axes.set_xlabel(title)
-        axes.legend(fontsize=7)
-    figure.savefig(HERE / "growth.png", dpi=110)
+    draw(found)
     store("growth", {**facts(), "axes": found}, lines)
 
 

@@ -24,20 +24,21 @@ def report(results: Row, problems: Mapping[str, Problem]) -> None:
         "| steps or trials | CPU s |",
         "|---" * 9 + "|",
     ]
-    figure, axes = plt.subplots(2, -(-len(problems) // 2), figsize=(4.2 * -(-len(problems) // 2), 7.5), squeeze=False)
+    height = -(-(len(problems) + 1) // 3)  # the legend has a place of its own
+    figure, axes = plt.subplots(height, 3, figsize=(10, 3 * height), squeeze=False, layout="constrained")
     for axis, (name, problem) in zip(axes.flat, problems.items(), strict=False):
         for method in COLOURS:
             cells = [found for key, found in results.items() if key.startswith(f"{name} | {method} |")]
             if cells:
                 lines.append(line(name, method, cells, problem.budget))
                 draw(axis, cells, method, problem.budget)
-        axis.set(title=f"{name} (budget {problem.budget:,})", xlabel="inner gradients", ylabel="validation loss", xscale="log")
+        axis.set(xlabel="gradients of the inner loss", ylabel="validation loss", xscale="log")
+        axis.set_title(f"{name} (budget {problem.budget:,})", fontsize=10)
     for axis in axes.flat[len(problems) :]:
         axis.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower right", fontsize=9)
-    figure.suptitle("Validation loss against the gradients of the inner loss that were spent: mean of the seeds")
-    figure.tight_layout()
+    axes.flat[len(problems)].legend(handles, labels, loc="center")
+    figure.suptitle("Validation loss against gradients that were spent, mean of the seeds; problem and number of hyperparameters")
     figure.savefig(HERE / "cost.png", dpi=110)
     plt.close(figure)
     shared.write_table(HERE / "README.md", "cost", lines)

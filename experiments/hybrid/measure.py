@@ -216,7 +216,7 @@ def draw(results: shared.Row, path: Path) -> None:
             axis.fill_between(grid, mean - deviation, mean + deviation, step="post", color=colour, alpha=0.12, lw=0)
         axis.set(title=name, xlabel="CPU seconds of one thread", ylabel="best validation loss", xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -121,8 +121,11 @@ def draw_epochs(results: dict[str, Row]) -> None:
     """Write epochs.png: iterations, test error and training loss against the epoch, means over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    quantities = [("inner_iterations", "forward iterations of the slowest row"), ("test_error", "test error, %")]
+    sys.path.append(str(HERE.parent))
+    import shared
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    quantities = [("inner_iterations", "iterations of the slowest row"), ("test_error", "test error, %")]
     quantities += [("running_loss", "training loss")]
     for axes, (key, label) in zip(figure.subplots(1, 3), quantities, strict=True):
         for name, row in results.items():
@@ -130,7 +133,8 @@ def draw_epochs(results: dict[str, Row]) -> None:
             axes.semilogy(range(1, len(values) + 1), values, marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
+        shared.plain_ticks(axes)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
     figure.savefig(HERE / "epochs.png", dpi=110)
 
 

@@ -68,7 +68,7 @@ def omniglot(results: shared.Row) -> list[str]:
 
 def draw(results: shared.Row) -> None:
     """The error of new curves over inner steps, and as it was learned."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for name, label in METHODS.items():
         if name in results:
             last = results[name]["evaluations"][-1]
@@ -81,7 +81,7 @@ def draw(results: shared.Row) -> None:
     right.set(xlabel="outer steps", ylabel="val/loss", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     figure.savefig(HERE / "sinusoid.png", dpi=110)
 
 

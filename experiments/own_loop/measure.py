@@ -305,7 +305,7 @@ def draw(results: shared.Row, path: Path) -> None:
             axis.fill_between(seconds, mean - deviation, mean + deviation, step="post", color=colour, alpha=0.12, lw=0)
             axis.set(xlabel="CPU seconds of one thread", ylabel=SHOWN[key], xscale="log", ylim=(0.45, 0.75))
             axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=9)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

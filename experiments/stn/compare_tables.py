@@ -56,46 +56,49 @@ def tabulate(results: Row) -> None:
 
 def curves(results: Row) -> None:
     """Validation and test loss of what is kept, over CPU seconds: means of the seeds."""
-    figure, axes = plt.subplots(2, len(TITLES), figsize=(15, 6.4), layout="constrained")
-    for column, (problem, title) in enumerate(TITLES.items()):
+    figure, axes = plt.subplots(len(TITLES), 2, figsize=(10, 3 * len(TITLES)), layout="constrained")
+    for row, (problem, title) in zip(axes, TITLES.items(), strict=True):
         for colour, way in enumerate(WAYS):
             if not (found := cells(results, problem, way)):
                 continue
             seconds = np.geomspace(0.05, 1, 40) * max(cell["curve"][-1]["cpu"] for cell in found)
-            for axis, key in zip(axes[:, column], ("val/loss", "test/loss"), strict=True):
+            for axis, key in zip(row, ("val/loss", "test/loss"), strict=True):
                 values = np.array([[at(cell, each, key) for each in seconds] for cell in found])
                 axis.step(seconds, values.mean(0), where="post", color=f"C{colour}", label=way, lw=1.4)
                 axis.set(xscale="log", yscale="log", xlabel="CPU seconds", ylabel=key.replace("/", " "))
-                axis.set_title(f"{title} ({len(found)} seeds)", fontsize=9)
-                axis.tick_params(labelsize=7, which="both")
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(HERE / "compare_losses.png", dpi=90)
+                axis.set_title(f"{title} ({len(found)} seeds)", fontsize=10)
+                shared.plain_ticks(axis, "x", "y")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
+    figure.savefig(HERE / "compare_losses.png", dpi=110)
     plt.close(figure)
 
 
 def schedules(results: Row) -> None:
     """Every hyperparameter over CPU seconds, seed by seed, of the ways that move them during the training."""
     problems = [problem for problem in TITLES if cells(results, problem, "Delta-STN")]
-    columns = max(len(cells(results, problem, "Delta-STN")[0]["names"]) for problem in problems)
-    figure, axes = plt.subplots(len(problems), columns, figsize=(2.3 * columns, 2.2 * len(problems)), layout="constrained")
-    for line, problem in zip(np.atleast_2d(axes), problems, strict=True):
+    names = [cells(results, problem, "Delta-STN")[0]["names"] for problem in problems]
+    height = -(-sum(map(len, names)) // 4)
+    figure, axes = plt.subplots(height, 4, figsize=(10, 2.2 * height), layout="constrained")
+    places = iter(axes.flat)
+    for problem, each in zip(problems, names, strict=True):
+        line = [next(places) for _ in each]
         for way in ("implicit", "first STN", "Delta-STN", "centred STN"):
             for number, cell in enumerate(cells(results, problem, way)):
                 trace = np.array(cell["trace"])
                 for place in range(len(cell["names"]) if trace.size else 0):
                     label = way if number == 0 else None
                     line[place].plot(trace[:, 0], trace[:, place + 1], color=f"C{WAYS.index(way)}", lw=0.8, label=label)
-        names = cells(results, problem, "Delta-STN")[0]["names"]
-        for axis, name in zip(line, names, strict=False):
-            axis.set_title(f"{TITLES[problem].split(',')[0]}: {name}", fontsize=7)
-            axis.tick_params(labelsize=6)
-            axis.set_xlabel("CPU seconds", fontsize=6)
+        for axis, name in zip(line, each, strict=True):
+            axis.set_title(f"{TITLES[problem].split(',')[0]}\n{name}", fontsize=9)
+            axis.set_xlabel("CPU seconds", fontsize=9)
+            axis.tick_params(labelsize=8, which="both")
             if name in ("decay", "weight_decay", "activation", "temporal_activation"):
                 axis.set_yscale("log")
-        for axis in line[len(names) :]:
-            axis.set_axis_off()
-        line[0].legend(fontsize=5)
-    figure.savefig(HERE / "compare_schedules.png", dpi=90)
+                shared.plain_ticks(axis)
+    for axis in places:
+        axis.set_axis_off()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(HERE / "compare_schedules.png", dpi=110)
     plt.close(figure)
 
 

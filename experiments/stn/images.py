@@ -133,9 +133,9 @@ def figure(runs: Mapping[str, Row], study: str, seeds: list[int]) -> None:
     if not tuned:
         return
     names = list(tuned[0]["best"]["hyper"])
-    columns = 4
+    columns = 3
     lines = -(-(len(names) + 1) // columns)
-    drawn = Figure(figsize=(3.4 * columns, 2.6 * lines), layout="constrained")
+    drawn = Figure(figsize=(10, 2.6 * lines), layout="constrained")
     axes = list(drawn.subplots(lines, columns, squeeze=False).flat)
     for number, method in enumerate(METHODS):
         for seed in seeds:
@@ -145,19 +145,21 @@ def figure(runs: Mapping[str, Row], study: str, seeds: list[int]) -> None:
                 axes[0].plot(
                     [row["update"] for row in curve], [row["val/loss"] for row in curve], f"C{number}", label=label, lw=0.9
                 )
-    axes[0].set_title("validation loss (searches: best run)", fontsize=9)
+    axes[0].set_title("validation loss (searches: best run)", fontsize=10)
     axes[0].set_yscale("log")
-    axes[0].legend(fontsize=6)
+    shared.plain_ticks(axes[0])
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     for axis, name in zip(axes[1:], names, strict=False):
-        for run in tuned:
-            axis.plot([row[0] for row in run["hyper"]], [row[1][name] for row in run["hyper"]], lw=1)
-        axis.set_title(name, fontsize=9)
+        for k, run in enumerate(tuned):
+            line = {"color": f"C{list(METHODS).index('self-tuning')}", "ls": ("-", "--", ":")[k % 3], "lw": 1.2}
+            axis.plot([row[0] for row in run["hyper"]], [row[1][name] for row in run["hyper"]], **line)
+        axis.set_title(f"{name}, self-tuning, each seed", fontsize=10)
     for axis in axes[: len(names) + 1]:
-        axis.set_xlabel("weight updates", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.set_xlabel("weight updates", fontsize=9)
+        axis.tick_params(labelsize=9)
     for axis in axes[len(names) + 1 :]:
         axis.set_axis_off()
-    drawn.savefig(HERE / f"images_{study}.png", dpi=100)
+    drawn.savefig(HERE / f"images_{study}.png", dpi=110)
 
 
 def main() -> None:

@@ -131,8 +131,8 @@ def trajectories() -> None:
     starts = [start for start in STARTS for _ in range(each)]
     study([seed % each for seed in range(len(starts))], Plan(rounds=300, stop=False), trace, starts)
     titles = ("range", "scale, in R", "training loss", "validation loss", "largest error on [-2, 2]")
-    figure = Figure(figsize=(15, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(titles))
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = list(figure.subplots(2, 3).flat)
     for part, title in enumerate(titles):
         curves = torch.tensor([step[part] for step in trace])
         for k in range(len(starts)):
@@ -143,8 +143,9 @@ def trajectories() -> None:
         if title != "scale, in R":
             axes[part].set_yscale("log")
     axes[0].axhspan(1.7, 3.2, color="k", alpha=0.08, linewidth=0)
-    axes[-1].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
-    axes[0].legend(fontsize=8)
+    axes[4].axhline(CLOSE, color="k", linewidth=0.8, linestyle=":")
+    axes[5].set_axis_off()
+    axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center")
     figure.savefig(HERE / "figures" / "quadratic_trajectories.png", dpi=110)
 
 

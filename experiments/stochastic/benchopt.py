@@ -81,7 +81,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         },
     },
 }
-COLOURS = {method.rstrip(" *"): plt.get_cmap("tab20")(k) for k, method in enumerate(METHODS["quadratic"])}
+COLOURS = {method.rstrip(" *"): f"C{k % 7}" for k, method in enumerate(METHODS["quadratic"])}
 
 
 def overrides(problem: str, method: str, seed: int, data: Path) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def make_odd_even(data: Path) -> None:
 def report(results: Row) -> None:
     """The figure and the table."""
     problems = [name for name in SECONDS if any(key.startswith(f"{name} |") for key in results)]
-    figure, axes = plt.subplots(len(problems), 2, figsize=(12, 4.2 * len(problems)), squeeze=False)
+    figure, axes = plt.subplots(len(problems), 2, figsize=(10, 4 * len(problems) + 1), squeeze=False, layout="constrained")
     lines = ["| problem | method | suboptimality after 0.8 s | after 8 s | each seed | steps | passes over the rows |"]
     lines.append("|---" * 7 + "|")
     for row, problem in zip(axes, problems, strict=True):
@@ -180,8 +180,9 @@ def report(results: Row) -> None:
             for j, (seed, cell) in enumerate(cells.items()):
                 seconds, rows, _, _ = np.array(cell["curve"]).T
                 for axis, x in zip(row, (seconds, rows / cell["rows"][0]), strict=True):
-                    shown = {"color": COLOURS[method.rstrip(" *")], "lw": 0.6 if j else 1.8, "label": None if j else method}
-                    axis.plot(x[1:], gaps[seed][1:], **shown)
+                    name = method.rstrip(" *")
+                    shown = {"color": COLOURS[name], "ls": "--" if "all rows" in name else "-", "label": None if j else name}
+                    axis.plot(x[1:], gaps[seed][1:], **shown, lw=0.6 if j else 1.8)
             tenth = [early(cell["curve"], gaps[seed], SECONDS[problem] / 10) for seed, cell in cells.items()]
             ends = [gap[-1] for gap in gaps.values()]
             steps = np.mean([cell["curve"][-1][2] for cell in cells.values()])
@@ -193,8 +194,10 @@ def report(results: Row) -> None:
             lines.append(f"| {problem} | {method}{note} | {means} | {each} | {steps:,.0f} | {passes:,.1f} |")
         for axis, label in zip(row, ("CPU seconds", "passes over the training rows"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel="h(lam) - min h", title=problem)
-        row[0].legend(fontsize=7)
-    figure.tight_layout()
+        if kind == "logistic":
+            for axis in row:
+                shared.plain_ticks(axis)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(HERE / "benchopt.png", dpi=110)
     shared.write_table(HERE / "README.md", "benchopt", lines)
 
