@@ -44,12 +44,12 @@ PLACES = {  # x of the centre, y of the centre
 ROUTES = {("nn", "core"): ((8.6, 2.57), (8.6, 0.4), (6.5, 0.4))}  # past the box of data
 
 
-def box(ax: Axes, at: tuple[float, float], title: str, text: str, colour: str, size: tuple[float, float] = (2.7, 0.85)) -> None:
+def box(ax: Axes, at: tuple[float, float], title: str, text: str, colour: str, size: tuple[float, float], font: float) -> None:
     """Draw a box with a title and a line of text, centred at a point."""
     width, height = size
     ax.add_patch(plt.Rectangle((at[0] - width / 2, at[1] - height / 2), width, height, fc=colour, ec="#555555", lw=0.8, zorder=2))
     ax.text(at[0], at[1] + 0.15, title, ha="center", va="center", fontsize=10, fontweight="bold", zorder=3)
-    ax.text(at[0], at[1] - 0.19, text, ha="center", va="center", fontsize=7.5, zorder=3)
+    ax.text(at[0], at[1] - 0.19, text, ha="center", va="center", fontsize=font, zorder=3)
 
 
 def arrow(ax: Axes, *points: tuple[float, float], text: str = "") -> None:
@@ -61,7 +61,7 @@ def arrow(ax: Axes, *points: tuple[float, float], text: str = "") -> None:
         stretches = itertools.pairwise(points)
         start, end = max(stretches, key=lambda ends: abs(ends[0][0] - ends[1][0]) + abs(ends[0][1] - ends[1][1]))
         middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
-        ax.text(*middle, text, fontsize=8, ha="center", va="center", bbox={"fc": "white", "ec": "none", "pad": 1.0}, zorder=3)
+        ax.text(*middle, text, fontsize=9, ha="center", va="center", bbox={"fc": "white", "ec": "none", "pad": 1.0}, zorder=3)
 
 
 def canvas(width: float, height: float) -> Axes:
@@ -73,25 +73,25 @@ def canvas(width: float, height: float) -> Axes:
 
 def concepts() -> None:
     """Draw how one hypergradient is made."""
-    ax, wide = canvas(9.5, 4.6), (2.9, 0.9)
-    box(ax, (1.6, 3.6), "lam", "hyperparameters, in their own spaces", GREEN, wide)
-    box(ax, (1.6, 1.9), "phi", "inner map or one training step", BLUE, wide)
-    box(ax, (5.4, 1.9), "w*", "the solution of w = phi(w, lam)", BLUE, wide)
-    box(ax, (9.2, 1.9), "E(w*, lam)", "outer loss on other rows", BLUE, wide)
-    box(ax, (9.2, 0.2), "g = dE/dw", "right-hand side of the adjoint", ORANGE, wide)
-    box(ax, (5.4, 0.2), "v", "solution of (I - J^T) v = g", ORANGE, wide)
-    box(ax, (1.6, 0.2), "hypergradient", "dE/dlam + (dphi/dlam)^T v", ORANGE, wide)
-    box(ax, (6.4, 3.6), "certificate", "both residuals -> error of the hypergradient", GREY, (3.6, 0.9))
+    ax, wide = canvas(9.5, 4.6), ((2.8, 0.95), 9.0)
+    box(ax, (1.6, 3.6), "lam", "hyperparameters in their spaces", GREEN, *wide)
+    box(ax, (1.6, 1.9), "phi", "inner map or one training step", BLUE, *wide)
+    box(ax, (5.4, 1.9), "w*", "the solution of w = phi(w, lam)", BLUE, *wide)
+    box(ax, (9.2, 1.9), "E(w*, lam)", "outer loss on other rows", BLUE, *wide)
+    box(ax, (9.2, 0.2), "g = dE/dw", "right-hand side of the adjoint", ORANGE, *wide)
+    box(ax, (5.4, 0.2), "v", "solution of (I - J^T) v = g", ORANGE, *wide)
+    box(ax, (1.6, 0.2), "hypergradient", "dE/dlam + (dphi/dlam)^T v", ORANGE, *wide)
+    box(ax, (6.4, 3.6), "certificate", "both residuals -> error of the hypergradient", GREY, (3.9, 0.95), 9.0)
     arrow(ax, (1.6, 3.15), (1.6, 2.35))
-    arrow(ax, (3.05, 1.9), (3.95, 1.9), text="solver")
-    arrow(ax, (6.85, 1.9), (7.75, 1.9))
+    arrow(ax, (3.0, 1.9), (4.0, 1.9), text="solver")
+    arrow(ax, (6.8, 1.9), (7.8, 1.9))
     arrow(ax, (9.2, 1.45), (9.2, 0.65), text="backward")
-    arrow(ax, (7.75, 0.2), (6.85, 0.2), text="adjoint")
-    arrow(ax, (3.95, 0.2), (3.05, 0.2), text="1 vjp")
+    arrow(ax, (7.8, 0.2), (6.8, 0.2), text="adjoint")
+    arrow(ax, (4.0, 0.2), (3.0, 0.2), text="1 vjp")
     arrow(ax, (5.4, 2.35), (5.4, 3.15), text="inner residual")
-    arrow(ax, (6.5, 0.65), (6.5, 1.05), (7.3, 1.05), (7.3, 3.15), text="adjoint residual")
-    arrow(ax, (0.15, 0.2), (-0.4, 0.2), (-0.4, 3.6), (0.15, 3.6), text="optimizer")
-    ax.set_xlim(-0.9, 10.8), ax.set_ylim(-0.4, 4.2)
+    arrow(ax, (6.5, 0.65), (6.5, 1.05), (7.3, 1.05), (7.3, 1.9), (7.3, 3.15), text="adjoint residual")
+    arrow(ax, (0.2, 0.2), (-0.4, 0.2), (-0.4, 3.6), (0.2, 3.6), text="optimizer")
+    ax.set_xlim(-1.0, 10.8), ax.set_ylim(-0.4, 4.2)
     plt.savefig(HERE / "concepts.png", dpi=130)
     plt.close()
 
@@ -125,7 +125,7 @@ def packages() -> None:
     """Draw the packages, their lines, and the imports between them that do not follow from others."""
     ax = canvas(8.0, 7.0)
     for name, at in PLACES.items():
-        box(ax, at, f"{name}   {lines(name):,} lines", SUBJECTS[name], GREY if name == "app" else BLUE, (3.0, 0.85))
+        box(ax, at, f"{name}   {lines(name):,} lines", SUBJECTS[name], GREY if name == "app" else BLUE, (3.0, 0.85), 7.5)
     for source, target in sorted(reduced(imports())):
         (x, y), (u, v) = PLACES[source], PLACES[target]
         if v >= y:
