@@ -1,4 +1,4 @@
-"""What the measurements of all folders share: a task built from a config, files of results, tables of pages, and TPE.
+"""What the measurements of all folders share: a clock, a task built from a config, files of results, tables of pages, TPE.
 
 A script finds this module by the line ``sys.path.append(str(Path(__file__).resolve().parents[1]))``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,28 @@ from hyperopt.tasks.base import Environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
+
+
+class Clock:
+    """CPU seconds of this process since the clock was made, of a budget.
+
+    Args:
+        budget: CPU seconds.
+    """
+
+    def __init__(self, budget: float) -> None:
+        """Start the clock."""
+        self.budget, self.begun = budget, time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """CPU seconds so far, without those that were added to ``begun`` because they do not count."""
+        return time.process_time() - self.begun
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent."""
+        return self.seconds >= self.budget
 
 
 def built(*overrides: str) -> Built:

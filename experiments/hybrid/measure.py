@@ -42,7 +42,7 @@ STARTUP = 4  # trials before TPE has a model, the default among them
 Values = dict[str, Tensor]
 
 
-class Curve:
+class Curve(shared.Clock):
     """The best evaluation so far, at points of time.
 
     Args:
@@ -51,18 +51,8 @@ class Curve:
 
     def __init__(self, budget: float) -> None:
         """Start the clock."""
-        self.budget, self.best, self.rows = budget, math.inf, list[dict[str, float]]()
-        self.begun = time.process_time()
-
-    @property
-    def seconds(self) -> float:
-        """CPU seconds so far."""
-        return time.process_time() - self.begun
-
-    @property
-    def over(self) -> bool:
-        """Whether the budget is spent."""
-        return self.seconds >= self.budget
+        super().__init__(budget)
+        self.best, self.rows = math.inf, list[dict[str, float]]()
 
     def see(self, task: BilevelTask) -> float:
         """Evaluate a task, and keep the result if it is the best in time."""

@@ -50,7 +50,7 @@ Ask = Callable[[], dict[str, Tensor]]
 Tell = Callable[[float], None]
 
 
-class Curve:
+class Curve(shared.Clock):
     """The best weights so far, by the validation loss, and their test loss at points of time.
 
     Args:
@@ -61,20 +61,11 @@ class Curve:
 
     def __init__(self, rows: Rows, budget: float, points: int = POINTS) -> None:
         """Start the clocks."""
-        self.val, self.test, self.budget = rows.val.tensors, rows.test.tensors, budget
+        super().__init__(budget)
+        self.val, self.test = rows.val.tensors, rows.test.tensors
         self.grid = [float(t) for t in np.geomspace(budget / 30, budget, points)]
         self.best, self.model, self.rows = math.inf, None, []
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """CPU seconds so far, without those of measuring."""
-        return time.process_time() - self.cpu
-
-    @property
-    def over(self) -> bool:
-        """Whether the budget is spent."""
-        return self.seconds >= self.budget
+        self.wall = time.perf_counter()
 
     @torch.no_grad()
     def see(self, model: nn.Module) -> float:
@@ -90,14 +81,14 @@ class Curve:
     def measure(self) -> None:
         """A point of the curve, off the clocks."""
         cpu, wall = time.process_time(), time.perf_counter()
-        seconds = cpu - self.cpu
+        seconds = cpu - self.begun
         self.grid = [t for t in self.grid if t > seconds] or [math.inf]
         if self.model is not None:
             scores, y = self.model(self.test[0]), self.test[1]
             accuracy = float((scores.argmax(1) == y).double().mean())
             found = {"val/loss": self.best, "test/loss": float(cross_entropy(scores, y)), "test/accuracy": accuracy}
             self.rows.append({"cpu": seconds, "wall": wall - self.wall, **found})
-        self.cpu += time.process_time() - cpu
+        self.begun += time.process_time() - cpu
         self.wall += time.perf_counter() - wall
 
 
