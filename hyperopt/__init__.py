@@ -15,7 +15,7 @@ _PUBLIC = {
     "Diagnosis": "hyperopt.core.diagnose",
     "Solution": "hyperopt.core.status",
     "SolveStats": "hyperopt.core.status",
-    "Status": "hyperopt.core.status",
+    "Status": "hyperopt.core.statuses",
     "SolveError": "hyperopt.core.policy",
     "SolveWarning": "hyperopt.core.policy",
     "Certificate": "hyperopt.core.certificate",
@@ -179,7 +179,7 @@ if TYPE_CHECKING:
     from hyperopt.core.solvers.rre import RRE as RRE
     from hyperopt.core.status import Solution as Solution
     from hyperopt.core.status import SolveStats as SolveStats
-    from hyperopt.core.status import Status as Status
+    from hyperopt.core.statuses import Status as Status
     from hyperopt.core.verify import check_hypergradient as check_hypergradient
     from hyperopt.core.verify import compare_adjoints as compare_adjoints
     from hyperopt.data.sparse import SparseRows as SparseRows

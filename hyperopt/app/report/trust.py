@@ -12,6 +12,7 @@ from typing import Literal
 from hyperopt.app.report.read import Run
 from hyperopt.app.rows import spans
 from hyperopt.app.run_directory import ENDED, number
+from hyperopt.core.statuses import Status
 from hyperopt.core.text import one_line
 
 ERROR, ESTIMATE, BOUND, NORM = "hypergrad/error", "hypergrad/error_estimate", "hypergrad/is_bound", "hypergrad/norm"
@@ -20,24 +21,24 @@ GOOD, BAD = 0.01, 0.1
 SOLVES = {"inner": "solver", "adjoint": "adjoint"}
 """What is solved, and the group of keys that says how. A trained inner problem has ``inner`` in place of ``solver``."""
 KEYS = {"inner": ("solver.* (inner.* where weights are trained)", "solver"), "adjoint": ("adjoint.linear_solver.*", "adjoint")}
-STATUSES = {
-    "converged": ("met their tolerance", ""),
-    "fixed_steps": ("took a fixed number of steps, as asked for; their residuals were not compared with a tolerance", ""),
-    "max_steps": ("did not meet their tolerance", "raise max_steps or loosen rtol of {keys}, or choose another {group}"),
-    "stagnated": ("stopped improving above their tolerance", "set precision=float64, or loosen rtol of {keys}"),
-    "coupled_rows": ("had rows that depend on each other", "solve them together: rows=joint, or drop_rows=false"),
-    "breakdown": ("broke down (a division by zero or a singular system)", "choose another {group}"),
-    "negative_curvature": (
+STATUSES: dict[Status, tuple[str, str]] = {
+    Status.converged: ("met their tolerance", ""),
+    Status.fixed_steps: ("took a fixed number of steps, as asked for; their residuals were not compared with a tolerance", ""),
+    Status.max_steps: ("did not meet their tolerance", "raise max_steps or loosen rtol of {keys}, or choose another {group}"),
+    Status.stagnated: ("stopped improving above their tolerance", "set precision=float64, or loosen rtol of {keys}"),
+    Status.coupled_rows: ("had rows that depend on each other", "solve them together: rows=joint, or drop_rows=false"),
+    Status.breakdown: ("broke down (a division by zero or a singular system)", "choose another {group}"),
+    Status.negative_curvature: (
         "met a direction of negative curvature",
         "set adjoint=minres, or add a quadratic penalty to the inner loss",
     ),
-    "diverged": (
+    Status.diverged: (
         "diverged: the map does not contract there",
         "set solver=anderson and adjoint=gmres, lower optimizer.lr, or bound the map's Jacobian (task/cell=projected)",
     ),
-    "nonfinite": ("met a NaN or an infinity", "lower optimizer.lr, or check the data"),
+    Status.nonfinite: ("met a NaN or an infinity", "lower optimizer.lr, or check the data"),
 }
-"""Members of ``hyperopt.core.status.Status`` in order: what such a solve did, and which keys to change."""
+"""What a solve that ended so did, and which keys to change."""
 
 Level = Literal["good", "note", "bad"]
 
@@ -140,7 +141,7 @@ def standing(runs: Sequence[Run]) -> Iterable[Finding]:
 
 def solves(runs: Sequence[Run]) -> Iterable[Finding]:
     """Say how the solves ended: one finding for each status, and one if no run solves anything."""
-    names = list(STATUSES)
+    codes = {int(status): status for status in Status}
     for part in SOLVES:
         ends = {id(run): [code for code in values(run, f"{part}/status") if math.isfinite(code)] for run in runs}
         total = sum(map(len, ends.values()))
@@ -151,15 +152,16 @@ def solves(runs: Sequence[Run]) -> Iterable[Finding]:
         if not counts:
             yield Finding("good", f"The {part} solves", f"All {total} of them met their tolerance.")
         for code, many in sorted(counts.items()):
-            status = names[code] if 0 <= code < len(names) else f"an unknown status {code}"
-            what, change = STATUSES.get(status, ("ended in a way that this version does not know", ""))
-            level: Level = "good" if status == "fixed_steps" else "bad"
+            status = codes.get(code)
+            name = f"status {code}" if status is None else status.name
+            what, change = ("ended in a way that this version does not know", "") if status is None else STATUSES[status]
+            level: Level = "good" if status is Status.fixed_steps else "bad"
             share = f"All {total}" if many == total else f"{many} of {total}"
             keys, group = KEYS[part]
             yield Finding(
                 level,
                 f"The {part} solves",
-                f"{share} {what} ({status}).",
+                f"{share} {what} ({name}).",
                 change.format(keys=keys, group=group),
                 [run for run in runs if code in ends[id(run)]] if many < total else (),
             )
@@ -185,7 +187,9 @@ def residuals(runs: Sequence[Run]) -> Iterable[Finding]:
             largest = max(largest, most)
             told.append(f"{part} {most:.1e}" + (f" in run {run.name}" if len(runs) > 1 else ""))
         if bad := [run for run in runs if any(math.isnan(r) for r in values(run, f"{part}/residual"))]:
-            yield Finding("bad", "Residuals", f"The {part} residual was not finite at some steps.", STATUSES["nonfinite"][1], bad)
+            yield Finding(
+                "bad", "Residuals", f"The {part} residual was not finite at some steps.", STATUSES[Status.nonfinite][1], bad
+            )
     if told:
         level: Level = "good" if largest <= GOOD else "note" if largest <= BAD else "bad"
         yield Finding(level, "Residuals", f"The largest true relative residuals of all steps: {', '.join(told)}.")
