@@ -78,11 +78,10 @@ def show_job(index: Mapping[str, Any], job: int, goal: Goal | None) -> None:
     if found is None:
         return
     ended = sum(each["status"] not in ("running", "started") for each in index["jobs"])
-    line = f"{ended}{f'/{goal.jobs}' if goal is not None and goal.jobs else ''} jobs: job {job} {found['status']}"
-    if goal is not None:
-        line += "".join(f", {name} {_cell(value)}" for name, value in measured(found, goal.metrics).items() if value is not None)
-        best = goal.best(index["jobs"])
-        line += f"; best: job {best[0]['number']}" if best and len(goal.metrics) == 1 else ""
+    line = f"{ended}{f'/{goal.jobs}' if goal is not None and goal.jobs else ''} jobs"
+    if goal is not None and len(goal.metrics) == 1 and (best := goal.best(index["jobs"])):
+        line += f" (best: job {best[0]['number']}{_reached(best[0], goal)})"
+    line += f": job {job} {found['status']}{'' if goal is None else _reached(found, goal)}"
     text = printable(f"hyperopt: {line} ({' '.join(found['overrides'])})")
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text[:110]}", end="", file=sys.stderr, flush=True)
@@ -137,6 +136,11 @@ def _row(job: Mapping[str, Any], goal: Goal, varying: Sequence[str], mark: str) 
     seconds = number(job["seconds"])
     told = "" if math.isnan(seconds) else f"{seconds:.1f}"
     return [f"{job['number']}{mark}", job["status"], *numbers, told, *(values.get(key, "")[:SHOWN] for key in varying)]
+
+
+def _reached(job: Mapping[str, Any], goal: Goal) -> str:
+    """Return what a job has reached, for the middle of a sentence."""
+    return "".join(f", {name} {_cell(value)}" for name, value in measured(job, goal.metrics).items() if value is not None)
 
 
 def _cell(value: Any) -> str:

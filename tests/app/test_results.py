@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -109,13 +110,15 @@ def test_nothing_that_worked_has_no_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_one_line_for_the_sweep(terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    jobs = index(job(0, 0.5), job(1, 0.25), job(2, None, "running"))
-    for number in (0, 1):
-        show_job(jobs, number, Goal(["val/loss"], ["minimize"], 3))
+    ended = [job(0, 0.5), job(1, 0.25), job(2, 0.75)]
+    for number in range(3):
+        jobs = index(*ended[: number + 1], job(3, None, "running"))
+        show_job(jobs, number, Goal(["val/loss"], ["minimize"], 4))
     show_job(jobs, 7, ONE)  # a job without a directory
     err = capsys.readouterr().err
-    assert "hyperopt: 2/3 jobs: job 1 completed, val/loss 0.25; best: job 1 (fixed=1 seed=1)" in err
-    assert (err.count("\n"), err.count("\r")) == ((0, 2) if terminal else (2, 0))
+    assert "hyperopt: 2/4 jobs (best: job 1, val/loss 0.25): job 1 completed, val/loss 0.25 (fixed=1 seed=1)" in err
+    assert "hyperopt: 3/4 jobs (best: job 1, val/loss 0.25): job 2 completed, val/loss 0.75 (fixed=1 seed=2)" in err
+    assert (err.count("\n"), err.count("\r")) == ((0, 3) if terminal else (3, 0))
 
 
 @pytest.mark.slow
@@ -124,7 +127,9 @@ def test_a_sweep_says_one_line_a_job_and_a_table(command: Launcher) -> None:
     done = command("-m", "hydra.sweep.dir=mine", "solver=picard,anderson", *small)
     told = done.err.splitlines()
     assert done.status == 0 and len(told) == 2, done.err
-    assert all(line.startswith(f"hyperopt: {k}/2 jobs: job {k - 1} completed") for k, line in enumerate(told, 1))
+    assert all(
+        re.match(rf"hyperopt: {k}/2 jobs \(best: job \d.*\): job {k - 1} completed", line) for k, line in enumerate(told, 1)
+    )
     lines = done.out.splitlines()[1:]  # after the line that says what is loaded
     assert len(lines) == 5 and lines[-1] == "next: hyperopt report mine" and lines[0].split()[-1] == "solver"
     again = command(*shlex.split(lines[-2].partition(": ")[2])[1:], "hydra.run.dir=alone")
