@@ -18,9 +18,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hyperopt.app.report.advice import command_of, conclusion, next_steps, warning
-from hyperopt.app.report.charts import NAMED, error_point, fanned, heights, style
+from hyperopt.app.report.charts import NAMED, error_and_cost, error_point, fanned, heights, style
 from hyperopt.app.report.command import main, report, what_to_compare
-from hyperopt.app.report.curves import band_of, coinciding, series_of
+from hyperopt.app.report.curves import band_of, ceiling, coinciding, series_of
 from hyperopt.app.report.groups import Group, group, ranked, spread
 from hyperopt.app.report.read import ReportError, find, winners
 from hyperopt.app.report.trust import STATUSES, Finding, findings
@@ -127,6 +127,7 @@ def test_axes_of_parallel_coordinates() -> None:
 def test_error_is_held_against_the_cost_of_a_step(tmp_path: Path) -> None:
     [run] = find([make(tmp_path / "a", 0, [3.0, 2.0, 1.0])])[0]
     assert error_point(run.rows) == (30.0, 1e-4, False)
+    assert error_and_cost(group([run])) is None  # one point is no comparison
     assert error_point([{"step": 0.0, "hypergrad/error_estimate": math.nan, "cost/vjps": 1.0, "cost/evaluations": 1.0}]) is None
 
 
@@ -262,6 +263,8 @@ def test_it_is_named_after_the_study(tmp_path: Path) -> None:
     facts(make(tmp_path / "0", 0, [1.0], name="l2_ridge"), task={"name": "l2", "dataset": "digits"})
     assert "1 completed" in report([tmp_path], tmp_path / "out")
     assert "<title>l2_ridge: l2 on digits</title>" in text_of(tmp_path / "out" / "index.html")
+    facts(make(tmp_path / "1", 0, [1.0], name="stn_quadratic"), task={"name": "stn_quadratic"})
+    assert find([tmp_path / "1"])[0][0].study == "stn_quadratic"
 
 
 def test_the_best_settings_and_whether_that_is_decided(tmp_path: Path) -> None:
@@ -314,6 +317,19 @@ def test_curves_that_coincide_are_named(tmp_path: Path) -> None:
     [(names, apart)] = coinciding(series)
     assert names == ["optimizer.lr=0.1", "optimizer.lr=1.1", "optimizer.lr=2.1"] and apart == pytest.approx(1e-3)
     assert coinciding(series[-1:]) == [] and "differ by at most 0.001" in page_of(tmp_path)
+    assert ceiling(series) == math.inf
+
+
+def test_a_curve_that_diverged_leaves_the_others_apart(tmp_path: Path) -> None:
+    for number, losses in enumerate(([3.0, 1.0], [3.0, 2.0], [3.0, 1e18])):
+        make(tmp_path / str(number), 0, losses, 0.1 + number, overrides=[f"optimizer.lr={0.1 + number}"])
+    series = series_of(group(find([tmp_path])[0]), "val/loss")
+    assert ceiling(series) == 300.0 and coinciding(series) == []
+
+
+def test_columns_without_content_are_left_out(tmp_path: Path) -> None:
+    page = page_of(make(tmp_path / "0", 0, [1.0], overrides=["seed=0"]))
+    assert "<span>seconds</span>" in page and "<span>solves</span>" not in page and "<span>largest residual</span>" not in page
 
 
 def page_of(directory: Path) -> str:
@@ -338,6 +354,15 @@ def test_lines_with_one_value_lie_side_by_side() -> None:
 
 
 # Trust
+
+
+def test_a_loose_bound_is_no_problem(tmp_path: Path) -> None:
+    bound = {"hypergrad/norm": 1.0, "hypergrad/error_estimate": 36.0, "hypergrad/is_bound": 1.0}
+    rows_of(make(tmp_path / "0", 0, [1.0], overrides=["seed=0"]), bound)
+    [found] = [each for each in told(tmp_path)[2] if each.subject == "Certificates"]
+    assert found.level == "note" and "36 times its norm" in found.text and "do not rule it out" in found.text
+    rows_of(tmp_path / "0", bound, {**bound, "hypergrad/is_bound": 0.0})
+    assert [each.level for each in told(tmp_path)[2] if each.subject == "Certificates"] == ["bad"]
 
 
 def test_every_status_has_words() -> None:

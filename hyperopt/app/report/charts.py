@@ -203,7 +203,7 @@ def parallel(groups: Sequence[Group], metric: str, mode: str) -> Draw | None:
 
 
 def error_and_cost(groups: Sequence[Group]) -> Draw | None:
-    """Draw each run's hypergradient error against the cost of a step; None if no run has an estimate above 0.
+    """Draw each run's hypergradient error against the cost of a step; None if fewer than two runs have an estimate above 0.
 
     The x axis is vjps and evaluations, averaged over the steps; the y axis is the median of ``hypergrad/error_estimate``. A
     marker is filled if the error is a bound.
@@ -212,7 +212,7 @@ def error_and_cost(groups: Sequence[Group]) -> Draw | None:
         groups: the groups, the best first.
     """
     points = [(k, point, run) for k, each in enumerate(groups) for run in each.runs if (point := error_point(run.rows))]
-    if not points:
+    if len(points) < 2:
         return None
     drawn = list(dict.fromkeys(k for k, *_ in points))
     named = {k: place for place, k in enumerate(drawn if len(drawn) <= NAMED else drawn[: NAMED - 1])}

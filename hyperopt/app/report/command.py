@@ -186,7 +186,7 @@ def results(groups: Sequence[Group], metric: str, mode: str) -> dict[str, str]:
 def best_of(said: str, command: str, winner: Run | None, found: Sequence[Finding], out: Path) -> str:
     """Return the content of the first section: what is best, its command line, and whether it can be trusted."""
     first, _, rest = said.partition(": ") if winner is not None else ("", "", said)
-    parts = [f"<p><strong>{page.escape(first)}</strong> {page.escape(rest)}</p>"]
+    parts = [f"<p><strong>{page.escape(first)}{':' if first else ''}</strong> {page.escape(rest)}</p>"]
     if command:
         parts.append(page.command(command))
     if command and (text := warning(command)):

@@ -13,6 +13,8 @@ from hyperopt.app.report.groups import Group
 from hyperopt.app.report.read import Run
 
 SPLITS = ("outer", "val", "test")
+CUT = 100.0
+"""A logarithmic axis ends at this factor times the best curve if others are above that by this factor again."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,31 @@ def ends(group: Group, metric: str) -> list[Band]:
 def coinciding(series: Sequence[Series]) -> list[tuple[list[str], float]]:
     """Return the names of curves that cannot be told apart by eye, with the largest difference between those of each set."""
     values = [mean for each in series for mean in each.band.means]
-    eye = 2e-3 * (max(values) - min(values)) if values else 0.0
+    place = math.log if logarithmic(values) else float
+    eye = 2e-3 * (place(min(max(values), ceiling(series))) - place(min(values))) if values else 0.0
     sets: list[tuple[list[str], Band, float]] = []
     for each in series:
         for k, (members, other, most) in enumerate(sets):
             if each.band.steps == other.steps:
-                apart = max(abs(a - b) for a, b in zip(each.band.means, other.means, strict=True))
-                if apart <= eye:
-                    sets[k] = ([*members, each.label], other, max(most, apart))
+                pairs = list(zip(each.band.means, other.means, strict=True))
+                if all(abs(place(a) - place(b)) <= eye for a, b in pairs):
+                    sets[k] = ([*members, each.label], other, max(most, *(abs(a - b) for a, b in pairs)))
                     break
         else:
             sets.append(([each.label], each.band, 0.0))
     return [(members, most) for members, _, most in sets if len(members) > 1]
+
+
+def logarithmic(values: Sequence[float]) -> bool:
+    """Return whether curves through these values are drawn on a logarithmic axis."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > SPAN
+
+
+def ceiling(series: Sequence[Series]) -> float:
+    """Return where a logarithmic axis ends, so that curves that diverged do not press the others together; infinity: nowhere."""
+    values = [mean for each in series for mean in each.band.means]
+    top = CUT * max(map(abs, series[0].band.means)) if series else math.inf
+    return top if logarithmic(values) and max(values) > CUT * top else math.inf
 
 
 def curves(series: Sequence[Series], metric: str) -> Draw | None:
@@ -134,9 +149,12 @@ def curves(series: Sequence[Series], metric: str) -> Draw | None:
                 label=rest,
             )
             drawing.name(line, said(each, metric))
-        logarithmic = min(values) > 0 and max(values) / min(values) > SPAN
-        axes.set(xlabel="outer step", ylabel=metric, yscale="log" if logarithmic else "linear")
-        mark(axes.yaxis, logarithmic, 9)
+        log = logarithmic(values)
+        axes.set(xlabel="outer step", ylabel=metric, yscale="log" if log else "linear")
+        if math.isfinite(top := ceiling(series)):
+            axes.set_ylim(top=top)
+            axes.plot([], [], " ", label=f"values above {top:.1g} are cut off; the largest is {max(values):.1g}")
+        mark(axes.yaxis, log, 9)
         mark(axes.xaxis, False, 6 if drawing.layout.narrow else 12, whole=True)
         axes.grid(alpha=0.25)
         if any(each.stopped for each in named):

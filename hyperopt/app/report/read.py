@@ -69,7 +69,7 @@ class Run:
             task, dataset = (str(self.config.get(f"{key}._target_", "")).rpartition(".")[2] for key in ("task", "dataset"))
         name = one_line(self.config.get("name") or self.path.name, 80)
         said = " on ".join(one_line(each, 60) for each in (task, dataset) if each)
-        return f"{name}: {said}" if said else name
+        return f"{name}: {said}" if said not in ("", name) else name
 
     @property
     def reason(self) -> str:

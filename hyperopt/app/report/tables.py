@@ -9,7 +9,7 @@ from pathlib import Path
 from hyperopt.app.report.groups import Group, shown, spread
 from hyperopt.app.report.page import Cell, address
 from hyperopt.app.report.read import Run
-from hyperopt.app.report.trust import BAD, GOOD, relative_errors, values
+from hyperopt.app.report.trust import judged, relative_errors, values
 from hyperopt.app.run_directory import number
 from hyperopt.core.text import one_line, printable
 
@@ -45,7 +45,7 @@ def of_groups(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str
         runs = Cell(each.statuses, len(each.runs), tone=tone)
         rows.append([*settings, mean, *spreads, runs, *others, numeric(seconds, ".1f")])
     known = sum(bool(each.values(metric)) for each in groups)
-    return head, rows, 0 if known > 1 else None
+    return *filled(head, rows), 0 if known > 1 else None
 
 
 def setting(value: object) -> Cell:
@@ -93,8 +93,8 @@ def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -
     head += ["hypergradient error", "ended by"]
     rows = []
     for run, name in zip(runs, names, strict=True):
-        errors = [value for value in relative_errors(run) if math.isfinite(value)]
-        worst = max(errors, default=math.nan)
+        errors = [each for each in relative_errors(run) if math.isfinite(each[0])]
+        worst = max((error for error, _ in errors), default=math.nan)
         best = number((run.summary.get("best") or {}).get("step"))
         tone = "bad" if run.status in ENDS else "" if run.ended else "note"
         rows.append(
@@ -111,14 +111,20 @@ def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -
                 Cell(
                     f"{100 * worst:.2g} %" if worst < 1 else f"{worst:.2g} times",
                     worst,
-                    tone="" if worst <= GOOD else "note" if worst <= BAD else "bad",
+                    tone={"good": "", "note": "note", "bad": "bad"}[judged(errors)],
                 )
                 if errors
                 else UNKNOWN,
                 Cell(one_line(run.reason, 300), tone="long"),
             ]
         )
-    return head, rows
+    return filled(head, rows)
+
+
+def filled(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> tuple[list[str], list[list[Cell]]]:
+    """Return a table without the columns in which no row has anything."""
+    kept = [k for k in range(len(head)) if any(row[k].text for row in rows)]
+    return [head[k] for k in kept], [[row[k] for k in kept] for row in rows]
 
 
 def _override(text: str) -> Cell:

@@ -195,29 +195,41 @@ def residuals(runs: Sequence[Run]) -> Iterable[Finding]:
         yield Finding(level, "Residuals", f"The largest true relative residuals of all steps: {', '.join(told)}.")
 
 
-def relative_errors(run: Run) -> list[float]:
-    """Return the error estimates of a run's hypergradients as parts of their norms, NaN where there is none."""
+def relative_errors(run: Run) -> list[tuple[float, bool]]:
+    """Return the errors of a run's hypergradients as parts of their norms, NaN where unknown, and whether each is a bound."""
     rows = [row for row in run.rows if ESTIMATE in row and row.get(NORM, math.nan) > 0]
-    return [row[ESTIMATE] / row[NORM] for row in rows]
+    return [(row[ESTIMATE] / row[NORM], row.get(BOUND) == 1.0) for row in rows]
+
+
+def judged(errors: Sequence[tuple[float, bool]]) -> Level:
+    """Return the level of relative errors. A large bound is no sign that something is wrong: it may only be loose."""
+    if all(error <= GOOD for error, _ in errors):
+        return "good"
+    return "note" if all(error <= BAD for error, bound in errors if not bound) else "bad"
 
 
 def certificates(runs: Sequence[Run]) -> Iterable[Finding]:
     """Say how far the hypergradients may be from the exact ones."""
     errors = {id(run): relative_errors(run) for run in runs}
-    known = [value for found in errors.values() for value in found if math.isfinite(value)]
-    lost = [run for run in runs if any(math.isnan(value) for value in errors[id(run)])]
+    known = [each for found in errors.values() for each in found if math.isfinite(each[0])]
+    lost = [run for run in runs if any(math.isnan(error) for error, _ in errors[id(run)])]
     if known:
-        worst, middle = max(known), statistics.median(known)
-        bounds = [row.get(BOUND) == 1.0 for run in runs for row in run.rows if ESTIMATE in row]
+        sizes, bounds = [error for error, _ in known], [bound for _, bound in known]
+        worst, middle = max(sizes), statistics.median(sizes)
         kind = "bounds" if all(bounds) else "estimates, not bounds" if not any(bounds) else "partly bounds, partly estimates"
-        level: Level = "good" if worst <= GOOD else "note" if worst <= BAD else "bad"
+        level = judged(known)
+        loose = (
+            " Bounds as large as this do not show an error; they only do not rule it out."
+            if level == "note" and worst > BAD
+            else ""
+        )
         yield Finding(
             level,
             "Certificates",
             f"The error of the hypergradient is {_share(middle)} in the median and at most {_share(worst)}, "
-            f"from {count(len(known), 'certificate')} ({kind}).",
+            f"from {count(len(known), 'certificate')} ({kind}).{loose}",
             "" if level == "good" else "lower rtol or raise max_steps of solver and adjoint, and run hyperopt check",
-            [] if level == "good" else [run for run in runs if any(value > GOOD for value in errors[id(run)])],
+            [] if level == "good" else [run for run in runs if any(error > GOOD for error, _ in errors[id(run)])],
         )
     if lost:
         yield Finding(
