@@ -224,6 +224,8 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = Sizes(60, 60, 60, 8) if options.small else Sizes()
     path = options.out / "results.json"
+    for name in options.problems:  # what the first use of torch and Optuna imports takes seconds that belong to no cell
+        measured(name, "both", 0, 0.2, Sizes(60, 60, 60, 8))
     for seed in options.seeds:
         for name in options.problems:
             for way in options.ways:
