@@ -105,7 +105,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.cases(quick=2, slow=32)
+@pytest.mark.cases(quick=2, slow=16)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=12)
 @pytest.mark.parametrize("name", slow_but(QUICK_EXPERIMENTS, EXPERIMENTS))
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}", *WARM.get(name, [])]
@@ -140,7 +140,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 }
 
 
-@pytest.mark.cases(quick=1, slow=14)
+@pytest.mark.cases(quick=1, slow=8)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
 @pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:

@@ -362,6 +362,7 @@ def test_each_block_is_short() -> None:
     assert {Path(name).suffix for name in BLOCKS} == {".py", ".yaml"} and len(BLOCKS) == 6
 
 
+@pytest.mark.cases(slow=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("mine ")])
 def test_the_commands_of_the_manual_run(mine: Path, tmp_path: Path, line: str) -> None:

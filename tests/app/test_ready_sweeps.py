@@ -19,6 +19,7 @@ def test_every_ready_sweep_is_tested() -> None:
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == set(JOBS)
 
 
+@pytest.mark.cases(quick=1, slow=1)
 @pytest.mark.parametrize("name", slow_but(["five_seeds"], JOBS))
 def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     done = launch(f"sweep={name}", "hydra.sweep.dir=mine")

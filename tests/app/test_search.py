@@ -675,7 +675,7 @@ def test_two_hundred_trials_by_two_processes(tmp_path: Path) -> None:
         RunDirectory(each.sweep).release()
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_the_trial_of_a_killed_worker_is_taken_up(tmp_path: Path) -> None:
     small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]
     shared = ["hydra/sweeper=optuna", "hydra.sweeper.storage=queue", "hydra.sweeper.n_trials=4", "trainer.progress=false"]

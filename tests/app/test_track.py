@@ -58,7 +58,7 @@ def test_event_file_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
     assert session_starts(tmp_path) == 1
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=1)
 @pytest.mark.parametrize("changes_at", [None, 1, 6, 10])
 def test_resume_leaves_no_event_twice(tmp_path: Path, changes_at: int | None) -> None:
     def changing(task: Toy) -> Toy:

@@ -79,7 +79,7 @@ def finite(estimate):
 # ---- networks by the defaults
 
 
-@pytest.mark.cases(slow=4)
+@pytest.mark.cases(slow=2)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(DOUBLE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", slow_but(["two layers"], NETWORKS))
 def test_the_defaults_tune_a_network(name, dtype):

@@ -36,7 +36,7 @@ def test_the_limit_at_fixed_hyperparameters_is_the_closed_form(name):
     assert found.loss == pytest.approx(float(ridge.outer(bilevel.w, ridge.lam, None)), rel=1e-6)
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=2)
 @pytest.mark.parametrize("name", slow_but(("soba", "f2sa"), METHODS))
 def test_the_limit_agrees_with_finite_differences(name):
     """On logistic regression, whose Hessian moves with the weights, with an outer loss that depends on ``lam`` itself too."""

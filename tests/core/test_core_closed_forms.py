@@ -127,7 +127,7 @@ def thinned():
             yield pytest.param(problem, *case.values, marks=marks, id=f"{problem.__name__}-{case.id}")
 
 
-@pytest.mark.cases(quick=24, slow=100)
+@pytest.mark.cases(quick=24, slow=60)
 @pytest.mark.parametrize(("problem", "solver", "adjoint", "rtol"), list(thinned()))
 def test_value_and_hypergradient(problem, solver, adjoint, rtol):
     phi, w0, params, rows = problem()

@@ -170,7 +170,7 @@ def thinned():
                 yield pytest.param(methods, name, door, marks=() if (i + 2 * j + k) % 5 == 0 else pytest.mark.slow)
 
 
-@pytest.mark.cases(quick=16, slow=100)
+@pytest.mark.cases(quick=16, slow=60)
 @pytest.mark.parametrize(("methods", "name", "door"), list(thinned()))
 def test_every_door(methods, name, door):
     phi, reference = MAPS[name]

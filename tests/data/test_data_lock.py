@@ -109,7 +109,7 @@ def test_of_five_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
     assert asked(tmp_path) == 1 and kept(tmp_path / "data" / "raw") == SIMPLE
 
 
-@pytest.mark.slow  # three imports of torchvision
+@pytest.mark.manual
 def test_of_processes_that_load_a_dataset_at_once_one_downloads_it(
     tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

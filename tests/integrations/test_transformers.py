@@ -80,7 +80,7 @@ def tensors(trainer: Any, tuner: hyperopt.Tuner) -> list[torch.Tensor]:
     return [*trainer.model.parameters(), *tuner.hyper.parameters()]
 
 
-@pytest.mark.cases(slow=3)
+@pytest.mark.cases(slow=1)
 @pytest.mark.parametrize(
     "given",
     [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"dropout": 0.2}, {"bf16": True, "gradient_accumulation_steps": 2}],

@@ -59,7 +59,7 @@ def environment(dtype: torch.dtype = torch.float64) -> Environment:
     return Environment(torch.device("cpu"), dtype, 0, False, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=3)
 @pytest.mark.parametrize("name", slow_but(("l2", "weight_decay", "data_cleaning"), SMALL))
 def test_a_run_resumed_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     rows = {}
