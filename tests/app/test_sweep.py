@@ -144,7 +144,7 @@ def test_no_job_changes_the_numbers_of_another_and_a_failure_hides_none(command:
     assert rows(Path("mine/3")) == rows(Path("alone"))
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_dozen_runs_are_told_apart_in_tensorboard(command: Launcher) -> None:
     swept = ["solver=picard,anderson,broyden,newton", "adjoint=neumann,anderson,gmres"]
     assert command(*SWEEP, *swept, "debug=default", "device=cpu", "task.state_size=5", "threads=1").status == 0

@@ -66,7 +66,7 @@ def test_single_loop_from_trained_weights(name, away):
     assert float((lam - 3).abs().max()) < 0.1
 
 
-@pytest.mark.cases(quick=1, slow=2)
+@pytest.mark.cases(quick=1, slow=1)
 @pytest.mark.parametrize("name", slow_but([name for name in SINGLE_LOOP if name not in LONG], SINGLE_LOOP))
 def test_single_loop_from_trained_weights_in_float32_and_at_zero(name):
     lam = torch.zeros(2)
