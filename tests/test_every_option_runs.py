@@ -120,7 +120,7 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.cases(quick=2, slow=12)
+@pytest.mark.cases(quick=2, slow=9)
 @pytest.mark.parametrize("name", slow_but(QUICK_EXPERIMENTS, EXPERIMENTS))
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}", *WARM.get(name, [])]

@@ -208,7 +208,7 @@ def test_help_lists_groups_examples_and_where_results_go(launch: Launcher) -> No
     assert "schema" not in done.out and "${" not in done.out
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_every_command_of_the_help_text_composes(launch: Launcher) -> None:
     for line in launch("--help").out.splitlines():
         if line.startswith("  hyperopt"):

@@ -214,7 +214,7 @@ def test_joblib(command: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads == max(len(os.sched_getaffinity(0)) // 2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @needs("submitit")
 def test_submitit_puts_a_job_back_and_it_goes_on(command: Launcher) -> None:
     long = [*SMALL, "trainer.max_steps=400", "trainer.checkpoint_every=1000", "trainer.eval_every=50", "threads=1"]

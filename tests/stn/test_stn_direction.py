@@ -87,7 +87,7 @@ def implicit(net: nn.Module, space: HyperSpace) -> Tensor:
     return -mixed.T @ torch.linalg.solve(curvature, slope)
 
 
-@pytest.mark.slow
+@pytest.mark.cases(quick=0, slow=1)
 @pytest.mark.parametrize("mode", ["centred", "delta"])
 def test_on_a_small_network(mode: str) -> None:
     torch.manual_seed(0)
