@@ -32,6 +32,7 @@ from hyperopt.app.options import targets
 from hyperopt.app.resolvers import register
 from hyperopt.app.run import run
 from hyperopt.core.policy import SolveWarning
+from hyperopt.tasks.base import HypergradientError
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -72,13 +73,19 @@ def options(only: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def measure(overrides: tuple[str, ...], seed: int, out: Path) -> Row:
-    """Run the main job with an option, unless it is done, and return its accuracies, solves that failed, and CPU seconds."""
+    """Run the main job with an option, unless it is done, and return its accuracy, whether solves failed, and CPU seconds.
+
+    Of a run that is ended by a solve that failed, return the reason alone.
+    """
     kept = out / "measured.json"
     if not kept.exists():
         before, told = time.process_time(), io.StringIO()
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(told):
             warnings.simplefilter("always")
-            run(composed(*overrides, f"seed={seed}", *(["resume=auto"] if out.exists() else [])), out)
+            try:
+                run(composed(*overrides, f"seed={seed}", *(["resume=auto"] if out.exists() else [])), out)
+            except HypergradientError as error:
+                return {"failed": str(error)}
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         warned = any(isinstance(each.message, SolveWarning) for each in caught)
         found = {"accuracy": rows[-1]["test/accuracy"], "warned": warned, "seconds": time.process_time() - before}
@@ -91,11 +98,17 @@ def table(results: Row) -> list[str]:
     lines = [f"| option | test accuracy after {STEPS} steps | seeds | CPU seconds |", "|---|---|---|---|"]
     for group in GROUPS:
         of = {name: row for name, row in results.items() if name.startswith(f"{group}=")}
-        for name, row in sorted(of.items(), key=lambda each: -each[1]["accuracy"]["mean"]):
+        ran = {name: row for name, row in of.items() if "failed" not in row}
+        for name, row in sorted(ran.items(), key=lambda each: -each[1]["accuracy"]["mean"]):
             told = " ".join([f"`{name}`", *(f"with `{each}`" for each in NEEDS.get(name, ()))])
             told += (", the default" if name in DEFAULT else "") + (" *" if row["warned"] else "")
             accuracy = f"{row['accuracy']['mean']:.4f}".lstrip("0")
             lines.append(f"| {told} | {accuracy} | {len(row['accuracy']['values'])} | {row['seconds']['mean']:.0f} |")
+        lines += [
+            f"| `{name}` | ended by an error: {row['failed'].partition(';')[0]} | - | - |"
+            for name, row in of.items()
+            if name not in ran
+        ]
     return lines
 
 
@@ -113,6 +126,9 @@ def main() -> None:
         for name, overrides in chosen.items():
             found = [measure(overrides, seed, runs / f"{'default' if name in DEFAULT else name}-{seed}") for seed in range(seeds)]
             print(name, f"seed {seeds - 1}:", found[-1], flush=True)
+            if failed := [each["failed"] for each in found if "failed" in each]:
+                results = shared.save(HERE / "results.json", name, {"failed": failed[0]})
+                continue
             row = {key: shared.spread([each[key] for each in found]) for key in ("accuracy", "seconds")}
             results = shared.save(HERE / "results.json", name, {**row, "warned": any(each["warned"] for each in found)})
     shared.save(HERE / "results.json", "machine", {"torch": torch.__version__, "python": platform.python_version()})
