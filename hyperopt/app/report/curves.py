@@ -152,7 +152,7 @@ def curves(series: Sequence[Series], metric: str) -> Draw | None:
         log = logarithmic(values)
         axes.set(xlabel="outer step", ylabel=metric, yscale="log" if log else "linear")
         if math.isfinite(top := ceiling(series)):
-            axes.set_ylim(top=top)
+            axes.set_ylim(min(values) / 1.5, top)
             axes.plot([], [], " ", label=f"values above {top:.1g} are cut off; the largest is {max(values):.1g}")
         mark(axes.yaxis, log, 9)
         mark(axes.xaxis, False, 6 if drawing.layout.narrow else 12, whole=True)
