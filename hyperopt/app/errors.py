@@ -14,14 +14,15 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from hyperopt.core.text import printable
 
 HIDDEN = ("hydra", "schema")
+MANY = 40  # choices are not listed beside near ones
 
 
 def near(word: str, choices: Iterable[str]) -> str:
-    """Return ``did you mean ...? choices: ...`` for a word that is not one of ``choices``."""
+    """Return ``did you mean ...? choices: ...`` for a word that is not one of ``choices``; of very many, the near ones alone."""
     known = sorted(choices)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}choices: {', '.join(known) or 'none'}"
+    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    return hint if close and len(known) > MANY else f"{hint} choices: {', '.join(known) or 'none'}".lstrip()
 
 
 def explain(error: BaseException, keys: Mapping[str, str] | None = None) -> str | None:

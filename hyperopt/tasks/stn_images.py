@@ -26,7 +26,7 @@ from hyperopt.tasks.base import SPLIT_MEASURES, Environment, check_dataset, load
 from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.scores import scores
 from hyperopt.tasks.stn import SelfTuningSetup, SelfTuningTask
-from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise
+from hyperopt.tasks.stn_problem import Batch, ImageProblem, Standardise, check_declared
 
 
 @dataclass(eq=False)
@@ -63,12 +63,13 @@ class StnImagesTask(SelfTuningTask):
     problem: ImageProblem = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges and the names of the hyperparameters."""
         check_count(self, "batch_size")
         check_count(self, "val_batch_size")
         check_optional_count(self, "eval_rows")
         check_count(self, "eval_batch_size")
         check_dataset(self)
+        check_declared(self.tuned, self._classifier.dropouts, self._classifier.layers)
 
     def build(self, env: Environment) -> SelfTuningSetup:
         """Load the rows and build the network.

@@ -117,8 +117,11 @@ class ImageProblem:
             raise ValueError(f"dataset={splits.name} has rows of shape {splits.shape}, not images of classes; change dataset")
         if not len(splits.val):
             raise ValueError("dataset.val=0: there are no validation rows to tune the hyperparameters on; raise dataset.val")
-        own = {f"{DECAY}_{layer}": f"{layer}.weight" for layer in layers}
-        _check_declared(declared, dropouts, tuple(own), splits.shape[0])
+        check_declared(declared, dropouts, layers)
+        for name in {"saturation", "hue"} & set(declared):
+            if splits.shape[0] != 3:
+                raise ValueError(f"{name} is declared, but the images have {splits.shape[0]} channels, not 3; drop it")
+        own = {_decay_of(layer): f"{layer}.weight" for layer in layers}
         self.shape, self.decays = splits.shape, DECAY in declared
         self.own_decays = {name: weight for name, weight in own.items() if name in declared}
         holes = declared.get("cut_holes")
@@ -159,12 +162,16 @@ def _bounds(each: Tuned) -> tuple[float, float]:
     return (each.low, each.high) if isinstance(each, Bounded | Discrete) else (0.0, math.inf)
 
 
-def _check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], decays: Sequence[str], channels: int) -> None:
-    """Refuse hyperparameters that are not used, and those that may leave their valid range."""
-    known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), **dict.fromkeys((DECAY, *decays), (0.0, math.inf))}
+def _decay_of(layer: str) -> str:
+    """The name of the weight decay of a layer."""
+    return f"{DECAY}_{layer}"
+
+
+def check_declared(declared: Mapping[str, Tuned], dropouts: Sequence[str], layers: Sequence[str]) -> None:
+    """Refuse hyperparameters that are not used, and those that may leave their valid range; see ``ImageProblem``."""
+    decays = (DECAY, *map(_decay_of, layers))
+    known = {**RANGES, **dict.fromkeys(dropouts, (0.0, 1.0)), **dict.fromkeys(decays, (0.0, math.inf))}
     for name, each in declared.items():
         if name not in known:
             raise ValueError(f"the hyperparameter {name!r} is not used; the names are {', '.join(known)}")
         check_range(name, *_bounds(each), known[name])
-        if name in ("saturation", "hue") and channels != 3:
-            raise ValueError(f"{name} is declared, but the images have {channels} channels, not 3; drop it")

@@ -418,6 +418,8 @@ def test_a_target_that_is_not_there_is_named() -> None:
 
 def test_near_misses() -> None:
     assert near("andersen", ["picard", "anderson"]) == "did you mean anderson? choices: anderson, picard"
+    assert near("andersen", ["anderson", *map(str, range(50))]) == "did you mean anderson?"
+    assert near("x", map(str, range(50))).startswith("choices: 0, 1, ")
     assert near("xyz", ["picard", "anderson"]) == "choices: anderson, picard"
     assert near("xyz", []) == "choices: none"
 

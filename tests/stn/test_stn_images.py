@@ -198,6 +198,11 @@ def test_hyperparameters_that_cannot_work(tuned: dict[str, Any], message: str) -
         ImageProblem(SPLITS, tuned, Classifier(dense=(8, 8)).dropouts, 10, 10, 0)
 
 
+def test_a_task_refuses_them_before_it_loads_anything() -> None:
+    with pytest.raises(ValueError, match="'dropout5' is not used; the names are .*weight_decay_last"):
+        StnImagesTask(tuned={"dropout5": Bounded(0.1, 0.0, 0.9)})
+
+
 def test_rows_that_cannot_work() -> None:
     def problem(splits: Any) -> ImageProblem:
         return ImageProblem(splits, {"input_noise": Positive(0.1)}, (), 10, 10, 0)
