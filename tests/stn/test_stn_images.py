@@ -199,7 +199,7 @@ def test_hyperparameters_that_cannot_work(tuned: dict[str, Any], message: str) -
 
 
 def test_a_task_refuses_them_before_it_loads_anything() -> None:
-    with pytest.raises(ValueError, match="'dropout5' is not used; the names are .*weight_decay_last"):
+    with pytest.raises(ValueError, match=r"'dropout5' is not used; the names are .*weight_decay_last"):
         StnImagesTask(tuned={"dropout5": Bounded(0.1, 0.0, 0.9)})
 
 
