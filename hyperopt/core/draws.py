@@ -43,8 +43,8 @@ RATES = {
 }
 # Operators that draw only if this flag is set.
 TRAINING = {"native_dropout": (2, "train"), "rrelu_with_noise": (4, "training")}
-# Operators that change arguments although their schema does not say so: the running statistics, in training mode.
-STATISTICS = frozenset(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"))
+# Operators that change the running statistics, but only if ``training`` is set; most of their schemas do not say so.
+STATISTICS = frozenset(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"))
 
 _local = threading.local()
 
@@ -74,7 +74,7 @@ def _kind(func: Any) -> _Kind:
     name = schema.name.split("::")[-1].rstrip("_")
     writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     if name in STATISTICS:
-        writes += [(3, "running_mean"), (4, "running_var")]
+        writes = [(3, "running_mean"), (4, "running_var")]
     fresh = all(r.alias_info is None for r in schema.returns)
     draws = torch.Tag.nondeterministic_seeded in func.tags
     composite = draws and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
@@ -92,6 +92,14 @@ def _draws(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if kind.name in TRAINING and not _argument(args, kwargs, *TRAINING[kind.name]):
         return False
     return kind.name not in RATES or float(_argument(args, kwargs, *RATES[kind.name]) or 0.0) > 0
+
+
+def _writes(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that the call changes: a normalisation in evaluation mode only reads its statistics."""
+    if kind.name in STATISTICS and not _argument(args, kwargs, 5, "training"):
+        return
+    for place, name in kind.writes:
+        yield from _tensors(_argument(args, kwargs, place, name))
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -133,14 +141,13 @@ class Watching(TorchDispatchMode):
         if kind.composite:  # inference mode does not decompose it by itself
             with self:
                 return func.decompose(*args, **kwargs)
-        for place, name in kind.writes:
-            for tensor in _tensors(_argument(args, kwargs, place, name)):
-                key = _storage(tensor)
-                if key in self.made:
-                    continue
-                if key in self.constants:
-                    self.refuse(tensor, func)
-                self.write(tensor)
+        for tensor in _writes(kind, args, kwargs):
+            key = _storage(tensor)
+            if key in self.made:
+                continue
+            if key in self.constants:
+                self.refuse(tensor, func)
+            self.write(tensor)
         out = self.draw(func, kind, args, kwargs) if _draws(kind, args, kwargs) else func(*args, **kwargs)
         if kind.fresh:
             for tensor in _tensors(out):
