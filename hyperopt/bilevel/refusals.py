@@ -102,10 +102,12 @@ def refuse_no_scalar(loss: Any, name: str, batch: Any) -> None:
 
     Raises:
         TypeError: the loss is not a tensor.
-        ValueError: the loss does not have exactly one number, or the batch has no rows.
+        ValueError: the loss is complex or does not have exactly one number, or the batch has no rows.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name} returned a {type(loss).__name__}; it must return a tensor with one number")
+    if loss.is_complex():
+        raise ValueError(f"{name} returned a complex number; it must be a real one: take its .real, or its .abs()")
     if loss.numel() != 1:
         raise ValueError(f"{name} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
     refuse_no_rows(name, batch)

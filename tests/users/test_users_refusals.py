@@ -377,3 +377,11 @@ def test_a_function_may_keep_a_name(function, plain, adjoint):
     )
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
     assert one.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("which", ["inner_loss", "outer_loss"])
+def test_a_complex_loss_is_named(which):
+    losses: dict[str, Any] = {"inner_loss": lambda w, lam, b: (w - lam).square().sum(), "outer_loss": lambda w, lam, b: w.sum()}
+    losses[which] = lambda w, lam, b: torch.complex((w - lam).square().sum(), w.sum())
+    with pytest.raises(ValueError, match=f"{which} returned a complex number"):
+        hyperopt.hypergradient(hyperopt.BilevelProblem(**losses), torch.ones(2), torch.ones(2), adjoint=OneStep(), step=0.1)
