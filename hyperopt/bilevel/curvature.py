@@ -19,12 +19,12 @@ from torch import Tensor
 
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
-from hyperopt.bilevel.own_functions import check_own_functions
 from hyperopt.core import distributed
 from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once, refuse_reentrant
 from hyperopt.core.jacobian import pull
 from hyperopt.core.memory import saved_bytes
 from hyperopt.core.operator import LinearOperator
+from hyperopt.core.own_functions import check_own_functions
 from hyperopt.core.tree import Layout, layout_of, leaves_of
 
 
@@ -73,6 +73,7 @@ class Curvature(LinearOperator):
         return self.layout.matrix(self.w.like(values))
 
 
+BY_DIFFERENCES = "use finite differences of gradients: adjoint=FiniteDifference(), or curvature='finite_differences'"
 SMALL_GRAPH = 64 * 2**20  # bytes; such a graph is kept whatever its share of the memory is
 STEPS_OF_TRAINING = 3  # so much memory of a training step may the products take, if the graph is larger
 VECTORS = 6  # of the size of the weights are alive during a product
@@ -184,16 +185,15 @@ def second_derivatives() -> Iterator[None]:
         if any(words in str(error) for words in COMPILED):
             raise RuntimeError(
                 "the inner loss calls compiled code, which has no second derivative in PyTorch: give the module as it was before "
-                "torch.compile (its _orig_mod), or use finite differences of gradients: adjoint=FiniteDifference(), or "
-                "curvature='finite_differences'"
+                f"torch.compile (its _orig_mod), or {BY_DIFFERENCES}"
             ) from error
         found = re.search(r"derivative for (\S+) is not implemented|(\S+) does not support .*double backward", str(error))
         if found is None and "once_differentiable" not in str(error):
             raise
         what = next((name for name in (found.groups() if found else ()) if name), "an operator that is differentiable once")
         raise RuntimeError(
-            f"the inner loss uses {what}, which has no second derivative in PyTorch; replace the layer that calls it, or use "
-            "finite differences of gradients: adjoint=FiniteDifference(), or curvature='finite_differences'"
+            f"the inner loss uses {what}, which has no second derivative in PyTorch; replace the layer that calls it, or "
+            f"{BY_DIFFERENCES}"
         ) from error
 
 
@@ -226,7 +226,7 @@ def differentiate(
             if create_graph:
                 refuse_once(found, leaves)
         if nodes and check:
-            check_own_functions(nodes, function, leaves, others)
+            check_own_functions(nodes, function, leaves, others, remedy=f", or {BY_DIFFERENCES}")
     if any(g is None for g in found):
         refuse_reentrant(loss)
     if all(g is None for g in found):

@@ -28,6 +28,7 @@ from hyperopt.core.captured import functorch_level, transformed
 from hyperopt.core.graph_modes import refuse_constant_gradients, refuse_once
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.operator import Linearization, LinearOperator, Reshaped
+from hyperopt.core.own_functions import check_own_functions
 
 SolveLinear = Callable[[LinearOperator, Tensor, Tensor | None, str], Tensor]
 
@@ -148,9 +149,11 @@ def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v
         out = fn(alias, *inputs)
         if not out.requires_grad:
             return torch.zeros_like(v)
-        with refuse_constant_gradients([out], [alias, *inputs]):
+        with refuse_constant_gradients([out], [alias, *inputs]) as nodes:
             (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
         refuse_once([product], [alias, *inputs, v])
+        if nodes:
+            check_own_functions(nodes, lambda at, _: (fn(*at) * v.detach()).sum(), [alias, *inputs])
     return torch.zeros_like(v) if product is None else product
 
 

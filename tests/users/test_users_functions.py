@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hyperopt
-from hyperopt import CG, FiniteDifference, Implicit, Unrolled
+from hyperopt import CG, FiniteDifference, Implicit, OneStep, Unrolled
 
 
 def kept_by_save(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -101,3 +101,69 @@ def test_the_check_leaves_random_numbers_and_statistics_alone():
     torch.manual_seed(0)
     second = estimate(noisy, Unrolled(), torch.float64), torch.rand(()), bias.running_mean  # not checked again
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["saved", "output"])
+def test_the_second_derivative_of_a_fixed_point(name):
+    function, a = own(name), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    shift = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+
+    def gradient(function: Any) -> torch.Tensor:
+        solve: dict[str, Any] = {"solver": hyperopt.Newton(rtol=1e-12), "adjoint": Implicit(hyperopt.GMRES(rtol=1e-12))}
+        value = hyperopt.fixed_point(lambda w: function(a * w + shift), torch.zeros_like(shift), **solve).value
+        return torch.autograd.grad(value.square().sum(), a, create_graph=True)[0]
+
+    torch.testing.assert_close(gradient(function), gradient(torch.tanh))  # the first derivative is right
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (second,) = torch.autograd.grad(gradient(function), a)
+    (exact,) = torch.autograd.grad(gradient(torch.tanh), a)
+    if name == "output":
+        torch.testing.assert_close(second, exact)
+    assert [str(each.message)[:33] for each in said] == ["the second derivative through Own"] * (name == "saved")
+
+
+def test_a_loss_that_is_not_defined_near_the_point_is_checked_at_the_point():
+    """A scale that moves along a random direction becomes negative, which a distribution refuses, and of which a log is NaN."""
+    scale, w = torch.tensor(0.02, dtype=torch.float64), torch.full((4, 1), 3.0, dtype=torch.float64)
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run(function: Any, fit: Any) -> None:
+        problem = hyperopt.BilevelProblem(lambda w, lam, b: fit(function(x @ w), lam), lambda w, lam, b: w.square().sum())
+        hyperopt.hypergradient(problem, w, scale, adjoint=OneStep(), step=0.01)
+
+    for fit in (
+        lambda out, lam: -torch.distributions.Normal(out, lam).log_prob(torch.zeros_like(out)).mean(),
+        lambda out, lam: (out.square() / lam.sqrt()).mean(),
+    ):
+        run(own("output"), fit)
+        with pytest.warns(hyperopt.SolveWarning, match="second derivative through Own"):
+            run(own("attribute"), fit)
+
+
+def test_a_function_is_checked_in_the_first_precision_in_which_it_can_be():
+    function = own("saved")
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    problem = hyperopt.BilevelProblem(
+        lambda w, lam, b: function(x.to(w) @ w).float().square().mean() + lam * w.float().square().sum(),
+        lambda w, lam, b: w.float().sum(),
+    )
+    for dtype, count in ((torch.bfloat16, 0), (torch.float32, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            w = torch.full((4, 1), 0.3, dtype=dtype)
+            hyperopt.hypergradient(problem, w, torch.tensor(0.1), adjoint=OneStep(), step=0.1)
+        assert sum("second derivative through Own" in str(each.message) for each in said) == count
+
+
+def test_an_operator_of_torch_library_is_a_function():
+    @torch.library.custom_op("hyperopt_tests::tanh_and_slope", mutates_args=())
+    def operator(x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.tanh(x), 1 / torch.cosh(x) ** 2]
+
+    operator.register_autograd(
+        lambda ctx, g: g[0] * ctx.saved_tensors[0],  # which takes no gradient of its second output
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
+    )
+    with pytest.warns(hyperopt.SolveWarning, match="second derivative through hyperopt_tests_tanh_and_slope"):
+        estimate(lambda x: operator(x)[0], Implicit(CG()), torch.float64)

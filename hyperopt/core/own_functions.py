@@ -8,6 +8,7 @@ kept in the same way; a difference of gradients does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -24,7 +25,9 @@ _checked: WeakSet[type] = WeakSet()
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-def check_own_functions(nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], lam: Sequence[Tensor]) -> None:
+def check_own_functions(
+    nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], lam: Sequence[Tensor] = (), *, remedy: str = ""
+) -> None:
     """Compare the derivative of a gradient with a difference, once for each Function class; warn where it is wrong.
 
     At a point z near ``(w, lam)``, since terms often vanish where training starts, with random ``u`` and ``v``::
@@ -40,14 +43,40 @@ def check_own_functions(nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], l
         loss: L, a function of the tensors in ``w`` and ``lam``.
         w: the weights.
         lam: the hyperparameters.
+        remedy: what else the message recommends.
     """
     new = {kind: type(node)._forward_cls for node in nodes if (kind := type(node)) not in _checked and _foreign(kind)}
-    _checked.update(new)
-    at = [leaf.detach() for leaf in (*w, *lam)]
     moving = [leaf.requires_grad for leaf in (*w, *lam)]
-    kinds = {leaf.dtype for leaf, moves in zip(at, moving, strict=True) if moves}
+    kinds = {leaf.dtype for leaf, moves in zip((*w, *lam), moving, strict=True) if moves}
     if not new or not kinds <= {torch.float32, torch.float64}:
         return
+    _checked.update(new)
+    for far in (0.1, 0.0):  # the loss may not be defined far from the point: a scale may become negative there
+        try:
+            numbers = _second_derivatives(loss, w, lam, far)
+        except (ValueError, RuntimeError, ArithmeticError, AssertionError):
+            continue
+        if numbers is None or all(map(math.isfinite, numbers)):
+            break
+    else:
+        return
+    if numbers is None or not _differ(*numbers[4:]) or _differ(*numbers[:4]):  # that of the loss differs on purpose
+        return
+    names = ", ".join(sorted({function.__name__.removeprefix("GeneratedBackwardFor_") for function in new.values()}))
+    warn(
+        f"the second derivative through {names} is {numbers[4]:.4g} in a random direction, where differences of gradients give "
+        f"{numbers[6]:.4g}: its backward uses a tensor that its forward computed, which has no graph. Let backward compute "
+        f"that tensor again from the saved inputs{remedy}"
+    )
+
+
+def _second_derivatives(loss: Loss, w: Sequence[Tensor], lam: Sequence[Tensor], far: float) -> tuple[float, ...] | None:
+    """Return the arguments of ``_differ`` for the loss and for its gradient, at a distance ``far`` of the point.
+
+    None: the gradient is a constant.
+    """
+    at = [leaf.detach() for leaf in (*w, *lam)]
+    moving = [leaf.requires_grad for leaf in (*w, *lam)]
     draw = torch.Generator().manual_seed(0)
 
     def random() -> list[Tensor]:
@@ -58,7 +87,7 @@ def check_own_functions(nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], l
         ]
         return [part * (max(1.0, tree_norm(at)) / tree_norm(drawn)) for part in drawn]
 
-    u, v, start = random()[: len(w)], random(), [x + 0.1 * part for x, part in zip(at, random(), strict=True)]
+    u, v, start = random()[: len(w)], random(), [x + far * part for x, part in zip(at, random(), strict=True)]
 
     def evaluate(h: float, *, create_graph: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor]:
         """Return the loss at ``z + h v``, what moves there, its gradient, and the product of its part in ``w`` with ``u``."""
@@ -72,11 +101,11 @@ def check_own_functions(nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], l
 
     value, inputs, found, along = evaluate(0.0, create_graph=True)
     if not along.requires_grad:
-        return
+        return None
     direction = [part for part, moves in zip(v, moving, strict=True) if moves]
     first = _dot(found, direction)
     second = _dot(pull([along], inputs, [torch.ones_like(along)]), direction)
-    eps = max(torch.finfo(kind).eps for kind in kinds)
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in inputs)
     step = eps**0.25
 
     def quotients(h: float) -> tuple[float, float]:
@@ -87,15 +116,7 @@ def check_own_functions(nodes: Sequence[Any], loss: Loss, w: Sequence[Tensor], l
     (first_one, second_one), (first_two, second_two) = quotients(step), quotients(step / 2)
     rounding = eps / step
     size = tree_norm([g.detach() for g in found[: len(w)] if g is not None]) * tree_norm(u)
-    surrogate = _differ(first, first_one, first_two, rounding * float(value.detach()))
-    if _differ(second, second_one, second_two, rounding * size) and not surrogate:
-        names = ", ".join(sorted({function.__name__ for function in new.values()}))
-        warn(
-            f"the second derivative through {names} is {second:.4g} in a random direction, where differences of gradients give "
-            f"{second_two:.4g}: its backward uses a tensor that its forward computed, which has no graph. Let backward compute "
-            "that tensor again from the saved inputs, or use finite differences of gradients: adjoint=FiniteDifference(), or "
-            "curvature='finite_differences'"
-        )
+    return first, first_one, first_two, rounding * float(value.detach()), second, second_one, second_two, rounding * size
 
 
 def _differ(derivative: float, one: float, two: float, rounding: float) -> bool:
@@ -108,5 +129,6 @@ def _dot(found: Sequence[Tensor | None], direction: Sequence[Tensor]) -> float:
 
 
 def _foreign(kind: type) -> bool:
-    """Whether a Function is neither this package's nor PyTorch's own."""
-    return kind._forward_cls.__module__.partition(".")[0] not in ("hyperopt", "torch")  # pyright: ignore
+    """Whether a Function is neither this package's nor PyTorch's own; those of ``torch.library`` stand for a user's operator."""
+    module: str = kind._forward_cls.__module__  # pyright: ignore[reportAttributeAccessIssue]
+    return module.partition(".")[0] not in ("hyperopt", "torch") or module.startswith("torch._library")
