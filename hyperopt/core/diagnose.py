@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.checks import plain
+from hyperopt.core.graph_modes import twice_differentiable
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.operator import LinearOperator
@@ -124,7 +125,7 @@ def diagnose(phi: Callable[..., Any], w: Any, args: tuple[Any, ...] = (), *, row
         raise ValueError(f"diagnose: steps={steps!r} must be a whole number >= 1; change steps")
     layout, value = (w.layout, w.value) if isinstance(w, Solution) else (layout_of(w, rows), w)
     point = layout.matrix(optree.tree_map(lambda x: x.detach(), value)).requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable():
         out = layout.matrix(phi(layout.tree(point), *args))
     J = Jacobian(out, point)
     count, dim = point.shape

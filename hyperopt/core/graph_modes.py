@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hyperopt.core.captured import functorch_level, node_name
+from hyperopt.core.captured import functorch_level, node_name, transformed
 
 
 class KeepsGraph(TorchFunctionMode):
@@ -38,7 +38,7 @@ class KeepsGraph(TorchFunctionMode):
 
 
 class TwiceDifferentiable(KeepsGraph):
-    """Computes attention by matrix products, since the fused kernels have only first derivatives.
+    """Computes attention by matrix products and bags of embeddings by sums, since their kernels have only first derivatives.
 
     Weight normalisation is computed by elementary operators, since the second derivative of its kernel is wrong: it treats the
     norms as constants.
@@ -50,6 +50,11 @@ class TwiceDifferentiable(KeepsGraph):
             with sdpa_kernel(SDPBackend.MATH):
                 return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(PLAIN_FORMS.get(func, func), types, args, kwargs)
+
+
+def twice_differentiable() -> contextlib.AbstractContextManager[Any]:
+    """Return a ``TwiceDifferentiable`` if what is computed under it is differentiated, and else a block without effect."""
+    return TwiceDifferentiable() if torch.is_grad_enabled() or transformed() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -81,7 +86,42 @@ def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _plain_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    kernel = mode not in ("sum", "mean") or max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2
+    if kernel or not input.numel() or (input.dim() == 1 and offsets is None):
+        others = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
+        return F.embedding_bag(input, weight, *others, padding_idx)
+    flat = input.reshape(-1)
+    if input.dim() == 2:
+        bag, bags = torch.arange(len(flat), device=flat.device) // input.shape[1], len(input)
+    else:
+        assert offsets is not None
+        begins = offsets[:-1] if include_last_offset else offsets
+        bag, bags = torch.bucketize(torch.arange(len(flat), device=flat.device), begins, right=True) - 1, len(begins)
+    factors = weight.new_ones(len(flat)) if per_sample_weights is None else per_sample_weights.reshape(-1)
+    if padding_idx is not None:
+        factors = factors * (flat != padding_idx % len(weight))
+    rows = F.embedding(flat, weight) * factors[:, None]
+    total = weight.new_zeros(bags, weight.shape[1]).index_add(0, bag, rows)
+    if mode == "sum":
+        return total
+    return total / factors.new_zeros(bags).index_add(0, bag, factors).clamp(min=1)[:, None]
+
+
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    F.embedding_bag: _plain_embedding_bag,
     F.scaled_dot_product_attention: _plain_attention,
     torch._weight_norm: _plain_weight_norm,  # pyright: ignore[reportPrivateImportUsage]
 }

@@ -16,6 +16,7 @@ from torch.autograd import Variable
 from torch.overrides import has_torch_function
 
 from hyperopt.core.captured import functorch_level
+from hyperopt.core.graph_modes import twice_differentiable
 from hyperopt.core.operator import Linearization, LinearOperator
 from hyperopt.core.precision import graph_eps
 
@@ -128,10 +129,12 @@ def evaluate(phi: Callable[[Tensor], Tensor], w: Tensor) -> tuple[Tensor, Linear
     With gradients enabled, both are differentiable in everything, including ``w``; else the value is detached.
     """
     if functorch_level():
-        out, pull, *_ = torch.func.vjp(phi, w)
+        with twice_differentiable():
+            out, pull, *_ = torch.func.vjp(phi, w)
         return out, _Transformed(pull)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         state = w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_()
-        graph = phi(state)
+        with twice_differentiable():
+            graph = phi(state)
     return graph if differentiable else graph.detach(), Jacobian(graph, state, differentiable=differentiable)

@@ -400,3 +400,62 @@ def test_each_leaf_of_a_solution_may_be_changed_in_place(adjoint: Any) -> None:
         return torch.autograd.grad(change(found["v"]).sum() + found["u"].square().sum(), a)[0]
 
     assert torch.equal(gradient(lambda v: v.sub_(0.1).mul_(2)), gradient(lambda v: v.sub(0.1).mul(2)))
+
+
+def attending(w: Tensor, a: Tensor) -> Tensor:
+    return 0.3 * nn.functional.scaled_dot_product_attention(w @ a, w, w) + drawn(2, 3, 4)
+
+
+def attention_by(solver: Any, adjoint: Any = EXACT) -> Any:
+    def value(a: Tensor) -> Tensor:
+        found = ho.fixed_point(lambda w: attending(w, a), torch.zeros(2, 3, 4, **D), solver=solver, adjoint=adjoint)
+        return found.value.square().sum()
+
+    return value
+
+
+@pytest.mark.parametrize("solver", [ho.Picard(1e-13), ho.Newton(1e-12), ho.NewtonKrylov(1e-12), ho.Chord(1e-12)], ids=str)
+def test_a_map_with_attention_outside_of_a_layer(solver: Any) -> None:
+    """The fused kernel has neither a second derivative nor one in forward mode."""
+    value, a, d = attention_by(solver), 0.2 * drawn(4, 4, seed=1), drawn(4, 4, seed=2)
+    want = (value(a + 1e-6 * d) - value(a - 1e-6 * d)) / 2e-6
+    assert float((torch.autograd.grad(value(a.requires_grad_()), a)[0] * d).sum()) == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("adjoint", [EXACT, ho.Unrolled()], ids=["implicit", "unrolled"])
+def test_a_map_with_attention_in_forward_mode(adjoint: Any) -> None:
+    value, a, d = attention_by(ho.Picard(1e-13), adjoint), 0.2 * drawn(4, 4, seed=1), drawn(4, 4, seed=2)
+    want = (value(a + 1e-6 * d) - value(a - 1e-6 * d)) / 2e-6
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(a, d)
+        tangent = torch.autograd.forward_ad.unpack_dual(value(dual)).tangent
+    assert tangent is not None
+    assert float(tangent.detach()) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_attention_is_diagnosed() -> None:
+    a = 0.2 * drawn(4, 4, seed=1)
+    assert "the map contracts" in str(ho.diagnose(lambda w: attending(w, a), torch.zeros(2, 3, 4, **D)))
+
+
+def test_the_second_derivative_of_a_map_with_weight_normalisation() -> None:
+    torch.manual_seed(0)
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)).double()
+    direction: Tensor = linear.get_parameter("parametrizations.weight.original1")
+    x, d = drawn(3, 5), drawn(5, 5, seed=1)
+
+    def gradient() -> Tensor:
+        phi = lambda w: 0.5 * torch.tanh(linear(w) + x)  # noqa: E731
+        value = ho.fixed_point(phi, torch.zeros_like(x), solver=ho.Newton(1e-12), adjoint=EXACT).value
+        return torch.autograd.grad(value.square().sum(), direction, create_graph=True)[0]
+
+    (found,) = torch.autograd.grad((gradient() * d).sum(), direction)
+    ends = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            direction += step * d
+        ends.append(gradient().detach())
+        with torch.no_grad():
+            direction -= step * d
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-8)

@@ -305,3 +305,59 @@ def test_statistics_that_carry_no_derivative_are_those_of_a_loop(name, adjoint):
     torch.testing.assert_close(found.grad, want)
     for a, b in zip(other.buffers(), net.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class FrozenStatistics(nn.Module):
+    """Puts its normalisation into evaluation mode at each call, as detection networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.calls = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.norm.eval()
+        self.calls.append(1)
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def test_a_normalisation_that_is_put_into_evaluation_mode_by_the_network():
+    is_right(of(FrozenStatistics))
+
+
+def test_a_normalisation_in_evaluation_mode_changes_nothing():
+    """A step that changes nothing is not evaluated again."""
+    torch.manual_seed(0)
+    net = FrozenStatistics().double()
+    net.norm.eval()
+    model = hyperopt.Functional(net)
+    problem = hyperopt.BilevelProblem(
+        lambda w, lam, b: (lam[:, None] * (model(w, X) - Y).square()).mean(), lambda w, lam, b: w["last.weight"].sum()
+    )
+    hyperopt.hypergradient(problem, model.w, WEIGHTS, inner=GradientDescent(step_size=0.1, max_steps=20), adjoint=Unrolled())
+    assert len(net.calls) < 30
+
+
+class Bag(nn.Module):
+    """Words of an example are those of its positive entries; the first has none."""
+
+    def __init__(self, form: str, mode: str, padding: int | None = None) -> None:
+        super().__init__()
+        self.form, self.last = form, nn.Linear(3, 1)
+        self.bag = nn.EmbeddingBag(5, 3, mode=mode, padding_idx=padding, include_last_offset=form == "last")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = (x * 2).abs().long().clamp(max=4)
+        if self.form == "matrix":
+            weights = x.abs() if self.bag.mode == "sum" else None
+            return self.last(torch.tanh(self.bag(words, per_sample_weights=weights)))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(0, 4 * (len(x) - 1), 4)])
+        offsets = torch.cat([offsets, torch.tensor([4 * len(x)])]) if self.form == "last" else offsets
+        return self.last(torch.tanh(self.bag(words.flatten(), offsets)))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "padding"), [("matrix", "sum", None), ("matrix", "mean", 1), ("offsets", "mean", None), ("last", "sum", -2)]
+)
+def test_the_second_derivative_of_a_bag_of_embeddings(form, mode, padding):
+    """PyTorch's kernel has none."""
+    is_right(of(lambda: Bag(form, mode, padding)))

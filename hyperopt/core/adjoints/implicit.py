@@ -22,6 +22,7 @@ from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, 
 from hyperopt.core.checks import POLICIES, check_choice, check_flag, check_kind, check_kinds
 from hyperopt.core.differentiate import System, attach
 from hyperopt.core.forward import solve_forward
+from hyperopt.core.graph_modes import twice_differentiable
 from hyperopt.core.jacobian import Jacobian
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.fallback import solve_chain
@@ -267,7 +268,8 @@ class FixedPoint(System):
         with torch.enable_grad():
             swap = Swap(discover=True)
             leaf = leaf_of(w)
-            out = self.problem.call(leaf, self.problem.args, swap)
+            with twice_differentiable():
+                out = self.problem.call(leaf, self.problem.args, swap)
             outside = swap.outside
             leaves = [swap.inside(x) for x in outside]
             self.fixed_leaves = set()
@@ -289,7 +291,8 @@ class FixedPoint(System):
         """Call the map once, under the running transform, to find what it depends on."""
         system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
-        problem.call(problem.start, problem.args, swap)
+        with twice_differentiable():
+            problem.call(problem.start, problem.args, swap)
         system.inputs = swap.outside
         return system, system.inputs
 
@@ -304,7 +307,8 @@ class FixedPoint(System):
             )
         known = list(zip(self.inputs, inputs, strict=True))
         swap = Swap(known, discover=False)
-        out = self.problem.call(z, self.problem.args, swap)
+        with twice_differentiable():
+            out = self.problem.call(z, self.problem.args, swap)
         if len(swap.used) < len(known):
             raise ClosureError(
                 "the map no longer uses a tensor that it used when it was solved (a loop variable in a lambda, or parameters "

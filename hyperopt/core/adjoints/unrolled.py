@@ -7,6 +7,7 @@ steps. ``last=k`` differentiates only the last k (truncated backpropagation, Sha
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from hyperopt.core.adjoints.base import Adjoint, Problem
 from hyperopt.core.captured import functorch_level, seen, transformed, underived
 from hyperopt.core.checks import check_optional_count
 from hyperopt.core.forward import solve_forward
+from hyperopt.core.graph_modes import twice_differentiable
 from hyperopt.core.loop import relative, rounding_floor
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.base import FixedPointSolver
@@ -106,7 +108,8 @@ class Unrolled(Adjoint):
 def solve_by_steps(problem: Problem, steps: Callable[[], Iterate]) -> Solution:
     """Solve by ``steps``, which records a graph, or by a plain solve if no derivative is wanted."""
     if torch.is_grad_enabled() or transformed():
-        with torch.enable_grad():  # under no_grad a forward-mode tangent needs the steps too
+        kernels = twice_differentiable() if transformed() else contextlib.nullcontext()  # fused ones have no forward mode
+        with torch.enable_grad(), kernels:  # under no_grad a forward-mode tangent needs the steps too
             run = steps()
         if not torch.is_grad_enabled():
             run.value = run.value.clone()  # this drops the graph and keeps a tangent
