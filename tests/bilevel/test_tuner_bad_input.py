@@ -210,11 +210,11 @@ def test_a_kernel_without_a_second_derivative() -> None:
     class Bag(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.end = nn.EmbeddingBag(7, 4, mode="sum", dtype=DOUBLE), nn.Linear(4, 1, dtype=DOUBLE)
+            self.bag, self.end = nn.EmbeddingBag(7, 4, mode="max", dtype=DOUBLE), nn.Linear(4, 1, dtype=DOUBLE)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             index = torch.arange(len(x)) % 7
-            return self.end(torch.tanh(self.bag(index, torch.arange(len(x)), per_sample_weights=x[:, 0])))
+            return self.end(torch.tanh(self.bag(index, torch.arange(len(x)))))
 
     refused("train_loss uses .*, which has no second derivative", RuntimeError, model=Bag())
 
