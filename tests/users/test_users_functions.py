@@ -84,8 +84,7 @@ def test_what_is_right_or_meant_is_left_alone(name, adjoint, dtype):
 
 
 def test_what_the_message_recommends_is_right():
-    given = {"curvature": "finite_differences"}
-    found = estimate(own("saved"), Implicit(CG(1e-7)), torch.float64, **given)
+    found = estimate(own("saved"), Implicit(CG(1e-7)), torch.float64, curvature="finite_differences")
     torch.testing.assert_close(found, estimate(own("output"), Implicit(CG(1e-7)), torch.float64), rtol=1e-4, atol=0)
 
 
