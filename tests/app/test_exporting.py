@@ -145,6 +145,7 @@ def test_the_card_says_where_it_comes_from(runs: Any) -> None:
     assert "a bound" in text and f"test/accuracy: `{card['metrics']['test/accuracy']:.6g}`" in text
 
 
+@pytest.mark.slow
 def test_safetensors(runs: Any, tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.torch", reason="pip install 'hyperopt-bilevel[export]'")
     folder = runs(*CASES["decay"])

@@ -73,7 +73,7 @@ FULL = [
 ]
 
 
-@pytest.mark.cases(quick=2, slow=4)
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the fault is injected by a file's name, which /proc gives")
 @pytest.mark.parametrize(("pattern", "skip", "written"), FULL, ids=lambda value: str(value).replace("\\", ""))
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, skip: int, written: int) -> None:
@@ -154,7 +154,7 @@ def test_a_directory_that_is_moved_away(tmp_path: Path) -> None:
     whole_again(elsewhere, tmp_path / "whole")
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("back", [3600.0, 1e9])
 def test_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: float) -> None:
     uninterrupted(tmp_path / "whole", config())

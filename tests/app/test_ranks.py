@@ -23,7 +23,7 @@ ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/ad
 
 
 # One of a whole batch, of batches, of a trained problem, and of a self-tuning network; the others are slow.
-NAMES = slow_but(["equilibrium", "batches", "trained, implicit", "tuned, images"], CASES)
+NAMES = slow_but(["equilibrium", "trained, implicit"], CASES)
 FOUR = ["equilibrium", "coupled", "trained, implicit", "tuned, images"]
 
 
@@ -71,7 +71,6 @@ def four(tmp_path_factory, names):
     return folder
 
 
-@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)

@@ -73,7 +73,7 @@ def test_a_launcher_chosen_inside_what_is_swept_is_refused(argv: list[str], laun
     assert "hydra/launcher=" in refused.err
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=0)
 @pytest.mark.parametrize("argv", [[], ["-m"], ["hydra/sweeper=optuna"]])
 def test_a_ready_sweep_chooses_its_sweeper(argv: list[str], launch: Launcher) -> None:
     done = launch("sweep=hybrid", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=mine", *argv)

@@ -33,7 +33,7 @@ ONCE = set(zip([*SMALL, *SMALL], SCHEDULERS, strict=False))
 PAIRS = [(optimizer, scheduler) for optimizer in SMALL for scheduler in SCHEDULERS]
 
 
-@pytest.mark.cases(quick=2, slow=4)
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"), [pytest.param(*pair, marks=() if pair in ONCE else pytest.mark.slow) for pair in PAIRS]
 )
@@ -183,6 +183,7 @@ def test_goes_back_to_an_own_earlier_checkpoint(tmp_path: Path, killed: int | No
     assert rows(out) == want and scalars(out) == scalars(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_begun_from_a_checkpoint_is_resumed_even_if_killed_at_once(tmp_path: Path) -> None:
     overridden(tmp_path / "second", "optimizer.lr=0.05")  # so that it has a row of HParams
     want = uninterrupted(tmp_path / "whole", config())

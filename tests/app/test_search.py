@@ -154,6 +154,7 @@ def bowl(values: dict[str, str]) -> float:
 BOWL = ("lr=interval(0, 1)", "n=range(0, 10)", "s=choice(bad, good)")
 
 
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cma_es", "nsga_ii"])
 def test_a_sampler_stays_in_its_space_and_finds_the_better_half(sampler: str, tmp_path: Path) -> None:
     made = trials(tmp_path, *BOWL, "fixed=7", sampler=sampler, n_trials=40)
@@ -298,6 +299,7 @@ def test_two_processes_share_the_trials_of_one_study(tmp_path: Path) -> None:
     RunDirectory(two.sweep).release()
 
 
+@pytest.mark.slow
 def test_a_database_is_a_storage_too(tmp_path: Path) -> None:
     shared = {"storage": f"sqlite:///{tmp_path}/study.db", "n_trials": 4}
     solve(trials(tmp_path / "one", "a=interval(0, 1)", **shared), lambda values: float(values["a"]))

@@ -88,7 +88,7 @@ def test_every_inner_solver_from_a_cold_start(inner):
     assert len(ridge.evaluations) == found.cost.inner_gradients == found.inner.evaluations + 1
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("inner", slow_but(["heavy_ball"], ["gradient_descent", "heavy_ball"]))
 @pytest.mark.parametrize("name", slow_but(["unrolled", "checkpointed", "truncated"], THROUGH))
 def test_every_estimator_through_training(name, inner):

@@ -337,6 +337,7 @@ def test_functional_call():
     torch.testing.assert_close(grad(loss(solve))(params), grad(loss(unrolled))(params), rtol=RTOL, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_compiled_map():
     m, b = weights()
     compiled = torch.compile(cell, backend="eager")
