@@ -221,7 +221,7 @@ def test_no_option_is_left_out() -> None:
     assert {each for each in own() if each.startswith(groups)} - checked == set()
 
 
-@pytest.mark.cases(quick=20, slow=30)
+@pytest.mark.cases(quick=20, slow=18)
 @pytest.mark.parametrize(("check", "option"), [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS], ids=IDS)
 def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option: str) -> None:
     check(option)
@@ -249,7 +249,7 @@ def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.Mo
     assert_caught(*ONE_OF_EACH[group], factor, monkeypatch)
 
 
-@pytest.mark.cases(slow=15)
+@pytest.mark.cases(slow=8)
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.manual)], ids=["negated", "doubled"])
 @pytest.mark.parametrize(("check", "option"), PAIRS, ids=IDS)

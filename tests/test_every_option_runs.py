@@ -105,7 +105,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.cases(quick=2, slow=16)
+@pytest.mark.cases(quick=2, slow=12)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:

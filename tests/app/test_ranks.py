@@ -93,7 +93,7 @@ def test_a_nan_in_one_share_stops_all_ranks_and_a_slow_one_none(two):
     assert len(rows(two / "0" / "slow")) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_agree(one, four, name):
     compare(rows(one / name), rows(four / "0" / name))

@@ -86,7 +86,7 @@ def test_a_multiple_of_the_true_response_has_its_own_error(factor: float, mode: 
     assert found.error == pytest.approx(abs(1 - factor), abs=1e-5) and found.share == pytest.approx(factor, abs=1e-5)
 
 
-@pytest.mark.cases(quick=0)
+@pytest.mark.cases(quick=0, slow=2)
 @pytest.mark.parametrize("seed", slow_but([0], range(6)))
 def test_any_other_error_is_found_within_a_factor_of_the_curvatures(seed: int) -> None:
     """The part of the way that the steps go is between ``1 - (1 - lr h)^5`` for the least and the largest curvature h."""
