@@ -235,7 +235,6 @@ WAYS = {  # and their colours
     "TPE": "C3",
     "Tuner": "C0",
     "Tuner, finite differences": "C1",
-    "Tuner, finite differences, rough step": "C4",  # not in the library: see README.md
 }
 SEARCHES = {"defaults": defaults, "random search": random_search, "TPE": tpe}
 TUNERS = {
