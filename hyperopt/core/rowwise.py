@@ -65,6 +65,8 @@ def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0,
 
     Shapes: ``start`` (rows, dim), ``weights`` (rows, m, 1), ``vectors`` (rows, m, dim).
     """
+    if vectors.shape[1] == 1:
+        return torch.addcmul(start, weights[:, 0], vectors[:, 0], value=alpha, out=start if here else None)
     if rounds(start):
         return torch.add(start, (vectors * weights).sum(dim=1), alpha=alpha, out=start if here else None)
     wide = start[:, None]

@@ -109,9 +109,10 @@ class Anderson(AndersonMixing, FixedPointSolver):
             state = self.init(mixed)
         if state.last is None or self.window == 1:
             return mixed, History(state.mixed, state.residuals, state.gram, last)
-        slot, change = state.residuals.slot, residual - state.last[1]
-        residuals, mixes = state.residuals.add(change), state.mixed.add(mixed - state.last[0])
-        gram = _with_row(state.gram, slot, residuals.dot(change).double())
+        slot, (before, previous) = state.residuals.slot, state.last
+        residuals = state.residuals.add(lambda out: torch.sub(residual, previous, out=out), residual)
+        mixes = state.mixed.add(lambda out: torch.sub(mixed, before, out=out), mixed)
+        gram = _with_row(state.gram, slot, residuals.dot(residuals.vector(slot)).double())
         theta = self._mixing(gram, residuals.dot(residual).double(), torch.finfo(mixed.dtype).eps).to(mixed.dtype)
         return mixes.combine(mixed, theta, -1.0), History(mixes, residuals, gram, last)
 

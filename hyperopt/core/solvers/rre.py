@@ -69,7 +69,8 @@ class RRE(FixedPointSolver):
 
     def step(self, state: Window, at: Point) -> tuple[Tensor, Window]:
         """Make a plain step, or the extrapolation at the end of a cycle."""
-        state = state.add(at.residual)
+        residual = at.residual
+        state = state.add(lambda out: residual if out is None else out.copy_(residual), residual)
         if state.count < state.size:
             return at.fw, state
         residuals = state.matrix
@@ -78,7 +79,7 @@ class RRE(FixedPointSolver):
         size = torch.where(size > 0, size, 1.0)
         unit = (changes / size).double()
         gram = unit @ unit.mT + RIDGE * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
-        right = at.residual.double()[:, :, None]
+        right = residual.double()[:, :, None]
         theta, _ = torch.linalg.solve_ex(gram, unit @ right)
         # One step of iterative refinement regains the digits lost by the squared condition number of the Gram matrix.
         theta = theta + torch.linalg.solve_ex(gram, unit @ (right - unit.mT @ theta))[0]
