@@ -103,8 +103,7 @@ class Dense(Refinement):
             matrix = run.columns(list(range(dim)))
         else:
             matrix = (torch.eye(dim, dtype=matrix.dtype, device=matrix.device) - matrix.mT).mT  # column-major, for LAPACK
-        eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         diagonal = lu.diagonal(dim1=1, dim2=2).abs()
         singular = ~(diagonal.amin(dim=1) > dim * torch.finfo(run.b.dtype).eps * diagonal.amax(dim=1))  # or not finite
-        return torch.where(singular[:, None, None], eye, lu), pivots, singular[:, None]
+        return lu, pivots, singular[:, None]
