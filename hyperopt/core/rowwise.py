@@ -71,3 +71,21 @@ def combine(start: Tensor, weights: Tensor, vectors: Tensor, alpha: float = 1.0,
         return torch.add(start, (vectors * weights).sum(dim=1), alpha=alpha, out=start if here else None)
     wide = start[:, None]
     return torch.baddbmm(wide, weights.mT, vectors, alpha=alpha, out=wide if here else None)[:, 0]
+
+
+def orthogonalise(vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x - sum_i h_i vectors_i`` and ``h``, by two passes of Gram-Schmidt over orthonormal vectors.
+
+    A large state on the CPU is taken in chunks of rows, so that the second pass finds the vectors in the cache.
+
+    Shapes: ``vectors`` (rows, m, dim), ``x`` (rows, dim), ``h`` (rows, m, 1).
+    """
+    rows = max(1, 2 * CHUNK // (vectors.shape[1] * vectors.shape[2]))
+    if rows < len(x) and vectors.device.type == "cpu":
+        parts = [orthogonalise(V, part) for V, part in zip(vectors.split(rows), x.split(rows), strict=True)]
+        rest, h = zip(*parts, strict=True)
+        return torch.cat(rest), torch.cat(h)
+    h = dots(vectors, x)
+    x = combine(x, h, vectors, -1.0)
+    again = dots(vectors, x)
+    return combine(x, again, vectors, -1.0, here=True), h + again

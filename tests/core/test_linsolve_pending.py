@@ -10,7 +10,7 @@ from hyperopt.core.linear import pending
 from hyperopt.core.linear.krylov import Recurrence
 from hyperopt.core.memory import peak_memory
 from hyperopt.core.operator import LinearOperator
-from hyperopt.core.rowwise import CHUNK, combine, distance, dots
+from hyperopt.core.rowwise import CHUNK, combine, distance, dots, orthogonalise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -160,6 +160,16 @@ def test_products_that_a_gpu_would_round_are_sums(monkeypatch):
     for kind in (CG, MINRES, BiCGStab, GMRES):
         op, b = Operator(symmetric(9)), torch.randn(2, 9)
         close(kind(1e-10).solve(op, b).value, op.solution(b), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5), (300, 3, 900), (3, 3, CHUNK)])  # at once, in parts, and one row a part
+def test_two_passes_of_gram_schmidt_leave_what_is_orthogonal(shape):
+    vectors = torch.linalg.qr(torch.randn(shape).mT)[0].mT
+    x = torch.randn(shape[0], shape[2])
+    rest, h = orthogonalise(vectors, x)
+    close(h, vectors @ x[:, :, None])
+    close(rest, x - (h.mT @ vectors)[:, 0])
+    close(vectors @ rest[:, :, None], torch.zeros_like(h), atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(CHUNK, 9), (3, CHUNK), (1, CHUNK + 1)])

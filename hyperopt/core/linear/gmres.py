@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hyperopt.core.checks import check_count
 from hyperopt.core.linear.krylov import KrylovSolver, Recurrence
-from hyperopt.core.rowwise import combine, dots, length
+from hyperopt.core.rowwise import combine, dots, length, orthogonalise
 
 COLLAPSED = 16.0  # times eps: a vector this short after orthogonalization is rounding, and lies in the space already
 
@@ -101,11 +101,7 @@ class GMRES(KrylovSolver):
         V, j = state.V[:, : state.j + 1], state.j
         w = run.product(V[:, j])
         size = length(w)
-        h = dots(V, w)
-        w = combine(w, h, V, -1.0)
-        again = dots(V, w)
-        w = combine(w, again, V, -1.0, here=True)
-        h = h + again
+        w, h = orthogonalise(V, w)
         rest = length(w)
         last = dots(state.u[:, None, : j + 1], h[:, :, 0])[:, :, 0] / (rest + run.tiny)
         state.collapsed = rest <= COLLAPSED * run.eps * size

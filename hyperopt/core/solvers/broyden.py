@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.core.checks import check_count, check_flag
-from hyperopt.core.rowwise import dot, length
+from hyperopt.core.rowwise import dot, full_precision, length
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.line_search import backtrack, remember
 from hyperopt.core.solvers.point import Point
@@ -107,7 +107,10 @@ class Broyden(FixedPointSolver):
     def step(self, state: Estimate, at: Point) -> tuple[Tensor, Estimate]:
         """Update the estimate by the last step, and make the next one."""
         residual, history = at.residual, state.history
-        direction, state = (residual, state) if state.last is None else self._update(state, at.w - state.last[0], residual)
+        direction = residual
+        if state.last is not None:
+            with full_precision(residual):
+                direction, state = self._update(state, at.w - state.last[0], residual)
         if history is not None:
             history = remember(history, at)
         out = at.w + direction if history is None else backtrack(at, direction, history)
