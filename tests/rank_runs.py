@@ -32,12 +32,12 @@ TUNED = ["experiment=stn_mnist_mlp", "dataset=digits", "task.classifier.dense=[8
 TUNED += ["task.batch_size=20", "task.val_batch_size=15", "stn.check_every=2", *ROWS]
 CASES = {
     "equilibrium": ["task.state_size=10", *ROWS, *EXACT],
-    "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
-    "implicit": ["task=implicit", "task.network.width=8", "task.batch_size=30", *ROWS, *EXACT],
-    "coupled": ["task=coupled", "task.rows=15", *EXACT],
     "trained, implicit": [*TRAINED, "adjoint=cg", "adjoint.linear_solver.rtol=1e-13", "task.decay.init=0.3"],
-    "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
     "tuned, images": [*TUNED, "stn.mode=centred"],
+    "batches": ["task.state_size=10", "task.batch_size=30", "task.warm_start=true", "task.l2.A=0.01", *ROWS, *EXACT],
+    "coupled": ["task=coupled", "task.rows=15", *EXACT],
+    "implicit": ["task=implicit", "task.network.width=8", "task.batch_size=30", *ROWS, *EXACT],
+    "trained, unrolled": [*TRAINED, "adjoint=unrolled"],
     "tuned, images, linear": [*TUNED, "stn.mode=delta_linear", "stn.update=sequential"],
     "tuned, quadratic": [
         "experiment=stn_quadratic",

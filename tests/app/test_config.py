@@ -54,7 +54,7 @@ def test_every_option_composes_and_passes_the_checks(option: str) -> None:
 
 
 # In the quick run, tests/test_readme.py composes those that a command of the manuals names.
-@pytest.mark.slow
+@pytest.mark.cases(quick=0, slow=15)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
     cfg = composed(f"experiment={name}")

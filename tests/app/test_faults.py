@@ -278,6 +278,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused_untouched_until_its_process_is_gone(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     uninterrupted(whole, config())

@@ -576,7 +576,7 @@ LOST: dict[str, tuple[Callable[[Path], None], list[list[int]]]] = {
 }
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize("row", LOST)
 def test_lost_rows(place: Place, tmp_path: Path, row: str, caplog: pytest.LogCaptureFixture) -> None:
     whole = [*rows(place.work)[:9]]
@@ -686,8 +686,8 @@ def test_a_look_at_ones_own_run_leaves_its_lock(place: Place) -> None:
     assert directory.running is False
 
 
-@pytest.mark.cases(quick=0)
-@pytest.mark.parametrize("row", slow_but(["unsafe"], ["rows", "checkpoint", "unsafe", "content"]))
+@pytest.mark.cases(quick=0, slow=2)
+@pytest.mark.parametrize("row", ["unsafe", "checkpoint", "rows", "content"])
 def test_the_command_changes_nothing_where_it_refuses_to_go_on(command: Launcher, tmp_path: Path, row: str) -> None:
     place = Place(tmp_path / "place")
     argv = [f"hydra.run.dir={place.work}", "debug=default", "device=cpu", "task.state_size=5", "dataset.train=40"]

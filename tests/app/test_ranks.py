@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from composing import composed
-from marks import slow_but
 from rank_runs import CASES, COMMON, run_cases
 from ranks import run_ranks
 
@@ -22,8 +21,6 @@ ONE_RANK = ("cost/", "time/", "inner/", "adjoint/", "running/inner", "running/ad
 """Costs are those of all ranks together; residuals are what is left at the tolerance."""
 
 
-# One of a whole batch, of batches, of a trained problem, and of a self-tuning network; the others are slow.
-NAMES = slow_but(["equilibrium", "trained, implicit"], CASES)
 FOUR = ["equilibrium", "coupled", "trained, implicit", "tuned, images"]
 
 
@@ -71,14 +68,16 @@ def four(tmp_path_factory, names):
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(quick=1, slow=4)
+@pytest.mark.parametrize("name", CASES)
 def test_one_and_two_ranks_agree_after_some_steps(one, two, name):
     expected = rows(one / name)
     assert expected[-1]["outer/step_loss"] != expected[0]["outer/step_loss"]
     compare(expected, rows(two / "0" / name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(quick=1, slow=4)
+@pytest.mark.parametrize("name", CASES)
 def test_every_rank_has_the_same_numbers(two, name):
     first, second = ([{k: v for k, v in row.items() if k[:5] != "time/"} for row in rows(two / r / name)] for r in "01")
     assert first == second
@@ -100,7 +99,7 @@ def test_four_ranks_agree(one, four, name):
 
 
 @pytest.mark.cases(quick=1, slow=4)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(one, two, tmp_path, name):
     checkpoint = two / "0" / name / "checkpoints" / "last.prev.pt"
     run(composed(*COMMON, *CASES[name], f"ckpt_path='{checkpoint}'"), tmp_path)

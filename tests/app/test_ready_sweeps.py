@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from launcher import Launcher
-from marks import slow_but
 from omegaconf import OmegaConf
 
 SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweep"
@@ -19,8 +18,8 @@ def test_every_ready_sweep_is_tested() -> None:
     assert {path.stem for path in SWEEPS.glob("*.yaml")} == set(JOBS)
 
 
-@pytest.mark.cases(quick=1, slow=1)
-@pytest.mark.parametrize("name", slow_but(["five_seeds"], JOBS))
+@pytest.mark.cases(quick=0, slow=2)
+@pytest.mark.parametrize("name", JOBS)
 def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     done = launch(f"sweep={name}", "hydra.sweep.dir=mine")
     assert done.status == 0, done.err

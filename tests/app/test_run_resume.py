@@ -105,7 +105,7 @@ def test_resume_after_every_kind_of_stop(tmp_path: Path, stop: Callable[[Path], 
     assert not (tmp_path / "stopped" / "FAILED").exists()
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1, slow=3)
 @pytest.mark.parametrize("write", range(1, 8))
 def test_killed_while_a_checkpoint_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     want = uninterrupted(tmp_path / "whole", config())
@@ -199,6 +199,7 @@ def test_a_run_begun_from_a_checkpoint_is_resumed_even_if_killed_at_once(tmp_pat
     assert rows(out) == want[5:] and session_starts(out) == 1
 
 
+@pytest.mark.slow
 def test_extending_a_finished_run_equals_a_longer_one(tmp_path: Path) -> None:
     for name in ("whole", "run"):
         overridden(tmp_path / name, "optimizer.lr=0.05")

@@ -620,7 +620,8 @@ def test_a_search_that_cannot_work_is_refused_in_one_line(argv: list[str], messa
     assert [path.name for path in Path().iterdir()] == ["notes"] and Path("notes").read_text() == "not a journal\n"
 
 
-@pytest.mark.parametrize(("package", "argv"), [("optuna", []), ("cmaes", ["hydra.sweeper.sampler=cma_es"])])
+@pytest.mark.cases(quick=1)
+@pytest.mark.parametrize(("package", "argv"), [("cmaes", ["hydra.sweeper.sampler=cma_es"]), ("optuna", [])])
 def test_a_missing_package_is_named(package: str, argv: list[str], launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     refused = launch(*SEARCH, "seed=1,2", *argv)
@@ -736,7 +737,7 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert len(facts["resumed"]) == 1 and len(lines.read_text().splitlines()) == 150
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.skipif(not importlib.util.find_spec("joblib"), reason="pip install 'hyperopt-bilevel[joblib]'")
 def test_a_pruned_search_by_two_workers_at_a_time(command: Launcher) -> None:
     small = ["dataset.train=60", "dataset.val=30", "dataset.test=20", "task.state_size=5", "device=cpu", "threads=1"]

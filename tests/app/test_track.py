@@ -90,6 +90,7 @@ def test_resume_leaves_no_event_twice(tmp_path: Path, changes_at: int | None) ->
     assert session_starts(out) == 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_events(tmp_path: Path) -> None:
     given(tmp_path, "optimizer.lr=0.05")
     with pytest.raises(Killed):

@@ -337,7 +337,8 @@ def moving(name="two layers"):
     return hyperopt.Bilevel(problem, model.w, inner=TorchOptimizer(lr=0.02, max_steps=20)), lam
 
 
-@pytest.mark.parametrize("name", slow_but(["two layers"], ["two layers", "convolutional"]))
+@pytest.mark.cases(quick=0, slow=1)
+@pytest.mark.parametrize("name", ["two layers", "convolutional"])
 def test_a_run_that_is_taken_up_again_makes_the_same_choices(name):
     def run(bilevel, lam, steps):
         return [(e.choice.name, e.cost.hessian_products, flatten(e.grad)) for e in (bilevel.step(lam) for _ in range(steps))]

@@ -65,7 +65,7 @@ def test_by_inductor():
     same(lambda u, a: square(fixed_point(tanh, torch.zeros_like(u), (u, a), **FIXED).value), *inputs(), backend="inductor")
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize(("trips", "terms"), [(1, 1), (1, 4), (7, 1)])
 def test_any_number_of_trips(trips, terms):
     methods: Any = {"solver": Picard(0.0, max_steps=trips), "adjoint": Implicit(Neumann(0.0, max_steps=terms))}

@@ -91,6 +91,7 @@ def kept(folder: Path) -> dict[str, bytes]:
 # --- several at once -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     first = start(tmp_path, seconds=0.5)

@@ -339,6 +339,7 @@ def test_a_schedule_is_replayed_on_a_plain_network(tmp_path: Path) -> None:
         replay(schedule, plain, HyperSpace({"other": Positive(1.0)}, dtype=DOUBLE), train_loss, train.draw)
 
 
+@pytest.mark.slow
 def test_a_whole_number_is_moved_by_the_response() -> None:
     hyper = HyperSpace({"holes": Discrete(1, 0, 4, scale=1.0)}, dtype=DOUBLE)
     stn = convert(nn.Linear(1, 1).double(), hyper)

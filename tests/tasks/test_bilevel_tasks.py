@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
-from marks import slow_but
 
 from hyperopt.app.building import build
 from hyperopt.app.run import run
@@ -59,8 +58,8 @@ def environment(dtype: torch.dtype = torch.float64) -> Environment:
     return Environment(torch.device("cpu"), dtype, 0, False, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.cases(quick=1, slow=3)
-@pytest.mark.parametrize("name", slow_but(("l2", "weight_decay", "data_cleaning"), SMALL))
+@pytest.mark.cases(quick=0, slow=3)
+@pytest.mark.parametrize("name", SMALL)
 def test_a_run_resumed_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     rows = {}
     overrides = (*SMALL[name], "trainer.eval_every=2", "trainer.checkpoint_every=1", "resume=auto")

@@ -47,6 +47,7 @@ def test_the_found_set_is_scored():
     assert found_clean(torch.zeros(5), corrupt)["clean/f1"] == 0
 
 
+@pytest.mark.slow
 def test_the_weights_of_wrong_labels_fall():
     """A single loop on digits, from weights of one half; a set of all rows, or of rows at random, has an F1 of 2/3 at most."""
     task = made(adjoint=SOBA(step_size=0.5))

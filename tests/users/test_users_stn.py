@@ -426,9 +426,9 @@ def test_activations_that_are_computed_again() -> None:
         converted(Saving())(batch[0], model.space.draw(6)).sum().backward()
 
 
-@pytest.mark.cases(quick=0, slow=2)
-@pytest.mark.parametrize("linear", slow_but([False], [False, True]))
-@pytest.mark.parametrize("make", slow_but([Tied], [Tied, Sentences, Functional]))
+@pytest.mark.cases(quick=0, slow=1)
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("make", [Tied, Sentences, Functional])
 def test_compiled_it_gives_the_same_numbers(make: Callable[[], nn.Module], linear: bool) -> None:
     torch.manual_seed(0)
     model = converted(make())

@@ -101,7 +101,7 @@ def test_what_is_the_gradient_of_no_loss_is_refused_by_name(optimizer, options, 
     assert not w.any()
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=1)
 @pytest.mark.parametrize(
     ("optimizer", "options"), [("AdamW", {"weight_decay": 0}), ("ASGD", {"lambd": 0}), ("RAdam", {}), ("Rprop", {})]
 )
@@ -109,6 +109,7 @@ def test_without_it_they_are_welcome(optimizer, options):
     assert torch.isfinite(run(problem(0.1), options, optimizer).grad).all()
 
 
+@pytest.mark.slow
 def test_decay_beside_gauss_newton_products_and_declared_constants():
     loss = hyperopt.Composite(lambda w, lam, b: X @ w, lambda z, w, lam, b: (lam[:, None] * (z - Y).square()).mean())
     eigenvalues = torch.linalg.eigvalsh(2 * X.T @ X / 40)
