@@ -20,7 +20,7 @@ from optimizers import KINDS, optimizer, scheduler
 from hyperopt.app.building import Built
 from hyperopt.app.run import run
 from hyperopt.core.status import Status
-from hyperopt.tasks.base import Environment, Guard, StepRecord, Task
+from hyperopt.tasks.base import Environment, GradientCheck, StepRecord, Task
 from hyperopt.tasks.trainer import TrainerSettings
 
 OPTIMIZERS = tuple(KINDS)
@@ -73,7 +73,7 @@ class Toy(Task):
         lam = torch.cat([self.a, self.b[0], self.b[1][None]])
         return ((self.x[rows] @ lam + torch.tanh(self.warm) - self.y[rows]) ** 2).mean() + (lam**4).sum() / 100
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         rows = torch.randperm(10, generator=self.env.generator)[:6]
         noise = 1e-3 * (random.random() + float(np.random.rand()) + torch.rand(()).item())
         losses: list[float] = []
@@ -86,7 +86,7 @@ class Toy(Task):
                 self.hook(self.steps, self)
             if self.steps == self.killed_at:
                 raise Killed
-            guard(self.gradients())
+            check(self.gradients())
             losses.append(loss.item())
             return loss
 

@@ -294,12 +294,12 @@ class Quadratic(Task):
         self.lam = torch.zeros(2, dtype=env.dtype, requires_grad=True)
     def groups(self):
         return {"lam": [self.lam]}
-    def step(self, optimizer, guard):
+    def step(self, optimizer, check):
         def closure():
             optimizer.zero_grad()
             loss = (self.lam - 2).square().sum()
             loss.backward()
-            guard(self.gradients())
+            check(self.gradients())
             return loss
         return StepRecord(loss=float(optimizer.step(closure)))
     def evaluate(self):

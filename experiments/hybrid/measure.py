@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import shared
 
-from hyperopt.app.nonfinite import HypergradientGuard
+from hyperopt.app.nonfinite import HypergradientCheck
 from hyperopt.core.policy import SolveError
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.tasks.bilevel import BilevelTask
@@ -70,12 +70,12 @@ class Curve(shared.Clock):
 def moved(task: BilevelTask, lr: float, steps: float, curve: Curve) -> tuple[float, Values, int]:
     """Move the hyperparameters of a task by hypergradients; return best loss, its hyperparameters, and the steps made."""
     optimizer = torch.optim.Adam([each for group in task.groups().values() for each in group], lr=lr)
-    guard = HypergradientGuard(None)
+    check = HypergradientCheck(None)
     best, values, made = curve.see(task), task.values(), 0
     while made < steps and not curve.over:
         try:
-            guard.begin(made)
-            task.step(optimizer, guard)
+            check.begin(made)
+            task.step(optimizer, check)
         except (HypergradientError, SolveError):  # the training or a solve diverged at this structure
             break
         made += 1

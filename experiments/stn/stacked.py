@@ -186,7 +186,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         x = REACH * batch
         return squares(x, model(x.mT[..., None]))
 
-    def guard(gradients: Any) -> None:
+    def check(gradients: Any) -> None:
         for gradient in gradients["values"] if plan.clip is not None else ():
             gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
 
@@ -214,7 +214,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
     grid = torch.linspace(-REACH, REACH, 100, dtype=dtype)[:, None].expand(-1, len(seeds))
     found = Found([None] * len(seeds), [None] * len(seeds), [float("inf")] * len(seeds), last_tenth=[0.0] * len(seeds))
     for k in range(plan.rounds if plan.cosine else warm_rounds + plan.rounds):
-        tuning.round(uniform, uniform, guard=guard)
+        tuning.round(uniform, uniform, check=check)
         with torch.no_grad():
             errors = at_lam(grid)
             distance = errors.abs().amax(1).tolist()

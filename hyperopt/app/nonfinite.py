@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperopt.tasks.base import HypergradientError
 
 
-class HypergradientGuard:
+class HypergradientCheck:
     """Refuses a hypergradient that is not finite, measures its norm for each group, and clips it.
 
     The norm is ``sqrt(sum_groups |g|^2)`` in float64, so that a finite float32 hypergradient cannot overflow it. With

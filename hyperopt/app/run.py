@@ -31,7 +31,7 @@ from hyperopt.app.errors import with_keys
 from hyperopt.app.experiment import flatten
 from hyperopt.app.files import WriteError, write_text
 from hyperopt.app.loop_state import LoopState, monitored
-from hyperopt.app.nonfinite import HypergradientGuard
+from hyperopt.app.nonfinite import HypergradientCheck
 from hyperopt.app.options import choices
 from hyperopt.app.repro import (
     configure,
@@ -148,7 +148,7 @@ def train(
     started_from = starting.begin(task, start, quiet=directory.job.exists())
     optimizer = built.optimizer.build(task.groups())
     schedule = Schedule(built.optimizer.scheduler, optimizer)
-    guard = HypergradientGuard(built.optimizer.clip_norm)
+    gradient_check = HypergradientCheck(built.optimizer.clip_norm)
     position = START  # where the row of the last step begins in the files
     if resumed is not None:
         path, saved = resumed
@@ -207,11 +207,11 @@ def train(
                 # 1. One outer step; k is its index, state.step the number of them done.
                 k = state.step
                 lr = optimizer.param_groups[0]["lr"]
-                guard.begin(k)
+                gradient_check.begin(k)
                 before = time.perf_counter()
-                record = task.step(optimizer, guard)
+                record = task.step(optimizer, gradient_check)
                 step_seconds = time.perf_counter() - before
-                check_record(k, record, guard, trainer)
+                check_record(k, record, gradient_check, trainer)
                 schedule.after_step()
                 state.step = k + 1
                 state.evaluated = False
@@ -221,7 +221,7 @@ def train(
                 state.row = {
                     "outer/step_loss": float(record.loss),
                     **{name: float(value) for name, value in record.metrics.items()},
-                    **guard.norms,
+                    **gradient_check.norms,
                     **{f"{name}/status": int(status) for name, status in record.statuses.items()},
                     "cost/evaluations": state.evaluations,
                     "cost/vjps": state.vjps,
@@ -323,17 +323,17 @@ def check_task(
     return value
 
 
-def check_record(k: int, record: StepRecord, guard: HypergradientGuard, trainer: TrainerSettings) -> None:
+def check_record(k: int, record: StepRecord, gradients: HypergradientCheck, trainer: TrainerSettings) -> None:
     """Stop on a loss or a solve that cannot be used; warn of one that should be checked, again the 10th, 100th, ... time.
 
     Raises:
         HypergradientError: the outer loss is not finite, or a solve diverged (the latter under ``trainer.on_failure=raise``).
-        RuntimeError: the task did not call the guard.
+        RuntimeError: the task did not call the check of gradients.
     """
     if not math.isfinite(record.loss):
         raise HypergradientError(f"step {k}: the outer loss is {record.loss}; lower optimizer.lr or check the data")
-    if not guard.norms:
-        raise RuntimeError("Task.step did not call its guard after backward: the hypergradient went unchecked; see Task.step")
+    if not gradients.norms:
+        raise RuntimeError("Task.step did not call its check after backward: the hypergradient went unchecked; see Task.step")
     for name, status in record.statuses.items():
         if not status.failed:
             continue

@@ -22,7 +22,7 @@ this:
         lam = self.space.values()                   # or the leaves themselves
         estimate = self.bilevel.step(lam)           # trains w from where it is, then takes the hypergradient there
         estimate.backward(lam)                      # adds to .grad, through the space's map
-        guard(self.gradients())
+        check(self.gradients())
         record = StepRecord(estimate.loss, estimate.metrics(), estimate.statuses())
 
     self.bilevel.w                                  # the trained weights; with ``Functional`` those of the module itself

@@ -29,7 +29,7 @@ from hyperopt.stn.refusals import refuse_same_data
 from hyperopt.stn.response_check import ResponseCheck, advice, check_response
 from hyperopt.stn.rounds import Past, Round
 from hyperopt.stn.schedule import TunedSchedule
-from hyperopt.stn.updates import Guard as Guard
+from hyperopt.stn.updates import GradientCheck as GradientCheck
 from hyperopt.stn.updates import TrainLoss as TrainLoss
 from hyperopt.stn.updates import Updates
 from hyperopt.stn.updates import ValidLoss as ValidLoss
@@ -80,7 +80,7 @@ class SelfTuning(Updates):
         train: Callable[[], Any],
         valid: Callable[[], Any],
         optimizer: torch.optim.Optimizer | None = None,
-        guard: Guard | None = None,
+        check: GradientCheck | None = None,
     ) -> Round:
         """Do one round, or the same number of updates in the warm-up.
 
@@ -88,7 +88,7 @@ class SelfTuning(Updates):
             train: a function that returns the next training batch.
             valid: a function that returns the next validation batch.
             optimizer: an optimizer of ``groups()`` (None: that of ``values``).
-            guard: gets ``{"values": [u.grad]}`` before every step of the hyperparameters, and may change it in place.
+            check: gets ``{"values": [u.grad]}`` before every step of the hyperparameters, and may change it in place.
 
         Raises:
             TuningError: a loss, a hyperparameter or a scale is not finite.
@@ -97,7 +97,7 @@ class SelfTuning(Updates):
         """
         settings = self.settings
         steps = min(settings.train_steps, self._left) if self._left > 0 else settings.train_steps
-        return self._round((train() for _ in range(steps)), (valid() for _ in range(settings.valid_steps)), optimizer, guard)
+        return self._round((train() for _ in range(steps)), (valid() for _ in range(settings.valid_steps)), optimizer, check)
 
     def step(self, train: Any, val: Any, *, batches: int | tuple[int, int] | None = None) -> Round:
         """Do one round on data as ``hyperopt.Tuner.step`` takes them; the network's modes (training, evaluation) stay.
@@ -149,7 +149,7 @@ class SelfTuning(Updates):
         train: Iterable[Any],
         valid: Iterable[Any],
         optimizer: torch.optim.Optimizer | None = None,
-        guard: Guard | None = None,
+        check: GradientCheck | None = None,
     ) -> Round:
         """Do one round on these batches; without ``train`` for a loop that has trained itself."""
         warming = self._left > 0
@@ -157,11 +157,11 @@ class SelfTuning(Updates):
         train_losses = [*self.lent, *map(self.weight_step, train)]
         if warming:
             valid_losses = [self._validation_loss(next(iter(valid)))]
-            if guard is not None:
-                guard({"values": []})
+            if check is not None:
+                check({"values": []})
         else:
             own = optimizer or self.optimizers["values"]
-            valid_losses = [self.hyper_step(batch, own, guard) for batch in valid]
+            valid_losses = [self.hyper_step(batch, own, check) for batch in valid]
         self.lent = []
         checked = check_response(self, list(self.recent), self.settings.check_steps) if self.recent else None
         self.recent.clear()

@@ -26,7 +26,7 @@ TrainLoss = Callable[[STN, Any, Draw], Tensor]
 """``train_loss(model, batch, draw)`` makes the data that ``draw.h`` needs, calls ``model(x, draw)``, adds the regulariser."""
 ValidLoss = Callable[[STN, Any, Draw | None], Tensor]
 """``valid_loss(model, batch, draw)`` calls ``model(x)``; ``draw`` is None unless ``direct_grad``."""
-Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
+GradientCheck = Callable[[Mapping[str, Sequence[Tensor]]], None]
 SEED = 190303088
 """The default seed of the perturbations, which is unlikely to be a seed of the data."""
 
@@ -156,7 +156,7 @@ class Updates:
         self.updates += 1
         return loss
 
-    def hyper_step(self, batch: Any, optimizer: torch.optim.Optimizer, guard: Guard | None = None) -> Tensor:
+    def hyper_step(self, batch: Any, optimizer: torch.optim.Optimizer, check: GradientCheck | None = None) -> Tensor:
         """Update the hyperparameters and their scales on one batch; return the validation loss before, without its graph."""
         space, settings = self.space, self.settings
         self.model.eval()
@@ -181,8 +181,8 @@ class Updates:
             space.u.grad, slope = gradients(space.u, space.s)
             if len(found) == 1:
                 space.s.grad = slope
-            if guard is not None:
-                guard({"values": [space.u.grad]})
+            if check is not None:
+                check({"values": [space.u.grad]})
             if measured:
                 sigma = space.sigma.detach()
                 of_loss = slope / space.s.detach().sigmoid() + settings.entropy / sigma  # sigma = softplus(s)

@@ -25,9 +25,9 @@ from hyperopt.tasks.trainer import TrainerSettings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Guard = Callable[[Mapping[str, Sequence[Tensor]]], None]
+GradientCheck = Callable[[Mapping[str, Sequence[Tensor]]], None]
 """A check of the gradients ``{group: [p.grad, ...]}``, which a task calls in every closure after ``backward``, as
-``guard(self.gradients())``. It refuses a group that is not finite and clips in place, so copies will not do."""
+``check(self.gradients())``. It refuses a group that is not finite and clips in place, so copies will not do."""
 
 
 MEANS = ("outer/step_accuracy", "outer/jacobian", "warm/rows")
@@ -162,15 +162,15 @@ class Task(ABC):
             own[name].copy_(value)
 
     @abstractmethod
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step.
 
-        Build a closure (``zero_grad``, loss, ``backward``, ``guard(self.gradients())``, return the loss) and pass it to
+        Build a closure (``zero_grad``, loss, ``backward``, ``check(self.gradients())``, return the loss) and pass it to
         ``optimizer.step``, which may call it several times; then project hyperparameters that have a constraint.
 
         Args:
             optimizer: the optimizer of the tensors of ``groups()``.
-            guard: see ``Guard``.
+            check: see ``GradientCheck``.
 
         Returns:
             The record of the first evaluation, with the costs of all evaluations; on several ranks, the record of all ranks,
@@ -180,7 +180,7 @@ class Task(ABC):
     def descend(
         self,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
+        check: GradientCheck,
         loss: Callable[[], Tensor],
         record: Callable[[float], StepRecord] = StepRecord,
         rows: int = 1,
@@ -189,10 +189,10 @@ class Task(ABC):
 
         Args:
             optimizer: see ``step``.
-            guard: see ``Guard``.
+            check: see ``GradientCheck``.
             loss: the loss on the rows of this rank. It must be the same function in every call, since a line search makes
                 several.
-            record: makes the record of an evaluation from its loss, after ``backward`` and before ``guard``.
+            record: makes the record of an evaluation from its loss, after ``backward`` and before ``check``.
             rows: number of rows of this rank, over which ``loss`` is a mean.
 
         Returns:
@@ -205,7 +205,7 @@ class Task(ABC):
             value = distributed.mean_over_ranks(loss, rows=rows)
             value.backward()
             records.append(record(value.item()))
-            guard(self.gradients())
+            check(self.gradients())
             return records[-1].loss
 
         optimizer.step(closure)

@@ -42,7 +42,7 @@ from hyperopt.spaces.space import Real
 from hyperopt.tasks.base import (
     Environment,
     FixedSettings,
-    Guard,
+    GradientCheck,
     HypergradientError,
     StepRecord,
     Task,
@@ -170,7 +170,7 @@ class BilevelTask(FixedSettings, Task):
         """Set hyperparameters to values in the user's units; see ``Task.set_values``."""
         self.hyper.write(values)
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         records: list[StepRecord] = []
         start = self._state()  # restored in every call of the closure, since a line search needs one fixed function
@@ -187,7 +187,7 @@ class BilevelTask(FixedSettings, Task):
                 estimate.backward(lam)
             except SolveError as error:
                 raise HypergradientError(f"step {self._steps}: {error}") from error
-            guard(self.gradients())
+            check(self.gradients())
             records.append(StepRecord(estimate.loss, estimate.metrics(), estimate.statuses()))
             return estimate.loss
 
@@ -336,7 +336,7 @@ def starting_at(trees: Mapping[str, Any]) -> Hyperparameters:
 
 
 def refuse_failed_solve(step: int, statuses: Mapping[str, Status], note: str) -> None:
-    """Refuse a hypergradient whose solve broke down; ``guard`` could say only that it is not finite.
+    """Refuse a hypergradient whose solve broke down; ``check`` could say only that it is not finite.
 
     Raises:
         HypergradientError: the message names the step, the solve, and what to change.

@@ -26,7 +26,7 @@ from hyperopt.data.splits import scaled_by
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
-from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord
+from hyperopt.tasks.base import Environment, FixedSettings, GradientCheck, StepRecord
 from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
 from hyperopt.tasks.solve_figures import residual_figure
@@ -148,13 +148,13 @@ class CoupledTask(FixedSettings, SolvingTask):
         distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, targets, strict=True)]
         return (distances[0] + distances[1]).mean() / 2
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         mine = distributed.share_of(self.rows)
         inputs, (x, y) = self.inputs["outer"][mine], self.targets["outer"]
         record = self.update(
             optimizer,
-            guard,
+            check,
             lambda: self._loss(inputs, (x[mine], y[mine]), self.model),
             lambda: self.certificate(self.certificate_every),
             len(inputs),

@@ -31,7 +31,7 @@ from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import CellFactory, OwnCell, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, GradientCheck, StepRecord
 from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.solve_figures import residual_figure, spectrum_figure
 from hyperopt.tasks.supervised import SupervisedTask
@@ -166,7 +166,7 @@ class EquilibriumTask(SupervisedTask):
         """Return the model's latest solution."""
         return [] if self.model.solution is None else [self.model.solution]
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, step = self.batches.take(), self.steps
         places = distributed.own(batch.index, len(self.rows["outer"]))
@@ -176,7 +176,7 @@ class EquilibriumTask(SupervisedTask):
             self.model.solver = self.forcing.apply(self.solver or Picard(), fitted.x.dtype)
         record = self.update(
             optimizer,
-            guard,
+            check,
             lambda: self._loss(fitted, start) + self._penalty(),
             lambda: self._measured(fitted),
             len(fitted),

@@ -35,7 +35,7 @@ from hyperopt.data.loading import Loader
 from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment, Guard, StepRecord
+from hyperopt.tasks.base import SPLIT_MEASURES, Environment, GradientCheck, StepRecord
 from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.misclassified import misclassified_figure
 from hyperopt.tasks.running import Running
@@ -164,7 +164,7 @@ class ImplicitTask(SupervisedTask):
         """Return the latest solutions of the layers."""
         return [layer.solution for layer in self.layers.values() if layer.solution is not None]
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         batch, images, labels = self.loader.take()
         mine = distributed.share_of(len(labels))
@@ -192,7 +192,7 @@ class ImplicitTask(SupervisedTask):
             return total
 
         with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
-            record = self.update(optimizer, guard, loss if once else again, rows=len(labels))
+            record = self.update(optimizer, check, loss if once else again, rows=len(labels))
         record.metrics |= {**found[0], **self.place(batch)}
         record = record.over_ranks()
         self.running.add(record)

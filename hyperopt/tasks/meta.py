@@ -38,7 +38,7 @@ from hyperopt.core.random import Keys
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.status import Solution
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.base import Environment, GradientCheck, StepRecord
 from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask, starting_at
 
 SPLITS = ("outer", "val", "test")  # the tasks of each are drawn independently of the others
@@ -217,10 +217,10 @@ class MetaTask(BilevelTask):
         numbers = torch.arange(first, first + count, device=self.env.device)
         return self.draw(Keys(numbers, self.env.seed, SPLITS.index(split)), split, shots or self.shots)
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step, on the next tasks."""
         self.episodes = self.drawn("outer", self._steps * self.tasks, self.tasks)
-        return super().step(optimizer, guard)
+        return super().step(optimizer, check)
 
     def adapted(self, episodes: Episodes, steps: int | None = None) -> dict[str, Tensor]:
         """Return the weights of each task after ``steps`` inner steps from the initial weights (None: as many as in training)."""

@@ -14,7 +14,7 @@ from hyperopt.core.certificate import Constants, certify
 from hyperopt.core.solvers.picard import Picard
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import tree_norm
-from hyperopt.tasks.base import Guard, StepRecord, Task
+from hyperopt.tasks.base import GradientCheck, StepRecord, Task
 from hyperopt.tasks.solve_figures import solve_metrics
 
 
@@ -40,7 +40,7 @@ class SolvingTask(Task):
     def update(
         self,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
+        check: GradientCheck,
         loss: Callable[[], Tensor],
         measure: Callable[[], dict[str, float]] = dict,
         rows: int = 1,
@@ -49,9 +49,9 @@ class SolvingTask(Task):
 
         Args:
             optimizer: see ``Task.step``.
-            guard: see ``Guard``.
+            check: see ``GradientCheck``.
             loss: the outer loss on the rows of this rank; see ``Task.descend``.
-            measure: returns further metrics; called after the first ``backward`` and before ``guard``, which may clip.
+            measure: returns further metrics; called after the first ``backward`` and before ``check``, which may clip.
             rows: number of rows of this rank, over which ``loss`` is a mean.
 
         Returns:
@@ -63,7 +63,7 @@ class SolvingTask(Task):
             metrics, statuses = solve_metrics(self.solutions())
             return StepRecord(value, {**metrics, **next(measures, dict)()}, statuses, rows)
 
-        found = self.descend(optimizer, guard, loss, record, rows)
+        found = self.descend(optimizer, check, loss, record, rows)
         self.steps += 1
         return found
 

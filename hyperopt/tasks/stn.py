@@ -34,7 +34,7 @@ from hyperopt.stn.row_dropout import RowDropout
 from hyperopt.stn.schedule import TunedSchedule
 from hyperopt.stn.space import HyperSpace
 from hyperopt.stn.step import SelfTuning
-from hyperopt.tasks.base import Environment, FixedSettings, Guard, StepRecord, Task
+from hyperopt.tasks.base import Environment, FixedSettings, GradientCheck, StepRecord, Task
 from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.stn_figures import trajectory_figure
 
@@ -195,9 +195,9 @@ class SelfTuningTask(FixedSettings, Task):
         for name, value in raw.items():
             space.u[space.names.index(name)] = value
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one round; see ``Task.step``."""
-        found = self.tuning.round(self.built.train.draw, self.built.valid.draw, optimizer, guard)
+        found = self.tuning.round(self.built.train.draw, self.built.valid.draw, optimizer, check)
         return StepRecord(found.valid_loss, {**found.metrics, "stn/warming": float(found.warming)})
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from hyperopt.core.checks import check_choice, check_count, check_number
 from hyperopt.stn.declare import Bounded, Tuned
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN
-from hyperopt.tasks.base import Environment, Guard, StepRecord
+from hyperopt.tasks.base import Environment, GradientCheck, StepRecord
 from hyperopt.tasks.stn import SelfTuningSetup, SelfTuningTask
 from hyperopt.tasks.stn_figures import fit_animation
 
@@ -131,9 +131,9 @@ class StnQuadraticTask(SelfTuningTask):
         x = self.reach * batch
         return (model(x) - x.square()).square().mean()
 
-    def step(self, optimizer: torch.optim.Optimizer, guard: Guard) -> StepRecord:
+    def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one round, and keep a frame of the animation every ``frame_every`` rounds."""
-        record = super().step(optimizer, guard)
+        record = super().step(optimizer, check)
         if len(self.tuning.history) % self.frame_every == 0:
             with torch.no_grad():
                 learned = self.model.eval()(self.grid)[:, 0].tolist()

@@ -297,12 +297,12 @@ class Quadratic(Task):
     def loss(self):
         return (self.lam - self.goal).square().sum()
 
-    def step(self, optimizer, guard):
+    def step(self, optimizer, check):
         def closure():
             optimizer.zero_grad()
             loss = self.loss()
             loss.backward()
-            guard(self.gradients())
+            check(self.gradients())
             return loss
         return StepRecord(loss=float(optimizer.step(closure)))
 

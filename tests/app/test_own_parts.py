@@ -158,7 +158,7 @@ class Plain: "Is no dataset, no task and no cell."
 class Half(Task):
     def setup(self, env): "Does nothing."
     def groups(self): return {}
-    def step(self, optimizer, guard): "Does nothing."
+    def step(self, optimizer, check): "Does nothing."
 def arrays(rows=20, classes=2): return torch.randn(rows, 2).numpy(), torch.arange(rows) % classes
 def numbers(): return TensorDataset(torch.zeros(9, 2), torch.zeros(9))
 def nothing(): "Returns nothing."

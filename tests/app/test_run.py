@@ -129,8 +129,8 @@ def test_hypergradient_not_finite(tmp_path: Path, group: str, value: float) -> N
 
 def test_loss_not_finite(tmp_path: Path) -> None:
     class Broken(Toy):
-        def step(self, optimizer: Any, guard: Any) -> Any:
-            record = super().step(optimizer, guard)
+        def step(self, optimizer: Any, check: Any) -> Any:
+            record = super().step(optimizer, check)
             record.loss = math.inf if self.steps == 4 else record.loss
             return record
 
@@ -176,13 +176,13 @@ def test_monitor_unknown(tmp_path: Path) -> None:
         go(config(trainer={"monitor": "val/acc"}), tmp_path)
 
 
-def test_unguarded_task_is_refused(tmp_path: Path) -> None:
-    class Unguarded(Toy):
-        def step(self, optimizer: Any, guard: Any) -> Any:
+def test_unchecked_task_is_refused(tmp_path: Path) -> None:
+    class Unchecked(Toy):
+        def step(self, optimizer: Any, check: Any) -> Any:
             return super().step(optimizer, lambda gradients: None)
 
-    with pytest.raises(RuntimeError, match="did not call its guard"):
-        go(config(), tmp_path, Unguarded())
+    with pytest.raises(RuntimeError, match="did not call its check"):
+        go(config(), tmp_path, Unchecked())
 
 
 def test_clipping_bounds_the_update(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings refuse what cannot work; optimizers and schedules are torch's; the guard checks, measures and clips."""
+"""Settings refuse what cannot work; optimizers and schedules are torch's; the check checks, measures and clips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from optimizers import KINDS, adam, optimizer, scheduler, sgd
 from toy_task import OPTIMIZERS
 
-from hyperopt.app.nonfinite import HypergradientGuard
+from hyperopt.app.nonfinite import HypergradientCheck
 from hyperopt.bilevel.outer import OuterOptimizer, PowerLR, Schedule, as_outer_optimizer, with_values
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.tasks.trainer import TrainerSettings
@@ -151,33 +151,33 @@ def test_a_function_that_makes_an_optimizer_will_do() -> None:
     assert as_outer_optimizer(kept := sgd(), lr=0.1) is kept
 
 
-def test_guard_measures_and_clips_in_place() -> None:
+def test_check_measures_and_clips_in_place() -> None:
     gradients = {"a": [torch.tensor([3.0, 0.0])], "b": [torch.tensor([[4.0]]), torch.tensor(0.0)], "none": []}
-    guard = HypergradientGuard(clip_norm=1.0)
-    guard(gradients)
-    assert guard.norms.pop("hypergrad/norm/none") == 0.0
-    assert guard.norms == {"hypergrad/norm": 5.0, "hypergrad/norm/a": 3.0, "hypergrad/norm/b": 4.0}
+    check = HypergradientCheck(clip_norm=1.0)
+    check(gradients)
+    assert check.norms.pop("hypergrad/norm/none") == 0.0
+    assert check.norms == {"hypergrad/norm": 5.0, "hypergrad/norm/a": 3.0, "hypergrad/norm/b": 4.0}
     assert torch.allclose(gradients["a"][0], torch.tensor([0.6, 0.0]))
     assert torch.allclose(gradients["b"][0], torch.tensor([[0.8]]))
-    guard({"a": [torch.tensor([100.0])]})
-    assert guard.norms["hypergrad/norm"] == 5.0  # that of the step's first evaluation
-    guard.begin(1)
+    check({"a": [torch.tensor([100.0])]})
+    assert check.norms["hypergrad/norm"] == 5.0  # that of the step's first evaluation
+    check.begin(1)
     small = torch.tensor([0.5])
-    guard({"a": [small]})
-    assert small.item() == 0.5 and guard.norms["hypergrad/norm"] == 0.5
+    check({"a": [small]})
+    assert small.item() == 0.5 and check.norms["hypergrad/norm"] == 0.5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_guard_names_step_and_groups(value: float) -> None:
-    guard = HypergradientGuard()
-    guard.begin(17)
+def test_check_names_step_and_groups(value: float) -> None:
+    check = HypergradientCheck()
+    check.begin(17)
     gradients = {"a": [torch.ones(2)], "b": [torch.ones(1), torch.tensor([1.0, value, value])], "c": [torch.tensor(value)]}
     with pytest.raises(HypergradientError, match=r"step 17: .* of group b \(2 entries\), c \(1 entries\) is not finite"):
-        guard(gradients)
+        check(gradients)
 
 
 def test_a_large_finite_float32_hypergradient_is_no_overflow() -> None:
     gradient = torch.full((4,), 1e30)
-    guard = HypergradientGuard(clip_norm=1.0)
-    guard({"a": [gradient]})
-    assert guard.norms["hypergrad/norm"] == pytest.approx(2e30) and gradient.norm().item() == pytest.approx(1.0)
+    check = HypergradientCheck(clip_norm=1.0)
+    check({"a": [gradient]})
+    assert check.norms["hypergrad/norm"] == pytest.approx(2e30) and gradient.norm().item() == pytest.approx(1.0)

@@ -53,7 +53,7 @@ def task(seed: int = 0, dtype: torch.dtype = torch.float64, compiled: bool = Fal
     return made
 
 
-def no_guard(gradients: Mapping[str, Sequence[Tensor]]) -> None:
+def no_check(gradients: Mapping[str, Sequence[Tensor]]) -> None:
     pass
 
 
@@ -78,7 +78,7 @@ def test_steps_fit_the_rows_and_report_themselves(cell: object) -> None:
     assert records[0].metrics["inner/residual"] <= 1e-5 and records[0].metrics["adjoint/residual"] <= 1e-6
 
 
-def test_the_guard_sees_the_gradients_themselves() -> None:
+def test_the_check_sees_the_gradients_themselves() -> None:
     made = task()
 
     def zero(gradients: Mapping[str, Sequence[Tensor]]) -> None:
@@ -94,7 +94,7 @@ def test_the_guard_sees_the_gradients_themselves() -> None:
 def test_fixed_counts_are_taken_and_counted() -> None:
     solver, linear = Picard(rtol=0.0, atol=0.0, max_steps=10), Neumann(rtol=0.0, atol=0.0, max_steps=20)
     made = task(cell=HouseholderCell(), solver=solver, adjoint=Implicit(linear_solver=linear))
-    record = made.step(sgd(made), no_guard)
+    record = made.step(sgd(made), no_check)
     assert (record.metrics["inner/iterations"], record.metrics["adjoint/iterations"]) == (10, 20)
     assert (record.metrics["inner/iterations_mean"], record.metrics["adjoint/iterations_mean"]) == (10, 20)
     assert record.statuses == {"inner": Status.fixed_steps, "adjoint": Status.fixed_steps}
@@ -104,19 +104,19 @@ def test_a_line_search_is_logged_by_its_first_evaluation_and_costs_them_all() ->
     made = task(warm_start=True)
     parameters = [tensor for group in made.groups().values() for tensor in group]
     optimizer = torch.optim.LBFGS(parameters, max_iter=4, line_search_fn="strong_wolfe")
-    one, losses = task(warm_start=True).step(sgd(task()), no_guard), []
+    one, losses = task(warm_start=True).step(sgd(task()), no_check), []
     record = made.step(optimizer, lambda gradients: losses.append(1))
     assert len(losses) > 2 and record.loss == one.loss
     assert record.metrics["inner/iterations"] == one.metrics["inner/iterations"]
     assert record.metrics["cost/evaluations"] >= 2 * one.metrics["cost/evaluations"]
-    assert made.step(optimizer, no_guard).loss < record.loss
+    assert made.step(optimizer, no_check).loss < record.loss
 
 
 def test_certificates_are_counted_in_outer_steps_also_under_a_line_search() -> None:
     made = task(certificate_every=2)
     parameters = [tensor for group in made.groups().values() for tensor in group]
     optimizer = torch.optim.LBFGS(parameters, max_iter=2, line_search_fn="strong_wolfe")
-    records = [made.step(optimizer, no_guard) for _ in range(4)]
+    records = [made.step(optimizer, no_check) for _ in range(4)]
     assert ["hypergrad/error_estimate" in record.metrics for record in records] == [True, False, True, False]
 
 
@@ -125,7 +125,7 @@ def test_certificates_are_counted_in_outer_steps_also_under_a_line_search() -> N
 def test_other_methods_give_the_same_step(solver: object, adjoint: object) -> None:
     reference, made = task(solver=Picard(rtol=1e-10)), task(solver=solver, adjoint=adjoint)
     for each in (reference, made):
-        each.step(sgd(each, lr=0.1), no_guard)
+        each.step(sgd(each, lr=0.1), no_check)
     for (name, a), b in zip(reference.model.state_dict().items(), made.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
@@ -134,13 +134,13 @@ def test_after_a_step_a_is_inside_its_ball() -> None:
     made = task(cell=ProjectedCell(max_norm=0.5))
     optimizer = sgd(made, lr=30.0)
     for _ in range(3):
-        made.step(optimizer, no_guard)
+        made.step(optimizer, no_check)
     assert torch.linalg.matrix_norm(matrix(made), 2).item() == pytest.approx(0.5, rel=1e-9)
 
 
 def test_l2_adds_its_gradient_and_its_loss() -> None:
     plain, pulled = task(), task(l2={"A": 0.0, "B": 0.3, "classifier": 2.0})
-    first, second = plain.step(sgd(plain), no_guard), pulled.step(sgd(pulled), no_guard)
+    first, second = plain.step(sgd(plain), no_check), pulled.step(sgd(pulled), no_check)
     fresh = task().groups()
     weights = {"A": 0.0, "B": 0.3, "c": 0.0, "classifier": 2.0}
     penalty = sum(weights[name] / 2 * t.square().sum().item() for name, group in fresh.items() for t in group)
@@ -164,7 +164,7 @@ def test_which_rows_are_which() -> None:
 
 def test_an_evaluation_is_right_and_changes_nothing() -> None:
     made = task(warm_start=True)
-    made.step(sgd(made), no_guard)
+    made.step(sgd(made), no_check)
     before = copy.deepcopy(made.state_dict())
     metrics = made.evaluate()
     assert set(metrics) == {f"{split}/{kind}" for split in ("outer", "val", "test") for kind in ("loss", "accuracy")}
@@ -182,7 +182,7 @@ def test_a_warm_start_saves_iterations_and_changes_little() -> None:
     cold, warm = task(state_size=20), task(state_size=20, warm_start=True)
     first, second = sgd(cold, 0.05), sgd(warm, 0.05)
     for _ in range(10):
-        a, b = cold.step(first, no_guard), warm.step(second, no_guard)
+        a, b = cold.step(first, no_check), warm.step(second, no_check)
     assert b.metrics["inner/iterations"] < a.metrics["inner/iterations"]
     assert a.loss == pytest.approx(b.loss, abs=1e-4)
 
@@ -193,10 +193,10 @@ def test_a_restored_task_goes_on_bit_for_bit(warm_start: bool, cell: object) -> 
     through = task(dtype=torch.float32, warm_start=warm_start, cell=cell)
     optimizer = sgd(through)
     for _ in range(3):
-        through.step(optimizer, no_guard)
+        through.step(optimizer, no_check)
     file = io.BytesIO()
     torch.save({"task": through.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    expected = [through.step(optimizer, no_guard).loss for _ in range(3)]
+    expected = [through.step(optimizer, no_check).loss for _ in range(3)]
 
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     again = task(seed=9, dtype=torch.float32, warm_start=warm_start, cell=cell)
@@ -206,7 +206,7 @@ def test_a_restored_task_goes_on_bit_for_bit(warm_start: bool, cell: object) -> 
     assert all(a is b for a, b in zip(parameters, (t for group in again.groups().values() for t in group), strict=True))
     seeded_alike = task(dtype=torch.float32)  # the rows are the dataset's, not the task's
     assert torch.equal(again.rows["outer"].x, seeded_alike.rows["outer"].x)
-    assert [again.step(other, no_guard).loss for _ in range(3)] == expected
+    assert [again.step(other, no_check).loss for _ in range(3)] == expected
     assert again.evaluate() == through.evaluate()
 
 
@@ -216,7 +216,7 @@ SOLVERS = [Broyden(1e-9), Newton(1e-9), Chord(1e-9), NewtonKrylov(1e-9)]
 @pytest.mark.parametrize("solver", SOLVERS, ids=[solver.name for solver in SOLVERS])
 def test_every_solver_gives_the_same_step(solver: FixedPointSolver) -> None:
     want, got = (task(solver=chosen) for chosen in (Picard(1e-9, max_steps=1000), solver))
-    record, other = (made.step(sgd(made), no_guard) for made in (want, got))
+    record, other = (made.step(sgd(made), no_check) for made in (want, got))
     assert other.statuses == {"inner": Status.converged, "adjoint": Status.converged}
     assert other.loss == pytest.approx(record.loss, rel=1e-8)
     torch.testing.assert_close(matrix(got), matrix(want), rtol=1e-5, atol=1e-7)
@@ -226,13 +226,13 @@ def test_every_solver_gives_the_same_step(solver: FixedPointSolver) -> None:
 def test_the_shine_adjoint_moves_the_loss_down() -> None:
     made = task(solver=Broyden(1e-6), adjoint=Shine())
     optimizer = sgd(made)
-    losses = [made.step(optimizer, no_guard).loss for _ in range(5)]
+    losses = [made.step(optimizer, no_check).loss for _ in range(5)]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_a_failed_solver_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     made = task(solver=Picard(1e-9, max_steps=2), policy="fallback", fallback=[Broyden(1e-9, max_steps=2), Newton(1e-9)])
-    record = made.step(sgd(made), no_guard)
+    record = made.step(sgd(made), no_check)
     assert record.statuses["inner"] == Status.converged and made.model.solution is not None
     assert made.model.solution.forward.method == "Newton" and made.model.solution.forward.fallbacks == ("Picard", "Broyden")
     switches = [message for message in caplog.messages if "falling back to" in message]
@@ -250,7 +250,7 @@ def test_one_seed_one_model() -> None:
 def test_the_figures() -> None:
     made = task()
     optimizer = sgd(made)
-    made.step(optimizer, no_guard)
+    made.step(optimizer, no_check)
     before = [gradient.clone() for group in made.gradients().values() for gradient in group]
     figures = made.figures()
     after = [gradient for group in made.gradients().values() for gradient in group]

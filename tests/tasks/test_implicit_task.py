@@ -41,7 +41,7 @@ def task(seed: int = 0, dtype: torch.dtype = torch.float64, generator: int | Non
     return made
 
 
-def no_guard(gradients: Mapping[str, Sequence[Tensor]]) -> None:
+def no_check(gradients: Mapping[str, Sequence[Tensor]]) -> None:
     pass
 
 
@@ -96,7 +96,7 @@ def test_one_step_is_that_of_a_plain_loop() -> None:
         z = torch.tanh(z @ weight.T + x)
     loss = nn.functional.cross_entropy(classifier(z), rows.y)
     loss.backward()
-    record = made.step(sgd(made, lr=0.0), no_guard)
+    record = made.step(sgd(made, lr=0.0), no_check)
     assert record.loss == pytest.approx(loss.item(), rel=1e-10)
     want = [inject.weight.grad, inject.bias.grad, weight.grad, classifier.weight.grad, classifier.bias.grad]  # pyright: ignore
     for parameter, expected in zip(parameters(made), want, strict=True):
@@ -115,24 +115,24 @@ def test_pretraining_unrolls_a_few_evaluations_and_then_ends() -> None:
         z = torch.tanh(z @ weight.T + x)
     loss = nn.functional.cross_entropy(classifier(z), rows.y)
     loss.backward()
-    record = made.step(sgd(made, lr=0.0), no_guard)
+    record = made.step(sgd(made, lr=0.0), no_check)
     assert record.loss == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
     assert layer.solver == Anderson(1e-10)
-    assert made.step(sgd(made, lr=0.0), no_guard).metrics["inner/residual"] < 1e-10 < record.metrics["inner/residual"]
+    assert made.step(sgd(made, lr=0.0), no_check).metrics["inner/residual"] < 1e-10 < record.metrics["inner/residual"]
 
 
 def test_a_jacobian_penalty_is_in_the_loss_and_shrinks_the_jacobian() -> None:
     exact = {"solver": Picard(1e-12, max_steps=500), "adjoint": Implicit(Neumann(1e-12, max_steps=500))}
     plain, made = task(**exact), task(jacobian=2.0, **exact)
     torch.manual_seed(0)
-    one, other = plain.step(sgd(plain), no_guard), made.step(sgd(made), no_guard)
+    one, other = plain.step(sgd(plain), no_check), made.step(sgd(made), no_check)
     penalty = other.metrics["outer/jacobian"]
     assert penalty > 0 and "outer/jacobian" not in one.metrics
     assert other.loss == pytest.approx(one.loss + 2 * penalty, rel=1e-12)
     for _ in range(30):
-        plain.step(sgd(plain, lr=0.2), no_guard)
-        last = made.step(sgd(made, lr=0.2), no_guard)
+        plain.step(sgd(plain, lr=0.2), no_check)
+        last = made.step(sgd(made, lr=0.2), no_check)
     norms = [float(torch.linalg.matrix_norm(t.layers["deq"].weight.detach())) for t in (plain, made)]  # pyright: ignore
     assert norms[1] < 0.7 * norms[0] and last.metrics["outer/jacobian"] < penalty / 4
 
@@ -145,7 +145,7 @@ def test_every_call_of_a_closure_sees_one_function() -> None:
             losses.extend(closure() for _ in range(2))
 
     torch.manual_seed(0)
-    made.step(Twice(parameters(made), 0.1), no_guard)
+    made.step(Twice(parameters(made), 0.1), no_check)
     assert losses[0] == losses[1]
 
 
@@ -161,7 +161,7 @@ METHODS = [
 @pytest.mark.parametrize(("solver", "adjoint"), METHODS, ids=str)
 def test_methods_agree_on_a_step(solver: Any, adjoint: Any) -> None:
     want, got = (task(solver=s, adjoint=a) for s, a in ((Picard(1e-10, max_steps=500), Unrolled()), (solver, adjoint)))
-    losses = [made.step(sgd(made), no_guard).loss for made in (want, got)]
+    losses = [made.step(sgd(made), no_check).loss for made in (want, got)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
     for a, b in zip(parameters(want), parameters(got), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
@@ -170,7 +170,7 @@ def test_methods_agree_on_a_step(solver: Any, adjoint: Any) -> None:
 def test_an_evaluation_is_right_and_changes_nothing_but_where_the_running_means_begin() -> None:
     made = task(network=Two(), solver=Picard(1e-12, max_steps=500))
     optimizer = sgd(made, lr=0.1)
-    records = [made.step(optimizer, no_guard) for _ in range(3)]
+    records = [made.step(optimizer, no_check) for _ in range(3)]
     solution, before = made.layers["2"].solution, copy.deepcopy(made.model.state_dict())
     metrics = made.evaluate()
     assert metrics == made.evaluate() and made.model.training and made.layers["2"].solution is solution
@@ -184,7 +184,7 @@ def test_an_evaluation_is_right_and_changes_nothing_but_where_the_running_means_
     logits = torch.cat([model(x.view(1, 1, 8, 8)) for x in held_out.x])
     assert metrics["test/accuracy"] == (logits.argmax(1) == held_out.y).double().mean().item()
     assert metrics["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, held_out.y).item(), rel=1e-9)
-    last = made.step(optimizer, no_guard)
+    last = made.step(optimizer, no_check)
     assert made.evaluate()["running/loss"] == last.loss
 
 
@@ -196,7 +196,7 @@ def test_the_size_of_an_evaluations_batches_changes_no_number() -> None:
 
 def test_several_layers_are_reported_together() -> None:
     made = task(network=Two())
-    record = made.step(sgd(made), no_guard)
+    record = made.step(sgd(made), no_check)
     found = made.solutions()
     assert list(made.layers) == ["2", "5"] and len(found) == 2
     assert record.metrics["inner/iterations"] == max(int(each.forward.iterations.max()) for each in found)
@@ -210,7 +210,7 @@ def test_steps_that_fell_back_are_counted() -> None:
     made = task(adjoint=adjoint, solver=Picard(1e-10, max_steps=1), policy="fallback", fallback=[Newton(1e-10)])
     optimizer = sgd(made)
     for _ in range(2):
-        made.step(optimizer, no_guard)
+        made.step(optimizer, no_check)
     metrics = made.evaluate()
     assert metrics["running/inner_fallbacks"] == metrics["running/adjoint_fallbacks"] == 1
     assert metrics["running/inner_failed"] == metrics["running/adjoint_failed"] == 0
@@ -226,12 +226,12 @@ def test_a_restored_task_goes_on_bit_for_bit(stop: int, workers: int, network: N
     through = task(**settings)
     optimizer = sgd(through)
     for step in range(stop):
-        through.step(optimizer, no_guard)
+        through.step(optimizer, no_check)
         if step == 1:
             through.evaluate()  # the running means begin anew after it, also in a run that goes on from here
     file = io.BytesIO()
     torch.save({"task": through.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, file)
-    expected = [through.step(optimizer, no_guard).loss for _ in range(3)]
+    expected = [through.step(optimizer, no_check).loss for _ in range(3)]
 
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     again = task(generator=9, **settings)
@@ -239,7 +239,7 @@ def test_a_restored_task_goes_on_bit_for_bit(stop: int, workers: int, network: N
     again.load_state_dict(saved["task"])
     other.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"])
-    assert [again.step(other, no_guard).loss for _ in range(3)] == expected
+    assert [again.step(other, no_check).loss for _ in range(3)] == expected
     assert again.evaluate() == through.evaluate()
 
 
@@ -250,14 +250,14 @@ def test_workers_change_no_number() -> None:
         made = task(workers=workers, **settings)
         optimizer = sgd(made)
         torch.manual_seed(3)  # the network's dropout
-        losses.append([made.step(optimizer, no_guard).loss for _ in range(5)])
+        losses.append([made.step(optimizer, no_check).loss for _ in range(5)])
     assert losses[0] == losses[1]
 
 
 def test_augmentation_changes_steps_and_no_evaluation() -> None:
     plain, changed = task(), task(augment=Augment(padding=2))
     assert plain.evaluate() == changed.evaluate()
-    assert plain.step(sgd(plain), no_guard).loss != changed.step(sgd(changed), no_guard).loss
+    assert plain.step(sgd(plain), no_check).loss != changed.step(sgd(changed), no_check).loss
 
 
 def test_one_seed_one_network() -> None:
@@ -273,7 +273,7 @@ def test_one_seed_one_network() -> None:
 
 def test_the_figures() -> None:
     made = task(network=Two())
-    made.step(sgd(made), no_guard)
+    made.step(sgd(made), no_check)
     gradients = [gradient.clone() for gradient in (p.grad for p in parameters(made)) if gradient is not None]
     solutions = made.solutions()
     figures = made.figures()
@@ -348,4 +348,4 @@ def test_images_of_another_size_or_channels_are_refused() -> None:
 def test_a_dense_method_on_a_state_of_images_is_refused_with_its_size() -> None:
     made = task(network=DEQResNet(48, 64), solver=Newton(max_gib=0.1))
     with pytest.raises(ValueError, match=r"20 rows of 3072 entries take 1\.41 GiB, more than max_gib=0\.1; use NewtonKrylov"):
-        made.step(sgd(made), no_guard)
+        made.step(sgd(made), no_check)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_equilibrium_task import no_guard, sgd, task
+from test_equilibrium_task import no_check, sgd, task
 
 from hyperopt.core.adjoints.implicit import Implicit
 from hyperopt.core.linear.neumann import Neumann
@@ -87,7 +87,7 @@ def test_the_solver_of_the_task_stays_what_it_was() -> None:
     made = task(solver=Picard(rtol=1e-2), tolerance="gradient")
     optimizer = sgd(made)
     for _ in range(3):
-        made.step(optimizer, no_guard)
+        made.step(optimizer, no_check)
     assert made.model.solver == Picard(rtol=1e-2)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
-from test_equilibrium_task import matrix, no_guard, sgd, task
+from test_equilibrium_task import matrix, no_check, sgd, task
 from torch import Tensor
 
 from hyperopt.app.loop_state import MonitorError
@@ -117,7 +117,7 @@ def test_a_batch_of_all_rows_is_the_full_batch(warm_start: bool) -> None:
     whole, batch = task(warm_start=warm_start), task(warm_start=warm_start, batch_size=60)
     first, second = sgd(whole), sgd(batch)
     for _ in range(4):
-        a, b = whole.step(first, no_guard), batch.step(second, no_guard)
+        a, b = whole.step(first, no_check), batch.step(second, no_check)
         assert a.loss == b.loss and a.metrics.items() <= b.metrics.items()
         assert set(b.metrics) - set(a.metrics) == {"batch/rows", "batch/epoch"}
     for name, tensor in whole.model.state_dict().items():
@@ -130,14 +130,14 @@ def test_a_step_is_the_mean_over_its_batch_also_when_it_is_short() -> None:
     total = {name: [torch.zeros_like(t) for t in group] for name, group in made.groups().items()}
     loss = 0.0
     for rows in (25, 25, 10):
-        record = made.step(optimizer, no_guard)
+        record = made.step(optimizer, no_check)
         assert record.metrics["batch/rows"] == rows
         loss += record.loss * rows / 60
         for name, group in made.gradients().items():
             for sum_, gradient in zip(total[name], group, strict=True):
                 sum_ += gradient * rows / 60
     whole = task(**TIGHT)
-    assert whole.step(sgd(whole, lr=0.0), no_guard).loss == pytest.approx(loss, rel=1e-12)
+    assert whole.step(sgd(whole, lr=0.0), no_check).loss == pytest.approx(loss, rel=1e-12)
     for name, group in whole.gradients().items():
         for sum_, gradient in zip(total[name], group, strict=True):
             torch.testing.assert_close(sum_, gradient, rtol=0, atol=1e-11, msg=name)
@@ -147,13 +147,13 @@ def test_an_adjoint_of_a_batch_starts_one_of_another_size() -> None:
     """With frozen hyperparameters the second epoch starts at its solutions, whatever the sizes of a row's two batches."""
     made = task(batch_size=25, warm_start=True, **TIGHT)
     optimizer = sgd(made, lr=0.0)
-    cold = [made.step(optimizer, no_guard) for _ in range(3)]
-    warm = [made.step(optimizer, no_guard) for _ in range(3)]
+    cold = [made.step(optimizer, no_check) for _ in range(3)]
+    warm = [made.step(optimizer, no_check) for _ in range(3)]
     assert [record.metrics["warm/rows"] for record in cold + warm] == [0, 0, 0, 1, 1, 1]
     assert made.warm is not None
     start = made.warm.start(None, 6)  # adjoints of the mean over all 60 rows
     whole = task(**TIGHT)
-    whole.step(sgd(whole, lr=0.0), no_guard)
+    whole.step(sgd(whole, lr=0.0), no_check)
     solution = whole.model.solution
     assert solution is not None and start.state is not None and start.adjoint is not None
     torch.testing.assert_close(start.state, solution.value, rtol=0, atol=1e-12)
@@ -171,7 +171,7 @@ def test_staleness_is_that_of_the_data_order() -> None:
         made.batches.load_state_dict(state)
         assert index is not None
         ages = [k - last[row] for row in index.tolist() if row in last]
-        metrics = made.step(optimizer, no_guard).metrics
+        metrics = made.step(optimizer, no_check).metrics
         assert metrics["warm/rows"] == len(ages) / len(index)
         if ages:
             assert metrics["warm/staleness_mean"] == pytest.approx(sum(ages) / len(ages), rel=1e-12)
@@ -184,7 +184,7 @@ def test_staleness_is_that_of_the_data_order() -> None:
 def test_warm_starts_save_iterations_over_epochs() -> None:
     cold, warm = task(state_size=20, batch_size=20), task(state_size=20, batch_size=20, warm_start=True)
     first, second = sgd(cold, 0.05), sgd(warm, 0.05)
-    pairs = [(cold.step(first, no_guard), warm.step(second, no_guard)) for _ in range(12)]
+    pairs = [(cold.step(first, no_check), warm.step(second, no_check)) for _ in range(12)]
     assert pairs[0][0].metrics["inner/iterations"] == pairs[0][1].metrics["inner/iterations"]
     for name in ("inner/iterations_mean", "adjoint/iterations_mean"):
         a, b = (sum(record.metrics[name] for record in records[-3:]) for records in zip(*pairs, strict=True))
@@ -196,7 +196,7 @@ def test_an_unrolled_adjoint_keeps_states_alone() -> None:
     made = task(batch_size=30, warm_start=True, adjoint=Unrolled())
     optimizer = sgd(made)
     for _ in range(4):
-        made.step(optimizer, no_guard)
+        made.step(optimizer, no_check)
     assert made.warm is not None
     kept = made.warm.state_dict()
     assert bool((kept["state"] != 0).any()) and not bool((kept["adjoint"] != 0).any())
@@ -218,17 +218,17 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_for_bit(stop: int, last_batch
 
     through, optimizer = make()
     for _ in range(stop):
-        through.step(optimizer, no_guard)
+        through.step(optimizer, no_check)
     file = io.BytesIO()
     torch.save({"task": through.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    expected = [through.step(optimizer, no_guard) for _ in range(5)]
+    expected = [through.step(optimizer, no_check) for _ in range(5)]
 
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     again, other = make()
-    again.step(other, no_guard)  # nothing of what it did may stay
+    again.step(other, no_check)  # nothing of what it did may stay
     again.load_state_dict(saved["task"])
     other.load_state_dict(saved["optimizer"])
-    found = [again.step(other, no_guard) for _ in range(5)]
+    found = [again.step(other, no_check) for _ in range(5)]
     assert [(r.loss, r.metrics) for r in found] == [(r.loss, r.metrics) for r in expected]
     assert torch.equal(matrix(again), matrix(through))
     for name, tensor in through.state_dict()["warm"].items():
