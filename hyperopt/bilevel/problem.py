@@ -104,6 +104,10 @@ class Composite:
             return self._own(w, lam, batch)
         return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
 
+    def __repr__(self) -> str:
+        """Return the names of both functions."""
+        return described(self, model=self.model, criterion=self.criterion, ranks=self.ranks)
+
     def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
         return self.criterion(self.model(w, lam, batch), w, lam, batch)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hyperopt.core.differentiate import pull_state
 from hyperopt.core.replay import FrozenMap
 from hyperopt.core.status import Solution
+from hyperopt.core.text import described
 from hyperopt.nn.deq import DEQ
 
 
@@ -65,6 +66,10 @@ class Stabilise:
         self._solves: list[_Iterates] = []
         self.jacobian: Tensor = torch.zeros(())
         self.states: list[Any] = []
+
+    def __repr__(self) -> str:
+        """Return the number of layers, and the shapes of what was collected."""
+        return described(self, layers=len(self.layers), jacobian=self.jacobian, states=self.states)
 
     def __enter__(self) -> Stabilise:
         """Start to observe the layers.

@@ -12,7 +12,7 @@ from torch.distributions.transforms import PositiveDefiniteTransform, Transform
 from hyperopt.spaces.space import Space
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PositiveDefinite(Space):
     """Symmetric matrices whose eigenvalues are above 0 (by projection: at least 0).
 

@@ -9,7 +9,7 @@ or +16 in float32, where the gradient vanishes; here it is refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -18,11 +18,12 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import SoftplusTransform, Transform
 
 from hyperopt.core.checks import check_below, check_choice, check_number
+from hyperopt.core.text import described
 
 WAYS = ("reparametrisation", "projection")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Space(ABC):
     """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves.
 
@@ -49,6 +50,10 @@ class Space(ABC):
     def __post_init__(self) -> None:
         """Check the choice."""
         check_choice(self, "by", WAYS)
+
+    def __repr__(self) -> str:
+        """Return the settings; an initial value of many entries as its first ones, or as a shape."""
+        return described(self, **{each.name: getattr(self, each.name) for each in fields(self)})
 
     @abstractmethod
     def transform(self) -> Transform:
@@ -123,7 +128,7 @@ class Space(ABC):
         return cast(Tensor, self.transform()(raw)) if self.by == "reparametrisation" else raw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Number(Space):
     """A space of numbers, each of which is mapped separately.
 
@@ -143,7 +148,7 @@ class Number(Space):
         return shape if self.per == "element" else torch.Size()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Real(Number):
     """Any real number; projection and reparametrisation are the same.
 
@@ -176,7 +181,7 @@ class Real(Number):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Positive(Number):
     """A number above 0 (by projection: at least 0).
 
@@ -223,7 +228,7 @@ class Positive(Number):
         return value.clamp(min=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bounded(Number):
     """A number between ``low`` and ``high``, by a scaled sigmoid.
 
@@ -280,7 +285,7 @@ class Bounded(Number):
         return value.clamp(self.low, self.high)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Simplex(Space):
     """Probability vectors: along the last dimension, positive entries that sum to 1.
 

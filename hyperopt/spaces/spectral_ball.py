@@ -42,7 +42,7 @@ class SpectralBallTransform(Transform):
         return torch.linalg.solve_triangular(lower, a.mT, upper=False).mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectralBall(Space):
     """Matrices of a spectral norm below ``radius`` (by projection: at most ``radius``).
 

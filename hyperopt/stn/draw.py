@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hyperopt.core.text import described
+
 if TYPE_CHECKING:
     from hyperopt.stn.space import HyperSpace
 
@@ -49,6 +51,10 @@ class Values(Mapping[str, Tensor]):
         """Return the number of hyperparameters."""
         return len(self._draw.space.names)
 
+    def __repr__(self) -> str:
+        """Return the names and the number of rows, without reading a value."""
+        return described(self, names=self._draw.space.names, rows=self._draw.rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Draw:
@@ -78,6 +84,11 @@ class Draw:
     responds: bool = True
     hidden: bool = False
     seen: set[str] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """Return the names and the shapes."""
+        parts = {"m": self.m, "delta": self.delta, "sigma": self.sigma, "responds": self.responds, "hidden": self.hidden}
+        return described(self, names=self.space.names, **parts)
 
     @property
     def h(self) -> Values:

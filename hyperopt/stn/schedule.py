@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.bilevel.outer import Make, OuterOptimizer, as_outer_optimizer
+from hyperopt.core.text import described
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
@@ -51,6 +52,10 @@ class TunedSchedule:
             m = torch.tensor([u[i] for u in raw], dtype=torch.float64)
             columns.append(space.declared[name].value(m).tolist())
         return cls(space.names, tuple(steps for steps, _ in history), raw, tuple(zip(*columns, strict=True)))
+
+    def __repr__(self) -> str:
+        """Return the names and the first rounds."""
+        return described(self, names=self.names, steps=self.steps, raw=self.raw, values=self.values)
 
     @property
     def updates(self) -> int:

@@ -80,6 +80,10 @@ class HyperSpace(nn.Module):
 
     shared: Tensor
 
+    def extra_repr(self) -> str:
+        """Return the hyperparameters with their values."""
+        return ", ".join(f"{name}={value:.4g}" for name, value in self.values().items())
+
     @property
     def sigma(self) -> Tensor:
         """The scales, differentiable. shape: (H,)."""
