@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -69,6 +70,34 @@ def test_sentences_without_a_verb_are_found(text: str, found: int, tmp_path: Pat
 @pytest.mark.parametrize("path", [*PAGES, *TUTORIALS], ids=str)
 def test_sentences_have_a_verb(path: Path) -> None:
     assert fragments(sentences(prose(path))) == []
+
+
+def docstrings(source: str) -> list[str]:
+    """The docstrings of a module and of all its classes and functions."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def statements(docstring: str) -> list[str]:
+    """The sentences of a docstring after its summary, which may be a noun phrase, and without formulas, sections and shapes."""
+    text = re.sub(r"^(Args|Attributes|Returns|Raises|Yields|Example):\n(?:(?: .*)?\n?)*", "", docstring, flags=re.MULTILINE)
+    text = re.sub(r"^References?:.*(?:\n.+)*|^ {4}.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\b[Ss]hapes?( of [^:]*)?: .*", "", re.sub(r"``[^`]*``|`[^`]*`", "code", text))
+    return [each for each in sentences(text)[1:] if each[0].isupper()]  # the others continue a formula
+
+
+def test_sentences_of_docstrings_without_a_verb_are_found() -> None:
+    one = 'def f(x):\n    """A noun phrase for the summary.\n\n    One product for each of the rows. It costs two more.\n\n'
+    two = "    Args:\n        x: one number for each of the rows. shape: (rows,)\n\n    Reference: A book about it, with pages.\n"
+    (found,) = [each for each in docstrings(one + two + '    """') if each]
+    assert fragments(statements(found)) == ["One product for each of the rows."]
+
+
+def test_sentences_of_docstrings_have_a_verb() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "hyperopt").rglob("*.py"))}
+    found = {path: [fragments(statements(each)) for each in docstrings(text)] for path, text in sources.items()}
+    assert len(found) > 200
+    assert {str(path): [each for each in lines if each] for path, lines in found.items() if any(lines)} == {}
 
 
 def uneven(text: str) -> list[str]:

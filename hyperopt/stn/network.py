@@ -157,8 +157,8 @@ class STN(nn.Module):
     def squared_norm(self, draw: Draw | None = None) -> Tensor:
         """Return ``|w(lam')|^2`` of each row over all weights that are matrices or filters, for weight decay. shape: (rows,).
 
-        Each weight counts once, however many layers share it. Biases and the vectors of normalisations are left out, as usual.
-        For a responding parametrized weight, the weight itself counts, and not its parameters.
+        Each weight is counted once, however many layers share it. Biases and the vectors of normalisations are left out, as
+        usual. Of a parametrized weight that responds, the weight itself is counted, and not its parameters.
         """
         return torch.stack([*self.squared_norms(draw).values()]).sum(0)
 

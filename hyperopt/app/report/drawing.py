@@ -2,7 +2,7 @@
 
 Matplotlib draws, although it cannot zoom, since it is a dependency already and its pages are 0.1 MB. In the page, plotly 7.1 took
 4.8 MB, made links of hostile names and showed no parallel coordinates without WebGL; altair and bokeh took 0.9 and 1.3 MB and
-compile text into code, which the page's policy forbids (measured on 2026-11-30). This module imports matplotlib only to draw.
+compile text into code, which the page's policy forbids (measured on 2026-11-30). Matplotlib is imported only to draw.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""May the numbers of the runs be trusted? What they recorded, in words, and what to change where something failed. No torch."""
+"""May the numbers of the runs be trusted? This says what they recorded, and what to change where something failed. No torch."""
 
 from __future__ import annotations
 

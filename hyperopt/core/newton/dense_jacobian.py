@@ -98,7 +98,7 @@ class FactoredSolve(torch.autograd.Function):
 
         r_bar = S^{-T} x_bar,       S_bar = -r_bar x^T
 
-    The derivative is one more solve with the same factors. Autograd's derivative of the factorisation itself costs over ten
+    The derivative is one more solve with the same factors. Autograd's derivative of the factorisation itself costs more than ten
     times the factorisation.
     """
 

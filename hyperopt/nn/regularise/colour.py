@@ -41,13 +41,13 @@ def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Move the images away from their mean grey or, below 1, towards it. Arguments: as for ``adjust_brightness``."""
+    """Move the images away from their mean grey or, below 1, towards it. It takes what ``adjust_brightness`` takes."""
     images_only(images, "contrast")
     return _blend(images, grey(images).mean((1, 2, 3), keepdim=True), column(factor, images, 0.0, math.inf, "contrast"))
 
 
 def adjust_saturation(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Move each pixel away from its grey or, below 1, towards it. Arguments: as for ``adjust_brightness``; three channels."""
+    """Move each pixel away from its grey or, below 1, towards it. It takes images of three channels."""
     images_only(images, "saturation", 3)
     return _blend(images, grey(images), column(factor, images, 0.0, math.inf, "saturation"))
 
