@@ -29,9 +29,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join(TEXTS.values()), re.DOTALL | re.MULTILINE)
 
 
+def shell() -> list[list[str]]:
+    """The words of each command on a page: the lines of bash blocks, and indented ones that begin with a program's name."""
+    pages = "\n".join([*TEXTS.values(), *((ROOT / path).read_text(encoding="utf-8") for path in STUDIES if path not in TEXTS)])
+    found = re.findall(r"^```bash\n(.*?)^```$", pages, re.DOTALL | re.MULTILINE)
+    found += re.findall(r"^    ((?:hyperopt|python) .*)$", pages, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in dict.fromkeys("\n".join(found).splitlines())]
+
+
 def commands() -> list[list[str]]:
-    """The ``hyperopt`` commands of the bash blocks that run a job, without the program's name."""
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    """The ``hyperopt`` commands that run a job, without the program's name."""
+    lines = shell()
     jobs = [
         words[1:]
         for words in lines
@@ -56,6 +64,19 @@ def test_the_commands_compose(argv: list[str]) -> None:
     parsed = OverridesParser.create().parse_overrides(words)
     first = [points(split([each])[0])[0][0] if each.is_sweep_override() else str(each.input_line) for each in parsed]
     validate(composed(*first))
+
+
+def test_the_scripts_are_there_with_their_options() -> None:
+    scripts = [words[1:] for words in shell() if words[:1] == ["python"] and words[1].endswith(".py")]
+    assert len(scripts) > 40
+    assert [script for script, *_ in scripts if not (ROOT / script).is_file()] == []
+    # An option stands in the script, or as an argument of a function that it calls in a module beside it.
+    texts = {
+        script: "".join(path.read_text(encoding="utf-8") for path in (ROOT / script).parent.glob("*.py"))
+        for script, *_ in scripts
+    }
+    options = [(script, word) for script, *words in scripts for word in words if word.startswith("--")]
+    assert [(script, word) for script, word in options if not re.search(rf"\b{word[2:]}\b", texts[script])] == []
 
 
 def test_the_pictures_and_links_are_there() -> None:
