@@ -3,7 +3,7 @@
 5,000 training images, half of whose labels are replaced, a weight for each; 5,000 clean validation images tune the weights;
 10,000 test images. Each row is a model trained from the same start by the same recipe (Adam, batches of 100, its epochs below) on
 a set of images, and tested once at the end. ``--seeds`` and ``--hidden 300`` choose what is run; what is there already in
-results.json is kept. Needs MNIST under ``$HYPEROPT_DATA``:
+results.json is kept, and ``--figure`` only draws the histogram again. Needs MNIST under ``$HYPEROPT_DATA``:
 
     python experiments/cleaning/measure.py --seeds 0 1 2
 """
@@ -171,18 +171,23 @@ def method(seed: int, hidden: list[int], name: str, figure: bool) -> Row:
         scores["checked, smoothed"] = row([clean, (train.x, train.y, trust)], test, hidden, seed, SMOOTHING)["test"]
         scores |= {f"checked {key}": value for key, value in percent(found_clean(trust, task.corrupt)).items()}
     if figure:
-        draw(weights, task.corrupt, f"Weights found by {name}, hidden={hidden}, seed {seed}", hidden)
+        draw(weights, task.corrupt, f"Weights found by {name}, seed {seed}, {model_name(hidden)}", hidden)
     more = {"weighted": weighted, "weighted training rows alone": alone, "cpu_seconds": seconds, "steps": METHODS[name][1]}
     return {**found, **scores, **more}
 
 
+def model_name(hidden: list[int]) -> str:
+    """What stands in titles."""
+    return f"a network with {hidden[0]} hidden units" if hidden else "a linear model"
+
+
 def draw(weights: Tensor, corrupt: Tensor, title: str, hidden: list[int]) -> None:
     """The weights of clean and of replaced labels."""
-    plot, axis = plt.subplots(figsize=(6, 3.5))
+    plot, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axis.hist([weights[~corrupt].numpy(), weights[corrupt].numpy()], bins=40, label=["clean", "label replaced"])
-    axis.set(xlabel="weight", ylabel="images", title=title)
-    axis.legend()
-    plot.tight_layout()
+    axis.set(xlabel="weight", ylabel="images", yscale="log")
+    axis.set_title(title, fontsize=10)
+    axis.legend(loc="upper center")
     plot.savefig(HERE / ("weights_network.png" if hidden else "weights_linear.png"), dpi=120)
     plt.close(plot)
 
@@ -232,7 +237,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hidden", type=int, nargs="*", default=[])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--figure", action="store_true", help="only draw the weights that V-PBGD finds on the first seed")
     given = parser.parse_args()
+    if given.figure:
+        task, _ = searched(given.seeds[0], given.hidden, "V-PBGD")
+        title = f"Weights found by V-PBGD, seed {given.seeds[0]}, {model_name(given.hidden)}"
+        draw(task.hyper.read()["weights"], task.corrupt, title, given.hidden)
+        return
     model = "network" if given.hidden else "linear"
     for seed in given.seeds:
         rows = shared.load(RESULTS).get(model, {})
