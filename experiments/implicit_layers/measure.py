@@ -205,7 +205,7 @@ def main() -> None:
     shown = variants["newton implicit"].get(0) or next(iter(done.values()))
     facts["run"] = json.loads((shown / "run.json").read_text())["versions"]
     residuals = draw_residuals(shown / "checkpoints" / "last.pt")
-    shutil.copy(shown / "figures" / "wrong.png", HERE / "wrong.png")
+    shutil.copy(shown / "figures" / "misclassified.png", HERE / "misclassified.png")
     draw_epochs(results)
     (HERE / "results.json").write_text(json.dumps({**facts, "residuals": residuals, "variants": results}, indent=1) + "\n")
     shown_table = table(results)

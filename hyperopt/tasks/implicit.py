@@ -247,7 +247,7 @@ class ImplicitTask(SupervisedTask):
                 layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``residual`` (of one traced forward and backward solve) and ``wrong``, misclassified test images."""
+        """Return ``residual`` (of one traced forward and backward solve) and ``misclassified``, some of those test images."""
         rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
         with self._evaluating():
             hooks = [layer.register_forward_pre_hook(_traced, with_kwargs=True) for layer in self.layers.values()]
@@ -259,7 +259,8 @@ class ImplicitTask(SupervisedTask):
             torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group], allow_unused=True)
             named = {name if len(self.layers) > 1 else "": layer.solution for name, layer in self.layers.items()}
             figures = {"residual": residual_figure({name: found for name, found in named.items() if found is not None})}
-            figures["wrong"] = misclassified_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
+            test = self.rows["test"]
+            figures["misclassified"] = misclassified_figure(self.logits, test, self.splits.shape, self.eval_batch_size)
         return figures
 
     def state_dict(self) -> dict[str, Any]:

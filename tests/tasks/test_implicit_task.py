@@ -277,7 +277,7 @@ def test_the_figures() -> None:
     gradients = [gradient.clone() for gradient in (p.grad for p in parameters(made)) if gradient is not None]
     solutions = made.solutions()
     figures = made.figures()
-    assert set(figures) == {"residual", "wrong"}
+    assert set(figures) == {"residual", "misclassified"}
     assert all(torch.equal(a, b) for a, b in zip(gradients, [p.grad for p in parameters(made)], strict=True))  # pyright: ignore
     assert all(a is b for a, b in zip(solutions, made.solutions(), strict=True)) and made.model.training
     axes = figures["residual"].axes[0]
@@ -290,7 +290,7 @@ def test_the_figures() -> None:
     ]
     held_out, model = made.rows["test"], copy.deepcopy(made.model).eval()
     wrong = [(int(p), int(y)) for p, y in zip(model(held_out.x.view(-1, 1, 8, 8)).argmax(1), held_out.y, strict=True) if p != y]
-    titles = [axes.get_title() for axes in figures["wrong"].axes]
+    titles = [axes.get_title() for axes in figures["misclassified"].axes]
     assert titles[: len(wrong)] == [f"{p}, is {y}" for p, y in wrong[:25]] and len(wrong) > 5
     for figure in figures.values():
         figure.savefig(io.BytesIO(), format="png")
