@@ -58,7 +58,7 @@ class Tuner:
         val_loss: ``E``, a function of the same form.
         optimizer: the optimizer of ``hyper.parameters()``, which holds nothing else.
         adjoint: ``"auto"``, which follows the rule in ``hyperopt.bilevel.auto`` and reports its choice in the record, or any
-            implicit adjoint of the library.
+            adjoint that does not train the weights itself, such as ``Implicit(CG())``, ``OneStep()`` or ``FiniteDifference()``.
         trained_by: the optimizer or optimizers that train the model; their weight decay is part of the trained loss (default:
             the ones that step its parameters).
 
