@@ -1,4 +1,4 @@
-"""Functions whose second derivatives take little memory: ``lean(torch.nn.functional.batch_norm)``, and likewise SiLU and Mish.
+"""Functions whose second derivatives take little memory: batch normalisation, and the activations SiLU, Mish, tanh and sigmoid.
 
     z = w y + b,        y = (x - mean) r,       r = (var + eps)^(-1/2)
     dx = w r q(g),      dw = sum g y,           db = sum g,         q(g) = g - m(g) - y m(g y)
@@ -13,6 +13,11 @@ PyTorch computes the derivative of SiLU and Mish by elementary operators if it i
 tensors of the size of ``x`` or more. Here ``dx = g f'(x)`` is PyTorch's kernel, and for a cotangent ``c`` of dx:
 
     of g:  c f'(x)                      of x:  c g f''(x)
+
+For tanh and the sigmoid PyTorch saves no more, but makes up to four temporary tensors. Here ``dx = g p(y)`` with ``y = f(x)`` and
+``p(y) = 1 - y^2`` or ``y (1 - y)``, of which only ``y`` is saved:
+
+    of g:  c p(y)                       of y:  c g p'(y)
 """
 
 from __future__ import annotations
@@ -118,6 +123,21 @@ def _mish(input: Tensor, inplace: bool = False) -> Tensor:
     return F.mish(input, inplace) if inplace else _Smooth.apply(input, "mish")  # pyright: ignore[reportReturnType]
 
 
+def _tanh(input: Tensor, **given: Any) -> Tensor:
+    own = not given and _is_real(input)
+    return _Smooth.apply(input, "tanh") if own else torch.tanh(input, **given)  # pyright: ignore[reportReturnType]
+
+
+def _sigmoid(input: Tensor, **given: Any) -> Tensor:
+    own = not given and _is_real(input)
+    return _Smooth.apply(input, "sigmoid") if own else torch.sigmoid(input, **given)  # pyright: ignore[reportReturnType]
+
+
+def _is_real(x: Any) -> bool:
+    """Whether ``x`` is an ordinary tensor of real numbers, for which the formulas here hold."""
+    return x.is_floating_point() and x.layout == torch.strided
+
+
 class _Smooth(torch.autograd.Function):
     """``f(x)`` of one of ``CURVES``."""
 
@@ -128,7 +148,7 @@ class _Smooth(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, ctx.name = inputs
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(output if ctx.name in OF_VALUE else x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -136,7 +156,7 @@ class _Smooth(torch.autograd.Function):
 
 
 class _Slope(torch.autograd.Function):
-    """``g f'(x)``, as a function of ``g`` and ``x``."""
+    """``g f'(x)``, as a function of ``g`` and ``x``; for a curve of ``OF_VALUE``, ``x`` is the value ``f(x)``."""
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, name: str) -> Tensor:
@@ -151,7 +171,10 @@ class _Slope(torch.autograd.Function):
     def backward(ctx: Any, c: Tensor) -> Any:
         g, x = ctx.saved_tensors
         to_g = _Slope.apply(c, x, ctx.name) if ctx.needs_input_grad[0] else None
-        to_x = CURVES[ctx.name](x) * c * g if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return to_g, None, None
+        curve = CURVES[ctx.name](x)
+        to_x = curve * c * g if torch.is_grad_enabled() else curve.mul_(c).mul_(g)
         return to_g, to_x, None
 
 
@@ -167,5 +190,17 @@ def _mish_curve(x: Tensor) -> Tensor:
     return (1 - t * t) * s * (2 + x * (1 - s - 2 * s * t))
 
 
-CURVES: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu_curve, "mish": _mish_curve}
-LEAN: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, F.silu: _silu, F.mish: _mish}
+CURVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": _silu_curve,
+    "mish": _mish_curve,
+    "tanh": lambda y: -2 * y,
+    "sigmoid": lambda y: 1 - 2 * y,
+}
+OF_VALUE = ("tanh", "sigmoid")  # their slopes and ``CURVES`` are functions of the value
+LEAN: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.silu: _silu,
+    F.mish: _mish,
+    **dict.fromkeys((torch.tanh, Tensor.tanh), _tanh),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _sigmoid),
+}

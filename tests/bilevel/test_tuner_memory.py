@@ -62,7 +62,7 @@ def test_the_peak_is_at_most_three_training_steps(norm: Any, drop: float) -> Non
 
 
 @pytest.mark.cases(quick=0, slow=6)
-@pytest.mark.parametrize("curve", [nn.ReLU, nn.SiLU, nn.Mish, nn.GELU, nn.Softplus])
+@pytest.mark.parametrize("curve", [nn.ReLU, nn.SiLU, nn.Mish, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid])
 @pytest.mark.parametrize(
     "norm", [lambda width: nn.GroupNorm(4, width), lambda width: nn.Identity()], ids=["group norm", "no norm"]
 )
@@ -72,8 +72,12 @@ def test_a_graph_that_is_not_small_stays_within_three_training_steps(
     from hyperopt.bilevel import curvature
 
     monkeypatch.setattr(curvature, "SMALL_GRAPH", 0)
-    found = ratio(network(norm, 0.0, curve), "auto")
-    assert 1 < found <= 3, found
+    model = network(norm, 0.0, curve)
+    # A training step saves one tensor for tanh and the convolution after it, and a product needs three. Without a norm these are
+    # nearly all, and the sum that PyTorch makes for a convolution comes on top: 3.16 and 3.26 (2026-12-01).
+    saves_little = curve in (nn.Tanh, nn.Sigmoid) and not any(isinstance(part, nn.GroupNorm) for part in model)
+    found = ratio(model, "auto")
+    assert 1 < found <= (3.3 if saves_little else 3), found
 
 
 def test_the_saved_bytes_are_what_a_graph_holds() -> None:

@@ -1,7 +1,8 @@
-"""Batch normalisation, SiLU and Mish with lean second derivatives: PyTorch's numbers, the right derivatives of every order."""
+"""Batch normalisation and activations with lean second derivatives: PyTorch's numbers, the right derivatives of every order."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "batch 3d": (lambda: nn.BatchNorm3d(2), (3, 2, 2, 2, 2)),
     "silu": (nn.SiLU, (7, 2)),
     "mish": (nn.Mish, (7, 2)),
+    "tanh": (nn.Tanh, (7, 2)),
+    "sigmoid": (nn.Sigmoid, (7, 2)),
 }
 
 
@@ -81,7 +84,7 @@ def test_first_and_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(form, inputs)
 
 
-@pytest.mark.parametrize("name", ["batch 1d", "batch 2d", "silu", "mish"])
+@pytest.mark.parametrize("name", ["batch 1d", "batch 2d", "silu", "mish", "tanh", "sigmoid"])
 def test_third_derivatives(name: str) -> None:
     _, form, inputs = made(name)
 
@@ -94,6 +97,26 @@ def test_third_derivatives(name: str) -> None:
 def test_one_value_a_channel_is_refused_as_by_pytorch() -> None:
     with LeanBatchNorm(), pytest.raises(ValueError, match="more than 1 value per channel"):
         nn.BatchNorm1d(3)(torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("call", [torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, nn.functional.tanh])
+def test_tanh_and_sigmoid_are_lean_however_they_are_called(call: Any) -> None:
+    """At large inputs too, where the value is exactly 1, and where PyTorch's own form is left: complex numbers and ``out``."""
+    x = torch.tensor([-800.0, -30.0, -0.5, 0.0, 0.5, 30.0, 800.0], requires_grad=True)
+
+    def second(lean_form: bool) -> tuple[Tensor, str]:
+        with LeanBatchNorm() if lean_form else contextlib.nullcontext():
+            y = call(x)
+            (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return torch.autograd.grad(g, x, torch.arange(7.0))[0], type(y.grad_fn).__name__
+
+    (found, name), (wanted, _) = second(True), second(False)
+    assert name == "_SmoothBackward"
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    with LeanBatchNorm():
+        assert type(call(1j + x).grad_fn).__name__ != "_SmoothBackward"
+        given = torch.empty(7)
+        assert torch.tanh(x.detach(), out=given) is given
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # PyTorch's own, on the first jvp
