@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -229,6 +230,27 @@ def test_an_evaluation_changes_nothing() -> None:
     task.figures()
     for g, wanted in zip(gradients(task)["initial"], gradients(other)["initial"], strict=True):
         assert torch.equal(g, wanted)
+
+
+def test_the_inner_solver_of_implicit_maml_is_stable_where_the_curvature_has_grown() -> None:
+    """The experiment's own solver comes near the minimum there, where steps of 0.01 of gradient descent move away from it."""
+    given = composed("experiment=imaml_sinusoid")
+    inner = instantiate(given.inner)
+
+    def lowered(inner: Any) -> Tensor:
+        """The inner loss of each task where ``inner`` ends, as a share of that at initial weights of large curvature."""
+        task = made(hidden=(40, 40), proximal=given.task.proximal, adjoint=Implicit(CG()), inner=inner)
+        with torch.no_grad():
+            for leaf in task.groups()["initial"]:
+                leaf.mul_(3.0)
+        at, start = task.drawn("val", 0, 5), task.hyper.read()["initial"]
+        w = task.adapted(at)
+        pull = sum((w[name] - start[name]).square().flatten(1).sum(1) for name in w)
+        first = task.losses(task.outputs(task.rows_of(start, 5), at.x), at.y)
+        return (task.losses(task.outputs(w, at.x), at.y) + task.proximal / 2 * pull) / first
+
+    assert lowered(inner).max() < 0.15
+    assert lowered(GradientDescent(step_size=0.01, max_steps=inner.max_steps)).max() > 2
 
 
 @pytest.mark.slow
