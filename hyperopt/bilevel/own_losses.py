@@ -206,7 +206,10 @@ TUNER_WORDS = (
     (r", or curvature='finite_differences'|, or finite differences of gradients.*", ""),
     (r"_Called", "the model"),
     (r"take it out of w", "freeze it (requires_grad_(False))"),
-    (r"; a learning rate or momentum of the inner solver, .*", ""),
+    (
+        r"; a learning rate or momentum of the inner solver, .*",
+        ". The weight decay of an optimizer is a constant: write a decay that is tuned as a penalty in train_loss instead",
+    ),
 )
 """Patterns in the library's messages, and their replacements for a ``Tuner``."""
 

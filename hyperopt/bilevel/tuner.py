@@ -59,8 +59,9 @@ class Tuner:
         optimizer: the optimizer of ``hyper.parameters()``, which holds nothing else.
         adjoint: ``"auto"``, which follows the rule in ``hyperopt.bilevel.auto`` and reports its choice in the record, or any
             adjoint that does not train the weights itself, such as ``Implicit(CG())``, ``OneStep()`` or ``FiniteDifference()``.
-        trained_by: the optimizer or optimizers that train the model; their weight decay is part of the trained loss (default:
-            the ones that step its parameters).
+        trained_by: the optimizer or optimizers that train the model; their weight decay is a constant part of the trained loss
+            (default: the ones that step its parameters). A decay that is tuned is a penalty in ``train_loss``, and not in the
+            optimizer too.
 
     Attributes:
         steps: number of steps so far.

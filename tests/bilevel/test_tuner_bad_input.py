@@ -8,10 +8,10 @@ from typing import Any
 import optree
 import pytest
 import torch
-from test_tuner import TRAIN, VAL, train, tuner_of
+from test_tuner import TRAIN, VAL, reference, train, tuner_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from tuner_reference import DOUBLE, fit, hyperparameters, mlp, regularised
+from tuner_reference import DOUBLE, assert_close, fit, hyperparameters, mlp, regularised
 
 import hyperopt
 
@@ -48,6 +48,24 @@ def test_a_training_loss_that_does_not_depend_on_the_hyperparameters(loss: Any) 
     refused(
         "val_loss does not depend on .*decay.*neither directly nor through the minimum of train_loss", ValueError, train_loss=loss
     )
+
+
+def test_a_decay_that_the_optimizer_applies_is_told_to_be_a_penalty() -> None:
+    """A script that writes a hyperparameter into the groups of its optimizer; with the penalty in its place it is exact."""
+
+    def trained(tuner: hyperopt.Tuner, optimizer: torch.optim.Optimizer, applied: bool) -> hyperopt.Tuner:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 2 * float(tuner.hyper.read()["decay"]) if applied else 0.0
+        train(tuner, optimizer, 2)
+        return tuner
+
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"Use lam in one of the losses\. The weight decay of an optimizer is a constant: write"):
+        trained(tuner_of(model, train_loss=fit), optimizer, True).step(TRAIN, VAL)
+    tuner = trained(tuner_of(model), optimizer, False)
+    expected = reference(model, tuner)
+    assert_close(tuner.step(TRAIN, VAL).grad, expected)
 
 
 def test_a_hyperparameter_that_no_loss_uses_is_named() -> None:
