@@ -1,7 +1,7 @@
 """``TrainedBy``: the optimizers that train the parameters of a model, and the weight decay that they add to its loss.
 
 What is trained must be what is differentiated. Therefore the weight decay of the training optimizer is part of the inner loss,
-and a parameter that no optimizer holds is a constant. A hook that PyTorch calls before every ``Optimizer.step`` finds the
+and a parameter that no optimizer moves is a constant. A hook that PyTorch calls before every ``Optimizer.step`` finds the
 optimizers that step parameters of the model; it is removed when the optimizer of each parameter is known.
 """
 
@@ -93,8 +93,9 @@ class TrainedBy:
                 raise decay
         if fixed := [name for name in parameters if found and name not in found]:
             note_once(
-                f"{', '.join(fixed[:8])}{' ...' * (len(fixed) > 8)} require grad, but no optimizer has stepped them, so they are "
-                "treated as constants. If they are trained, name their optimizer: Tuner(..., trained_by=optimizer)",
+                f"{', '.join(fixed[:8])}{' ...' * (len(fixed) > 8)} require grad, but no optimizer has moved them (none with lr "
+                "above 0 holds them), so they are treated as constants. If they are trained, name their optimizer: "
+                "Tuner(..., trained_by=optimizer)",
                 "parameters that are not trained",
             )
         self.decays = {name: float(decay) for name, decay in found.items()}  # pyright: ignore[reportArgumentType]
@@ -112,9 +113,13 @@ def _hook(note: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> 
 
 
 def _decays(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, float | ValueError]:
-    """Return the weight decay of the optimizer's parameters in ``names``, or an error that says why it cannot be known."""
+    """Return the weight decay of the parameters in ``names`` that the optimizer moves, or an error if it cannot be known.
+
+    A group with ``lr=0`` does not move beside others that do; if all are at 0, a schedule is at its start or its end.
+    """
     found: dict[str, float | ValueError] = {}
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    for group in [group for group in groups if group.get("lr") != 0] or groups:
         mine = [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
         if mine:
             try:

@@ -198,6 +198,20 @@ def test_parameters_that_no_optimizer_holds_are_constants() -> None:
     assert_close(tuner.step(TRAIN, VAL).grad, expected)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_group_with_a_learning_rate_of_zero_is_constant_until_it_moves(given: bool) -> None:
+    """Gradual unfreezing. Where a schedule begins or ends at zero for all groups, their weights are trained ones."""
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": layer.parameters(), "lr": 0.0} for layer in (model[0], model[2])], lr=0.1)
+    tuner = tuner_of(model, **({"trained_by": optimizer} if given else {}))
+    for rates, names in (((0.0, 0.1), ["2.weight", "2.bias"]), ((0.1, 0.1), None), ((0.0, 0.0), None)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        train(tuner, optimizer, 2)
+        expected = reference(model, tuner, names=names)
+        assert_close(tuner.step(TRAIN, VAL).grad, expected)
+
+
 def test_the_optimizer_may_be_named_before_it_steps() -> None:
     model = mlp()
     tuner = tuner_of(model, trained_by=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.6))
