@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 METHODS = {"maml": "MAML", "meta_sgd": "Meta-SGD", "imaml": "iMAML"}
 STEPS, SHOTS = (0, 1, 5, 10), (5, 10)
+ADAPTED = 32  # inner steps of iMAML in training, which its run measures too
 EARLY = 1001  # outer steps at which the first rows of a longer run are shown
 
 
@@ -43,15 +44,16 @@ def read(run: Path) -> shared.Row:
 
 
 def sinusoid(results: shared.Row) -> list[str]:
-    """Mean squared errors of new curves by shots and inner steps."""
+    """Mean squared errors of new curves by shots and inner steps; ``test/loss`` is that after the steps of training."""
     heads = [f"{k} points, {n} step{'s' * (n > 1)}" for k in SHOTS for n in STEPS if n]
-    lines = [f"| | outer steps | {' | '.join(heads)} | s |"]
-    lines.append("|---|---|" + "---|" * (len(SHOTS) * (len(STEPS) - 1) + 1))
+    lines = [f"| | outer steps | {' | '.join(heads)} | 10 points, as trained | s |"]
+    lines.append("|---|---|" + "---|" * (len(SHOTS) * (len(STEPS) - 1) + 2))
     for name, label in METHODS.items():
         rows = results[name]["evaluations"] if name in results else []
         early = [row for row in rows if row["step"] + 1 == EARLY]
         for row in (*early, *rows[-1:]):
-            cells = [f"{row[f'test/loss_{k}_shots_{n}_steps']:.3f}" for k in SHOTS for n in STEPS if n]
+            errors = [row[f"test/loss_{k}_shots_{n}_steps"] for k in SHOTS for n in STEPS if n]
+            cells = ["diverged" if error is None else f"{error:.3f}" for error in (*errors, row["test/loss"])]
             seconds = f"{results[name]['seconds']:.0f}" if row is rows[-1] else ""
             lines.append(f"| {label} | {row['step'] + 1:,} | {' | '.join(cells)} | {seconds} |")
     return lines
@@ -73,8 +75,11 @@ def draw(results: shared.Row) -> None:
         if name in results:
             last = results[name]["evaluations"][-1]
             for shots, style in zip(SHOTS, ("--", "-"), strict=True):
-                values = [last[f"test/loss_{shots}_shots_{n}_steps"] for n in STEPS]
-                left.plot(STEPS, values, style, marker="o", label=f"{label}, {shots} points")
+                found = {n: last.get(f"test/loss_{shots}_shots_{n}_steps") for n in (*STEPS, ADAPTED)}
+                values = {
+                    n: error for n, error in found.items() if error is not None
+                }  # the others were not measured, or diverged
+                left.plot(list(values), list(values.values()), style, marker="o", label=f"{label}, {shots} points")
             rows = results[name]["evaluations"]
             right.plot([row["step"] + 1 for row in rows], [row["val/loss"] for row in rows], label=label)
     left.set(xlabel="inner steps", ylabel="mean squared error, test curves", yscale="log")
