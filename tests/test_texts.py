@@ -74,8 +74,8 @@ def test_sentences_have_a_verb(path: Path) -> None:
 
 def docstrings(source: str) -> list[str]:
     """The docstrings of a module and of all its classes and functions."""
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    return [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes = ast.walk(ast.parse(source))
+    return [ast.get_docstring(node) or "" for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
 
 
 def statements(docstring: str) -> list[str]:
