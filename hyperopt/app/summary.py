@@ -61,7 +61,9 @@ def table(row: Mapping[str, float], step: int, best: Mapping[str, float], best_s
     for name in names:
         if name in row or name in best:
             lines.append([name, *(f"{column[name]:.6g}" if name in column else "" for column in (row, best))])
-    lines.append(["worst residual", *(_worst_residual(column) for column in (row, best))])
+    residuals = [_worst_residual(column) for column in (row, best)]
+    if any(residuals):  # an evaluation alone solves no adjoint system
+        lines.append(["worst residual", *residuals])
     lines.append(["seconds", f"{seconds:.1f}", ""])
     return aligned(lines)
 

@@ -28,6 +28,7 @@ from hyperopt.app import checkpoint
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.lock import RunDirectoryError
 from hyperopt.app.loop_state import MonitorError
+from hyperopt.app.summary import table
 from hyperopt.core.status import Status
 from hyperopt.tasks.base import HypergradientError
 
@@ -263,6 +264,7 @@ def test_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for word in words:
         assert word in printed
     assert f"hyperopt tensorboard {tmp_path}" in printed
+    assert "residual" not in table({"val/loss": 1.0}, 0, {}, None, 0.1)  # of an evaluation, which measures none
 
 
 def test_run_facts(tmp_path: Path) -> None:
