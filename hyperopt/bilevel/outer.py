@@ -63,10 +63,20 @@ class OuterOptimizer:
         return self.make(params)
 
 
-def as_outer_optimizer(optimizer: OuterOptimizer | Make | None, lr: float) -> OuterOptimizer:
-    """Return an ``OuterOptimizer`` for a given one, for a function that makes an optimizer, or for None (Adam with ``lr``)."""
+def as_outer_optimizer(optimizer: OuterOptimizer | Make | None, lr: float, name: str = "optimizer") -> OuterOptimizer:
+    """Return an ``OuterOptimizer`` for a given one, for a function that makes an optimizer, or for None (Adam with ``lr``).
+
+    Raises:
+        TypeError: it is none of these; the message calls it ``name``.
+    """
     if isinstance(optimizer, OuterOptimizer):
         return optimizer
+    if optimizer is not None and not callable(optimizer):
+        built = ", which is built already" if isinstance(optimizer, torch.optim.Optimizer) else ""
+        raise TypeError(
+            f"{name} is {with_article(type(optimizer).__name__)}{built}; give a function that makes it of parameters, such as "
+            "functools.partial(torch.optim.Adam, lr=0.01)"
+        )
     return OuterOptimizer(optimizer or functools.partial(torch.optim.Adam, lr=lr))
 
 

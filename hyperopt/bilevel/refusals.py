@@ -121,5 +121,5 @@ def refuse_no_rows(name: str, batch: Any) -> None:
     """
     for leaf in optree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() and not leaf.shape[0]:
-            kind = "validation" if name in ("outer_loss", "val_loss") else "training"
+            kind = "validation" if name in ("outer_loss", "val_loss", "valid_loss") else "training"
             raise ValueError(f"{name}: the batch has no rows (shape {tuple(leaf.shape)}); is the {kind} set empty?")

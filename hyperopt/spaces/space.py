@@ -120,6 +120,10 @@ class Space(ABC):
         off = (self.value(raw) - value).abs()
         if not bool(raw.isfinite().all()) or float(off.max()) > 1e-3 * float(value.abs().max() + 1e-30):
             bad = exact.reshape(-1)[int(off.nan_to_num(float("inf")).argmax())].item()
+            if torch.finfo(dtype).eps > 1e-3:
+                raise ValueError(
+                    f"{key}={bad} would be off by more than 0.1 % in {dtype}, which is too coarse; use torch.float32"
+                )
             raise ValueError(f"{key}={bad} is too near to a bound of {self.bounds} for {dtype}; change {key}")
         return raw.clone()
 

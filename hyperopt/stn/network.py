@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
-from hyperopt.core.checks import require_choice
+from hyperopt.core.checks import require_choice, require_kind
 from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.policy import note_once
 from hyperopt.stn.draw import Draw
@@ -250,6 +250,8 @@ def convert(
         torch.Size([5, 1])
     """
     require_choice("convert: ", "gate", gate, GATES)
+    require_kind("convert: ", "module", module, nn.Module, "give the network")
+    require_kind("convert: ", "space", space, HyperSpace, "give hyperopt.stn.HyperSpace of the declared hyperparameters")
     names = [name for name, _ in module.named_modules()]
     unknown = [name for name in skip if name not in names]
     if unknown:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import optree
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler
 
 if TYPE_CHECKING:
+    from hyperopt.bilevel.outer import Schedule
     from hyperopt.stn.space import HyperSpace
 
 FAR = 4
@@ -57,6 +58,42 @@ def refuse_leaving(space: HyperSpace) -> None:
                     f"the perturbation of {name} with scale={float(sigma):g} leaves the space: {FAR} scales {way} "
                     f"{float(each.space.value(u)):g} is {value:g} in {u.dtype}, where the space ends; lower scale"
                 )
+
+
+def refuse_unread(space: HyperSpace, seen: Collection[str]) -> None:
+    """Refuse hyperparameters that are not among those that the training loss has read.
+
+    Raises:
+        ValueError: names them.
+    """
+    unused = [name for name in space.names if name not in seen]
+    if unused:
+        raise ValueError(
+            f"the training loss never reads {', '.join(unused)}: use draw.h[{unused[0]!r}] in train_loss (or "
+            f"hyperopt.stn.Dropout({unused[0]!r}) in the network), or do not declare it"
+        )
+
+
+def refuse_without_derivative(loss: Tensor, name: str) -> None:
+    """Refuse a loss, called ``name``, that has no derivative.
+
+    Raises:
+        ValueError: names the loss.
+    """
+    if not loss.requires_grad:
+        raise ValueError(f"{name} does not depend on the weights: let it call the model that it is given, with gradients")
+
+
+def refuse_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Refuse an optimizer that evaluates one loss many times, and a schedule that needs evaluations.
+
+    Raises:
+        ValueError: names the optimizer.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS) and name != "values":
+        raise ValueError(f"the optimizer of the {name} is LBFGS, which needs one function, and batches differ; use adam or sgd")
+    if schedule.by_evaluation:
+        raise ValueError(f"the schedule of the {name} goes by evaluations (ReduceLROnPlateau); use one that counts steps")
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:

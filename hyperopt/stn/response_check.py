@@ -98,7 +98,7 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
         return _flat(weights) - start
 
     found = []
-    with in_training_mode(model):  # before the replays are made, which put the modes back as they are then
+    with in_mode(model, training=True):  # before the replays are made, which put the modes back as they are then
         replays = [Replay(Places.of(tuning.train_loss, (model,)), u.device.type) for _ in range(steps)]
         try:
             for at, response_at in ((u + move, u), (u - move, u), (u + move, u + move), (u - move, u - move)):
@@ -118,10 +118,10 @@ def check_response(tuning: Updates, batches: Sequence[Any], steps: int) -> Respo
 
 
 @contextlib.contextmanager
-def in_training_mode(model: STN) -> Iterator[None]:
-    """Put the modules into training mode for a block, and back at its end."""
+def in_mode(model: STN, training: bool) -> Iterator[None]:
+    """Put the modules into training or evaluation mode for a block, and back at its end."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    model.train(training)
     try:
         yield
     finally:

@@ -60,7 +60,10 @@ class HyperSpace(nn.Module):
     ) -> None:
         """Start at the initial values."""
         super().__init__()
-        pairs: list[Any] = list(declared.items() if isinstance(declared, Mapping) else declared)
+        given: Any = declared.items() if isinstance(declared, Mapping) else declared
+        pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+        if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
+            raise TypeError(f"{key}={declared!r} does not name its hyperparameters; give {{name: Positive(1e-3), ...}}")
         for place, (name, each) in enumerate(pairs):
             _check(name, each, key)
             if name in [other for other, _ in pairs[:place]]:
@@ -153,8 +156,8 @@ def unsoftplus(scales: list[float]) -> Tensor:
 
 def _check(name: object, each: object, key: str) -> None:
     """Refuse anything that is not a hyperparameter that can be tuned."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{key}: {name!r} cannot be the name of a hyperparameter; give a text that is not empty")
+    if not isinstance(name, str) or not name or "/" in name:  # hyper/NAME/low is a quantity of the record
+        raise ValueError(f"{key}: {name!r} cannot be the name of a hyperparameter; give a text that is not empty, without a /")
     if isinstance(each, Tuned):
         return
     if isinstance(each, spaces.Space):

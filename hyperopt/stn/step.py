@@ -25,6 +25,7 @@ from hyperopt.bilevel.own_batches import numbers_of_batches, taken
 from hyperopt.core.policy import note_once
 from hyperopt.core.state import check_entries, check_tensors
 from hyperopt.stn.draw import Draw
+from hyperopt.stn.effects import refuse_valid_loss
 from hyperopt.stn.refusals import refuse_same_data
 from hyperopt.stn.response_check import ResponseCheck, advice, check_response
 from hyperopt.stn.rounds import Past, Round
@@ -153,10 +154,13 @@ class SelfTuning(Updates):
     ) -> Round:
         """Do one round on these batches; without ``train`` for a loop that has trained itself."""
         warming = self._left > 0
+        if not self.history:
+            train, valid = list(train), [next(iter(valid))] if warming else list(valid)
+            refuse_valid_loss(self, valid[0])
         before = self.space.u.detach().clone()
         train_losses = [*self.lent, *map(self.weight_step, train)]
         if warming:
-            valid_losses = [self._validation_loss(next(iter(valid)))]
+            valid_losses = [self.validation_loss(next(iter(valid)))]
             if check is not None:
                 check({"values": []})
         else:

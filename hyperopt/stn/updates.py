@@ -12,15 +12,17 @@ from torch import Tensor
 
 from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, as_outer_optimizer
 from hyperopt.bilevel.own_batches import OwnBatches
+from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, refuse_other_arguments
 from hyperopt.core import distributed
+from hyperopt.core.checks import require_kind
 from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
-from hyperopt.stn.effects import refuse_without_effect
+from hyperopt.stn.effects import refuse_not_finite, refuse_without_effect
 from hyperopt.stn.network import STN, check_network, leading
 from hyperopt.stn.rates import MeasuredGradient, default_optimizer
-from hyperopt.stn.refusals import refuse_leaving
+from hyperopt.stn.refusals import refuse_leaving, refuse_optimizer, refuse_unread, refuse_without_derivative
 from hyperopt.stn.rounds import Past, SelfTuningSettings
-from hyperopt.stn.warnings import Watch
+from hyperopt.stn.warnings import TuningError, Watch
 
 TrainLoss = Callable[[STN, Any, Draw], Tensor]
 """``train_loss(model, batch, draw)`` makes the data that ``draw.h`` needs, calls ``model(x, draw)``, adds the regulariser."""
@@ -50,10 +52,15 @@ class Updates:
     ) -> None:
         """Build the optimizers."""
         check_network(model, "SelfTuning")
+        for loss, name in ((train_loss, "train_loss"), (valid_loss, "valid_loss")):
+            refuse_other_arguments(loss, name, "model, batch, draw")
+        settings = settings or SelfTuningSettings()
+        require_kind("SelfTuning: ", "settings", settings, SelfTuningSettings)
+        require_kind("SelfTuning: ", "seed", seed, int)
         self.model, self.space = model, model.space
         refuse_leaving(self.space)
         self.train_loss, self.valid_loss = train_loss, valid_loss
-        self.settings = settings = settings or SelfTuningSettings()
+        self.settings = settings
         self.rows = rows
         self.space.centred = settings.mode != "classic"
         model.linear = settings.mode == "delta_linear"
@@ -64,7 +71,7 @@ class Updates:
             kind = (
                 default_optimizer(name, settings.rounds, self.space.sigma.detach())
                 if given is None
-                else as_outer_optimizer(given, 0.0)
+                else as_outer_optimizer(given, 0.0, name)
             )
             made[name] = kind, groups
 
@@ -80,7 +87,7 @@ class Updates:
         self._limits = {name: each.clip_norm for name, (each, _) in made.items()}
         self._schedules = {name: Schedule(made[name][0].scheduler, each) for name, each in self.optimizers.items()}
         for name, each in self.optimizers.items():
-            _check_optimizer(name, each, self._schedules[name])
+            refuse_optimizer(name, each, self._schedules[name])
         self.generator = torch.Generator(self.space.u.device).manual_seed(seed)
         self.own_values = values is None
         self.measured = MeasuredGradient(self.space.u)
@@ -114,6 +121,7 @@ class Updates:
         loss, _ = self.training(batch, draw)
         if not torch.is_grad_enabled():
             return loss
+        refuse_without_derivative(loss, "train_loss")
         self.updates += 1
         self.keep(batch)
         self.lent.append(loss.detach())
@@ -166,12 +174,8 @@ class Updates:
         found: list[Tensor] = []
 
         def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
-            loss, draw = self._validation(batch, lambda: space.at(eps))
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the validation loss does not depend on weights that respond, so no hyperparameter would move: let "
-                    "valid_loss call the model that it is given, with gradients"
-                )
+            loss, draw = self.validation(batch, lambda: space.at(eps))
+            refuse_without_derivative(loss, "valid_loss")
             found.append(loss.detach())
             loss = loss - settings.entropy * Draw.entropy_of(space.sigma)
             with self.model.at(draw):
@@ -183,6 +187,12 @@ class Updates:
                 space.s.grad = slope
             if check is not None:
                 check({"values": [space.u.grad]})
+            elif not bool(space.u.grad.isfinite().all()):
+                raise TuningError(
+                    f"the gradient of the hyperparameters is not finite after {self.updates} weight updates (the validation "
+                    f"loss is {float(found[-1]):g}), so no hyperparameter was moved; look for numbers in the data that are not "
+                    "finite, or lower the learning rate of the optimizer weights, or the scale of the perturbation"
+                )
             if measured:
                 sigma = space.sigma.detach()
                 of_loss = slope / space.s.detach().sigmoid() + settings.entropy / sigma  # sigma = softplus(s)
@@ -205,6 +215,7 @@ class Updates:
         for each in optimizers.values():
             each.zero_grad()  # an optimizer may have more parameters than those updated here
         trained = [parameter for parameter in parameters if parameter.requires_grad]  # frozen ones get no gradient
+        refuse_without_derivative(loss, "train_loss")
         with self.model.at(draw):  # for a network that recomputes its activations
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
@@ -223,7 +234,8 @@ class Updates:
         seen: set[str] | None = set() if self.updates == 0 and not self._checked else None
         found = self.evaluated(batch, draw if seen is None else draw.watched(seen), replay)
         if seen is not None:
-            self._check_used(seen)
+            refuse_unread(self.space, seen)
+            refuse_not_finite(found[0], "train_loss")
             refuse_without_effect(self, batch)
             self._checked = True
         return found
@@ -231,53 +243,45 @@ class Updates:
     def evaluated(self, batch: Any, draw: Draw, replay: Replay | None = None) -> tuple[Tensor, Draw]:
         """Return what ``training`` does, without its checks before the first update."""
         mine = distributed.share_of(draw.rows)
+        refuse_no_rows("train_loss", batch)
         batch, draw = own(batch, mine), draw.part(mine)
 
         def mean() -> Tensor:
             with self.model.at(draw):
-                given = self.model, batch, draw
-                return self.train_loss(*given) if replay is None else replay(self.train_loss, *given)
+                return _number("train_loss", self.train_loss, (self.model, batch, draw), replay)
 
         return distributed.mean_over_ranks(mean, rows=draw.rows), draw
 
-    def _validation(self, batch: Any, drawn: Callable[[], Draw]) -> tuple[Tensor, Draw]:
+    def validation(self, batch: Any, drawn: Callable[[], Draw], replay: Replay | None = None) -> tuple[Tensor, Draw]:
         """Return the validation loss at a draw, and the draw, whose values the loss may see only with ``direct_grad``.
 
         The draw is made inside the mean over the ranks, since its rows, and their derivatives, belong to this rank alone.
         """
         direct, mine = self.settings.direct_grad, distributed.share_of(self.rows(batch))
+        refuse_no_rows("valid_loss", batch)
         batch = own(batch, mine)
 
         def mean() -> Tensor:
             draw = drawn().part(mine)
             seen.append(draw if direct else draw.without_h())
             with self.model.at(seen[-1]):
-                return self.valid_loss(self.model, batch, draw if direct else None)
+                return _number("valid_loss", self.valid_loss, (self.model, batch, draw if direct else None), replay)
 
         seen: list[Draw] = []
         loss = distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
         return loss, seen[-1]
 
     @torch.no_grad()
-    def _validation_loss(self, batch: Any) -> Tensor:
+    def validation_loss(self, batch: Any) -> Tensor:
         """Return the validation loss at a draw, without any update."""
         self.model.eval()
         draw = self.space.draw(self.rows(batch), self.generator)
-        return self._validation(batch, lambda: draw)[0]
+        return self.validation(batch, lambda: draw)[0]
 
     def clip(self, name: str, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients that an optimizer is about to use."""
         if (limit := self._limits.get(name)) is not None:
             torch.nn.utils.clip_grad_norm_(list(parameters), limit)
-
-    def _check_used(self, seen: set[str]) -> None:
-        """Refuse a hyperparameter that the training loss has not read, before any update."""
-        unused = [name for name in self.space.names if name not in seen]
-        if unused:
-            raise ValueError(
-                f"the training loss never reads {', '.join(unused)}: use draw.h[{unused[0]!r}] in train_loss (or "
-                f"hyperopt.stn.Dropout({unused[0]!r}) in the network), or do not declare it"
-            )
 
 
 def own(batch: Any, rows: slice) -> Any:
@@ -286,9 +290,8 @@ def own(batch: Any, rows: slice) -> Any:
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
 
 
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    """Refuse an optimizer that evaluates one loss many times, and a schedule that needs evaluations."""
-    if isinstance(optimizer, torch.optim.LBFGS) and name != "values":
-        raise ValueError(f"the optimizer of the {name} is LBFGS, which needs one function, and batches differ; use adam or sgd")
-    if schedule.by_evaluation:
-        raise ValueError(f"the schedule of the {name} goes by evaluations (ReduceLROnPlateau); use one that counts steps")
+def _number(name: str, loss: Callable[..., Any], given: tuple[Any, ...], replay: Replay | None) -> Tensor:
+    """Return a user's loss, called ``name``, of a batch, which must be one number; with ``replay``, it is evaluated by it."""
+    value = loss(*given) if replay is None else replay(loss, *given)
+    refuse_no_scalar(value, name, given[1])
+    return value

@@ -56,7 +56,7 @@ class Watch:
                 bad = next(value for value in values if not math.isfinite(value))
                 raise TuningError(
                     f"the {kind} loss is {bad} after {updates} weight updates; lower the learning rate of the optimizer "
-                    "weights, or the scale of the perturbation"
+                    "weights, or the scale of the perturbation, or look for numbers in the data that are not finite"
                 )
         for kind, values in (("value", u), ("scale", s)):
             for name, value in values.items():

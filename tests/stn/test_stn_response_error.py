@@ -6,13 +6,16 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rank_response
 import torch
 from marks import slow_but
 from optimizers import adam, sgd
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from hyperopt.core.policy import reset_warnings
@@ -290,3 +293,19 @@ def test_a_check_drops_as_training_does_and_leaves_the_modes() -> None:
     assert not stn.training  # the validation loss has left it in evaluation mode
     found = check_response(tuning, [x], 3)
     assert found is not None and not stn.training  # without dropout the four trainings would be the same
+
+
+@pytest.mark.slow
+def test_on_two_ranks_the_check_is_that_of_one_and_training_goes_on_as_without_it(tmp_path: Path) -> None:
+    alone = rank_response.cases()
+    run_ranks(Path(rank_response.__file__), 2, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for mode in ("centred", "delta"):
+        checked, plain = f"{mode}, 2", f"{mode}, 0"
+        assert len(alone[checked]["errors"]) == 3 and plain in alone
+        assert ranks[0][checked]["errors"] == ranks[1][checked]["errors"]  # to the last bit
+        assert ranks[0][checked]["errors"] == pytest.approx(alone[checked]["errors"], rel=1e-9)
+        for name, value in ranks[0][checked]["state"].items():
+            others = ranks[1][checked], ranks[0][plain], ranks[1][plain]
+            assert all(torch.equal(other["state"][name], value) for other in others), name
+            torch.testing.assert_close(value, alone[checked]["state"][name], rtol=1e-9, atol=1e-12)

@@ -244,8 +244,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(kind: str) -> None:
         return (train_loss(model, batch, draw) if draw is not None else valid_loss(model, batch, draw)) * math.nan
 
     tuning = made(**{"train" if kind == "training" else "valid": poison})
-    with pytest.raises(TuningError, match=f"the {kind} loss is nan after 2 weight updates; lower"):
+    before = snapshot(tuning)
+    with pytest.raises(TuningError, match=r"^(train|valid)_loss is nan before the first update: check the data"):
         rounds(tuning, 1)
+    assert moved(before, snapshot(tuning)) == set()
+
+
+@pytest.mark.parametrize("kind", ["training", "validation"])
+def test_a_loss_that_is_not_finite_later_stops_the_run(kind: str) -> None:
+    tuning = made()
+    rounds(tuning, 1)
+    loss = tuning.train_loss if kind == "training" else tuning.valid_loss
+
+    def poison(model: STN, batch: Any, draw: Any) -> Tensor:
+        return loss(model, batch, draw) * math.nan
+
+    setattr(tuning, "train_loss" if kind == "training" else "valid_loss", poison)
+    before = tuning.space.u.detach().clone()
+    with pytest.raises(TuningError, match=r"after 4 weight updates .*not finite, or lower"):
+        rounds(tuning, 1)
+    assert torch.equal(tuning.space.u, before)  # a gradient that is not finite never reaches the optimizer
 
 
 def test_a_hyperparameter_that_is_not_finite_stops_the_run() -> None:

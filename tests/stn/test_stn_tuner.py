@@ -326,10 +326,15 @@ def test_a_validation_loss_without_the_network_is_refused(mode: str) -> None:
             return model(batch[0]).mean()
 
     before = tuner.space.u.detach().clone()
-    for loss in (detached, lambda model, batch, draw: weights(batch[0]).mean().detach()):
+    for loss in (
+        detached,
+        lambda model, batch, draw: weights(batch[0]).mean().detach(),
+        lambda model, batch, draw: weights(batch[0]).mean(),  # a network of its own, as the one before its conversion
+    ):
         tuner.valid_loss = loss
-        with pytest.raises(ValueError, match="the validation loss does not depend on weights that respond"):
+        with pytest.raises(ValueError, match="valid_loss does not depend on weights that respond"):
             tuner.step(TRAIN, VAL)
+        assert tuner.updates == 0
     assert torch.equal(tuner.space.u, before)
 
 
