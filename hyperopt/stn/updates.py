@@ -247,8 +247,7 @@ class Updates:
         batch, draw = own(batch, mine), draw.part(mine)
 
         def mean() -> Tensor:
-            with self.model.at(draw):
-                return _number("train_loss", self.train_loss, (self.model, batch, draw), replay)
+            return _number("train_loss", self.train_loss, draw, (self.model, batch, draw), replay)
 
         return distributed.mean_over_ranks(mean, rows=draw.rows), draw
 
@@ -264,8 +263,7 @@ class Updates:
         def mean() -> Tensor:
             draw = drawn().part(mine)
             seen.append(draw if direct else draw.without_h())
-            with self.model.at(seen[-1]):
-                return _number("valid_loss", self.valid_loss, (self.model, batch, draw if direct else None), replay)
+            return _number("valid_loss", self.valid_loss, seen[-1], (self.model, batch, draw if direct else None), replay)
 
         seen: list[Draw] = []
         loss = distributed.mean_over_ranks(mean, rows=mine.stop - mine.start)
@@ -290,8 +288,13 @@ def own(batch: Any, rows: slice) -> Any:
     return batch if whole else optree.tree_map(lambda leaf: leaf[rows] if hasattr(leaf, "__getitem__") else leaf, batch)
 
 
-def _number(name: str, loss: Callable[..., Any], given: tuple[Any, ...], replay: Replay | None) -> Tensor:
-    """Return a user's loss, called ``name``, of a batch, which must be one number; with ``replay``, it is evaluated by it."""
-    value = loss(*given) if replay is None else replay(loss, *given)
+def _number(name: str, loss: Callable[..., Any], draw: Draw, given: tuple[STN, Any, Any], replay: Replay | None) -> Tensor:
+    """Return a user's loss, called ``name``, at a draw, which must be one number; with ``replay``, it is evaluated by it."""
+
+    def at_draw(model: STN, *given: Any) -> Any:
+        with model.at(draw):  # inside of the replay, which puts the network back as it was before
+            return loss(model, *given)
+
+    value = at_draw(*given) if replay is None else replay(at_draw, *given)
     refuse_no_scalar(value, name, given[1])
     return value

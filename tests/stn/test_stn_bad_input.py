@@ -132,3 +132,22 @@ def test_what_the_validation_loss_changes_before_the_first_update_is_put_back() 
     tuning.step(TRAIN, VAL)
     tuning.step(TRAIN, VAL)
     assert calls["count"] == 2
+
+
+def test_losses_that_call_the_network_without_the_draw_are_at_the_draw_in_every_check() -> None:
+    held: list[bool] = []
+
+    def bare(model: stn.STN, batch: Any, draw: Draw) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean() + (draw.h["decay"] * model.squared_norm(draw)).mean()
+
+    def watched(model: stn.STN, batch: Any, draw: Draw | None) -> Tensor:
+        held.append(model._context.draw is not None)
+        return valid_loss(model, batch, draw)
+
+    one, two = (made(train=each, valid=watched, settings=stn.SelfTuningSettings(check_every=2)) for each in (train_loss, bare))
+    for _ in range(4):
+        torch.manual_seed(1)  # of the dropout
+        a = one.step(TRAIN, VAL)
+        torch.manual_seed(1)
+        assert two.step(TRAIN, VAL).as_dict() == a.as_dict()
+    assert "stn/response_error" in a.metrics and all(held)
