@@ -47,6 +47,8 @@ class Batches:
         last: what happens to the rows that remain if ``size`` does not divide ``rows``. ``keep`` makes a shorter batch of
             them, whose mean gives each of them more weight; ``drop`` leaves them out of this epoch.
         device: device of the indices.
+        key: what the message calls ``size``.
+        what: what the message says of the rows, and what to change.
 
     Attributes:
         per_epoch: number of batches in an epoch.
@@ -56,14 +58,19 @@ class Batches:
     """
 
     def __init__(
-        self, rows: int, size: int | None, seed: int = 0, last: str = "keep", device: torch.device | str = "cpu"
+        self,
+        rows: int,
+        size: int | None,
+        seed: int = 0,
+        last: str = "keep",
+        device: torch.device | str = "cpu",
+        *,
+        key: str = "task.batch_size",
+        what: str = "fitted rows; lower task.batch_size, or set it to null for all of them",
     ) -> None:
         """Start before the first batch."""
         if size is not None and not 1 <= size <= rows:
-            raise ValueError(
-                f"task.batch_size={size} is more than the {rows} fitted rows; lower task.batch_size, or set it to null for all "
-                f"of them"
-            )
+            raise ValueError(f"{key}={size} is more than the {rows} {what}")
         self.rows, self.size, self.seed, self.last, self.device = rows, size, seed, last, device
         whole, left = divmod(rows, rows if size is None else size) if rows else (1, 0)
         self.per_epoch = whole + (1 if left and last == "keep" else 0)

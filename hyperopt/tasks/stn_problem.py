@@ -37,12 +37,15 @@ class ImageBatches:
         shape: shape of one image, channels first.
         size: number of rows of a batch.
         seed: seed of the order of rows and of the random changes of images.
+        kind: of the rows, ``train`` or ``val``, for the message if there are fewer than ``size``.
     """
 
-    def __init__(self, rows: Rows, shape: tuple[int, ...], size: int, seed: int) -> None:
+    def __init__(self, rows: Rows, shape: tuple[int, ...], size: int, seed: int, kind: str = "train") -> None:
         """Start at the first batch."""
         self.rows, self.shape, self.seed = rows, shape, seed
-        self.order = Batches(len(rows), size, seed, device=rows.index.device)
+        key = "task.batch_size" if kind == "train" else "task.val_batch_size"
+        what = f"rows of dataset.{kind}; lower {key}, or raise dataset.{kind}"
+        self.order = Batches(len(rows), size, seed, device=rows.index.device, key=key, what=what)
 
     def draw(self) -> Batch:
         """Return the next batch."""
@@ -133,7 +136,7 @@ class ImageProblem:
             )
         self.pipeline = Pipeline.of(images, names, 1 if holes is None else int(_bounds(holes)[1]))
         self.train = ImageBatches(splits.train, splits.shape, batch_size, seed)
-        self.valid = ImageBatches(splits.val, splits.shape, val_batch_size, seed + 1)
+        self.valid = ImageBatches(splits.val, splits.shape, val_batch_size, seed + 1, "val")
 
     def train_loss(self, model: STN, batch: Batch, draw: Draw) -> Tensor:
         """Return the training loss under a draw; see ``hyperopt.stn.step``."""

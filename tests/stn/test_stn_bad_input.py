@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hyperopt
 from hyperopt import stn
 from hyperopt.stn import Bounded, Draw, Dropout, HyperSpace, Positive, SelfTuning, convert
+from hyperopt.tasks.stn_problem import ImageBatches
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -151,3 +152,16 @@ def test_losses_that_call_the_network_without_the_draw_are_at_the_draw_in_every_
         torch.manual_seed(1)
         assert two.step(TRAIN, VAL).as_dict() == a.as_dict()
     assert "stn/response_error" in a.metrics and all(held)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("train", "task.batch_size"), ("val", "task.val_batch_size")])
+def test_a_batch_larger_than_its_rows_names_its_own_key(kind: str, key: str) -> None:
+    class Few:
+        index = torch.arange(3)
+
+        def __len__(self) -> int:
+            return 3
+
+    rows: Any = Few()
+    with pytest.raises(ValueError, match=rf"{key}=5 is more than the 3 rows of dataset.{kind}; lower {key}, or raise dataset"):
+        ImageBatches(rows, (1, 2, 2), 5, 0, kind)
