@@ -30,7 +30,8 @@ class Functional:
         w: ``{name: parameter}``, detached tensors that share the memory of the module's parameters.
 
     Raises:
-        ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit``.
+        ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit``; or,
+            at a call, a parameter has other memory than ``w`` since the module was changed.
 
     Example:
         >>> import torch, hyperopt
@@ -65,9 +66,44 @@ class Functional:
 
     def __call__(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Return ``module(*args, **kwargs)`` at the parameters ``w``."""
+        self._refuse_moved()
         return functional_call(self.module, w, args, kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the weights of a copy share the memory of the copied module."""
+        vars(self).update(state)
+        own = dict(self.module.named_parameters())
+        self.w = {name: own[name].detach() for name in self.w}
+
+    def _refuse_moved(self) -> None:
+        """Refuse a module of which a parameter no longer shares the memory of ``w``: training would not reach it.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        if torch.compiler.is_compiling():  # a compiler cannot trace addresses
+            return
+        with torch._C.DisableTorchFunction():  # a mode around the loss may replace the parameters
+            moved = next((name for name, leaf in self.w.items() if self._moved(name, leaf)), None)
+        if moved is not None:
+            raise ValueError(
+                f"the parameter {moved} of {type(self.module).__name__} is no longer the one that this Functional trains: it was "
+                "replaced or moved since (by load_state_dict(assign=True), .to(...), .data = ... or a new nn.Parameter). Make "
+                "the Functional, and the Bilevel on its w, after such changes, or copy values in place: parameter.copy_(...)"
+            )
+
+    def _moved(self, name: str, leaf: Tensor) -> bool:
+        """Whether the module's parameter does not have the memory of ``leaf``."""
+        *path, last = name.split(".")
+        owner: Any = self.module
+        for key in path:
+            owner = owner._modules.get(key) if isinstance(owner, nn.Module) else None
+        own = owner._parameters.get(last) if isinstance(owner, nn.Module) else None
+        # A plain tensor is there while functional_call calls the module.
+        return own.data_ptr() != leaf.data_ptr() if isinstance(own, nn.Parameter) else own is None
 
     @torch.no_grad()
     def refresh(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
         """Run one more forward pass at ``w``, which updates the module's running statistics."""
+        self._refuse_moved()
         functional_call(self.module, w, args, kwargs)
