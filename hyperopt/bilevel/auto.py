@@ -7,8 +7,8 @@ The rule, in the order in which it is tried:
 1. If the problem declares its constants, the inner loss is strongly convex, and conjugate gradients (CG) are used.
 2. Otherwise CG is tried. If it meets its tolerance and no negative curvature, its solution is used, provided that training can
    have followed it: the weights are trained, or the solution is no longer than the steps of ``inner`` could have made it.
-3. If CG meets negative curvature where the gradient of the inner loss is zero up to rounding, the weights are at a saddle,
-   and MINRES is used.
+3. If CG meets negative curvature, or breaks down, where the gradient of the inner loss is zero up to rounding, the weights are
+   at a saddle, and MINRES is used if it converges; a note says so.
 4. Everywhere else (weights that are still being trained, a singular Hessian, noisy products) the Neumann series is summed from
    zero as long as each term lowers the residual. The result is the derivative of K steps of gradient descent from the present
    weights: curvature above ``1 / (K step)`` is inverted, a flat direction is multiplied by ``K step``, and negative curvature
@@ -56,6 +56,7 @@ from hyperopt.core.linear.cg import CG
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.linear.minres import MINRES
 from hyperopt.core.linear.neumann import Neumann
+from hyperopt.core.policy import note_once
 from hyperopt.core.status import SolveStats, Status
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,10 @@ TERMS = (20, 100)  # smallest and largest default number of terms
 TRAINED_WITHIN = 0.1  # weights count as trained if at most this part of the way to the minimum is left
 NEARLY = 1e-2  # largest residual of CG without convergence that is accepted at trained weights
 SECOND_DRAW = 0.1  # largest relative residual of a solution in the system of a second draw
+SADDLE = (
+    "the weights are at a saddle of the inner loss: its gradient is 0 and its Hessian has negative curvature. The hypergradient "
+    "is that of the saddle, which training from other weights leaves; start from random weights"
+)
 LONGEST_WAIT = 32  # largest number of outer steps between two attempts by CG
 
 
@@ -215,13 +220,18 @@ class AutoEstimator(ImplicitEstimator):
         memory["negative"] = stats.status == Status.negative_curvature
         size = float(torch.linalg.vector_norm(at.b))
         length = float(torch.linalg.vector_norm(u)) / size if size > 0 else 0.0
-        if memory["negative"]:
-            why = "the Hessian has negative curvature, so the weights are not at a minimum"
-            used = self._stationary(at, operator)
-            if used:
-                name, adjoint = "MINRES", Implicit(MINRES(**limits), policy="ignore")
-                u, stats = self._solve(adjoint, operator, at)
-                why, used = "the weights are a saddle: no gradient, but negative curvature", stats.status == Status.converged
+        broken = stats.status == Status.breakdown  # also where the curvature along the first direction is 0, as 1 - 1
+        if (memory["negative"] or broken) and self._stationary(at, operator):
+            name, adjoint = "MINRES", Implicit(MINRES(**limits), policy="ignore")
+            u, stats = self._solve(adjoint, operator, at)
+            used = stats.status == Status.converged
+            why = "the weights are a saddle: no gradient, but negative curvature"
+            if broken and not used:
+                why = f"CG ended as breakdown at {left}, so the Hessian is nearly singular"
+            else:
+                note_once(SADDLE, "saddle")
+        elif memory["negative"]:
+            used, why = False, "the Hessian has negative curvature, so the weights are not at a minimum"
         elif stats.status == Status.converged:
             why = "it met its tolerance and no negative curvature"
             largest = float(operator.largest)
@@ -250,7 +260,8 @@ class AutoEstimator(ImplicitEstimator):
                 )
         if used:
             memory["gap"], memory["again"] = 1, 0
-            return Solved(u, operator, stats, False, "", Choice(name, why, adjoint, None, self.curvature))
+            note = SADDLE if name == "MINRES" else ""
+            return Solved(u, operator, stats, False, note, Choice(name, why, adjoint, None, self.curvature))
         memory["again"] = memory["steps"] + 1 + memory["gap"]
         memory["gap"], memory["why"] = min(2 * memory["gap"], LONGEST_WAIT), why
         return None
