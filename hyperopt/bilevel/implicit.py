@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
@@ -174,6 +174,8 @@ class ImplicitEstimator(ProductSettings, Estimator):
         b = first.matrix(g_w)
         del g_w  # as large as the weights
         solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
+        if not bool(first.gradient.isfinite().all()):
+            solved = unfinished(solved)
         operator, stats, u = solved.operator, solved.stats, solved.u
         curvature = operator.curvature
         if self.warm and bool(torch.isfinite(u).all()):
@@ -311,6 +313,17 @@ def refuse_untrained(w: Leaves, curvature: Curvature, outer: list[Any]) -> None:
                 f"the outer loss depends on {w.names[i]}, but the inner loss does not: nothing trains it, so its adjoint system "
                 "has no solution. If it is a buffer or a hyperparameter, take it out of w"
             )
+
+
+def unfinished(solved: Solved) -> Solved:
+    """Return a solve with the status ``nonfinite``: its inner loss has a gradient that is not finite.
+
+    An adjoint without products, such as one step, would not meet it.
+    """
+    stats, bad = solved.stats, int(Status.nonfinite)
+    stats = replace(stats, row_status=torch.full_like(stats.row_status, bad), residual=torch.full_like(stats.residual, math.nan))
+    note = "the gradient of the inner loss is not finite: check its data, the weights and the hyperparameters"
+    return replace(solved, u=torch.full_like(solved.u, math.nan), stats=stats, note=note, certified=False)
 
 
 def subtract(direct: Tensor | None, mixed: Tensor | None) -> Tensor | None:
