@@ -35,7 +35,8 @@ class Leaves:
 
         Raises:
             TypeError: a leaf is not a tensor, or its dtype is not floating-point.
-            ValueError: the tree has no tensors, or a leaf is a parameter without a size yet or an inference tensor.
+            ValueError: the tree has no tensors, or a leaf is a parameter without a size yet, an inference tensor, or on the meta
+                device.
             RuntimeError: the call is inside a transform of ``torch.func`` or in inference mode.
         """
         if functorch_level():
@@ -59,6 +60,8 @@ class Leaves:
                 )
             if is_lazy(leaf):
                 raise ValueError(f"{name} belongs to a lazy module and has no size yet: call the module once on a batch first")
+            if leaf.is_meta:
+                raise ValueError(f"{name} is on the meta device, where there are no numbers; move it to the CPU or a GPU")
             if leaf.is_inference():
                 raise ValueError(f"{name} was made in torch.inference_mode() and cannot be differentiated; give a clone of it")
             if not leaf.is_floating_point():

@@ -302,4 +302,6 @@ def outer_gradient(problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) 
         if not loss.requires_grad:
             raise ValueError("the outer loss depends neither on w nor on lam; is it computed from w, without detach or .item()?")
         found = torch.autograd.grad(loss, [*w.flat, *lam.flat], allow_unused=True)
+    # An embedding with sparse=True has a sparse gradient.
+    found = [g if g is None or g.layout == torch.strided else g.to_dense() for g in found]
     return loss.detach(), list(found[: len(w.flat)]), list(found[len(w.flat) :])

@@ -41,7 +41,7 @@ class TwiceDifferentiable(KeepsGraph):
     """Computes attention by matrix products and bags of embeddings by sums, since their kernels have only first derivatives.
 
     Weight normalisation is computed by elementary operators, since the second derivative of its kernel is wrong: it treats the
-    norms as constants.
+    norms as constants. The gradient of an embedding is dense, since a sparse one has no second derivative.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,11 +120,37 @@ def _plain_embedding_bag(
     return total / factors.new_zeros(bags).index_add(0, bag, factors).clamp(min=1)[:, None]
 
 
+def _plain_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    F.embedding: _plain_embedding,
     F.embedding_bag: _plain_embedding_bag,
     F.scaled_dot_product_attention: _plain_attention,
     torch._weight_norm: _plain_weight_norm,  # pyright: ignore[reportPrivateImportUsage]
 }
+
+
+WRONG_TWICE = {
+    "SparseCooTensorWithDimsAndTensorsBackward0": (
+        "torch.sparse_coo_tensor of values that require grad has a second derivative in PyTorch that leaves a part out: multiply "
+        "by index_select and index_add, or make the sparse tensor by dense.to_sparse()"
+    ),
+    "SparseCompressedTensorBackward0": (
+        "a compressed sparse tensor (torch.sparse_csr_tensor) of values that require grad has no second derivative in PyTorch: "
+        "multiply by index_select and index_add, or make a sparse tensor by dense.to_sparse()"
+    ),
+}
+"""Nodes of PyTorch whose backward has no graph, or one that leaves a part out, by name, with what to do instead."""
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -183,7 +209,7 @@ def _nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> Iterato
 
 @contextlib.contextmanager
 def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> Iterator[list[Any]]:
-    """Refuse an ``autograd.Function`` that in this block returns a gradient without a graph, as ``numpy`` and ``.data`` do.
+    """Refuse what in this block returns a gradient without a graph, as a Function with ``numpy`` or ``.data`` does.
 
     A gradient is linear in what the Function's backward is given. If that has a graph, then so has the gradient, or it is zero.
     Otherwise PyTorch would take it for a constant, and the second derivative would silently be wrong.
@@ -196,9 +222,10 @@ def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]
         The nodes of the graph that belong to an ``autograd.Function``.
 
     Raises:
-        RuntimeError: the message names the Function.
+        RuntimeError: the message names the Function, or what else it is (``WRONG_TWICE``).
     """
     constant: list[str] = []
+    once: list[str] = []
 
     def before(given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in given)
@@ -208,14 +235,19 @@ def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]
         if not any(g.requires_grad for g in gradients) and any(g.is_sparse or bool(g.any()) for g in gradients):
             constant.append(type(node).__name__.removesuffix("Backward"))
 
-    nodes = [] if functorch_level() else [n for n in _nodes(outputs, until) if isinstance(n, BackwardCFunction)]
-    handles = [node.register_prehook(before) for node in nodes]
+    every = [] if functorch_level() else list(_nodes(outputs, until))
+    nodes = [node for node in every if isinstance(node, BackwardCFunction)]
+    known = [(node, WRONG_TWICE[name]) for node in every if (name := node_name(node)) in WRONG_TWICE]
+    handles = [node.register_prehook(lambda _, text=text: once.append(text)) for node, text in known]
+    handles += [node.register_prehook(before) for node in nodes]
     handles += [node.register_hook(lambda found, _, node=node: after(node, found)) for node in nodes]
     try:
         yield nodes
     finally:
         for handle in handles:
             handle.remove()
+    if once:
+        raise RuntimeError(once[0])
     if constant:
         raise RuntimeError(
             f"{constant[0]} does not support double backward: its backward returns a gradient without a graph (numpy, .data, "
