@@ -30,8 +30,8 @@ class Functional:
         w: ``{name: parameter}``, detached tensors that share the memory of the module's parameters.
 
     Raises:
-        ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit``; or,
-            at a call, a parameter has other memory than ``w`` since the module was changed.
+        ValueError: no parameter requires grad, a lazy module has not been called yet, or a module was made by ``torch.jit`` or is
+            wrapped in ``DataParallel``; or, at a call, a parameter has other memory than ``w`` since the module was changed.
 
     Example:
         >>> import torch, hyperopt
@@ -49,6 +49,8 @@ class Functional:
                 f"{type(module).__name__} was made by torch.jit, so it cannot be called at other parameters: give the "
                 "module that it was made from"
             )
+        if isinstance(module, nn.DataParallel):  # torch.func.functional_call refuses it at the first call
+            raise ValueError("the module is wrapped in DataParallel, whose copies have parameters of their own: give its .module")
         if lazy := lazy_names(module):
             raise ValueError(
                 f"{', '.join(lazy)} of {type(module).__name__} have no size yet: call the module once on a batch first"

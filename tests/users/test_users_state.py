@@ -194,3 +194,8 @@ def test_tensors_without_numbers_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name} is on the meta device"):
             ho.hypergradient(problem, w, lam, inner=ho.InnerLBFGS())
+
+
+def test_a_module_in_data_parallel_is_named_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"DataParallel.*\.module"):
+        ho.Functional(nn.DataParallel(nn.Linear(3, 1)))
