@@ -75,7 +75,7 @@ class Functional:
         """Let the weights of a copy share the memory of the copied module."""
         vars(self).update(state)
         own = dict(self.module.named_parameters())
-        self.w = {name: own[name].detach() for name in self.w}
+        self.w = {name: own.get(name, leaf).detach() for name, leaf in self.w.items()}
 
     def _refuse_moved(self) -> None:
         """Refuse a module of which a parameter no longer shares the memory of ``w``: training would not reach it.
