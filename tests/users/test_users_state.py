@@ -110,6 +110,7 @@ def test_data_that_are_not_finite_give_no_finite_hypergradient(adjoint: Any) -> 
         estimate.backward(lam)
 
 
+@pytest.mark.usefixtures("float64")  # whose notes are said anew
 def test_at_a_saddle_without_curvature_along_the_gradient_the_system_is_solved(caplog: pytest.LogCaptureFixture) -> None:
     """With ``H = diag(1, -1)`` and both gradients ``(1, 1)``, the hypergradient is 0; one term of the series would give -2."""
     problem = ho.BilevelProblem(lambda w, lam, batch: (w[0] ** 2 - w[1] ** 2) / 2 + lam * w.sum(), lambda w, lam, batch: w.sum())
