@@ -81,9 +81,13 @@ class BiCGStab(KrylovSolver):
         directions, alphas, omegas, after = run.pending.take()
         weights = torch.cat([alphas, omegas], dim=2).view(len(x), -1, 1)
         best = torch.cat([least[:, None], torch.nan_to_num(after, math.inf)], dim=1).min(dim=1)
-        later = torch.arange(weights.shape[1], device=x.device)[:, None] >= 2 * best.indices[:, None]
         now = combine(x, weights, directions)
-        run.x = torch.where(best.indices > 0, advance(x, directions, weights, later), run.x)
+        if after.shape[1] == 1:
+            found = now
+        else:
+            later = torch.arange(weights.shape[1], device=x.device)[:, None] >= 2 * best.indices[:, None]
+            found = advance(x, directions, weights, later)
+        run.x = torch.where(best.indices > 0, found, run.x)
         return both, p, rho, now, best.values
 
     def stuck(self, run: Recurrence, state: State) -> Tensor:
