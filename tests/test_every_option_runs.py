@@ -105,7 +105,7 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.cases(quick=2, slow=12)
+@pytest.mark.cases(quick=2, slow=6)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
 @pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
 def test_an_option(option: str, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 }
 
 
-@pytest.mark.cases(quick=1, slow=8)
+@pytest.mark.cases(quick=1, slow=4)
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
 @pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
 TRAINS = re.compile(r"override /task: (l2|bias_regularization|weight_decay|augmentation|data_cleaning|data_distillation)$", re.M)
 
 
-@pytest.mark.slow
+@pytest.mark.cases(quick=0, slow=4)
 @pytest.mark.parametrize("name", [e for e in EXPERIMENTS if TRAINS.search((CONFIGS / "experiment" / f"{e}.yaml").read_text())])
 def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
     # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.

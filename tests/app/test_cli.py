@@ -318,7 +318,7 @@ class Quadratic(Task):
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_task_from_ones_own_package(tmp_path: Path) -> None:
     package = tmp_path / "elsewhere" / "mine"
     (package / "configs" / "task").mkdir(parents=True)

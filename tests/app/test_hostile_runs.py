@@ -306,7 +306,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
 }
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=4)
 @pytest.mark.parametrize("row", SHOWN)
 def test_a_report_shows_it_as_plain_text(place: Place, row: str, monkeypatch: Any, capfd: Any) -> None:
     SHOWN[row](place)

@@ -46,7 +46,7 @@ def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
     assert [cfg.seed for cfg, _ in launch(*argv, "resume=auto").runs] == [3]
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_ready_sweep_for_real(command: Launcher) -> None:
     small = ["dataset.train=20", "dataset.val=20", "dataset.test=20", "dataset.features=2"]
     done = command("sweep=five_seeds", "experiment=l2_logistic", "debug=default", *small, "hydra.sweep.dir=mine")

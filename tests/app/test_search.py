@@ -610,7 +610,7 @@ QUICK = [
 """Those that take one way through the checks each: of the jobs, of the storage, of the metrics, of a password."""
 
 
-@pytest.mark.cases(quick=2, slow=8)
+@pytest.mark.cases(quick=2, slow=4)
 @pytest.mark.parametrize(("argv", "message"), slow_but(QUICK, REFUSED), ids=[" ".join(argv) for argv, _ in REFUSED])
 def test_a_search_that_cannot_work_is_refused_in_one_line(argv: list[str], message: str, launch: Launcher) -> None:
     Path("notes").write_text("not a journal\n")

@@ -75,7 +75,7 @@ def sampled(ridge: Ridge, size: int) -> BilevelProblem:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_variance_reduction_makes_minibatches_exact():
     """SABA converges at constant steps; SOBA, with the same batches and steps, stays where their noise keeps it."""
     ridge, errors = Ridge(), {}

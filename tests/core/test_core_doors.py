@@ -282,7 +282,7 @@ PARAMETER_DOORS = {
 }
 
 
-@pytest.mark.cases(quick=5, slow=45)
+@pytest.mark.cases(quick=5, slow=25)
 @pytest.mark.parametrize("door", slow_but(list(PARAMETER_DOORS)[::2], PARAMETER_DOORS))
 @pytest.mark.parametrize("name", INSIDE)
 def test_derivatives_inside_the_map(name, door):

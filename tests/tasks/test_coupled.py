@@ -61,7 +61,7 @@ def test_the_hypergradient_of_the_task_passes_every_check():
     assert report.passed, str(report)
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_training_matches_rows_that_were_never_fitted():
     task = made()
     optimizer = torch.optim.Adam([p for group in task.groups().values() for p in group], 0.05)

@@ -292,7 +292,7 @@ def drawn_implicit(seed: int) -> tuple[float, float]:
     return float(at(lam).grad @ d), (at(lam + 1e-4 * d).loss - at(lam - 1e-4 * d).loss) / 2e-4
 
 
-@pytest.mark.cases(quick=1)
+@pytest.mark.cases(quick=1, slow=3)
 @pytest.mark.parametrize("seed", range(8))
 def test_drawn_minima_by_implicit_adjoints(seed):
     got, want = drawn_implicit(seed)

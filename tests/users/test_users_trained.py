@@ -60,7 +60,7 @@ def test_decay_of_sgd_is_a_penalty(options, curvature):
     torch.testing.assert_close(found.grad, -(2 * (X @ w - Y) * (X @ u) / 40).flatten(), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.cases(slow=2)
+@pytest.mark.cases(slow=1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "extra"),
