@@ -129,7 +129,7 @@ def algebra(method: Any, steps: int) -> int:
     if name in ("Anderson", "LinearAnderson"):
         return sum(min(k, method.window - 1) + 1 for k in range(steps))  # a Gram row, and the mixing
     if name == "Broyden":
-        return sum(3 * min(k, method.memory) for k in range(steps))  # three products with the estimate
+        return sum(2 * min(k, method.memory) + 1 for k in range(steps))  # two products with the estimate, and its new term
     return {"BiCGStab": 6, "NormalCG": 3}.get(name, 0) * steps
 
 
