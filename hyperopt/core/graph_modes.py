@@ -120,16 +120,8 @@ def _plain_embedding_bag(
     return total / factors.new_zeros(bags).index_add(0, bag, factors).clamp(min=1)[:, None]
 
 
-def _plain_embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+def _plain_embedding(input: Tensor, weight: Tensor, **named: Any) -> Tensor:
+    return F.embedding(input, weight, **(named | {"sparse": False}))  # PyTorch gives a mode all others by name
 
 
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
