@@ -117,6 +117,7 @@ class Plan:
     measured: bool = False  # gradients of the ranges in measured scales, and SGD; see hyperopt.stn.rates
     cosine: bool = False  # the rates of weights, response and ranges fall to 0 over all rounds
     response_lr: float | None = None  # of the response, if it has a rate of its own
+    weight_betas: tuple[float, float] = (0.9, 0.999)  # of Adam for the weights and the response
     dtype: str = "float64"  # of everything
 
 
@@ -191,6 +192,7 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
             gradient.clamp_(-plan.clip, plan.clip)  # of each network on its own, as ``optimizer.clip_norm`` of a single one
 
     warm_rounds = -(-plan.warmup // plan.train_steps)
+    adam = partial(Adam, betas=plan.weight_betas)
     cosine = partial(CosineAnnealingLR, T_max=plan.rounds) if plan.cosine else None
     falling: Any = cosine if plan.values_gamma is None else partial(ExponentialLR, gamma=plan.values_gamma)
     values_lr = 1e-30 if plan.frozen else plan.values_lr
@@ -201,8 +203,8 @@ def study(seeds: list[int], plan: Plan, trace: list[Any] | None = None, starts: 
         train_loss,
         valid_loss,
         stn.SelfTuningSettings(*settings, measured=plan.measured, check_every=0),  # a check is of all networks together
-        weights=OuterOptimizer(partial(Adam, lr=plan.lr), cosine),
-        response=None if plan.response_lr is None else OuterOptimizer(partial(Adam, lr=plan.response_lr), cosine),
+        weights=OuterOptimizer(partial(adam, lr=plan.lr), cosine),
+        response=None if plan.response_lr is None else OuterOptimizer(partial(adam, lr=plan.response_lr), cosine),
         values=OuterOptimizer(moving, falling),
         scales=partial(Adam, lr=1e-30 if plan.frozen else plan.scales_lr),
         seed=seeds[0],

@@ -7,6 +7,9 @@ the running mean of the slope ``dL_valid / d sigma``, and eta 0.4. For the weigh
 moves the weights of a row by sigma times itself; both have c = 0 and eta 0.01, and are Adam. T is the length of the run in
 rounds; without it the rates do not fall.
 
+Adam's v goes back about 100 updates (beta 0.99, where 0.999 is usual): a network that learns has gradients thousands of times
+smaller than its first ones, and a v that remembers those keeps the steps short for the rest of a run.
+
 The slope measures the curvature: ``dL/d sigma = sigma L''`` for a normal perturbation (Stein's identity). So where L bends over
 the width of the perturbation, the step is the Newton step ``-eta g / |L''|``. Where it is straight, the step is eta sigma at
 most, since the response is learned only as far as sigma. There is no momentum: gradients from before would carry a
@@ -25,10 +28,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from hyperopt.bilevel.outer import OuterOptimizer
+from hyperopt.bilevel.outer import Make, OuterOptimizer
 
 BETA = 0.999
-"""Of the running means, as for the second moments of Adam."""
+"""Of the running means of a hyperparameter's gradients."""
+BETAS = (0.9, 0.99)
+"""Of Adam for the weights and their response."""
+KIND: dict[str, Make] = {"weights": partial(Adam, betas=BETAS), "scales": Adam, "values": SGD}
 ETA = {"weights": 0.01, "scales": 0.003, "values": 0.4}
 
 
@@ -42,9 +48,8 @@ def default_optimizer(name: str, rounds: int | None, sigma: Tensor) -> OuterOpti
     """
 
     def make(groups: list[dict[str, Any]]) -> Optimizer:
-        kind: type[Any] = SGD if name == "values" else Adam
         mean = float(sigma.log().mean().exp())
-        return kind([{**group, "lr": ETA[name] / (mean if group["name"] == "response" else 1.0)} for group in groups])
+        return KIND[name]([{**group, "lr": ETA[name] / (mean if group["name"] == "response" else 1.0)} for group in groups])
 
     falling = None if rounds is None or name == "scales" else partial(CosineAnnealingLR, T_max=rounds)
     return OuterOptimizer(make, falling)

@@ -12,7 +12,7 @@ from optimizers import sgd
 from torch import Tensor, nn
 
 from hyperopt.stn import STN, Bounded, Draw, HyperSpace, Positive, SelfTuning, SelfTuningSettings, convert
-from hyperopt.stn.rates import BETA, ETA, MeasuredGradient
+from hyperopt.stn.rates import BETA, ETA, MeasuredGradient, default_optimizer
 
 DOUBLE = torch.float64
 X = torch.randn(30, 3, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
@@ -148,6 +148,15 @@ def test_the_response_has_the_rate_of_the_weights_over_the_scale() -> None:
     assert rates == pytest.approx({"weights": ETA["weights"], "response": ETA["weights"] / scale}, rel=1e-9)
     tuning.step(TRAIN, VAL)
     assert {group["name"]: group["lr"] for group in made(rounds=2).optimizers["weights"].param_groups} == pytest.approx(rates)
+
+
+def test_weights_take_whole_steps_again_soon_after_their_gradients_have_become_small() -> None:
+    weight = torch.zeros(1, dtype=DOUBLE, requires_grad=True)
+    optimizer = default_optimizer("weights", None, torch.ones(1)).build({"weights": [weight]})
+    for k in range(1600):
+        before, weight.grad = weight.detach().clone(), torch.full_like(weight, 1000.0 if k < 20 else 1.0)
+        optimizer.step()
+    assert float(before - weight.detach()) > 0.9 * ETA["weights"]  # 0.014 of it with a memory of 1,000 steps
 
 
 def test_the_rates_fall_to_zero_over_a_run_of_known_length() -> None:

@@ -215,9 +215,10 @@ def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, s
     ("start", "rates"),
     [
         (9.0, []),
-        pytest.param(0.5, ["optimizer.lr=0.2"], marks=pytest.mark.manual),
-        pytest.param(5.0, ["optimizer.lr=0.8"], marks=pytest.mark.manual),
-        pytest.param(2.0, ["stn.weights.lr=0.02"], marks=pytest.mark.manual),
+        (0.5, ["optimizer.lr=0.2"]),
+        (5.0, ["optimizer.lr=0.8"]),
+        (2.0, ["stn.weights.lr=0.02"]),
+        (9.0, ["stn.weights.lr=0.005"]),
     ],
 )
 def test_the_quadratic_stays_learned_by_measured_rates(tmp_path: Path, start: float, rates: list[str]) -> None:
