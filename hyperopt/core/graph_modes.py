@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hyperopt.core import weighted_losses
 from hyperopt.core.captured import functorch_level, node_name, transformed
 
 
@@ -41,7 +42,8 @@ class TwiceDifferentiable(KeepsGraph):
     """Computes attention by matrix products and bags of embeddings by sums, since their kernels have only first derivatives.
 
     Weight normalisation is computed by elementary operators, since the second derivative of its kernel is wrong: it treats the
-    norms as constants. The gradient of an embedding is dense, since a sparse one has no second derivative.
+    norms as constants. The gradient of an embedding is dense, since a sparse one has no second derivative. Losses are computed by
+    elementary operators where they have weights of classes or entries (``hyperopt.core.weighted_losses``).
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,6 +131,7 @@ PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     F.embedding_bag: _plain_embedding_bag,
     F.scaled_dot_product_attention: _plain_attention,
     torch._weight_norm: _plain_weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    **weighted_losses.FORMS,
 }
 
 

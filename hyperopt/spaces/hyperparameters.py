@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperopt.core.state import check_entries, check_tensors
-from hyperopt.spaces.space import Space
+from hyperopt.spaces.space import Space, shape_of
 
 
 class Hyperparameters(nn.Module):
@@ -26,8 +26,8 @@ class Hyperparameters(nn.Module):
 
     Args:
         spaces: the space of each name.
-        shapes: for each name that is not a single number: a shape, a tensor of that shape, or a tree of tensors (the
-            parameters of a model), each leaf of which gets its own hyperparameters.
+        shapes: by name a shape, a tensor of that shape, or a tree of tensors (the parameters of a model), each leaf of which
+            gets its own hyperparameters. A name that is left out has the shape of its initial value, such as a single number.
         dtype: dtype of the raw variables.
         device: device of the raw variables.
         key: what messages call the argument ``spaces``.
@@ -73,7 +73,7 @@ class Hyperparameters(nn.Module):
         for name, space in self.spaces.items():
             if not isinstance(space, Space):
                 raise TypeError(f"{key}.{name} is a {type(space).__name__}; give a space, such as hyperopt.Positive(0.1)")
-            ways, leaves, spec = optree.tree_flatten_with_path(_shaped(shapes.get(name, ())))
+            ways, leaves, spec = optree.tree_flatten_with_path(_shaped(shapes[name] if name in shapes else shape_of(space.init)))
             paths = [".".join(map(str, (name, *way))) for way in ways]
             self._paths[name] = optree.tree_unflatten(spec, paths)
             for path, leaf in zip(paths, leaves, strict=True):

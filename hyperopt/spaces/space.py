@@ -23,6 +23,14 @@ from hyperopt.core.text import described
 WAYS = ("reparametrisation", "projection")
 
 
+def shape_of(init: Any) -> tuple[int, ...]:
+    """Return the shape of an initial value, () for None and for what is refused where the space is built."""
+    try:
+        return () if init is None else tuple(torch.as_tensor(init).shape)
+    except (RuntimeError, TypeError, ValueError):
+        return ()
+
+
 @dataclass(frozen=True, repr=False)
 class Space(ABC):
     """A hyperparameter's own space and its map to the unbounded variables that an optimizer moves.
@@ -146,6 +154,15 @@ class Number(Space):
         """Check the choices."""
         super().__post_init__()
         check_choice(self, "per", ("tensor", "element"))
+
+    def raw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str, key: str) -> Tensor:
+        """Return the initial raw variable; see ``Space.raw``."""
+        if self.per == "tensor" and (own := shape_of(self.init)):
+            raise ValueError(
+                f"{key}.init has shape {own}, but {key}.per='tensor' is one number for the whole tensor; give per='element', "
+                "which is one for each entry, or a single number as init"
+            )
+        return super().raw(shape, dtype, device, key)
 
     def shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of one number for the whole tensor, or of one for each entry."""

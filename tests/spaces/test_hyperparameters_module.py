@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from bilevel_problems import DOUBLE
@@ -191,6 +192,17 @@ def test_any_name_will_do(name):
     again.load_state_dict(hyper.state_dict())
     again.float().double()
     assert float(again.read()[name]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "init", [[1.0, 2.0, 0.5], torch.tensor([1.0, 2.0, 0.5]), np.array([1.0, 2.0, 0.5])], ids=["list", "tensor", "array"]
+)
+def test_without_a_shape_it_is_that_of_the_initial_value(init):
+    hyper = hyperopt.Hyperparameters({"a": hyperopt.Positive(init, per="element"), "b": hyperopt.Simplex([0.2, 0.8])})
+    torch.testing.assert_close(hyper.values()["a"], torch.tensor([1.0, 2.0, 0.5]))
+    torch.testing.assert_close(hyper.values()["b"], torch.tensor([0.2, 0.8]))
+    with pytest.raises(ValueError, match=r"^space.a.init has shape \(3,\), but space.a.per='tensor' .* give per='element'"):
+        hyperopt.Hyperparameters({"a": hyperopt.Positive(init)})
 
 
 def test_names_that_overlap_are_refused():
