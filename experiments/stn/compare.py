@@ -2,7 +2,7 @@
 
     HYPEROPT_DATA=... nice python experiments/stn/compare.py [--seeds 0 1 2 3 4] [--problems ridge mlp cnn lstm] [--ways ...]
 
-Every way has the same rows, starts at the same hyperparameters and trains by Adam at 0.01, which falls by a cosine. It looks
+Every way has the same rows, starts at the same hyperparameters and trains by Adam, whose rate falls by a cosine. It looks
 at the validation loss every few updates, and keeps the weights that were best there. The seconds of looking are a part of its
 budget, and those of measuring the test loss are not. Cells that are in compare.json are not done again. See COMPARISON.md.
 """
@@ -33,7 +33,7 @@ import hyperopt
 from hyperopt.bilevel.outer import OuterOptimizer
 from hyperopt.stn import STN, Draw, HyperSpace, SelfTuning, SelfTuningSettings, convert
 
-RATE = 0.01  # of Adam on the weights, the default of SelfTuning
+RATE = 0.01  # of Adam on the weights, but for those of SelfTuning at its default rates
 TRIALS = 6  # of a search
 POINTS = 12  # of a curve
 Row = shared.Row

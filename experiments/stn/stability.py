@@ -19,11 +19,11 @@ from tables import save, write_table
 
 from hyperopt.stn.rates import BETAS
 
-SEEDS = list(range(2000, 2020))
+SEEDS = list(range(3000, 3020))
 STARTS = (0.5, 2.0, 5.0, 9.0)
 FILE = "results_stability.json"
 LENGTH: dict[str, Any] = {"rounds": 500, "stop": False, "dtype": "float32"}
-RATES: dict[str, Any] = {"lr": 0.01, "response_lr": 0.02, "weight_betas": BETAS, "values_lr": 0.4}
+RATES: dict[str, Any] = {"lr": 0.008, "response_lr": 0.016, "weight_betas": BETAS, "values_lr": 0.4}
 MEASURED = Plan(measured=True, cosine=True, values_gamma=None, clip=None, **RATES, **LENGTH)
 SCHEDULED = Plan(**LENGTH)
 

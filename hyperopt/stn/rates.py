@@ -4,7 +4,7 @@ $$\Delta p = -\eta_t \, s \, \frac{g}{\sqrt{\max(v, g^2) + c^2}}, \qquad \eta_t 
 
 with the gradient g and the running mean v of its square. For the hyperparameters s is the scale sigma of their perturbation, c
 the running mean of the slope ``dL_valid / d sigma``, and eta 0.4. For the weights s = 1, for the response s = 1 / sigma, since it
-moves the weights of a row by sigma times itself; both have c = 0 and eta 0.01, and are Adam. T is the length of the run in
+moves the weights of a row by sigma times itself; both have c = 0 and eta 0.008, and are Adam. T is the length of the run in
 rounds; without it the rates do not fall.
 
 Adam's v goes back about 100 updates (beta 0.99, where 0.999 is usual): a network that learns has gradients thousands of times
@@ -35,7 +35,7 @@ BETA = 0.999
 BETAS = (0.9, 0.99)
 """Of Adam for the weights and their response."""
 KIND: dict[str, Make] = {"weights": partial(Adam, betas=BETAS), "scales": Adam, "values": SGD}
-ETA = {"weights": 0.01, "scales": 0.003, "values": 0.4}
+ETA = {"weights": 0.008, "scales": 0.003, "values": 0.4}
 
 
 def default_optimizer(name: str, rounds: int | None, sigma: Tensor) -> OuterOptimizer:

@@ -217,8 +217,8 @@ def test_the_quadratic_is_learned_from_the_range_that_is_found(tmp_path: Path, s
         (9.0, []),
         (0.5, ["optimizer.lr=0.2"]),
         (5.0, ["optimizer.lr=0.8"]),
-        (2.0, ["stn.weights.lr=0.02"]),
-        (9.0, ["stn.weights.lr=0.005"]),
+        (2.0, ["stn.weights.lr=0.016"]),
+        (9.0, ["stn.weights.lr=0.004"]),
     ],
 )
 def test_the_quadratic_stays_learned_by_measured_rates(tmp_path: Path, start: float, rates: list[str]) -> None:
