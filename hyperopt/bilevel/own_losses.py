@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, rows_of
 from hyperopt.core import distributed
-from hyperopt.core.captured import Swap
+from hyperopt.core.captured import Swap, nodes
 from hyperopt.core.graph_modes import autocast_kinds, refuse_reentrant, without_autocast
 from hyperopt.core.norms import lean
 from hyperopt.core.places import Places
@@ -148,18 +148,9 @@ def without_trace(function: Callable[..., Any], device: str) -> Callable[..., An
 
 def variables(value: Tensor) -> list[Tensor]:
     """Return the leaves of the graph of a tensor."""
-    found, seen, left = [], set(), [value.grad_fn]
     if value.is_leaf:
         return [value]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.append(variable)
-        left += [following for following, _ in node.next_functions]
-    return found
+    return [variable for node in nodes([value]) if (variable := getattr(node, "variable", None)) is not None]
 
 
 @contextlib.contextmanager

@@ -41,6 +41,20 @@ def node_name(node: Any) -> str:
     return type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
 
 
+def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """Iterate over the nodes of the graph of ``outputs``, each once; the search stops at the tensors of ``until``."""
+    seen = {None, *(tensor.grad_fn for tensor in until)}
+    stack = list(dict.fromkeys(out.grad_fn for out in outputs if out is not None and out.grad_fn not in seen))
+    seen.update(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
 def functorch_level() -> int:
     """Return the level of the innermost running ``torch.func`` transform, 0 if there is none."""
     top = functorch.peek_interpreter_stack()
@@ -284,22 +298,13 @@ def foreign_leaves(out: Tensor, known: Iterable[Tensor], start: int, until: Iter
     """
     mine = {id(leaf) for leaf in known}
     found: dict[int, Tensor] = {}
-    stack = [out.grad_fn] if out.grad_fn is not None else []
-    seen = {*stack, *(tensor.grad_fn for tensor in until)}
-    while stack:
-        node = stack.pop()
+    for node in nodes([out], until):
         variable = getattr(node, "variable", None)
         if variable is not None:
-            if id(variable) not in mine:
-                found[id(variable)] = variable
-            continue
-        if node._sequence_nr() < start:
+            found[id(variable)] = variable
+        elif node._sequence_nr() < start:
             raise ClosureError(
                 f"the map uses a tensor computed outside of it ({node_name(node)}) through a custom autograd.Function or a "
                 "transform of torch.func, where its derivative cannot be followed: pass it through args="
             )
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return list(found.values())
+    return [variable for key, variable in found.items() if key not in mine]

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hyperopt.core import weighted_losses
-from hyperopt.core.captured import functorch_level, node_name, transformed
+from hyperopt.core.captured import functorch_level, node_name, nodes, transformed
 
 
 class KeepsGraph(TorchFunctionMode):
@@ -165,7 +165,7 @@ def refuse_once(gradients: Iterable[Tensor | None], until: Iterable[Tensor]) -> 
     Raises:
         RuntimeError: there is such an operator.
     """
-    if _reaches("torch::autograd::Error", gradients, until):
+    if any(node_name(node) == "torch::autograd::Error" for node in nodes(gradients, until)):
         raise RuntimeError(
             "the function calls an operator that is differentiable once (once_differentiable), so that it has no second "
             "derivative; write its backward in operators of PyTorch, without that decorator"
@@ -178,28 +178,10 @@ def refuse_reentrant(out: Tensor) -> None:
     Raises:
         RuntimeError: ``use_reentrant`` was true.
     """
-    if _reaches("CheckpointFunctionBackward", [out], []):
+    if any(node_name(node) == "CheckpointFunctionBackward" for node in nodes([out])):
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True hides the weights from torch.autograd.grad; give use_reentrant=False"
         )
-
-
-def _reaches(name: str, outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> bool:
-    """Whether the graph has a node of that name."""
-    return any(node_name(node) == name for node in _nodes(outputs, until))
-
-
-def _nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor]) -> Iterator[Any]:
-    """Iterate over the nodes of the graph of ``outputs``, as far as the tensors of ``until``."""
-    stack = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
-    seen = {*stack, *(tensor.grad_fn for tensor in until)}
-    while stack:
-        node = stack.pop()
-        yield node
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
 
 
 @contextlib.contextmanager
@@ -230,14 +212,14 @@ def refuse_constant_gradients(outputs: Iterable[Tensor], until: Iterable[Tensor]
         if not any(g.requires_grad for g in gradients) and any(g.is_sparse or bool(g.any()) for g in gradients):
             constant.append(type(node).__name__.removesuffix("Backward"))
 
-    every = [] if functorch_level() else list(_nodes(outputs, until))
-    nodes = [node for node in every if isinstance(node, BackwardCFunction)]
+    every = [] if functorch_level() else list(nodes(outputs, until))
+    functions = [node for node in every if isinstance(node, BackwardCFunction)]
     known = [(node, WRONG_TWICE[name]) for node in every if (name := node_name(node)) in WRONG_TWICE]
     handles = [node.register_prehook(lambda _, text=text: once.append(text)) for node, text in known]
-    handles += [node.register_prehook(before) for node in nodes]
-    handles += [node.register_hook(lambda found, _, node=node: after(node, found)) for node in nodes]
+    handles += [node.register_prehook(before) for node in functions]
+    handles += [node.register_hook(lambda found, _, node=node: after(node, found)) for node in functions]
     try:
-        yield nodes
+        yield functions
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperopt.core.captured import nodes
+
 
 class Peak(TorchDispatchMode):
     """Counts the bytes of storages that are created while the mode is active, until they are freed.
@@ -72,21 +74,15 @@ def saved_bytes(outputs: Iterable[Tensor | None], leaves: Sequence[Tensor]) -> l
         outputs: tensors with a graph.
         leaves: leaves of the graph.
     """
-    stack: list[Any] = [out.grad_fn for out in outputs if out is not None and out.grad_fn is not None]
-    children: dict[Any, list[Any]] = {node: [] for node in stack}
-    while stack:
-        node = stack.pop()
+    children: dict[Any, list[Any]] = {}
+    for node in nodes(outputs):
         for parent, _ in node.next_functions:
-            if parent is not None:
-                if parent not in children:
-                    children[parent] = []
-                    stack.append(parent)
-                children[parent].append(node)
+            children.setdefault(parent, []).append(node)
     wanted = set(map(id, leaves))
     stack = [node for node in children if id(getattr(node, "variable", None)) in wanted]
     leading = set(stack)  # the nodes from which a leaf is reached
     while stack:
-        for node in children[stack.pop()]:
+        for node in children.get(stack.pop(), ()):
             if node not in leading:
                 leading.add(node)
                 stack.append(node)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyperopt.core.captured import nodes
+
 
 def product_eps(dtype: torch.dtype, device: torch.device | None) -> float:
     """Return the eps to which the factors of a matrix product are rounded: that of autocast's dtype, TF32 or ``dtype`` itself.
@@ -43,12 +45,4 @@ def graph_eps(graph: Tensor, *ends: Tensor) -> float:
         graph: a tensor with a graph.
         ends: tensors at which the search stops.
     """
-    found, seen, left = 0.0, {x.grad_fn for x in ends}, [graph.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found = max(found, *(half_eps(each.dtype) for each in node._input_metadata), 0.0)  # pyright: ignore[reportAttributeAccessIssue]
-        left += [following for following, _ in node.next_functions]
-    return found
+    return max((half_eps(each.dtype) for node in nodes([graph], ends) for each in node._input_metadata), default=0.0)

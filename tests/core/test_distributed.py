@@ -87,6 +87,14 @@ def test_a_parameter_through_a_custom_function_is_refused_unless_given(monkeypat
     assert float(found) == 12.0
 
 
+def test_a_loss_that_is_one_of_its_arguments_is_a_mean_too(monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda value: 2 * value.detach())
+    w = torch.tensor(2.0, requires_grad=True)
+    mean = hyperopt.mean_over_ranks(lambda w: w, w)
+    assert (float(mean), float(torch.autograd.grad(mean, w)[0])) == (2.0, 1.0)
+
+
 def test_ranks_of_different_sizes_weigh_their_rows(monkeypatch):
     sums = []
     monkeypatch.setattr(distributed, "ranks", lambda: 2)
