@@ -20,7 +20,7 @@ from hyperopt.core.operator import ClosedForm
 from hyperopt.core.purity import random_map
 from hyperopt.core.replay import FrozenMap
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.solvers.point import ClosedMap
+from hyperopt.core.solvers.point import ClosedMap, Map
 from hyperopt.core.status import Solution
 from hyperopt.core.tree import Layout, leaves_of
 
@@ -66,16 +66,33 @@ class Problem:
         """The map's own ``pullback(w, fw, *args)``, an optional attribute of the map, if the state is a matrix."""
         return getattr(self.phi, "pullback", None) if self.layout.trivial else None
 
-    def bind(self, args: tuple[Any, ...]) -> Bound:
-        """Return the map on a matrix with its arguments given."""
-        return Bound(self, args)
+    def bind(self, args: tuple[Any, ...]) -> Map:
+        """Return the map on (rows, dim) matrices with its arguments given, as a solver needs it.
+
+        Its closed form raises a TypeError if the map's ``pullback`` returns anything else than a ``ClosedForm``.
+        """
+
+        def phi(w: Tensor) -> Tensor:
+            return self.call(w, args)
+
+        def closed_form(w: Tensor, fw: Tensor) -> ClosedForm:
+            assert self.pullback is not None
+            found = self.pullback(w, fw, *args)
+            if not isinstance(found, ClosedForm):
+                raise TypeError(
+                    f"the map's pullback(w, fw, *args) returned a {type(found).__name__}; return a subclass of "
+                    "hyperopt.core.operator.ClosedForm"
+                )
+            return found
+
+        return phi if self.pullback is None else ClosedMap(phi, closed_form)
 
     @property
     def droppable(self) -> bool:
         """Whether some rows can be evaluated without the others."""
         return bool(self.row_args) and not (self.layout.joint or self.keep_state or self.has_aux)
 
-    def part(self, index: Tensor) -> Bound:
+    def part(self, index: Tensor) -> Map:
         """Return the map on the rows in ``index``; arguments that are indexed are detached."""
         rows = frozenset(self.row_args)
         return self.bind(tuple(a.detach()[index] if i in rows else a for i, a in enumerate(self.args)))
@@ -107,38 +124,6 @@ class Problem:
             raise TypeError(f"has_aux=True, but the map returned a {type(out).__name__}; return (state, aux)")
         self.aux[:] = [optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out[1], none_is_leaf=True)]
         return out[0]
-
-
-class Bound(ClosedMap):
-    """The map of a problem on (rows, dim) matrices with its arguments given, as a solver needs it."""
-
-    def __init__(self, problem: Problem, args: tuple[Any, ...]) -> None:
-        """Bind the arguments."""
-        self.problem, self.args = problem, args
-
-    def __call__(self, w: Tensor) -> Tensor:
-        """Return ``phi(w, *args)``."""
-        return self.problem.call(w, self.args)
-
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether the map has a ``pullback`` and its state is the matrix itself."""
-        return self.problem.pullback is not None
-
-    def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
-        """Return what the map's ``pullback`` returns.
-
-        Raises:
-            TypeError: this is not a ``ClosedForm``.
-        """
-        assert self.problem.pullback is not None
-        found = self.problem.pullback(w, fw, *self.args)
-        if not isinstance(found, ClosedForm):
-            raise TypeError(
-                f"the map's pullback(w, fw, *args) returned a {type(found).__name__}; return a subclass of "
-                "hyperopt.core.operator.ClosedForm"
-            )
-        return found
 
 
 def graph_part(problem: Problem, point: Tensor, out: Tensor) -> Callable[[Tensor], Jacobian | None]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.core.adjoints.base import Adjoint, Bound, Problem, graph_part
+from hyperopt.core.adjoints.base import Adjoint, Problem, graph_part
 from hyperopt.core.captured import ClosureError, Swap, foreign_leaves, leaf_of, transformed
 from hyperopt.core.checks import POLICIES, check_choice, check_flag, check_kind, check_kinds
 from hyperopt.core.differentiate import System, attach
@@ -33,6 +33,7 @@ from hyperopt.core.loop import rounding_floor
 from hyperopt.core.operator import Linearization, LinearOperator
 from hyperopt.core.policy import report, report_floor
 from hyperopt.core.solvers.iterate import Iterate
+from hyperopt.core.solvers.point import ClosedMap
 from hyperopt.core.status import AdjointBox, Solution, SolveStats
 
 
@@ -245,7 +246,7 @@ class FixedPoint(System):
         def last(w: Tensor) -> Tensor:
             if not wanted:
                 return phi(w)
-            return self._last_closed_form(w, phi) if closed else self._last_graph(w)
+            return self._last_closed_form(w, phi) if isinstance(phi, ClosedMap) else self._last_graph(w)
 
         with torch.no_grad():
             run = solve_forward(problem, phi, last)
@@ -253,14 +254,20 @@ class FixedPoint(System):
         report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
         return run.value
 
-    def _last_closed_form(self, w: Tensor, phi: Bound) -> Tensor:
+    def _last_closed_form(self, w: Tensor, phi: ClosedMap) -> Tensor:
         problem, fw = self.problem, phi(w)
         self.places = [i for i, a in enumerate(problem.args) if isinstance(a, Tensor) and a.requires_grad]
         self.inputs = [problem.args[i] for i in self.places]
         if self.places:
             self.at = phi.closed_form(w, fw)
             if problem.droppable:
-                self.at.part = lambda index: problem.part(index).closed_form(w[index], fw[index])
+
+                def part(index: Tensor) -> LinearOperator:
+                    some = problem.part(index)
+                    assert isinstance(some, ClosedMap)
+                    return some.closed_form(w[index], fw[index])
+
+                self.at.part = part
         self.point, self.out = w, fw
         return fw
 

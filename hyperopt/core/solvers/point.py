@@ -15,7 +15,6 @@ J is the Jacobian of ``phi`` at ``w``, row by row:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,18 +27,21 @@ from hyperopt.core.operator import ClosedForm, LinearOperator
 Map = Callable[[Tensor], Tensor]
 
 
-class ClosedMap(ABC):
-    """A map on (rows, dim) matrices that may know its Jacobian in closed form."""
+@dataclass(frozen=True)
+class ClosedMap:
+    """A map on (rows, dim) matrices that knows its Jacobian in closed form.
 
-    has_closed_form: bool
+    Attributes:
+        function: ``w -> phi(w)``.
+        closed_form: ``(w, phi(w)) -> J``, the Jacobian at ``w``.
+    """
 
-    @abstractmethod
-    def __call__(self, w: Tensor, /) -> Tensor:
+    function: Map
+    closed_form: Callable[[Tensor, Tensor], ClosedForm]
+
+    def __call__(self, w: Tensor) -> Tensor:
         """Return ``phi(w)``."""
-
-    @abstractmethod
-    def closed_form(self, w: Tensor, fw: Tensor) -> ClosedForm:
-        """Return the Jacobian at ``w``, where ``fw = phi(w)``; only called if ``has_closed_form``."""
+        return self.function(w)
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Point:
             self.fw = fw
         else:
             cost.evaluations += 1
-            if graph and not (isinstance(phi, ClosedMap) and phi.has_closed_form):
+            if graph and not isinstance(phi, ClosedMap):
                 self.fw, self._linear = evaluate(phi, w)
             else:
                 self.fw = phi(w)
@@ -128,7 +130,7 @@ class Point:
 
     def _closed(self) -> ClosedForm | None:
         """Return the map's closed form, if it has one; when unrolling, only if its products are differentiable."""
-        if not (isinstance(self._phi, ClosedMap) and self._phi.has_closed_form):
+        if not isinstance(self._phi, ClosedMap):
             return None
         found = self._phi.closed_form(self.w, self.fw)
         return found if found.differentiable or not torch.is_grad_enabled() else None
