@@ -87,7 +87,7 @@ def warn(text: str) -> None:
 
 
 def report(stats: SolveStats, policy: str, what: str) -> None:
-    """Apply ``policy`` to the statistics of the solve named ``what`` (``"inner"`` or ``"adjoint"``)."""
+    """Apply ``policy`` to the statistics of the solve named ``what``: ``"inner"`` or ``"adjoint"``; a failed fallback warns."""
     if policy == "ignore" or not stats.status.failed:
         return
     text = f"{what} solve: {stats.describe()}"

@@ -80,15 +80,17 @@ class SolveStats:
 
 @dataclass
 class AdjointBox:
-    """Holder of the statistics of the latest backward solve. It does not reference the autograd graph.
+    """Holder of what a solve leaves for the user. It does not reference the autograd graph.
 
     Attributes:
-        stats: statistics of the solve.
+        stats: statistics of the latest backward solve.
         v: the adjoint variable, detached, shape (rows, dim).
+        forward: statistics of the forward solve.
     """
 
     stats: SolveStats | None = None
     v: Tensor | None = None
+    forward: SolveStats | None = None
 
 
 @dataclass(repr=False)

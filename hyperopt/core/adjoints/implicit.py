@@ -82,18 +82,16 @@ class ImplicitAdjoint(Adjoint):
     def run(self, problem: Problem) -> Solution:
         """Solve, keeping the graph of the last evaluation."""
         box = AdjointBox()
-        if transformed():
-            system, inputs = FixedPoint.discover(self, problem, box)
-            value = attach(system, problem.start, *inputs)
-            assert system.stats is not None
-            return Solution(problem.layout.tree(value), system.stats, problem.layout, box)
         system = FixedPoint(self, problem, box)
-        matrix = system.prepare()
-        stats = system.stats
-        assert stats is not None
-        if system.inputs:
+        if transformed():
+            system.discover()
             matrix = attach(system, problem.start, *system.inputs)
-        return Solution(problem.layout.tree(matrix), stats, problem.layout, box)
+        else:
+            matrix = system.prepare()
+            if system.inputs:
+                matrix = attach(system, problem.start, *system.inputs)
+        assert box.forward is not None
+        return Solution(problem.layout.tree(matrix), box.forward, problem.layout, box)
 
     @abstractmethod
     def solve(self, system: LinearSystem) -> Tensor:
@@ -189,7 +187,7 @@ class Implicit(ImplicitAdjoint):
         with torch.no_grad():
             found = solve_chain(self.chain, system.operator, system.b, system.start, system.what, trace=system.trace)
         system.keep(found.value, found.stats)
-        report(found.stats, "warn" if self.policy == "fallback" else self.policy, system.what)
+        report(found.stats, self.policy, system.what)
         return found.value
 
 
@@ -202,7 +200,6 @@ class FixedPoint(System):
         """Start with nothing solved."""
         self.adjoint, self.problem, self.box = adjoint, problem, box
         self.exact, self.remedy = adjoint.exact, adjoint.remedy
-        self.stats: SolveStats | None = None
         self.run: Iterate | None = None  # the forward solve
         self.inputs: list[Tensor] = []
         self.value: Tensor | None = None
@@ -250,8 +247,13 @@ class FixedPoint(System):
 
         with torch.no_grad():
             run = solve_forward(problem, phi, last)
-        self.stats, self.value, self.run = run.stats, run.value, run
-        report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+        self.value = self._solved(run)
+        return self.value
+
+    def _solved(self, run: Iterate) -> Tensor:
+        """Keep a forward solve, report a failure, and return its value."""
+        self.run, self.box.forward = run, run.stats
+        report(run.stats, self.problem.policy, "inner")
         return run.value
 
     def _last_closed_form(self, w: Tensor, phi: ClosedMap) -> Tensor:
@@ -293,15 +295,12 @@ class FixedPoint(System):
 
     # ---- under torch.func and with dual numbers: find the inputs first, solve inside the Function
 
-    @staticmethod
-    def discover(adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> tuple[FixedPoint, list[Tensor]]:
+    def discover(self) -> None:
         """Call the map once, under the running transform, to find what it depends on."""
-        system = FixedPoint(adjoint, problem, box)
         swap = Swap(discover=True)
         with twice_differentiable():
-            problem.call(problem.start, problem.args, swap)
-        system.inputs = swap.outside
-        return system, system.inputs
+            self.problem.call(self.problem.start, self.problem.args, swap)
+        self.inputs = swap.outside
 
     # ---- System
 
@@ -349,10 +348,7 @@ class FixedPoint(System):
         def phi(w: Tensor) -> Tensor:
             return self.map(w.view_as(start), *given).reshape(-1, start.shape[-1])
 
-        run = solve_forward(self.problem, phi, phi, start.reshape(-1, start.shape[-1]))
-        self.stats, self.run = run.stats, run
-        report(run.stats, "warn" if self.problem.policy == "fallback" else self.problem.policy, "inner")
-        return run.value.view_as(start)
+        return self._solved(solve_forward(self.problem, phi, phi, start.reshape(-1, start.shape[-1]))).view_as(start)
 
     def linearize(self, z: Tensor, inputs: Sequence[Tensor]) -> Linearization:
         """Return the graph of the last evaluation, if there is one."""
@@ -369,17 +365,8 @@ class VmappedFixedPoint(FixedPoint):
     def __init__(self, parent: FixedPoint, dims: tuple[int | None, ...], randomness: str) -> None:
         """Batch the inputs whose entry in ``dims`` is 0."""
         super().__init__(parent.adjoint, parent.problem, parent.box)
-        self.parent, self.dims, self.randomness = parent, dims, randomness
+        self.one, self.dims, self.randomness = parent.map, dims, randomness
 
     def map(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """Call the parent's map under ``vmap``."""
-        return torch.vmap(self.parent.map, in_dims=(0, *self.dims), randomness=self.randomness)(z, *inputs)
-
-    def solve(self, start: Tensor, *inputs: Tensor) -> Tensor:
-        """Solve the batch; the parents get its statistics."""
-        value = super().solve(start, *inputs)
-        parent: FixedPoint | None = self.parent
-        while parent is not None:
-            parent.stats = self.stats
-            parent = parent.parent if isinstance(parent, VmappedFixedPoint) else None
-        return value
+        return torch.vmap(self.one, in_dims=(0, *self.dims), randomness=self.randomness)(z, *inputs)

@@ -116,7 +116,7 @@ def solve_by_steps(problem: Problem, steps: Callable[[], Iterate]) -> Solution:
     else:
         phi = problem.bind(problem.args)
         run = solve_forward(problem, phi, phi)
-    report(run.stats, "warn" if problem.policy == "fallback" else problem.policy, "inner")
+    report(run.stats, problem.policy, "inner")
     return Solution(problem.layout.tree(run.value), run.stats, problem.layout)
 
 
