@@ -142,52 +142,48 @@ class TangentSystem(AdjointSystem):
 
 def pull_state(fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor) -> Tensor:
     """Return ``(d_z fn(z, *inputs))^T v``, differentiable in everything."""
-    if functorch_level():
-        return torch.func.vjp(lambda y: fn(y, *inputs), z)[1](v)[0]
-    with torch.enable_grad():
-        alias = alias_of(z)
-        out = fn(alias, *inputs)
-        if not out.requires_grad:
-            return torch.zeros_like(v)
-        with refuse_constant_gradients([out], [alias, *inputs]) as nodes:
-            (product,) = torch.autograd.grad(out, alias, v, create_graph=True, allow_unused=True)
-        refuse_once([product], [alias, *inputs, v])
-        if nodes:
-            check_own_functions(nodes, lambda at, _: (fn(*at) * v.detach()).sum(), [alias, *inputs])
+    product = pull_some(fn, [z, *inputs], v, [True, *[False] * len(inputs)], check=True)[0]
     return torch.zeros_like(v) if product is None else product
+
+
+def pull_some(
+    fn: Callable[..., Tensor], at: Sequence[Tensor], v: Tensor, needs: Sequence[bool], *, check: bool = False
+) -> list[Tensor | None]:
+    """Return ``(d_x fn(*at))^T v`` for each x in ``at`` that needs it, differentiable in everything.
+
+    With ``check`` the second derivatives of autograd Functions on the way are checked.
+    """
+    wanted = [x for x, need in zip(at, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(needs)
+
+    def mixed(some: Sequence[Tensor]) -> list[Tensor]:
+        given = iter(some)
+        return [next(given) if need else x for x, need in zip(at, needs, strict=True)]
+
+    if functorch_level():
+        products = torch.func.vjp(lambda *some: fn(*mixed(some)), *wanted)[1](v)
+    else:
+        with torch.enable_grad():
+            # Aliases make the derivatives partial: an input may have been computed from another one, and z depends on all.
+            aliases = [alias_of(x) for x in wanted]
+            point = mixed(aliases)
+            out = fn(*point)
+            if not out.requires_grad:
+                return [None] * len(needs)
+            with refuse_constant_gradients([out], point) as nodes:
+                products = torch.autograd.grad(out, aliases, v, create_graph=True, allow_unused=True)
+            refuse_once(products, [*point, v])
+            if check and nodes:
+                check_own_functions(nodes, lambda at, _: (fn(*at) * v.detach()).sum(), point)
+    found = iter(products)
+    return [next(found) if need else None for need in needs]
 
 
 def alias_of(x: Tensor) -> Tensor:
     """Return a view of ``x`` with the same derivatives, in which a partial derivative can be taken."""
     alias = x.view_as(x)
     return alias if alias.requires_grad else alias.requires_grad_()
-
-
-def pull_inputs(
-    fn: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], v: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return ``(d_x fn(z, *x))^T v`` for each input that needs it, differentiable in everything."""
-    if functorch_level():
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-
-        def at(*some: Tensor) -> Tensor:
-            given = iter(some)
-            return fn(z, *(next(given) if need else x for x, need in zip(inputs, needs, strict=True)))
-
-        found = iter(torch.func.vjp(at, *wanted)[1](v)) if wanted else iter(())
-        return [next(found) if need else None for need in needs]
-    with torch.enable_grad():
-        # Aliases make the derivatives partial: an input may have been computed from another one, and z depends on all.
-        aliases = [alias_of(x) if need else x for x, need in zip(inputs, needs, strict=True)]
-        out = fn(z, *aliases)
-        wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
-        if not wanted or not out.requires_grad:
-            return [None] * len(needs)
-        with refuse_constant_gradients([out], [z, *aliases]):
-            products = torch.autograd.grad(out, wanted, v, create_graph=True, allow_unused=True)
-        refuse_once(products, [z, *aliases, v])
-    found = iter(products)
-    return [next(found) if need else None for need in needs]
 
 
 def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -246,7 +242,7 @@ class Attach(torch.autograd.Function):
                     f"this adjoint is not solved to a tolerance, so its derivative is not the second derivative: {system.remedy}"
                 )
             v = attach(AdjointSystem(system), g.detach(), g, value, *inputs)
-            return None, None, *pull_inputs(system.map, value, inputs, v, needs)
+            return None, None, *pull_some(system.map, [value, *inputs], v, [False, *needs])[1:]
         lin = system.linearize(value, inputs)
         return None, None, *system.close(lin, system.solve_linear(lin, g, None, "adjoint"), needs)
 
