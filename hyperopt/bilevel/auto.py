@@ -159,7 +159,7 @@ class AutoEstimator(ImplicitEstimator):
 
     def _stationary(self, at: Point, operator: StepMap) -> bool:
         """Whether the gradient of the inner loss is zero up to rounding, given the curvature and the size of ``w``."""
-        size = torch.linalg.vector_norm(at.curvature.matrix([leaf.detach() for leaf in at.w.flat]))
+        size = torch.linalg.vector_norm(at.w.point)
         slope = torch.linalg.vector_norm(at.curvature.gradient)
         return bool(slope <= torch.finfo(at.b.dtype).eps ** (2 / 3) * operator.largest * size)
 

@@ -58,7 +58,7 @@ def certificate(
         factor = 1 - step * scale / size if size > 0 and not math.isnan(largest) else math.nan
     forward = at_point(operator, step, factor, trained)
     box = AdjointBox(adjoint, u / step)
-    solution = Solution(None, forward, operator.curvature.layout, box)
+    solution = Solution(None, forward, operator.curvature.w.layout, box)
     return certify(solution, norm, None if constants is None else _constants(constants, step))
 
 
@@ -77,9 +77,8 @@ def _constants(known: InnerConstants, step: float) -> Constants:
 def at_point(operator: StepMap, step: float, contraction: float, trained: SolveStats | None) -> SolveStats:
     """Return how far ``w`` is from a fixed point of the map, as statistics of a solve; the residual is measured at ``w``."""
     curvature = operator.curvature
-    w = curvature.matrix([leaf.detach() for leaf in curvature.w.flat])
     difference = step * torch.linalg.vector_norm(curvature.gradient, dim=1)
-    scale = torch.linalg.vector_norm(w - step * curvature.gradient, dim=1)
+    scale = torch.linalg.vector_norm(curvature.w.point - step * curvature.gradient, dim=1)
     # After a fixed number of steps the status says nothing about w, but this residual is measured.
     ended = Status.converged if trained is None or trained.status == Status.fixed_steps else trained.status
     residual = relative(difference, scale)

@@ -25,7 +25,6 @@ from hyperopt.core.jacobian import pull
 from hyperopt.core.memory import saved_bytes
 from hyperopt.core.operator import LinearOperator
 from hyperopt.core.own_functions import check_own_functions
-from hyperopt.core.tree import Layout, layout_of, leaves_of
 
 
 class Curvature(LinearOperator):
@@ -33,7 +32,6 @@ class Curvature(LinearOperator):
 
     Attributes:
         w, lam: the point.
-        layout: the place of each leaf of ``w`` in a (1, dim) matrix.
         gradient: ``grad_w L``, shape (1, dim).
         missing: indices of the leaves of ``w`` on which the inner loss does not depend.
         gradients: number of inner gradients that were computed.
@@ -49,7 +47,6 @@ class Curvature(LinearOperator):
     def __init__(self, w: Leaves, lam: Leaves) -> None:
         """Keep the point; all counts start at zero."""
         self.w, self.lam = w, lam
-        self.layout: Layout = layout_of(w.tree, "joint")
         self.missing = []
         self.gradients = self.mixed_products = 0
 
@@ -63,14 +60,6 @@ class Curvature(LinearOperator):
 
     def release(self) -> None:
         """Free what products keep if it can be made again; the next product makes it."""
-
-    def parts(self, v: Tensor) -> list[Tensor]:
-        """Return a (1, dim) matrix as one tensor for each leaf of ``w``."""
-        return leaves_of(self.layout.tree(v))
-
-    def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
-        """Return one tensor for each leaf of ``w`` (None: zeros) as a matrix of shape (1, dim)."""
-        return self.layout.matrix(self.w.like(values))
 
 
 BY_DIFFERENCES = "use finite differences of gradients: adjoint=FiniteDifference(), or curvature='finite_differences'"
@@ -102,7 +91,7 @@ class Hessian(Curvature):
         super().__init__(w, lam)
         self._inner, self._keep, self._releases, self._check = inner, bool(keep), keep is not True, check
         loss, grads = self._differentiate()
-        self.gradient = self.matrix([None if g is None else g.detach() for g in grads])
+        self.gradient = self.w.matrix([None if g is None else g.detach() for g in grads])
         self.missing = [i for i, g in enumerate(grads) if g is None]
         if keep is None:
             self._keep = all(distributed.from_all(self._affordable(loss)))
@@ -137,7 +126,7 @@ class Hessian(Curvature):
 
     def _matvec(self, v: Tensor) -> Tensor:
         """``H v``."""
-        return self.matrix(self._pull(self.w.flat, v))
+        return self.w.matrix(self._pull(self.w.flat, v))
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """``(d_lam grad_w L)^T v``."""
@@ -149,7 +138,7 @@ class Hessian(Curvature):
             return [None] * len(leaves)
         if not self._grads:
             self._differentiate()
-        parts = self.parts(v)
+        parts = self.w.parts(v)
         given = [parts[i] for i in self._at]
         with second_derivatives():
             found = list(pull(self._grads, leaves, given, keep=self._keep))

@@ -33,14 +33,14 @@ class FiniteDifferences(Curvature):
         """
         super().__init__(w, lam)
         self._inner = inner
-        self._length = length or torch.finfo(self.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
+        self._length = length or torch.finfo(self.w.layout.dtype).eps ** (1 / 3) * max(1.0, tree_norm(w.flat))
         grads = self._gradients(None, 0.0, w=True)
-        self.gradient = self.matrix(grads)
+        self.gradient = self.w.matrix(grads)
         self.missing = [i for i, g in enumerate(grads) if g is None]
 
     def _matvec(self, v: Tensor) -> Tensor:
         """Return ``H v``."""
-        return self.matrix(self._difference(v, w=True))
+        return self.w.matrix(self._difference(v, w=True))
 
     def rough(self, v: Tensor) -> Tensor:
         """Return ``(grad_w L(w + h v) - grad_w L(w)) / h``, with one gradient, since that at ``w`` is known."""
@@ -49,7 +49,7 @@ class FiniteDifferences(Curvature):
             return torch.full_like(v, size)
         self._count(matvecs=1)
         h = self._length / size
-        return (self.matrix(self._gradients(v, h, w=True)) - self.gradient) / h
+        return (self.w.matrix(self._gradients(v, h, w=True)) - self.gradient) / h
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:
         """Return ``(d_lam grad_w L)^T v = d/dh grad_lam L(w + h v)``."""
@@ -69,7 +69,7 @@ class FiniteDifferences(Curvature):
         self.gradients += 1
         at = self.w
         if v is not None:
-            moved = [leaf.detach() + h * part for leaf, part in zip(self.w.flat, self.parts(v), strict=True)]
+            moved = [leaf.detach() + h * part for leaf, part in zip(self.w.flat, self.w.parts(v), strict=True)]
             at = Leaves.of(self.w.like(moved), "w")
         with torch.enable_grad():
             loss = self._inner(at.tree, self.lam.tree)

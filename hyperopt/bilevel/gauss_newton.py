@@ -55,7 +55,7 @@ class GaussNewton(Curvature):
 
     def _matvec(self, v: Tensor) -> Tensor:
         """Return ``G v`` by a product each with the model's Jacobian, the criterion's Hessian and the transposed Jacobian."""
-        parts = self.parts(v)
+        parts = self.w.parts(v)
         used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
         (pushed,) = pull([p for p, _ in used], [self._cotangent], [part for _, part in used])
         if self._slope.requires_grad:
@@ -64,11 +64,11 @@ class GaussNewton(Curvature):
             bent = None
         total = self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False)
         kept = [(g, part) for g, part in zip(self._penalty, parts, strict=True) if g is not None and g.requires_grad]
-        product = self.matrix(total)
+        product = self.w.matrix(total)
         if kept:
             slopes, given = zip(*kept, strict=True)
             bent = pull(slopes, self.w.flat, given)
-            product = product + self.matrix(bent)
+            product = product + self.w.matrix(bent)
         return self._loss.whole(product, self._batch)
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:

@@ -171,7 +171,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         if inner is None or not inner.random:  # one draw of a random loss may skip a layer that another draw uses
             refuse_untrained(w, first, g_w)
         g_w = [None if i in first.missing else g for i, g in enumerate(g_w)]  # training never moves these leaves
-        b = first.matrix(g_w)
+        b = w.matrix(g_w)
         del g_w  # as large as the weights
         solved = self.solve(Point(problem, w, hyper, state, trained, inner, first, b, constants))
         if not bool(first.gradient.isfinite().all()):

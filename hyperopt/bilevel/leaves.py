@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import optree
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from hyperopt.bilevel.refusals import named
 from hyperopt.core.captured import functorch_level
+from hyperopt.core.tree import Layout, layout_of
 
 
 @dataclass
@@ -75,3 +77,21 @@ class Leaves:
         """Return a tree of the same structure with other tensors, where None means zeros."""
         filled = [torch.zeros_like(leaf) if x is None else x for leaf, x in zip(self.flat, values, strict=True)]
         return optree.tree_unflatten(optree.tree_structure(self.tree), filled)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The place of each tensor in a (1, dim) matrix."""
+        return layout_of(self.tree, "joint")
+
+    def matrix(self, values: Sequence[Tensor | None]) -> Tensor:
+        """Return one tensor for each leaf (None: zeros) as a matrix of shape (1, dim)."""
+        return self.layout.matrix(self.like(values))
+
+    def parts(self, matrix: Tensor) -> list[Tensor]:
+        """Return a (1, dim) matrix as one tensor for each leaf."""
+        return optree.tree_leaves(self.layout.tree(matrix))
+
+    @property
+    def point(self) -> Tensor:
+        """The tensors themselves as a matrix of shape (1, dim), detached."""
+        return self.matrix([leaf.detach() for leaf in self.flat])

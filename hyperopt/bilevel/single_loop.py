@@ -27,7 +27,6 @@ from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
 from hyperopt.core.checks import check_number, check_optional
-from hyperopt.core.tree import layout_of, leaves_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class LoopPoint:
     def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
         """Keep the point; nothing is computed yet."""
         self.problem, self.w, self.lam = problem, w, lam
-        self.weights, self.hyper = layout_of(w.tree, "joint"), layout_of(lam.tree, "joint")
-        self.u = self.weights.matrix(w.like([None] * len(w.flat))) if u is None else u
+        self.u = w.matrix([None] * len(w.flat)) if u is None else u
         self.cost = Cost()
         self.curvature: Hessian | None = None  # of the inner loss, on the batch of the last call of ``inner``
         self.evaluation: Evaluation | None = None
@@ -83,7 +81,7 @@ class LoopPoint:
         self.cost.hessian_products += curvature.matvecs
         self.cost.mixed_products += curvature.mixed_products
         self.parts.append(mixed)
-        return curvature.gradient, product, self.hyper.matrix(self.lam.like(mixed))
+        return curvature.gradient, product, self.lam.matrix(mixed)
 
     def after(self, residual: Tensor, step: float) -> Callable[[], float]:
         """Return a function that gives ``|(I - step H) residual|``, the norm of ``D_w`` or ``D_u`` after a step."""
@@ -100,7 +98,7 @@ class LoopPoint:
         loss, in_w, in_lam = outer_gradient(self.problem, self.w, self.lam, batch)
         self.cost.outer_gradients += 1
         self.parts.append(in_lam)
-        return float(loss), self.weights.matrix(self.w.like(in_w)), self.hyper.matrix(self.lam.like(in_lam))
+        return float(loss), self.w.matrix(in_w), self.lam.matrix(in_lam)
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,9 @@ class SingleLoop(Stochastic):
         solved = growth.check(
             "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
         )
-        slopes = leaves_of(at.weights.tree(terms.inner))
         if at.evaluation is not None:
             at.evaluation.commit()
-        commit(problem, state, moved(w, slopes, factor * self.step_size), lam, batch)
+        commit(problem, state, moved(w, w.parts(terms.inner), factor * self.step_size), lam, batch)
         write()
         memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)
-        return Estimate(at.hyper.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost, unused)
+        return Estimate(hyper.layout.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost, unused)

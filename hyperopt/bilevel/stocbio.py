@@ -24,7 +24,7 @@ from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
 from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later_norm, moved
 from hyperopt.core.checks import check_count, check_optional
-from hyperopt.core.tree import layout_of, tree_norm
+from hyperopt.core.tree import tree_norm
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class StocBiO(Stochastic):
             w = following
 
         loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
-        layout = layout_of(w.tree, "joint")
         curvature = Resampled(lambda: Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper))
         eta = self.step_size if self.adjoint_step is None else self.adjoint_step
-        b = layout.matrix(w.like(in_w))
+        b = w.matrix(in_w)
         term = total = b
         for _ in range(self.terms):
             term = term - eta * curvature.matvec(term)

@@ -16,14 +16,9 @@ from hyperopt.core.precision import half_eps
 ROWS = ("auto", "batch", "joint")
 
 
-def leaves_of(tree: Any) -> list[Any]:
-    """The leaves of a tree of tensors, in optree's order."""
-    return optree.tree_leaves(tree)
-
-
 def tree_norm(tree: Any) -> float:
     """Return the Euclidean norm over all tensors of a tree, 0 if the tree has none."""
-    tensors = [leaf.detach() for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+    tensors = [leaf.detach() for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return float(total_norm(tensors)) if tensors else 0.0
 
 

@@ -31,13 +31,13 @@ class SingleLoop(Estimator):
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         curvature = Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper)
-        b = curvature.matrix(g_w)
+        b = w.matrix(g_w)
         u = state.memory.setdefault("u", torch.zeros_like(b))
         mixed = [torch.zeros_like(leaf) if m is None else m for leaf, m in zip(hyper.flat, curvature.mixed(u), strict=True)]
         grad = hyper.like([-m if g is None else g - m for g, m in zip(g_lam, mixed, strict=True)])
         moved = u - self.step * (curvature.matvec(u) - b)
         with torch.no_grad():
-            for leaf, slope in zip(w.flat, curvature.parts(curvature.gradient), strict=True):
+            for leaf, slope in zip(w.flat, w.parts(curvature.gradient), strict=True):
                 leaf.sub_(slope, alpha=self.step)
         state.memory["u"] = moved
         return Estimate(grad, Certificate(tree_norm(grad), False, 0.0), float(loss), state.w, None, None, Cost(1, 1, 1, 1))

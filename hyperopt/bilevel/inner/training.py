@@ -206,7 +206,7 @@ class Watch:
         """Return ``|H w|``, or 0 if the inner loss has no second derivative."""
         try:
             made = curvature()
-            image = made.matvec(made.matrix([leaf.detach() for leaf in made.w.flat]))
+            image = made.matvec(made.w.point)
         except RuntimeError:
             return 0.0
         self._spend(made)

@@ -22,7 +22,7 @@ from hyperopt.core.replay import FrozenMap
 from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.point import ClosedMap, Map
 from hyperopt.core.status import Solution
-from hyperopt.core.tree import Layout, leaves_of
+from hyperopt.core.tree import Layout
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Problem:
         """Call the map on a matrix (of any number of rows), with its captured tensors replaced by ``swap``."""
         state = self.layout.tree(w)
         if not self.watched and not isinstance(self.phi, FrozenMap) and not torch.compiler.is_compiling():
-            given = [x for arg in args for x in leaves_of(arg) if isinstance(x, Tensor)]
-            mode = Unreplayed([w, *leaves_of(state)], given)
+            given = [x for arg in args for x in optree.tree_leaves(arg) if isinstance(x, Tensor)]
+            mode = Unreplayed([w, *optree.tree_leaves(state)], given)
             self.watched.append(mode)
             with mode:
                 out = self.phi(state, *args) if swap is None else swap.call(self.phi, state, args)
