@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import optree
@@ -37,12 +37,18 @@ class BatchSource(Protocol):
 class NoBatches:
     """The source for losses that bring their own data: the batch is None."""
 
+    shares: ClassVar[list[float]] = [1.0]  # as those of ``Minibatches``
+
     def __repr__(self) -> str:
         """Return the name of the class."""
         return described(self)
 
     def draw(self) -> Any:
         """Return None."""
+
+    def piece(self, number: int) -> Any:
+        """Return the batch, which is always the same."""
+        return self.draw()
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state."""

@@ -20,39 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.problem import BatchSource, NoBatches
+from hyperopt.bilevel.batches import BatchSource, Minibatches, NoBatches
 from hyperopt.bilevel.single_loop import LoopPoint, SingleLoop, Terms
 from hyperopt.core.checks import check_count
 
+Cut = NoBatches | Minibatches
+"""A source that can give the same batches again: ``piece(k)``, with the fraction ``shares[k]`` of the rows."""
 
-@dataclass(frozen=True)
-class Pieces:
-    """A data set cut into fixed batches.
 
-    Attributes:
-        take: returns the batch with a given number.
-        shares: the fraction of the rows in each batch.
+def pieces_of(source: BatchSource) -> Cut:
+    """Return a source that can give the same batches again.
+
+    Raises:
+        TypeError: the source cannot do this.
     """
-
-    take: Callable[[int], Any]
-    shares: list[float]
-
-    @staticmethod
-    def of(source: BatchSource) -> Pieces:
-        """Return the fixed batches of a source.
-
-        Raises:
-            TypeError: the source cannot return the same batch again.
-        """
-        if isinstance(source, NoBatches):  # the same batch always
-            return Pieces(lambda k: source.draw(), [1.0])
-        if not isinstance(source, Minibatches):
-            raise TypeError(
-                f"SABA visits the same batches again and again, which a {type(source).__name__} does not allow; use "
-                "Minibatches on one rank, or the method SOBA"
-            )
-        return Pieces(source.piece, source.shares)
+    if not isinstance(source, Cut):
+        raise TypeError(
+            f"SABA visits the same batches again and again, which a {type(source).__name__} does not allow; use "
+            "Minibatches on one rank, or the method SOBA"
+        )
+    return source
 
 
 class Table:
@@ -133,14 +120,14 @@ class SABA(SingleLoop):
         Raises:
             TypeError: a source cannot return the same batch again.
         """
-        inner, outer = Pieces.of(at.problem.inner_batches), Pieces.of(at.problem.outer_batches)
+        inner, outer = pieces_of(at.problem.inner_batches), pieces_of(at.problem.outer_batches)
         draw = np.random.RandomState((self.seed, memory["steps"]))  # the same on every machine, and after a resume
         i, j = int(draw.randint(len(inner.shares))), int(draw.randint(len(outer.shares)))
-        batch = inner.take(i)
+        batch = inner.piece(i)
         if "inner" not in memory:
             return *_fill(at, memory, inner, outer), batch
         (slope, product, mixed), write_inner = Table(memory["inner"], inner.shares).reduced(i, at.inner(batch))
-        loss, *now = at.outer(outer.take(j))
+        loss, *now = at.outer(outer.piece(j))
         (in_w, direct), write_outer = Table(memory["outer"], outer.shares).reduced(j, now)
 
         def write() -> None:
@@ -150,10 +137,10 @@ class SABA(SingleLoop):
         return Terms(slope, product, mixed, in_w, direct, loss), write, batch
 
 
-def _fill(at: LoopPoint, memory: dict[str, Any], inner: Pieces, outer: Pieces) -> tuple[Terms, Callable[[], None]]:
+def _fill(at: LoopPoint, memory: dict[str, Any], inner: Cut, outer: Cut) -> tuple[Terms, Callable[[], None]]:
     """Return the terms over all rows, and a function that writes the terms of every batch into ``memory``."""
-    inner_terms = [at.inner(inner.take(k)) for k in range(len(inner.shares))]
-    losses, *columns = zip(*(at.outer(outer.take(k)) for k in range(len(outer.shares))), strict=True)
+    inner_terms = [at.inner(inner.piece(k)) for k in range(len(inner.shares))]
+    losses, *columns = zip(*(at.outer(outer.piece(k)) for k in range(len(outer.shares))), strict=True)
     inner_table = Table.filled(inner_terms, inner.shares)
     outer_table = Table.filled(list(zip(*columns, strict=True)), outer.shares)
     loss = sum(q * value for q, value in zip(outer.shares, losses, strict=True))
