@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.certificate import certificate
-from hyperopt.bilevel.curvature import Curvature, Hessian, unused_of
+from hyperopt.bilevel.curvature import Curvature, Hessian, Resampled, unused_of
 from hyperopt.bilevel.estimate import Choice, Cost, Estimate, State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.finite_difference import FiniteDifference
-from hyperopt.bilevel.finite_differences import FiniteDifferences
+from hyperopt.bilevel.finite_difference import FiniteDifference, FiniteDifferences
 from hyperopt.bilevel.gauss_newton import GaussNewton
 from hyperopt.bilevel.inner.base import InnerSolver
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, outer_gradient
-from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.step_map import Known, PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
 from hyperopt.core.certificate import Certificate

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from hyperopt.bilevel.curvature import Hessian, unused_of
+from hyperopt.bilevel.curvature import Hessian, Resampled, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.implicit import subtract
 from hyperopt.bilevel.inner.training import gradient
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
-from hyperopt.bilevel.resampled import Resampled
 from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later_norm, moved
 from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import tree_norm

@@ -260,7 +260,7 @@ def test_products(curvature):
     """Of a network, in random directions, against dense matrices; the curvature of a network is not symmetric by accident."""
     from hyperopt.bilevel.curvature import Hessian
     from hyperopt.bilevel.evaluation import Evaluation
-    from hyperopt.bilevel.finite_differences import FiniteDifferences
+    from hyperopt.bilevel.finite_difference import FiniteDifferences
     from hyperopt.bilevel.gauss_newton import GaussNewton
     from hyperopt.bilevel.leaves import Leaves
 

@@ -12,7 +12,7 @@ from tuner_reference import DOUBLE
 import hyperopt
 from hyperopt.bilevel.curvature import Hessian
 from hyperopt.bilevel.evaluation import Evaluation
-from hyperopt.bilevel.finite_differences import FiniteDifferences
+from hyperopt.bilevel.finite_difference import FiniteDifferences
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.step_map import Known, PowerSettings, largest_curvature
 
