@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.problem import InnerConstants
 from hyperopt.bilevel.step_map import StepMap
-from hyperopt.core.certificate import Certificate, Constants, certify
+from hyperopt.core.certificate import UNKNOWN, Certificate, Constants, certify
 from hyperopt.core.loop import relative
 from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
 
@@ -52,7 +52,7 @@ def certificate(
         step, factor = 1 / constants.smoothness, 1 - constants.strong_convexity / constants.smoothness
     else:
         if not iterates and not largest > 0:
-            return Certificate(math.nan, False, math.nan)  # neither a step nor a product from which to choose one
+            return UNKNOWN  # neither a step nor a product from which to choose one
         if not iterates:
             step = 1 / largest
         factor = 1 - step * scale / size if size > 0 and not math.isnan(largest) else math.nan

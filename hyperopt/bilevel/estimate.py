@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hyperopt.bilevel.refusals import named
 from hyperopt.core.certificate import Certificate
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
@@ -211,12 +212,10 @@ class Estimate:
         Raises:
             ValueError: ``lam`` does not have the structure and shapes of the hypergradient.
         """
-        paths, leaves, spec = optree.tree_flatten_with_path(lam)
-        found, expected = optree.tree_flatten(self.grad)
+        spec, (found, expected) = optree.tree_structure(lam), optree.tree_flatten(self.grad)
         if spec != expected:
             raise ValueError(f"backward(lam): lam is {spec}, but the hypergradient was taken at {expected}; give that lam")
-        for path, leaf, g in zip(paths, leaves, found, strict=True):
-            name = "lam" + "".join(f"[{key!r}]" for key in path)
+        for (name, leaf), g in zip(named(lam, "lam"), found, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != g.shape:
                 what = f"has shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"is a {type(leaf).__name__}"
                 raise ValueError(
@@ -230,7 +229,7 @@ class Estimate:
         """Return the earliest known reason why the hypergradient is not finite."""
         if self.inner is not None and self.inner.status >= Status.breakdown:
             return f"the inner solve ended as {self.inner.status}: {self.inner.status.message}"
-        bad = [name for name, leaf in zip(*_named(self.w), strict=True) if not bool(leaf.isfinite().all())]
+        bad = [name for name, leaf in named(self.w, "w") if not bool(leaf.isfinite().all())]
         if bad:
             return f"the weights {', '.join(bad)} are not finite: lower the step size of the training"
         if not math.isfinite(self.loss):
@@ -241,9 +240,3 @@ class Estimate:
             f"the outer loss is {self.loss:.6g} and the solves succeeded, so a derivative of the inner or of the outer loss is "
             "not finite at this point (such as that of a square root or a norm at 0)"
         )
-
-
-def _named(tree: Any) -> tuple[list[str], list[Tensor]]:
-    """Return the names and the leaves of the inner variables."""
-    paths, leaves, _ = optree.tree_flatten_with_path(tree)
-    return ["w" + "".join(f"[{key!r}]" for key in path) for path in paths], leaves

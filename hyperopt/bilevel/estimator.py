@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import optree
+import torch
+
 from hyperopt.bilevel.estimate import Estimate, State
 from hyperopt.bilevel.problem import BilevelProblem
 
@@ -46,6 +49,15 @@ class Estimator(ABC):
             lam: the hyperparameters, a tree of tensors, in the units of the losses.
             state: the weights and what the method remembers; changed in place.
         """
+
+
+def commit(problem: BilevelProblem, state: State, w: Any, lam: Any, batch: Any) -> None:
+    """Write the tensors of ``w`` into the weights of the state, and refresh running statistics."""
+    with torch.no_grad():
+        for old, new in zip(optree.tree_leaves(state.w), optree.tree_leaves(w), strict=True):
+            old.copy_(new)
+    if problem.refresh is not None:
+        problem.refresh(state.w, lam, batch)
 
 
 def refuse_ignored(method: object, inner: object, products: Any, unused: Iterable[str]) -> None:

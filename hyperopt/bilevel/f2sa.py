@@ -20,20 +20,20 @@ from typing import Any
 import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import commit
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.stochastic import (
-    NONE,
     Growth,
     Stochastic,
-    commit,
     first_order,
     later_norm,
     moved,
     penalised_gradient,
     second_copy,
 )
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.core.tree import tree_norm
 
@@ -120,7 +120,7 @@ class F2SA(Stochastic):
         grad, unused = penalised_gradient(hyper, direct, above, below, penalty)
         with torch.no_grad():
             loss = float(problem.outer(z.tree, hyper.tree, validation))
-        commit(problem, state, z, lam, batch)
+        commit(problem, state, z.tree, lam, batch)
         memory.update(penalised=[leaf.detach() for leaf in y.flat], steps=memory["steps"] + 1)
         cost = Cost(2 * self.steps + 2, self.steps + 1)
-        return Estimate(grad, NONE, loss, state.w, trained, solved, cost, unused)
+        return Estimate(grad, UNKNOWN, loss, state.w, trained, solved, cost, unused)

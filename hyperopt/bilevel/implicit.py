@@ -30,7 +30,7 @@ from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, InnerConstants, outer_gradient
 from hyperopt.bilevel.step_map import Known, PowerSettings, StepMap, largest_curvature
 from hyperopt.core.adjoints.implicit import Implicit, ImplicitAdjoint, LinearSystem
-from hyperopt.core.certificate import Certificate
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.checks import check_choice, check_flag, check_kind, check_optional
 from hyperopt.core.linear.cg import CG
 from hyperopt.core.policy import note_once, report
@@ -188,7 +188,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         gradients, products = sum(c.gradients for c in both), sum(c.matvecs for c in both)
         stats.vjps = products - stats.jvps  # includes the products of a warm start and of the power iteration
         cost = Cost(gradients + (trained.evaluations if trained else 0), 1, products, curvature.mixed_products, stats.jvps)
-        known = Certificate(math.nan, False, math.nan)
+        known = UNKNOWN
         if solved.certified:
             known = certificate(operator, stats, trained, u, b, tree_norm(grad), constants, solved.iterates)
         return Estimate(grad, known, float(loss), state.w, trained, stats, cost, unused, solved.note, solved.choice)

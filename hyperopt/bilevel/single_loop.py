@@ -22,10 +22,12 @@ from torch import Tensor
 
 from hyperopt.bilevel.curvature import Hessian, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import commit
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, moved, same_hyperparameters
+from hyperopt.bilevel.stochastic import Growth, Stochastic, moved, same_hyperparameters
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.checks import check_number, check_optional
 
 
@@ -156,7 +158,7 @@ class SingleLoop(Stochastic):
         )
         if at.evaluation is not None:
             at.evaluation.commit()
-        commit(problem, state, moved(w, w.parts(terms.inner), factor * self.step_size), lam, batch)
+        commit(problem, state, moved(w, w.parts(terms.inner), factor * self.step_size).tree, lam, batch)
         write()
         memory.update(u=at.u - factor * step * slope, steps=memory["steps"] + 1)
-        return Estimate(hyper.layout.tree(grad), NONE, terms.loss, state.w, trained, solved, at.cost, unused)
+        return Estimate(hyper.layout.tree(grad), UNKNOWN, terms.loss, state.w, trained, solved, at.cost, unused)

@@ -16,12 +16,14 @@ import torch
 
 from hyperopt.bilevel.curvature import Hessian, Resampled, unused_of
 from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import commit
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.implicit import subtract
 from hyperopt.bilevel.inner.training import gradient
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem, outer_gradient
-from hyperopt.bilevel.stochastic import NONE, Growth, Stochastic, commit, later_norm, moved
+from hyperopt.bilevel.stochastic import Growth, Stochastic, later_norm, moved
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.checks import check_count, check_optional
 from hyperopt.core.tree import tree_norm
 
@@ -103,6 +105,6 @@ class StocBiO(Stochastic):
         mixed = curvature.mixed(eta * total)
         unused = unused_of(hyper.names, in_lam, mixed)
         grad = [subtract(g, m) for g, m in zip(in_lam, mixed, strict=True)]
-        commit(problem, state, w, lam, batch)
+        commit(problem, state, w.tree, lam, batch)
         cost = Cost(self.steps + curvature.gradients, 1, curvature.matvecs, curvature.mixed_products)
-        return Estimate(hyper.like(grad), NONE, float(loss), state.w, trained, solved, cost, unused)
+        return Estimate(hyper.like(grad), UNKNOWN, float(loss), state.w, trained, solved, cost, unused)

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.curvature import unused_of
-from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.leaves import Leaves
-from hyperopt.bilevel.problem import BilevelProblem
-from hyperopt.core.certificate import Certificate
 from hyperopt.core.checks import check_number
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
@@ -28,7 +25,6 @@ from hyperopt.core.tree import tree_norm
 
 RISE = 1e3  # a residual above this multiple of the largest accepted one is examined
 SLACK = 1e-4  # relative increase of the residual that may be due to rounding
-NONE = Certificate(math.nan, False, math.nan)  # nothing is solved to a tolerance, so the error is unknown
 
 
 @dataclass(frozen=True)
@@ -150,15 +146,6 @@ def moved(w: Leaves, slopes: Sequence[Tensor], step: float) -> Leaves:
     """Return ``w - step * slopes`` as new leaves."""
     values = [x.detach() - step * g for x, g in zip(w.flat, slopes, strict=True)]
     return Leaves.of(w.like(values), "w")
-
-
-def commit(problem: BilevelProblem, state: State, w: Leaves, lam: Any, batch: Any) -> None:
-    """Write ``w`` into the weights of the state, and refresh running statistics."""
-    with torch.no_grad():
-        for old, new in zip(optree.tree_leaves(state.w), w.flat, strict=True):
-            old.copy_(new)
-    if problem.refresh is not None:
-        problem.refresh(state.w, lam, batch)
 
 
 def second_copy(w: Leaves, memory: dict[str, Any]) -> Leaves:

@@ -12,7 +12,6 @@ al., AISTATS 2019, arXiv 1810.10667 (truncation).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
-from hyperopt.bilevel.estimator import Estimator
+from hyperopt.bilevel.estimator import Estimator, commit
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.gradient_map import GradientMap
 from hyperopt.bilevel.inner.base import DifferentiableSolver
@@ -31,7 +30,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.reverse import reverse, unroll
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
-from hyperopt.core.certificate import Certificate
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats
 from hyperopt.core.tree import tree_norm
@@ -91,16 +90,11 @@ class UnrolledEstimator(Estimator):
         assert trained is not None and looks is not None
         if all(g is None for g in found.grads):
             self._refuse(hyper)
-        with torch.no_grad():
-            for old, new in zip(optree.tree_leaves(state.w), optree.tree_leaves(phi.weights(found.final)), strict=True):
-                old.copy_(new)
-        if problem.refresh is not None:
-            problem.refresh(state.w, lam, batches[-1])
+        commit(problem, state, phi.weights(found.final), lam, batches[-1])
         kept = min(steps, getattr(self.adjoint, "last", None) or steps)
         unused = tuple(name for name, g in zip(hyper.names, found.grads, strict=True) if g is None)
-        none = Certificate(math.nan, False, math.nan)
         cost = Cost(spent + looks, 1, kept, kept)
-        return Estimate(hyper.like(found.grads), none, float(found.loss), state.w, trained, None, cost, unused)
+        return Estimate(hyper.like(found.grads), UNKNOWN, float(found.loss), state.w, trained, None, cost, unused)
 
     def _watch(self, problem: BilevelProblem, lam: Leaves, state: State, w: Any, batches: list[Any]) -> tuple[SolveStats, int]:
         """Measure the gradient after training, and also before the first training; refuse a training that diverged.

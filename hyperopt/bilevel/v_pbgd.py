@@ -26,20 +26,20 @@ from typing import Any
 import torch
 
 from hyperopt.bilevel.estimate import Cost, Estimate, State
+from hyperopt.bilevel.estimator import commit
 from hyperopt.bilevel.evaluation import Evaluation
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.bilevel.stochastic import (
-    NONE,
     Growth,
     Stochastic,
-    commit,
     first_order,
     later_norm,
     moved,
     penalised_gradient,
     second_copy,
 )
+from hyperopt.core.certificate import UNKNOWN
 from hyperopt.core.checks import check_count, check_number, check_optional
 from hyperopt.core.tree import tree_norm
 
@@ -146,6 +146,6 @@ class VPBGD(Stochastic):
         )
         with torch.no_grad():
             loss = float(problem.outer(w.tree, hyper.tree, validation))
-        commit(problem, state, w, lam, batch)
+        commit(problem, state, w.tree, lam, batch)
         memory.update(penalised=[leaf.detach() for leaf in pulled_down.flat], steps=memory["steps"] + 1)
-        return Estimate(grad, NONE, loss, state.w, trained, solved, Cost(self.steps + 1, 1), unused)
+        return Estimate(grad, UNKNOWN, loss, state.w, trained, solved, Cost(self.steps + 1, 1), unused)

@@ -86,6 +86,10 @@ class Certificate:
         return described(self, **vars(self))
 
 
+UNKNOWN = Certificate(math.nan, False, math.nan)
+"""The certificate where nothing is solved to a tolerance, so that the error is unknown."""
+
+
 def state_error(stats: SolveStats, contraction: float) -> Tensor:
     """Return a bound on the distance of each row from its fixed point, ``r / (1 - q)``, shape (rows,)."""
     return stats.residual * stats.scale / (1 - contraction)
