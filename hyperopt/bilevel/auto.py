@@ -109,7 +109,6 @@ class Auto(ImplicitAdjoint):
     iterates = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_number(self, "rtol", 0.0, open_low=True)
         check_count(self, "max_steps")
         check_optional_count(self, "terms")

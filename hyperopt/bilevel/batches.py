@@ -40,7 +40,6 @@ class NoBatches:
     shares: ClassVar[list[float]] = [1.0]  # as those of ``Minibatches``
 
     def __repr__(self) -> str:
-        """Return the name of the class."""
         return described(self)
 
     def draw(self) -> Any:
@@ -63,7 +62,6 @@ class SameBatch(NoBatches):
     """A source that always returns the same batch."""
 
     def __init__(self, batch: Any) -> None:
-        """Keep the batch."""
         self.batch = batch
 
     def draw(self) -> Any:
@@ -95,7 +93,6 @@ class Minibatches:
     """
 
     def __init__(self, tensors: Any, size: int | None = None, seed: int = 0, last: str = "keep", key: str = "size") -> None:
-        """Start at the first batch."""
         tensors = _as_tensors(tensors)
         lengths = {leaf.shape[0] if len(leaf.shape) else 0 for leaf in optree.tree_leaves(tensors)}
         if len(lengths) != 1 or not min(lengths):
@@ -112,7 +109,6 @@ class Minibatches:
         self.order = Batches(rows, size, seed, last)
 
     def __repr__(self) -> str:
-        """Return the shapes of the tensors and the size of a batch."""
         return described(self, tensors=self.tensors, size=self.order.size)
 
     def draw(self) -> Any:

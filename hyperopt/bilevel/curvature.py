@@ -45,7 +45,6 @@ class Curvature(LinearOperator):
     mixed_products: int
 
     def __init__(self, w: Leaves, lam: Leaves) -> None:
-        """Keep the point; all counts start at zero."""
         self.w, self.lam = w, lam
         self.missing = []
         self.gradients = self.mixed_products = 0

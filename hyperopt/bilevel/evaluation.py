@@ -26,7 +26,6 @@ class Evaluation:
     """
 
     def __init__(self, problem: BilevelProblem, batch: Any) -> None:
-        """Keep the arguments; nothing is evaluated yet."""
         self.problem, self.batch = problem, batch
         self.replay: Replay | None = None
 

@@ -71,7 +71,6 @@ class F2SA(Stochastic):
     growth: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the ranges, and that the penalty grows."""
         super().__post_init__()
         check_count(self, "steps")
         check_number(self, "multiplier", 0.0, open_low=True)

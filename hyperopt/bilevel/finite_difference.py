@@ -123,5 +123,4 @@ class FiniteDifference(OneStep):
         return f"{TRAINED}; use OneStep()"
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_optional(self, "length", 0.0, open_low=True)

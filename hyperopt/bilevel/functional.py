@@ -43,7 +43,6 @@ class Functional:
     """
 
     def __init__(self, module: nn.Module, without: Iterable[Tensor] = ()) -> None:
-        """Collect the parameters."""
         if isinstance(module, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
             raise ValueError(
                 f"{type(module).__name__} was made by torch.jit, so it cannot be called at other parameters: give the "
@@ -63,7 +62,6 @@ class Functional:
             raise ValueError(f"no parameter of {type(module).__name__} requires grad: there is nothing to train")
 
     def __repr__(self) -> str:
-        """Return the module's class and the shapes of the weights."""
         return described(self, module=type(self.module), w=self.w)
 
     def __call__(self, w: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -48,12 +48,10 @@ class GradientMap:
     """
 
     def __init__(self, problem: BilevelProblem, inner: DifferentiableSolver, batches: Sequence[Any] | None = None) -> None:
-        """Keep the arguments."""
         self.problem, self.inner, self.batches = problem, inner, batches
         self._evaluations: dict[int, Evaluation] = {}
 
     def __repr__(self) -> str:
-        """Return the inner solver and the problem."""
         return described(self, inner=self.inner, problem=self.problem)
 
     def start(self, w: Any) -> Any:

@@ -213,7 +213,6 @@ class Bilevel:
         adjoint: Adjoint | Estimator | str | None = "auto",
         products: ProductSettings | None = None,
     ) -> None:
-        """Check the arguments; nothing is trained yet."""
         refuse_unstarted(problem, inner)
         self._tied = Tied(w)
         self.problem, w = self._tied.apart(problem, w)
@@ -221,7 +220,6 @@ class Bilevel:
         self.state = State(optree.tree_map(lambda x: x.detach(), w))
 
     def __repr__(self) -> str:
-        """Return the shapes of the weights, the method and the losses."""
         return described(self, w=self.w, estimator=type(self.estimator), problem=self.problem)
 
     @property

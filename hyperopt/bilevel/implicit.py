@@ -82,7 +82,6 @@ class ProductSettings:
     power: PowerSettings = field(default_factory=PowerSettings)
 
     def __post_init__(self) -> None:
-        """Check the choices."""
         check_optional(self, "step", 0.0, open_low=True)
         check_flag(self, "warm")
         check_choice(self, "curvature", CURVATURES)

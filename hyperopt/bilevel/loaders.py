@@ -65,7 +65,6 @@ class LoaderBatches:
     """
 
     def __init__(self, loader: DataLoader[Any], name: str) -> None:
-        """Start at the first batch."""
         self.name, self.length = name, _length(loader)
         self.rows = None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset)
         if self.length == 0:

@@ -44,7 +44,6 @@ class OuterOptimizer:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_optional(self, "clip_norm", 0.0, open_low=True)
 
     def build(self, groups: Mapping[str, Sequence[Tensor]]) -> torch.optim.Optimizer:
@@ -90,7 +89,6 @@ class PowerLR(lr_scheduler.LambdaLR):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float, horizon: float = 1.0) -> None:
-        """Check the ranges."""
         if not 0 < decay <= 1:
             raise ValueError(f"PowerLR: decay={decay!r} is not in (0, 1]; change decay")
         if not 0 < horizon < math.inf:
@@ -107,7 +105,6 @@ class Schedule:
     """
 
     def __init__(self, make: MakeScheduler | None, optimizer: torch.optim.Optimizer) -> None:
-        """Build the scheduler."""
         self._scheduler = None if make is None else make(optimizer)
 
     @property

@@ -65,7 +65,6 @@ class _Share:
     """This rank's share of every batch of a source; the position in the source is the same on every rank."""
 
     def __init__(self, source: BatchSource) -> None:
-        """Wrap the source."""
         self.source = source
         self.last = self.part = None
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict

@@ -34,7 +34,6 @@ class OwnBatches:
     """
 
     def __init__(self, name: str) -> None:
-        """Start without a source."""
         self.name = name
         self.given: Any = None
         self.source: BatchSource | None = None
@@ -180,7 +179,6 @@ class Moved:
     """
 
     def __init__(self, source: BatchSource, move: Callable[[Any], Any]) -> None:
-        """Share the position of the source."""
         self.source, self.move = source, move
         self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
 

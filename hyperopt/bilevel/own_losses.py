@@ -84,7 +84,6 @@ class ModuleLosses:
     """
 
     def __init__(self, model: nn.Module, hyper: Hyperparameters, trained: Callable[[dict[str, Tensor]], Collection[str]]) -> None:
-        """Collect the parameters as they are now."""
         called = _Called(model)
         own = dict(called.named_parameters())
         left = Functional(called, hyper.parameters()).w

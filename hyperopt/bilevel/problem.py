@@ -63,7 +63,6 @@ class InnerConstants:
     direct_lipschitz: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in vars(self):
             check_number(self, name, 0.0, open_low=name in ("strong_convexity", "smoothness"))
         if self.strong_convexity > self.smoothness:
@@ -105,7 +104,6 @@ class Composite:
         return distributed.mean_over_ranks(self._own, w, lam, batch, rows=rows_of(batch))
 
     def __repr__(self) -> str:
-        """Return the names of both functions."""
         return described(self, model=self.model, criterion=self.criterion, ranks=self.ranks)
 
     def _own(self, w: Any, lam: Any, batch: Any) -> Tensor:
@@ -166,14 +164,12 @@ class BilevelProblem:
     initial: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check the losses and convert the sources of batches."""
         for name in ("inner_loss", "outer_loss"):
             refuse_other_arguments(getattr(self, name), name)
         for name in ("inner_batches", "outer_batches"):
             object.__setattr__(self, name, source_of(getattr(self, name), name))
 
     def __repr__(self) -> str:
-        """Return the names of the functions that are given, and the sources of batches."""
         return described(self, **{name: part for name, part in vars(self).items() if part is not None})
 
     def start(self, w: Any, lam: Any) -> Any:

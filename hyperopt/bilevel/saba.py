@@ -46,7 +46,6 @@ class Table:
     """The last values of some terms on every batch, each a (batches, dim) matrix, and their means, each (1, dim)."""
 
     def __init__(self, kept: list[list[Tensor]], shares: list[float]) -> None:
-        """Share the matrices and means of ``kept``, without a copy."""
         (self.rows, self.mean), self.shares = kept, shares
 
     @property
@@ -110,7 +109,6 @@ class SABA(SingleLoop):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "seed", 0)
 

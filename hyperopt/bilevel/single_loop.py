@@ -66,7 +66,6 @@ class LoopPoint:
     """
 
     def __init__(self, problem: BilevelProblem, w: Leaves, lam: Leaves, u: Tensor | None) -> None:
-        """Keep the point; nothing is computed yet."""
         self.problem, self.w, self.lam = problem, w, lam
         self.u = w.matrix([None] * len(w.flat)) if u is None else u
         self.cost = Cost()
@@ -119,7 +118,6 @@ class SingleLoop(Stochastic):
     horizon: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_optional(self, "adjoint_step", 0.0, open_low=True)
         check_number(self, "decay", 0.0, 1.0)

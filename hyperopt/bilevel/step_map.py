@@ -30,7 +30,6 @@ class StepMap(Complement):
     """
 
     def __init__(self, curvature: Curvature, step: float) -> None:
-        """Keep the curvature and the step."""
         self.curvature, self.step = curvature, step
         self.largest = torch.full_like(curvature.gradient[0, 0], torch.nan)
         super().__init__(FunctionOperator(self._product, symmetric=True), step)
@@ -54,7 +53,6 @@ class PowerSettings:
     max_steps: int = 30
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_number(self, "rtol", 0.0)
         check_count(self, "max_steps")
 

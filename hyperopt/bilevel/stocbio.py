@@ -61,7 +61,6 @@ class StocBiO(Stochastic):
     adjoint_step: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "steps")
         check_count(self, "terms")

@@ -38,7 +38,6 @@ class Stochastic(Estimator):
     step_size: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_number(self, "step_size", 0.0, open_low=True)
 
 

@@ -29,7 +29,6 @@ class Tied:
     """
 
     def __init__(self, w: Any) -> None:
-        """Compare the memory of all leaves."""
         given = Leaves.of(w, "w")
         self.spec = optree.tree_structure(given.tree)
         self.distinct: list[Tensor] = []

@@ -33,7 +33,6 @@ class TrainedBy:
     """
 
     def __init__(self, given: Sequence[torch.optim.Optimizer] = ()) -> None:
-        """Start without a hook."""
         self.given = list(given)
         self.decays: dict[str, float] = {}
         self._seen: list[tuple[weakref.ref[torch.optim.Optimizer], dict[str, float | ValueError]]] = []

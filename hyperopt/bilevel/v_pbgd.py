@@ -82,7 +82,6 @@ class VPBGD(Stochastic):
     ramp: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the ranges, and that the penalty grows."""
         super().__post_init__()
         check_count(self, "steps")
         check_optional(self, "inner_step", 0.0, open_low=True)

@@ -130,7 +130,6 @@ class Swap(TorchFunctionMode):
     """
 
     def __init__(self, known: Iterable[tuple[Tensor, Tensor]] = (), *, discover: bool) -> None:
-        """Start with the known replacements."""
         super().__init__()
         self.discover = discover
         self.table: dict[int, tuple[Tensor, Tensor]] = {id(outside): (outside, inside) for outside, inside in known}

@@ -55,7 +55,6 @@ class Constants:
     direct_lipschitz: Tensor | float = 0.0
 
     def __repr__(self) -> str:
-        """Return the numbers, and the shapes of those that are given for each row."""
         return described(self, **vars(self))
 
 
@@ -82,7 +81,6 @@ class Certificate:
     contraction: float
 
     def __repr__(self) -> str:
-        """Return the three, numbers with six digits."""
         return described(self, **vars(self))
 
 

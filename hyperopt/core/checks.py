@@ -160,7 +160,6 @@ class IterativeMethod:
     max_steps: int = 100
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_number(self, "rtol", 0.0)
         check_number(self, "atol", 0.0)
         check_count(self, "max_steps")

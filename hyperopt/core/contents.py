@@ -35,7 +35,6 @@ class Content(ABC):
     """How to take, compare and put back the content of one object."""
 
     def __init__(self, owner: Any) -> None:
-        """Keep the object."""
         self.owner = owner
 
     @abstractmethod
@@ -253,7 +252,6 @@ class Contents:
     """
 
     def __init__(self, contents: Iterable[Content], *, draws: bool) -> None:
-        """Start before the first evaluation."""
         self._contents, self._draws = list(contents), draws
         self.changed: list[Kept] = []  # what the first evaluation has changed
         self.committed = False

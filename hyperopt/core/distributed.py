@@ -200,7 +200,6 @@ class _Sharing(Swap):
     """Shares every tensor from outside that carries a derivative, the first time that the function meets it."""
 
     def __init__(self) -> None:
-        """Start without known tensors."""
         super().__init__(discover=True)
 
     def replacement(self, tensor: Tensor) -> Tensor:

@@ -128,7 +128,6 @@ class Watching(TorchDispatchMode):
     """
 
     def __init__(self, own: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
-        """Start with nothing seen."""
         super().__init__()
         self.generators: list[torch.Generator] = []  # those in a freshly seeded state when the function first drew from them
         self.made: set[int | None] = {None, *(_storage(t) for t in own)}
@@ -186,7 +185,6 @@ class Draws:
     """What one evaluation has drawn, and what it changed in place."""
 
     def __init__(self) -> None:
-        """Start with nothing recorded."""
         self.results: list[_Drawn] = []
         self.before: list[tuple[Tensor, Tensor]] = []  # tensors from outside, in the order in which they were changed
         self.after: list[tuple[Tensor, Tensor]] | None = []  # None after ``commit``
@@ -377,7 +375,6 @@ class Unreplayed(Watching):
     """
 
     def __init__(self, state: Iterable[Tensor] = (), args: Iterable[Tensor] = ()) -> None:
-        """Start with nothing drawn."""
         state = list(state)
         super().__init__((), [*state, *args])
         self.state = {_storage(t) for t in state}

@@ -39,7 +39,6 @@ class Jacobian(Linearization):
         *,
         differentiable: bool = False,
     ) -> None:
-        """Keep the graph."""
         self.graph, self.state, self.inputs, self.differentiable = graph, state, inputs, differentiable
         self._pulled: tuple[Tensor, Tensor] | None = None  # a cotangent v, and J^T v with a graph back to it
 

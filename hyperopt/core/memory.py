@@ -24,7 +24,6 @@ class Peak(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Start with nothing alive."""
         super().__init__()
         self.alive = self.peak = 0
         self.seen: set[int] = set()

@@ -204,7 +204,6 @@ class FunctionOperator(LinearOperator):
         *,
         symmetric: bool = False,
     ) -> None:
-        """Keep the functions."""
         self._forward, self._backward, self.symmetric = matvec, rmatvec, symmetric
         self.transposable = symmetric or rmatvec is not None
 
@@ -224,7 +223,6 @@ class Reshaped(LinearOperator):
     """
 
     def __init__(self, of: LinearOperator, shape: torch.Size) -> None:
-        """Keep both."""
         self.of, self.shape, self.transposable, self.symmetric = of, shape, of.transposable, of.symmetric
 
     @property
@@ -248,7 +246,6 @@ class Complement(LinearOperator):
     """
 
     def __init__(self, of: LinearOperator, scale: float = 1.0) -> None:
-        """Keep both."""
         self.of, self.scale, self.transposable, self.symmetric = of, scale, of.transposable, of.symmetric
 
     @property

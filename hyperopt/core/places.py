@@ -68,7 +68,6 @@ class Places:
     """
 
     def __init__(self, *, deep: bool = True) -> None:
-        """Start with nothing found."""
         self._deep = deep
         self.named: list[tuple[str, nn.Module]] = []
         self.modules: list[nn.Module] = []

@@ -94,7 +94,6 @@ class Keys:
     epoch: int
 
     def __post_init__(self) -> None:
-        """Check all three."""
         if self.index.dtype != torch.int64 or self.index.dim() != 1:
             raise ValueError(f"index is {self.index.dtype} of shape {tuple(self.index.shape)}, expected int64 of shape (n,)")
         for name, value in (("seed", self.seed), ("epoch", self.epoch)):

@@ -60,7 +60,6 @@ class Replay:
     """
 
     def __init__(self, places: Places, device_type: str = "cpu", *, record: bool = True) -> None:
-        """Note the present state."""
         self.record, self.wrote = record, False
         self.places = places
         self.slots: list[Slot] = []
@@ -230,7 +229,6 @@ class FrozenMap:
         device: torch.device,
         watch: Callable[[Any], None] | None = None,
     ) -> None:
-        """Note the present state of the modules."""
         self.phi, self.watch = phi, watch
         self.replay = Replay(Places.of_modules(modules), device.type)
         self.rows: torch.Size | None = None

@@ -118,7 +118,6 @@ class Solution:
     aux: Any = None
 
     def __repr__(self) -> str:
-        """Return the shape of the value and the statistics of both solves."""
         return described(self, value=self.value, forward=self.forward, adjoint=self.adjoint)
 
     @property

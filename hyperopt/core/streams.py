@@ -29,7 +29,6 @@ class Stream(Iterator[Any]):
     END = object()
 
     def __init__(self, source: Iterator[Any], items: list[Any], *, closed: bool = False) -> None:
-        """Start before the first item."""
         self.source, self.items, self.at, self.closed = source, list(items), 0, closed
 
     def __next__(self) -> Any:

@@ -79,7 +79,6 @@ class HypergradientCheck:
     norm: float
 
     def __repr__(self) -> str:
-        """Return the result and the references; ``str`` is the table."""
         return described(self, passed=self.passed, tolerance=self.tolerance, rows=[row.name for row in self.rows])
 
     @property
@@ -103,7 +102,6 @@ class AdjointComparison:
     rows: tuple[Comparison, ...]
 
     def __repr__(self) -> str:
-        """Return the names of the adjoints; ``str`` is the table."""
         return described(self, rows=[row.name for row in self.rows])
 
     def __str__(self) -> str:

@@ -45,7 +45,6 @@ class GradientDescent(DifferentiableSolver):
     rate_names = ("step_size",)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_rate(self, "step_size", 0.0, open_low=True)
 

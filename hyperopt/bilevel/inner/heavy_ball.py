@@ -52,7 +52,6 @@ class HeavyBall(DifferentiableSolver):
     rate_names = ("step_size", "momentum")
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_rate(self, "step_size", 0.0, open_low=True)
         check_rate(self, "momentum", 0.0, 1.0)

@@ -54,7 +54,6 @@ class InnerLBFGS(InnerSolver):
     history: int = 10
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "history")
 

@@ -92,7 +92,6 @@ class TorchOptimizer(InnerSolver):
     keep: bool = True
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_number(self, "lr", 0.0, open_low=True)
         check_kind(self, "optimizer", str)

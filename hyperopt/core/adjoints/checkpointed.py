@@ -45,7 +45,6 @@ class Checkpointed(Adjoint):
     segment: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_optional_count(self, "segment")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:

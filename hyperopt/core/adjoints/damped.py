@@ -60,7 +60,6 @@ class Damped(ImplicitAdjoint):
     remedy = "Damped is never exact; use an exact adjoint, such as Implicit()"
 
     def __post_init__(self) -> None:
-        """Check the ranges and the types."""
         check_number(self, "damping", 0.0, open_low=True)
         check_kind(self, "linear_solver", LinearSolver)
         check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
@@ -91,7 +90,6 @@ class Scaled(LinearOperator):
     """A multiple of another operator, which counts the products."""
 
     def __init__(self, of: LinearOperator, factor: float) -> None:
-        """Keep both."""
         self.of, self.factor, self.transposable, self.symmetric = of, factor, of.transposable, of.symmetric
 
     @property

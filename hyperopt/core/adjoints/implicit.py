@@ -138,7 +138,6 @@ class Implicit(ImplicitAdjoint):
     allow_inexact: bool = False
 
     def __post_init__(self) -> None:
-        """Check the choices and the types."""
         check_choice(self, "policy", POLICIES)
         check_flag(self, "allow_inexact")
         check_kind(self, "linear_solver", LinearSolver)
@@ -197,7 +196,6 @@ class FixedPoint(System):
     derived = False
 
     def __init__(self, adjoint: ImplicitAdjoint, problem: Problem, box: AdjointBox) -> None:
-        """Start with nothing solved."""
         self.adjoint, self.problem, self.box = adjoint, problem, box
         self.exact, self.remedy = adjoint.exact, adjoint.remedy
         self.run: Iterate | None = None  # the forward solve

@@ -49,7 +49,6 @@ class Phantom(ImplicitAdjoint):
     remedy = "Phantom is never exact; use an exact adjoint, such as Implicit()"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_count(self, "steps")
         check_number(self, "damping", 0.0, 1.0, open_low=True)
 

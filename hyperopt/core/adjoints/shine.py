@@ -61,7 +61,6 @@ class Shine(ImplicitAdjoint):
     remedy = "SHINE is never exact; use Implicit()"
 
     def __post_init__(self) -> None:
-        """Check the ranges and the type."""
         check_number(self, "ratio", 0.0, open_low=True)
         check_choice(self, "policy", tuple(policy for policy in POLICIES if policy != "fallback"))
         check_kind(self, "linear_solver", LinearSolver, optional=True)

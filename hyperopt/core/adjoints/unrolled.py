@@ -56,7 +56,6 @@ class Unrolled(Adjoint):
     last: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_optional_count(self, "last")
 
     def reaches_start(self, solver: FixedPointSolver) -> bool:
@@ -167,7 +166,6 @@ class Watch:
     """
 
     def __init__(self, solver: FixedPointSolver, start: Tensor, stop: bool) -> None:
-        """Start before the first step."""
         self.solver, self.stop = solver, stop
         self.active = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
         self.broken = torch.zeros_like(self.active)

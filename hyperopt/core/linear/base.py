@@ -33,7 +33,6 @@ class LinearSolution:
     stats: SolveStats
 
     def __repr__(self) -> str:
-        """Return the shape of the value, and the statistics."""
         return described(self, value=self.value, stats=self.stats)
 
 
@@ -60,7 +59,6 @@ class LinearSolver(IterativeMethod, ABC):
     iterates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_choice(self, "relative_to", RELATIVE_TO)
 

@@ -70,7 +70,6 @@ class Dense(Refinement):
     max_entries: int = 2**26
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "max_entries")
 

@@ -79,7 +79,6 @@ class GMRES(KrylovSolver):
     apart = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "window")
 

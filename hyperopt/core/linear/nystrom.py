@@ -57,7 +57,6 @@ class Nystrom(Refinement):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "rank")
         check_number(self, "rho", 0.0, open_low=True)

@@ -64,7 +64,6 @@ class Chord(DenseSolver):
     rise: ClassVar[float] = 1e9  # a step far from the solution may be long, as for Newton
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_number(self, "refresh", 0.0, 1.0, open_low=True)
 

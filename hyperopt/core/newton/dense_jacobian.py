@@ -26,7 +26,6 @@ class DenseSolver(FixedPointSolver):
     max_gib: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_number(self, "max_gib", 0.0, open_low=True)
 

@@ -53,7 +53,6 @@ class Newton(DenseSolver):
     rise: ClassVar[float] = 1e9  # far from the solution a step may be long, and later steps return
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_flag(self, "line_search")
 

@@ -75,7 +75,6 @@ class NewtonKrylov(FixedPointSolver):
     differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the ranges and the type."""
         super().__post_init__()
         check_number(self, "forcing", 0.0, 1.0, open_low=True)
         check_flag(self, "line_search")

@@ -56,7 +56,6 @@ class AndersonMixing(IterativeMethod):
     restart: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "window")
         check_number(self, "damping", 0.0, 1.0, open_low=True)

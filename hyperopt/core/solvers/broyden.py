@@ -86,7 +86,6 @@ class Broyden(FixedPointSolver):
     rise: ClassVar[float] = 1e9  # a step with a poor first estimate may lead far away, from where later steps return
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "memory")
         check_flag(self, "line_search")

@@ -108,7 +108,6 @@ class FixedPointProcess(Process):
         scale: Tensor | None,
         rounding: float = 0.0,
     ) -> None:
-        """Start before the first evaluation."""
         self.solver, self.phi, self.last, self.some = solver, phi, last, some
         self.given = None if scale is None else positive(scale)
         self.closes, self.steps_at_the_end = last is not None, not solver.linearizes

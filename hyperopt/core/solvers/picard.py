@@ -49,7 +49,6 @@ class Picard(FixedPointSolver):
     holds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_number(self, "damping", 0.0, 1.0, open_low=True)
 

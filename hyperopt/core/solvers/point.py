@@ -72,7 +72,6 @@ class Point:
     __slots__ = ("_graph", "_linear", "_phi", "_residual", "active", "broken", "cost", "fw", "trial", "w")
 
     def __init__(self, phi: Map, w: Tensor, cost: Cost, fw: Tensor | None = None, *, graph: bool = False) -> None:
-        """Evaluate the map, unless ``fw`` is given."""
         self._phi, self.cost, self._graph = phi, cost, graph
         self._linear: LinearOperator | None = None
         self._residual: Tensor | None = None

@@ -55,7 +55,6 @@ class RRE(FixedPointSolver):
     rise: ClassVar[float] = 1e9  # if the map does not contract, the plain steps of a cycle lead away before it ends
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         super().__post_init__()
         check_count(self, "window")
 
