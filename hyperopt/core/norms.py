@@ -115,27 +115,15 @@ class _Pulled(torch.autograd.Function):
         return to_g, to_x, to_w, None, None, None
 
 
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.silu(input, inplace) if inplace else _Smooth.apply(input, "silu")  # pyright: ignore[reportReturnType]
+def _smooth(func: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Return the form of one of ``CURVES``; it leaves complex and sparse tensors, and other arguments, to PyTorch."""
 
+    def form(input: Tensor, *others: Any, **given: Any) -> Tensor:
+        plain = all(each is None or each is False for each in (*others, *given.values()))
+        own = plain and input.is_floating_point() and input.layout == torch.strided
+        return _Smooth.apply(input, name) if own else func(input, *others, **given)  # pyright: ignore[reportReturnType]
 
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.mish(input, inplace) if inplace else _Smooth.apply(input, "mish")  # pyright: ignore[reportReturnType]
-
-
-def _tanh(input: Tensor, **given: Any) -> Tensor:
-    own = not given and _is_real(input)
-    return _Smooth.apply(input, "tanh") if own else torch.tanh(input, **given)  # pyright: ignore[reportReturnType]
-
-
-def _sigmoid(input: Tensor, **given: Any) -> Tensor:
-    own = not given and _is_real(input)
-    return _Smooth.apply(input, "sigmoid") if own else torch.sigmoid(input, **given)  # pyright: ignore[reportReturnType]
-
-
-def _is_real(x: Any) -> bool:
-    """Whether ``x`` is an ordinary tensor of real numbers, for which the formulas here hold."""
-    return x.is_floating_point() and x.layout == torch.strided
+    return form
 
 
 class _Smooth(torch.autograd.Function):
@@ -199,8 +187,8 @@ CURVES: dict[str, Callable[[Tensor], Tensor]] = {
 OF_VALUE = ("tanh", "sigmoid")  # their slopes and ``CURVES`` are functions of the value
 LEAN: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
-    F.silu: _silu,
-    F.mish: _mish,
-    **dict.fromkeys((torch.tanh, Tensor.tanh), _tanh),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _sigmoid),
+    F.silu: _smooth(F.silu, "silu"),
+    F.mish: _smooth(F.mish, "mish"),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), _smooth(torch.tanh, "tanh")),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _smooth(torch.sigmoid, "sigmoid")),
 }
