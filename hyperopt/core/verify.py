@@ -168,12 +168,12 @@ def check_hypergradient(
     """
     tensors = _tensors(hyperparameters)
     solver, adjoint = solver or Picard(), adjoint or Implicit()
-    loss, gradient = _gradient(objective, tensors, solver, adjoint)
+    loss, gradient, _ = _gradient(objective, tensors, solver, adjoint)
     exact = tight(solver, loss.dtype)
     rows = [_finite_differences(objective, tensors, exact, gradient, directions, generator or torch.Generator().manual_seed(0))]
     for name, way in (("dense", Implicit(Dense(), policy="raise")), ("unrolled", Unrolled())):
         try:
-            _, reference = _gradient(objective, tensors, exact if name == "dense" else Picard(exact.rtol, 0.0, STEPS), way)
+            _, reference, _ = _gradient(objective, tensors, exact if name == "dense" else Picard(exact.rtol, 0.0, STEPS), way)
             rows.append(Comparison(name, *_distance(gradient, reference)))
         except (SolveError, ValueError) as error:
             rows.append(Comparison(name, math.nan, note=f"not available: {error}"))
@@ -220,22 +220,21 @@ def compare_adjoints(
         raise ValueError("compare_adjoints: there is nothing to compare; give adjoints={'neumann': Implicit(Neumann()), ...}")
     solver = solver or Picard()
     dtype = tensors[0].dtype
-    _, exact = _gradient(objective, tensors, tight(solver, dtype), reference or Implicit(Dense(), policy="raise"))
+    _, exact, _ = _gradient(objective, tensors, tight(solver, dtype), reference or Implicit(Dense(), policy="raise"))
     rows = []
     for name, adjoint in adjoints.items():
         try:
             _gradient(objective, tensors, solver, adjoint)  # the warm-up
             started = time.perf_counter()
-            solution: list[Solution] = []
-            _, gradient = _gradient(objective, tensors, solver, adjoint, solution)
+            _, gradient, solution = _gradient(objective, tensors, solver, adjoint)
             seconds = time.perf_counter() - started
             with peak_memory(gradient.device) as memory:
                 _gradient(objective, tensors, solver, adjoint)
         except (SolveError, ValueError, TypeError) as error:
             rows.append(Comparison(name, math.nan, note=str(error)))
             continue
-        stats = solution[0].adjoint
-        solves = {"inner": solution[0].forward, "adjoint": stats}
+        stats = solution.adjoint
+        solves = {"inner": solution.forward, "adjoint": stats}
         failed = [f"{what}: {solve.status.name}" for what, solve in solves.items() if solve and solve.status.failed]
         cost = (stats.vjps, stats.jvps) if stats else (0, 0)
         rows.append(Comparison(name, *_distance(gradient, exact), *cost, seconds, memory.peak, "; ".join(failed)))
@@ -265,16 +264,13 @@ def _gradient(
     tensors: Sequence[Tensor],
     solver: FixedPointSolver,
     adjoint: Adjoint,
-    keep: list[Solution] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the outer loss and its hypergradient as one vector."""
+) -> tuple[Tensor, Tensor, Solution]:
+    """Return the outer loss, its hypergradient as one vector, and the solution."""
     loss, solution = objective(solver, adjoint)
     if loss.numel() != 1:
         raise ValueError(f"the outer loss has shape {tuple(loss.shape)}; it must be a scalar: take its mean or its sum")
     found = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-    if keep is not None:
-        keep.append(solution)
-    return loss.detach(), torch.cat([g.reshape(-1) for g in found])
+    return loss.detach(), torch.cat([g.reshape(-1) for g in found]), solution
 
 
 @torch.no_grad()
