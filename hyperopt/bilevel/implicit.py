@@ -194,12 +194,13 @@ class ImplicitEstimator(ProductSettings, Estimator):
 
     def solve(self, at: Point) -> Solved:
         """Solve the adjoint system. A failed solve returns NaN, so that no wrong hypergradient is made from it."""
-        operator = StepMap(at.curvature, self._step(at, self.adjoint.iterates))
+        given = self._given_step(at)
+        operator = StepMap(at.curvature, self._stable_step(at.curvature, at.state) if given is None else given)
         trial = self.adjoint
         if trial.iterates and trial.policy in ("raise", "warn"):
             trial = trial.ignoring()  # a failure is reported below, once the step is known to be stable
         u, stats = self._solve(trial, operator, at)
-        if trial.iterates and self._too_long(operator, at):
+        if given is None and operator.step * float(operator.largest) > 2:  # its products have shown that the step is not stable
             operator = StepMap(at.curvature, self._shorter(operator, at.state))
             u, stats = self._solve(trial, operator, at)
         if trial is not self.adjoint:
@@ -258,23 +259,16 @@ class ImplicitEstimator(ProductSettings, Estimator):
         note_once(note, f"adjoint {status.name}")
         return note
 
-    def _step(self, at: Point, iterates: bool) -> float:
-        """Return the step of the gradient-step map; 1 for an adjoint that does not depend on it."""
+    def _given_step(self, at: Point) -> float | None:
+        """Return the step of the gradient-step map, 1 for an adjoint that does not depend on it; None: it must be estimated."""
         if self.step is not None:
             return self.step
-        if not iterates:
+        if not self.adjoint.iterates:
             return 1.0
         own = None if self.inner is None else self.inner.map_step(at.lam.tree)
-        if own is not None:
-            return own
-        if at.constants is not None:
+        if own is None and at.constants is not None:
             return 2 / (at.constants.strong_convexity + at.constants.smoothness)
-        return self._stable_step(at.curvature, at.state)
-
-    def _estimates_step(self, at: Point) -> bool:
-        """Whether the step is ``1 / L`` by power iteration."""
-        given = self.step is not None or (self.inner is not None and self.inner.map_step(at.lam.tree) is not None)
-        return not given and at.constants is None
+        return own
 
     def _stable_step(self, curvature: Curvature, state: State) -> float:
         """Return ``1 / L`` by power iteration."""
@@ -286,10 +280,6 @@ class ImplicitEstimator(ProductSettings, Estimator):
             count = 1 if kept is None else kept["count"] + 1
             state.memory["power"] = {"size": largest, "direction": direction, "count": count}
         return 1 / largest
-
-    def _too_long(self, operator: StepMap, at: Point) -> bool:
-        """Whether the products of a solve have shown a curvature for which the step that was estimated is not stable."""
-        return self._estimates_step(at) and operator.step * float(operator.largest) > 2
 
     def _shorter(self, operator: StepMap, state: State) -> float:
         """Return ``1 / L`` by a new power iteration; the last one has stopped at another eigenvalue."""
