@@ -146,7 +146,7 @@ class _Run:
             ended = torch.zeros_like(here) if self.moving is None else here.masked_fill(self.moving, int(Status.converged))
             self.status = self._put(ended, self.status)
         if not done:
-            if process.keeps_best and not process.recurs and (self.best is None or ratio <= self.best[0]):
+            if process.keeps_best and (self.best is None or ratio <= self.best[0]):
                 self.best = ratio, process.value, self.now
             self._note_idle()
         if ratio > process.clear or (len(self.worst) > len(worst) and self.worst[-1 - len(worst)] > process.clear):

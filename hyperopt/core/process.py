@@ -64,13 +64,13 @@ class Process(ABC):
     def limits(self) -> Tensor:
         """Return the residual norm at or below which each row is converged."""
 
-    @abstractmethod
     def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Replace the iterates of the rows in the mask ``rows`` by those of ``by``, shape (rows, dim)."""
+        """Replace the iterates of the rows in the mask ``rows`` by those of ``by``, shape (rows, dim), if ``keeps_best``."""
+        raise NotImplementedError
 
-    @abstractmethod
     def hold(self, moving: Tensor) -> None:
         """Move only the rows in the mask ``moving`` from now on."""
+        raise NotImplementedError
 
     def select(self, index: Tensor) -> bool:
         """Continue with the rows in ``index`` alone. Return False, without any change, if the problem is not divisible."""

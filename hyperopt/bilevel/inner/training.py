@@ -140,14 +140,6 @@ class Training(Process):
         """Return the tolerance, or 1 without one."""
         return torch.ones_like(self.limit) if self.fixed else self.limit
 
-    def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Not needed: there is no best iterate."""
-        raise NotImplementedError
-
-    def hold(self, moving: Tensor) -> None:
-        """Not needed: there is one row."""
-        raise NotImplementedError
-
     def reconsider(self, status: Tensor, residual: Tensor, settled: bool) -> Tensor:
         """Return the status, where a gradient that ends above the first one does not count as divergence.
 

@@ -114,8 +114,8 @@ class Recurrence(Process):
     """
 
     recurs = True
+    keeps_best = False  # the process itself undoes a cycle that made a row worse
     coupled = COUPLED**2  # since squares are compared
-    rise = math.inf
     clear = math.inf  # the contraction is not estimated
 
     def __init__(
@@ -256,10 +256,6 @@ class Recurrence(Process):
     def hold(self, moving: Tensor) -> None:
         """Let only the rows in the mask ``moving`` move."""
         self.moving, self.codes = moving, None
-
-    def replace(self, rows: Tensor, by: Tensor) -> None:
-        """Raise an error: the process itself undoes a cycle that made a row worse."""
-        raise NotImplementedError
 
     def confirm(self) -> Tensor:
         """Measure the residuals. A row that became worse keeps its old value, and a row that gained nothing ends."""
