@@ -288,16 +288,23 @@ class BilevelProblem:
 
 
 def outer_gradient(problem: BilevelProblem, w: Leaves, lam: Leaves, batch: Any) -> tuple[Tensor, list[Any], list[Any]]:
-    """Return the detached outer loss and its partial gradients in ``w`` and ``lam``; None for leaves that it does not use.
+    """Return the outer loss on a batch and its gradients; see ``partial_gradients``."""
+    return partial_gradients(problem.outer_on(batch), w, lam, "the outer loss", "w")
+
+
+def partial_gradients(
+    loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves, name: str = "a loss", source: str = "them"
+) -> tuple[Tensor, list[Any], list[Any]]:
+    """Return a detached loss and its partial gradients in ``w`` and ``lam``; None for leaves that it does not use.
 
     Raises:
-        ValueError: the loss depends neither on ``w`` nor on ``lam``.
+        ValueError: the loss depends neither on ``w`` nor on ``lam``; the message has its ``name``, and the ``source`` to use.
     """
     with torch.enable_grad():
-        loss = problem.outer(w.tree, lam.tree, batch)
-        if not loss.requires_grad:
-            raise ValueError("the outer loss depends neither on w nor on lam; is it computed from w, without detach or .item()?")
-        found = torch.autograd.grad(loss, [*w.flat, *lam.flat], allow_unused=True)
+        value = loss(w.tree, lam.tree)
+        if not value.requires_grad:
+            raise ValueError(f"{name} depends neither on w nor on lam; is it computed from {source}, without detach or .item()?")
+        found = torch.autograd.grad(value, [*w.flat, *lam.flat], allow_unused=True)
     # An embedding with sparse=True has a sparse gradient.
     found = [g if g is None or g.layout == torch.strided else g.to_dense() for g in found]
-    return loss.detach(), list(found[: len(w.flat)]), list(found[len(w.flat) :])
+    return value.detach(), list(found[: len(w.flat)]), list(found[len(w.flat) :])

@@ -135,6 +135,5 @@ def series(operator: StepMap, b: Tensor, most: int, rtol: float) -> tuple[Tensor
         status = Status.breakdown
     if status >= Status.breakdown:
         total = torch.full_like(total, math.nan)
-    code = torch.tensor([int(status)])
-    residual, scale = (torch.tensor([x], dtype=torch.float64) for x in (left / size if size > 0 else left, size))
-    return operator.step * total, SolveStats(code, torch.full_like(code, terms), residual, scale, method="Neumann"), rose
+    stats = SolveStats.of_one(status, terms, left / size if size > 0 else left, size, method="Neumann")
+    return operator.step * total, stats, rose

@@ -18,6 +18,7 @@ from torch import Tensor
 from hyperopt.bilevel.curvature import unused_of
 from hyperopt.bilevel.estimator import Estimator
 from hyperopt.bilevel.leaves import Leaves
+from hyperopt.bilevel.problem import partial_gradients
 from hyperopt.core.checks import check_number
 from hyperopt.core.policy import SolveError
 from hyperopt.core.status import SolveStats, Status
@@ -85,9 +86,8 @@ class Growth:
                 )
             first = size
         self.first[what] = first
-        relative, code = (size / first if first > 0 else size), torch.tensor([int(Status.fixed_steps)])
-        numbers = [torch.tensor([x], dtype=torch.float64) for x in (relative, first)]
-        return SolveStats(code, torch.tensor([steps]), *numbers, evaluations=steps, method=self.method)
+        relative = size / first if first > 0 else size
+        return SolveStats.of_one(Status.fixed_steps, steps, relative, first, evaluations=steps, method=self.method)
 
 
 def same_hyperparameters(lam: Leaves, memory: dict[str, Any], method: str) -> None:
@@ -112,20 +112,9 @@ def later_norm(gradient: Callable[..., Any], *at: Any) -> Callable[[], float]:
 
 
 def first_order(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Leaves) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the partial gradients of a loss in ``w`` and in ``lam``.
-
-    Where the loss does not depend on a leaf, the entry is zeros for one of ``w`` and None for one of ``lam``.
-
-    Raises:
-        ValueError: the loss depends neither on ``w`` nor on ``lam``.
-    """
-    with torch.enable_grad():
-        value = loss(w.tree, lam.tree)
-        if not value.requires_grad:
-            raise ValueError("a loss depends neither on w nor on lam; is it computed from them, without detach or .item()?")
-        found = torch.autograd.grad(value, [*w.flat, *lam.flat], allow_unused=True)
-    slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, found, strict=False)]
-    return slopes, list(found[len(w.flat) :])
+    """Return the partial gradients of a loss, as ``partial_gradients`` does, but with zeros for leaves of ``w`` without one."""
+    _, in_w, in_lam = partial_gradients(loss, w, lam)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(w.flat, in_w, strict=True)], in_lam
 
 
 def penalised_gradient(

@@ -49,6 +49,12 @@ class SolveStats:
     method: str = ""
     fallbacks: tuple[str, ...] = ()
 
+    @classmethod
+    def of_one(cls, status: Status, iterations: int, residual: float, scale: float, **others: Any) -> SolveStats:
+        """Return the statistics of a solve of one row, made of numbers."""
+        numbers = [torch.tensor([x], dtype=torch.float64) for x in (residual, scale)]
+        return cls(torch.tensor([int(status)]), torch.tensor([iterations]), *numbers, **others)
+
     @property
     def status(self) -> Status:
         """The worst status of the rows (converged for a solve without rows)."""

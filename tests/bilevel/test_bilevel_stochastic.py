@@ -292,3 +292,17 @@ def test_hyperparameters_that_no_loss_uses_are_refused_or_named(name):
         assert found.unused == ("lam['b']",)
         assert float(found.grad["b"]) == 0
     assert float(found.grad["a"].abs()) > 0
+
+
+@pytest.mark.parametrize("method", [F2SA(step_size=0.1, steps=2), VPBGD(step_size=0.1)], ids=repr)
+def test_an_outer_loss_with_a_sparse_gradient(method):
+    rows, start = torch.tensor([0, 2, 2]), torch.arange(8.0).view(4, 2)
+
+    def found(sparse):
+        problem = hyperopt.BilevelProblem(
+            inner_loss=lambda w, lam, batch: (w - lam).square().sum(),
+            outer_loss=lambda w, lam, batch: torch.nn.functional.embedding(rows, w, sparse=sparse).square().sum(),
+        )
+        return hyperopt.Bilevel(problem, start.clone(), adjoint=method).step(torch.ones(2)).grad
+
+    torch.testing.assert_close(found(True), found(False), rtol=0, atol=0)

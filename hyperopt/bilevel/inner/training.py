@@ -231,10 +231,9 @@ class Watch:
         ended = ended or (Status.fixed_steps if self.solver.fixed else Status.max_steps)
         scale = self.memory["scale"]
         residual = self.norm / scale if scale > 0 else self.norm
-        numbers = [torch.tensor([x], dtype=torch.float64) for x in (residual, scale)]
-        code, steps = torch.tensor([int(Status.converged if self.met else ended)]), torch.tensor([self.steps])
-        spent = self.steps + self.gradients
-        return SolveStats(code, steps, *numbers, evaluations=spent, vjps=self.products, method=type(self.solver).__name__)
+        status, spent = Status.converged if self.met else ended, self.steps + self.gradients
+        costs = {"evaluations": spent, "vjps": self.products}
+        return SolveStats.of_one(status, self.steps, residual, scale, **costs, method=type(self.solver).__name__)
 
 
 def gradient(loss: Callable[[Any, Any], Tensor], w: Leaves, lam: Any) -> tuple[Tensor, list[Tensor]]:
