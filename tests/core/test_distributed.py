@@ -92,7 +92,7 @@ def test_a_loss_that_is_one_of_its_arguments_is_a_mean_too(monkeypatch):
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda value: 2 * value.detach())
     w = torch.tensor(2.0, requires_grad=True)
     mean = hyperopt.mean_over_ranks(lambda w: w, w)
-    assert (float(mean), float(torch.autograd.grad(mean, w)[0])) == (2.0, 1.0)
+    assert (mean.item(), torch.autograd.grad(mean, w)[0].item()) == (2.0, 1.0)
 
 
 def test_ranks_of_different_sizes_weigh_their_rows(monkeypatch):
