@@ -14,7 +14,6 @@ Reference: Liu, Simonyan & Yang, ICLR 2019, arXiv 1806.09055, equations 7 and 8.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -115,8 +114,6 @@ class FiniteDifference(OneStep):
     """
 
     length: float | None = None
-
-    curvature: ClassVar[str] = "finite_differences"
 
     def unfit(self, solver: FixedPointSolver) -> str | None:
         """Return why this cannot be the adjoint of a general map, which has no gradients to difference."""

@@ -58,17 +58,12 @@ class GaussNewton(Curvature):
         parts = self.w.parts(v)
         used = [(pulled, part) for pulled, part in zip(self._pulled, parts, strict=True) if pulled is not None]
         (pushed,) = pull([p for p, _ in used], [self._cotangent], [part for _, part in used])
-        if self._slope.requires_grad:
-            (bent,) = pull([self._slope], [self._out], [pushed])
-        else:
-            bent = None
-        total = self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False)
+        bent = pull([self._slope], [self._out], [pushed])[0] if self._slope.requires_grad else None
+        product = self.w.matrix(self._model_pull(torch.zeros_like(pushed) if bent is None else bent, create_graph=False))
         kept = [(g, part) for g, part in zip(self._penalty, parts, strict=True) if g is not None and g.requires_grad]
-        product = self.w.matrix(total)
         if kept:
             slopes, given = zip(*kept, strict=True)
-            bent = pull(slopes, self.w.flat, given)
-            product = product + self.w.matrix(bent)
+            product = product + self.w.matrix(pull(slopes, self.w.flat, given))
         return self._loss.whole(product, self._batch)
 
     def mixed(self, v: Tensor) -> list[Tensor | None]:

@@ -161,7 +161,8 @@ class ImplicitEstimator(ProductSettings, Estimator):
         w, hyper = Leaves.of(state.w, "w"), Leaves.of(lam, "lam")
         loss, g_w, g_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         inner = None if self.resample else Evaluation(problem, problem.inner_batches.draw())
-        first = self._curvature(problem, w, hyper, inner, getattr(self.adjoint, "curvature", self.curvature))
+        kind = "finite_differences" if isinstance(self.adjoint, FiniteDifference) else self.curvature
+        first = self._curvature(problem, w, hyper, inner, kind)
         constants = (
             None if problem.constants is None else problem.constants(state.w, optree.tree_map(torch.Tensor.detach, hyper.tree))
         )

@@ -146,11 +146,10 @@ class SingleLoop(Stochastic):
         unused = unused_of(hyper.names, *at.parts)
         grad, slope = terms.direct - terms.mixed, terms.product - terms.outer
         growth, factor = Growth(name, memory), self.factor(memory["steps"])
-        step = self.step_size if self.adjoint_step is None else self.adjoint_step
+        step, remedy = self.step_of("adjoint_step")
         trained = growth.check(
             "inner", float(terms.inner.norm()), f"step_size={self.step_size:g}", at.after(terms.inner, factor * self.step_size)
         )
-        remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={step:g}"
         solved = growth.check(
             "adjoint", float(slope.norm()), remedy, at.after(slope, factor * step), scale=float(terms.outer.norm())
         )

@@ -90,13 +90,12 @@ class StocBiO(Stochastic):
 
         loss, in_w, in_lam = outer_gradient(problem, w, hyper, problem.outer_batches.draw())
         curvature = Resampled(lambda: Hessian(Evaluation(problem, problem.inner_batches.draw()), w, hyper))
-        eta = self.step_size if self.adjoint_step is None else self.adjoint_step
+        eta, remedy = self.step_of("adjoint_step")
         b = w.matrix(in_w)
         term = total = b
         for _ in range(self.terms):
             term = term - eta * curvature.matvec(term)
             total = total + term
-        remedy = f"{'step_size' if self.adjoint_step is None else 'adjoint_step'}={eta:g}"
         # Each series starts at zero, so its last term is compared with this right-hand side and not with earlier outer steps.
         solved = Growth("StocBiO", {}).check(
             "adjoint", float(term.norm()), remedy, lambda: math.inf, scale=float(b.norm()), steps=self.terms

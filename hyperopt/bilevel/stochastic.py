@@ -41,6 +41,12 @@ class Stochastic(Estimator):
     def __post_init__(self) -> None:
         check_number(self, "step_size", 0.0, open_low=True)
 
+    def step_of(self, field: str) -> tuple[float, str]:
+        """Return the step size in a field, ``step_size`` if that is None, with its name as text for messages."""
+        name = "step_size" if getattr(self, field) is None else field
+        step: float = getattr(self, name)
+        return step, f"{name}={step:g}"
+
 
 class Growth:
     """A check for divergence, which compares each residual with the largest one that was accepted before.

@@ -115,8 +115,7 @@ class VPBGD(Stochastic):
         growth, gamma = Growth("VPBGD", memory), self.penalty(memory["steps"])
         hyper, w = Leaves.of(lam, "lam"), Leaves.of(state.w, "w")
         y = second_copy(w, memory)
-        step = self.step_size if self.inner_step is None else self.inner_step
-        remedy = f"{'step_size' if self.inner_step is None else 'inner_step'}={step:g}"
+        step, remedy = self.step_of("inner_step")
         scale = 1 / max(gamma, 1.0)
 
         def descend(w: Leaves, inner: Evaluation) -> list[torch.Tensor]:

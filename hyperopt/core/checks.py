@@ -127,20 +127,13 @@ def check_open_unit(owner: Any, name: str) -> None:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not in (0, 1); change {name}")
 
 
-def check_below_one(owner: Any, name: str, value: float) -> None:
-    """Refuse a coefficient of ``owner`` outside [0, 1), the range of an exponential moving average's coefficient."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r} is not in [0, 1); change {name}")
-
-
 def check_betas(owner: Any) -> None:
     """Refuse ``betas`` that are not Adam's two coefficients. A list from a config becomes a tuple."""
     object.__setattr__(owner, "betas", tuple(map(plain, owner.betas)))
     if len(owner.betas) != 2:
         raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not a pair of numbers; change betas")
-    for beta in owner.betas:
-        check_below_one(owner, "betas", beta)
+    if any(isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < 1 for beta in owner.betas):
+        raise ValueError(f"{type(owner).__name__}: betas={owner.betas!r} is not in [0, 1); change betas")
 
 
 @dataclass(frozen=True)

@@ -383,7 +383,7 @@ class _Run:
         else:
             above = torch.zeros_like(status) if self.above is None else self.above
             iterations = (above + 1).clamp(max=self.made)
-        return Outcome(status, iterations, self.now, self.limit, self.made, self._contraction(), self.worst, parted)
+        return Outcome(status, iterations, self.now, self.limit, self._contraction(), self.worst, parted)
 
     def _contraction(self) -> Tensor | float:
         """Return the factor by which the residual of all rows together fell in an iteration, over about the last five."""

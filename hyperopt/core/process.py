@@ -104,7 +104,6 @@ class Outcome:
         iterations: the iteration, from 1, at which each row met its limit or was last measured.
         residual: residual norm of the value.
         limits: the norm at or below which a row is converged.
-        made: total number of iterations.
         contraction: factor by which the residual fell in an iteration, over the last few; NaN if it is unknown.
         trace: the largest ratio of residual and limit in every iteration.
         parted: whether rows were dropped from the batch.
@@ -114,7 +113,6 @@ class Outcome:
     iterations: Tensor
     residual: Tensor
     limits: Tensor
-    made: int
     contraction: float | Tensor
     trace: list[float]
     parted: bool

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, rate_text, rates
+from hyperopt.bilevel.inner.rates import check_rate, rates
 from hyperopt.core.checks import check_betas, check_number
 
 
@@ -80,10 +80,6 @@ class InnerAdam(DifferentiableSolver):
         first, second = 1 - b1**count, (1 - b2**count).sqrt()
         moved = [x - lr / first * m / (root(v) / second + self.eps) for x, m, v, lr in zip(w, means, squares, lrs, strict=True)]
         return moved, [*means, *squares, count]
-
-    def remedy(self, lam: Any) -> str:
-        """Return the advice to lower the learning rate."""
-        return f"lower lr={rate_text(self.lr, lam, 'InnerAdam: lr')} of InnerAdam"
 
 
 def root(v: Tensor) -> Tensor:

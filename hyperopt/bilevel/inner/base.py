@@ -12,7 +12,7 @@ import optree
 from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
-from hyperopt.bilevel.inner.rates import refuse_unfit
+from hyperopt.bilevel.inner.rates import rate_text, refuse_unfit
 from hyperopt.bilevel.inner.training import Training, curvature_at, steepness
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
@@ -104,6 +104,13 @@ class DifferentiableSolver(InnerSolver):
         """Refuse hyperparameters used as rates that do not fit the tree ``w``; see ``rates.refuse_unfit``."""
         for name in self.rate_names:
             refuse_unfit(getattr(self, name), lam, f"{self.name}: {name}", w)
+
+    def remedy(self, lam: Any) -> str:
+        """Return the advice to lower the first of the rates."""
+        if not self.rate_names:
+            return super().remedy(lam)
+        rate = self.rate_names[0]
+        return f"lower {rate}={rate_text(getattr(self, rate), lam, f'{self.name}: {rate}')} of {self.name}"
 
     def buffers(self, w: Sequence[Tensor]) -> list[Tensor]:
         """Return the initial tensors beside ``w`` (default: none)."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hyperopt.bilevel.inner.base import DifferentiableSolver
-from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rate_text, rates, smallest
+from hyperopt.bilevel.inner.rates import check_rate, move, plain_rates, rates, smallest
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,3 @@ class GradientDescent(DifferentiableSolver):
         """Make one step in the graph; see ``DifferentiableSolver.advance``."""
         steps = rates(self.step_size, lam, "GradientDescent: step_size", w)
         return [x - step * g for x, g, step in zip(w, grads, steps, strict=True)], buffers
-
-    def remedy(self, lam: Any) -> str:
-        """Return the advice to lower the step size."""
-        return f"lower step_size={rate_text(self.step_size, lam, 'GradientDescent: step_size')} of GradientDescent"

@@ -80,7 +80,6 @@ class HeavyBall(DifferentiableSolver):
         return [x - step * m for x, m, step in zip(w, moving, steps, strict=True)], moving
 
     def remedy(self, lam: Any) -> str:
-        """Return the advice to lower the step size."""
-        step = rate_text(self.step_size, lam, "HeavyBall: step_size")
+        """Return the advice to lower the step size, and how far."""
         momentum = rate_text(self.momentum, lam, "HeavyBall: momentum")
-        return f"lower step_size={step} of HeavyBall (stable below 2 (1 + momentum) / L, momentum={momentum})"
+        return f"{super().remedy(lam)} (stable below 2 (1 + momentum) / L, momentum={momentum})"
