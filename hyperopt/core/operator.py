@@ -142,15 +142,24 @@ class LinearOperator(ABC):
         return _Transposed(self)
 
 
-class _Transposed(LinearOperator):
-    """The transpose of another operator."""
+class Wrapped(LinearOperator):
+    """An operator that is made from another one, ``of``. Both count the products."""
 
     def __init__(self, of: LinearOperator) -> None:
-        self.of, self.transposable, self.symmetric = of, True, of.symmetric
+        self.of, self.transposable, self.symmetric = of, of.transposable, of.symmetric
 
     @property
     def rounding(self) -> float:
+        """The eps of the other operator."""
         return self.of.rounding
+
+
+class _Transposed(Wrapped):
+    """The transpose of another operator."""
+
+    def __init__(self, of: LinearOperator) -> None:
+        super().__init__(of)
+        self.transposable = True
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.of.rmatvec(v)
@@ -214,8 +223,8 @@ class FunctionOperator(LinearOperator):
         return super()._rmatvec(v) if self._backward is None else self._backward(v)
 
 
-class Reshaped(LinearOperator):
-    """An operator on (rows, dim) matrices, made from one on tensors of another shape (..., dim). Both count the products.
+class Reshaped(Wrapped):
+    """An operator on (rows, dim) matrices, made from one on tensors of another shape (..., dim).
 
     Args:
         of: the operator.
@@ -223,12 +232,8 @@ class Reshaped(LinearOperator):
     """
 
     def __init__(self, of: LinearOperator, shape: torch.Size) -> None:
-        self.of, self.shape, self.transposable, self.symmetric = of, shape, of.transposable, of.symmetric
-
-    @property
-    def rounding(self) -> float:
-        """The eps of the wrapped operator."""
-        return self.of.rounding
+        super().__init__(of)
+        self.shape = shape
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.of.matvec(v.view(self.shape)).reshape(v.shape)
@@ -237,7 +242,7 @@ class Reshaped(LinearOperator):
         return self.of.rmatvec(v.view(self.shape)).reshape(v.shape)
 
 
-class Complement(LinearOperator):
+class Complement(Wrapped):
     """``M = I - scale A``, so that a solver of ``(I - M) v = b`` solves ``scale A v = b``.
 
     Args:
@@ -246,12 +251,8 @@ class Complement(LinearOperator):
     """
 
     def __init__(self, of: LinearOperator, scale: float = 1.0) -> None:
-        self.of, self.scale, self.transposable, self.symmetric = of, scale, of.transposable, of.symmetric
-
-    @property
-    def rounding(self) -> float:
-        """The eps of A."""
-        return self.of.rounding
+        super().__init__(of)
+        self.scale = scale
 
     def _matvec(self, v: Tensor) -> Tensor:
         return torch.add(v, self.of.matvec(v), alpha=-self.scale)

@@ -22,7 +22,7 @@ from hyperopt.core.checks import POLICIES, check_choice, check_kind, check_numbe
 from hyperopt.core.linear.base import LinearSolver
 from hyperopt.core.linear.gmres import GMRES
 from hyperopt.core.loop import relative
-from hyperopt.core.operator import LinearOperator
+from hyperopt.core.operator import LinearOperator, Wrapped
 from hyperopt.core.status import AdjointBox
 
 
@@ -86,16 +86,12 @@ class Damped(ImplicitAdjoint):
         return v
 
 
-class Scaled(LinearOperator):
-    """A multiple of another operator, which counts the products."""
+class Scaled(Wrapped):
+    """A multiple of another operator."""
 
     def __init__(self, of: LinearOperator, factor: float) -> None:
-        self.of, self.factor, self.transposable, self.symmetric = of, factor, of.transposable, of.symmetric
-
-    @property
-    def rounding(self) -> float:
-        """The eps of the wrapped operator."""
-        return self.of.rounding
+        super().__init__(of)
+        self.factor = factor
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.factor * self.of.matvec(v)
