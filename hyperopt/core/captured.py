@@ -74,11 +74,16 @@ def has_tangent(tensor: Tensor) -> bool:
         return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def unwrapped(tensor: Tensor, level: int = 0) -> Tensor:
+    """Return what the transforms of ``torch.func`` above ``level`` have wrapped."""
+    while functorch.maybe_get_level(tensor) > level:
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def seen(tensor: Tensor) -> Tensor:
     """Return the numbers inside a tensor that transforms of ``torch.func`` have wrapped (for ``vmap``, of all members)."""
-    while functorch.maybe_get_level(tensor) > 0:
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor.detach()
+    return unwrapped(tensor).detach()
 
 
 @contextlib.contextmanager
@@ -218,7 +223,7 @@ class Swap(TorchFunctionMode):
             return entry[1]
         # A compiled map has no such wrappers. Its compiler traces this line, so the test must come first.
         if not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) > self.level:
-            if self.transformed and self._outside(self._content(tensor)):
+            if self.transformed and self._outside(unwrapped(tensor, self.level)):
                 raise ClosureError(
                     f"the map gives a tensor of shape {tuple(tensor.shape)} from outside to a transform of torch.func, where its "
                     "derivative cannot be followed: pass it through args="
@@ -247,12 +252,6 @@ class Swap(TorchFunctionMode):
         self.table[id(outside)] = (outside, inside)
         self.made[id(inside)] = inside
         self.used.add(id(outside))
-
-    def _content(self, tensor: Tensor) -> Tensor:
-        """Return what the transforms inside the map have wrapped."""
-        while functorch.maybe_get_level(tensor) > self.level:
-            tensor = functorch.get_unwrapped(tensor)
-        return tensor
 
     def _outside(self, tensor: Tensor) -> bool:
         """Whether the tensor carries a derivative (or a batch of ``vmap``) from before the call of the map."""

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import optree
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperopt.core.captured import unwrapped
 from hyperopt.core.policy import ImpureMapError
 from hyperopt.core.precision import half_eps
 
@@ -104,8 +104,7 @@ def _writes(kind: _Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterato
 
 def _storage(tensor: Tensor) -> int | None:
     """Return a key of the memory of a tensor; None for a tensor without such a memory."""
-    while functorch.maybe_get_level(tensor) > 0:
-        tensor = functorch.get_unwrapped(tensor)
+    tensor = unwrapped(tensor)
     with torch._C.DisableTorchFunction():
         return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
