@@ -148,14 +148,15 @@ class Estimate:
     def __repr__(self) -> str:
         """Return the shape of the hypergradient, its norm and estimated error, and how the solves ended."""
         numbers = described(self, grad=self.grad, norm=self.norm, loss=self.loss, error=self.certificate.error)
-        solves = {name: stats for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)) if stats is not None}
-        ends = [f"{name}={stats.method}: {stats.status}" for name, stats in solves.items()]
+        ends = [f"{name}={stats.method}: {stats.status}" for name, stats in self._solves()]
         return ", ".join([numbers[:-1], *ends, *([f"choice={self.choice}"] if self.choice else [])]) + ")"
+
+    def _solves(self) -> list[tuple[str, SolveStats]]:
+        return [(name, stats) for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)) if stats is not None]
 
     def statuses(self) -> dict[str, Status]:
         """Return how the solves ended, by the names ``inner`` and ``adjoint``."""
-        parts = {"inner": self.inner, "adjoint": self.adjoint}
-        return {name: stats.status for name, stats in parts.items() if stats is not None}
+        return {name: stats.status for name, stats in self._solves()}
 
     @property
     def status(self) -> Status:
@@ -170,10 +171,9 @@ class Estimate:
     def metrics(self) -> dict[str, float]:
         """Return the numbers of an outer step, under the names that every task logs."""
         found: dict[str, float] = {}
-        for name, stats in (("inner", self.inner), ("adjoint", self.adjoint)):
-            if stats is not None:
-                found[f"{name}/iterations"] = float(stats.iterations.max())
-                found[f"{name}/residual"] = stats.worst_residual()
+        for name, stats in self._solves():
+            found[f"{name}/iterations"] = float(stats.iterations.max())
+            found[f"{name}/residual"] = stats.worst_residual()
         if self.choice is not None:
             found["adjoint/choice"] = float(Choice.NAMES.index(self.choice.name))
         found["hypergrad/error_estimate"] = self.certificate.error
