@@ -31,19 +31,8 @@ this:
     self.space = hyperopt.Hyperparameters({"decay": Positive(0.01, per="element")}, {"decay": self.bilevel.w})
     Task.groups() is self.space.groups();  after optimizer.step(closure): self.space.project_();  self.space.metrics()
 
-- **Start.** The initial weights may be a function of the hyperparameters: ``BilevelProblem(..., initial=lambda lam:
-  lam["start"])`` with ``Unrolled()`` or ``Checkpointed()`` learns them, as MAML does.
-- **Learning rates.** Each weight may have a learning rate of its own (Meta-SGD): ``GradientDescent(step_size="rate")``, where
-  ``lam["rate"]`` has the structure of ``w``.
-- **Modules.** With ``model = Functional(module)``, call ``model(w, x)`` in the losses and give ``model.w`` as ``w0``.
-- **Data.** ``BilevelProblem(..., inner_batches=DataLoader(train, 64, shuffle=True), outer_batches=DataLoader(val, 256))`` takes
-  a ``DataLoader`` (whose position is part of ``Bilevel.state_dict()``), ``Minibatches((x, y), size)`` or one batch ``(x, y)``.
-  Without batches the losses are called with ``batch=None`` and bring their own data.
-- **Configs.** A task's YAML has ``inner: ${inner}`` and ``adjoint: ${adjoint}``; its field ``products`` is a
-  ``ProductSettings``.
-- **Methods.** ``adjoint`` takes the adjoints of ``hyperopt.fixed_point`` (``Implicit`` with any linear solver, ``OneStep``,
-  ``Phantom``, ``Unrolled``, ``Checkpointed``), ``T1T2``, ``FiniteDifference``, and every ``Estimator``. The estimators
-  ``SOBA``, ``SABA``, ``StocBiO``, ``F2SA`` and ``VPBGD`` train the weights themselves, a few steps at a time, and take no
-  ``inner``. To add a method, write a class with one function, ``estimate(problem, lam, state)``, which keeps what it must
-  remember in ``state``.
+The docstrings of ``BilevelProblem`` (learned initial weights, batches), ``GradientDescent`` (learned rates) and ``Functional``
+(modules) say the rest. A task's YAML has ``inner: ${inner}`` and ``adjoint: ${adjoint}``; its field ``products`` is a
+``ProductSettings``. To add a method, write a class with one function, ``estimate(problem, lam, state)``, which keeps what it must
+remember in ``state``; see ``Estimator``.
 """
