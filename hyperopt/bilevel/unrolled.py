@@ -122,7 +122,7 @@ class UnrolledEstimator(Estimator):
             look(0, begin, batches[0])
             look(steps, end, batches[-1])
         if watch.lost:
-            raise SolveError(self.inner.diverged(problem, begin, at, batches[0], watch.growth))
+            raise SolveError(self.inner.diverged(problem, begin, at, batches[0], watch))
         return watch.stats(), looks + watch.gradients
 
     def _refuse_truncated(self, start: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt.bilevel.estimate import State
 from hyperopt.bilevel.inner.rates import rate_text, refuse_unfit
-from hyperopt.bilevel.inner.training import Training, curvature_at, steepness
+from hyperopt.bilevel.inner.training import Training, Watch, curvature_at, steepness
 from hyperopt.bilevel.leaves import Leaves
 from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import IterativeMethod
@@ -75,11 +75,11 @@ class InnerSolver(IterativeMethod, ABC):
             problem.refresh(state.w, lam, training.batch)
         return ended
 
-    def diverged(self, problem: BilevelProblem, w: Leaves, lam: Any, batch: Any, growth: float) -> str:
-        """Return the message for a training that diverged at ``w``, whose gradient has grown ``growth`` times."""
-        text = f"{self.name} diverged: the gradient of the inner loss grew {growth:.3g} times"
+    def diverged(self, problem: BilevelProblem, w: Leaves, lam: Any, batch: Any, watch: Watch) -> str:
+        """Return the message for a training that diverged at ``w``, as ``watch`` has seen."""
+        text = f"{self.name} diverged: the gradient of the inner loss grew {watch.growth:.3g} times"
         if all(bool(leaf.isfinite().all()) for leaf in w.flat):
-            largest = steepness(curvature_at(problem, w, lam, batch))
+            largest = watch.measured(curvature_at(problem, w, lam, batch), steepness)
             if 0 < largest < math.inf:
                 text += f"; the largest stable step of gradient descent here is {2 / largest:.4g} (2 / L, by power iteration)"
         return f"{text}; {self.remedy(lam)}"

@@ -33,12 +33,15 @@ def curvature_at(problem: BilevelProblem, w: Leaves, lam: Any, batch: Any) -> Ca
     return lambda: Hessian(Evaluation(problem, batch), w, Leaves.of(lam, "lam"), check=False)
 
 
-def steepness(make: Callable[[], Hessian]) -> float:
-    """Return the largest curvature ``L`` at a point, or NaN if the inner loss has no second derivative."""
-    try:
-        return largest_curvature(make())[0]
-    except RuntimeError:
-        return math.nan
+def steepness(curvature: Hessian) -> float:
+    """Return the largest curvature ``L`` at a point."""
+    return largest_curvature(curvature)[0]
+
+
+def image(curvature: Hessian) -> float:
+    """Return ``|H w|`` at a point ``w``, NaN if it is not finite."""
+    size = float(torch.linalg.vector_norm(curvature.matvec(curvature.w.point)))
+    return size if math.isfinite(size) else math.nan
 
 
 class Training(Process):
@@ -94,7 +97,7 @@ class Training(Process):
         watch = self.watch
         watch.check(watch.steps - 1, float(self.most), curvature_at(self.problem, self.w, self.lam, self.batch))
         if watch.lost:
-            raise SolveError(self.solver.diverged(self.problem, self.w, self.lam, self.batch, watch.growth))
+            raise SolveError(self.solver.diverged(self.problem, self.w, self.lam, self.batch, watch))
         self.most = self.norm
         self.limit, self.bound = (torch.full_like(self.norm, max(x, TINY)) for x in (watch.limit, watch.bound))
 
@@ -183,9 +186,10 @@ class Watch:
         self.norm, rtol = norm, self.solver.rtol
         scale = self.memory.get("scale", 0.0)
         if not scale:
-            scale = max(self.norm, self._image(curvature)) if rtol else self.norm
-        elif RISE * scale < self.norm < math.inf and (k == 0 or self.norm <= RISE * self._steepness(curvature)):
-            scale = self.norm
+            scale = max(self.norm, self.measured(curvature, image)) if rtol else self.norm  # of a number and NaN, the number
+        elif RISE * scale < self.norm < math.inf:
+            if k == 0 or self.norm <= RISE * self.measured(curvature, steepness) * float(self.size):
+                scale = self.norm
         if math.isfinite(scale):  # a refused step must not affect later ones
             self.memory["scale"] = scale
         self.growth = self.norm / scale if scale > 0 else math.inf if self.norm > 0 else 1.0
@@ -194,34 +198,18 @@ class Watch:
         self.limit = self.solver.atol + (max(rtol, self.floor) * scale if rtol else 0.0)
         self.met = not self.solver.fixed and self.norm <= self.limit
 
-    def _image(self, curvature: Callable[[], Hessian]) -> float:
-        """Return ``|H w|``, or 0 if the inner loss has no second derivative."""
+    def measured(self, curvature: Callable[[], Hessian], number: Callable[[Hessian], float]) -> float:
+        """Return a number of the Hessian, whose cost is counted, or NaN if the inner loss has no second derivative."""
+        made: Hessian | None = None
         try:
             made = curvature()
-            image = made.matvec(made.w.point)
+            return number(made)
         except RuntimeError:
-            return 0.0
-        self._spend(made)
-        size = float(torch.linalg.vector_norm(image))
-        return size if math.isfinite(size) else 0.0
-
-    def _steepness(self, curvature: Callable[[], Hessian]) -> float:
-        """Return ``L |w|``, or NaN if the inner loss has no second derivative."""
-
-        def counted() -> Hessian:
-            nonlocal made
-            made = curvature()
-            return made
-
-        made: Hessian | None = None
-        largest = steepness(counted)
-        if made is not None:
-            self._spend(made)
-        return largest * float(self.size)
-
-    def _spend(self, curvature: Hessian) -> None:
-        self.gradients += curvature.gradients
-        self.products += curvature.matvecs
+            return math.nan
+        finally:
+            if made is not None:
+                self.gradients += made.gradients
+                self.products += made.matvecs
 
     def stats(self, ended: Status | None = None) -> SolveStats:
         """Return the statistics of the training; the residual is the last norm relative to the scale.
