@@ -73,32 +73,26 @@ class Unrolled(Adjoint):
 
     def _truncated(self, problem: Problem, last: int) -> Iterate:
         """Solve without a graph, then take ``last`` steps with one."""
-        solver, phi = problem.solver, problem.bind(problem.args)
+        solver, phi, start = problem.solver, problem.bind(problem.args), problem.start
+        head, tail = solver, solver
         if solver.fixed:
             before = max(0, solver.max_steps - last)
             if not before:
-                return unroll(problem, problem.start, solver.max_steps, stop=False)
-            with underived():
-                head = replace(problem, solver=replace(solver, max_steps=before))
-                run = (
-                    unroll(head, problem.start, before, stop=False)
-                    if functorch_level()
-                    else iterate(head.solver, phi, head.start)
-                )
-            stepped = unroll(problem, run.value, last, stop=False)
-            stepped.stats.iterations = stepped.stats.iterations + before
+                return unroll(problem, start, solver.max_steps, stop=False)
+            head = replace(solver, max_steps=before)
         else:
-            with underived():
-                if functorch_level():
-                    run = unroll(problem, problem.start, solver.max_steps, stop=True)
-                else:
-                    run = solve_forward(problem, phi, phi)
             # Take plain steps, whatever the solver. At the solution, an acceleration's history is rounding noise, and so is the
             # derivative of its least squares problem (for Anderson with k = 150, 1e31 times the gradient).
-            plain = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
-            stepped = unroll(replace(problem, solver=plain), run.value, last, stop=False)
+            tail = Picard(solver.rtol, solver.atol, max_steps=last, damping=getattr(solver, "damping", 1.0))
+        with underived():
+            if functorch_level():
+                run = unroll(replace(problem, solver=head), start, head.max_steps, stop=not solver.fixed)
+            else:
+                run = iterate(head, phi, start) if solver.fixed else solve_forward(problem, phi, phi)
+        stepped = unroll(replace(problem, solver=tail), run.value, last, stop=False)
+        if not solver.fixed:
             stepped.stats.row_status = torch.maximum(stepped.stats.row_status, run.stats.row_status)
-            stepped.stats.iterations = stepped.stats.iterations + run.stats.evaluations
+        stepped.stats.iterations = stepped.stats.iterations + (head.max_steps if solver.fixed else run.stats.evaluations)
         for cost in ("evaluations", "vjps", "jvps"):
             setattr(stepped.stats, cost, getattr(stepped.stats, cost) + getattr(run.stats, cost))
         return stepped
