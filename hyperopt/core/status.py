@@ -50,6 +50,12 @@ class SolveStats:
     fallbacks: tuple[str, ...] = ()
 
     @classmethod
+    def of_steps(cls, steps: int, residual: Tensor, scale: Tensor, **others: Any) -> SolveStats:
+        """Return the statistics of a fixed number of steps, for the relative residuals that they leave, shape (rows,)."""
+        status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
+        return cls(status, torch.full_like(status, steps), residual, scale, **others)
+
+    @classmethod
     def of_one(cls, status: Status, iterations: int, residual: float, scale: float, **others: Any) -> SolveStats:
         """Return the statistics of a solve of one row, made of numbers."""
         numbers = [torch.tensor([x], dtype=torch.float64) for x in (residual, scale)]

@@ -23,7 +23,7 @@ from hyperopt.core.eager import runs_eagerly
 from hyperopt.core.linear.neumann import Neumann
 from hyperopt.core.loop import relative
 from hyperopt.core.solvers.picard import Picard
-from hyperopt.core.status import AdjointBox, Solution, SolveStats, Status
+from hyperopt.core.status import AdjointBox, Solution, SolveStats
 
 REASON = (
     "hyperopt.fixed_point compiles as one graph with Picard(rtol=0, atol=0), Implicit(Neumann(rtol=0, atol=0)) and every "
@@ -81,10 +81,8 @@ def exported(problem: Problem) -> Solution:
 def solution(problem: Problem, value: Tensor, before: Tensor) -> Solution:
     """Return the value after all steps with its statistics; ``before`` is the value before the last step."""
     difference, size = torch.linalg.vector_norm(value.detach() - before, dim=1), torch.linalg.vector_norm(value.detach(), dim=1)
-    residual = relative(difference, size)
-    status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
     steps = problem.solver.max_steps
-    stats = SolveStats(status, torch.full_like(status, steps), residual, size, evaluations=steps, method=problem.solver.name)
+    stats = SolveStats.of_steps(steps, relative(difference, size), size, evaluations=steps, method=problem.solver.name)
     return Solution(problem.layout.tree(value), stats, problem.layout, AdjointBox())
 
 

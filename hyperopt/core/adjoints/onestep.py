@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
 from hyperopt.core.loop import relative
-from hyperopt.core.status import SolveStats, Status
+from hyperopt.core.status import SolveStats
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,4 @@ def truncated(b: Tensor, residual: Tensor, products: int, method: str) -> SolveS
     ``residual`` is the last measured one, at the iterate before the value; the residual at ``v = 0`` is ``b``.
     """
     scale = torch.linalg.vector_norm(b, dim=1)
-    last = relative(residual, scale)
-    status = torch.where(torch.isfinite(last), int(Status.fixed_steps), int(Status.nonfinite))
-    return SolveStats(status, torch.full_like(status, products + 1), last, scale, vjps=products, method=method)
+    return SolveStats.of_steps(products + 1, relative(residual, scale), scale, vjps=products, method=method)

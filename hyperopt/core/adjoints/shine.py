@@ -18,13 +18,13 @@ from torch import Tensor
 
 from hyperopt.core.adjoints.base import Problem
 from hyperopt.core.adjoints.implicit import ImplicitAdjoint, LinearSystem
+from hyperopt.core.adjoints.onestep import truncated
 from hyperopt.core.checks import POLICIES, check_choice, check_kind, check_number
 from hyperopt.core.differentiate import InexactError
 from hyperopt.core.linear.base import LinearSolver
-from hyperopt.core.loop import relative
 from hyperopt.core.policy import report
 from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.status import Solution, SolveStats, Status
+from hyperopt.core.status import Solution
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ class Shine(ImplicitAdjoint):
                 v, stats = found.value, found.stats
                 stats.method = f"Shine + {stats.method}"
             else:
-                residual = relative(torch.linalg.vector_norm(v - system.operator.matvec(v) - b, dim=1), size)
-                status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
-                stats = SolveStats(status, kept.long(), residual, size, vjps=1, method="Shine")
+                residual = torch.linalg.vector_norm(v - system.operator.matvec(v) - b, dim=1)
+                stats = replace(truncated(b, residual, 1, "Shine"), iterations=kept.long())
         system.keep(v, stats)
         report(stats, self.policy, system.what)
         return v

@@ -312,14 +312,9 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
             if at.broken is not None:
                 broken = at.broken if broken is None else broken | at.broken
                 w = torch.where(broken[:, None], at.w, w)
-    residual = relative(norms[end], sizes[end])
-    status = torch.where(torch.isfinite(residual), int(Status.fixed_steps), int(Status.nonfinite))
-    if broken is not None:
-        status = torch.where(broken & torch.isfinite(residual), int(Status.breakdown), status)
-    stats = SolveStats(
-        status,
-        torch.full_like(status, solver.max_steps),
-        residual,
+    stats = SolveStats.of_steps(
+        solver.max_steps,
+        relative(norms[end], sizes[end]),
         sizes[end],
         evaluations=cost.evaluations,
         vjps=cost.vjps,
@@ -328,6 +323,8 @@ def _fixed(solver: FixedPointSolver, phi: Map, w0: Tensor, last: Map, scale: Ten
         trace=torch.stack([relative(norms[k], sizes[k]).max() for k in sorted(norms)]) if trace else w0.new_empty(0),
         method=solver.name,
     )
+    if broken is not None:
+        stats.row_status = stats.row_status.masked_fill(broken & torch.isfinite(stats.residual), int(Status.breakdown))
     return Iterate(w, stats, solver, state)
 
 
