@@ -22,21 +22,7 @@ from hyperopt.core.streams import library, streamed
 PLAIN = (bool, int, float, complex, str, type(None))
 LONG = 256  # a container with more entries than this is taken for data, and its entries are not searched
 MANY = 20_000  # at most this many objects are searched
-FOREIGN = (
-    "torch",
-    "numpy",
-    "builtins",
-    "collections",
-    "optree",
-    "logging",
-    "threading",
-    "matplotlib",
-    "pandas",
-    "scipy",
-    "sklearn",
-)
-
-
+FOREIGN = "torch numpy builtins collections optree logging threading matplotlib pandas scipy sklearn".split()
 # Attributes that every torch module has.
 INTERNAL = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
