@@ -166,7 +166,7 @@ def source_of(given: Any, name: str) -> BatchSource:
     """
     if given is None:
         return NoBatches()
-    if _is_source(given):
+    if is_source(given):
         return given
     if isinstance(given, DataLoader):
         return LoaderBatches(given, name)
@@ -185,7 +185,7 @@ def source_of(given: Any, name: str) -> BatchSource:
     )
 
 
-def _is_source(given: Any) -> bool:
+def is_source(given: Any) -> bool:
     """Whether ``given`` is a source, and not the class of one."""
     return isinstance(given, BatchSource) and not isinstance(given, type)
 

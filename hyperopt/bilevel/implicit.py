@@ -216,7 +216,7 @@ class ImplicitEstimator(ProductSettings, Estimator):
         box = AdjointBox()
         near, start = at.state.memory.get("u") if self.warm else None, None
         if near is not None:
-            start, _ = adjoint.warm(operator, at.b, near / operator.step)
+            start = adjoint.warm(operator, at.b, near / operator.step)
         u = operator.step * adjoint.solve(LinearSystem(operator, at.b, start, "adjoint", box))
         assert box.stats is not None
         return u, box.stats

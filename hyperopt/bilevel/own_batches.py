@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hyperopt.bilevel.batches import BatchSource, source_of
+from hyperopt.bilevel.batches import BatchSource, is_source, source_of
 from hyperopt.core.checks import plain
 from hyperopt.data.sparse import SparseRows
 
@@ -54,7 +54,7 @@ class OwnBatches:
         """
         if isinstance(given, Iterator):
             return self._next(given, count or drawn)
-        if isinstance(given, DataLoader | Dataset) or (isinstance(given, BatchSource) and not isinstance(given, type)):
+        if isinstance(given, DataLoader | Dataset) or is_source(given):
             source = self._source(given)
             return [source.draw() for _ in range(count or drawn)]
         found = self._listed(given)

@@ -97,9 +97,9 @@ class ImplicitAdjoint(Adjoint):
     def solve(self, system: LinearSystem) -> Tensor:
         """Solve the system, and ``keep`` the solution with its statistics."""
 
-    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
-        """Return a start, given the solution ``near`` of a similar system, and the number of products with M it took."""
-        return near, 0
+    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> Tensor:
+        """Return a start, given the solution ``near`` of a similar system."""
+        return near
 
     def ignoring(self) -> ImplicitAdjoint:
         """Return the same adjoint with ``policy="ignore"``; one with another policy is a dataclass that has this field."""
@@ -172,7 +172,7 @@ class Implicit(ImplicitAdjoint):
             limits |= {"rtol": first.rtol, "atol": first.atol, "relative_to": first.relative_to}
         return GMRES(**limits, window=40), NormalCG(**limits)
 
-    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, operator: LinearOperator, b: Tensor, near: Tensor) -> Tensor:
         """Ask the linear solver for a start."""
         with torch.no_grad():
             return self.linear_solver.warm(operator, b, near)
@@ -213,7 +213,7 @@ class FixedPoint(System):
         operator = lin.T if what == "adjoint" else lin
         near = self.problem.adjoint_start
         if start is None and near is not None and near.shape == b.shape:  # under vmap there are more rows
-            start = self.adjoint.warm(operator, b, near)[0]
+            start = self.adjoint.warm(operator, b, near)
         value = self.adjoint.solve(LinearSystem(operator, b, start, what, self.box, self.run, self.problem.trace))
         stats = self.box.stats
         if stats is not None:

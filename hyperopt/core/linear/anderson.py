@@ -47,9 +47,9 @@ class LinearAnderson(LinearSolver, AndersonMixing):
 
     iterates = True
 
-    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> Tensor:
         """Return one step from the best multiple of ``near``."""
-        return fitted_start(matvec, b, near), 1
+        return fitted_start(matvec, b, near)
 
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Accelerate ``v <- M v + b``."""

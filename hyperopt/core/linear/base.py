@@ -74,9 +74,9 @@ class LinearSolver(IterativeMethod, ABC):
             return norm
         return torch.maximum(norm, norm.square().mean().sqrt())
 
-    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
-        """Return a start, given the solution ``near`` of a similar system, and the number of products with ``M`` it took."""
-        return near, 0
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> Tensor:
+        """Return a start, given the solution ``near`` of a similar system."""
+        return near
 
     @abstractmethod
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:

@@ -41,9 +41,9 @@ class Neumann(LinearSolver):
 
     iterates = True
 
-    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> tuple[Tensor, int]:
+    def warm(self, matvec: Products, b: Tensor, near: Tensor) -> Tensor:
         """Return one step from the best multiple of ``near``."""
-        return fitted_start(matvec, b, near), 1
+        return fitted_start(matvec, b, near)
 
     def solve(self, matvec: Products, b: Tensor, x0: Tensor | None = None, *, trace: bool = False) -> LinearSolution:
         """Sum the series."""
