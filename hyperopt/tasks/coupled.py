@@ -9,36 +9,28 @@ solvers, the adjoints, the certificate and ``mode=check`` work as they do for on
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hyperopt.core import distributed
-from hyperopt.core.adjoints.base import Adjoint
-from hyperopt.core.checks import POLICIES, check_choice, check_count, check_number, check_open_unit, plain
-from hyperopt.core.solvers.base import FixedPointSolver
-from hyperopt.core.status import Solution
+from hyperopt.core.checks import check_count, check_number, check_open_unit, plain
 from hyperopt.data.splits import scaled_by
 from hyperopt.nn.contractive import ProjectedMatrix
 from hyperopt.nn.coupled import CoupledCell, State
 from hyperopt.nn.deq import DEQ
-from hyperopt.tasks.base import Environment, FixedSettings, GradientCheck, StepRecord
+from hyperopt.tasks.base import Environment, GradientCheck, StepRecord
 from hyperopt.tasks.exports import LearnedModel
-from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
-from hyperopt.tasks.solve_figures import residual_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from hyperopt.tasks.solving import SolvingTask
 
 SPLITS = {"outer": "fitted", "val": "selected on", "test": "held out"}
 
 
 @dataclass(eq=False)
-class CoupledTask(FixedSettings, SolvingTask):
+class CoupledTask(SolvingTask):
     """The task of two coupled states; an outer step takes one hypergradient on all fitted rows.
 
     Attributes:
@@ -49,10 +41,6 @@ class CoupledTask(FixedSettings, SolvingTask):
         max_norm: largest spectral norm of the coupling matrix M, in (0, 1); the hidden model has 0.9 of it.
         noise: standard deviation of the noise in the targets, at least 0.
         certificate_every: number of outer steps between two certificates (``hypergrad/error_estimate``).
-        solver: the solver of the states (None: Picard).
-        adjoint: the adjoint (None: implicit, by the Neumann series).
-        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
-        fallback: solvers that ``policy=fallback`` tries in turn (none: Anderson, Broyden, Newton-Krylov).
         model: the layer, after ``setup``.
         inputs, targets: the inputs and targets of each split, after ``setup``.
     """
@@ -67,10 +55,6 @@ class CoupledTask(FixedSettings, SolvingTask):
     max_norm: float = 0.8
     noise: float = 0.0
     certificate_every: int = 10
-    solver: FixedPointSolver | None = None
-    adjoint: Adjoint | None = None
-    policy: str = "warn"
-    fallback: tuple[FixedPointSolver, ...] = ()
 
     model: DEQ = field(init=False, repr=False)
     inputs: dict[str, Tensor] = field(init=False, repr=False)
@@ -78,6 +62,7 @@ class CoupledTask(FixedSettings, SolvingTask):
 
     def __post_init__(self) -> None:
         """Check the ranges; a list given as ``y_shape`` becomes a tuple."""
+        super().__post_init__()
         for name in ("x_size", "features", "rows", "certificate_every"):
             check_count(self, name)
         sizes = tuple(map(plain, self.y_shape))
@@ -86,8 +71,6 @@ class CoupledTask(FixedSettings, SolvingTask):
         object.__setattr__(self, "y_shape", sizes)
         check_open_unit(self, "max_norm")
         check_number(self, "noise", 0.0)
-        check_choice(self, "policy", POLICIES)
-        check_adjoint(self)
 
     def setup(self, env: Environment) -> None:
         """Draw the hidden model, the rows and the model from ``env.generator`` in float64, then move them to device and dtype."""
@@ -96,7 +79,7 @@ class CoupledTask(FixedSettings, SolvingTask):
         # With this scale M lies on the boundary of the ball.
         hidden = self._build(self.features, 0.9 * self.max_norm, 1.0, generator).to(env.device, env.dtype)
         self.model = self._build(self.features, self.max_norm, 0.01, generator).to(env.device, env.dtype)
-        self.inputs, self.targets = {}, {}
+        self.layers, self.inputs, self.targets = {"": self.model}, {}, {}
         for split in SPLITS:
             drawn = torch.randn(self.rows, self.features, generator=generator, dtype=torch.float64)
             self.inputs[split] = drawn.to(env.device, env.dtype)
@@ -130,41 +113,31 @@ class CoupledTask(FixedSettings, SolvingTask):
         """Return the groups M and B."""
         return {name: list(group) for name, group in self._cell.groups().items()}
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the layer's parameters by name."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-    def set_values(self, values: Mapping[str, Tensor]) -> None:
-        """Set parameters, and project them as after a step; see ``Task.set_values``."""
-        super().set_values(values)
+    def project_(self) -> None:
+        """Project M."""
         self._cell.recurrent.project_()
 
-    def loss(self, split: str, model: DEQ | None = None, trace: bool = False) -> Tensor:
+    def loss(self, split: str, rows: slice = slice(None)) -> Tensor:
         """Return the mean over rows of half the squared distance from the targets."""
-        return self._loss(self.inputs[split], self.targets[split], model or self.model, trace)
-
-    def _loss(self, inputs: Tensor, targets: State, model: DEQ, trace: bool = False) -> Tensor:
-        found = model(inputs, trace=trace)
-        distances = [(s - t).square().flatten(1).sum(1) for s, t in zip(found, targets, strict=True)]
+        found = self.model(self.inputs[split][rows])
+        distances = [(s - t[rows]).square().flatten(1).sum(1) for s, t in zip(found, self.targets[split], strict=True)]
         return (distances[0] + distances[1]).mean() / 2
+
+    def outer_loss(self) -> Tensor:
+        """Return the loss of a step."""
+        return self.loss("outer")
 
     def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
         mine = distributed.share_of(self.rows)
-        inputs, (x, y) = self.inputs["outer"][mine], self.targets["outer"]
         record = self.update(
             optimizer,
             check,
-            lambda: self._loss(inputs, (x[mine], y[mine]), self.model),
+            lambda: self.loss("outer", mine),
             lambda: self.certificate(self.certificate_every),
-            len(inputs),
+            mine.stop - mine.start,
         )
-        self._cell.recurrent.project_()
         return record.over_ranks()
-
-    def solutions(self) -> Sequence[Solution]:
-        """Return the model's latest solution."""
-        return [] if self.model.solution is None else [self.model.solution]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -176,29 +149,6 @@ class CoupledTask(FixedSettings, SolvingTask):
             for name, state, target in zip("xy", self.model.solution.value, self.targets[split], strict=True):
                 metrics[f"{split}/error_{name}"] = float((state - target).norm() / target.norm())
         return metrics
-
-    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the outer loss of a step and the solution; see ``Task.objective``."""
-        model = copy.copy(self.model)  # shares the parameters
-        model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
-        loss = self.loss("outer", model)
-        assert model.solution is not None
-        return loss, model.solution
-
-    def figures(self) -> dict[str, Figure]:
-        """Return ``residual``, of one traced forward and one traced backward solve."""
-        loss = self.loss("outer", trace=True)
-        torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
-        return {} if self.model.solution is None else {"residual": residual_figure({"": self.model.solution})}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the model's tensors; inputs and targets come from the seed."""
-        return {"model": dict(self.model.state_dict()), "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, in place."""
-        self.model.load_state_dict(state["model"])
-        self.steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes, and the number of rows of each metric."""

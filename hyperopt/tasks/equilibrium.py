@@ -9,10 +9,9 @@ Reference: R. Grazzi, L. Franceschi, M. Pontil and S. Salzo, On the iteration co
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,19 +20,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperopt.core import distributed
-from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.checks import check_choice, check_count, check_flag, check_optional
-from hyperopt.core.solvers.base import FixedPointSolver
 from hyperopt.core.solvers.picard import Picard
-from hyperopt.core.status import Solution
 from hyperopt.core.tree import tree_norm
 from hyperopt.data.splits import Rows
 from hyperopt.nn.cells import CellFactory, OwnCell, ProjectedCell
 from hyperopt.nn.constants import mean_cross_entropy_constants
 from hyperopt.nn.equilibrium import EquilibriumModel, linear_classifier
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, GradientCheck, StepRecord
-from hyperopt.tasks.exports import LearnedModel
-from hyperopt.tasks.solve_figures import residual_figure, spectrum_figure
+from hyperopt.tasks.figures import spectrum_figure
 from hyperopt.tasks.supervised import SupervisedTask
 from hyperopt.tasks.tolerance import GradientTolerance
 from hyperopt.tasks.warm import WarmStart, WarmStore
@@ -116,6 +111,7 @@ class EquilibriumTask(SupervisedTask):
         self.load(env)
         fitted = self.rows["outer"]
         self.model = self._build(fitted.x.shape[1], self.splits.num_classes, env.generator).to(env.device, env.dtype)
+        self.layers = {"": self.model}
         if env.compile:
             self.model.cell.compile_map()
         self.forcing = None if self.tolerance == "fixed" else GradientTolerance()
@@ -137,10 +133,6 @@ class EquilibriumTask(SupervisedTask):
         classifier = linear_classifier(cell.state_size, classes, self.classifier_scale, generator)
         return EquilibriumModel(cell, classifier, self.solver, self.adjoint, self.policy, self.fallback)
 
-    def learned(self) -> LearnedModel:
-        """Return the model, whose parameters are the hyperparameters."""
-        return LearnedModel.on(self.splits, self.model.state_dict())
-
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> EquilibriumModel:
         """Build the model."""
         return self._build(math.prod(shape), classes, None)
@@ -149,22 +141,13 @@ class EquilibriumTask(SupervisedTask):
         """Return the groups of the cell (A, B, c) and ``classifier``."""
         return {name: list(group) for name, group in self.model.groups().items()}
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the model's parameters by name."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-    def set_values(self, values: Mapping[str, Tensor]) -> None:
-        """Set parameters, and project them as after a step; see ``Task.set_values``."""
-        super().set_values(values)
+    def project_(self) -> None:
+        """Project the cell."""
         self.model.cell.project_()
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits, from a solve that starts at zero."""
         return self.model(x)
-
-    def solutions(self) -> Sequence[Solution]:
-        """Return the model's latest solution."""
-        return [] if self.model.solution is None else [self.model.solution]
 
     def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
@@ -177,12 +160,11 @@ class EquilibriumTask(SupervisedTask):
         record = self.update(
             optimizer,
             check,
-            lambda: self._loss(fitted, start) + self._penalty(),
+            lambda: self._loss(fitted, start),
             lambda: self._measured(fitted),
             len(fitted),
         )
         self.model.solver = self.solver
-        self.model.cell.project_()
         if self.warm is not None and self.model.solution is not None:
             self.warm.keep(places, step, self.model.solution.value, self.model.solution.v, batch.rows)
         record.metrics |= {**start.metrics, **self.place(batch)}
@@ -195,56 +177,25 @@ class EquilibriumTask(SupervisedTask):
             self.forcing.note(tree_norm(self.gradients()))
         return found
 
-    def _loss(self, rows: Rows, start: WarmStart | None = None, trace: bool = False) -> Tensor:
-        """Return the mean cross-entropy on ``rows``."""
-        start = start or WarmStart()
-        return functional.cross_entropy(self.model(rows.x, start.state, start.adjoint, trace), rows.y)
-
-    def _penalty(self) -> Tensor | float:
-        """Return the sum over groups of ``l2 / 2 |group|^2``."""
+    def _loss(self, rows: Rows, start: WarmStart) -> Tensor:
+        """Return the mean cross-entropy on ``rows``, plus ``sum_g l2_g / 2 |g|^2``."""
         groups = self.model.groups()
         terms = [s / 2 * tensor.square().sum() for name, s in self.l2.items() if s for tensor in groups[name]]
-        return sum(terms[1:], start=terms[0]) if terms else 0.0
+        penalty = sum(terms[1:], start=terms[0]) if terms else 0.0
+        return functional.cross_entropy(self.model(rows.x, start.state, start.adjoint), rows.y) + penalty
 
-    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the outer loss of a step on the evaluated fitted rows, and the solution; see ``Task.objective``."""
-        model, rows = copy.copy(self.model), self.evaluated()["outer"]  # the copy shares the parameters
-        model.solver, model.adjoint, model.policy = solver, adjoint, "ignore"
-        loss = functional.cross_entropy(model(rows.x), rows.y) + self._penalty()
-        assert model.solution is not None
-        return loss, model.solution
+    def outer_loss(self) -> Tensor:
+        """Return the loss of a step, on the evaluated fitted rows."""
+        return self._loss(self.evaluated()["outer"], WarmStart())
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced forward and backward solve) and, for a cell with a matrix A, ``spectrum``."""
-        loss = self._loss(self.evaluated()["outer"], trace=True)
-        torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group])
-        figures = {}
-        if self.model.solution is not None:
-            figures["residual"] = residual_figure({"": self.model.solution})
         recurrent = getattr(self.model.cell, "recurrent", None)
-        if recurrent is not None:
-            figures["spectrum"] = spectrum_figure(recurrent)
-        return figures
+        return {**super().figures(), **({} if recurrent is None else {"spectrum": spectrum_figure(recurrent)})}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the model's tensors, the position in the data, the warm starts and the state of the tolerance (None: unused)."""
-        return {
-            "model": dict(self.model.state_dict()),
-            "batches": self.batches.state_dict(),
-            "warm": None if self.warm is None else self.warm.state_dict(),
-            "tolerance": None if self.forcing is None else self.forcing.state_dict(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, in place."""
-        self.model.load_state_dict(state["model"])
-        self.batches.load_state_dict(state["batches"])
-        if self.warm is not None:
-            self.warm.load_state_dict(state["warm"])
-        if self.forcing is not None:
-            self.forcing.load_state_dict(state["tolerance"])
-        self.steps = state["steps"]
+    def parts(self) -> dict[str, Any]:
+        """Return the model, the position in the data, the warm starts and the state of the tolerance."""
+        return {**super().parts(), "warm": self.warm, "tolerance": self.forcing}
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, the dataset with its checksums, and the number of rows of each metric."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,10 +36,8 @@ from hyperopt.nn.deq import DEQ
 from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, GradientCheck, StepRecord
-from hyperopt.tasks.exports import LearnedModel
-from hyperopt.tasks.misclassified import misclassified_figure
+from hyperopt.tasks.figures import misclassified_figure
 from hyperopt.tasks.running import Running
-from hyperopt.tasks.solve_figures import residual_figure
 from hyperopt.tasks.supervised import SupervisedTask
 
 if TYPE_CHECKING:
@@ -73,6 +71,7 @@ class ImplicitTask(SupervisedTask):
 
     name = "implicit"
     MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, *RUNNING)
+    prefix = "network."
 
     network: NetworkFactory | None = None
     batch_size: int | None = 100
@@ -105,7 +104,6 @@ class ImplicitTask(SupervisedTask):
                 than ``batch_size``.
         """
         self.load(env, order=torch.device("cpu") if self.workers else None)
-        self.evaluation_rows = self.eval_batch_size
         with drawing(env.generator):
             network = self._build(self.splits.shape, self.splits.num_classes)
         self.model = network.to(env.device, env.dtype)
@@ -137,10 +135,6 @@ class ImplicitTask(SupervisedTask):
         methods = Methods(self.solver, self.adjoint, self.policy, self.fallback)
         return (self.network or TanhMLP()).build(shape, classes, methods)
 
-    def learned(self) -> LearnedModel:
-        """Return the network, whose parameters are the hyperparameters."""
-        return LearnedModel.on(self.splits, {f"network.{name}": value for name, value in self.model.state_dict().items()})
-
     def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Module:
         """Build the network, after a layer that reshapes rows to images."""
         return nn.Sequential(OrderedDict(images=nn.Unflatten(1, shape), network=self._build(shape, classes)))
@@ -152,17 +146,9 @@ class ImplicitTask(SupervisedTask):
             groups.setdefault(name.partition(".")[0], []).append(parameter)
         return groups
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the network's parameters by name."""
-        return {f"network.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of flattened images."""
         return self.model(x.unflatten(1, self.splits.shape))
-
-    def solutions(self) -> Sequence[Solution]:
-        """Return the latest solutions of the layers."""
-        return [layer.solution for layer in self.layers.values() if layer.solution is not None]
 
     def step(self, optimizer: torch.optim.Optimizer, check: GradientCheck) -> StepRecord:
         """Do one outer step; see ``Task.step``."""
@@ -191,7 +177,7 @@ class ImplicitTask(SupervisedTask):
             replay.commit()  # has an effect only after the first call
             return total
 
-        with self._solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
+        with self.solved_by(*self.pretraining()) if self.steps < self.pretrain_steps else contextlib.nullcontext():
             record = self.update(optimizer, check, loss if once else again, rows=len(labels))
         record.metrics |= {**found[0], **self.place(batch)}
         record = record.over_ranks()
@@ -227,63 +213,26 @@ class ImplicitTask(SupervisedTask):
             for layer, solution in before.items():
                 layer.solution = solution
 
-    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
-        """Return the loss on the first fitted rows, in eval mode, and the first layer's solution; see ``Task.objective``."""
+    def outer_loss(self) -> Tensor:
+        """Return the loss on the first fitted rows; ``objective`` and ``figures`` take it in eval mode."""
         rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
-        with self._evaluating(), self._solved_by(solver, adjoint):
-            loss = functional.cross_entropy(self.logits(rows.x), rows.y)
-            return loss, self.solutions()[0]
+        return functional.cross_entropy(self.logits(rows.x), rows.y)
 
-    @contextlib.contextmanager
-    def _solved_by(self, solver: FixedPointSolver, adjoint: Adjoint) -> Iterator[None]:
-        """Give every layer another solver and adjoint in this block."""
-        before = [(layer, layer.solver, layer.adjoint, layer.policy) for layer in self.layers.values()]
-        try:
-            for layer in self.layers.values():
-                layer.solver, layer.adjoint, layer.policy = solver, adjoint, "ignore"
-            yield
-        finally:
-            for layer, solver_before, adjoint_before, policy in before:
-                layer.solver, layer.adjoint, layer.policy = solver_before, adjoint_before, policy
+    def objective(self, solver: FixedPointSolver, adjoint: Adjoint) -> tuple[Tensor, Solution]:
+        """Return ``outer_loss`` and the first layer's solution; see ``Task.objective``."""
+        with self._evaluating():
+            return super().objective(solver, adjoint)
 
     def figures(self) -> dict[str, Figure]:
         """Return ``residual`` (of one traced forward and backward solve) and ``misclassified``, some of those test images."""
-        rows = self.evaluated()["outer"].take(slice(self.eval_batch_size))
         with self._evaluating():
-            hooks = [layer.register_forward_pre_hook(_traced, with_kwargs=True) for layer in self.layers.values()]
-            try:
-                loss = functional.cross_entropy(self.logits(rows.x), rows.y)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            torch.autograd.grad(loss, [tensor for group in self.groups().values() for tensor in group], allow_unused=True)
-            named = {name if len(self.layers) > 1 else "": layer.solution for name, layer in self.layers.items()}
-            figures = {"residual": residual_figure({name: found for name, found in named.items() if found is not None})}
-            test = self.rows["test"]
-            figures["misclassified"] = misclassified_figure(self.logits, test, self.splits.shape, self.eval_batch_size)
-        return figures
+            wrong = misclassified_figure(self.logits, self.rows["test"], self.splits.shape, self.eval_batch_size)
+            return {**super().figures(), "misclassified": wrong}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the network's tensors, the position in the data, and the running means."""
-        return {
-            "model": self.model.state_dict(),
-            "batches": self.batches.state_dict(),
-            "running": self.running.state_dict(),
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, in place."""
-        self.model.load_state_dict(state["model"])
-        self.batches.load_state_dict(state["batches"])
-        self.running.load_state_dict(state["running"])
-        self.steps = state["steps"]
+    def parts(self) -> dict[str, Any]:
+        """Return the network, the position in the data, and the running means."""
+        return {**super().parts(), "running": self.running}
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, the dataset with its checksums, the number of rows of each metric, and the implicit layers."""
         return {**super().describe(), "shape": list(self.splits.shape), "layers": list(self.layers)}
-
-
-def _traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let an implicit layer keep its residuals; a forward hook."""
-    return args, {**kwargs, "trace": True}

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt.core.adjoints.base import Adjoint
-from hyperopt.core.checks import POLICIES, check_choice, check_optional_count
-from hyperopt.core.solvers.base import FixedPointSolver
+from hyperopt.core.checks import check_choice, check_optional_count
 from hyperopt.data.batches import Batch, Batches
 from hyperopt.data.splits import Dataset, Rows, Splits
-from hyperopt.tasks.base import Environment, FixedSettings, check_dataset, load_splits
-from hyperopt.tasks.outer_update import SolvingTask, check_adjoint
+from hyperopt.tasks.base import Environment, check_dataset, load_splits
+from hyperopt.tasks.exports import LearnedModel
 from hyperopt.tasks.scores import ROWS, scores
+from hyperopt.tasks.solving import SolvingTask
 
 SPLITS = ("train", "val")
 LAST_BATCH = ("keep", "drop")
 
 
 @dataclass(eq=False)
-class SupervisedTask(FixedSettings, SolvingTask):
+class SupervisedTask(SolvingTask):
     """A task that fits one split of a dataset in batches, selects on another and tests on a third.
 
     Attributes:
@@ -33,43 +32,34 @@ class SupervisedTask(FixedSettings, SolvingTask):
             smaller batch of them, ``drop`` leaves them out of this epoch.
         eval_rows: number of fitted rows, the first ones, on which ``outer/*`` is measured (None: all); with
             ``dataset.order=shuffled`` these are a random sample.
-        solver: the solver of the states (None: Picard).
-        adjoint: the adjoint (None: implicit, by the Neumann series).
-        policy: what to do when the solver fails: ``raise``, ``warn`` (1st, 10th, 100th, ... time), ``fallback`` or ``ignore``.
-        fallback: solvers that ``policy=fallback`` tries in turn (none: Anderson, Broyden, Newton-Krylov).
         dataset: the rows (None: digits).
         splits: the dataset, after ``load``.
         rows: ``{"outer": fitted, "val": for selection, "test": held out}``, after ``load``; ``val`` may have no rows.
         batches: the order in which the fitted rows are used, after ``load``.
-        evaluation_rows: number of rows of one forward pass in an evaluation, which bounds its memory.
+        eval_batch_size: number of rows of one forward pass in an evaluation, which bounds its memory.
     """
 
     classifies = True
+    eval_batch_size = ROWS
 
     fitted: str = "train"
     batch_size: int | None = None
     last_batch: str = "keep"
     eval_rows: int | None = None
-    solver: FixedPointSolver | None = None
-    adjoint: Adjoint | None = None
-    policy: str = "warn"
-    fallback: tuple[FixedPointSolver, ...] = ()
     dataset: Dataset | None = None
 
     splits: Splits = field(init=False, repr=False)
     rows: dict[str, Rows] = field(init=False, repr=False)
     batches: Batches = field(init=False, repr=False)
-    evaluation_rows: int = field(default=ROWS, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         check_choice(self, "fitted", SPLITS)
         check_optional_count(self, "batch_size")
         check_optional_count(self, "eval_rows")
         check_choice(self, "last_batch", LAST_BATCH)
-        check_choice(self, "policy", POLICIES)
         check_dataset(self)
-        check_adjoint(self)
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
@@ -98,6 +88,15 @@ class SupervisedTask(FixedSettings, SolvingTask):
         self.batches = Batches(len(fitted), self.batch_size, env.seed, self.last_batch, order or env.device)
         self.steps = 0
 
+    def parts(self) -> dict[str, Any]:
+        """Return the model and the position in the data."""
+        return {"model": self.model, "batches": self.batches}
+
+    def learned(self) -> LearnedModel:
+        """Return the model, whose parameters are the hyperparameters."""
+        weights = {f"{self.prefix}{name}": value for name, value in self.model.state_dict().items()}
+        return LearnedModel.on(self.splits, weights)
+
     def place(self, batch: Batch) -> dict[str, float]:
         """Return the metrics that say which batch this was; nothing without minibatches."""
         if batch.index is None:
@@ -112,7 +111,7 @@ class SupervisedTask(FixedSettings, SolvingTask):
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the three sets of rows."""
-        return scores(self.evaluated(), self.logits, self.evaluation_rows)
+        return scores(self.evaluated(), self.logits, self.eval_batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Return sizes, the dataset with its checksums, and the number of rows of each metric."""

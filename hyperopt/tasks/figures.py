@@ -1,50 +1,23 @@
-"""The metrics of a task's solves, and the figures of their residuals and of the recurrent matrix."""
+"""The figures of tasks that solve equilibria: residuals, the spectrum of a matrix, and misclassified images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from hyperopt.core.status import Solution, SolveStats, Status
+from hyperopt.core.status import Solution, SolveStats
+from hyperopt.data.splits import Rows
 from hyperopt.nn.contractive import ContractiveMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-def solve_metrics(solutions: Sequence[Solution]) -> tuple[dict[str, float], dict[str, Status]]:
-    """Return the metrics and statuses of the latest forward and backward solves, by the names of ``StepRecord``.
-
-    For several equilibria these are the slowest row, the worst residual, the worst status and the sums of the costs.
-    """
-    if not solutions:
-        raise RuntimeError("no model has been solved yet; call the model first")
-    metrics = {"cost/evaluations": 0.0, "cost/vjps": 0.0, "cost/jvps": 0.0}
-    statuses = {}
-    backward = [solution.adjoint for solution in solutions if solution.adjoint is not None]
-    for name, solves in (("inner", [solution.forward for solution in solutions]), ("adjoint", backward)):
-        if not solves:
-            continue
-        iterations = torch.cat([stats.iterations.double() for stats in solves])
-        metrics[f"{name}/iterations"] = float(iterations.max()) if iterations.numel() else 0.0
-        metrics[f"{name}/iterations_mean"] = float(iterations.mean()) if iterations.numel() else 0.0
-        metrics[f"{name}/residual"] = _worst([stats.worst_residual() for stats in solves])
-        metrics["cost/evaluations"] += sum(stats.evaluations for stats in solves)
-        metrics["cost/vjps"] += sum(stats.vjps for stats in solves)
-        metrics["cost/jvps"] += sum(stats.jvps for stats in solves)
-        metrics[f"{name}/fallbacks"] = float(sum(bool(stats.fallbacks) for stats in solves))
-        statuses[name] = max(stats.status for stats in solves)
-    metrics["inner/contraction"] = _worst([float(solution.forward.contraction) for solution in solutions])
-    return metrics, statuses
-
-
-def _worst(values: Sequence[float]) -> float:
-    """Return the largest value, or NaN if one is NaN."""
-    return float(torch.tensor(values, dtype=torch.float64).max())
+SHOWN = 25  # number of misclassified images, in five lines of five
 
 
 def residual_figure(solutions: Mapping[str, Solution]) -> Figure:
@@ -88,4 +61,38 @@ def spectrum_figure(matrix: ContractiveMatrix) -> Figure:
     axes.plot(values.real, values.imag, ".", label="eigenvalues of A")
     axes.set_aspect("equal")
     axes.legend(loc="upper right")
+    return figure
+
+
+@torch.no_grad()
+def misclassified_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
+    """Return a figure of the first misclassified images, each with its predicted and its true class.
+
+    Args:
+        logits: a function from flattened rows to logits, shape (rows, classes).
+        rows: the flattened images.
+        shape: shape of one image, (channels, height, width) with 1 or 3 channels.
+        batch: number of rows of one forward pass.
+    """
+    from matplotlib.figure import Figure  # imported here because it takes half a second
+
+    places, taken = [], []
+    for first in range(0, len(rows), batch):
+        part = rows.take(slice(first, first + batch))
+        predicted = logits(part.x).argmax(1)
+        wrong = (predicted != part.y).nonzero().squeeze(1)
+        places += (wrong + first).tolist()
+        taken += predicted[wrong].tolist()
+        if len(places) >= SHOWN:
+            break
+    figure = Figure(figsize=(6.5, 7.5), layout="constrained")
+    grid = figure.subplots(SHOWN // 5, 5)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, place, label in zip(grid.flat, places, taken, strict=False):
+        image = rows.x[place].reshape(shape).float().cpu()
+        low, high = image.amin(), image.amax()
+        shown = ((image - low) / torch.where(high > low, high - low, torch.ones_like(high))).permute(1, 2, 0)
+        axes.imshow(shown[..., 0].numpy() if shape[0] != 3 else shown.numpy(), cmap="gray")
+        axes.set_title(f"{label}, is {int(rows.y[place])}", fontsize=8)
     return figure
