@@ -10,7 +10,6 @@ evaluation trains a copy at the present hyperparameters and changes nothing.
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.adjoints.base import Adjoint
 from hyperopt.core.adjoints.checkpointed import Checkpointed
 from hyperopt.core.adjoints.unrolled import Unrolled
-from hyperopt.core.checks import check_count, check_flag
+from hyperopt.core.checks import check_flag
 from hyperopt.core.policy import SolveError
 from hyperopt.core.solvers.anderson import Anderson
 from hyperopt.core.solvers.base import FixedPointSolver
@@ -50,7 +49,7 @@ from hyperopt.tasks.base import (
     load_splits,
 )
 from hyperopt.tasks.exports import LearnedModel, named
-from hyperopt.tasks.scores import scores
+from hyperopt.tasks.scores import loss_of, scores
 
 Found = TypeVar("Found")
 
@@ -121,6 +120,10 @@ class BilevelTask(FixedSettings, Task):
     @abstractmethod
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """Return the outputs of the model at ``w``: logits, or numbers. shape: (n, outputs)."""
+
+    def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
+        """Return the mean loss of the model on a batch ``(x, y)``."""
+        return loss_of(self.predict(w, batch[0]), batch[1])
 
     def setup(self, env: Environment) -> None:
         """Load the rows and build the problem.
@@ -282,45 +285,6 @@ class BilevelTask(FixedSettings, Task):
         if self._w0 is not None:
             for leaf, first in zip(optree.tree_leaves(self.bilevel.w), optree.tree_leaves(self._w0), strict=True):
                 leaf.copy_(first)
-
-
-@dataclass(eq=False)
-class TunedTask(BilevelTask):
-    """A model that is trained on the training rows and tuned on the validation rows.
-
-    Attributes:
-        selection_rows: number of validation rows, the last ones, to which the hyperparameters are not fitted. They are the rows
-            of ``val/*``, which selects the best step and stops early (0: ``val/*`` and ``outer/*`` are the same rows).
-    """
-
-    selection_rows: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the count."""
-        super().__post_init__()
-        check_count(self, "selection_rows", 0)
-
-    @functools.cached_property
-    def fitted(self) -> Rows:
-        """The validation rows to which the hyperparameters are fitted.
-
-        Raises:
-            ValueError: there are none.
-        """
-        val, kept = self.splits.val, self.selection_rows
-        if kept >= len(val):
-            raise ValueError(
-                f"task.selection_rows={kept} leaves none of the {len(val)} validation rows to fit the hyperparameters to; lower "
-                "it or raise dataset.val"
-            )
-        return val.take(slice(len(val) - kept)) if kept else val
-
-    def rows(self) -> dict[str, Rows]:
-        """Return the rows of the metrics by name; a dataset without test rows has no ``test/*``."""
-        splits, kept = self.splits, self.selection_rows
-        selected = splits.val.take(slice(len(splits.val) - kept, None)) if kept else splits.val
-        found = {"train": splits.train, "outer": self.fitted, "val": selected, "test": splits.test}
-        return {name: rows for name, rows in found.items() if len(rows)}
 
 
 @torch.no_grad()

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.problem import BilevelProblem, Composite
 from hyperopt.core.checks import check_number
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment
+from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelSetup
 from hyperopt.tasks.network import NetworkTask
+from hyperopt.tasks.tuned import TunedTask
 
 CLEAN = 0.5  # images with a larger weight count as clean
 
@@ -56,8 +55,8 @@ class CorruptedTask(NetworkTask):
         check_number(self, "corrupted", 0.0, 1.0)
         check_number(self, "decay", 0.0)
 
-    def training_batches(self, env: Environment) -> Minibatches:
-        """Replace labels, and return batches ``(x, y, places)`` of the training rows, where ``places`` are their indices.
+    def replace_labels(self, env: Environment) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace labels, and return ``(x, y, places)`` of the training rows, where ``places`` are their indices.
 
         Raises:
             ValueError: the validation rows have only one class.
@@ -71,12 +70,7 @@ class CorruptedTask(NetworkTask):
         train = self.splits.train
         labels, self.corrupt = replaced(train.y, self.splits.num_classes, self.corrupted, env.seed)
         self.splits = replace(self.splits, train=replace(train, y=labels))
-        places = torch.arange(len(labels), device=labels.device)
-        return Minibatches((train.x, labels, places), self.batch_size, env.seed, key="task.batch_size")
-
-    def validation_batches(self, env: Environment) -> Minibatches:
-        """Return batches ``(x, y)`` of the clean rows."""
-        return self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size")
+        return train.x, labels, torch.arange(len(labels), device=labels.device)
 
     def penalty(self, w: dict[str, Tensor]) -> Tensor:
         """Return the L2 penalty on the model."""
@@ -92,28 +86,16 @@ class CleaningTask(CorruptedTask):
     """
 
     name = "data_cleaning"
-    MEASURES: ClassVar[tuple[str, ...]] = (
-        *SPLIT_MEASURES,
-        "train/loss",
-        "train/accuracy",
-        "clean/f1",
-        "clean/precision",
-        "clean/recall",
-    )
+    MEASURES: ClassVar[tuple[str, ...]] = (*TunedTask.MEASURES, "clean/f1", "clean/precision", "clean/recall")
     spaces = ("weights",)
 
     weights: Space | None = None
 
     def build(self, env: Environment) -> BilevelSetup:
-        """Replace labels and build the network; see ``training_batches``."""
-        batches = self.training_batches(env)
+        """Replace labels and build the network; see ``replace_labels``."""
+        train = self.replace_labels(env)
         self.network(env)
-        problem = BilevelProblem(
-            Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
-            self.outer,
-            inner_batches=batches,
-            outer_batches=self.validation_batches(env),
-        )
+        problem = self.problem(self.composite(self.criterion), env, train)
         return BilevelSetup(problem, self.model.w, {"weights": (len(self.corrupt),)}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:

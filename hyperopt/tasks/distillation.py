@@ -9,22 +9,20 @@ distillation, arXiv 1811.10959; J. Lorraine et al., AISTATS 2020, arXiv 1911.025
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.functional import Functional
 from hyperopt.bilevel.problem import BilevelProblem, Composite
-from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
+from hyperopt.core.checks import check_count, check_number, check_optional_count
 from hyperopt.spaces.space import Space
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask
-from hyperopt.tasks.network import classifier
+from hyperopt.tasks.bilevel import BilevelSetup
+from hyperopt.tasks.network import PerceptronTask
 from hyperopt.tasks.scores import loss_of
 
 if TYPE_CHECKING:
@@ -32,16 +30,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class DataDistillationTask(BilevelTask):
+class DataDistillationTask(PerceptronTask):
     """Learned training images.
 
     Attributes:
         images: space of the images.
         images_per_class: number of images of each class, at least 1.
         decay: strength of the L2 penalty on the model, at least 0.
-        hidden: sizes of the model's hidden layers (none: a linear model).
         batch_size: number of real rows of an outer step, at least 1 (None: all).
-        model: the model that is trained on the images, after ``setup``.
     """
 
     name = "data_distillation"
@@ -52,25 +48,20 @@ class DataDistillationTask(BilevelTask):
     images: Space | None = None
     images_per_class: int = 1
     decay: float = 1e-3
-    hidden: tuple[int, ...] = ()
     batch_size: int | None = None
-
-    model: Functional = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         check_count(self, "images_per_class")
         check_number(self, "decay", 0.0)
-        check_counts(self, "hidden")
         check_optional_count(self, "batch_size")
 
     def build(self, env: Environment) -> BilevelSetup:
         """Build the model."""
         splits = self.splits
         features = splits.train.x.shape[1]
-        model = classifier(splits.shape, self.hidden, splits.num_classes, env.generator)
-        self.model = Functional(model.to(env.device, env.dtype))
+        self.network(env)
         labels = torch.arange(splits.num_classes, device=env.device).repeat(self.images_per_class)
 
         def criterion(z: Tensor, w: Any, lam: dict[str, Tensor], batch: None) -> Tensor:
@@ -79,19 +70,11 @@ class DataDistillationTask(BilevelTask):
 
         problem = BilevelProblem(
             Composite(lambda w, lam, batch: self.model(w, lam["images"]), criterion),
-            lambda w, lam, batch: loss_of(self.model(w, batch[0]), batch[1]),
+            self.outer,
             outer_batches=Minibatches((splits.train.x, splits.train.y), self.batch_size, env.seed, key="task.batch_size"),
         )
         rows = {"outer": splits.train, "val": splits.val, "test": splits.test}
         return BilevelSetup(problem, self.model.w, {"images": (len(labels), features)}, rows)
-
-    def predict(self, w: Any, x: Tensor) -> Tensor:
-        """Return the model's logits."""
-        return self.model(w, x)
-
-    def predictor(self, shape: tuple[int, ...], classes: int, hyperparameters: Mapping[str, Tensor]) -> nn.Sequential:
-        """Build the model."""
-        return classifier(shape, self.hidden, classes, torch.Generator())
 
     def figures(self) -> dict[str, Figure]:
         """Return ``images``, the learned images, one line for each of ``images_per_class``; nothing if rows are not images."""

@@ -17,20 +17,21 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperopt.bilevel.batches import Minibatches
-from hyperopt.bilevel.problem import BilevelProblem, Composite, InnerConstants
-from hyperopt.core.checks import check_flag, check_number, check_optional_count
+from hyperopt.bilevel.problem import BilevelProblem, InnerConstants
+from hyperopt.core.checks import check_flag, check_number
 from hyperopt.data.sparse import SparseRows
 from hyperopt.data.splits import Rows
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import BilevelSetup, TunedTask
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.bilevel import BilevelSetup
 from hyperopt.tasks.scores import loss_of
+from hyperopt.tasks.tuned import TunedTask
 
 Batch = tuple[Any, Tensor]  # features, dense or ``SparseRows``, and targets
 
@@ -70,19 +71,14 @@ class LinearTask(TunedTask):
         retrain: whether evaluations also train on the training and validation rows together and test that model, as
             ``retrained/*``.
         batch_size: number of training rows of an inner gradient (None: all); evaluations train on all of them.
-        val_batch_size: number of validation rows of an outer gradient (None: all).
     """
 
     retrain: bool = False
-    batch_size: int | None = None
-    val_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the flag and the sizes."""
+        """Check the flag."""
         super().__post_init__()
         check_flag(self, "retrain")
-        check_optional_count(self, "batch_size")
-        check_optional_count(self, "val_batch_size")
         if self.retrain:
             self.MEASURES = (*self.MEASURES, *RETRAINED)  # pyright: ignore[reportAttributeAccessIssue]  # of the object
 
@@ -112,18 +108,8 @@ class LinearTask(TunedTask):
         constants = functools.partial(self._constants, *self._spectra()) if quadratic else None
         shapes = {self.spaces[0]: self.shape(features, outputs)}
         train, val = (pairs(rows) for rows in (splits.train, self.fitted))
-        whole = BilevelProblem(
-            Composite(lambda w, lam, batch: batch[0] @ w, criterion),
-            lambda w, lam, batch: loss_of(batch[0] @ w, batch[1]),
-            inner_batches=Minibatches(train),
-            outer_batches=Minibatches(val),
-            constants=constants,
-        )
-        problem = replace(
-            whole,
-            inner_batches=Minibatches(train, self.batch_size, env.seed, key="task.batch_size"),
-            outer_batches=Minibatches(val, self.val_batch_size, env.seed + 1, key="task.val_batch_size"),
-        )
+        problem = replace(self.problem(self.composite(criterion), env, train, val), constants=constants)
+        whole = replace(problem, inner_batches=Minibatches(train), outer_batches=Minibatches(val))
         return BilevelSetup(problem, w, shapes, self.rows(), whole=whole)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
@@ -170,7 +156,6 @@ class L2Task(LinearTask):
     """
 
     name = "l2"
-    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("l2",)
 
     l2: Space | None = None
@@ -210,7 +195,6 @@ class BiasRegularizationTask(LinearTask):
     """
 
     name = "bias_regularization"
-    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("centre",)
 
     centre: Space | None = None

@@ -15,8 +15,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,15 @@ from torch.nn import functional
 
 from hyperopt.bilevel.batches import Minibatches
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.problem import BilevelProblem, Composite
-from hyperopt.core.checks import check_count, check_counts, check_number, check_optional_count
-from hyperopt.data.splits import Rows
+from hyperopt.bilevel.problem import Composite
+from hyperopt.core.checks import check_count, check_counts, check_number
 from hyperopt.nn.equilibrium import draw
 from hyperopt.spaces.hyperparameters import Hyperparameters
 from hyperopt.spaces.space import Space
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment
-from hyperopt.tasks.bilevel import BilevelSetup, TunedTask, starting_at
+from hyperopt.tasks.base import Environment
+from hyperopt.tasks.bilevel import BilevelSetup, BilevelTask, starting_at
 from hyperopt.tasks.scores import loss_of
+from hyperopt.tasks.tuned import TunedTask
 
 
 def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
@@ -65,19 +65,15 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 @dataclass(eq=False)
-class NetworkTask(TunedTask):
-    """A perceptron, trained on batches of the training rows and tuned on batches of the validation rows.
+class PerceptronTask(BilevelTask):
+    """A task whose model is a perceptron.
 
     Attributes:
         hidden: sizes of the hidden layers (none: a linear model).
-        batch_size: number of training rows of an inner gradient (None: all).
-        val_batch_size: number of validation rows of an outer step (None: all).
         model: the perceptron, after ``setup``.
     """
 
-    hidden: tuple[int, ...] = (100,)
-    batch_size: int | None = None
-    val_batch_size: int | None = None
+    hidden: tuple[int, ...] = ()
 
     model: Functional = field(init=False, repr=False)
 
@@ -85,22 +81,12 @@ class NetworkTask(TunedTask):
         """Check the sizes."""
         super().__post_init__()
         check_counts(self, "hidden")
-        check_optional_count(self, "batch_size")
-        check_optional_count(self, "val_batch_size")
 
     def network(self, env: Environment) -> None:
         """Build the perceptron."""
         splits = self.splits
         model = classifier(splits.shape, self.hidden, splits.num_classes, env.generator)
         self.model = Functional(model.to(env.device, env.dtype))
-
-    def outer(self, w: Any, lam: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the mean loss on a batch."""
-        return loss_of(self.model(w, batch[0]), batch[1])
-
-    def batches(self, rows: Rows, size: int | None, seed: int, key: str) -> Minibatches:
-        """Return batches ``(x, y)``; ``key`` is the name of the setting ``size``, for messages."""
-        return Minibatches((rows.x, rows.y), size, seed, key=key)
 
     def predict(self, w: Any, x: Tensor) -> Tensor:
         """Return the network's outputs."""
@@ -112,6 +98,13 @@ class NetworkTask(TunedTask):
 
 
 @dataclass(eq=False)
+class NetworkTask(PerceptronTask, TunedTask):
+    """A perceptron, trained on batches of the training rows and tuned on batches of the validation rows."""
+
+    hidden: tuple[int, ...] = (100,)
+
+
+@dataclass(eq=False)
 class WeightDecayTask(NetworkTask):
     """A network with a weight decay for each weight, or (``per: tensor``) for each parameter tensor.
 
@@ -120,7 +113,6 @@ class WeightDecayTask(NetworkTask):
     """
 
     name = "weight_decay"
-    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ("decay",)
 
     decay: Space | None = None
@@ -128,12 +120,7 @@ class WeightDecayTask(NetworkTask):
     def build(self, env: Environment) -> BilevelSetup:
         """Build the network."""
         self.network(env)
-        problem = BilevelProblem(
-            Composite(lambda w, lam, batch: self.model(w, batch[0]), self.criterion),
-            self.outer,
-            inner_batches=self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
-        )
+        problem = self.problem(self.composite(self.criterion), env, (self.splits.train.x, self.splits.train.y))
         return BilevelSetup(problem, self.model.w, {"decay": self.model.w}, self.rows())
 
     def criterion(self, z: Tensor, w: dict[str, Tensor], lam: dict[str, Any], batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -190,7 +177,6 @@ class AugmentationTask(NetworkTask):
     """
 
     name = "augmentation"
-    MEASURES: ClassVar[tuple[str, ...]] = (*SPLIT_MEASURES, "train/loss", "train/accuracy")
     spaces = ()
 
     width: int = 8
@@ -216,14 +202,12 @@ class AugmentationTask(NetworkTask):
         augmenter = Augmenter(self.splits.shape[0], self.width, self.scale)
         initialise(augmenter, env.generator)
         self.augmenter = Functional(augmenter.to(env.device, env.dtype))
-        problem = BilevelProblem(
-            Composite(
-                lambda w, lam, batch: self.model(w, self.augmented(lam, batch)), lambda z, w, lam, batch: loss_of(z, batch[1])
-            ),
-            self.outer,
-            inner_batches=Noisy(self.batches(self.splits.train, self.batch_size, env.seed, "task.batch_size"), env.seed + 2),
-            outer_batches=self.batches(self.fitted, self.val_batch_size, env.seed + 1, "task.val_batch_size"),
+        inner = Composite(
+            lambda w, lam, batch: self.model(w, self.augmented(lam, batch)), lambda z, w, lam, batch: loss_of(z, batch[1])
         )
+        problem = self.problem(inner, env, (self.splits.train.x, self.splits.train.y))
+        assert isinstance(problem.inner_batches, Minibatches)
+        problem = replace(problem, inner_batches=Noisy(problem.inner_batches, env.seed + 2))
         return BilevelSetup(problem, self.model.w, {"augmenter": self.augmenter.w}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:

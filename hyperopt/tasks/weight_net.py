@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyperopt.bilevel.functional import Functional
-from hyperopt.bilevel.problem import BilevelProblem
 from hyperopt.core.checks import check_count, check_number
 from hyperopt.data.splits import Rows
 from hyperopt.spaces.hyperparameters import Hyperparameters
-from hyperopt.tasks.base import SPLIT_MEASURES, Environment
+from hyperopt.tasks.base import Environment
 from hyperopt.tasks.bilevel import BilevelSetup, starting_at
 from hyperopt.tasks.cleaning import CorruptedTask
 from hyperopt.tasks.network import initialise
 from hyperopt.tasks.scores import ROWS
+from hyperopt.tasks.tuned import TunedTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,10 +73,7 @@ class WeightNetTask(CorruptedTask):
     """
 
     name = "weight_net"
-    MEASURES: ClassVar[tuple[str, ...]] = (
-        *SPLIT_MEASURES,
-        *("train/loss", "train/accuracy", "weight/right_labels", "weight/replaced_labels"),
-    )
+    MEASURES: ClassVar[tuple[str, ...]] = (*TunedTask.MEASURES, "weight/right_labels", "weight/replaced_labels")
     spaces = ()
 
     hidden: tuple[int, ...] = (100,)
@@ -95,7 +92,7 @@ class WeightNetTask(CorruptedTask):
     def build(self, env: Environment) -> BilevelSetup:
         """Drop rows, replace labels, and build both networks."""
         self.splits = replace(self.splits, train=long_tailed(self.splits.train, self.splits.num_classes, self.imbalance))
-        batches = self.training_batches(env)
+        train = self.replace_labels(env)
         self.network(env)
         weight_net = WeightNet(self.width)
         initialise(weight_net, env.generator)
@@ -109,8 +106,7 @@ class WeightNetTask(CorruptedTask):
             weights = self.weight_net(lam["weight_net"], losses[:, None] * nodes)
             return (losses * (weights @ shares)).mean() + self.penalty(w)
 
-        problem = BilevelProblem(inner, self.outer, inner_batches=batches, outer_batches=self.validation_batches(env))
-        return BilevelSetup(problem, self.model.w, {}, self.rows())
+        return BilevelSetup(self.problem(inner, env, train), self.model.w, {}, self.rows())
 
     def hyperparameters(self, env: Environment) -> Hyperparameters:
         """Return the initial weights of the weight network."""
