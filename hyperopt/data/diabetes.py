@@ -31,12 +31,7 @@ class Diabetes(DrawnDataset):
     train_images: ClassVar[int] = 442
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits.
-
-        Args:
-            dtype: floating dtype of features and targets.
-            device: device of the rows.
-        """
+        """Return the splits; see ``Dataset.load``."""
         from sklearn.datasets import load_diabetes  # imported here since it takes a second
 
         bunch: Any = load_diabetes()
@@ -50,7 +45,6 @@ class Diabetes(DrawnDataset):
 
         def split(name: str) -> Rows:
             at = rows[name]
-            features, targets = (torch.from_numpy(part[at]).to(device, dtype) for part in (x, y))
-            return Rows(features, targets, torch.from_numpy(at.astype(np.int64)).to(device))
+            return Rows.of(x[at], y[at], at, dtype, device)
 
         return Splits(split("train"), split("val"), split("test"), 0, (10,), "diabetes", {}, scaling)

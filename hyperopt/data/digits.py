@@ -31,11 +31,7 @@ class Digits(DrawnDataset):
     train_images: ClassVar[int] = 1797
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits.
-
-        Args:
-            dtype: floating dtype of the features.
-            device: device of the rows.
+        """Return the splits; see ``Dataset.load``.
 
         Raises:
             DataError: the installed scikit-learn bundles other data.

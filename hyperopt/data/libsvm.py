@@ -67,10 +67,6 @@ class Libsvm:
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits: ``train`` from the first file; ``val`` and then ``test`` from the second, in the files' order.
 
-        Args:
-            dtype: floating dtype of the features.
-            device: device of the rows.
-
         Raises:
             DataError: a file is missing, unreadable or too large, or has too few rows, values that are not finite, or labels
                 that the other file does not have.
@@ -92,9 +88,7 @@ class Libsvm:
 
         def split(name: str) -> Rows:
             matrix, targets, at = parts[name]
-            features = torch.from_numpy(matrix[at].toarray()).to(device, dtype)
-            classes = torch.from_numpy(np.searchsorted(labels, targets[at]).astype(np.int64)).to(device)
-            return Rows(features, classes, torch.from_numpy(at.astype(np.int64)).to(device))
+            return Rows.of(matrix[at].toarray(), np.searchsorted(labels, targets[at]), at, dtype, device)
 
         checksums = {path.name: checksum for path, _, checksum in found}
         return Splits(split("train"), split("val"), split("test"), len(labels), (x.shape[1],), "libsvm", checksums)

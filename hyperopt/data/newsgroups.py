@@ -77,11 +77,7 @@ class Newsgroups(FilesDataset):
         check_choice(self, "normalize", ("unit",))
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits, with ``x`` in compressed rows.
-
-        Args:
-            dtype: floating dtype of the features.
-            device: device of the rows.
+        """Return the splits, with ``x`` in compressed rows; see ``Dataset.load``.
 
         Raises:
             DataError: there is no file and no download, or the text is not that of the dataset.

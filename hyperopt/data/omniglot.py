@@ -95,10 +95,6 @@ class Omniglot(Stored):
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
         """Return the splits, fetching the files if need be; a class is a character, and in one split alone.
 
-        Args:
-            dtype: floating dtype of the pixels.
-            device: where the rows go.
-
         Raises:
             DataError: see ``obtain``.
         """

@@ -66,11 +66,7 @@ class Own:
             raise TypeError(f"{called(self.data)} {fault}")
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits.
-
-        Args:
-            dtype: floating dtype of the features, and of the targets of a regression.
-            device: device of the rows.
+        """Return the splits; see ``Dataset.load``.
 
         Raises:
             DataError: items are not pairs of numbers, rows differ in shape, values are not finite, labels are not 0, 1, ...,
@@ -87,9 +83,8 @@ class Own:
         drawn = self._drawn(len(y), name)
 
         def split(part: str) -> Rows:
-            at = torch.from_numpy(drawn[part].astype(np.int64))
-            targets = y[at].to(device, dtype if y.is_floating_point() else torch.int64)
-            return Rows(x[at].flatten(1).to(device, dtype), targets, at.to(device))
+            at = drawn[part]
+            return Rows.of(x[at].flatten(1), y[at], at, dtype, device)
 
         classes = 0 if y.is_floating_point() else int(y.max()) + 1
         raw = {"x": x.numpy().tobytes(), "y": y.numpy().tobytes()}

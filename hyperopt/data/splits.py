@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class Rows:
     x: torch.Tensor
     y: torch.Tensor
     index: torch.Tensor
+
+    @classmethod
+    def of(cls, x: Any, y: Any, index: np.ndarray, dtype: torch.dtype, device: torch.device | str) -> Rows:
+        """Return rows of arrays or tensors; whole numbers in ``y`` are labels, others are targets in ``dtype``."""
+        targets = torch.as_tensor(y)
+        targets = targets.to(device, dtype if targets.is_floating_point() else torch.int64)
+        return cls(torch.as_tensor(x).to(device, dtype), targets, torch.as_tensor(index).to(device, torch.int64))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -259,9 +266,9 @@ def make_splits(
 
     def gather(split: str) -> Rows:
         images, index = test if split == "test" and test is not None else train, rows[split]
-        x = torch.from_numpy(images.pixels[index]).to(device, dtype).div_(largest)  # shape: (n, channels, height, width)
-        y = torch.from_numpy(images.labels[index].astype(np.int64)).to(device)
-        return Rows(x, y, torch.from_numpy(index.astype(np.int64)).to(device))
+        found = Rows.of(images.pixels[index], images.labels[index], index, dtype, device)
+        found.x.div_(largest)  # shape: (n, channels, height, width)
+        return found
 
     splits = {split: gather(split) for split in ("train", "val", "test")}
     scaling = scaled_by(largest)

@@ -59,12 +59,7 @@ class Synthetic:
         return self.targets == "numbers"
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Splits:
-        """Return the splits.
-
-        Args:
-            dtype: floating dtype of the features, and of targets that are numbers.
-            device: device of the rows.
-        """
+        """Return the splits; see ``Dataset.load``."""
         random = np.random.RandomState(self.seed)
         weights = random.randn(self.features) + self.shift
 
@@ -80,9 +75,7 @@ class Synthetic:
 
         def split(name: str) -> Rows:
             x, y, index = drawn[name]
-            targets = torch.from_numpy(y).to(dtype) if self.targets == "numbers" else torch.from_numpy((y > 0).astype(np.int64))
-            numbers = torch.from_numpy(index).to(device, torch.int64)
-            return Rows(torch.from_numpy(x).to(device, dtype), targets.to(device), numbers)
+            return Rows.of(x, y if self.targets == "numbers" else (y > 0).astype(np.int64), index, dtype, device)
 
         classes = 2 if self.targets == "classes" else 0
         return Splits(split("train"), split("val"), split("test"), classes, (self.features,), "synthetic", {}, scaled_by())
