@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from hyperopt import __version__
 from hyperopt.app.launch import dismiss, follow, follows, leave
@@ -16,6 +17,12 @@ from hyperopt.core.text import printable
 QUIET = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 """Flags with which Hydra prints something and stops, so that no job is loaded."""
 SHOWN = 100  # characters of a command line that are shown
+SUBCOMMANDS = {
+    "report": "hyperopt.app.report.command",
+    "export": "hyperopt.app.export.command",
+    "tensorboard": "hyperopt.app.board",
+}
+"""The modules whose ``main`` runs a subcommand, beside ``check``; each is imported when it is asked for."""
 CHECK = """usage: hyperopt check [group=option ...] [key=value ...]
 
 Check the hypergradient of an experiment. It is compared with other adjoints and with finite differences in float64 (or in the
@@ -40,15 +47,18 @@ def main() -> None:
 def command_line(argv: Sequence[str]) -> None:
     """Print the help or the version, run a subcommand, or launch what is asked for."""
     name = argv[0] if argv else ""
-    if name in SUBCOMMANDS:
-        SUBCOMMANDS[name](argv[1:])
+    if name == "check":
+        check(argv[1:])
+    elif name in SUBCOMMANDS:
+        import_module(SUBCOMMANDS[name]).main(argv[1:])
     elif name and name[0] not in "-+~" and "=" not in name:
         import difflib
 
-        near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        known = ("check", *SUBCOMMANDS)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        known = ", ".join(SUBCOMMANDS)
-        print(f"hyperopt: {name!r} is not a subcommand; {hint}subcommands: {known}; values are key=value", file=sys.stderr)
+        what = f"{name!r} is not a subcommand; {hint}subcommands: {', '.join(known)}; values are key=value"
+        print(f"hyperopt: {what}", file=sys.stderr)
         sys.exit(1)
     elif "--version" in argv:
         print(f"hyperopt-bilevel {__version__}")
@@ -78,30 +88,6 @@ def check(argv: Sequence[str]) -> None:
         return
     given = {argument.partition("=")[0] for argument in argv}
     launch(["mode=check", *([] if "precision" in given else ["precision=float64"]), *argv])
-
-
-def report(argv: Sequence[str]) -> None:
-    """Compare runs."""
-    from hyperopt.app.report.command import main
-
-    main(argv)
-
-
-def export(argv: Sequence[str]) -> None:
-    """Write what a run has learned."""
-    from hyperopt.app.export.command import main
-
-    main(argv)
-
-
-def tensorboard(argv: Sequence[str]) -> None:
-    """Start TensorBoard."""
-    from hyperopt.app.board import main
-
-    main(argv)
-
-
-SUBCOMMANDS = {"check": check, "report": report, "export": export, "tensorboard": tensorboard}
 
 
 def help_text() -> str:
