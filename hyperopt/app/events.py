@@ -53,6 +53,9 @@ class EventFiles:
         keep: number of bytes to keep of each file; the rest is cut off, and other event files are removed.
         wall: wall time of the last event that is kept.
         purge_step: a running TensorBoard is told to forget what it has read from this step on (None: nothing).
+
+    Attributes:
+        file: the file that this session writes.
     """
 
     def __init__(self, directory: Path, keep: Mapping[str, int], wall: float = 0.0, purge_step: int | None = None) -> None:
@@ -73,8 +76,8 @@ class EventFiles:
         self._offset = max(time.time(), wall) - time.monotonic()
         stamps = [int(found[1]) for name in self._kept if (found := re.match(rf"{re.escape(PREFIX)}(\d{{1,12}})\.", name))]
         stamp = max(int(time.time()), *(stamp + 1 for stamp in stamps), 0)
-        self._file = AppendFile(directory / f"{PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0")
-        self._records = RecordWriter(self._file)
+        self.file = AppendFile(directory / f"{PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0")
+        self._records = RecordWriter(self.file)
         self._write(Event(file_version="brain.Event:2"))
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -87,7 +90,7 @@ class EventFiles:
     @property
     def sizes(self) -> dict[str, int]:
         """Number of bytes of each event file."""
-        return {**self._kept, self._file.path.name: self._file.size}
+        return {**self._kept, self.file.path.name: self.file.size}
 
     def _write(self, event: Any) -> None:
         """Append one event."""
@@ -97,20 +100,3 @@ class EventFiles:
     def add(self, summary: Any, step: int = 0) -> None:
         """Append the values of a ``Summary`` at ``step``."""
         self._write(Event(step=step, summary=summary))
-
-    def sync(self) -> None:
-        """Flush the file to the disk."""
-        self._file.sync()
-
-    @property
-    def removed(self) -> bool:
-        """Whether this session's file was removed."""
-        return self._file.removed
-
-    def rescue(self) -> None:
-        """Write this session's file again if it was removed."""
-        self._file.rescue()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()

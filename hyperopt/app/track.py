@@ -71,6 +71,7 @@ class Tracker:
         self._flat = FlatCurves(found.get("flat"))
         where = folder(run.tb, name, found["events"])
         self._events = EventFiles(where, found["events"], found["wall"], purge_step=step)
+        self._files = self._metrics, self._events.file
         if short := sorted(name for name, kept in found["events"].items() if self._events.sizes.get(name, 0) < kept):
             log.warning("%s: events are lost, which TensorBoard will not show: %s", run.tb, printable(", ".join(short)))
 
@@ -83,8 +84,8 @@ class Tracker:
 
     def sync(self) -> None:
         """Flush all files to the disk, so that the next checkpoint never refers to rows that a power cut has removed."""
-        self._metrics.sync()
-        self._events.sync()
+        for file in self._files:
+            file.sync()
         self.sent.flush()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
@@ -156,15 +157,15 @@ class Tracker:
     @property
     def removed(self) -> bool:
         """Whether files that the run is writing to were removed."""
-        return self._metrics.removed or self._events.removed
+        return any(file.removed for file in self._files)
 
     def rescue(self) -> None:
         """Write the removed files again."""
-        self._metrics.rescue()
-        self._events.rescue()
+        for file in self._files:
+            file.rescue()
 
     def close(self) -> None:
         """Close the files, and end the session in another place."""
         self.sent.close(self.status)
-        self._metrics.close()
-        self._events.close()
+        for file in self._files:
+            file.close()
