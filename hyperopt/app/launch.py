@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from hyperopt.app.search.pruning import Prune
+    from hyperopt.app.search.search import Prune
 
 _connection = contextlib.ExitStack()
 

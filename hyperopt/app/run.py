@@ -43,7 +43,7 @@ from hyperopt.app.repro import (
     set_rng_state,
 )
 from hyperopt.app.run_directory import RunDirectory
-from hyperopt.app.search.pruning import PRUNED, Prune
+from hyperopt.app.search.search import PRUNED, Prune
 from hyperopt.app.starting import Start
 from hyperopt.app.summary import progress, show, summarize, table, write_facts
 from hyperopt.app.track import START, Tracker
@@ -66,7 +66,7 @@ def run(cfg: DictConfig, out: Path, prune: Prune | None = None) -> float:
     Args:
         cfg: the composed config of ``configs/train.yaml``.
         out: the run directory: one without a run's files, or the one that is resumed.
-        prune: a function that ends the run early, with the status ``pruned``; see ``hyperopt.app.search.pruning``.
+        prune: a function that ends the run early, with the status ``pruned``; see ``hyperopt.app.search.search.prune_of``.
 
     Returns:
         The best value of ``trainer.monitor``, for sweepers; under ``mode=evaluate`` its present value, and under
@@ -130,17 +130,8 @@ def train(
 ) -> float:
     """Run the outer loop; see ``run``. ``state`` is changed in place, so that a failed run can be summarized.
 
-    Args:
-        built: the parts that the config describes.
-        cfg: the config.
-        directory: directory of the run.
-        env: the environment for the task's setup.
-        state: a new state.
-        resumed: the checkpoint to continue from.
-        overrides: what tells the run from others, see ``hyperopt.app.dashboard.swept``.
-        begin: a function that is called before the first change to the directory.
-        prune: see ``run``.
-        start: the hyperparameters to start from, if they are not those of the config.
+    The run continues from ``resumed`` or starts from ``start``, if they are given. ``overrides`` tell it from others, see
+    ``hyperopt.app.dashboard.swept``. ``begin`` is called before the first change to the directory.
     """
     task, trainer = built.task, built.trainer
     config = flatten(cfg)

@@ -21,7 +21,7 @@ from hyperopt.app.files import write_json, write_text
 from hyperopt.app.launch import lead
 from hyperopt.app.lock import RunDirectoryError, take
 from hyperopt.app.run_directory import ENDED, RunDirectory, or_empty, overrides_in
-from hyperopt.app.search.pruning import of_job
+from hyperopt.app.search.search import prune_of
 from hyperopt.app.workers import device_of, in_process, put_back, queue_id, tied_to_parent
 from hyperopt.data.reading import read_json
 
@@ -29,16 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
-    """Run one job of a sweep, unless it is done, and update the index.
-
-    Args:
-        cfg: the job's config.
-        hydra: Hydra's own part of it.
-        out: the job's directory.
-
-    Returns:
-        The job's metric, for the sweeper.
-    """
+    """Run one job of a sweep, unless it is done, and update the index; return its metric, for the sweeper."""
     overrides = [each for each in hydra.overrides.task if not each.startswith("resume=")]
     run = RunDirectory(out)
     number, queue, alone = job_number(hydra), queue_id(hydra), in_process(hydra.launcher)
@@ -52,7 +43,7 @@ def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
     with contextlib.nullcontext() if alone else tied_to_parent():
         try:
             write_json(run.job, {"number": number, "overrides": overrides, "queue": queue})
-            return metric if metric is not None else lead(cfg, out, *filter(None, [of_job(cfg, hydra)]))
+            return metric if metric is not None else lead(cfg, out, *filter(None, [prune_of(cfg, hydra)]))
         except SystemExit as end:
             put_back(end.code)
             raise

@@ -31,8 +31,7 @@ from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
 from hyperopt.app.run import run
 from hyperopt.app.run_directory import RunDirectory
-from hyperopt.app.search.pruning import of_job
-from hyperopt.app.search.search import Search
+from hyperopt.app.search.search import Search, prune_of
 from hyperopt.app.search.settings import Settings
 from hyperopt.app.search.space import Choice, Numbers, points, quoted, split
 from hyperopt.app.search.trials import Trials
@@ -401,10 +400,10 @@ def test_only_runs_that_are_behind_are_pruned(tmp_path: Path) -> None:
         ((number, overrides),) = taken.items()
         a = int(overrides[0].partition("=")[2])
         hydra = OmegaConf.create({"sweep": {"dir": str(tmp_path)}, "sweeper": {**sweeper, "trial": number}})
-        prune = of_job(CFG, hydra)
+        prune = prune_of(CFG, hydra)
         assert prune is not None
         ended[a] = next((steps for steps in range(1, 9) if prune(steps, {"val/loss": a + 1 / steps})), None)
-        again = of_job(CFG, hydra)  # a resumed run repeats its last evaluation, which is not reported twice
+        again = prune_of(CFG, hydra)  # a resumed run repeats its last evaluation, which is not reported twice
         assert again is not None and not again(ended[a] or 8, {"val/loss": -1.0})
         end(tmp_path, number, "completed" if ended[a] is None else "pruned", val_loss=a)
         made.tell(number)
@@ -417,7 +416,7 @@ def test_only_runs_that_are_behind_are_pruned(tmp_path: Path) -> None:
 
 def test_without_a_pruner_nothing_is_asked(tmp_path: Path) -> None:
     for sweeper in ({"pruner": None, "trial": 3}, {"max_batch_size": None}, {"pruner": "successive_halving", "trial": None}):
-        assert of_job(CFG, OmegaConf.create({"sweeper": sweeper, "sweep": {"dir": str(tmp_path)}})) is None
+        assert prune_of(CFG, OmegaConf.create({"sweeper": sweeper, "sweep": {"dir": str(tmp_path)}})) is None
 
 
 # ---- launches

@@ -19,11 +19,13 @@ from hyperopt.app.search.space import Choice, Space, given, points, quoted, spli
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
 FACTS = "hyperopt"  # name of the attribute of a study that says what is searched
+PRUNED = "hydra.sweeper.pruner"  # why a pruned run has ended
+Prune = Callable[[int, Mapping[str, float]], bool]
+"""Called with the number of steps done and the row of an evaluation; returns whether the run ends now."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,7 @@ class Search:
 
     @classmethod
     def of(cls, config: DictConfig) -> Search:
-        """Return the search that a sweep's config describes.
-
-        Raises:
-            ConfigError: it cannot work.
-        """
+        """Return the search that a sweep's config describes, or refuse one that cannot work."""
         storage.refuse_password(config.hydra.sweeper)
         settings = Settings.of(config.hydra.sweeper)
         settings.check_packages()
@@ -65,11 +63,7 @@ class Search:
         return [*own, *self.fixed, *([] if start is None else [f"init_from={quoted(start)}", "init_partial=true"])]
 
     def facts(self, cfg: DictConfig) -> dict[str, Any]:
-        """Return what must be equal for all processes that share a study, and for a search that is continued.
-
-        Args:
-            cfg: the config of a job.
-        """
+        """Return what must be equal for all processes that share a study, and for a search that is continued."""
         metrics, directions = self.settings.objectives(cfg)
         fixed = [each for each in self.fixed if counts(each.lstrip("+~").partition("=")[0], "resume")]
         space = {each.key: list(each.values) if isinstance(each, Choice) else repr(each) for each in self.space}
@@ -77,16 +71,7 @@ class Search:
         return {**facts, "warm_start": self.settings.warm_start}
 
     def refuse(self, cfg: DictConfig, sweep: Path, measures: Iterable[str]) -> None:
-        """Refuse a storage that cannot be reached or holds another study, and metrics that a job does not have.
-
-        Args:
-            cfg: the config of a job.
-            sweep: the sweep's directory.
-            measures: what an evaluation of its task measures.
-
-        Raises:
-            ConfigError: see above; nothing was written.
-        """
+        """Refuse a storage that cannot be reached or holds another study, and metrics that a job does not have; write nothing."""
         import optuna
 
         self.settings.check_metrics(cfg, tuple(measures))
@@ -108,15 +93,7 @@ class Search:
                 )
 
     def study(self, where: BaseStorage, cfg: DictConfig) -> Study:
-        """Return the study, which is created if it is missing.
-
-        Args:
-            where: the storage.
-            cfg: the config of a job.
-
-        Raises:
-            ConfigError: it is of another search.
-        """
+        """Return the study, which is created if it is missing, or refuse one of another search."""
         import optuna
 
         facts = self.facts(cfg)
@@ -202,9 +179,29 @@ def _numbered(settings: Settings, make: Callable[[int | None], BaseSampler]) -> 
     return Numbered()
 
 
-def pruner(settings: Settings) -> BasePruner:
-    """Return the pruner that ``pruner=successive_halving`` asks for."""
-    from optuna.pruners import SuccessiveHalvingPruner
+def prune_of(cfg: DictConfig, hydra: Any) -> Prune | None:
+    """Return the function that says whether a job's run is to end early; None if its sweep does not prune."""
+    if not hydra.sweeper.get("pruner") or hydra.sweeper.get("trial") is None or cfg.mode != "train":
+        return None
+    import optuna
 
-    halving = settings.halving
-    return SuccessiveHalvingPruner(halving.min_resource, halving.reduction_factor, halving.min_early_stopping_rate)
+    settings = Settings.of(hydra.sweeper)
+    metric = settings.objectives(cfg)[0][0]
+    where, halving = storage.opened(settings, Path(hydra.sweep.dir)), settings.halving
+    pruner = optuna.pruners.SuccessiveHalvingPruner(
+        halving.min_resource, halving.reduction_factor, halving.min_early_stopping_rate
+    )
+    study = optuna.load_study(
+        study_name=settings.study_name, storage=where, sampler=optuna.samplers.RandomSampler(), pruner=pruner
+    )
+    identity = where.get_study_id_from_name(settings.study_name)
+    number = where.get_trial_id_from_study_id_trial_number(identity, hydra.sweeper.trial)
+    trial = optuna.Trial(study, number)
+
+    def prune(steps: int, row: Mapping[str, float]) -> bool:
+        value = row.get(metric, math.nan)
+        if steps not in where.get_trial(number).intermediate_values:  # a resumed run repeats evaluations
+            trial.report(value, steps)
+        return trial.should_prune()
+
+    return prune

@@ -106,11 +106,7 @@ class Settings:
 
     @classmethod
     def of(cls, sweeper: DictConfig) -> Settings:
-        """Return the settings in ``hydra.sweeper``.
-
-        Raises:
-            ConfigError: a value cannot work.
-        """
+        """Return the settings in ``hydra.sweeper``, or refuse a key or a value that cannot work."""
         values: dict[Any, Any] = OmegaConf.to_container(sweeper, resolve=True)  # pyright: ignore[reportAssignmentType]
         values.pop("_target_")
         halving = values.pop("halving", None) or {}
@@ -122,11 +118,7 @@ class Settings:
         return cls(**values, halving=Halving(**halving))
 
     def check_packages(self) -> None:
-        """Refuse a search whose packages are not installed.
-
-        Raises:
-            ConfigError: see above.
-        """
+        """Refuse a search whose packages are not installed."""
         for package in ("optuna", *(["cmaes"] if self.sampler == "cma_es" else [])):
             try:
                 importlib.import_module(package)
@@ -137,11 +129,7 @@ class Settings:
                 ) from error
 
     def check_space(self, space: Space) -> None:
-        """Refuse a search space that the sampler cannot take.
-
-        Raises:
-            ConfigError: see above.
-        """
+        """Refuse a search space that the sampler cannot take."""
         numbers = [each for each in space if isinstance(each, Numbers)]
         if self.sampler == "cma_es" and len(numbers) < 2:
             raise ConfigError(
@@ -162,11 +150,7 @@ class Settings:
                 raise ConfigError(f"{each.key} has more than {MOST} choices; take fewer values")
 
     def check_start(self, space: Space, fixed: Sequence[str]) -> None:
-        """Refuse ``warm_start=best`` beside another word about where the hyperparameters of a run start.
-
-        Raises:
-            ConfigError: see above.
-        """
+        """Refuse ``warm_start=best`` beside another word about where the hyperparameters of a run start."""
         if self.warm_start is None:
             return
         fixed_keys = [each.lstrip("+~").partition("=")[0] for each in fixed]
@@ -180,10 +164,7 @@ class Settings:
                 )
 
     def objectives(self, cfg: DictConfig) -> tuple[list[str], list[str]]:
-        """Return the metrics and, for each, ``minimize`` or ``maximize``.
-
-        Args:
-            cfg: the config of a job, whose ``trainer.monitor`` is the metric if none is given.
+        """Return the metrics, by default ``trainer.monitor`` of the job ``cfg``, and for each ``minimize`` or ``maximize``.
 
         Raises:
             ConfigError: it is not known which way a metric is better, or there are more directions than metrics.
@@ -207,15 +188,7 @@ class Settings:
         return metrics, directions
 
     def check_metrics(self, cfg: DictConfig, measures: Sequence[str]) -> None:
-        """Refuse metrics that a job does not have.
-
-        Args:
-            cfg: the job's config.
-            measures: what an evaluation of its task measures; empty if this is not known.
-
-        Raises:
-            ConfigError: the job's task does not log the metric.
-        """
+        """Refuse metrics that the job ``cfg`` does not log; nothing is known of them if ``measures`` is empty."""
         for name in _several(self.metric) or self.objectives(cfg)[0]:
             known = {*measures, *STEPS, *WHOLE}
             if measures and name not in known and not name.startswith(OF_STEPS):

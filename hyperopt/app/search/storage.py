@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 
 def opened(settings: Settings, sweep: Path) -> BaseStorage:
-    """Open the storage; a journal or the tables of a database are created if they are missing.
-
-    Args:
-        settings: the keys of ``hydra.sweeper``.
-        sweep: the sweep's directory.
-
-    Raises:
-        ConfigError: it cannot be reached, or is something else.
-    """
+    """Open the storage, or refuse one that cannot be reached; a journal or the tables of a database are created if missing."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
@@ -49,11 +41,7 @@ def opened(settings: Settings, sweep: Path) -> BaseStorage:
 
 
 def existing(settings: Settings, sweep: Path) -> BaseStorage | None:
-    """Return the storage if it exists already, else None if it can be created; nothing is written.
-
-    Raises:
-        ConfigError: it cannot be reached, or is something else.
-    """
+    """Return the storage if it exists already, else None if it can be created, or refuse it; nothing is written."""
     try:
         if _is_url(settings.storage):
             found = _tables(str(settings.storage))
@@ -71,9 +59,6 @@ def refuse_password(sweeper: DictConfig) -> None:
     """Refuse a storage whose password is written in the config, and would be in ``multirun.yaml`` and the files of each job.
 
     Hydra writes an interpolation as it stands, so that a password from the environment is in no file.
-
-    Raises:
-        ConfigError: see above; the message does not show the password.
     """
     given: Any = OmegaConf.to_container(sweeper, resolve=False)
     url = given.get("storage")
