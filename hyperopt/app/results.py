@@ -69,10 +69,7 @@ class Goal:
 def show_job(index: Mapping[str, Any], job: int, goal: Goal | None) -> None:
     """Say on stderr that a job has ended: a terminal shows one line that is written again, a file one line for each job.
 
-    Args:
-        index: the sweep's index.
-        job: the job's number.
-        goal: what the sweep is compared by, if this is known in this process.
+    ``goal`` is None if what the sweep is compared by is not known in this process.
     """
     found = next((each for each in index["jobs"] if each["number"] == job), None)
     if found is None:

@@ -31,12 +31,8 @@ class Step:
 def command_of(run: Run, winners: Sequence[Mapping[str, Any]]) -> str:
     """Return the command line that makes a run again.
 
-    It is that of ``best.json``, which knows options that all jobs shared, or else ``hyperopt`` with the run's overrides. The
-    words are quoted here, so that a text from elsewhere can start no other program.
-
-    Args:
-        run: the run.
-        winners: the contents of ``best.json``; see ``read.winners``.
+    It is that of ``best.json`` (see ``read.winners``), which knows options that all jobs shared, or else ``hyperopt`` with the
+    overrides of the run. The words are quoted here, so that a text from elsewhere can start no other program.
     """
     for found in winners:
         for each in found["runs"]:
@@ -63,13 +59,7 @@ def warning(command: str) -> str:
 
 
 def conclusion(groups: Sequence[Group], metric: str, mode: str) -> str:
-    """Return in a sentence or two which settings are best, and how sure that is.
-
-    Args:
-        groups: the groups, the best first.
-        metric: what they are compared by.
-        mode: whether its ``min`` or its ``max`` is best.
-    """
+    """Return in a sentence or two which settings are best, and how sure that is; the best of ``groups`` is the first."""
     known = [each for each in groups if each.values(metric)]
     if not known:
         return f"No run ran to its end with a finite {metric}, so none is best."

@@ -127,11 +127,6 @@ def parallel(groups: Sequence[Group], metric: str, mode: str) -> Draw | None:
     """Draw the settings and the mean of ``metric`` as parallel coordinates; None for fewer than two groups with a result.
 
     Lines with the same value are drawn side by side. On a narrow screen the axes lie below each other.
-
-    Args:
-        groups: the groups, the best first.
-        metric: the metric.
-        mode: whether its ``min`` or its ``max`` is best.
     """
     lines = lines_of(groups, metric)
     if len(lines) < 2 or not lines[0].settings:
@@ -207,9 +202,6 @@ def error_and_cost(groups: Sequence[Group]) -> Draw | None:
 
     The x axis is vjps and evaluations, averaged over the steps; the y axis is the median of ``hypergrad/error_estimate``. A
     marker is filled if the error is a bound.
-
-    Args:
-        groups: the groups, the best first.
     """
     points = [(k, point, run) for k, each in enumerate(groups) for run in each.runs if (point := error_point(run.rows))]
     if len(points) < 2:

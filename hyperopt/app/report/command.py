@@ -44,7 +44,17 @@ TEXTS = {
     "error_cost": "One point a run: the median of its error estimates against what a step cost. Filled: a bound; open: an "
     "estimate. Left and low is better.",
 }
-TITLES = {"curves": "Curves", "parallel": "What was swept", "error_cost": "Hypergradient error against cost"}
+TITLES = {
+    "best": "Best",
+    "next": "What to run next",
+    "results": "Results",
+    "curves": "Curves",
+    "parallel": "What was swept",
+    "trust": "Can the numbers be trusted?",
+    "error_cost": "Hypergradient error against cost",
+    "runs": "Runs",
+    "left-out": "Left out",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,15 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(directories: Sequence[Path], out: Path, metric: str | None = None) -> str:
-    """Write ``index.html`` and the figures into ``out``.
+    """Write ``index.html`` and the figures into ``out``, and return what to print: the table, the best command line, and notes.
 
     Args:
         directories: directories of runs or sweeps, or directories that contain such.
         out: the output directory, which is created if it is missing.
         metric: the metric to compare by (None: that of ``best.json``, or ``trainer.monitor``).
-
-    Returns:
-        The table, the best command line, what to know about the numbers, and the path of the page, as text.
 
     Raises:
         ReportError: there is nothing to report on.
@@ -98,29 +105,30 @@ def report(directories: Sequence[Path], out: Path, metric: str | None = None) ->
         "error_cost": charts.error_and_cost(groups),
     }
     figures = {
-        name: page.section(name, TITLES[name], page.figure(svgs(draw, name, TITLES[name])), text_of(name, groups, metric))
+        name: section(name, page.figure(svgs(draw, name, TITLES[name])), text_of(name, groups, metric))
         for name, draw in draws.items()
         if draw is not None
     }
     if "curves" in figures and (same := coincidences(series)):
         figures["curves"] += page.listing(same)
     sections = {
-        "best": page.section("best", "Best", best_of(said, best, winner, found, out)),
-        "next": page.section("next", "What to run next", steps_of(next_steps(runs, groups, metric, mode))),
+        "best": section("best", best_of(said, best, winner, found, out)),
+        "next": section("next", steps_of(next_steps(runs, groups, metric, mode))),
         **results(groups, metric, mode),
         **{name: figures[name] for name in ("curves", "parallel") if name in figures},
-        "trust": page.section("trust", "Can the numbers be trusted?", trusted(found, runs, out)),
+        "trust": section("trust", trusted(found, runs, out)),
         **{name: figures[name] for name in ("error_cost",) if name in figures},
-        "runs": page.section("runs", "Runs", listed(runs, metric, out), "The names lead to the directories of the runs."),
+        "runs": section("runs", listed(runs, metric, out), "The names lead to the directories of the runs."),
     }
     if left_out:
-        sections["left-out"] = page.section("left-out", "Left out", page.listing(left_out), "These could not be read.")
+        sections["left-out"] = section("left-out", page.listing(left_out), "These could not be read.")
     studies = list(dict.fromkeys(run.study for run in runs))
     title = "; ".join(studies[:3]) + (f"; and {len(studies) - 3} more" if len(studies) > 3 else "")
+    short = {name: {**TITLES, "trust": "Trust"}[name] for name in sections}
     write(out, draws)
     write_text(
         out / "index.html",
-        page.page(title, facts(directories, runs, groups, metric, mode), contents(sections), [*sections.values()]),
+        page.page(title, facts(directories, runs, groups, metric, mode), short, [*sections.values()]),
     )
     return "\n".join(
         [
@@ -155,6 +163,11 @@ def what_to_compare(runs: Sequence[Run], metric: str | None, chosen: Sequence[Ma
     return metric, modes.get(metric) or ("max" if "accuracy" in metric else "min")
 
 
+def section(name: str, content: str, note: str = "") -> str:
+    """Return a section with its title."""
+    return page.section(name, TITLES[name], content, note)
+
+
 def text_of(name: str, groups: Sequence[Group], metric: str) -> str:
     """Return the text above a figure."""
     return TEXTS["single" if name == "curves" and len(groups) == 1 else name].format(metric=metric)
@@ -177,10 +190,10 @@ def results(groups: Sequence[Group], metric: str, mode: str) -> dict[str, str]:
     """Return the section with the numbers: a line for each group, or for a single run a line for each metric."""
     if len(groups) == 1 and len(groups[0].runs) == 1:
         head, rows = tables.of_metrics(groups[0].runs[0])
-        return {"results": page.section("results", "Results", page.table("metrics", head, rows, 1, None), SINGLE)} if rows else {}
+        return {"results": section("results", page.table("metrics", head, rows, 1, None), SINGLE)} if rows else {}
     head, rows, best = tables.of_groups(groups, metric, mode)
     content = page.table("groups", head, rows, len(groups[0].settings) or 1, best)
-    return {"results": page.section("results", "Results", content, CAPTION.format(mode=mode))}
+    return {"results": section("results", content, CAPTION.format(mode=mode))}
 
 
 def best_of(said: str, command: str, winner: Run | None, found: Sequence[Finding], out: Path) -> str:
@@ -249,19 +262,6 @@ def facts(directories: Sequence[Path], runs: Sequence[Run], groups: Sequence[Gro
     places = one_line(", ".join(map(str, directories)), 200)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"{many} ({statuses}), compared by {printable(metric)} ({better} is better). From {places}, on {now}."
-
-
-def contents(sections: Mapping[str, str]) -> dict[str, str]:
-    """Return the titles of the sections by their names."""
-    titles = {
-        "best": "Best",
-        "next": "What to run next",
-        "results": "Results",
-        "trust": "Trust",
-        "runs": "Runs",
-        "left-out": "Left out",
-    }
-    return {name: {**titles, **TITLES}[name] for name in sections}
 
 
 def terminal(groups: Sequence[Group], metric: str, mode: str, said: str, best: str, found: Sequence[Finding]) -> list[str]:

@@ -110,12 +110,7 @@ def ceiling(series: Sequence[Series]) -> float:
 
 
 def curves(series: Sequence[Series], metric: str) -> Draw | None:
-    """Draw curves over the outer steps, each with its band; None if there are none.
-
-    Args:
-        series: the curves, the best first.
-        metric: what they show.
-    """
+    """Draw curves over the outer steps, the best first, each with its band; None if there are none."""
     if not series:
         return None
     named = series if len(series) <= NAMED else series[: NAMED - 1]

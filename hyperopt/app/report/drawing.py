@@ -118,10 +118,7 @@ def png(draw: Draw) -> bytes:
 def svgs(draw: Draw, name: str, label: str) -> str:
     """Return a figure as elements of a page, of which it shows the one for its width.
 
-    Args:
-        draw: draws it.
-        name: a word that no other figure of the page has.
-        label: what the figure shows, for readers that do not see it.
+    No other figure of the page has the same ``name``. ``label`` says what the figure shows, for readers that do not see it.
     """
     return "\n".join(svg(draw, layout, f"{name}-{layout.name}", label) for layout in LAYOUTS)
 
@@ -159,14 +156,7 @@ def _inline(image: bytes, kind: str, label: str, titles: Mapping[str, str]) -> s
 
 
 def mark(axis: Axis, logarithmic: bool, count: int, whole: bool = False) -> None:
-    """Give an axis about ``count`` ticks at round numbers, with plain labels.
-
-    Args:
-        axis: the axis.
-        logarithmic: whether its scale is.
-        count: the largest number of ticks.
-        whole: whether only whole numbers are marked.
-    """
+    """Give an axis at most about ``count`` ticks at round numbers, with plain labels; ``whole``: at whole numbers only."""
     from matplotlib import ticker
 
     if logarithmic:
@@ -192,17 +182,11 @@ def round_numbers(low: float, high: float, logarithmic: bool, count: int = 8) ->
     return [float(each) for each in found if low - slack <= each <= high + slack]
 
 
-def drop_overlapping(drawing: Drawing, texts: Iterable[Text], space: float = 2.0) -> None:
-    """Hide each text that would lie over an earlier one; the most important ones come first.
-
-    Args:
-        drawing: the drawing, otherwise finished.
-        texts: the texts.
-        space: pixels between two texts.
-    """
+def drop_overlapping(drawing: Drawing, texts: Iterable[Text]) -> None:
+    """Hide each text of a finished drawing that would lie over an earlier one; the most important ones come first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = drawing.figure
+    figure, space = drawing.figure, 2.0  # pixels between two texts
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     kept = []

@@ -131,14 +131,7 @@ def listing(items: Sequence[str]) -> str:
 
 
 def page(title: str, facts: str, contents: Mapping[str, str], sections: Sequence[str]) -> str:
-    """Return the whole page; the sections are HTML, everything else is text.
-
-    Args:
-        title: what the page is about.
-        facts: a line below it.
-        contents: the names of the sections and their titles.
-        sections: the sections.
-    """
+    """Return the whole page; ``contents`` has the titles of the sections. These are HTML, and everything else is text."""
     script = "\n" + _file("page.js")
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     places = "".join(f"<li>{link(text, f'#{name}')}</li>" for name, text in contents.items())

@@ -21,13 +21,7 @@ UNKNOWN = Cell("", None)
 
 
 def of_groups(groups: Sequence[Group], metric: str, mode: str) -> tuple[list[str], list[list[Cell]], int | None]:
-    """Return the header, the rows and the number of the best row.
-
-    Args:
-        groups: the groups, the best first.
-        metric: what they are compared by.
-        mode: whether its ``min`` or its ``max`` is best.
-    """
+    """Return the header, the rows and the number of the best row; the best of ``groups`` is the first."""
     also = [name for name in ALSO if name != metric and any(each.values(name) for each in groups)]
     keys = list(groups[0].settings)
     seeds = any(len(each.runs) > 1 for each in groups)
@@ -69,14 +63,7 @@ def numeric(value: float, form: str, tone: str = "") -> Cell:
 
 
 def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -> tuple[list[str], list[list[Cell]]]:
-    """Return the header and the rows of the table of runs.
-
-    Args:
-        runs: the runs.
-        names: their names.
-        metric: what they are compared by.
-        out: the directory of the page.
-    """
+    """Return the header and the rows of the table of runs, with links from the page in ``out``."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     varying = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     head = [
