@@ -13,7 +13,7 @@ from composing import CONFIGS, composed
 from marks import slow_but
 from omegaconf import OmegaConf
 
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.options import own
 from hyperopt.app.run import run
 
@@ -158,4 +158,4 @@ TRAINS = re.compile(r"override /task: (l2|bias_regularization|weight_decay|augme
 def test_estimators_and_inner_solvers_are_swapped_by_one_override(name: str) -> None:
     # Options that share few keys: an experiment that sets a key of its own method could not be composed with another.
     for option in ("adjoint=unrolled", "adjoint=t1t2", "inner=gradient_descent", "inner=lbfgs"):
-        validate(composed(f"experiment={name}", option))
+        build(composed(f"experiment={name}", option))

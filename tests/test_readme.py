@@ -11,7 +11,7 @@ import pytest
 from composing import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.repro import preserved_global_state
 from hyperopt.app.search.space import points, split
 
@@ -63,7 +63,7 @@ def test_the_commands_compose(argv: list[str]) -> None:
     words = [word for word in argv if word != "-m" and not word.startswith(("resume=", "ckpt_path=", "mode="))]
     parsed = OverridesParser.create().parse_overrides(words)
     first = [points(split([each])[0])[0][0] if each.is_sweep_override() else str(each.input_line) for each in parsed]
-    validate(composed(*first))
+    build(composed(*first))
 
 
 def test_the_scripts_are_there_with_their_options() -> None:

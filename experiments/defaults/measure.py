@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.config import ConfigError
 from hyperopt.app.options import targets
 from hyperopt.app.resolvers import register
@@ -67,7 +67,7 @@ def options(only: Collection[str]) -> dict[str, tuple[str, ...]]:
             continue
         overrides = () if option in DEFAULT else (option, *NEEDS.get(option, ()))
         with contextlib.suppress(ConfigError):
-            validate(composed(*overrides))
+            build(composed(*overrides))
             found[option] = overrides
     return found
 

@@ -65,23 +65,8 @@ class Built:
     tracker: TrackerSettings = field(default_factory=TensorBoard)
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check everything that can be checked before any work: ranges, choices, targets, and keys that depend on each other.
-
-    Args:
-        cfg: a composed config; it is not changed.
-
-    Raises:
-        ConfigError: the config cannot work; the message names the key, the value seen and what to change.
-    """
-    build(cfg)
-
-
 def build(cfg: DictConfig) -> Built:
-    """Build the task, the optimizer and the trainer that a config describes, and all other parts to check their values.
-
-    Args:
-        cfg: a composed config; it is not changed.
+    """Build the task, the optimizer and the trainer that a composed config describes, and all other parts to check their values.
 
     Raises:
         ConfigError: a value, a key or a target cannot work; the message names the key, the value seen and what to change.
@@ -110,16 +95,7 @@ def build(cfg: DictConfig) -> Built:
 
 
 def build_task(cfg: DictConfig, unneeded: Collection[str], allowed: Collection[str]) -> Task:
-    """Check all parts of a config and build its task alone.
-
-    Args:
-        cfg: a config, see ``plain_config``.
-        unneeded: settings of the task that become None.
-        allowed: see ``check_targets``.
-
-    Raises:
-        ConfigError: see ``build``.
-    """
+    """Check all parts of a plain config, and build its task alone; its settings in ``unneeded`` become None."""
     values: Any = OmegaConf.to_container(cfg)
     check_targets(values, allowed)
     if not isinstance(values["task"], Mapping):

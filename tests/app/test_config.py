@@ -14,7 +14,7 @@ from hydra.utils import get_class
 from marks import slow_but
 from omegaconf import OmegaConf
 
-from hyperopt.app.building import TORCHS, build, validate
+from hyperopt.app.building import TORCHS, build
 from hyperopt.app.config import ConfigError, plain_config
 from hyperopt.app.errors import near
 from hyperopt.app.options import hints, kinds, options, own, registered, targets
@@ -48,7 +48,7 @@ def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     trained = name.startswith((*TRAINED, "t1t2", "finite_difference")) if group == "adjoint" else option == "dataset=diabetes"
     owner = ["task=l2"] if trained else ["solver=broyden"] if name == "shine" else OWNER.get(group, [])
     cfg = composed(*owner, f"{group}@{place}={name}" if group in PLACES else option)
-    validate(cfg)
+    build(cfg)
     if f"{group}/{name}" in own():
         assert OmegaConf.select(cfg, f"{place}._target_") == targets(group)[name][0]
 
@@ -58,22 +58,22 @@ def test_every_option_composes_and_passes_the_checks(option: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
     cfg = composed(f"experiment={name}")
-    validate(cfg)
+    build(cfg)
     assert cfg.name == name
-    validate(composed(f"experiment={name}", "debug=default"))
+    build(composed(f"experiment={name}", "debug=default"))
 
 
 @pytest.mark.parametrize("value", ["1", "0.5", "rate"])
 def test_a_rate_is_a_number_or_a_name(value: str) -> None:
     cfg = composed("inner=heavy_ball", f"inner.step_size={value}", "inner.momentum=0")
-    validate(cfg)
+    build(cfg)
     assert str(cfg.inner.step_size) == value
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "true", "null"])
 def test_a_rate_out_of_range(value: str) -> None:
     with pytest.raises(ConfigError, match=r"inner\.step_size=.*; change inner\.step_size"):
-        validate(composed(f"inner.step_size={value}"))
+        build(composed(f"inner.step_size={value}"))
 
 
 def test_the_default_job() -> None:
@@ -244,7 +244,7 @@ BAD = [
 @pytest.mark.parametrize(("overrides", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(composed(*overrides))
+        build(composed(*overrides))
     assert message in str(caught.value)
 
 
@@ -253,13 +253,13 @@ def test_a_bad_value_is_named_with_the_key_to_change(overrides: list[str], messa
 def test_numbers_to_predict_are_refused_where_a_task_classifies(task: str) -> None:
     """By the name that the command line gives the dataset, and with the choices that there are."""
     with pytest.raises(ConfigError) as caught:
-        validate(composed(f"task={task}", "dataset=diabetes"))
+        build(composed(f"task={task}", "dataset=diabetes"))
     said = str(caught.value)
     assert said.startswith("dataset=diabetes has numbers to predict, and this task classifies; ") and "\n" not in said
     others = ", ".join(sorted(targets("dataset").keys() - {"diabetes"}))
     assert said.endswith(f"; choices: {others}; change dataset")
     with pytest.raises(ConfigError, match=r"^dataset=synthetic has numbers to predict, .*; change dataset$"):
-        validate(composed(f"task={task}", "dataset=synthetic", "dataset.targets=numbers"))
+        build(composed(f"task={task}", "dataset=synthetic", "dataset.targets=numbers"))
 
 
 PICARD, CG, ONE_STEP = (f"hyperopt.core.{name}" for name in ("solvers.picard.Picard", "linear.cg.CG", "adjoints.onestep.OneStep"))
@@ -290,7 +290,7 @@ PRODUCTS, POWER = "hyperopt.bilevel.implicit.ProductSettings", "hyperopt.bilevel
 def test_a_part_of_another_kind_is_refused(overrides: list[str], message: str) -> None:
     """Inside of a list too, whose entries have the type that the class says."""
     with pytest.raises(ConfigError) as caught:
-        validate(composed(*overrides))
+        build(composed(*overrides))
     assert message in str(caught.value)
 
 
@@ -308,7 +308,7 @@ def test_a_part_of_another_kind_is_refused(overrides: list[str], message: str) -
 )
 def test_a_target_outside_the_project_is_refused(key: str, target: str) -> None:
     with pytest.raises(ConfigError, match="is outside hyperopt"):
-        validate(composed(f"{key}._target_='{target}'"))
+        build(composed(f"{key}._target_='{target}'"))
 
 
 KINDS = [
@@ -351,14 +351,14 @@ KINDS = [
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^adjoint={name} is not an Adjoint, and .*choices: anderson, .*; change adjoint$"):
-        validate(composed(f"task={task}", f"adjoint={name}"))
+        build(composed(f"task={task}", f"adjoint={name}"))
 
 
 @pytest.mark.cases(quick=6)
 @pytest.mark.parametrize(("overrides", "key", "kind", "choice"), KINDS, ids=lambda value: str(value)[:60])
 def test_a_part_of_another_place_is_refused(overrides: list[str], key: str, kind: str, choice: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(composed(*(each.removeprefix("+") for each in overrides)))
+        build(composed(*(each.removeprefix("+") for each in overrides)))
     said = str(caught.value)
     assert said.startswith(f"{key}._target_='hyperopt.") and f" is not {with_article(kind)}; " in said
     assert choice in said.partition("choices: ")[2] and "\n" not in said
@@ -372,7 +372,7 @@ def test_a_mapping_that_names_no_part_is_refused(given: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"^{key} does not name .*: it has no _target_; choose an option, or set {key}._target_$"
     ):
-        validate(cfg)
+        build(cfg)
 
 
 PLAIN_VALUES = [
@@ -391,24 +391,24 @@ def test_a_plain_value_in_place_of_a_part_is_refused(task: str, key: str, value:
     cfg = composed(task)
     OmegaConf.update(cfg, key, value, merge=False)
     with pytest.raises(ConfigError, match=rf"^{key}=.* does not name an? \w+: it has no _target_; change {key}$"):
-        validate(cfg)
+        build(cfg)
 
 
 def test_a_target_hidden_in_a_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"adjoint\.fallback\.0\._target_='os\.system' is outside hyperopt"):
-        validate(composed("adjoint.fallback=[{_target_: os.system}]"))
+        build(composed("adjoint.fallback=[{_target_: os.system}]"))
 
 
 def test_a_target_of_an_allowed_package_passes_and_no_other() -> None:
     with pytest.raises(ConfigError, match="cannot be imported"):
-        validate(composed("task._target_=mine.Task", "allow_targets=[mine]"))
+        build(composed("task._target_=mine.Task", "allow_targets=[mine]"))
     with pytest.raises(ConfigError, match=r"allow_targets=\[mine\]"):
-        validate(composed("task._target_=mine.Task", "allow_targets=[min]"))
+        build(composed("task._target_=mine.Task", "allow_targets=[min]"))
 
 
 def test_a_target_that_only_passes_through_the_project_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'hyperopt\.app\.config\.copy\.deepcopy' is not the class of an option; choices: "):
-        validate(composed("solver._target_=hyperopt.app.config.copy.deepcopy"))
+        build(composed("solver._target_=hyperopt.app.config.copy.deepcopy"))
 
 
 def test_a_target_that_is_not_there_is_named() -> None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from toy_task import rows
 
 from hyperopt.app import sweep
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.composing import Composer
 from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
@@ -187,4 +187,4 @@ def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
             assert OmegaConf.to_container(found) == OmegaConf.to_container(whole)
         assert len(composer.made) == len(MIXED) - 2  # the second and the sixth are copies
         with pytest.raises(ConfigError, match="seed='x' is not a whole number"):
-            validate(composer.compose(["seed=x", "optimizer=sgd", "optimizer.lr=0.1"]))
+            build(composer.compose(["seed=x", "optimizer=sgd", "optimizer.lr=0.1"]))

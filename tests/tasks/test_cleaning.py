@@ -13,7 +13,7 @@ from composing import composed
 
 import hyperopt
 from hyperopt import SOBA, Bounded, Positive
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.repro import seed_everything
 from hyperopt.app.run import run
 from hyperopt.data.digits import Digits
@@ -107,13 +107,13 @@ def test_what_is_refused(settings, message):
 def test_a_penalty_that_does_not_grow_is_refused_by_its_key(override, message):
     cfg = composed("experiment=data_cleaning_mnist", *override.split())
     with pytest.raises(ValueError, match=re.escape(message)):
-        validate(cfg)
+        build(cfg)
 
 
 @pytest.mark.cases(quick=2)
 @pytest.mark.parametrize("adjoint", ["cg", "neumann_rough", "unrolled", "soba", "saba", "stocbio", "f2sa", "v_pbgd"])
 def test_the_experiment_takes_any_adjoint(adjoint):
-    validate(composed("experiment=data_cleaning_mnist", f"adjoint={adjoint}"))
+    build(composed("experiment=data_cleaning_mnist", f"adjoint={adjoint}"))
 
 
 SHORT = {"stocbio": ["adjoint.steps=1", "adjoint.terms=1"], "f2sa": ["adjoint.steps=1"]}  # else the first step diverges already

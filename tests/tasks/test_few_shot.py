@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from hyperopt import CG, Checkpointed, GradientDescent, Implicit, Unrolled
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.config import ConfigError
 from hyperopt.app.repro import seed_everything
 from hyperopt.data.diabetes import Diabetes
@@ -189,5 +189,5 @@ def test_what_cannot_be_is_refused_when_it_is_made(settings: dict[str, Any], mes
 def test_a_command_that_cannot_work_is_refused_before_any_work(override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as told:
-        validate(composed("experiment=few_shot_omniglot", override))
+        build(composed("experiment=few_shot_omniglot", override))
     assert "\n" not in str(told.value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hyperopt import CG, SOBA, Checkpointed, Dense, GradientDescent, Implicit, OneStep, Unrolled
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.config import ConfigError
 from hyperopt.app.repro import seed_everything
 from hyperopt.bilevel.implicit import ProductSettings
@@ -318,5 +318,5 @@ def test_what_cannot_work_is_refused_when_it_is_made(case: str) -> None:
 )
 def test_a_command_that_cannot_work_is_refused_before_any_work(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as told:
-        validate(composed(*overrides))
+        build(composed(*overrides))
     assert "\n" not in str(told.value)

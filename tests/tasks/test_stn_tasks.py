@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hyperopt import stn
 from hyperopt.app import checkpoint
-from hyperopt.app.building import build, validate
+from hyperopt.app.building import build
 from hyperopt.app.checkpoint import CheckpointError
 from hyperopt.app.experiment import flatten
 from hyperopt.app.run import run
@@ -167,7 +167,7 @@ def test_the_optimizers_of_the_group_are_swapped_by_one_override() -> None:
 )
 def test_what_cannot_work_is_refused_by_its_key(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        validate(composed("experiment=stn_quadratic", override))
+        build(composed("experiment=stn_quadratic", override))
 
 
 def test_a_run_of_another_length_is_another_experiment_where_a_schedule_depends_on_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperopt import Checkpointed, GradientDescent, Unrolled
-from hyperopt.app.building import validate
+from hyperopt.app.building import build
 from hyperopt.app.config import ConfigError
 from hyperopt.app.repro import seed_everything
 from hyperopt.data.digits import Digits
@@ -175,5 +175,5 @@ def test_a_continued_run_is_the_same() -> None:
 )
 def test_a_value_that_cannot_be_is_refused_before_any_work(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as told:
-        validate(composed("task=weight_net", *overrides))
+        build(composed("task=weight_net", *overrides))
     assert "\n" not in str(told.value)
