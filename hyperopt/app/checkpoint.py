@@ -41,12 +41,7 @@ class DamagedError(CheckpointError):
 
 
 def save(path: Path, content: Mapping[str, Any], *, keep_previous: bool = False) -> None:
-    """Write ``content`` to ``path``, as a whole or not at all.
-
-    Args:
-        path: the file.
-        content: plain containers and tensors.
-        keep_previous: whether to keep the file that is replaced as ``last.prev.pt``.
+    """Write plain containers and tensors, as a whole or not at all; the file that is replaced may stay as ``last.prev.pt``.
 
     Raises:
         WriteError: it could not be written; the existing files are still there.
@@ -75,11 +70,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def content_of(path: Path, key: str = "ckpt_path") -> Any:
-    """Read one file by ``torch.save`` onto the CPU, of whatever content.
-
-    Args:
-        path: the file.
-        key: what messages call it.
+    """Read one file by ``torch.save`` onto the CPU, of whatever content; messages call it ``key``.
 
     Raises:
         DamagedError: the file is truncated or has a flipped bit.
@@ -95,11 +86,7 @@ def content_of(path: Path, key: str = "ckpt_path") -> Any:
 
 
 def check_format(path: Path, content: Any, key: str = "ckpt_path") -> None:
-    """Refuse the content of a file that is not a checkpoint of this format.
-
-    Raises:
-        CheckpointError: see above.
-    """
+    """Refuse the content of a file that is not a checkpoint of this format."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"the checkpoint {path} has format {found!r:.40}, but this version reads {FORMAT}; change {key}")
@@ -119,14 +106,10 @@ def _read(path: Path, file: IO[bytes], key: str) -> Any:
 
 
 def load_last(directory: Path, quiet: bool = False) -> Found | None:
-    """Return path and content of the newest complete checkpoint of a run, or None if there is none yet.
+    """Return path and content of the newest complete checkpoint in ``checkpoints/`` of a run, or None if there is none yet.
 
-    If ``last.pt`` is missing or damaged, the one before it is used, with a warning. A file that is unsafe or has another
-    format is an error: no disk can make it so, and the user should know that someone has put it there.
-
-    Args:
-        directory: the run's ``checkpoints/``.
-        quiet: whether to leave out the warning.
+    If ``last.pt`` is missing or damaged, the one before it is used, with a warning unless ``quiet``. A file that is unsafe or has
+    another format is an error: no disk can make it so, and the user should know that someone has put it there.
 
     Raises:
         CheckpointError: as ``load``, or both files are damaged.
@@ -171,11 +154,7 @@ def fitting(path: Path, key: str = "ckpt_path") -> Iterator[None]:
 
 
 def check_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of the right format that no run can have written, before any of it is used.
-
-    Raises:
-        CheckpointError: the message names what is wrong.
-    """
+    """Refuse a checkpoint of the right format that no run can have written, before any of it is used."""
     kinds = {**dict.fromkeys(("task", "optimizer", "schedule", "rng", "config"), dict), "generator": torch.Tensor}
     with fitting(path):
         LoopState.of(content.get("state"))
@@ -193,11 +172,7 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
 def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:
     """Make a checkpoint the last one of a run, which continues from it.
 
-    Args:
-        run: the run.
-        path: the file of the checkpoint. Unless this is ``last.prev.pt``, that file is removed, since it belongs to steps that
-            the run repeats.
-        content: the checkpoint.
+    Unless that checkpoint is ``last.prev.pt``, this file is removed, since it belongs to steps that the run repeats.
     """
     save(run.last, content)
     if path.name != PREVIOUS or not run.owns(path):
@@ -205,16 +180,9 @@ def promote(run: RunDirectory, path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, evaluate: bool = False) -> None:
-    """Refuse a checkpoint whose config differs in more than where and how long it runs and what it shows.
+    """Refuse a checkpoint whose config differs in more than where and how long it runs and what it shows; both configs are flat.
 
-    Args:
-        path: the checkpoint, for the message.
-        saved: the flat config in the checkpoint.
-        config: the flat config now.
-        evaluate: whether to compare only the data and the model, since another solver may evaluate a checkpoint.
-
-    Raises:
-        CheckpointError: there are differences; the message lists each key with both values.
+    With ``evaluate`` only the data and the model are compared, since another solver may evaluate a checkpoint.
     """
     if found := differences(saved, config, "evaluate" if evaluate else "resume"):
         raise CheckpointError(f"the checkpoint {path} is of another experiment: {found}; make these equal or change ckpt_path")
@@ -222,11 +190,6 @@ def check_same_experiment(path: Path, saved: Mapping[str, Any], config: Mapping[
 
 def find(cfg: DictConfig, run: RunDirectory, quiet: bool = False) -> Found | None:
     """Return the checkpoint that the job continues from or evaluates, if any; that of the run itself takes precedence.
-
-    Args:
-        cfg: config of the job.
-        run: its directory.
-        quiet: whether to leave out the warning that the previous checkpoint replaces the last one.
 
     Raises:
         CheckpointError: it is missing, damaged, unsafe or of another experiment, or rows that it knows of are lost.

@@ -65,15 +65,7 @@ def _present(target: str) -> str:
 
 
 def parts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield key and ``_target_`` of every part in a plain value of a config.
-
-    Args:
-        value: mappings, lists and scalars.
-        key: the value's key.
-
-    Raises:
-        ConfigError: a key has a meaning for Hydra and is not a setting (``_args_``, ``_partial_``, ...).
-    """
+    """Yield key and ``_target_`` of every part in a plain value; refuse other keys that Hydra gives a meaning (``_partial_``)."""
     if isinstance(value, Mapping):
         for name in value:
             if isinstance(name, str) and HYDRA.fullmatch(name) and name != "_target_":
@@ -86,15 +78,7 @@ def parts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_targets(values: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Refuse a ``_target_`` that is neither a class of an option nor in an allowed package; nothing is imported.
-
-    Args:
-        values: a whole config of plain values.
-        allowed: top-level packages that may be named in addition to the options' classes.
-
-    Raises:
-        ConfigError: the message names the key, the value seen and what to change.
-    """
+    """Refuse a ``_target_`` that is neither a class of an option nor in an allowed top-level package; nothing is imported."""
     for name, value in values.items():
         for key, target in parts(value, str(name)):
             top = target.partition(".")[0] if isinstance(target, str) else ""
@@ -171,14 +155,11 @@ def _check_top(cfg: DictConfig) -> None:
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> DictConfig:
-    """Return values from a file as a config, without interpolations, and with the present names of classes.
+    """Return values from a file as a config with the present names of classes; refuse interpolations and missing values.
 
     Args:
         values: values as ``hyperopt.data.reading`` returns them.
         where: what to call the file in an error.
-
-    Raises:
-        ConfigError: there is an interpolation, a resolver, or a value that is marked as missing.
     """
     values = copy.deepcopy(dict(values))
     stack: list[tuple[str, Any]] = [("", values)]

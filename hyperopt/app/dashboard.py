@@ -98,9 +98,7 @@ def label(overrides: Iterable[str]) -> str:
 def hparams(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, float | str]:
     """Return the row of the HParams tab: the overridden keys with their values, of the same type in every run of a sweep.
 
-    Args:
-        cfg: the run's config.
-        overrides: what tells the run from others, see ``swept``. For a group (``optimizer=adam``) the value is the option.
+    The overrides are those of ``swept``. For a group (``optimizer=adam``) the value is the option.
     """
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True)
     numbers = {key: number for key, _, number in leaves(values, known={"threads": int | None})}
@@ -171,11 +169,7 @@ class FlatCurves:
 
 
 def cost_figure(rows: Sequence[Mapping[str, float]]) -> Figure | None:
-    """Return a figure of the losses and the error rates against cost so far; None if no evaluation has a cost.
-
-    Args:
-        rows: the rows of a run. The cost is the number of evaluations of the map and of products with its Jacobian.
-    """
+    """Return a figure of losses and error rates against evaluations and products so far; None if no evaluation has a cost."""
     from matplotlib.figure import Figure
 
     kinds = {"loss": [], "accuracy": []}

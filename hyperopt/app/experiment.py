@@ -45,12 +45,7 @@ MOST = 20  # largest number of differences that are named
 
 
 def counts(key: str, purpose: Purpose) -> bool:
-    """Whether a key counts for a purpose.
-
-    Args:
-        key: a dotted key, or that of an override (``task/cell``, ``dataset@task.other``).
-        purpose: see ``Purpose``.
-    """
+    """Whether a dotted key, or that of an override (``task/cell``, ``dataset@task.other``), counts for a purpose."""
     parts = re.split(r"[./@]", key)
     if purpose == "evaluate" and parts[0] not in DATA_AND_MODEL:
         return False
@@ -94,13 +89,7 @@ def plain_leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def differences(saved: Mapping[str, Any], config: Mapping[str, Any], purpose: Purpose = "resume") -> str:
-    """Return the keys that make ``config`` another experiment than ``saved``, each with both values, or an empty text.
-
-    Args:
-        saved: the flat config of a checkpoint or of a run directory.
-        config: the flat config now.
-        purpose: purpose of the comparison.
-    """
+    """Return the keys that make ``config`` another experiment than ``saved``, each with both values; empty if there are none."""
     differ = [key for key in sorted({*saved, *config}) if counts(key, purpose) and saved.get(key) != config.get(key)]
     said = [f"{printable(key)} is {saved.get(key)!r:.80} there and {config.get(key)!r:.80} here" for key in differ[:MOST]]
     return "; ".join([*said, *([f"and {len(differ) - MOST} more"] if len(differ) > MOST else [])])

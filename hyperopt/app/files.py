@@ -72,11 +72,7 @@ def why_foreign(facts: os.stat_result, in_place: bool = True) -> str | None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuse a file of a run that will be changed in place, if it leads elsewhere.
-
-    Raises:
-        ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
-    """
+    """Refuse a file of a run that will be changed in place, if it is a link, a pipe, a device, or has a second name."""
     with contextlib.suppress(FileNotFoundError):
         if (what := why_foreign(os.lstat(path))) is not None:
             raise ForeignFileError(path, what)
@@ -85,13 +81,7 @@ def refuse_foreign(path: Path) -> None:
 def open_own(path: Path, flags: int) -> int:
     """Open a file of a run in order to change it, and return the handle. Every such file is opened here.
 
-    Args:
-        path: the file. Its directory may be reached through links.
-        flags: flags of ``os.open``.
-
-    Raises:
-        ForeignFileError: it is a link, a pipe, a device, or a file with a second name.
-        OSError: it cannot be opened.
+    Its directory may be reached through links. The errors are those of ``refuse_foreign`` and ``os.open``.
     """
     refuse_foreign(path)  # before opening, since opening a device may have effects
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -102,11 +92,7 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory of a run if it is missing.
-
-    Raises:
-        WriteError: it cannot be made, or is a link.
-    """
+    """Make a directory of a run if it is missing; a link is refused."""
     with writing(path):
         if path.is_symlink():
             raise ForeignFileError(path, "a link")

@@ -49,11 +49,7 @@ class LoopState:
 
     @classmethod
     def of(cls, saved: Any) -> LoopState:
-        """Return the state in a checkpoint.
-
-        Raises:
-            ValueError: it is not such a state; the message says which value is wrong.
-        """
+        """Return the state in a checkpoint, or raise a ``ValueError`` that says which value no run can have written."""
 
         def is_number(value: Any) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool)
@@ -123,11 +119,7 @@ class LoopState:
 
 
 def monitored(metrics: Mapping[str, float], trainer: TrainerSettings) -> float:
-    """Return the monitored quantity of an evaluation.
-
-    Raises:
-        MonitorError: the evaluation does not have it.
-    """
+    """Return the monitored quantity of an evaluation, or refuse an evaluation that does not have it."""
     if trainer.monitor not in metrics:
         known = f"the task's metrics {', '.join(sorted(metrics))}"
         raise MonitorError(f"trainer.monitor={trainer.monitor!r} is not one of {known}; change trainer.monitor")

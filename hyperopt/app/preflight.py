@@ -145,12 +145,7 @@ def _search(config: DictConfig) -> Search:
 
 
 def _goal(config: DictConfig, jobs: int | None) -> Goal:
-    """Return what the jobs of a sweep are compared by.
-
-    Args:
-        config: the config of one of them.
-        jobs: their number, if it is known.
-    """
+    """Return what the jobs of a sweep are compared by, from the config of one of them and their number, if it is known."""
     sweeper = config.hydra.sweeper
     settings = Settings.of(sweeper) if sweeper._target_ == SEARCH else Settings()
     options = [each for each in config.hydra.overrides.hydra if str(each).lstrip("+").startswith("hydra.searchpath=")]
@@ -187,12 +182,7 @@ def _check_places(config: DictConfig, key: str, subdir: str | None = None) -> No
 
 
 def _check_sweep(where: Path, known: bool) -> None:
-    """Refuse a sweep's directory in which something leads elsewhere.
-
-    Args:
-        where: the directory.
-        known: whether each job's own directory will be checked later; otherwise all that exist are checked now.
-    """
+    """Refuse a sweep's directory in which something leads elsewhere; ``known``: the directories of its jobs are checked later."""
     RunDirectory(where).check_own(())
     for found, folders, _ in os.walk(where) if not known else ():
         folders[:] = [each for each in folders if each not in (*RunDirectory.FOLDERS, ".submitit")]
@@ -244,13 +234,9 @@ def _check_values(config: DictConfig) -> None:
 
 
 def _check_directory(config: DictConfig, where: Path, out: Path, key: str) -> None:
-    """Refuse a directory that is not empty, unless the job continues from it; it is not changed.
+    """Refuse a directory ``out`` of a job that is not empty, unless the job continues from it; it is not changed.
 
-    Args:
-        config: config of the job.
-        where: the directory that ``key`` sets, of the run or of the whole sweep.
-        out: the directory of the job: ``where`` itself, or one in it.
-        key: ``hydra.run.dir`` or ``hydra.sweep.dir``.
+    ``where`` is the directory that ``key`` sets, of the run itself or of the whole sweep.
     """
     given = {override.lstrip("+").partition("=")[0] for override in config.hydra.overrides.hydra}
     if config.resume == "auto" and key not in given:

@@ -101,11 +101,7 @@ def check_rows(path: Path, position: Mapping[str, Any], step: int) -> Rows:
 
 
 def check_position(position: Any) -> None:
-    """Refuse a position that no run can have written.
-
-    Raises:
-        ValueError: the message says what is wrong.
-    """
+    """Refuse a position that no run can have written; the ``ValueError`` says what is wrong."""
 
     def count(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62

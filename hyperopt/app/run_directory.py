@@ -141,11 +141,7 @@ class RunDirectory(LockedDirectory):
                     raise RunDirectoryError(foreign(where / name, what))
 
     def check(self, cfg: DictConfig, folders: Collection[str] = FOLDERS) -> None:
-        """Refuse a directory that holds a run, unless the job continues it, and one that leads elsewhere (``check_own``).
-
-        Raises:
-            RunDirectoryError: the directory is refused.
-        """
+        """Refuse a directory that holds a run, unless the job continues it, and one that leads elsewhere (``check_own``)."""
         self.check_own(folders)
         if (held := self.held) and not self.goes_on(cfg):
             raise RunDirectoryError(
@@ -199,11 +195,7 @@ class RunDirectory(LockedDirectory):
         return {key: value for key, value in flat.items() if key in known or not repeats(key)}
 
     def differences(self, cfg: DictConfig) -> str:
-        """Return what makes ``cfg`` another experiment than the run here; empty if it is the same, or there is no run.
-
-        Raises:
-            UnreadableError: the config here cannot be read.
-        """
+        """Return what makes ``cfg`` another experiment than the run here; empty if it is the same, or there is no run."""
         config = flatten(cfg) if self.path.exists() else {}
         try:
             return differences(self.read_config(config), config)
@@ -248,11 +240,7 @@ class RunDirectory(LockedDirectory):
         return rows
 
     def read_overrides(self) -> list[str]:
-        """Return the overrides that started the run, from ``job.json`` or else from Hydra's file; empty without either.
-
-        Raises:
-            UnreadableError: ``job.json`` is damaged.
-        """
+        """Return the overrides that started the run, from ``job.json`` or else from Hydra's file; empty without either."""
         try:
             return overrides_in(read_json(self.job))
         except FileNotFoundError:

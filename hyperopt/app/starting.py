@@ -51,10 +51,6 @@ class Start:
 def read(cfg: DictConfig, run: RunDirectory) -> Start | None:
     """Return the hyperparameters that a new run starts from; None if it starts from the values in its config.
 
-    Args:
-        cfg: config of the run.
-        run: its directory.
-
     Raises:
         CheckpointError: there is no such run or file, or it is damaged, unsafe or of an older version.
     """

@@ -25,10 +25,7 @@ SPLITS = ("test", "val", "outer")
 def progress(trainer: TrainerSettings, state: LoopState, hidden: bool = False) -> tqdm:
     """Return the progress line on stderr; without a terminal it is updated every ten seconds.
 
-    Args:
-        trainer: gives the number of steps, and whether the line is wanted.
-        state: gives the number of steps done.
-        hidden: whether it is not shown in any case: a sweep has one line for all jobs.
+    It is not shown if it is ``hidden``, since a sweep has one line for all jobs, or not wanted.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     off = hidden or not trainer.progress
@@ -79,12 +76,7 @@ def write_facts(
 ) -> None:
     """Write ``run.json``; a resumed run keeps the facts of its start and adds those of this session under ``resumed``.
 
-    Args:
-        run: the run.
-        env: the environment of its task.
-        task: facts of the task.
-        resumed_from: number of steps done before this session (None: the run starts).
-        start: which hyperparameters it starts from, see ``starting.begin``.
+    ``resumed_from`` is the number of steps done before this session (None: the run starts), ``start`` that of ``starting.begin``.
     """
     facts = {**run_facts(env.device), "seed": env.seed, "precision": str(env.dtype).removeprefix("torch."), "task": task}
     facts |= {} if start is None else {"init_from": start}
@@ -98,11 +90,8 @@ def write_facts(
 def summarize(run: RunDirectory, status: str, state: LoopState, reason: str | None = None) -> None:
     """Write ``summary.json``; ``lost_rows``, pairs of a first and a last step, exists only if rows were lost.
 
-    Args:
-        run: the run.
-        status: ``running``, ``completed``, ``pruned``, ``interrupted``, ``failed`` or ``evaluated``.
-        state: gives the steps, the seconds, and the metrics of the last and of the best step.
-        reason: the key or signal that ended the run, the error, or the checkpoint that was evaluated.
+    ``status`` is ``running``, ``completed``, ``pruned``, ``interrupted``, ``failed``, ``checked`` or ``evaluated``. ``reason`` is
+    the key or signal that ended the run, the error, or the checkpoint that was evaluated.
     """
     best = {"step": state.best_step, "metrics": state.best_metrics} if state.best_metrics else None
     content = {

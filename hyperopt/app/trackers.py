@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import re
 import time
 from abc import ABC, abstractmethod
@@ -99,11 +100,7 @@ class TrackerSettings(ABC):
     package: ClassVar[str | None] = None
 
     def check(self) -> None:
-        """Refuse a tracker whose package is missing.
-
-        Raises:
-            ModuleNotFoundError: the message says how to install it.
-        """
+        """Refuse a tracker whose package is missing."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             raise ModuleNotFoundError(
                 f"tracker={self.package} needs the package {self.package}, which is not installed; pip install "
@@ -299,12 +296,14 @@ class Sent:
 
     def __init__(self, there: Elsewhere | None = None, rows: Sequence[Mapping[str, float]] = ()) -> None:
         """Send what is missing there."""
-        self._there = there
+        self._there, self._seen = there, math.inf if there is None else there.seen
         for row in rows:
             self.log(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
     def _tried(self, what: str, *arguments: Any) -> None:
-        """Call a method there."""
+        """Call a method there, if there is another place."""
+        if self._there is None:
+            return
         try:
             getattr(self._there, what)(*arguments)
         except Exception as error:
@@ -313,24 +312,22 @@ class Sent:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Send the numbers of a step."""
-        if self._there is not None and step > self._there.seen:
+        if step > self._seen:
             self._tried("log", step, row)
 
     def figure(self, step: int, name: str, path: Path) -> None:
         """Send a figure."""
-        if self._there is not None and step > self._there.seen:
+        if step > self._seen:
             self._tried("figure", step, name, path)
 
     def flush(self) -> None:
         """Send what is waiting."""
-        if self._there is not None:
-            self._tried("flush")
+        self._tried("flush")
 
     def close(self, status: str) -> None:
         """End the session there."""
-        if self._there is not None:
-            self._tried("close", status)
-            self._there = None
+        self._tried("close", status)
+        self._there = None
 
 
 def last_step(directory: RunDirectory) -> int:
@@ -351,13 +348,7 @@ def send(
 ) -> Sent:
     """Start or continue the run in the tracker that the config chooses, on the first rank.
 
-    Args:
-        tracker: the tracker.
-        directory: directory of the run, with the rows that stay.
-        cfg: the config.
-        overrides: what tells the run from others.
-        config: the flat config.
-        written: the latest step in ``metrics.jsonl`` before this session.
+    ``overrides`` tell the run from others, ``config`` is flat, and ``written`` is that of ``TrackedRun``.
     """
     if distributed.rank() > 0:
         return Sent()

@@ -33,13 +33,7 @@ def in_process(launcher: DictConfig) -> bool:
 
 
 def at_a_time(hydra: DictConfig, jobs: int, cores: int) -> int:
-    """Return how many jobs of a sweep this machine runs at a time; 1 if the launcher does not leave the cores to us.
-
-    Args:
-        hydra: Hydra's part of the config.
-        jobs: number of jobs of the sweep.
-        cores: number of cores of this machine.
-    """
+    """Return how many jobs of a sweep this machine runs at a time; 1 if the launcher does not leave the cores to us."""
     launcher = hydra.launcher
     kind = launcher._target_.rpartition(".")[2]
     if kind not in (JOBLIB, LOCAL):

@@ -68,17 +68,9 @@ def card_of(
     step: int,
     checkpoint: str,
 ) -> dict[str, Any]:
-    """Return the card as plain data.
+    """Return the card as plain data. The task is evaluated once more, at the state that is exported.
 
-    Args:
-        task: the task at the state that is exported; it is evaluated once more.
-        learned: what it has learned.
-        text: the text of ``config.yaml``.
-        cfg: the config in that text.
-        facts: the content of ``run.json``.
-        rows: the rows of ``metrics.jsonl``.
-        step: index of the exported step.
-        checkpoint: name of the checkpoint.
+    ``text`` is that of ``config.yaml``, ``facts`` are those of ``run.json``, and ``rows`` are those of ``metrics.jsonl``.
     """
     described = task.describe()
     return {

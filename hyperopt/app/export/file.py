@@ -52,12 +52,7 @@ class ExportError(ValueError):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
-    """Write a file, as a whole or not at all.
-
-    Args:
-        path: a path that ends in ``.pt`` or ``.safetensors``.
-        tensors: tensors by name.
-        card: plain data.
+    """Write tensors by name and a card to a path that ends in ``.pt`` or ``.safetensors``, as a whole or not at all.
 
     Raises:
         ExportError: safetensors is not installed.
@@ -93,11 +88,7 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def check_card(card: Mapping[str, Any]) -> None:
-    """Refuse a card that lacks an entry or contains text that is not plain.
-
-    Raises:
-        ExportError: the message names the key.
-    """
+    """Refuse a card that lacks an entry or contains text that is not plain."""
     for name, kind in CARD.items():
         if not isinstance(card.get(name), kind) or isinstance(card[name], bool):
             raise ExportError(f"the card's {name} is {card.get(name)!r:.60}, and no {kind.__name__}")
