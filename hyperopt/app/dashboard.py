@@ -14,17 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.compat.proto.tensor_pb2 import TensorProto  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.compat.proto.types_pb2 import DT_STRING  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.plugins.custom_scalar import metadata
-from tensorboard.plugins.custom_scalar.layout_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
-    Category,  # pyright: ignore[reportAttributeAccessIssue]
-    Chart,  # pyright: ignore[reportAttributeAccessIssue]
-    Layout,  # pyright: ignore[reportAttributeAccessIssue]
-    MultilineChartContent,  # pyright: ignore[reportAttributeAccessIssue]
-)
 
 from hyperopt.app.experiment import counts
 from hyperopt.app.options import leaves
@@ -55,7 +44,9 @@ LAYOUT: dict[str, dict[str, str]] = {
     "Self-tuning": {"losses": r"stn/(train|valid)_loss", "scale": r"stn/scale/", "response": r"stn/response"},
     "Cost": {"evaluations and products, in total": r"cost/(evaluations|vjps|jvps)", "seconds a step": r"time/step_seconds"},
 }
-"""The charts of the Custom Scalars tab, with regular expressions for their tags. The first two sections are open at first."""
+"""The charts of the Custom Scalars tab, with regular expressions for their tags."""
+OPEN = ("Losses and accuracies", "Hyperparameters, in their own units")
+"""The sections of that tab that are open at first."""
 Flat = list[Any]
 """The first step of a quantity that has not changed since, its value, and its latest step."""
 
@@ -113,18 +104,13 @@ def hparams(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, float | str]
     return dict(sorted(row.items()))
 
 
-def layout(names: Collection[str]) -> Summary:
-    """Return the charts of the Custom Scalars tab that have one of these quantities, losses and accuracies first."""
-    categories = []
-    for title, charts in LAYOUT.items():
-        shown = {name: tag for name, tag in charts.items() if any(re.match(tag, each) for each in names)}
-        if shown:
-            made = [Chart(title=name, multiline=MultilineChartContent(tag=[tag])) for name, tag in shown.items()]
-            categories.append(Category(title=title, chart=made, closed=title not in list(LAYOUT)[:2]))
-    content = Layout(category=categories).SerializeToString()
-    tensor = TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=TensorShapeProto())
-    plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
-    return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=plugin)])
+def layout(names: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return the charts of the Custom Scalars tab that have one of these quantities, as ``LAYOUT`` has them."""
+    found = {
+        title: {name: tag for name, tag in charts.items() if any(re.match(tag, each) for each in names)}
+        for title, charts in LAYOUT.items()
+    }
+    return {title: charts for title, charts in found.items() if charts}
 
 
 def of_interest(names: Iterable[str]) -> list[str]:

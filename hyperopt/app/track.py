@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
+from torch.utils.tensorboard.summary import custom_scalars
 from torch.utils.tensorboard.summary import histogram as histogram_summary
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torch.utils.tensorboard.summary import text as text_summary
 
-from hyperopt.app.dashboard import FlatCurves, layout, of_interest
+from hyperopt.app.dashboard import OPEN, FlatCurves, layout, of_interest
 from hyperopt.app.events import EventFiles, folder
 from hyperopt.app.files import AppendFile, plain, write_bytes
 from hyperopt.app.rows import Mark, add_mark, check_rows
@@ -138,7 +140,14 @@ class Tracker:
             metrics: names logged so far. Losses and accuracies become columns, which show the latest value of the scalar.
         """
         names = [*metrics]
-        self._events.add(layout(names))
+        titles = {title: {name: ("Multiline", [tag]) for name, tag in each.items()} for title, each in layout(names).items()}
+        charts = custom_scalars(titles)
+        content = charts.value[0].tensor.string_val
+        sections = Layout.FromString(content[0])
+        for each in sections.category:
+            each.closed = each.title not in OPEN
+        content[0] = sections.SerializeToString()
+        self._events.add(charts)
         if not row:
             return
         experiment, start, _ = hparams_summaries(dict(row), dict.fromkeys(of_interest(names), 0.0))
