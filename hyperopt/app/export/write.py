@@ -13,10 +13,9 @@ from torch import Tensor
 
 from hyperopt.app import checkpoint as checkpoints
 from hyperopt.app.config import ConfigError, plain_config
-from hyperopt.app.export.bounded import Bounded
 from hyperopt.app.export.card import card_of, page
 from hyperopt.app.export.file import ExportError, write
-from hyperopt.app.export.load import built_from, explained, load_exported
+from hyperopt.app.export.load import Bounded, built_from, explained, load_exported
 from hyperopt.app.export.program import write_program
 from hyperopt.app.files import WriteError, write_text, writing
 from hyperopt.app.repro import configure, preserved_global_state, resolve_precision, seed_everything
@@ -44,23 +43,9 @@ def export(
     steps: int | None = None,
     allow_targets: Sequence[str] = (),
 ) -> list[Path]:
-    """Write what a run has learned.
+    """Write what a run has learned, and return the files; ``hyperopt export --help`` says what the arguments mean.
 
     The task is built once more with its data and evaluated, so that the card has the metrics of what is written.
-
-    Args:
-        run: a run directory.
-        out: directory of the output (None: ``run/export``); files there are replaced.
-        checkpoint: ``best`` or ``last``.
-        form: ``pt`` or ``safetensors``.
-        data: the dataset's directory, if it is not where the run found it.
-        download: whether to fetch a missing dataset; the setting in the run's config does not count.
-        program: whether to write ``program.pt2`` too, see ``write_program``.
-        steps: number of the solver's steps in it.
-        allow_targets: packages of yours that the config names.
-
-    Returns:
-        The files.
 
     Raises:
         ExportError: there is no run, or something prevents the export; the message names it.
