@@ -13,13 +13,10 @@ SUBDIR = "${hydra.job.num}"  # the default of hydra.sweep.subdir
 
 
 class Composer:
-    """Composes the jobs of a sweep one after another.
+    """Composes the jobs of a sweep, whose config it is given, one after another.
 
     Jobs that differ only in values share one config, whose values are set in turn. A config is valid until the next job is
     composed.
-
-    Args:
-        config: config of the sweep.
     """
 
     KEPT = 32  # number of configs that are kept, a third of a megabyte each

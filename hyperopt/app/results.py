@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperopt.app.files import write_json
-from hyperopt.app.run_directory import ENDED, RunDirectory, measured, number
+from hyperopt.app.run_directory import ENDED, RunDirectory, differing, measured, number
 from hyperopt.core.text import aligned, printable
 
 LINES = 20  # largest number of lines of the table
@@ -100,7 +100,8 @@ def conclude(sweep: Path, index: Mapping[str, Any], goal: Goal) -> str:
         for job in best
     ]
     write_json(RunDirectory(sweep).winners, {"metric": [*goal.metrics], "direction": [*goal.directions], "runs": runs})
-    varying = _varying(jobs)
+    given = [dict(each.partition("=")[::2] for each in job["overrides"]) for job in jobs]
+    varying = [key for key in differing(given) if key != "init_partial"]
     head = ["job", "status", *goal.metrics, "seconds", *varying]
     fits = len(jobs) + 1 <= LINES
     shown = jobs if fits else jobs[: LINES - 2]
@@ -117,13 +118,6 @@ def conclude(sweep: Path, index: Mapping[str, Any], goal: Goal) -> str:
     lines += [f"best (job {job['number']}): {goal.command(job)}" for job in best[:1]]
     lines.append(f"next: {shlex.join(['hyperopt', 'report', str(sweep)])}")
     return "\n".join(lines)
-
-
-def _varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys of overrides that are not the same for all jobs."""
-    values = [dict(each.partition("=")[::2] for each in job["overrides"]) for job in jobs]
-    keys = dict.fromkeys(key for each in values for key in each)
-    return [key for key in keys if key != "init_partial" and len({each.get(key) for each in values}) > 1]
 
 
 def _row(job: Mapping[str, Any], goal: Goal, varying: Sequence[str], mark: str) -> list[str]:

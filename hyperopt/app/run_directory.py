@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,7 @@ class _Name:
 
 
 class RunDirectory(LockedDirectory):
-    """The directory of one run, or of a sweep, each of whose jobs has its own run directory.
-
-    Args:
-        path: the directory, which need not exist.
-    """
+    """The directory of one run, or of a sweep, each of whose jobs has its own run directory; see ``LockedDirectory``."""
 
     metrics = _Name("metrics.jsonl")  # one row for each step
     config = _Name("config.yaml")  # resolved, without Hydra's part
@@ -268,6 +264,12 @@ def measured(summary: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, fl
     best = summary.get("best") or {}
     found = {**(summary.get("metrics") or {}), **(best.get("metrics") or {})}
     return {name: found.get(name, summary.get(name) if name in ("seconds", "steps") else None) for name in metrics}
+
+
+def differing(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose values are not the same in all mappings, in the order in which they occur."""
+    keys = dict.fromkeys(key for each in mappings for key in each)
+    return [key for key in keys if len({repr(each.get(key)) for each in mappings}) > 1]
 
 
 def or_empty(read: Callable[..., dict[str, Any]], *paths: Path) -> dict[str, Any]:

@@ -97,14 +97,7 @@ def fanned(places: Sequence[float], results: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the parallel coordinates.
-
-    Attributes:
-        settings: where it passes.
-        result: where it ends.
-        ended: whether it is the mean of runs that ended well.
-        label: its name.
-    """
+    """A line of the parallel coordinates: where it passes and ends, whether it is a mean of runs that ended well, and a name."""
 
     settings: Mapping[str, Any]
     result: float

@@ -79,10 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(directories: Sequence[Path], out: Path, metric: str | None = None) -> str:
     """Write ``index.html`` and the figures into ``out``, and return what to print: the table, the best command line, and notes.
 
-    Args:
-        directories: directories of runs or sweeps, or directories that contain such.
-        out: the output directory, which is created if it is missing.
-        metric: the metric to compare by (None: that of ``best.json``, or ``trainer.monitor``).
+    ``hyperopt report --help`` says what the arguments mean.
 
     Raises:
         ReportError: there is nothing to report on.

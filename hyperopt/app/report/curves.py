@@ -49,13 +49,7 @@ def band_of(group: Group, metric: str) -> Band:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve with its name.
-
-    Attributes:
-        label: its name.
-        band: the curve.
-        stopped: the curves of runs that did not end well.
-    """
+    """A curve with its name, and the curves of runs that did not end well."""
 
     label: str
     band: Band

@@ -12,6 +12,7 @@ from typing import Any
 
 from hyperopt.app.experiment import counts
 from hyperopt.app.report.read import Run
+from hyperopt.app.run_directory import differing
 from hyperopt.core.text import printable
 
 UNSET = "-"
@@ -125,8 +126,7 @@ def by_overrides(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]] | None
     They are shorter than the config: ``solver=anderson`` stands for the dozen keys that come with it.
     """
     first = [found[0].overrides for found in groups]
-    keys = dict.fromkeys(key for each in first for key in each if counts(key, "group"))
-    swept = [key for key in keys if len({each.get(key) for each in first}) > 1]
+    swept = [key for key in differing(first) if counts(key, "group")]
     settings = [{key: value_of(each.get(key)) for key in swept} for each in first]
     same = all(
         run.overrides.get(key) == each.get(key)
@@ -150,8 +150,7 @@ def value_of(text: str | None) -> Any:
 def by_config(groups: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
     """Return the keys of the configs that differ; for a ``_target_``, its class is the value of the key of its part."""
     configs = [relevant(found[0]) for found in groups]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    swept = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    swept = differing(configs)
 
     def value(config: Mapping[str, Any], key: str) -> Any:
         found = config.get(key, UNSET)

@@ -10,7 +10,7 @@ from hyperopt.app.report.groups import Group, shown, spread
 from hyperopt.app.report.page import Cell, address
 from hyperopt.app.report.read import Run
 from hyperopt.app.report.trust import judged, relative_errors, values
-from hyperopt.app.run_directory import number
+from hyperopt.app.run_directory import differing, number
 from hyperopt.core.text import one_line, printable
 
 ALSO = ("val/accuracy", "test/loss", "test/accuracy")
@@ -64,20 +64,9 @@ def numeric(value: float, form: str, tone: str = "") -> Cell:
 
 def of_runs(runs: Sequence[Run], names: Sequence[str], metric: str, out: Path) -> tuple[list[str], list[list[Cell]]]:
     """Return the header and the rows of the table of runs, with links from the page in ``out``."""
-    keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    varying = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
-    head = [
-        "run",
-        *map(printable, varying),
-        "status",
-        printable(metric),
-        "best step",
-        "steps",
-        "seconds",
-        "solves",
-        "largest residual",
-    ]
-    head += ["hypergradient error", "ended by"]
+    varying = differing([run.overrides for run in runs])
+    head = ["run", *map(printable, varying), "status", printable(metric), "best step", "steps", "seconds", "solves"]
+    head += ["largest residual", "hypergradient error", "ended by"]
     rows = []
     for run, name in zip(runs, names, strict=True):
         errors = [each for each in relative_errors(run) if math.isfinite(each[0])]

@@ -29,13 +29,7 @@ WHOLE = ("seconds", "steps")
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving: of the runs that reach a rung, only the best continue.
-
-    Attributes:
-        min_resource: outer steps to the first rung, or ``auto``: a hundredth of the steps of the first complete run.
-        reduction_factor: one run in this many continues, and the next rung is this many times as far.
-        min_early_stopping_rate: number of rungs that are left out at the beginning.
-    """
+    """Successive halving: of the runs that reach a rung, only the best continue; see ``configs/hydra/sweeper/optuna.yaml``."""
 
     min_resource: int | str = "auto"
     reduction_factor: int = 4
