@@ -117,9 +117,9 @@ class BilevelTask(FixedSettings, Task):
     def build(self, env: Environment) -> BilevelSetup:
         """Return the losses, the model and the rows, from ``self.splits``."""
 
-    @abstractmethod
     def predict(self, w: Any, x: Tensor) -> Tensor:
-        """Return the outputs of the model at ``w``: logits, or numbers. shape: (n, outputs)."""
+        """Return the outputs of the model at ``w``: logits, or numbers; there need not be one. shape: (n, outputs)."""
+        raise NotImplementedError(f"task={self.name} has no model that predicts for rows")
 
     def outer(self, w: Any, lam: Any, batch: Any) -> Tensor:
         """Return the mean loss of the model on a batch ``(x, y)``."""
@@ -206,7 +206,13 @@ class BilevelTask(FixedSettings, Task):
         return self._at_trained(self.measure)
 
     def learned(self) -> LearnedModel:
-        """Return the hyperparameters, and the model as an evaluation trains it."""
+        """Return the hyperparameters, and the model as an evaluation trains it.
+
+        Raises:
+            NotImplementedError: there is no model that predicts.
+        """
+        if type(self).predict is BilevelTask.predict:
+            return super().learned()
         weights = self._at_trained(lambda w: optree.tree_map(torch.clone, w))
         return LearnedModel.on(self.splits, self.state_of(weights), self.hyper.read())
 

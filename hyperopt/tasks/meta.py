@@ -285,10 +285,6 @@ class MetaTask(BilevelTask):
         self.episodes = self.drawn("outer", self._steps * self.tasks, self.tasks)
         return super().objective(solver, adjoint)
 
-    def predict(self, w: Any, x: Tensor) -> Tensor:
-        """Refuse: the model predicts for tasks and not for rows, see ``outputs``."""
-        raise NotImplementedError(f"task={self.name} predicts for tasks; see outputs")
-
     def learned(self) -> Any:
         """Refuse: the network predicts nothing before it is adapted to a task."""
         raise NotImplementedError(f"task={self.name} learns initial weights, which predict nothing before they are trained")

@@ -15,7 +15,7 @@ benchopt/benchmark_bilevel.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ DRAWS = 20  # number of attempts to draw a value function with a minimum
 DOUBLE = torch.float64
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """The rows of one sum; see the formula. shape of x, b, c: (n, dim); of g, a, d: (n, hyper_dim)."""
 
     x: Tensor
@@ -46,10 +45,6 @@ class Terms:
         """Return the mean Hessians in ``w`` and ``lam``, the cross term, shape (hyper_dim, dim), and the linear terms."""
         n = len(self.x)
         return self.x.T @ self.x / n, self.g.T @ self.g / n, self.a.T @ self.b / n, self.c.mean(0), self.d.mean(0)
-
-    def flat(self) -> tuple[Tensor, ...]:
-        """Return the rows as a batch."""
-        return (self.x, self.g, self.a, self.b, self.c, self.d)
 
 
 @dataclass(eq=False)
@@ -128,15 +123,11 @@ class QuadraticTask(BilevelTask):
             squares = ((x @ w).square() + (g @ u).square()) / 2
             return (squares + (a @ u) * (b @ w) + c @ w + d @ u).mean()
 
-        data = [tuple(part.to(env.device, env.dtype) for part in terms.flat()) for terms in self.sums]
+        data = [tuple(part.to(env.device, env.dtype) for part in terms) for terms in self.sums]
         inner = Minibatches(data[0], self.batch_size, env.seed, key="task.batch_size")
         outer = Minibatches(data[1], self.val_batch_size, env.seed + 1, key="task.val_batch_size")
         w = torch.zeros(self.dim, dtype=env.dtype, device=env.device)
         return BilevelSetup(BilevelProblem(loss, loss, inner, outer), w, {"lam": (self.hyper_dim,)}, {})
-
-    def predict(self, w: Any, x: Tensor) -> Tensor:
-        """Refuse: there is no model."""
-        raise NotImplementedError("task=quadratic has no model")
 
     def evaluate(self) -> dict[str, float]:
         """Return the value function at the present hyperparameters, in closed form, and its distance from the minimum."""

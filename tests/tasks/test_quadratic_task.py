@@ -28,7 +28,7 @@ def exact(task: QuadraticTask, lam: torch.Tensor) -> torch.Tensor:
     (inner, outer), (hessian, _, cross, linear, _) = task.sums, task.sums[0].mean()
     w = -torch.linalg.solve(hessian, cross.T @ lam + linear)
     assert len(inner.x) == task.rows
-    return task.built.problem.outer_loss(w, {"lam": lam}, outer.flat())
+    return task.built.problem.outer_loss(w, {"lam": lam}, tuple(outer))
 
 
 def test_the_value_function_is_that_of_the_losses() -> None:
@@ -42,6 +42,11 @@ def test_the_value_function_is_that_of_the_losses() -> None:
     best = task.best.clone().requires_grad_()
     (slope,) = torch.autograd.grad(exact(task, best), best)
     torch.testing.assert_close(slope, torch.zeros(4, dtype=DOUBLE), rtol=0, atol=1e-10)
+
+
+def test_there_is_no_model_to_export() -> None:
+    with pytest.raises(NotImplementedError, match=r"task=quadratic .* cannot be exported"):
+        made().learned()
 
 
 def test_the_spectra_are_those_that_were_asked_for() -> None:
