@@ -280,13 +280,9 @@ def draw(shape: tuple[int, ...], fan_in: int, scale: float | None, generator: to
 def linear_classifier(
     state_size: int, classes: int, scale: float | None = None, generator: torch.Generator | None = None
 ) -> nn.Linear:
-    """Return a linear classifier.
+    """Return a linear classifier with normal initial weights of deviation ``scale`` and zero bias.
 
-    Args:
-        state_size: number of entries of one state.
-        classes: number of classes.
-        scale: deviation of the normal initial weights, with zero bias (None: uniform, as in ``torch.nn.Linear``).
-        generator: generator of the initial values (None: torch's global one).
+    Without a ``scale``, both are uniform as in ``torch.nn.Linear``. They come from ``generator`` (None: torch's global one).
     """
     classifier = nn.Linear(state_size, classes)
     with torch.no_grad():

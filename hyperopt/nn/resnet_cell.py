@@ -77,11 +77,7 @@ class ResNetCell(nn.Module):
 
 
 def check_groups(owner: str, groups: int, **channels: int) -> None:
-    """Refuse channel counts that ``groups`` does not divide.
-
-    Raises:
-        ValueError: a count is below 1 or not divisible; the message names it.
-    """
+    """Refuse channel counts below 1, and those that ``groups`` does not divide."""
     for name, count in {"groups": groups, **channels}.items():
         if count < 1:
             raise ValueError(f"{owner}: {name}={count} must be at least 1; change {name}")
@@ -90,11 +86,7 @@ def check_groups(owner: str, groups: int, **channels: int) -> None:
 
 
 def check_images(owner: str, x: Tensor, channels: int) -> None:
-    """Refuse an x that is not a batch of images with this number of channels.
-
-    Raises:
-        ValueError: the message gives the shape of x.
-    """
+    """Refuse an x that is not a batch of images with this number of channels."""
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(
             f"{owner}: x has shape {tuple(x.shape)}, but the cell takes (rows, channels={channels}, height, width); change "
@@ -103,11 +95,7 @@ def check_images(owner: str, x: Tensor, channels: int) -> None:
 
 
 def dropout_of(owner: str, p: float) -> nn.Module:
-    """Return a dropout layer, or the identity for ``p=0``.
-
-    Raises:
-        ValueError: p is not in [0, 1).
-    """
+    """Return a dropout layer, or the identity for ``p=0``; refuse a p outside of [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"{owner}: dropout={p} is not in [0, 1); change dropout")
     return nn.Dropout(p) if p else nn.Identity()

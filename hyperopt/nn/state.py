@@ -28,18 +28,7 @@ def alike(one: Any, two: Any) -> bool:
 
 
 def refuse_guess(error: Exception, cell: nn.Module, phi: Callable[..., Any], z0: Any, terms: tuple[Any, ...]) -> None:
-    """Raise an error that asks for ``initial``, if a solve from zeros failed because zeros are not a state of the cell.
-
-    Args:
-        error: the error of the solve.
-        cell: the cell.
-        phi: its map.
-        z0: where the solve started.
-        terms: the map's arguments beside the state.
-
-    Raises:
-        Exception: an error of the class of ``error``.
-    """
+    """Raise an error of the class of ``error`` that asks for ``initial``, if a solve from zeros failed as they are no state."""
     try:
         with torch.no_grad():
             fits = alike(FrozenMap(phi, [cell], optree.tree_leaves(z0)[0].device)(z0, *terms), z0)
@@ -90,15 +79,11 @@ def materialise(cell: nn.Module, z0: Any, x: Any, *, guessed: bool) -> Any:
 
 
 def rows_are_coupled(phi: FrozenMap, z0: Any, terms: tuple[Any, ...]) -> bool:
-    """Whether a row of the cell's output depends on another row of the state.
+    """Whether a row of the cell's output depends on another row of the state, near the state ``z0``.
 
     Any two rows differ in at least one bit of their numbers. For every bit, this takes the gradient of the output's rows with
-    the bit in the state's rows without it, and the other way round, which costs two products a bit.
-
-    Args:
-        phi: the map of the solve, evaluated here for the first time, so that its random numbers are drawn here.
-        z0: a state, whose leaves share their first dimension; the gradients are taken near it.
-        terms: the map's arguments beside the state.
+    the bit in the state's rows without it, and the other way round, which costs two products a bit. The map of the solve is
+    evaluated here for the first time, so its random numbers are drawn here.
     """
     generator = torch.Generator().manual_seed(0)
 

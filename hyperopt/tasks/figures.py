@@ -21,10 +21,9 @@ SHOWN = 25  # number of misclassified images, in five lines of five
 
 
 def residual_figure(solutions: Mapping[str, Solution]) -> Figure:
-    """Return a semilog plot of the worst relative residual over the iterations, forward and adjoint.
+    """Return a semilog plot of the worst relative residual over the iterations of traced solutions, forward and adjoint.
 
-    Args:
-        solutions: traced solutions by the name of their equilibrium; a name may be empty.
+    The solutions have the names of their equilibria, which may be empty.
     """
     figure, axes = axes_of("iteration", "largest relative residual over the rows")
     for layer, solution in solutions.items():
@@ -68,11 +67,7 @@ def spectrum_figure(matrix: ContractiveMatrix) -> Figure:
 def misclassified_figure(logits: Callable[[Tensor], Tensor], rows: Rows, shape: tuple[int, ...], batch: int) -> Figure:
     """Return a figure of the first misclassified images, each with its predicted and its true class.
 
-    Args:
-        logits: a function from flattened rows to logits, shape (rows, classes).
-        rows: the flattened images.
-        shape: shape of one image, (channels, height, width) with 1 or 3 channels.
-        batch: number of rows of one forward pass.
+    ``logits`` maps ``batch`` flattened rows at a time to logits. The ``shape`` of an image has 1 or 3 channels first.
     """
     from matplotlib.figure import Figure  # imported here because it takes half a second
 

@@ -37,16 +37,61 @@ from hyperopt.nn.factories import Methods, NetworkFactory, TanhMLP
 from hyperopt.nn.stabilise import Stabilise
 from hyperopt.tasks.base import SPLIT_MEASURES, Environment, GradientCheck, StepRecord
 from hyperopt.tasks.figures import misclassified_figure
-from hyperopt.tasks.running import Running
 from hyperopt.tasks.supervised import SupervisedTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
+MEANS = {
+    "running/accuracy": "outer/step_accuracy",
+    "running/inner_iterations": "inner/iterations",
+    "running/inner_iterations_mean": "inner/iterations_mean",
+    "running/adjoint_iterations": "adjoint/iterations",
+    "running/adjoint_iterations_mean": "adjoint/iterations_mean",
+}
+"""The means of metrics of the steps, and the metrics."""
 SOLVED = ("failed", "fallbacks", "iterations", "iterations_mean")
 RUNNING = ("running/loss", "running/accuracy", *(f"running/{side}_{kind}" for side in ("inner", "adjoint") for kind in SOLVED))
 """Names of the means over the steps since the last evaluation."""
+
+
+class Running:
+    """Means over the steps since the last evaluation, for a table that has one line an epoch.
+
+    ``read`` may be called several times; the next ``add`` after it starts new means.
+    """
+
+    def __init__(self) -> None:
+        """Start without steps."""
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self._was_read = False
+
+    def add(self, record: StepRecord) -> None:
+        """Add one step."""
+        if self._was_read:
+            self.__init__()
+        values = {"running/loss": record.loss}
+        values |= {name: record.metrics[key] for name, key in MEANS.items() if key in record.metrics}
+        for name, status in record.statuses.items():
+            values[f"running/{name}_failed"] = float(status.failed)
+            values[f"running/{name}_fallbacks"] = float(record.metrics[f"{name}/fallbacks"] > 0)
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the means, or nothing before the first step."""
+        self._was_read = True
+        return {name: total / self._steps for name, total in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain containers."""
+        return {"sums": dict(self._sums), "steps": self._steps, "was_read": self._was_read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._sums, self._steps, self._was_read = dict(state["sums"]), state["steps"], state["was_read"]
 
 
 @dataclass(eq=False)

@@ -36,11 +36,9 @@ from hyperopt.tasks.tuned import TunedTask
 
 
 def perceptron(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Return linear layers with ReLU between them, initialised from ``generator`` as ``torch.nn.Linear`` initialises them.
+    """Return linear layers with ReLU between them, initialised from a CPU generator as ``torch.nn.Linear`` initialises them.
 
-    Args:
-        sizes: sizes of the input, the hidden layers and the output.
-        generator: a CPU generator.
+    ``sizes`` are those of the input, the hidden layers and the output.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):

@@ -18,10 +18,7 @@ ROWS = 10_000  # number of rows of one call, which bounds the memory of an evalu
 def scores(rows: Mapping[str, Rows], outputs: Callable[[Tensor], Tensor], at_a_time: int = ROWS) -> dict[str, float]:
     """Return ``<name>/loss``, and ``<name>/accuracy`` if the targets are classes, on each set of rows.
 
-    Args:
-        rows: the sets of rows by name.
-        outputs: a function from flattened rows to logits or numbers, shape (n, outputs).
-        at_a_time: number of rows of one call of ``outputs``; sparse rows are one call.
+    ``outputs`` maps ``at_a_time`` flattened rows, or all rows if they are sparse, to logits or numbers, shape (n, outputs).
     """
     found = {}
     for name, whole in rows.items():

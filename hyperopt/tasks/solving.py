@@ -90,17 +90,9 @@ class SolvingTask(FixedSettings, Task):
         measure: Callable[[], dict[str, float]] = dict,
         rows: int = 1,
     ) -> StepRecord:
-        """Let the optimizer make one step, and project.
+        """Let the optimizer make one step, and project; the arguments are those of ``Task.descend``.
 
-        Args:
-            optimizer: see ``Task.step``.
-            check: see ``GradientCheck``.
-            loss: the outer loss on the rows of this rank; see ``Task.descend``.
-            measure: returns further metrics; called after the first ``backward`` and before ``check``, which may clip.
-            rows: number of rows of this rank, over which ``loss`` is a mean.
-
-        Returns:
-            The record of the first evaluation, with the costs of all evaluations.
+        ``measure`` returns further metrics; it is called after the first ``backward`` and before ``check``, which may clip.
         """
         measures = iter([measure])  # only for the first call
 
