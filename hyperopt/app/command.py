@@ -19,7 +19,7 @@ from hyperopt.app.experiment import counts
 from hyperopt.app.launch import lead
 from hyperopt.app.lock import release_all
 from hyperopt.app.options import choices
-from hyperopt.app.preflight import Preflight, Refusal
+from hyperopt.app.preflight import Ended, Preflight
 from hyperopt.app.resolvers import config_path, register
 from hyperopt.app.run_directory import RunDirectory
 from hyperopt.app.workers import LAUNCHER, THREADS
@@ -38,21 +38,7 @@ def job(cfg: DictConfig) -> float:
     try:
         return lead(cfg, out)
     except Exception as error:
-        raise Failure(error, out) from error
-
-
-class Failure(SystemExit):
-    """A run that failed. Hydra prints an exception of a job in its own way, but passes an exit on."""
-
-    def __init__(self, error: Exception, out: Path) -> None:
-        """Keep the error and the run's directory for ``launch``; the exit status is 1."""
-        super().__init__(1)
-        self.error, self.out = error, out
-
-    def traceback(self) -> Path | None:
-        """Return the file with the traceback, if the run has written one."""
-        file = RunDirectory(self.out).failed
-        return file if file.is_file() and type(self.error).__name__ in file.read_text(errors="replace") else None
+        raise Ended(error, out) from error
 
 
 def with_those_of_the_run(overrides: Sequence[str]) -> list[str]:
@@ -101,10 +87,8 @@ def launch(overrides: Sequence[str], flags: Sequence[str]) -> None:
         job()
         conclude()
         return
-    except Refusal as refusal:
-        error: BaseException = refusal.error
-    except Failure as failure:
-        error, kept = failure.error, failure.traceback()
+    except Ended as ended:
+        error, kept = ended.error, ended.traceback()
     except Exception as raised:
         error = raised
     finally:

@@ -32,13 +32,22 @@ from hyperopt.data.reading import read_json
 GRID, SEARCH = (f"hydra_plugins.hyperopt_sweeper.{name}" for name in ("GridSweeper", "OptunaSweeper"))
 
 
-class Refusal(SystemExit):
-    """A launch that is refused before any work. Hydra turns a callback's exceptions into warnings, but passes an exit on."""
+class Ended(SystemExit):
+    """A launch that is refused before any work, or a run that failed in the directory ``out``.
 
-    def __init__(self, error: Exception) -> None:
-        """Keep the error for ``main``; the exit status is 1."""
+    Hydra turns a callback's exceptions into warnings and prints those of a job in its own way, but passes an exit on.
+    """
+
+    def __init__(self, error: Exception, out: Path | None = None) -> None:
+        """Keep the error for ``command.launch``; the exit status is 1."""
         super().__init__(1)
-        self.error = error
+        self.error, self.out = error, out
+
+    def traceback(self) -> Path | None:
+        """Return the file with the traceback, if a run has written one."""
+        file = None if self.out is None else RunDirectory(self.out).failed
+        named = file is not None and file.is_file() and type(self.error).__name__ in file.read_text(errors="replace")
+        return file if named else None
 
 
 class Preflight(Callback):
@@ -115,7 +124,7 @@ class Preflight(Callback):
                 Preflight.launched = where, count if known else None
                 Preflight.goal = _goal(each, count if known else None if search is None else search.trials)
         except Exception as error:
-            raise Refusal(error) from error
+            raise Ended(error) from error
 
 
 def _listed(config: DictConfig) -> bool:
