@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from hyperopt.app.rows import is_count
 from hyperopt.tasks.base import HypergradientError
 from hyperopt.tasks.trainer import TrainerSettings
 
@@ -53,9 +54,6 @@ class LoopState:
 
         def is_number(value: Any) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool)
-
-        def is_count(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
         def is_row(value: Any) -> bool:
             return isinstance(value, dict) and all(isinstance(name, str) and is_number(value[name]) for name in value)

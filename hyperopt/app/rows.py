@@ -100,33 +100,33 @@ def check_rows(path: Path, position: Mapping[str, Any], step: int) -> Rows:
     return Rows(pieces, kept, joined)
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value of a checkpoint is a whole number that can count something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
 def check_position(position: Any) -> None:
     """Refuse a position that no run can have written; the ``ValueError`` says what is wrong."""
 
-    def count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+    def is_flat(each: Any) -> bool:
+        known = isinstance(each, list) and len(each) == 3 and is_count(each[0]) and is_count(each[2])
+        return each is None or (known and isinstance(each[1], int | float))
 
     if not isinstance(position, dict):
         raise ValueError(f"position is {position!r:.40}")
     events, wall, marks = position.get("events"), position.get("wall"), position.get("marks", [])
     flat = position.get("flat") or {}  # an older version had no such curves
-    if not count(position.get("rows")):
-        raise ValueError(f"position.rows is {position.get('rows')!r:.40}")
-    if not isinstance(events, dict) or not all(isinstance(name, str) and count(size) for name, size in events.items()):
-        raise ValueError(f"position.events is {events!r:.40}")
-    if not isinstance(wall, int | float) or not 0 <= wall < 2**40:
-        raise ValueError(f"position.wall is {wall!r:.40}")
-    if not isinstance(marks, list) or not all(
-        isinstance(mark, list) and len(mark) == 3 and all(map(count, mark)) for mark in marks
-    ):
-        raise ValueError(f"position.marks is {marks!r:.40}")
-    if not isinstance(flat, dict) or not all(
-        isinstance(name, str)
-        and (each is None or (isinstance(each, list) and len(each) == 3 and count(each[0]) and count(each[2])))
-        and (each is None or isinstance(each[1], int | float))
-        for name, each in flat.items()
-    ):
-        raise ValueError(f"position.flat is {flat!r:.40}")
+    good = {
+        "rows": is_count(position.get("rows")),
+        "events": isinstance(events, dict) and all(isinstance(name, str) and is_count(size) for name, size in events.items()),
+        "wall": isinstance(wall, int | float) and 0 <= wall < 2**40,
+        "marks": isinstance(marks, list)
+        and all(isinstance(mark, list) and len(mark) == 3 and all(map(is_count, mark)) for mark in marks),
+        "flat": isinstance(flat, dict) and all(isinstance(name, str) and is_flat(each) for name, each in flat.items()),
+    }
+    for name, fits in good.items():
+        if not fits:
+            raise ValueError(f"position.{name} is {position.get(name)!r:.40}")
     sizes, steps = [mark[0] for mark in marks], [mark[2] for mark in marks]
     if marks and (sizes[0] != 0 or sizes[-1] != position["rows"] or sizes != sorted(set(sizes)) or steps != sorted(steps)):
         raise ValueError("position.marks are out of order")
