@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hyperopt.app import sweep
-from hyperopt.app.composing import SUBDIR, Composer
 from hyperopt.app.config import ConfigError, check_targets, plain_values
 from hyperopt.app.errors import explain
 from hyperopt.app.options import choices
@@ -105,7 +104,7 @@ class Preflight(Callback):
             searched = key == "hydra.sweep.dir" and config.hydra.sweeper._target_ == SEARCH
             search = _search(config) if searched else None
             if search is not None:
-                jobs = ((each, where) for each in map(Composer(config).compose, search.samples()))
+                jobs = ((each, where) for each in map(sweep.Composer(config).compose, search.samples()))
             else:
                 jobs = [(config, where)] if key == "hydra.run.dir" else _jobs(config, where)
             each, count = config, 0
@@ -137,7 +136,7 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
     if not _listed(config):
         yield config, where
         return
-    composer = Composer(config)
+    composer = sweep.Composer(config)
     for number, job_overrides in enumerate(chain.from_iterable(BasicSweeper.split_arguments(given(config), None))):
         each = composer.compose(list(job_overrides))
         with open_dict(each):
@@ -148,7 +147,7 @@ def _jobs(config: DictConfig, where: Path) -> Iterator[tuple[DictConfig, Path]]:
 def _search(config: DictConfig) -> Search:
     """Return the search that a sweep describes, or refuse it."""
     where: Any = OmegaConf.to_container(config.hydra.sweep)
-    if (subdir := where["subdir"]) != SUBDIR:
+    if (subdir := where["subdir"]) != sweep.SUBDIR:
         raise ConfigError(f"hydra.sweep.subdir={subdir}: the jobs of a search lie in the directories of their numbers; drop it")
     return Search.of(config)
 

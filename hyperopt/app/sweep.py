@@ -1,4 +1,4 @@
-"""The jobs of a sweep: their index ``sweep.json``, and which of them a resumed sweep can skip. This module imports no torch.
+"""The jobs of a sweep: how they are composed and run, and their index ``sweep.json``. This module imports no torch.
 
 A job leaves ``job.json`` (its number and overrides) beside the run's own files, and the index is made from these directories
 alone. Jobs may therefore end in any order and in any number of processes; each writes the index again when it ends.
@@ -14,7 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
 
 from hyperopt.app.experiment import differences, flatten
 from hyperopt.app.files import write_json, write_text
@@ -26,6 +29,8 @@ from hyperopt.app.workers import device_of, in_process, put_back, queue_id, tied
 from hyperopt.data.reading import read_json
 
 log = logging.getLogger(__name__)
+
+SUBDIR = "${hydra.job.num}"  # the default of hydra.sweep.subdir
 
 
 def run_job(cfg: DictConfig, hydra: Any, out: Path) -> float:
@@ -125,3 +130,46 @@ def write_index(sweep: Path) -> None:
     directory = RunDirectory(sweep)
     with take(directory.index_lock) or contextlib.nullcontext():
         write_json(directory.index, index(sweep))
+
+
+class Composer:
+    """Composes the jobs of a sweep, whose config it is given, one after another.
+
+    Jobs that differ only in values share one config, whose values are set in turn. A config is valid until the next job is
+    composed.
+    """
+
+    KEPT = 32  # number of configs that are kept, a third of a megabyte each
+
+    def __init__(self, config: DictConfig) -> None:
+        """Start with nothing composed."""
+        self.config, self.parser = config, OverridesParser.create()
+        self.made: dict[tuple[str, ...], DictConfig] = {}
+        where: Any = OmegaConf.to_container(config.hydra.sweep)
+        self.reuses = where["subdir"] == SUBDIR  # another subdir may depend on how the job was composed
+
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """Return the config of the job with these overrides."""
+        parsed = self.parser.parse_overrides(overrides)
+        values = {each.key_or_group: each for each in parsed if self._is_value(each)}
+        kind = tuple(each.key_or_group if each.key_or_group in values else str(each.input_line) for each in parsed)
+        if self.reuses and kind in self.made:
+            found = self.made[kind]
+            for key, each in values.items():
+                OmegaConf.update(found, key, each.value())
+            found.hydra.overrides.task = overrides
+            return found
+        if len(self.made) == self.KEPT:
+            self.made.clear()
+        given = list(self.config.hydra.overrides.hydra)
+        found = compose(self.config.hydra.job.config_name, [*given, *overrides], return_hydra_config=True)
+        self.made[kind] = found
+        return found
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether the override sets one value of a config, and does not choose a config."""
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.package is not None or "/" in key or key.startswith("hydra"):
+            return False
+        here = OmegaConf.select(self.config, key, default=OmegaConf)  # OmegaConf stands for a missing key
+        return here is not OmegaConf and not OmegaConf.is_config(here) and not isinstance(override.value(), dict)

@@ -19,7 +19,6 @@ from toy_task import rows
 
 from hyperopt.app import sweep
 from hyperopt.app.building import build
-from hyperopt.app.composing import Composer
 from hyperopt.app.config import ConfigError
 from hyperopt.app.files import write_json
 from hyperopt.app.preflight import Preflight
@@ -179,7 +178,7 @@ MIXED = [
 def test_jobs_that_differ_in_values_are_checked_as_they_are_composed() -> None:
     register()
     with initialize_config_dir(config_path(), version_base="1.3"):
-        composer = Composer(compose("train", return_hydra_config=True))
+        composer = sweep.Composer(compose("train", return_hydra_config=True))
         for overrides in MIXED:
             found, whole = composer.compose(overrides), compose("train", overrides, return_hydra_config=True)
             for config in (found, whole):
