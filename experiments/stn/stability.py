@@ -38,8 +38,7 @@ def varied(plan: Plan) -> dict[str, Plan]:
     return found
 
 
-FOURFOLD = {"hyperparameters fourfold": replace(MEASURED, values_lr=4 * MEASURED.values_lr)}
-PLANS = varied(MEASURED) | FOURFOLD | {f"tuned schedule, {name}": plan for name, plan in varied(SCHEDULED).items()}
+PLANS = varied(MEASURED) | {f"tuned schedule, {name}": plan for name, plan in varied(SCHEDULED).items()}
 
 
 def table(results: dict[str, Any]) -> list[str]:
