@@ -242,7 +242,7 @@ def assert_caught(check: Callable[[str], None], option: str, factor: float, patc
         check(option)
 
 
-@pytest.mark.cases(quick=2, slow=10)
+@pytest.mark.cases(quick=2, slow=6)
 @pytest.mark.parametrize("factor", [-1.0, pytest.param(2.0, marks=pytest.mark.slow)], ids=["negated", "doubled"])
 @pytest.mark.parametrize("group", ONE_OF_EACH)
 def test_a_wrong_one_is_caught(group: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from composing import CONFIGS, composed
-from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import build
@@ -105,9 +104,9 @@ def two_steps(out: Path, *overrides: str) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.cases(quick=2, slow=6)
+@pytest.mark.cases(quick=2, slow=4, among={"option": QUICK})
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # a line search may try points that are hard to solve at
-@pytest.mark.parametrize("option", slow_but(QUICK, OPTIONS))
+@pytest.mark.parametrize("option", OPTIONS)
 def test_an_option(option: str, tmp_path: Path) -> None:
     task = OWNER.get(option.partition("=")[0], option if option in SMALL else "task=equilibrium")
     first, last = two_steps(tmp_path, task, option, *SMALL[task], *NEEDS.get(option, []))
@@ -120,8 +119,8 @@ def test_cifar10_with_the_default_task(tmp_path: Path, real_root: Any) -> None:
     two_steps(tmp_path, *data, "optimizer.lr=0.01", *SMALL["task=equilibrium"])
 
 
-@pytest.mark.cases(quick=2, slow=9)
-@pytest.mark.parametrize("name", slow_but(QUICK_EXPERIMENTS, EXPERIMENTS))
+@pytest.mark.cases(quick=2, slow=6, among={"name": QUICK_EXPERIMENTS})
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_on_its_data(name: str, tmp_path: Path, real_root: Any) -> None:
     overrides = [f"experiment={name}", *WARM.get(name, [])]
     dataset = re.search(r"override /dataset: (\w+)", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
@@ -140,9 +139,9 @@ BILEVEL = {  # every way through a trained problem, on rows that need no files
 }
 
 
-@pytest.mark.cases(quick=1, slow=4)
+@pytest.mark.cases(quick=1, slow=3, among={"option": QUICK})
 @pytest.mark.filterwarnings("ignore::hyperopt.core.policy.SolveWarning")  # five steps of training leave much to every solver
-@pytest.mark.parametrize("option", slow_but(QUICK, (f"{group}={name}" for group, names in BILEVEL.items() for name in names)))
+@pytest.mark.parametrize("option", [f"{group}={name}" for group, names in BILEVEL.items() for name in names])
 def test_an_option_of_a_trained_problem(option: str, tmp_path: Path) -> None:
     base = ["experiment=l2_logistic", "dataset.train=50", "dataset.val=50", "dataset.test=50", "inner.max_steps=20"]
     trained = [] if option.startswith("inner") else ["inner=gradient_descent"]

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from marks import slow_but
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "traps"
 
@@ -17,7 +16,8 @@ def module(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("number", slow_but(range(1, 17), range(1, 18)))  # 17 starts two processes
+@pytest.mark.cases(slow=0, among={"number": range(1, 17)})  # 17 starts two ranks, as core/test_distributed.py does
+@pytest.mark.parametrize("number", range(1, 18))
 def test_this_library_passes(module, number):
     protocol, ours = module("protocol"), module("ours_traps")
     (outcome,) = protocol.run(ours.Ours(), (number,))

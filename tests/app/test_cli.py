@@ -342,7 +342,7 @@ def test_a_task_from_ones_own_package(tmp_path: Path) -> None:
     assert last["step"] == 1 and last["val/loss"] == 0.0  # lr 0.5 on |lam - goal|^2 lands on the goal in one step
 
 
-@pytest.mark.slow  # the same in this process: test_a_sweep_runs_every_job_in_its_own_directory
+@pytest.mark.manual  # the same with jobs that only leave files: test_a_sweep_runs_every_job_in_its_own_directory
 def test_a_sweep_of_two_by_two_for_real(command: Launcher, tmp_path: Path) -> None:
     argv = ["-m", "solver=picard,anderson", "optimizer=sgd,adam", "debug=default", "device=cpu", "hydra.sweep.dir=sweep"]
     done = command(*argv, "dataset.train=50", "dataset.val=20", "dataset.test=20", "task.state_size=10")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from composing import CONFIGS, composed
 from hydra.utils import get_class
-from marks import slow_but
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import TORCHS, build
@@ -40,8 +39,8 @@ def test_a_checkout_reads_its_own_configs() -> None:
 
 
 # The quick run builds the options of the other groups in ``test_every_option_is_right.py``.
-@pytest.mark.cases(quick=4, slow=30)
-@pytest.mark.parametrize("option", slow_but([option for option in OPTIONS if option.startswith(("dataset", "stn"))], OPTIONS))
+@pytest.mark.cases(quick=4, slow=20, among={"option": [option for option in OPTIONS if option.startswith(("dataset", "stn"))]})
+@pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")
     place = PLACES.get(group, group.replace("/", "."))
@@ -346,7 +345,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=8)
 @pytest.mark.parametrize("task", ["equilibrium", "implicit", "coupled"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adjoint_that_the_task_cannot_have_is_refused_by_its_option(task: str, name: str) -> None:

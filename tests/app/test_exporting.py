@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
-from marks import slow_but
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
@@ -62,8 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.cases(quick=1, slow=4)
-@pytest.mark.parametrize("name", slow_but([name for name in CASES if name not in ("householder", "implicit")], CASES))
+@pytest.mark.cases(quick=1, slow=4, among={"name": [name for name in CASES if name not in ("householder", "implicit")]})
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_read_back_has_the_metrics_of_the_run(name: str, runs: Any) -> None:
     folder = runs(*CASES[name])
     file, card = export(folder, checkpoint="last")

@@ -20,7 +20,6 @@ import pytest
 import torch
 from hostile import Place, assert_refused
 from launcher import Launcher
-from marks import slow_but
 from toy_task import config, go, rows, signal_at, summary
 
 from hyperopt.app import checkpoint
@@ -235,9 +234,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, among={"way": ["resume"]})
 @pytest.mark.parametrize("row", CONFIGS)
-@pytest.mark.parametrize("way", slow_but(["resume"], ["resume", "report"]))
+@pytest.mark.parametrize("way", ["resume", "report"])
 def test_a_hostile_config(place: Place, launched: Callable[..., str], row: str, way: str, monkeypatch: Any, capfd: Any) -> None:
     text, words = CONFIGS[row]
     (place.work / "config.yaml").write_text(text.replace("MARK", str(place.mark)))
@@ -635,8 +634,8 @@ PLACES: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.cases(quick=2, slow=7)
-@pytest.mark.parametrize("row", slow_but(list(PLACES)[::3], PLACES))
+@pytest.mark.cases(quick=2, slow=7, among={"row": list(PLACES)[::3]})
+@pytest.mark.parametrize("row", PLACES)
 def test_a_place_outside(tmp_path: Path, launched: Callable[..., str], row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv, words = PLACES[row]
     place = Place(tmp_path / "place")

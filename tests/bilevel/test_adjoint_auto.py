@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, Ridge, flatten
-from marks import slow_but
 from torch import nn
 from torch.nn import functional
 
@@ -79,9 +78,9 @@ def finite(estimate):
 # ---- networks by the defaults
 
 
-@pytest.mark.cases(slow=2)
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(DOUBLE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", slow_but(["two layers"], NETWORKS))
+@pytest.mark.cases(slow=2, among={"dtype": [torch.float32], "name": ["two layers"]})
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_defaults_tune_a_network(name, dtype):
     """15 outer steps end at a lower outer loss than training on alone does."""
     ends = {}
@@ -105,7 +104,7 @@ def test_the_defaults_tune_a_network(name, dtype):
     assert ends[True] < 0.85 * ends[False]
 
 
-@pytest.mark.cases(quick=3)
+@pytest.mark.cases(quick=3, slow=5)
 @pytest.mark.parametrize("steps", [0, 50, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_from_any_weights_the_hypergradient_is_a_number(name, steps):

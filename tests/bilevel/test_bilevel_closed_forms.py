@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Ridge
-from marks import slow_but
 
 import hyperopt
 from hyperopt import (
@@ -88,9 +87,9 @@ def test_every_inner_solver_from_a_cold_start(inner):
     assert len(ridge.evaluations) == found.cost.inner_gradients == found.inner.evaluations + 1
 
 
-@pytest.mark.cases(quick=1)
-@pytest.mark.parametrize("inner", slow_but(["heavy_ball"], ["gradient_descent", "heavy_ball"]))
-@pytest.mark.parametrize("name", slow_but(["unrolled", "checkpointed", "truncated"], THROUGH))
+@pytest.mark.cases(quick=1, slow=4, among={"inner": ["heavy_ball"], "name": ["unrolled", "checkpointed", "truncated"]})
+@pytest.mark.parametrize("inner", ["gradient_descent", "heavy_ball"])
+@pytest.mark.parametrize("name", THROUGH)
 def test_every_estimator_through_training(name, inner):
     ridge = Ridge()
     solver = TRAINED[inner]

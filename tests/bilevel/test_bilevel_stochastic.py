@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Logistic, Ridge, central_differences, flatten
-from marks import slow_but
 
 import hyperopt
 from hyperopt import F2SA, SABA, SOBA, VPBGD, Bilevel, BilevelProblem, Minibatches, StocBiO
@@ -102,7 +101,7 @@ def test_a_neumann_series_of_few_terms_is_its_formula():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(["v_pbgd"], FIRST_ORDER))
+@pytest.mark.parametrize("name", FIRST_ORDER)
 def test_the_bias_of_a_penalty_falls_as_one_over_it(name):
     ridge, errors = Ridge(), []
     exact = ridge.hypergradient(ridge.lam)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from bilevel_problems import DOUBLE, Ridge
 from counting import Counter
-from marks import slow_but
 
 from hyperopt import BilevelProblem, GradientDescent, HeavyBall, InnerAdam, SolveError, TorchOptimizer
 from hyperopt.bilevel.estimate import State
@@ -31,8 +30,8 @@ def gradients(ridge, w, lam):
     return torch.autograd.grad(ridge.problem.inner(w, lam, None), w)[0]
 
 
-@pytest.mark.cases(quick=1)
-@pytest.mark.parametrize("name", slow_but(list(SOLVERS)[:2], SOLVERS))
+@pytest.mark.cases(quick=1, among={"name": list(SOLVERS)[:2]})
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_fixed_number_of_steps_hardly_reads(name):
     kind, rates = SOLVERS[name]
     for steps, most in ((10, 4), (100, 6), (300, 6 + 300 // LONGEST)):

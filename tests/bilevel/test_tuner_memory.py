@@ -61,7 +61,7 @@ def test_the_peak_is_at_most_three_training_steps(norm: Any, drop: float) -> Non
     assert 1 < found <= 3, found
 
 
-@pytest.mark.cases(quick=0, slow=6)
+@pytest.mark.cases(quick=0, slow=4)
 @pytest.mark.parametrize("curve", [nn.ReLU, nn.SiLU, nn.Mish, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid])
 @pytest.mark.parametrize(
     "norm", [lambda width: nn.GroupNorm(4, width), lambda width: nn.Identity()], ids=["group norm", "no norm"]

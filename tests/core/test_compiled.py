@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from core_reference import close, square
-from marks import slow_but
 
 from hyperopt import Implicit, Neumann, Picard, Status, Unrolled, fixed_point
 from hyperopt.nn.contractive import ProjectedMatrix
@@ -143,7 +142,7 @@ REFUSED = {
 
 @pytest.mark.cases(slow=2)
 @pytest.mark.slow
-@pytest.mark.parametrize("what", slow_but(["a tolerance"], REFUSED))
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_is_no_graph_runs_beside_it_and_loses_no_gradient(what):
     def loss(u, a):
         return square(REFUSED[what](2 * u, a).value)

@@ -127,7 +127,7 @@ def thinned():
             yield pytest.param(problem, *case.values, marks=marks, id=f"{problem.__name__}-{case.id}")
 
 
-@pytest.mark.cases(quick=24, slow=60)
+@pytest.mark.cases(quick=24, slow=40)
 @pytest.mark.parametrize(("problem", "solver", "adjoint", "rtol"), list(thinned()))
 def test_value_and_hypergradient(problem, solver, adjoint, rtol):
     phi, w0, params, rows = problem()
@@ -179,7 +179,7 @@ LINEAR_GRID = [
 ]
 
 
-@pytest.mark.cases(quick=12)
+@pytest.mark.cases(quick=12, slow=60)
 @pytest.mark.parametrize(("name", "solver", "adjoint"), LINEAR_GRID)
 def test_linear_maps_of_known_spectrum(name, solver, adjoint):
     m = LINEAR[name]().requires_grad_()

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fw
 from core_reference import close, unrolled
-from marks import slow_but
 from torch import func
 from torch.autograd import functional, grad, gradcheck, gradgradcheck
 
@@ -170,7 +169,7 @@ def thinned():
                 yield pytest.param(methods, name, door, marks=() if (i + 2 * j + k) % 5 == 0 else pytest.mark.slow)
 
 
-@pytest.mark.cases(quick=16, slow=60)
+@pytest.mark.cases(quick=16, slow=40)
 @pytest.mark.parametrize(("methods", "name", "door"), list(thinned()))
 def test_every_door(methods, name, door):
     phi, reference = MAPS[name]
@@ -187,7 +186,7 @@ def test_a_start_at_the_solution(methods, door):
     close(DOORS[door](by_args(phi, METHODS[methods], reference(M))), DOORS[door](reference), rtol=RTOL, atol=1e-10)
 
 
-@pytest.mark.cases(quick=1, slow=4)
+@pytest.mark.cases(quick=1, slow=3)
 @pytest.mark.parametrize(
     ("methods", "way"),
     [
@@ -282,8 +281,8 @@ PARAMETER_DOORS = {
 }
 
 
-@pytest.mark.cases(quick=5, slow=25)
-@pytest.mark.parametrize("door", slow_but(list(PARAMETER_DOORS)[::2], PARAMETER_DOORS))
+@pytest.mark.cases(quick=5, slow=25, among={"door": list(PARAMETER_DOORS)[::2]})
+@pytest.mark.parametrize("door", PARAMETER_DOORS)
 @pytest.mark.parametrize("name", INSIDE)
 def test_derivatives_inside_the_map(name, door):
     # torch itself refuses requires_grad_() under torch.func, and hessian inside a dual level.
@@ -307,9 +306,8 @@ def test_a_hidden_tensor_given_to_a_transform_is_refused_where_it_would_be_lost(
             PARAMETER_DOORS[door](f)
 
 
-@pytest.mark.parametrize(
-    "door", ["backward", *slow_but(("dual", "jacrev"), ["create_graph", "dual", "jacrev", "jacfwd", "func.hessian"])]
-)
+@pytest.mark.cases(among={"door": ["backward", "dual", "jacrev"]})
+@pytest.mark.parametrize("door", ["backward", "create_graph", "dual", "jacrev", "jacfwd", "func.hessian"])
 def test_a_solve_inside_the_map(door):
     def f(run):
         def phi(w, a):

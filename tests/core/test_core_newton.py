@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from core_reference import Counted, close
-from marks import slow_but
 
 from hyperopt import (
     RRE,
@@ -319,8 +318,8 @@ def test_broyden_on_a_map_without_a_fixed_point_runs_away_and_says_so():
 EVERY = [Picard(), Anderson(), Broyden(), RRE(), Newton(), Newton(line_search=True), Chord(), NewtonKrylov()]
 
 
-@pytest.mark.cases(quick=2, slow=8)
-@pytest.mark.parametrize("part", slow_but([0.5], [0.1, 0.5, 0.9]))
+@pytest.mark.cases(quick=2, slow=8, among={"part": [0.5]})
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_where_there_is_no_fixed_point_nothing_is_called_solved(solver, part):
     """``w + 1 + part sin(w)`` grows without end; Newton and chord wander where the residual is least, which is ``max_steps``."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -80,8 +79,8 @@ def test_11_a_forward_leaves_what_one_call_of_the_cell_at_the_solution_leaves(na
     assert torch.equal(torch.get_rng_state(), state) and same(buffers(deq.cell), buffers(deq.cell))
 
 
-@pytest.mark.cases(quick=2)
-@pytest.mark.parametrize("name", slow_but([name for name in EXTRA if name != "both"], EXTRA))
+@pytest.mark.cases(quick=2, among={"name": [name for name in EXTRA if name != "both"]})
+@pytest.mark.parametrize("name", EXTRA)
 def test_11_first_and_second_derivatives_are_those_of_the_frozen_map(name):
     deq, x = layer(name), torch.randn(4, 3, requires_grad=True)
     start = buffers(deq)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from core_reference import close
-from marks import slow_but
 
 from hyperopt import (
     CG,
@@ -88,10 +87,10 @@ def right_or_told(found: Any, sizes: torch.Tensor, op: LinearOperator, b: torch.
         close(found.value, solution(op, b), rtol=1e4 * rtol, atol=1e3 * rtol * float(b.abs().max()))
 
 
-@pytest.mark.cases(quick=7, slow=78)
+@pytest.mark.cases(quick=7, slow=50, among={"strength": [0.3]})
 @pytest.mark.parametrize(("rtol", "relative_to"), [(1e-3, "row"), (1e-8, "row"), (1e-8, "batch")])
 @pytest.mark.parametrize("kind", ["alike", "sizes", "zeros"])
-@pytest.mark.parametrize("strength", slow_but([0.3], [0.02, 0.3]))
+@pytest.mark.parametrize("strength", [0.02, 0.3])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_graph_over_the_rows_is_solved_or_told(name, strength, kind, rtol, relative_to):
     for seed in range(3):

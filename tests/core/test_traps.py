@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from core_reference import Counted, close
-from marks import slow_but
 
 from hyperopt import (
     CG,
@@ -188,9 +187,9 @@ def test_04_two_calls_before_one_backward_and_a_second_backward():
         torch.autograd.grad(one.sum(), m)
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=6, among={"backward": [True]})
 @pytest.mark.parametrize("adjoint", [EXACT, Implicit(NormalCG()), Implicit(Dense()), OneStep(), Phantom(), Unrolled()])
-@pytest.mark.parametrize("backward", slow_but([True], [False, True]))
+@pytest.mark.parametrize("backward", [False, True])
 def test_04_nothing_outlives_the_solution(adjoint, backward):
     m, b = linear(0.5)
     gc.collect()
@@ -248,8 +247,8 @@ ROW_ADJOINTS = {
 }
 
 
-@pytest.mark.cases(quick=12, slow=116)
-@pytest.mark.parametrize("bad", slow_but([math.inf], [math.nan, math.inf]))
+@pytest.mark.cases(quick=12, slow=70, among={"bad": [math.inf]})
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("adjoint", ROW_ADJOINTS.values(), ids=ROW_ADJOINTS)
 def test_05_one_bad_row_leaves_the_others_as_they_are(solver, adjoint, bad):

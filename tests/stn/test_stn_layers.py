@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn.utils.parametrizations import weight_norm
@@ -155,7 +154,7 @@ def at_row(plain: nn.Module, stn: STN, delta: Tensor) -> nn.Module:
     return row
 
 
-@pytest.mark.cases(quick=13)
+@pytest.mark.cases(quick=13, slow=100)
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("gate", ["unit", "scalar"])
 @pytest.mark.parametrize("name", KINDS)
@@ -208,8 +207,8 @@ def test_collapse_is_a_plain_network_with_the_weights_at_lam(name: str) -> None:
     torch.testing.assert_close(first(at_first(x))[2], first(stn(x, draw))[2], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.cases(quick=3, slow=10)
-@pytest.mark.parametrize("linear", slow_but([False], [False, True]))
+@pytest.mark.cases(quick=3, slow=10, among={"linear": [False]})
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_every_kind_are_those_of_finite_differences(name: str, linear: bool) -> None:
     _, stn, x = made(name, "unit", 0.3)

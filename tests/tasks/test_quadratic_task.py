@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but
 
 from hyperopt import CG, F2SA, SABA, SOBA, VPBGD, GradientDescent, Implicit, Real, StocBiO, Unrolled
 from hyperopt.app.repro import seed_everything
@@ -69,8 +68,8 @@ METHODS = {
 }
 
 
-@pytest.mark.cases(quick=1, slow=3)
-@pytest.mark.parametrize("name", slow_but(["cg", "soba"], METHODS))
+@pytest.mark.cases(quick=1, slow=3, among={"name": ["cg", "soba"]})
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_descends(name: str) -> None:
     deterministic = {"batch_size": None, "val_batch_size": None, "inner": GradientDescent(step_size=0.5, max_steps=30)}
     task = made(adjoint=METHODS[name], **(deterministic if name in ("cg", "unrolled") else {}))

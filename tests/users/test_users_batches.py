@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from marks import slow_but
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -133,9 +132,9 @@ def equal(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(one, Tensor) else one == two
 
 
-@pytest.mark.cases(quick=3, slow=32)
+@pytest.mark.cases(quick=3, slow=32, among={"before": [3]})
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("before", slow_but([3], [0, 2, 3, 7]))
+@pytest.mark.parametrize("before", [0, 2, 3, 7])
 def test_a_resumed_source_goes_on_with_the_same_batches(kind: str, before: int) -> None:
     """From the start, the middle of an epoch, and later epochs, in a process whose generators stand elsewhere."""
     torch.manual_seed(1)

@@ -263,7 +263,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=8)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("kind", PASSING)
 @pytest.mark.parametrize("rows", ["joint", "auto"])

@@ -59,7 +59,7 @@ def estimate(function: Any, adjoint: Any, dtype: torch.dtype, start: float = 0.0
     return hyperopt.hypergradient(problem, w, lam, inner=inner, adjoint=adjoint, **given).grad
 
 
-@pytest.mark.cases(quick=4)
+@pytest.mark.cases(quick=4, slow=5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("adjoint", [Implicit(CG()), Unrolled(), "auto"], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("name", ["saved", "attribute"])

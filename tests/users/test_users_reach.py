@@ -8,7 +8,6 @@ from typing import Any
 import optree
 import pytest
 import torch
-from marks import slow_but
 from torch import Tensor
 
 import hyperopt as ho
@@ -196,8 +195,8 @@ LIKE_W = {
 }
 
 
-@pytest.mark.cases(quick=4, slow=30)
-@pytest.mark.parametrize("kind", slow_but(list(LIKE_W)[::2], LIKE_W))
+@pytest.mark.cases(quick=4, slow=30, among={"kind": list(LIKE_W)[::2]})
+@pytest.mark.parametrize("kind", LIKE_W)
 @pytest.mark.parametrize("adjoint", THROUGH, ids=repr)
 @pytest.mark.parametrize(
     "inner",

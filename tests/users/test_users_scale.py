@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from bilevel_problems import DOUBLE, Ridge
-from marks import slow_but
 from torch import nn
 
 import hyperopt
@@ -52,12 +51,12 @@ def following(dtype=DOUBLE) -> BilevelProblem:
     return BilevelProblem(lambda w, lam, batch: (w - lam).square().sum() / 2, lambda w, lam, batch: (w - 3).square().sum() / 2)
 
 
-LONG = ("stocbio", "f2sa")  # they train ten times as long in each outer step
-AWAY = [(name, away) for name in SINGLE_LOOP for away in (0.0, 1e-15, 1e-12, 1e-6) if name not in LONG or away == 0]
+SHORT = [name for name in SINGLE_LOOP if name not in ("stocbio", "f2sa")]  # these train ten times as long in each outer step
+AWAY = [(name, away) for name in SINGLE_LOOP for away in (0.0, 1e-15, 1e-12, 1e-6) if name in SHORT or away == 0]
 
 
-@pytest.mark.cases(quick=1, slow=4)
-@pytest.mark.parametrize(("name", "away"), slow_but([(name, 1e-15) for name in SINGLE_LOOP if name not in LONG], AWAY))
+@pytest.mark.cases(quick=1, slow=4, among={"name": SHORT, "away": [1e-15]})
+@pytest.mark.parametrize(("name", "away"), AWAY)
 def test_single_loop_from_trained_weights(name, away):
     lam = torch.tensor([0.1, 0.2], dtype=DOUBLE)
     bilevel = Bilevel(following(), lam + away, adjoint=SINGLE_LOOP[name])
@@ -66,8 +65,8 @@ def test_single_loop_from_trained_weights(name, away):
     assert float((lam - 3).abs().max()) < 0.1
 
 
-@pytest.mark.cases(quick=1, slow=1)
-@pytest.mark.parametrize("name", slow_but([name for name in SINGLE_LOOP if name not in LONG], SINGLE_LOOP))
+@pytest.mark.cases(quick=1, slow=1, among={"name": SHORT})
+@pytest.mark.parametrize("name", SINGLE_LOOP)
 def test_single_loop_from_trained_weights_in_float32_and_at_zero(name):
     lam = torch.zeros(2)
     bilevel = Bilevel(following(), lam.clone(), adjoint=SINGLE_LOOP[name])
@@ -106,9 +105,9 @@ INNER: dict[str, Any] = {
 }
 
 
-@pytest.mark.cases(quick=2)
+@pytest.mark.cases(quick=2, slow=8, among={"name": ["gradient descent", "heavy ball to a tolerance", "torch adam"]})
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", slow_but(("gradient descent", "heavy ball to a tolerance", "torch adam"), INNER))
+@pytest.mark.parametrize("name", INNER)
 def test_pretrained_start(name, dtype):
     """Trained weights are accepted, also in a second outer step after the hyperparameters have moved."""
     ridge = Ridge()

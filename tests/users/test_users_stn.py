@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -230,9 +229,9 @@ class Decoder8(nn.Module):
         return self.o(x) + self.o(self.e(words)).mean(1, keepdim=True)
 
 
-@pytest.mark.cases(quick=3, slow=38)
+@pytest.mark.cases(quick=3, slow=38, among={"training": [True]})
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("training", slow_but([True], [True, False]))
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_example_has_the_network_of_its_own_weights(name: str, training: bool, linear: bool) -> None:
     make, x, how = NETWORKS[name]
@@ -355,9 +354,9 @@ def test_layers_frozen_under_way_stay(mode: str) -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.cases(quick=2, slow=8)
+@pytest.mark.cases(quick=2, slow=8, among={"make": [Tied, Sentences]})
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("make", slow_but([Tied, Sentences], [Tied, Functional, Sentences, Language]))
+@pytest.mark.parametrize("make", [Tied, Functional, Sentences, Language])
 def test_rounds_resume_bit_for_bit(make: Callable[[], nn.Module], mode: str) -> None:
     def fresh() -> stn.SelfTuning:
         torch.manual_seed(0)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but
 from torch import nn
 
 import hyperopt
@@ -42,8 +41,8 @@ def run(
     )
 
 
-@pytest.mark.cases(quick=1)
-@pytest.mark.parametrize("curvature", slow_but(["hessian"], ["hessian", "finite_differences"]))
+@pytest.mark.cases(quick=1, slow=3, among={"curvature": ["hessian"]})
+@pytest.mark.parametrize("curvature", ["hessian", "finite_differences"])
 @pytest.mark.parametrize(
     "options",
     [{"weight_decay": 0.5}, {"weight_decay": 0.1, "momentum": 0.5}, {"weight_decay": 0.3, "nesterov": True, "momentum": 0.4}],
