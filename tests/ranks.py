@@ -1,4 +1,4 @@
-"""A script that runs once for each rank, in processes that are forked from one that has already imported torch."""
+"""Scripts, and one that runs once for each rank, in processes that are forked from one that has already imported torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import runpy
 import sys
 import tempfile
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 # Every optimizer imports the compiler when it is made.
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "hyperopt.app.run"])
+
+
+def start(code: str, *arguments: object) -> ForkServerProcess:
+    """Start Python code as another process, as ``python -c code *arguments`` does."""
+    process = FORKS.Process(target=_execute, args=(code, tuple(map(str, arguments))))
+    process.start()
+    return process
+
+
+def _execute(code: str, arguments: tuple[str, ...]) -> None:
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def run_ranks(script: Path, world: int, *arguments: object, seconds: float = 300) -> None:

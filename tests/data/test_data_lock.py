@@ -6,18 +6,18 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import filelock
 import pytest
-from marks import slow_but
+import ranks
 from mnist_files import CHECKSUMS, FILES, fill, md5, serve_to_torchvision
 
 from hyperopt.data import DataError, files
@@ -47,22 +47,32 @@ def slow(staging):
     return staging
 
 folder = pathlib.Path("raw"), {name: hashlib.md5(data).hexdigest() for name, data in FILES.items()}
-print(obtain(MNIST(root=str(root / "data")), "NAME", [folder], {"a slow source": slow}) == FILES)
+assert obtain(MNIST(root=str(root / "data")), "NAME", [folder], {"a slow source": slow}) == FILES
 """
 
 
-def start(root: Path, seconds: float = 0.0, outcome: str = "works") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CODE, str(root), str(seconds), outcome]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(root: Path, seconds: float = 0.0, outcome: str = "works") -> ForkServerProcess:
+    return ranks.start(CODE, root, seconds, outcome)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: ForkServerProcess) -> None:
     """Wait until ``path`` is there; the process that makes it must not end before."""
     end = time.monotonic() + 60
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def ended(process: ForkServerProcess) -> int | None:
+    """The exit status of a process that ends by itself within a minute."""
+    process.join(60)
+    return process.exitcode
+
+
+def killed(process: ForkServerProcess) -> None:
+    process.kill()  # SIGKILL
+    process.join()
 
 
 def asked(root: Path) -> int:
@@ -99,14 +109,14 @@ def test_the_second_process_waits_and_reads_what_the_first_fetched(tmp_path: Pat
     source = Source()
     assert obtain(tmp_path / "data", source) == SIMPLE and source.asked == 0
     assert "once no other process does" in caplog.text
-    assert first.communicate()[0] == "True\n"
+    assert ended(first) == 0
     assert kept(tmp_path / "data" / "raw") == SIMPLE  # and no lock
 
 
-@pytest.mark.manual
+@pytest.mark.slow
 def test_of_five_processes_at_once_one_asks_the_source(tmp_path: Path) -> None:
     processes = [start(tmp_path, seconds=0.3) for _ in range(5)]
-    assert [process.communicate()[0] for process in processes] == ["True\n"] * 5
+    assert [ended(process) for process in processes] == [0] * 5
     assert asked(tmp_path) == 1 and kept(tmp_path / "data" / "raw") == SIMPLE
 
 
@@ -137,11 +147,12 @@ def test_of_processes_that_load_a_dataset_at_once_one_downloads_it(
     assert kept(tmp_path / "root" / "MNIST" / "raw") == FILES
 
 
-@pytest.mark.manual
+@pytest.mark.slow
 def test_processes_that_all_fail_leave_no_file_behind(tmp_path: Path) -> None:
-    processes = [start(tmp_path, outcome="fails") for _ in range(3)]
-    for process in processes:
-        assert "a slow source: OSError: no network" in process.communicate()[1] and process.returncode == 1
+    code = CODE.rpartition("assert ")
+    caught = "import pytest\nwith pytest.raises(Exception, match='a slow source: OSError: no network'): " + code[2].lstrip()
+    processes = [ranks.start(code[0] + caught, tmp_path, 0.0, "fails") for _ in range(3)]
+    assert [ended(process) for process in processes] == [0] * 3
     assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == ["started"] and asked(tmp_path) == 3
 
 
@@ -175,8 +186,7 @@ def test_a_file_system_without_locks_is_said_before_the_download(tmp_path: Path,
 def test_the_lock_of_a_killed_process_is_no_lock_and_its_half_files_are_removed(tmp_path: Path) -> None:
     first = start(tmp_path, seconds=600)
     wait_for(tmp_path / "started", first)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    killed(first)
     folder = tmp_path / "data" / "raw"
     # The files are left, the lock is gone; nothing bears the name of a file of the dataset.
     assert {path.name for path in folder.iterdir()} == {".hyperopt-download", ".hyperopt-download.lock"}
@@ -192,14 +202,14 @@ def test_a_process_killed_while_another_waits_hands_on_the_lock(tmp_path: Path) 
     wait_for(tmp_path / "started", first)
     second = start(tmp_path)
     time.sleep(0.2)
-    first.send_signal(signal.SIGKILL)
-    assert second.communicate(timeout=60)[0] == "True\n" and asked(tmp_path) == 2
-    first.communicate()
+    assert second.exitcode is None and asked(tmp_path) == 1
+    killed(first)
+    assert ended(second) == 0 and asked(tmp_path) == 2
     assert kept(tmp_path / "data" / "raw") == SIMPLE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", slow_but(["between the two"], ["before the first", "between the two", "after the last"]))
+@pytest.mark.parametrize("moment", ["before the first", "between the two", "after the last"])
 def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, moment: str) -> None:
     """Killed when the first file is half way to the disk, when it is there and the second is not, and when both are."""
     function, calls = {"before the first": ("fsync", 1), "between the two": ("fsync", 2), "after the last": ("replace", 2)}[
@@ -215,11 +225,9 @@ def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, mo
         f"files.os.{function} = hang\n"
     )
     code = CODE.replace("folder =", f"import os\nfrom hyperopt.data import files\n{change}folder =")
-    command = [sys.executable, "-c", code, str(tmp_path), "0", "works"]
-    writer = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = ranks.start(code, tmp_path, 0, "works")
     wait_for(tmp_path / "writing", writer)
-    writer.send_signal(signal.SIGKILL)
-    writer.communicate()
+    killed(writer)
     folder = tmp_path / "data" / "raw"
     there = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
     whole = {"before the first": [], "between the two": ["a"], "after the last": ["a", "b"]}[moment]
@@ -233,15 +241,14 @@ def test_a_process_killed_while_it_writes_leaves_no_half_file(tmp_path: Path, mo
 def test_a_reader_never_sees_a_half_file(tmp_path: Path) -> None:
     """One process fetches again and again while this one reads without a lock: a file is whole or not there."""
     code = (
-        "import pathlib, shutil, sys; sys.argv[2:] = ['0', 'works']\n" + CODE.rpartition("print")[0] + "for _ in range(40):\n"
+        "import pathlib, shutil, sys; sys.argv[2:] = ['0', 'works']\n" + CODE.rpartition("assert ")[0] + "for _ in range(40):\n"
         "    obtain(MNIST(root=str(root / 'data')), 'NAME', [folder], {'a slow source': slow})\n"
         "    shutil.rmtree(root / 'data')"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    writer = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while writer.poll() is None:
+    writer = ranks.start(code, tmp_path)
+    while writer.exitcode is None:
         files.read_folders([(tmp_path / "data" / "raw", SIMPLE_CHECKSUMS)])  # raises on a half-written file
-    assert "Traceback" not in writer.communicate()[1] and writer.returncode == 0
+    assert writer.exitcode == 0
     assert asked(tmp_path) == 40
 
 
