@@ -18,6 +18,7 @@ import torch
 from composing import composed
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from launcher import Launcher
 from omegaconf import OmegaConf
 
 from hyperopt.app.building import Built, build
@@ -86,11 +87,11 @@ class Blobs:
 
 
 @pytest.mark.slow
-def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path) -> None:
-    package = tmp_path / "elsewhere" / "mine"
+def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path, command: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "elsewhere" / "theirs"  # another name than that of the manual's package, which is imported below
     for group, text in {
-        "task/cell": "_target_: mine.parts.CosineCell\ngain: 0.3\n",
-        "dataset": "_target_: mine.parts.Blobs\nseed: ${seed}\n",
+        "task/cell": "_target_: theirs.parts.CosineCell\ngain: 0.3\n",
+        "dataset": "_target_: theirs.parts.Blobs\nseed: ${seed}\n",
     }.items():
         folder = package / "configs" / group
         folder.mkdir(parents=True)
@@ -98,19 +99,17 @@ def test_a_cell_and_a_dataset_from_ones_own_package(tmp_path: Path) -> None:
     (package / "parts.py").write_text(PARTS)
     for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):
         (folder / "__init__.py").touch()
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(package.parent)])}
+    monkeypatch.syspath_prepend(str(package.parent))
     argv = [
         "task/cell=mine",
         "dataset=mine",
         "+dataset.count=40",
-        "allow_targets=[mine]",
-        "hydra.searchpath=[pkg://mine.configs]",
+        "allow_targets=[theirs]",
+        "hydra.searchpath=[pkg://theirs.configs]",
     ]
     argv += ["task.state_size=5", "optimizer.lr=0.1", "trainer.max_steps=30", "trainer.progress=false", "hydra.run.dir=out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hyperopt.app.cli", *argv], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = command(*argv)
+    assert done.status == 0, done.err
     last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["test/accuracy"] > 0.9
     facts = json.loads((tmp_path / "out" / "run.json").read_text())["task"]

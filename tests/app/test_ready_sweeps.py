@@ -27,6 +27,8 @@ def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     found = [cfg for cfg, _ in done.runs]
     if name == "five_seeds":
         assert [cfg.seed for cfg in found] == [0, 1, 2, 3, 4]
+        (Path("mine") / "3" / "summary.json").unlink()  # it is resumed as any other
+        assert [cfg.seed for cfg, _ in launch(f"sweep={name}", "hydra.sweep.dir=mine", "resume=auto").runs] == [3]
     elif name == "hybrid":
         assert {cfg.optimizer._target_ for cfg in found} == {"torch.optim.SGD", "torch.optim.Adam"}
         assert all(0.003 <= cfg.optimizer.lr <= 0.3 for cfg in found) and len({cfg.optimizer.lr for cfg in found}) == 20
@@ -36,14 +38,6 @@ def test_a_ready_sweep_needs_no_other_word(name: str, launch: Launcher) -> None:
     else:
         assert [cfg.task.adjoint.linear_solver.max_steps for cfg in found] == [1, 2, 5, 10, 20, 50]
         assert {cfg.task.adjoint.linear_solver.rtol for cfg in found} == {0.0}
-
-
-@pytest.mark.slow
-def test_a_ready_sweep_is_resumed_as_any_other(launch: Launcher) -> None:
-    argv = ["sweep=five_seeds", "hydra.sweep.dir=mine"]
-    launch(*argv)
-    (Path("mine") / "3" / "summary.json").unlink()
-    assert [cfg.seed for cfg, _ in launch(*argv, "resume=auto").runs] == [3]
 
 
 @pytest.mark.manual

@@ -20,7 +20,6 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.sweeper import Sweeper
 from launcher import Launcher, snapshot
-from marks import slow_but
 from omegaconf import DictConfig, OmegaConf
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
@@ -466,12 +465,12 @@ def test_a_search_from_the_command_line(launch: Launcher, monkeypatch: pytest.Mo
 def test_a_search_is_continued_and_not_changed(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = objective(monkeypatch, lambda cfg: cfg.optimizer.lr)
     argv = [*SEARCH, "optimizer.lr=tag(log, interval(1e-3, 1))", "solver=choice(picard, anderson)", "trainer.max_steps=3"]
-    assert launch(*argv, "hydra.sweeper.n_trials=4").status == 0
+    assert launch(*argv, "hydra.sweeper.n_trials=2").status == 0
     runs.clear()
-    assert launch(*argv, "hydra.sweeper.n_trials=4", "resume=auto").status == 0 and not runs
-    assert launch(*argv, "hydra.sweeper.n_trials=5", "resume=auto").status == 0 and len(runs) == 1
+    assert launch(*argv, "hydra.sweeper.n_trials=2", "resume=auto").status == 0 and not runs
+    assert launch(*argv, "hydra.sweeper.n_trials=3", "resume=auto").status == 0 and len(runs) == 1
     before = snapshot(Path("mine"))
-    refused = launch(*argv, "optimizer.clip_norm=1", "hydra.sweeper.n_trials=6", "resume=auto")
+    refused = launch(*argv, "optimizer.clip_norm=1", "hydra.sweeper.n_trials=4", "resume=auto")
     assert refused.status == 1 and "of another search: overrides is" in refused.err and snapshot(Path("mine")) == before
     refused = launch(*argv)
     assert refused.status == 1 and "continue with resume=auto" in refused.err and len(runs) == 1
@@ -602,15 +601,15 @@ REFUSED = [
 
 
 QUICK = [
-    each
-    for each in REFUSED
-    if each[0][0].startswith("optimizer.lrr") or "no/such" in each[1] or "'val/los'" in each[1] or "***" in each[1]
+    argv
+    for argv, message in REFUSED
+    if argv[0].startswith("optimizer.lrr") or "no/such" in message or "'val/los'" in message or "***" in message
 ]
 """Those that take one way through the checks each: of the jobs, of the storage, of the metrics, of a password."""
 
 
-@pytest.mark.cases(quick=2, slow=4)
-@pytest.mark.parametrize(("argv", "message"), slow_but(QUICK, REFUSED), ids=[" ".join(argv) for argv, _ in REFUSED])
+@pytest.mark.cases(quick=2, slow=4, among={"argv": QUICK})
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(argv) for argv, _ in REFUSED])
 def test_a_search_that_cannot_work_is_refused_in_one_line(argv: list[str], message: str, launch: Launcher) -> None:
     Path("notes").write_text("not a journal\n")
     refused = launch(*SEARCH, *argv)
@@ -645,12 +644,12 @@ def test_a_storage_from_the_environment_is_in_no_file(launch: Launcher, monkeypa
 def test_a_hybrid_search_starts_each_run_from_the_best_one(command: Launcher) -> None:
     small = ["experiment=l2_logistic", "dataset.train=20", "dataset.val=20", "dataset.test=20", "dataset.features=3"]
     argv = ["sweep=hybrid", *small, "inner=choice(lbfgs, gradient_descent)", "trainer.max_steps=3", "hydra.sweep.dir=mine"]
-    done = command("-m", *argv, "hydra.sweeper.n_trials=3")
+    done = command("-m", *argv, "hydra.sweeper.n_trials=2")
     assert done.status == 0, done.err
-    assert command("-m", *argv, "hydra.sweeper.n_trials=5", "resume=auto").status == 0
+    assert command("-m", *argv, "hydra.sweeper.n_trials=3", "resume=auto").status == 0
     values = [trial.value or 0.0 for trial in study().trials]
     assert "init_from" not in json.loads(Path("mine/0/run.json").read_text())
-    for k in range(1, 5):
+    for k in range(1, 3):
         best = min(range(k), key=values.__getitem__)
         facts = json.loads((Path("mine") / str(k) / "run.json").read_text())["init_from"]
         assert facts["path"] == f"mine/{best}" and facts["taken"] == ["l2"] and facts["left_out"] == {}

@@ -1,5 +1,6 @@
 """Two coupled states of different shapes: the primitive on their tuple, the model, and the task that trains them."""
 
+import math
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ EXACT = Implicit(GMRES(1e-13, max_steps=200), policy="raise")
 METHODS: dict[str, Any] = {"solver": Anderson(1e-13, max_steps=500), "adjoint": EXACT}
 
 
-def inputs(rows=2):
-    m = torch.randn(8, 8)
+def inputs(rows=2, x_size=2, y_shape=(2, 3)):
+    size = x_size + math.prod(y_shape)
+    m = torch.randn(size, size)
     m = (0.7 * m / torch.linalg.matrix_norm(m, 2)).requires_grad_()
-    return torch.randn(rows, 2, requires_grad=True), torch.randn(rows, 2, 3, requires_grad=True), m
+    return torch.randn(rows, x_size, requires_grad=True), torch.randn(rows, *y_shape, requires_grad=True), m
 
 
 def solve(u_x, u_y, m):
@@ -44,7 +46,7 @@ def test_both_states_solve_their_equations():
 
 @pytest.mark.slow
 def test_first_and_second_derivatives():
-    given = inputs()
+    given = inputs(x_size=1, y_shape=(1, 2))
     assert gradcheck(solve, given, eps=1e-6, atol=1e-8)
     assert gradgradcheck(solve, given, eps=1e-6, atol=1e-7)
 
