@@ -28,6 +28,11 @@ from sklearn.preprocessing import PolynomialFeatures
 
 import hyperopt
 
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("--out", type=Path, help="folder for the picture (in a notebook it is shown)")
+parser.add_argument("--steps", type=int, default=11, help="steps of the third level")
+options = parser.parse_known_args()[0]
+
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 
@@ -204,7 +209,7 @@ if gradient_error > 1e-5:
 # %%
 prior_optimizer = torch.optim.Adam(prior.parameters(), lr=0.4)
 history = []
-for k in range(11):
+for k in range(options.steps):
     if k:
         tune(10)
     loss, t = third_loss(decays.read()["t"], **prior.values())
@@ -236,11 +241,8 @@ if history[-1]["third"] >= history[0]["third"]:
 # The picture shows the errors and the prior.
 
 # %%
-parser = argparse.ArgumentParser(allow_abbrev=False)
-parser.add_argument("--out", type=Path, help="folder for the picture (in a notebook it is shown)")
-out = parser.parse_known_args()[0].out
 notebook = "ipykernel" in sys.modules
-if out is not None or notebook:
+if options.out is not None or notebook:
     import matplotlib
 
     if not notebook:
@@ -258,8 +260,8 @@ if out is not None or notebook:
     other.set(ylabel="strength")
     left.legend()
     right.legend(handles=[*right.lines, *other.lines])
-    if out is not None:
-        figure.savefig(out / "three_levels.png", dpi=80)
+    if options.out is not None:
+        figure.savefig(options.out / "three_levels.png", dpi=80)
 
 # %% [markdown]
 # ## What to try next
