@@ -17,6 +17,13 @@ from hyperopt import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SCRIPT = """
+import sys
+import hyperopt, hyperopt.nn, hyperopt.stn, hyperopt.spaces, hyperopt.tasks, hyperopt.app
+from hyperopt.app.resolvers import config_path
+
+print(hyperopt.__version__, "torch" in sys.modules, config_path(), hyperopt.Picard(), sep="\\n")
+"""
 
 
 def test_one_version() -> None:
@@ -31,26 +38,18 @@ def test_the_readme_has_the_test_command_that_ci_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["wheel", "editable"])
-def test_an_installed_command_finds_its_configs(how: str, tmp_path: Path) -> None:
-    # Borrows this environment's dependencies through a .pth file, and installs a copy of the project for real: a build leaves
-    # files beside the source.
+def test_an_installed_command_finds_its_configs(tmp_path: Path) -> None:
+    # Borrows this environment's dependencies and pip through a .pth file, and installs a copy of the project for real: a build
+    # leaves files beside the source.
     source = tmp_path / "hyperopt"  # as a clone is called: its parent folder must not hide the package
     made = shutil.ignore_patterns(".*", "build", "data", "outputs", "multirun", "*.egg-info")  # at the top; hyperopt/data stays
     cached = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT, source, ignore=lambda at, names: cached(at, names) | (made(at, names) if Path(at) == ROOT else set()))
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    venv.create(tmp_path / "venv")
+    python, command = (tmp_path / "venv" / "bin" / name for name in ("python", "hyperopt"))
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (site / "borrowed.pth").write_text("\n".join(borrowed))
-    if how == "wheel":
-        subprocess.run([python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True)
-        target = [str(next(tmp_path.glob("*.whl")))]
-    else:
-        target = ["-e", str(source)]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", *target], check=True)
-
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def output(*argv: str | Path) -> str:
@@ -58,16 +57,19 @@ def test_an_installed_command_finds_its_configs(how: str, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    packages = "hyperopt.nn, hyperopt.stn, hyperopt.spaces, hyperopt.tasks, hyperopt.app"
-    code = f"import sys, hyperopt; {packages}; print(hyperopt.__version__, 'torch' in sys.modules)"
-    assert output(python, "-c", code).split() == [__version__, "False"]
-    (tmp_path / "script.py").write_text("import hyperopt; print(hyperopt.Picard())")
-    assert "Picard" in output(python, tmp_path / "script.py")
-    where = output(python, "-c", "from hyperopt.app.resolvers import config_path; print(config_path())").strip()
-    assert where == str(site / "hyperopt" / "configs" if how == "wheel" else source / "configs")
-    command = tmp_path / "venv" / "bin" / "hyperopt"
+    def assert_installed_at(configs: Path) -> None:
+        (tmp_path / "script.py").write_text(SCRIPT)  # beside the folder that is called as the package
+        version, torch, where, solver = output(python, tmp_path / "script.py").splitlines()
+        assert (version, torch, where) == (__version__, "False", str(configs)) and "Picard" in solver
+        composed = output(command, "--cfg", "all", "experiment=equilibrium_mnist")
+        assert "name: equilibrium_mnist" in composed and "GridSweeper" in composed
+
+    output(python, "-m", "pip", "install", "-q", "--no-deps", "-e", source)
+    assert_installed_at(source / "configs")  # the other tests run commands of an editable installation
+    output(python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source)
+    output(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", *tmp_path.glob("*.whl"))
+    shutil.rmtree(source)
+    assert_installed_at(site / "hyperopt" / "configs")
     assert "anderson, broyden" in output(command, "--help")
-    assert "name: equilibrium_mnist" in output(command, "--cfg", "job", "experiment=equilibrium_mnist")
     output(command, "debug=default", "device=cpu")
-    assert "GridSweeper" in output(command, "--cfg", "hydra")
     assert list(tmp_path.glob("outputs/train/*/summary.json"))
