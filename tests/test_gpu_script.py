@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,6 @@ FIELDS = {
 }
 
 
-def run(*options):
-    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
-
-
 def numbers(tree):
     """All numbers in a tree."""
     if isinstance(tree, dict | list):
@@ -34,9 +31,12 @@ def numbers(tree):
 
 
 @pytest.mark.slow
-def test_all_parts_run_on_the_cpu(tmp_path):
+def test_all_parts_run_on_the_cpu(tmp_path, monkeypatch):
     out = tmp_path / "found.json"
-    done = run("--device", "cpu", "--small", "--out", str(out))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "tests/nn/test_regularise.py tests/data/test_data.py")  # some of those marked gpu
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--small", "--out", str(out)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert list(found) == ["facts", *FIELDS, "tests"] and all(map(math.isfinite, numbers(found)))
@@ -54,14 +54,21 @@ def test_all_parts_run_on_the_cpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_part_without_time_says_so_and_a_file_that_exists_is_not_written(tmp_path):
+def test_a_part_without_time_says_so_and_a_file_that_exists_is_not_written(tmp_path, monkeypatch, capsys):
     out = tmp_path / "found.json"
-    few = ("--device", "cpu", "--small", "--out", str(out), "--parts", "counts")
-    late = run(*few, "--seconds", "0")
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+    def run(*options):
+        monkeypatch.setattr(
+            sys, "argv", [str(SCRIPT), "--device", "cpu", "--small", "--out", str(out), "--parts", "counts", *options]
+        )
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return end.value.code
+
+    assert run("--seconds", "0") == f"failed: counts; see {out}"
     text = out.read_text()
     found = json.loads(text)["counts"]
-    assert late.returncode == 1 and "failed: counts" in late.stderr
     assert found["rows"] == [] and "raise --seconds" in found["error"]
-    again = run(*few)
-    assert again.returncode == 2 and f"{out} exists; give another file with --out" in again.stderr
+    assert run() == 2 and f"{out} exists; give another file with --out" in capsys.readouterr().err
     assert out.read_text() == text
