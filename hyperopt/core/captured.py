@@ -43,8 +43,8 @@ def node_name(node: Any) -> str:
 
 def nodes(outputs: Iterable[Tensor | None], until: Iterable[Tensor] = ()) -> Iterator[Any]:
     """Iterate over the nodes of the graph of ``outputs``, each once; the search stops at the tensors of ``until``."""
-    seen = {None, *(tensor.grad_fn for tensor in until)}
-    stack = list(dict.fromkeys(out.grad_fn for out in outputs if out is not None and out.grad_fn not in seen))
+    seen: set[Any] = {None, *(tensor.grad_fn for tensor in until)}
+    stack: list[Any] = list(dict.fromkeys(out.grad_fn for out in outputs if out is not None and out.grad_fn not in seen))
     seen.update(stack)
     while stack:
         node = stack.pop()

@@ -58,8 +58,8 @@ class SolveStats:
     @classmethod
     def of_one(cls, status: Status, iterations: int, residual: float, scale: float, **others: Any) -> SolveStats:
         """Return the statistics of a solve of one row, made of numbers."""
-        numbers = [torch.tensor([x], dtype=torch.float64) for x in (residual, scale)]
-        return cls(torch.tensor([int(status)]), torch.tensor([iterations]), *numbers, **others)
+        left, size = torch.tensor([[residual], [scale]], dtype=torch.float64)
+        return cls(torch.tensor([int(status)]), torch.tensor([iterations]), left, size, **others)
 
     @property
     def status(self) -> Status:
