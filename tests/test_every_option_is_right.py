@@ -221,7 +221,7 @@ def test_no_option_is_left_out() -> None:
     assert {each for each in own() if each.startswith(groups)} - checked == set()
 
 
-@pytest.mark.cases(quick=20, slow=12)
+@pytest.mark.cases(quick=20)
 @pytest.mark.parametrize(("check", "option"), [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS], ids=IDS)
 def test_its_hypergradient_is_a_difference(check: Callable[[str], None], option: str) -> None:
     check(option)

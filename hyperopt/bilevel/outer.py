@@ -62,21 +62,21 @@ class OuterOptimizer:
         return self.make(params)
 
 
-def as_outer_optimizer(optimizer: OuterOptimizer | Make | None, lr: float, name: str = "optimizer") -> OuterOptimizer:
-    """Return an ``OuterOptimizer`` for a given one, for a function that makes an optimizer, or for None (Adam with ``lr``).
+def as_outer_optimizer(optimizer: OuterOptimizer | Make, name: str) -> OuterOptimizer:
+    """Return an ``OuterOptimizer`` for a given one, or for a function that makes an optimizer.
 
     Raises:
         TypeError: it is none of these; the message calls it ``name``.
     """
     if isinstance(optimizer, OuterOptimizer):
         return optimizer
-    if optimizer is not None and not callable(optimizer):
+    if not callable(optimizer):
         built = ", which is built already" if isinstance(optimizer, torch.optim.Optimizer) else ""
         raise TypeError(
             f"{name} is {with_article(type(optimizer).__name__)}{built}; give a function that makes it of parameters, such as "
             "functools.partial(torch.optim.Adam, lr=0.01)"
         )
-    return OuterOptimizer(optimizer or functools.partial(torch.optim.Adam, lr=lr))
+    return OuterOptimizer(optimizer)
 
 
 class PowerLR(lr_scheduler.LambdaLR):

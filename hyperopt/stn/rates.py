@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, as_outer_optimizer
 
 BETA = 0.999
 """Of the running means of a hyperparameter's gradients."""
@@ -38,14 +38,17 @@ KIND: dict[str, Make] = {"weights": partial(Adam, betas=BETAS), "scales": Adam, 
 ETA = {"weights": 0.008, "scales": 0.003, "values": 0.4}
 
 
-def default_optimizer(name: str, rounds: int | None, sigma: Tensor) -> OuterOptimizer:
-    """Return the optimizer of the weights with their response, of the scales, or of the hyperparameters.
+def optimizer_of(name: str, given: OuterOptimizer | Make | None, rounds: int | None, sigma: Tensor) -> OuterOptimizer:
+    """Return the optimizer that a user gives, or the default one of the weights with their response, the scales, or the values.
 
     Args:
-        name: ``weights``, ``scales`` or ``values``.
+        name: ``weights``, ``scales`` or ``values``, as the user's argument is called; one that is given may be ``response``.
+        given: the user's optimizer (None: the default one).
         rounds: the length of the run (None: not known, and the rate is constant).
         sigma: the initial scales, whose geometric mean counts for the response. shape: (H,)
     """
+    if given is not None:
+        return as_outer_optimizer(given, name)
 
     def make(groups: list[dict[str, Any]]) -> Optimizer:
         mean = float(sigma.log().mean().exp())

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer, as_outer_optimizer
+from hyperopt.bilevel.outer import Make, OuterOptimizer
 from hyperopt.core.text import described
 from hyperopt.data.reading import UnreadableError, read_json
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.network import STN, convert, leading
+from hyperopt.stn.rates import optimizer_of
 from hyperopt.stn.space import HyperSpace
 
 
@@ -115,7 +116,7 @@ def replay(
         space: the hyperparameters, with the same names.
         train_loss: training loss of the self-tuning network.
         train: a function that returns the next batch.
-        weights: the optimizer (None: Adam).
+        weights: the optimizer (None: that of a ``SelfTuning`` of unknown length, see ``hyperopt.stn.rates``).
         rows: a function that returns the number of rows of a batch.
 
     Returns:
@@ -142,7 +143,7 @@ def replay(
             f"the schedule is of {', '.join(schedule.names)}, the space of {', '.join(space.names)}; declare the same"
         )
     model = convert(module, space, respond=False)
-    optimizer = as_outer_optimizer(weights, 0.01).build({"weights": model.base_parameters()})
+    optimizer = optimizer_of("weights", weights, None, space.sigma.detach()).build({"weights": model.base_parameters()})
     model.train()
     for u in schedule.each():
         batch = train()

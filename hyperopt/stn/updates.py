@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule, as_outer_optimizer
+from hyperopt.bilevel.outer import Make, OuterOptimizer, Schedule
 from hyperopt.bilevel.own_batches import OwnBatches
 from hyperopt.bilevel.refusals import refuse_no_rows, refuse_no_scalar, refuse_other_arguments
 from hyperopt.core import distributed
@@ -19,7 +19,7 @@ from hyperopt.core.replay import Replay
 from hyperopt.stn.draw import Draw
 from hyperopt.stn.effects import refuse_not_finite, refuse_without_effect
 from hyperopt.stn.network import STN, check_network, leading
-from hyperopt.stn.rates import MeasuredGradient, default_optimizer
+from hyperopt.stn.rates import MeasuredGradient, optimizer_of
 from hyperopt.stn.refusals import refuse_leaving, refuse_optimizer, refuse_unread, refuse_without_derivative
 from hyperopt.stn.rounds import Past, SelfTuningSettings
 from hyperopt.stn.warnings import TuningError, Watch
@@ -68,12 +68,7 @@ class Updates:
         made: dict[str, tuple[OuterOptimizer, dict[str, list[Any]]]] = {}
 
         def add(name: str, given: OuterOptimizer | Make | None, groups: dict[str, list[Any]]) -> None:
-            kind = (
-                default_optimizer(name, settings.rounds, self.space.sigma.detach())
-                if given is None
-                else as_outer_optimizer(given, 0.0, name)
-            )
-            made[name] = kind, groups
+            made[name] = optimizer_of(name, given, settings.rounds, self.space.sigma.detach()), groups
 
         groups: dict[str, list[Any]] = {"weights": self._base}
         if response is None:

@@ -68,8 +68,8 @@ class SelfTuningOptions(SelfTuningSettings):
     Attributes:
         gate: ``unit``: a gate for each output of a layer; ``scalar``: one for the layer.
         gate_std: standard deviation of the initial gates, at least 0.
-        weights: optimizer of the weights (None: Adam with rate 0.01).
-        scales: optimizer of the scales (None: Adam with rate 0.003).
+        weights: optimizer of the weights (None: see ``hyperopt.stn.rates``).
+        scales: optimizer of the scales (None: see ``hyperopt.stn.rates``).
         response: optimizer of the response (None: that of the weights).
     """
 

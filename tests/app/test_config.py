@@ -39,7 +39,7 @@ def test_a_checkout_reads_its_own_configs() -> None:
 
 
 # The quick run builds the options of the other groups in ``test_every_option_is_right.py``.
-@pytest.mark.cases(quick=4, slow=20, among={"option": [option for option in OPTIONS if option.startswith(("dataset", "stn"))]})
+@pytest.mark.cases(quick=4, among={"option": [option for option in OPTIONS if option.startswith(("dataset", "stn"))]})
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_passes_the_checks(option: str) -> None:
     group, _, name = option.partition("=")

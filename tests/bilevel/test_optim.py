@@ -145,10 +145,9 @@ def test_bad_settings_name_key_and_value(make: Any, message: str) -> None:
 
 
 def test_a_function_that_makes_an_optimizer_will_do() -> None:
-    made = as_outer_optimizer(lambda params: torch.optim.RMSprop(params, lr=0.2), lr=0.1).build(parameters())
+    made = as_outer_optimizer(lambda params: torch.optim.RMSprop(params, lr=0.2), "values").build(parameters())
     assert isinstance(made, torch.optim.RMSprop) and [group["name"] for group in made.param_groups] == ["a", "b"]
-    assert as_outer_optimizer(None, lr=0.1).build(parameters()).param_groups[0]["lr"] == 0.1
-    assert as_outer_optimizer(kept := sgd(), lr=0.1) is kept
+    assert as_outer_optimizer(kept := sgd(), "values") is kept
 
 
 def test_check_measures_and_clips_in_place() -> None:

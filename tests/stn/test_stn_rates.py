@@ -12,7 +12,7 @@ from optimizers import sgd
 from torch import Tensor, nn
 
 from hyperopt.stn import STN, Bounded, Draw, HyperSpace, Positive, SelfTuning, SelfTuningSettings, convert
-from hyperopt.stn.rates import BETA, ETA, MeasuredGradient, default_optimizer
+from hyperopt.stn.rates import BETA, ETA, MeasuredGradient, optimizer_of
 
 DOUBLE = torch.float64
 X = torch.randn(30, 3, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
@@ -152,7 +152,7 @@ def test_the_response_has_the_rate_of_the_weights_over_the_scale() -> None:
 
 def test_weights_take_whole_steps_again_soon_after_their_gradients_have_become_small() -> None:
     weight = torch.zeros(1, dtype=DOUBLE, requires_grad=True)
-    optimizer = default_optimizer("weights", None, torch.ones(1)).build({"weights": [weight]})
+    optimizer = optimizer_of("weights", None, None, torch.ones(1)).build({"weights": [weight]})
     for k in range(1600):
         before, weight.grad = weight.detach().clone(), torch.full_like(weight, 1000.0 if k < 20 else 1.0)
         optimizer.step()

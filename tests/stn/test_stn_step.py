@@ -31,6 +31,7 @@ from hyperopt.stn import (
     convert,
     replay,
 )
+from hyperopt.stn.rates import BETAS, ETA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at its first dual level
 
@@ -353,6 +354,11 @@ def test_a_schedule_is_replayed_on_a_plain_network(tmp_path: Path) -> None:
             parameter.data -= 0.1 * slope
     for found_p, want in zip(found.collapse().parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(found_p, want, rtol=1e-10, atol=1e-12)
+    default, same = (
+        replay(schedule, plain, hyper, train_loss, sources()[0].draw, weights=each).collapse().state_dict()
+        for each in (None, adam(lr=ETA["weights"], betas=list(BETAS)))
+    )
+    assert all(torch.equal(default[name], same[name]) for name in same)
     with pytest.raises(ValueError, match="the schedule is of noise, decay, the space of other"):
         replay(schedule, plain, HyperSpace({"other": Positive(1.0)}, dtype=DOUBLE), train_loss, train.draw)
 
