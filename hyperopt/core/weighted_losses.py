@@ -47,8 +47,9 @@ def binary_cross_entropy_with_logits(input: Tensor, target: Tensor, weight: Tens
         return F.binary_cross_entropy_with_logits(input, target, weight=weight, **named)
     named = _modern(named)
     named.pop("pos_weight", None)
-    of_log = 1.0 if positive is None else 1 + (positive - 1) * target
-    each = (1 - target) * input - of_log * F.logsigmoid(input)
+    each = F.binary_cross_entropy_with_logits(input, target, reduction="none")
+    if positive is not None:
+        each = each - (positive - 1) * target * F.logsigmoid(input)
     return _reduced(each if weight is None else each * weight, **named)
 
 
@@ -65,10 +66,14 @@ def _over_classes(
 ) -> Tensor:
     """The formula of the module's docstring, without the rows whose target is ``ignore_index``."""
     dim = _class_dim(log_p)
+    if weight.shape != log_p.shape[dim : dim + 1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but there are {log_p.shape[dim]} classes; give one weight for each"
+        )
+    each = F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")  # which checks the shapes and the targets
     kept = target != ignore_index
-    index = torch.where(kept, target, 0)
-    share = weight[index]
-    each = -share * log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim)
+    share = weight[torch.where(kept, target, 0)]
+    each = share * each
     if smoothing:
         along = weight.reshape(-1, *[1] * (log_p.dim() - dim - 1))
         each = (1 - smoothing) * each - smoothing / len(weight) * (along * log_p).sum(dim)

@@ -71,6 +71,28 @@ def test_it_is_the_kernel_and_has_derivatives_in_the_weights(name: str) -> None:
     torch.autograd.gradgradcheck(formed, (x, a))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a: F.cross_entropy(SHARES, ROWS, weight=a[:2]),
+        lambda a: F.cross_entropy(SHARES, ROWS, weight=a),
+        lambda a: F.cross_entropy(SHARES, ROWS[:5], weight=a[:3]),
+        lambda a: F.cross_entropy(SHARES, ROWS + 1, weight=a[:3]),
+        lambda a: F.nll_loss(SHARES, ROWS, weight=a[:1]),
+        lambda a: F.binary_cross_entropy(SHARES[:, :1], SHARES[:, 0], weight=a[:1]),
+        lambda a: F.binary_cross_entropy_with_logits(SHARES[:, :1], SHARES[:, 0], weight=a[:1]),
+        lambda a: F.binary_cross_entropy_with_logits(SHARES[:, 0], SHARES[:, :1], pos_weight=a[:1]),
+        lambda a: F.cross_entropy(SHARES, ROWS, weight=a[:3], reduction="men"),
+    ],
+)
+def test_what_the_kernel_refuses_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
+    weight = torch.ones(4, **D)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        loss(weight)
+    with pytest.raises((RuntimeError, ValueError, IndexError)), TwiceDifferentiable():
+        loss(weight.requires_grad_())
+
+
 @pytest.mark.parametrize("how", [{}, {"adjoint": ho.Unrolled()}], ids=str)
 def test_class_weights_have_the_hypergradient_of_a_difference_of_trainings(how: dict[str, Any]) -> None:
     x, y = drawn(40, 4, seed=4), torch.arange(40) % 3
